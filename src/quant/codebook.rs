@@ -1,0 +1,144 @@
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+
+/// A 4-bit format that this crate quantizes to.
+///
+/// Displays and parses as `nf4`, `fp4`, `int4`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+pub enum Format {
+    /// NormalFloat of the QLoRA paper (Dettmers et al., 2023, appendix E), as in bitsandbytes.
+    Nf4,
+    /// The 4-bit float of bitsandbytes: sign, 2 exponent bits, 1 mantissa bit.
+    Fp4,
+    /// Signed integers -7..=7 in two's complement, scale `absmax / 7`, as in entrenar's QLoRA layer.
+    Int4,
+}
+
+impl Format {
+    /// The 16 values that the format's codes stand for, before scaling.
+    pub fn codebook(self) -> Codebook {
+        match self {
+            Format::Nf4 => Codebook::NF4,
+            Format::Fp4 => Codebook::FP4,
+            Format::Int4 => Codebook::INT4,
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Format::Nf4 => "nf4",
+            Format::Fp4 => "fp4",
+            Format::Int4 => "int4",
+        })
+    }
+}
+
+impl FromStr for Format {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match s {
+            "nf4" => Ok(Format::Nf4),
+            "fp4" => Ok(Format::Fp4),
+            "int4" => Ok(Format::Int4),
+            _ => Err(Error::Invalid {
+                op: "format",
+                what: "name",
+                got: format!("{s:?}"),
+                expected: "expected nf4, fp4 or int4".into(),
+            }),
+        }
+    }
+}
+
+/// The 16 values of a 4-bit format; the index is the code (a nibble).
+#[derive(Clone, PartialEq, Debug)]
+pub struct Codebook(pub [f32; 16]);
+
+impl Codebook {
+    /// NF4, ascending. The values are those of bitsandbytes, to the bit.
+    pub const NF4: Codebook = Codebook([
+        -1.0,
+        -0.696_192_8,
+        -0.525_073_05,
+        -0.394_917_5,
+        -0.284_441_38,
+        -0.184_773_43,
+        -0.091_050_036,
+        0.0,
+        0.079_580_3,
+        0.160_930_2,
+        0.246_112_3,
+        0.337_915_24,
+        0.440_709_83,
+        0.562_617,
+        0.722_956_84,
+        1.0,
+    ]);
+
+    /// FP4: `[0, 0.0625, 8, 12, 4, 6, 2, 3] / 12`, then the same negated. Code 8 is `+0.0`, as in the
+    /// tables that bitsandbytes writes.
+    pub const FP4: Codebook = Codebook([
+        0.0,
+        0.0625 / 12.0,
+        8.0 / 12.0,
+        1.0,
+        4.0 / 12.0,
+        6.0 / 12.0,
+        2.0 / 12.0,
+        3.0 / 12.0,
+        0.0,
+        -0.0625 / 12.0,
+        -8.0 / 12.0,
+        -1.0,
+        -4.0 / 12.0,
+        -6.0 / 12.0,
+        -2.0 / 12.0,
+        -3.0 / 12.0,
+    ]);
+
+    /// Two's-complement nibbles. -8 is never emitted by the quantizer.
+    pub const INT4: Codebook =
+        Codebook([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for format in [Format::Nf4, Format::Fp4, Format::Int4] {
+            assert_eq!(format.to_string().parse::<Format>().unwrap(), format);
+        }
+        assert!("NF4".parse::<Format>().is_err());
+    }
+
+    #[test]
+    fn nf4_bits() {
+        // Bits of the `quant_map` that bitsandbytes writes.
+        let expected = [
+            0xbf80_0000_u32,
+            0xbf32_39b1,
+            0xbf06_6b30,
+            0xbeca_32a0,
+            0xbe91_a24d,
+            0xbe3d_353f,
+            0xbdba_7871,
+            0x0000_0000,
+            0x3da2_faff,
+            0x3e24_cae3,
+            0x3e7c_04dd,
+            0x3ead_033a,
+            0x3ee1_a4b8,
+            0x3f10_07ab,
+            0x3f39_13b3,
+            0x3f80_0000,
+        ];
+        assert_eq!(Codebook::NF4.0.map(f32::to_bits), expected);
+    }
+}

@@ -1,0 +1,29 @@
+//! What the bytes of a 4-bit matrix mean: codebooks, block quantizers, double quantization. Host only.
+//!
+//! Every 4-bit format here is the same matrix, over the flat row-major index `i`:
+//!
+//! ```text
+//! w[i] = codebook[nibble(i)] * scale[i / block] (+ min[i / block])
+//! ```
+//!
+//! Formats differ in their codebook, their block and how their scales are stored ([`Scales`]); a
+//! [`QuantizedMatrix`] holds any of them. Matrices that stay in 8, 16 or 32 bits are a [`DenseMatrix`].
+
+mod codebook;
+mod dense;
+mod dtype;
+mod dynamic_map;
+mod encode;
+mod matrix;
+#[cfg(test)]
+mod properties;
+mod scales;
+mod source;
+
+pub use codebook::{Codebook, Format};
+pub use dense::{DenseData, DenseMatrix, Q8_BLOCK};
+pub use dtype::Dtype;
+pub use encode::{DoubleQuant, QuantOptions};
+pub use matrix::{Parts, QuantizedMatrix};
+pub use scales::{DoubleScales, Scales};
+pub use source::Source;

@@ -1,0 +1,71 @@
+//! Devices for integration tests; see `QLORA_TEST_DEVICES` in the README.
+
+#![allow(dead_code, reason = "every test program uses its own part of this")]
+
+pub mod seed;
+
+use qlora_wgpu::device::{Device, DeviceInfo, GpuOptions, Select, devices};
+
+fn wanted() -> String {
+    std::env::var("QLORA_TEST_DEVICES").unwrap_or_default().to_lowercase()
+}
+
+/// False only where `QLORA_TEST_DEVICES=cpu` leaves GPU tests out.
+pub fn wants_gpus() -> bool {
+    wanted() != "cpu"
+}
+
+/// The adapters that QLORA_TEST_DEVICES wants.
+///
+/// # Panics
+/// If there are none.
+pub fn adapters() -> Vec<DeviceInfo> {
+    if !wants_gpus() {
+        return Vec::new();
+    }
+    let mut found = devices();
+    found.retain(|info| info.index > 0 && info.name.to_lowercase().contains(&wanted()));
+    assert!(
+        !found.is_empty(),
+        "no adapter matches QLORA_TEST_DEVICES={:?}: install a Vulkan driver (`make setup` installs Mesa's software driver \
+         on Debian and Ubuntu), or set QLORA_TEST_DEVICES=cpu to leave GPU tests out",
+        wanted()
+    );
+    found
+}
+
+/// Every adapter once, opened with changed options.
+pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
+    let open = |info: &DeviceInfo| {
+        let mut options = GpuOptions { select: Select::Index(info.index), ..GpuOptions::default() };
+        change(&mut options);
+        Device::gpu(&options).unwrap_or_else(|error| panic!("{}: {error}", info.name))
+    };
+    adapters().iter().map(open).collect()
+}
+
+/// The CPU, and every adapter in every tier that it can run.
+pub fn all() -> Vec<Device> {
+    let mut found = vec![Device::cpu()];
+    for info in adapters() {
+        for tier in &info.tiers {
+            let tier = Some(tier.parse().unwrap());
+            let options = GpuOptions { select: Select::Index(info.index), tier, ..GpuOptions::default() };
+            found.push(Device::gpu(&options).unwrap_or_else(|error| panic!("{}: {error}", info.name)));
+        }
+    }
+    found
+}
+
+/// Device and tier, for messages.
+pub fn name(device: &Device) -> String {
+    match device {
+        Device::Cpu(_) => "cpu".into(),
+        Device::Gpu(gpu) => format!("{} tier {}", gpu.name(), gpu.tier()),
+    }
+}
+
+/// Whether operands are staged as f16, so that results carry f16 rounding.
+pub fn is_f16(device: &Device) -> bool {
+    matches!(device, Device::Gpu(gpu) if gpu.tier().f16())
+}
