@@ -1,0 +1,388 @@
+//! safetensors files: a length, a JSON header, and the tensors' little-endian bytes.
+//!
+//! Reading maps the file; writing streams one tensor at a time and renames the finished file into
+//! place. The layout is that of <https://github.com/huggingface/safetensors>, whose header types and
+//! checks are used here.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use bytemuck::Pod;
+use half::{bf16, f16};
+use memmap2::Mmap;
+pub use safetensors::Dtype as TensorType;
+use safetensors::tensor::{Metadata, TensorInfo};
+
+use crate::error::{Error, Result};
+use crate::quant::Source;
+
+#[cfg(target_endian = "big")]
+compile_error!("tensor files are little-endian and are read in place");
+
+/// Bytes of the header's length, which begins a file.
+const LENGTH_BYTES: usize = 8;
+
+/// The most bytes of header that the format allows.
+const MAX_HEADER: usize = 100_000_000;
+
+/// A memory-mapped safetensors file.
+#[derive(Debug)]
+pub struct SafetensorsFile {
+    path: PathBuf,
+    map: Mmap,
+    data_start: usize,
+    header: Metadata,
+    names: Vec<String>,
+}
+
+impl SafetensorsFile {
+    /// Maps the file at `path` and checks its header: every tensor lies inside the file and has the
+    /// size that its type and shape ask for.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be opened, [`Error::File`] if it is truncated, too long, or
+    /// its header is not a safetensors header.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let io_error = |e: io::Error| Error::Io { path: path.clone(), message: e.to_string() };
+        let file = File::open(&path).map_err(io_error)?;
+        // SAFETY: the mapped bytes change only if another process writes to the file in place while it
+        // is open here, which model files are not meant for; this crate's own writer never does.
+        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        let (data_start, header) = parse_header(&map).map_err(|message| Error::File { path: path.clone(), message })?;
+        let names = header.offset_keys();
+        Ok(SafetensorsFile { path, map, data_start, header, names })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Names of all tensors, in the order of their data.
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The text entries beside the tensors (`__metadata__`).
+    pub fn metadata(&self) -> BTreeMap<String, String> {
+        self.header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect()
+    }
+
+    /// The tensor called `name`, if there is one.
+    pub fn get(&self, name: &str) -> Option<Tensor<'_>> {
+        let TensorInfo { dtype, shape, data_offsets: (start, end) } = self.header.info(name)?;
+        let bytes = &self.map[self.data_start..][*start..*end];
+        Some(Tensor { dtype: *dtype, shape, bytes })
+    }
+
+    /// The tensor called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if there is none.
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        self.get(name).ok_or_else(|| self.tensor_error(name, "is missing"))
+    }
+
+    /// An [`Error::Tensor`] about a tensor of this file.
+    pub fn tensor_error(&self, name: &str, message: impl ToString) -> Error {
+        Error::Tensor { path: self.path.clone(), key: name.into(), message: message.to_string() }
+    }
+}
+
+/// Where the data begin, and the header. The error says what is wrong with the bytes.
+fn parse_header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
+    let (length, rest) = bytes.split_first_chunk::<LENGTH_BYTES>().ok_or("is too short for a safetensors file")?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
+    if length > MAX_HEADER {
+        return Err(format!("is no safetensors file: the header would take {length} bytes"));
+    }
+    let header = rest
+        .get(..length)
+        .ok_or_else(|| format!("is truncated: the header takes {length} bytes, {} follow", rest.len()))?;
+    let header: Metadata =
+        serde_json::from_slice(header).map_err(|e| format!("has a malformed safetensors header: {e}"))?;
+    let (expected, got) = (header.data_len(), rest.len() - length);
+    if got != expected {
+        let what = if got < expected { "is truncated" } else { "has trailing bytes" };
+        return Err(format!("{what}: the header describes {expected} bytes of tensors, {got} follow it"));
+    }
+    Ok((LENGTH_BYTES + length, header))
+}
+
+/// A tensor of a [`SafetensorsFile`].
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a> {
+    /// Type of the values.
+    pub dtype: TensorType,
+    /// Lengths of the dimensions, the outermost first.
+    pub shape: &'a [usize],
+    /// The values, little-endian, row-major.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Tensor<'a> {
+    /// The values, if they are f32, f16 or bf16.
+    pub fn floats(&self) -> Option<Floats<'a>> {
+        match self.dtype {
+            TensorType::F32 => Some(Floats::F32(values(self.bytes))),
+            TensorType::F16 => Some(Floats::F16(values(self.bytes))),
+            TensorType::BF16 => Some(Floats::Bf16(values(self.bytes))),
+            _ => None,
+        }
+    }
+
+    /// The values, if they are f32.
+    pub fn f32s(&self) -> Option<Cow<'a, [f32]>> {
+        (self.dtype == TensorType::F32).then(|| values(self.bytes))
+    }
+}
+
+/// The bytes as values: in place if they are aligned, else copied.
+fn values<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
+    match bytemuck::try_cast_slice(bytes) {
+        Ok(values) => Cow::Borrowed(values),
+        Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),
+    }
+}
+
+/// Floating-point values of a [`Tensor`], borrowed from the file where its alignment allows.
+#[derive(Clone, Debug)]
+pub enum Floats<'a> {
+    /// 32-bit values.
+    F32(Cow<'a, [f32]>),
+    /// 16-bit IEEE values.
+    F16(Cow<'a, [f16]>),
+    /// 16-bit brain floats.
+    Bf16(Cow<'a, [bf16]>),
+}
+
+impl Floats<'_> {
+    /// The values as something to quantize.
+    pub fn source(&self) -> Source<'_> {
+        match self {
+            Floats::F32(values) => Source::F32(values),
+            Floats::F16(values) => Source::F16(values),
+            Floats::Bf16(values) => Source::Bf16(values),
+        }
+    }
+}
+
+/// A tensor to be written.
+pub struct OutTensor<'a> {
+    /// Its key in the file.
+    pub name: String,
+    /// Type of the values.
+    pub dtype: TensorType,
+    /// Lengths of the dimensions, the outermost first.
+    pub shape: Vec<usize>,
+    /// The values.
+    pub data: OutData<'a>,
+}
+
+/// The little-endian, row-major bytes of an [`OutTensor`].
+pub enum OutData<'a> {
+    /// At hand.
+    Bytes(Cow<'a, [u8]>),
+    /// Made when their turn to be written comes, and dropped after.
+    Lazy(Box<dyn Fn() -> Vec<u8> + 'a>),
+}
+
+/// Writes a safetensors file: tensors ordered by falling type size, then name, as the reference
+/// implementation does, and `metadata` with `"format": "pt"` added unless it names another format.
+///
+/// The file grows under a temporary name in the same folder, is flushed to the disk and renamed, so
+/// that `path` is never half a file; an existing file is replaced.
+///
+/// # Errors
+/// [`Error::Io`] if writing fails, [`Error::Tensor`] for a name that appears twice or bytes that do
+/// not fit the shape.
+pub fn write(path: &Path, mut tensors: Vec<OutTensor<'_>>, mut metadata: BTreeMap<String, String>) -> Result<()> {
+    let io_error = |e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
+    let json_error = |e: serde_json::Error| Error::Io { path: path.into(), message: e.to_string() };
+    metadata.entry("format".into()).or_insert_with(|| "pt".into());
+    tensors.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), serde_json::to_value(metadata).map_err(json_error)?);
+    let mut end = 0;
+    for tensor in &tensors {
+        let start = end;
+        end += byte_len(tensor).ok_or_else(|| tensor_error(path, tensor, "is too large"))?;
+        let info = TensorInfo { dtype: tensor.dtype, shape: tensor.shape.clone(), data_offsets: (start, end) };
+        let info = serde_json::to_value(info).map_err(json_error)?;
+        if header.insert(tensor.name.clone(), info).is_some() {
+            return Err(tensor_error(path, tensor, "would be written twice"));
+        }
+    }
+    let mut header = serde_json::to_vec(&header).map_err(json_error)?;
+    header.resize(header.len().next_multiple_of(LENGTH_BYTES), b' ');
+
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let temporary = temporary_file(folder.unwrap_or(Path::new("."))).map_err(io_error)?;
+    let mut out = BufWriter::with_capacity(1 << 20, temporary);
+    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io_error)?;
+    out.write_all(&header).map_err(io_error)?;
+    for tensor in &tensors {
+        let bytes = match &tensor.data {
+            OutData::Bytes(bytes) => Cow::Borrowed(&**bytes),
+            OutData::Lazy(make) => Cow::Owned(make()),
+        };
+        if byte_len(tensor) != Some(bytes.len()) {
+            let message = format!("{} bytes do not fill {} {:?}", bytes.len(), tensor.dtype, tensor.shape);
+            return Err(tensor_error(path, tensor, message));
+        }
+        out.write_all(&bytes).map_err(io_error)?;
+    }
+    let temporary = out.into_inner().map_err(|e| io_error(e.into_error()))?;
+    temporary.as_file().sync_all().map_err(io_error)?;
+    temporary.persist(path).map_err(|e| io_error(e.error))?;
+    Ok(())
+}
+
+fn tensor_error(path: &Path, tensor: &OutTensor<'_>, message: impl ToString) -> Error {
+    Error::Tensor { path: path.into(), key: tensor.name.clone(), message: message.to_string() }
+}
+
+/// Bytes that the type and shape of `tensor` ask for, unless they overflow.
+fn byte_len(tensor: &OutTensor<'_>) -> Option<usize> {
+    let elements = tensor.shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d))?;
+    elements.checked_mul(tensor.dtype.bitsize()).map(|bits| bits / 8)
+}
+
+/// A temporary file with the permissions of an ordinary new file, not only the owner's.
+fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".qlora-").suffix(".tmp");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn tensor(name: &str, shape: &[usize], values: &[f32]) -> OutTensor<'static> {
+        let bytes = bytemuck::cast_slice(values).to_vec();
+        OutTensor { name: name.into(), dtype: TensorType::F32, shape: shape.into(), data: OutData::Bytes(bytes.into()) }
+    }
+
+    /// A file with the header `json` and `data`.
+    fn file(folder: &TempDir, json: &str, data: &[u8]) -> PathBuf {
+        let path = folder.path().join("x.safetensors");
+        let length = (json.len() as u64).to_le_bytes();
+        fs::write(&path, [&length[..], json.as_bytes(), data].concat()).unwrap();
+        path
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("a.safetensors");
+        let bytes = OutTensor {
+            name: "a".into(),
+            dtype: TensorType::U8,
+            shape: vec![3],
+            data: OutData::Lazy(Box::new(|| vec![1, 2, 3])),
+        };
+        let tensors = vec![bytes, tensor("c", &[2, 1], &[0.5, -1.0]), tensor("b", &[0], &[])];
+        write(&path, tensors, BTreeMap::from([("made by".into(), "a test".into())])).unwrap();
+
+        let file = SafetensorsFile::open(&path).unwrap();
+        assert_eq!(file.names(), ["b", "c", "a"], "by type, then name");
+        assert_eq!(file.metadata()["format"], "pt");
+        assert_eq!(file.metadata()["made by"], "a test");
+        let c = file.tensor("c").unwrap();
+        assert_eq!((c.dtype, c.shape, &*c.f32s().unwrap()), (TensorType::F32, &[2, 1][..], &[0.5, -1.0][..]));
+        let a = file.tensor("a").unwrap();
+        assert_eq!((a.bytes, a.floats().is_none()), (&[1, 2, 3][..], true));
+        let error = file.tensor("d").unwrap_err();
+        assert!(matches!(&error, Error::Tensor { key, .. } if key == "d"), "{error}");
+    }
+
+    #[test]
+    fn unaligned_values_are_copied() {
+        let folder = TempDir::new().unwrap();
+        let json = r#"{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+        for pad in 0..4 {
+            let json = format!("{json}{}", " ".repeat(pad));
+            let path = file(&folder, &json, bytemuck::cast_slice(&[1.5_f32, -2.0]));
+            let file = SafetensorsFile::open(path).unwrap();
+            assert_eq!(*file.tensor("w").unwrap().f32s().unwrap(), [1.5, -2.0]);
+        }
+    }
+
+    #[test]
+    fn malformed_files_are_errors() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let error = |bytes: &[u8]| {
+            fs::write(&path, bytes).unwrap();
+            let error = SafetensorsFile::open(&path).unwrap_err();
+            assert!(matches!(&error, Error::File { path: p, .. } if *p == path), "{error}");
+            error.to_string()
+        };
+        assert!(error(b"").contains("too short"));
+        assert!(error(b"1234567").contains("too short"));
+        assert!(error(&u64::MAX.to_le_bytes()).contains("no safetensors file"));
+        assert!(error(b"\x20\0\0\0\0\0\0\0{}").contains("header takes 32 bytes, 2 follow"));
+        assert!(error(b"\x02\0\0\0\0\0\0\0{]").contains("malformed"));
+        assert!(error(b"\x02\0\0\0\0\0\0\0\xff\xfe").contains("malformed"));
+
+        let error = |json: &str, data: &[u8]| SafetensorsFile::open(file(&folder, json, data)).unwrap_err().to_string();
+        let good = r#"{"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#;
+        assert!(error(good, &[0; 3]).contains("truncated: the header describes 4 bytes of tensors, 3 follow"));
+        assert!(error(good, &[0; 5]).contains("trailing bytes"));
+        for bad in ["[0,3]", "[1,5]", "[4,0]", "[0,18446744073709551615]"] {
+            assert!(error(&good.replace("[0,4]", bad), &[0; 4]).contains("malformed"), "{bad}");
+        }
+        let overflow = good.replace("[4]", "[18446744073709551615,2]");
+        assert!(error(&overflow, &[0; 4]).contains("malformed"));
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_is_an_io_error() {
+        let error = SafetensorsFile::open("/no/such/file").unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_no_other() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("a.safetensors");
+        write(&path, vec![tensor("w", &[1], &[1.0])], BTreeMap::new()).unwrap();
+        let before = fs::read(&path).unwrap();
+
+        let twice = vec![tensor("w", &[1], &[1.0]), tensor("w", &[1], &[2.0])];
+        assert!(write(&path, twice, BTreeMap::new()).unwrap_err().to_string().contains("twice"));
+        let short = vec![tensor("v", &[1], &[1.0]), tensor("w", &[2], &[1.0])];
+        assert!(write(&path, short, BTreeMap::new()).unwrap_err().to_string().contains("do not fill"));
+        let huge = vec![tensor("w", &[usize::MAX, 2], &[1.0])];
+        assert!(write(&path, huge, BTreeMap::new()).unwrap_err().to_string().contains("too large"));
+
+        assert_eq!(fs::read(&path).unwrap(), before);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        let error = write(&folder.path().join("no/folder"), vec![], BTreeMap::new()).unwrap_err();
+        assert!(matches!(error, Error::Io { .. }), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn permissions_are_those_of_any_new_file() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = TempDir::new().unwrap();
+        let [ours, plain] = ["a", "b"].map(|name| folder.path().join(name));
+        write(&ours, vec![], BTreeMap::new()).unwrap();
+        fs::write(&plain, "").unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode();
+        assert_eq!(mode(&ours), mode(&plain));
+    }
+}
