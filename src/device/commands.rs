@@ -1,0 +1,313 @@
+//! Recording: dispatches gather in one encoder and are submitted in batches; reading back is the only wait.
+
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::gpu::{Buffer, Gpu, MAX_PARAMS_BYTES};
+use super::shader::{Defines, Kernel};
+use super::tier::Tier;
+use crate::error::Result;
+
+/// Dispatches in one submission.
+const BATCH: usize = 256;
+/// The most floating-point operations of one dispatch: about 0.2 s at 100 GFLOP/s, so that no desktop watchdog ends it.
+const MAX_FLOPS: u64 = 20_000_000_000;
+/// The same for software drivers, which run at a tenth of that; nothing watches them, but others want the cores.
+const MAX_FLOPS_SOFTWARE: u64 = 4_000_000_000;
+
+/// What has been recorded and not yet submitted.
+#[derive(Default)]
+pub(super) struct Recorder {
+    // The pass stays open across dispatches, and must end before its encoder does.
+    pass: Option<wgpu::ComputePass<'static>>,
+    encoder: Option<wgpu::CommandEncoder>,
+    dispatches: usize,
+    /// Parameters of the batch where there are no immediates: one slot of `uniform_alignment` bytes a dispatch.
+    uniforms: Vec<u8>,
+    uniform_buffer: Option<wgpu::Buffer>,
+}
+
+/// One call of a kernel.
+pub(crate) struct Dispatch<'a> {
+    pub kernel: &'static Kernel,
+    pub defines: &'a Defines,
+    /// In the order of `kernel.bindings`.
+    pub buffers: &'a [&'a Buffer],
+    /// The kernel's `Params`, whose first two words are `first_group` and `groups`; the recorder fills them in.
+    pub params: &'a [u8],
+    /// Workgroups.
+    pub groups: u64,
+    /// Floating-point operations of one workgroup, to keep dispatches short.
+    pub flops_per_group: u64,
+}
+
+impl Gpu {
+    /// Records a dispatch, in several parts if it would run long. Errors of the driver come with [`Gpu::flush`].
+    pub(crate) fn dispatch(&self, call: Dispatch<'_>) -> Result<()> {
+        debug_assert_eq!(call.params.len(), call.kernel.params_bytes);
+        debug_assert_eq!(call.buffers.len(), call.kernel.bindings.len());
+        let pipeline = self.pipelines().get(self, call.kernel, call.defines)?;
+        let ids = call.buffers.iter().map(|buffer| buffer.id()).collect();
+        let mut resources: Vec<_> = call.buffers.iter().map(|buffer| buffer.binding()).collect();
+        let mut guard = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+        let recorder = &mut *guard;
+        if !self.immediates() {
+            let uniforms = match &recorder.uniform_buffer {
+                Some(buffer) => buffer.clone(),
+                None => self.uniform_buffer()?,
+            };
+            let uniforms = recorder.uniform_buffer.insert(uniforms);
+            resources.push(wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer: uniforms,
+                offset: 0,
+                size: wgpu::BufferSize::new(u64::from(MAX_PARAMS_BYTES)),
+            }));
+        }
+        let bind_group = pipeline.bind_group(self, ids, &resources)?;
+
+        let max_flops = if self.tier() == Tier::Software { MAX_FLOPS_SOFTWARE } else { MAX_FLOPS };
+        let part = (max_flops / call.flops_per_group.max(1)).clamp(1, u64::from(u32::MAX));
+        let mut params = call.params.to_vec();
+        let mut first = 0;
+        while first < call.groups {
+            let end = (first + part).min(call.groups);
+            params[..4].copy_from_slice(&(first as u32).to_ne_bytes());
+            params[4..8].copy_from_slice(&(end as u32).to_ne_bytes());
+            if recorder.dispatches >= BATCH {
+                self.submit(recorder)?;
+            }
+            let offset = recorder.stage_uniform(self, &params);
+            let pass = recorder.pass(self.wgpu_device());
+            pass.set_pipeline(&pipeline.raw);
+            match offset {
+                Some(offset) => pass.set_bind_group(0, &bind_group, &[offset]),
+                None => {
+                    pass.set_bind_group(0, &bind_group, &[]);
+                    pass.set_immediates(0, &params);
+                }
+            }
+            let (x, y) = fold(end - first, self.limits().max_workgroups);
+            pass.dispatch_workgroups(x, y, 1);
+            recorder.dispatches += 1;
+            first = end;
+        }
+        Ok(())
+    }
+
+    /// Submits what has been recorded, without waiting for it.
+    pub fn flush(&self) -> Result<()> {
+        self.submit(&mut self.recorder().lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Submits what has been recorded and waits until the device has done it.
+    pub fn wait(&self) -> Result<()> {
+        self.flush()?;
+        self.poll(wgpu::PollType::wait_indefinitely())
+    }
+
+    fn poll(&self, how: wgpu::PollType) -> Result<()> {
+        let polled = self.scoped("waiting for the device", |device| device.poll(how))?;
+        polled.map_err(|error| self.error("waiting for the device", error.to_string()))?;
+        self.check()
+    }
+
+    fn uniform_buffer(&self) -> Result<wgpu::Buffer> {
+        self.scoped("parameters", |device| {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("parameters"),
+                size: u64::from(self.limits().uniform_alignment) * BATCH as u64,
+                usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    fn submit(&self, recorder: &mut Recorder) -> Result<()> {
+        recorder.pass = None;
+        let Some(encoder) = recorder.encoder.take() else { return self.check() };
+        recorder.dispatches = 0;
+        let uniforms = std::mem::take(&mut recorder.uniforms);
+        self.scoped("submitting commands", |_| {
+            if let (Some(buffer), false) = (&recorder.uniform_buffer, uniforms.is_empty()) {
+                self.wgpu_queue().write_buffer(buffer, 0, &uniforms);
+            }
+            self.wgpu_queue().submit([encoder.finish()]);
+        })
+    }
+
+    /// The first `bytes` of a buffer, once everything recorded before has run.
+    pub(crate) async fn read_async(&self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
+        let read = self.start_read(buffer, bytes)?;
+        poll_fn(|context| {
+            // Native wgpu calls back only while somebody polls the device.
+            if let Err(error) = self.poll(wgpu::PollType::Poll) {
+                return Poll::Ready(Err(error));
+            }
+            let mut state = read.state.lock().unwrap_or_else(PoisonError::into_inner);
+            match state.mapped.take() {
+                Some(mapped) => Poll::Ready(mapped.map_err(|message| self.error("reading back", message))),
+                None => {
+                    state.waker = Some(context.waker().clone());
+                    if cfg!(not(target_arch = "wasm32")) {
+                        std::thread::yield_now();
+                        context.waker().wake_by_ref();
+                    }
+                    Poll::Pending
+                }
+            }
+        })
+        .await?;
+        self.finish_read(&read)
+    }
+
+    /// As [`Gpu::read_async`], blocking.
+    pub(crate) fn read(&self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
+        let read = self.start_read(buffer, bytes)?;
+        self.poll(wgpu::PollType::wait_indefinitely())?;
+        let mapped = read.state.lock().unwrap_or_else(PoisonError::into_inner).mapped.take();
+        match mapped {
+            Some(Ok(())) => self.finish_read(&read),
+            Some(Err(message)) => Err(self.error("reading back", message)),
+            None => Err(self.error("reading back", "the driver did not answer".into())),
+        }
+    }
+
+    fn start_read(&self, buffer: &Buffer, bytes: u64) -> Result<Read> {
+        let size = bytes.next_multiple_of(4);
+        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+        let staging = self.scoped("readback buffer", |device| {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("readback"),
+                size: size.max(4),
+                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+                mapped_at_creation: false,
+            })
+        })?;
+        recorder.encoder(self.wgpu_device()).copy_buffer_to_buffer(buffer.raw(), 0, &staging, 0, size);
+        self.submit(&mut recorder)?;
+        let state = Arc::new(Mutex::new(ReadState::default()));
+        let shared = state.clone();
+        self.scoped("reading back", |_| {
+            staging.map_async(wgpu::MapMode::Read, .., move |result| {
+                let mut state = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                state.mapped = Some(result.map_err(|error| error.to_string()));
+                if let Some(waker) = state.waker.take() {
+                    waker.wake();
+                }
+            });
+        })?;
+        Ok(Read { staging, bytes: bytes as usize, state })
+    }
+
+    fn finish_read(&self, read: &Read) -> Result<Vec<u8>> {
+        let view = read.staging.get_mapped_range(..).map_err(|error| self.error("reading back", error.to_string()))?;
+        Ok(view[..read.bytes].to_vec())
+    }
+
+    /// How long the device takes for what `work` records: by timestamp queries where there are any, else from
+    /// submission until it is done.
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.wait()?;
+        let features = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
+        if !self.wgpu_device().features().contains(features) {
+            let start = Instant::now();
+            work()?;
+            self.wait()?;
+            return Ok(start.elapsed());
+        }
+        let queries = self.scoped("timestamp queries", |device| {
+            device.create_query_set(&wgpu::QuerySetDescriptor {
+                label: Some("time"),
+                ty: wgpu::QueryType::Timestamp,
+                count: 2,
+            })
+        })?;
+        let resolved = self.scoped("timestamps", |device| {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("timestamps"),
+                size: 16,
+                usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
+                mapped_at_creation: false,
+            })
+        })?;
+        let ticks = self.alloc("timestamps", 16)?;
+        let stamp = |index| {
+            let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+            recorder.encoder(self.wgpu_device()).write_timestamp(&queries, index);
+        };
+        stamp(0);
+        work()?;
+        stamp(1);
+        {
+            let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+            let encoder = recorder.encoder(self.wgpu_device());
+            encoder.resolve_query_set(&queries, 0..2, &resolved, 0);
+            encoder.copy_buffer_to_buffer(&resolved, 0, ticks.raw(), 0, 16);
+        }
+        let bytes = self.read(&ticks, 16)?;
+        let [start, end]: [u64; 2] =
+            [0, 8].map(|at| bytes[at..at + 8].iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte)));
+        let nanoseconds = end.saturating_sub(start) as f64 * f64::from(self.wgpu_queue().get_timestamp_period());
+        Ok(Duration::from_nanos(nanoseconds as u64))
+    }
+}
+
+impl Recorder {
+    /// The encoder, outside any pass.
+    fn encoder(&mut self, device: &wgpu::Device) -> &mut wgpu::CommandEncoder {
+        self.pass = None;
+        self.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()))
+    }
+
+    /// The open pass of the encoder.
+    fn pass(&mut self, device: &wgpu::Device) -> &mut wgpu::ComputePass<'static> {
+        let encoder = self.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
+        self.pass.get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime())
+    }
+
+    /// Where there are no immediates: puts the parameters in the batch's buffer and returns their offset.
+    fn stage_uniform(&mut self, gpu: &Gpu, params: &[u8]) -> Option<u32> {
+        if gpu.immediates() {
+            return None;
+        }
+        let offset = self.uniforms.len();
+        self.uniforms.extend_from_slice(params);
+        self.uniforms.resize(offset + gpu.limits().uniform_alignment as usize, 0);
+        Some(offset as u32)
+    }
+}
+
+struct Read {
+    staging: wgpu::Buffer,
+    bytes: usize,
+    state: Arc<Mutex<ReadState>>,
+}
+
+#[derive(Default)]
+struct ReadState {
+    mapped: Option<Result<(), String>>,
+    waker: Option<Waker>,
+}
+
+/// `groups` workgroups as x and y within the limit; y rows are full, the surplus is cut off in the shader.
+fn fold(groups: u64, max: u32) -> (u32, u32) {
+    let y = groups.div_ceil(u64::from(max)).max(1);
+    (groups.div_ceil(y) as u32, y as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fold;
+
+    #[test]
+    fn folding_covers_every_group_within_the_limit() {
+        for groups in [1, 2, 65_534, 65_535, 65_536, 65_537, 131_070, 131_071, 10_000_000] {
+            let (x, y) = fold(groups, 65_535);
+            assert!(x <= 65_535 && y <= 65_535);
+            let covered = u64::from(x) * u64::from(y);
+            assert!(covered >= groups && covered < groups + u64::from(y), "{groups}: {x} x {y}");
+        }
+    }
+}

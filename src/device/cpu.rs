@@ -1,0 +1,127 @@
+//! The CPU as a device: host memory from a pool, counted as a GPU's is.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
+use super::pool::{MemoryCounters, Pool, Taken, size_class};
+
+/// The CPU device; clones share one pool.
+#[derive(Clone)]
+pub struct Cpu(Arc<Pool<Vec<f32>>>);
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Cpu(Arc::new(Pool::new(None)))
+    }
+}
+
+/// `len` f32 values of host memory, given back to the pool when dropped.
+pub struct HostBuffer {
+    values: Vec<f32>,
+    size: u64,
+    pool: Arc<Pool<Vec<f32>>>,
+}
+
+impl Cpu {
+    /// Memory of this device's tensors and matrices.
+    pub fn memory(&self) -> MemoryCounters {
+        self.0.counters()
+    }
+
+    /// Starts a new memory peak at what is live now.
+    pub fn reset_peak(&self) {
+        self.0.reset_peak();
+    }
+
+    /// `len` zeros.
+    pub(crate) fn zeros(&self, len: usize) -> HostBuffer {
+        let size = size_class(len as u64 * 4);
+        let values = match self.0.take(size, true) {
+            Taken::Reused(mut values) => {
+                values.clear();
+                values.resize(len, 0.0);
+                values
+            }
+            // There is no limit to pass.
+            Taken::Allocate { .. } | Taken::OverLimit => {
+                let mut values = Vec::with_capacity(size as usize / 4);
+                values.resize(len, 0.0);
+                values
+            }
+        };
+        HostBuffer { values, size, pool: self.0.clone() }
+    }
+
+    /// These values, counted as this device's until they are dropped.
+    pub(crate) fn adopt(&self, values: &[f32]) -> HostBuffer {
+        let mut buffer = self.zeros(values.len());
+        buffer.copy_from_slice(values);
+        buffer
+    }
+
+    /// Counts memory that something else holds, such as packed weights, for as long as the answer lives.
+    pub(crate) fn count(&self, bytes: u64) -> Counted {
+        self.0.count(bytes);
+        Counted { bytes, pool: self.0.clone() }
+    }
+}
+
+/// Keeps bytes counted as live.
+pub(crate) struct Counted {
+    bytes: u64,
+    pool: Arc<Pool<Vec<f32>>>,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.pool.forget(self.bytes);
+    }
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        self.pool.put(self.size, std::mem::take(&mut self.values));
+    }
+}
+
+impl Deref for HostBuffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.values
+    }
+}
+
+impl DerefMut for HostBuffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+}
+
+impl fmt::Debug for HostBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostBuffer({} values)", self.values.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_reused_zeroed_and_counted() {
+        let cpu = Cpu::default();
+        let mut first = cpu.zeros(1000);
+        first.fill(7.0);
+        drop(first);
+        let second = cpu.zeros(990);
+        assert!(second.iter().all(|&value| value == 0.0));
+        let packed = cpu.count(1 << 20);
+        let counters = cpu.memory();
+        assert_eq!(counters.reuses, 1);
+        assert_eq!(counters.live_bytes, size_class(4000) + (1 << 20));
+        drop((second, packed));
+        assert_eq!(cpu.memory().live_bytes, 0);
+    }
+}

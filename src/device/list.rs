@@ -1,0 +1,222 @@
+//! What devices there are, and which one is meant.
+
+use serde::Serialize;
+
+use super::gpu::{Gpu, Wrap, device_name};
+use super::tier::Tier;
+use crate::error::{Error, Result};
+
+/// Which adapter [`Device::gpu`](super::Device::gpu) opens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Select {
+    /// Discrete before integrated before others; software drivers last.
+    #[default]
+    HighPerformance,
+    /// Integrated before discrete before others; software drivers last.
+    LowPower,
+    /// The index in [`devices`].
+    Index(usize),
+    /// A part of `NAME (BACKEND)`, in any case, as in `radeon`, `vulkan` or `llvmpipe (LLVM 15`.
+    Name(String),
+}
+
+/// How to open an adapter.
+#[derive(Clone, Debug)]
+pub struct GpuOptions {
+    /// Which one.
+    pub select: Select,
+    /// The kernels' tier; by default the best one, or what `QLORA_TIER` says.
+    pub tier: Option<Tier>,
+    /// At most this many bytes in one binding, where that is less than the device's own limit. Larger matrices are
+    /// split by rows.
+    pub max_binding_bytes: Option<u64>,
+    /// The most bytes of live and pooled buffers; more is [`Error::OutOfMemory`].
+    pub memory_limit: Option<u64>,
+    /// Pass parameters as immediate data where the device can; a browser cannot.
+    pub immediates: bool,
+}
+
+impl Default for GpuOptions {
+    fn default() -> Self {
+        GpuOptions {
+            select: Select::default(),
+            tier: None,
+            max_binding_bytes: None,
+            memory_limit: None,
+            immediates: true,
+        }
+    }
+}
+
+/// A device that [`devices`] found.
+#[derive(Clone, Debug, Serialize)]
+pub struct DeviceInfo {
+    /// Its place in the list; `--device` and `QLORA_DEVICE` take it.
+    pub index: usize,
+    /// Name and backend, as in `llvmpipe (LLVM 15.0.6, 256 bits) (vulkan)`.
+    pub name: String,
+    /// `cpu`, `discrete`, `integrated`, `virtual`, `software` or `other`.
+    pub kind: &'static str,
+    /// wgpu's backend; `none` for the CPU device.
+    pub backend: String,
+    /// The driver and its version.
+    pub driver: String,
+    /// The tier it gets by default; empty for the CPU device.
+    pub tier: String,
+    /// Every tier it can run.
+    pub tiers: Vec<String>,
+    /// The most bytes of one binding; 0 for the CPU device, which has no such limit.
+    pub max_binding_bytes: u64,
+    /// Sizes of its subgroups, smallest and largest; 0 for the CPU device.
+    pub subgroup_sizes: [u32; 2],
+}
+
+/// Every device: the CPU first, then the adapters of every backend in wgpu's order.
+pub fn devices() -> Vec<DeviceInfo> {
+    let cpu = DeviceInfo {
+        index: 0,
+        name: "cpu".into(),
+        kind: "cpu",
+        backend: "none".into(),
+        driver: format!("{} threads", rayon::current_num_threads()),
+        tier: String::new(),
+        tiers: Vec::new(),
+        max_binding_bytes: 0,
+        subgroup_sizes: [0; 2],
+    };
+    let adapters = adapters();
+    let found = (1..).zip(&adapters).map(|(index, adapter)| describe(index, adapter));
+    std::iter::once(cpu).chain(found).collect()
+}
+
+fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
+    let info = adapter.get_info();
+    let features = adapter.features();
+    DeviceInfo {
+        index,
+        name: device_name(&info),
+        kind: match info.device_type {
+            wgpu::DeviceType::DiscreteGpu => "discrete",
+            wgpu::DeviceType::IntegratedGpu => "integrated",
+            wgpu::DeviceType::VirtualGpu => "virtual",
+            wgpu::DeviceType::Cpu => "software",
+            wgpu::DeviceType::Other => "other",
+        },
+        backend: info.backend.to_string(),
+        driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
+        tier: Tier::best(info.device_type, features).to_string(),
+        tiers: Tier::runnable(features).map(|tier| tier.to_string()).collect(),
+        max_binding_bytes: adapter.limits().max_storage_buffer_binding_size,
+        subgroup_sizes: [info.subgroup_min_size, info.subgroup_max_size],
+    }
+}
+
+/// Adapters that can run compute shaders, software drivers of the GL backend marked as such.
+fn adapters() -> Vec<wgpu::Adapter> {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
+    // Indirect dispatches are not used; their validation would only cost memory and a buffer-size limit.
+    descriptor.flags.remove(wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL);
+    // Ask for memory that is not there: an error instead of a driver's death.
+    descriptor.memory_budget_thresholds =
+        wgpu::MemoryBudgetThresholds { for_resource_creation: Some(95), for_device_loss: None };
+    let instance = wgpu::Instance::new(descriptor);
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    adapters
+        .retain(|adapter| adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
+    adapters
+}
+
+/// The first hardware GPU by performance.
+pub(super) fn hardware() -> Result<Option<Gpu>> {
+    let adapter = ranked(adapters(), false).into_iter().next();
+    match adapter.filter(|adapter| adapter.get_info().device_type != wgpu::DeviceType::Cpu) {
+        Some(adapter) => open_adapter(&adapter, &GpuOptions::default()).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Opens the adapter that the options and the environment mean.
+pub(super) fn open(options: &GpuOptions) -> Result<Gpu> {
+    let wanted = match (&options.select, std::env::var("QLORA_DEVICE")) {
+        (Select::HighPerformance | Select::LowPower, Ok(name)) if !["", "gpu", "best"].contains(&name.as_str()) => {
+            name.parse().map_or(Select::Name(name), Select::Index)
+        }
+        (select, _) => select.clone(),
+    };
+    let found = adapters();
+    let names: Vec<String> = found.iter().map(|adapter| device_name(&adapter.get_info())).collect();
+    let chosen = match &wanted {
+        Select::HighPerformance => ranked(found, false).into_iter().next(),
+        Select::LowPower => ranked(found, true).into_iter().next(),
+        Select::Index(index) => index.checked_sub(1).and_then(|at| found.into_iter().nth(at)),
+        Select::Name(part) => {
+            let part = part.to_lowercase();
+            let mut matching = (names.iter().zip(found)).filter(|(name, _)| name.to_lowercase().contains(&part));
+            matching.next().map(|(_, adapter)| adapter)
+        }
+    };
+    let adapter = chosen.ok_or_else(|| Error::NoDevice {
+        wanted: match wanted {
+            Select::HighPerformance | Select::LowPower => "any GPU".into(),
+            Select::Index(index) => format!("index {index}"),
+            Select::Name(name) => format!("{name:?}"),
+        },
+        found: if names.is_empty() { "none".into() } else { names.join(", ") },
+        hint: NO_DEVICE_HINT.into(),
+    })?;
+    open_adapter(&adapter, options)
+}
+
+/// What to do where no adapter is found.
+const NO_DEVICE_HINT: &str = "Install a Vulkan driver for the GPU, or Mesa's software driver: \
+    `apt install libvulkan1 mesa-vulkan-drivers` (Debian, Ubuntu), `dnf install mesa-vulkan-drivers` (Fedora), \
+    `pacman -S vulkan-swrast` (Arch). macOS and Windows bring Metal and DX12 along. The CPU device needs none: `--device cpu`";
+
+/// Best first: by type, then in wgpu's order, which puts Vulkan, Metal and DX12 before GL.
+fn ranked(mut adapters: Vec<wgpu::Adapter>, low_power: bool) -> Vec<wgpu::Adapter> {
+    adapters.sort_by_key(|adapter| {
+        let info = adapter.get_info();
+        let kind = match info.device_type {
+            wgpu::DeviceType::DiscreteGpu => u8::from(low_power),
+            wgpu::DeviceType::IntegratedGpu => u8::from(!low_power),
+            wgpu::DeviceType::VirtualGpu => 2,
+            wgpu::DeviceType::Other => 3,
+            wgpu::DeviceType::Cpu => 4,
+        };
+        (kind, info.backend == wgpu::Backend::Gl)
+    });
+    adapters
+}
+
+fn open_adapter(adapter: &wgpu::Adapter, options: &GpuOptions) -> Result<Gpu> {
+    let tier = tier(options, &adapter.get_info(), adapter.features())?;
+    pollster::block_on(Gpu::open(adapter, settings(options, tier)))
+}
+
+/// Wraps the caller's device.
+pub(super) fn wrap(
+    info: wgpu::AdapterInfo,
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    options: &GpuOptions,
+) -> Result<Gpu> {
+    let tier = tier(options, &info, device.features())?;
+    Gpu::wrap(info, device, queue, settings(options, tier))
+}
+
+fn tier(options: &GpuOptions, info: &wgpu::AdapterInfo, features: wgpu::Features) -> Result<Tier> {
+    match (options.tier, std::env::var("QLORA_TIER")) {
+        (Some(tier), _) => Ok(tier),
+        (None, Ok(name)) if !name.is_empty() => name.parse(),
+        _ => Ok(Tier::best(info.device_type, features)),
+    }
+}
+
+fn settings(options: &GpuOptions, tier: Tier) -> Wrap {
+    Wrap {
+        tier,
+        max_binding_bytes: options.max_binding_bytes,
+        memory_limit: options.memory_limit,
+        immediates: options.immediates,
+    }
+}

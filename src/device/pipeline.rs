@@ -1,0 +1,148 @@
+//! Compute pipelines, compiled once per kernel variant, and the bind groups that go with them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::gpu::Gpu;
+use super::shader::{Access, Defines, Kernel, compose};
+use crate::error::Result;
+
+/// Bind groups kept per pipeline before its cache starts over.
+const MAX_BIND_GROUPS: usize = 1024;
+
+/// A compiled variant of a kernel.
+pub(super) struct Pipeline {
+    pub(super) raw: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+    label: String,
+    bind_groups: Mutex<HashMap<Vec<u64>, wgpu::BindGroup>>,
+}
+
+/// All pipelines of a device.
+#[derive(Default)]
+pub(super) struct Pipelines {
+    compiled: Mutex<HashMap<(&'static str, Defines), Arc<Pipeline>>>,
+}
+
+impl Pipelines {
+    /// The pipeline of this variant, compiled on first use.
+    pub(super) fn get(&self, gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Arc<Pipeline>> {
+        // Held while compiling: two threads that want the same variant compile it once.
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        // The key is cloned only when it is new.
+        if let Some(pipeline) = compiled.get(&(kernel.name, defines.clone())) {
+            return Ok(pipeline.clone());
+        }
+        let pipeline = Arc::new(Pipeline::compile(gpu, kernel, defines)?);
+        compiled.insert((kernel.name, defines.clone()), pipeline.clone());
+        Ok(pipeline)
+    }
+
+    /// How many variants have been compiled.
+    pub(super) fn len(&self) -> usize {
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// Forgets bind groups of buffers that no longer exist, so that their memory is given back.
+    pub(super) fn forget_buffers(&self, retired: &[u64]) {
+        let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        for pipeline in compiled.values() {
+            let mut groups = pipeline.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
+            groups.retain(|ids, _| !ids.iter().any(|id| retired.contains(id)));
+        }
+    }
+}
+
+impl Pipeline {
+    fn compile(gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Pipeline> {
+        let label = format!("{} {}", kernel.name, defines.label());
+        let immediates = gpu.immediates();
+        let source = compose(kernel, defines, immediates).map_err(|message| gpu.error(&label, message))?;
+        let storage = kernel.bindings.iter().map(|(_, access)| wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Storage { read_only: *access == Access::Read },
+            has_dynamic_offset: false,
+            min_binding_size: None,
+        });
+        let uniform = (!immediates).then_some(wgpu::BindingType::Buffer {
+            ty: wgpu::BufferBindingType::Uniform,
+            has_dynamic_offset: true,
+            min_binding_size: None,
+        });
+        let entries: Vec<_> = (0..)
+            .zip(storage.chain(uniform))
+            .map(|(binding, ty)| wgpu::BindGroupLayoutEntry {
+                binding,
+                visibility: wgpu::ShaderStages::COMPUTE,
+                ty,
+                count: None,
+            })
+            .collect();
+        let (raw, layout) = gpu.scoped(&label, |device| {
+            let module = shader_module(device, &label, source);
+            let layout = device
+                .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
+            let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+                label: Some(&label),
+                bind_group_layouts: &[Some(&layout)],
+                immediate_size: if immediates { kernel.params_bytes as u32 } else { 0 },
+            });
+            let raw = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                label: Some(&label),
+                layout: Some(&pipeline_layout),
+                module: &module,
+                entry_point: Some("main"),
+                compilation_options: wgpu::PipelineCompilationOptions {
+                    // Every kernel writes its workgroup memory before it reads it.
+                    zero_initialize_workgroup_memory: false,
+                    ..Default::default()
+                },
+                cache: None,
+            });
+            (raw, layout)
+        })?;
+        Ok(Pipeline { raw, layout, label, bind_groups: Mutex::default() })
+    }
+
+    /// The bind group of these buffers (`ids` name them), made on first use.
+    pub(super) fn bind_group(
+        &self,
+        gpu: &Gpu,
+        ids: Vec<u64>,
+        resources: &[wgpu::BindingResource<'_>],
+    ) -> Result<wgpu::BindGroup> {
+        let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(group) = groups.get(&ids) {
+            return Ok(group.clone());
+        }
+        if groups.len() >= MAX_BIND_GROUPS {
+            groups.clear();
+        }
+        let entries: Vec<_> = (0..)
+            .zip(resources)
+            .map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource: resource.clone() })
+            .collect();
+        let group = gpu.scoped(&self.label, |device| {
+            device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: Some(&self.label),
+                layout: &self.layout,
+                entries: &entries,
+            })
+        })?;
+        groups.insert(ids, group.clone());
+        Ok(group)
+    }
+}
+
+/// Debug builds keep every run-time check of the driver's code; release builds drop them.
+fn shader_module(device: &wgpu::Device, label: &str, source: String) -> wgpu::ShaderModule {
+    let descriptor =
+        wgpu::ShaderModuleDescriptor { label: Some(label), source: wgpu::ShaderSource::Wgsl(source.into()) };
+    if cfg!(debug_assertions) {
+        return device.create_shader_module(descriptor);
+    }
+    // SAFETY: the checks that are left out guard against out-of-bounds indices, endless loops and division by
+    // zero. The host validates every shape before it dispatches; kernels clamp rows and columns to the matrix,
+    // bound every loop by a parameter, and divide by constants and non-zero tile counts only. The same shaders run
+    // with all checks on in debug builds, where the tests compare them with their CPU twins.
+    unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+}

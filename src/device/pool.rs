@@ -1,0 +1,173 @@
+//! Buffer reuse by size class, with counters that say what is resident.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Memory of one device, in bytes; read with [`Device::memory`](super::Device::memory).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryCounters {
+    /// Held by live tensors and matrices.
+    pub live_bytes: u64,
+    /// The most that `live_bytes` has been since the device was made or the peak was reset.
+    pub peak_bytes: u64,
+    /// Freed and kept for the next allocation of its size class.
+    pub pooled_bytes: u64,
+    /// Allocations that went to the driver (or the system's allocator).
+    pub allocations: u64,
+    /// Allocations that a pooled buffer served.
+    pub reuses: u64,
+}
+
+/// Free memory beyond this, and beyond what is live, is given back when a new size is asked for.
+const SLACK_BYTES: u64 = 64 << 20;
+
+/// Rounds a size up so that few distinct sizes exist: to 256 bytes, and above 4 KiB to eighths of a power of two
+/// (at most 12.5 % more than asked for).
+pub(crate) fn size_class(bytes: u64) -> u64 {
+    let step = (bytes.max(1).next_power_of_two() / 16).max(256);
+    bytes.max(1).next_multiple_of(step)
+}
+
+/// Free lists of `T` by size, and the counters. `T` is a GPU buffer or host memory.
+pub(crate) struct Pool<T> {
+    limit: Option<u64>,
+    state: Mutex<State<T>>,
+}
+
+struct State<T> {
+    free: BTreeMap<u64, Vec<T>>,
+    counters: MemoryCounters,
+}
+
+/// What [`Pool::take`] answers.
+pub(crate) enum Taken<T> {
+    /// A pooled item of the size asked for.
+    Reused(T),
+    /// Nothing fits: the caller allocates, and drops these, which were trimmed to make room.
+    Allocate { trimmed: Vec<T> },
+    /// The device's memory limit would be passed.
+    OverLimit,
+}
+
+impl<T> Pool<T> {
+    /// An empty pool; `limit` bounds live and pooled bytes together.
+    pub(crate) fn new(limit: Option<u64>) -> Self {
+        Pool { limit, state: Mutex::new(State { free: BTreeMap::new(), counters: MemoryCounters::default() }) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<T>> {
+        // The state is consistent after every statement below, so a panic elsewhere does not spoil it.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes an item of exactly `size` bytes and counts it as live, also when the caller has to allocate it. Where a
+    /// new one is wanted (`reuse` is false) the caller always has to.
+    pub(crate) fn take(&self, size: u64, reuse: bool) -> Taken<T> {
+        let state = &mut *self.state();
+        let reused = state.free.get_mut(&size).filter(|_| reuse).and_then(Vec::pop);
+        if reused.is_some() {
+            state.counters.pooled_bytes -= size;
+            state.counters.reuses += 1;
+        }
+        let counters = &mut state.counters;
+        let over = |counters: &MemoryCounters| {
+            self.limit.is_some_and(|limit| counters.live_bytes + counters.pooled_bytes + size > limit)
+        };
+        let mut trimmed = Vec::new();
+        if reused.is_none() {
+            if counters.pooled_bytes > counters.live_bytes + SLACK_BYTES || over(counters) {
+                trimmed = std::mem::take(&mut state.free).into_values().flatten().collect();
+                counters.pooled_bytes = 0;
+            }
+            if over(counters) {
+                return Taken::OverLimit;
+            }
+            counters.allocations += 1;
+        }
+        counters.live_bytes += size;
+        counters.peak_bytes = counters.peak_bytes.max(counters.live_bytes);
+        reused.map_or(Taken::Allocate { trimmed }, Taken::Reused)
+    }
+
+    /// Counts `size` bytes that are held elsewhere as live.
+    pub(crate) fn count(&self, size: u64) {
+        let counters = &mut self.state().counters;
+        counters.live_bytes += size;
+        counters.peak_bytes = counters.peak_bytes.max(counters.live_bytes);
+    }
+
+    /// Takes back an item of `size` bytes: kept for reuse.
+    pub(crate) fn put(&self, size: u64, item: T) {
+        let state = &mut *self.state();
+        state.counters.live_bytes -= size;
+        state.counters.pooled_bytes += size;
+        state.free.entry(size).or_default().push(item);
+    }
+
+    /// An item of `size` bytes is gone: dropped by its owner, or never allocated after [`Pool::take`].
+    pub(crate) fn forget(&self, size: u64) {
+        self.state().counters.live_bytes -= size;
+    }
+
+    /// Empties the free lists.
+    pub(crate) fn trim(&self) -> Vec<T> {
+        let state = &mut *self.state();
+        state.counters.pooled_bytes = 0;
+        std::mem::take(&mut state.free).into_values().flatten().collect()
+    }
+
+    pub(crate) fn counters(&self) -> MemoryCounters {
+        self.state().counters
+    }
+
+    /// Starts a new peak at what is live now.
+    pub(crate) fn reset_peak(&self) {
+        let counters = &mut self.state().counters;
+        counters.peak_bytes = counters.live_bytes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn size_classes_waste_at_most_an_eighth() {
+        for bytes in (1..100_000u64).chain([1 << 20, (1 << 20) + 1, 123_456_789]) {
+            let class = size_class(bytes);
+            assert!(class >= bytes && class.is_multiple_of(256), "{bytes} -> {class}");
+            assert!(class <= (bytes + bytes / 8).max(bytes + 256), "{bytes} -> {class}");
+            assert_eq!(size_class(class), class, "a class is its own class");
+        }
+    }
+
+    #[test]
+    fn an_item_comes_back_and_the_counters_follow() {
+        let pool = Pool::new(None);
+        assert!(matches!(pool.take(512, true), Taken::Allocate { .. }));
+        pool.put(512, "first");
+        assert!(matches!(pool.take(1024, true), Taken::Allocate { .. }), "another size is another list");
+        assert!(matches!(pool.take(512, false), Taken::Allocate { .. }), "a new one, although one is pooled");
+        pool.forget(512);
+        assert!(matches!(pool.take(512, true), Taken::Reused("first")));
+        let counters = pool.counters();
+        assert_eq!((counters.live_bytes, counters.peak_bytes), (1536, 1536));
+        assert_eq!((counters.allocations, counters.reuses, counters.pooled_bytes), (3, 1, 0));
+        pool.forget(1024);
+        pool.reset_peak();
+        assert_eq!(pool.counters().peak_bytes, 512);
+    }
+
+    #[test]
+    fn a_limit_trims_first_and_then_refuses() {
+        let pool = Pool::new(Some(1000));
+        assert!(matches!(pool.take(600, true), Taken::Allocate { .. }));
+        pool.put(600, 1);
+        match pool.take(700, true) {
+            Taken::Allocate { trimmed } => assert_eq!(trimmed, [1]),
+            _ => panic!("the pooled 600 bytes make room"),
+        }
+        assert!(matches!(pool.take(400, true), Taken::OverLimit));
+        assert_eq!(pool.counters().live_bytes, 700);
+    }
+}

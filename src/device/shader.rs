@@ -1,0 +1,162 @@
+//! Shader text: whole `.wgsl` files with a few template tags for tile sizes, unrolled loops and shared snippets.
+
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, UndefinedBehavior, Value};
+
+/// How a kernel uses one of its storage buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// `var<storage, read>`
+    Read,
+    /// `var<storage, read_write>`
+    Write,
+}
+
+/// A kernel as the device sees it; everything else about it is in its file under `kernels`.
+#[derive(Debug)]
+pub struct Kernel {
+    /// Its name, that of `shaders/NAME.wgsl` and of its Rust file.
+    pub name: &'static str,
+    /// The template of its shader.
+    pub source: &'static str,
+    /// Storage buffers in binding order, as named in the shader.
+    pub bindings: &'static [(&'static str, Access)],
+    /// Bytes of its `Params`.
+    pub params_bytes: usize,
+    /// Name and byte offset of each field of its `Params`.
+    pub params_fields: &'static [(&'static str, usize)],
+}
+
+/// Text constants of one variant of a kernel. Their values are part of a pipeline's identity.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Defines(Vec<(&'static str, Define)>);
+
+/// The value of a text constant.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Define {
+    /// For `{% if NAME %}`.
+    Flag(bool),
+    /// A size or a count.
+    Number(u32),
+    /// A word out of a fixed set.
+    Word(&'static str),
+    /// The bits of f32 values, so that they compare and reach the shader exactly.
+    Floats(Vec<u32>),
+}
+
+impl From<bool> for Define {
+    fn from(value: bool) -> Self {
+        Define::Flag(value)
+    }
+}
+
+impl From<u32> for Define {
+    fn from(value: u32) -> Self {
+        Define::Number(value)
+    }
+}
+
+impl From<&'static str> for Define {
+    fn from(value: &'static str) -> Self {
+        Define::Word(value)
+    }
+}
+
+impl From<&[f32]> for Define {
+    fn from(values: &[f32]) -> Self {
+        Define::Floats(values.iter().map(|value| value.to_bits()).collect())
+    }
+}
+
+impl Defines {
+    /// No constants yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds one constant.
+    pub fn with(mut self, name: &'static str, value: impl Into<Define>) -> Self {
+        self.0.push((name, value.into()));
+        self
+    }
+
+    /// Whether a flag of this name is set.
+    pub fn flag(&self, name: &str) -> bool {
+        self.0.iter().any(|(other, value)| *other == name && *value == Define::Flag(true))
+    }
+
+    /// The variant in one line, for labels and messages.
+    pub fn label(&self) -> String {
+        let show = |(name, value): &(&str, Define)| match value {
+            Define::Flag(true) => Some((*name).to_owned()),
+            Define::Flag(false) | Define::Floats(_) => None,
+            Define::Number(number) => Some(format!("{name}={number}")),
+            Define::Word(word) => Some(format!("{name}={word}")),
+        };
+        self.0.iter().filter_map(show).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// A WGSL literal with exactly these bits. Finite values only (a codebook's are).
+fn wgsl_float(bits: u32) -> String {
+    format!("{:?}f", f32::from_bits(bits))
+}
+
+macro_rules! shared {
+    ($($name:literal),* $(,)?) => {
+        [$(($name, include_str!(concat!("../../shaders/shared/", $name)))),*]
+    };
+}
+
+static ENVIRONMENT: LazyLock<Environment<'static>> = LazyLock::new(|| {
+    // The snippets are part of the crate: whether they parse cannot depend on input, and the registry test uses them.
+    environment().unwrap_or_else(|error| unreachable!("shaders/shared: {error:#}"))
+});
+
+fn environment() -> Result<Environment<'static>, minijinja::Error> {
+    let mut environment = Environment::new();
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
+    for (name, source) in shared![
+        "dropout.wgsl",
+        "groups.wgsl",
+        "matrix.wgsl",
+        "matrix_params.wgsl",
+        "qmatmul.wgsl",
+        "reduce.wgsl",
+        "x.wgsl"
+    ] {
+        environment.add_template(name, source)?;
+    }
+    Ok(environment)
+}
+
+/// The WGSL text of a kernel's variant. `immediates` chooses where `Params` lives: in immediate data, or in a
+/// uniform buffer after the last storage binding.
+pub fn compose(kernel: &Kernel, defines: &Defines, immediates: bool) -> Result<String, String> {
+    let mut context: BTreeMap<&str, Value> = defines
+        .0
+        .iter()
+        .map(|(name, value)| {
+            let value = match value {
+                Define::Flag(flag) => Value::from(*flag),
+                Define::Number(number) => Value::from(*number),
+                Define::Word(word) => Value::from(*word),
+                Define::Floats(bits) => bits.iter().map(|&bits| Value::from(wgsl_float(bits))).collect(),
+            };
+            (*name, value)
+        })
+        .collect();
+    let space = if immediates {
+        "var<immediate>".to_owned()
+    } else {
+        format!("@group(0) @binding({}) var<uniform>", kernel.bindings.len())
+    };
+    context.insert("param_space", Value::from(space));
+    ENVIRONMENT
+        .render_named_str(kernel.name, kernel.source, Value::from(context))
+        .map_err(|error| format!("shaders/{}.wgsl: {error:#}", kernel.name))
+}

@@ -1,0 +1,115 @@
+//! Capability tiers: which form of each kernel a device runs.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+
+/// Which form of the kernels a device runs; chosen once per device, best first.
+///
+/// `QLORA_TIER` or [`GpuOptions::tier`](super::GpuOptions::tier) forces one, so that every form that a driver
+/// can run is tested on it. Cooperative-matrix tiers will stand above these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tier {
+    /// Software drivers (`DeviceType::Cpu`): no shared memory and no barriers, which cost more there than they save.
+    Software,
+    /// Plain WGSL: shared-memory register tiles, reductions as trees in workgroup memory.
+    Plain,
+    /// As `Plain`, with subgroup reductions.
+    Subgroup,
+    /// As `Plain`, with operands staged as f16 (accumulators stay f32).
+    F16,
+    /// Subgroup reductions and f16 staging.
+    SubgroupF16,
+}
+
+impl Tier {
+    /// Every tier, least capable first.
+    pub const ALL: [Tier; 5] = [Tier::Software, Tier::Plain, Tier::Subgroup, Tier::F16, Tier::SubgroupF16];
+
+    /// Reductions use subgroup operations.
+    pub fn subgroups(self) -> bool {
+        matches!(self, Tier::Subgroup | Tier::SubgroupF16)
+    }
+
+    /// Operands are staged as f16, so results carry f16 rounding of the operands.
+    pub fn f16(self) -> bool {
+        matches!(self, Tier::F16 | Tier::SubgroupF16)
+    }
+
+    /// The wgpu features that this tier needs.
+    pub fn features(self) -> wgpu::Features {
+        let mut features = wgpu::Features::empty();
+        features.set(wgpu::Features::SUBGROUP, self.subgroups());
+        features.set(wgpu::Features::SHADER_F16, self.f16());
+        features
+    }
+
+    /// The best tier for an adapter of this type and these features.
+    pub fn best(device_type: wgpu::DeviceType, features: wgpu::Features) -> Tier {
+        if device_type == wgpu::DeviceType::Cpu {
+            return Tier::Software;
+        }
+        let runs = |tier: &&Tier| features.contains(tier.features());
+        Tier::ALL.iter().rev().find(runs).copied().unwrap_or(Tier::Plain)
+    }
+
+    /// The tiers that a device with these features can run, least capable first.
+    pub fn runnable(features: wgpu::Features) -> impl Iterator<Item = Tier> {
+        Tier::ALL.into_iter().filter(move |tier| features.contains(tier.features()))
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Tier::Software => "software",
+            Tier::Plain => "plain",
+            Tier::Subgroup => "subgroup",
+            Tier::F16 => "f16",
+            Tier::SubgroupF16 => "subgroup-f16",
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Tier {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Tier> {
+        Tier::ALL.into_iter().find(|tier| tier.name() == text).ok_or_else(|| Error::Invalid {
+            op: "tier",
+            what: "the name",
+            got: format!("{text:?}"),
+            expected: format!("it must be one of {}", Tier::ALL.map(Tier::name).join(", ")),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_bad_ones_are_refused() {
+        for tier in Tier::ALL {
+            assert_eq!(tier.to_string().parse::<Tier>().unwrap(), tier);
+        }
+        let error = "fast".parse::<Tier>().unwrap_err().to_string();
+        assert!(error.contains("fast") && error.contains("subgroup-f16"), "{error}");
+    }
+
+    #[test]
+    fn the_best_tier_follows_type_and_features() {
+        use wgpu::{DeviceType, Features};
+        let all = Features::SUBGROUP | Features::SHADER_F16;
+        assert_eq!(Tier::best(DeviceType::Cpu, all), Tier::Software);
+        assert_eq!(Tier::best(DeviceType::DiscreteGpu, all), Tier::SubgroupF16);
+        assert_eq!(Tier::best(DeviceType::DiscreteGpu, Features::SHADER_F16), Tier::F16);
+        assert_eq!(Tier::best(DeviceType::IntegratedGpu, Features::SUBGROUP), Tier::Subgroup);
+        assert_eq!(Tier::best(DeviceType::Other, Features::empty()), Tier::Plain);
+    }
+}

@@ -1,0 +1,223 @@
+//! f32 tensors on a device; in and out as slices and `ndarray` arrays.
+
+use std::sync::Arc;
+
+use ndarray::{Array2, ArrayBase, Data, Dimension};
+
+use crate::device::{Buffer, Cpu, Device, Gpu, HostBuffer};
+use crate::error::{Error, Result};
+
+/// A row-major f32 tensor. Clones share the values; operations make new tensors.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    shape: Vec<usize>,
+    storage: Storage,
+}
+
+#[derive(Clone)]
+pub(crate) enum Storage {
+    Cpu(Cpu, Arc<HostBuffer>),
+    Gpu(Gpu, Buffer),
+}
+
+impl std::fmt::Debug for Storage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Storage::Cpu(..) => write!(f, "cpu"),
+            Storage::Gpu(gpu, _) => write!(f, "{}", gpu.name()),
+        }
+    }
+}
+
+impl Tensor {
+    /// A tensor of these values.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `values` has not as many as `shape` says; [`Error::TooLarge`] and [`Error::OutOfMemory`]
+    /// from the device.
+    pub fn from_slice(device: &Device, shape: &[usize], values: &[f32]) -> Result<Tensor> {
+        let len = element_count(shape)?;
+        if len != values.len() {
+            return Err(Error::Shape {
+                op: "tensor",
+                what: "number of values",
+                expected: format!("{len} for {shape:?}"),
+                got: values.len().to_string(),
+            });
+        }
+        let storage = match device {
+            Device::Cpu(cpu) => Storage::Cpu(cpu.clone(), Arc::new(cpu.adopt(values))),
+            Device::Gpu(gpu) => Storage::Gpu(gpu.clone(), gpu.upload("tensor", bytemuck::cast_slice(values))?),
+        };
+        Ok(Tensor { shape: shape.to_vec(), storage })
+    }
+
+    /// A tensor of zeros.
+    pub fn zeros(device: &Device, shape: &[usize]) -> Result<Tensor> {
+        match device {
+            Device::Cpu(cpu) => {
+                let len = element_count(shape)?;
+                Ok(Tensor::from_host(cpu, shape, cpu.zeros(len)))
+            }
+            Device::Gpu(_) => Tensor::from_slice(device, shape, &vec![0.0; element_count(shape)?]),
+        }
+    }
+
+    /// A tensor of an array's values, in row-major order whatever the array's layout.
+    pub fn from_array<S: Data<Elem = f32>, D: Dimension>(device: &Device, array: &ArrayBase<S, D>) -> Result<Tensor> {
+        let standard = array.as_standard_layout();
+        match standard.as_slice() {
+            Some(values) => Tensor::from_slice(device, array.shape(), values),
+            None => Tensor::from_slice(device, array.shape(), &standard.iter().copied().collect::<Vec<_>>()),
+        }
+    }
+
+    pub(crate) fn from_host(cpu: &Cpu, shape: &[usize], values: HostBuffer) -> Tensor {
+        Tensor { shape: shape.to_vec(), storage: Storage::Cpu(cpu.clone(), Arc::new(values)) }
+    }
+
+    pub(crate) fn from_buffer(gpu: &Gpu, shape: &[usize], buffer: Buffer) -> Tensor {
+        Tensor { shape: shape.to_vec(), storage: Storage::Gpu(gpu.clone(), buffer) }
+    }
+
+    /// A tensor for a kernel to write; its values are whatever was there before.
+    pub(crate) fn uninit(gpu: &Gpu, what: &str, shape: &[usize]) -> Result<Tensor> {
+        let bytes = element_count(shape)? as u64 * 4;
+        Ok(Tensor::from_buffer(gpu, shape, gpu.alloc(what, bytes)?))
+    }
+
+    /// Sizes, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether there are no values.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Where the values are.
+    pub fn device(&self) -> Device {
+        match &self.storage {
+            Storage::Cpu(cpu, _) => Device::Cpu(cpu.clone()),
+            Storage::Gpu(gpu, _) => Device::Gpu(gpu.clone()),
+        }
+    }
+
+    pub(crate) fn storage(&self) -> &Storage {
+        &self.storage
+    }
+
+    /// Bytes that the values take on their device.
+    pub fn resident_bytes(&self) -> u64 {
+        match &self.storage {
+            Storage::Cpu(_, values) => values.len() as u64 * 4,
+            Storage::Gpu(_, buffer) => buffer.resident_bytes(),
+        }
+    }
+
+    /// The host values, for kernels that have made sure that they run on the CPU device.
+    pub(crate) fn host(&self, op: &'static str) -> Result<&[f32]> {
+        match &self.storage {
+            Storage::Cpu(_, values) => Ok(values),
+            Storage::Gpu(gpu, _) => Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() }),
+        }
+    }
+
+    /// The GPU buffer, for kernels that run on `gpu`.
+    pub(crate) fn buffer(&self, gpu: &Gpu, op: &'static str) -> Result<&Buffer> {
+        match &self.storage {
+            Storage::Gpu(home, buffer) if home.is(gpu) => Ok(buffer),
+            _ => Err(Error::DeviceMismatch { op, left: gpu.name().to_owned(), right: self.device().name().to_owned() }),
+        }
+    }
+
+    /// The values; waits for the device.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        match &self.storage {
+            Storage::Cpu(_, values) => Ok(values.to_vec()),
+            Storage::Gpu(gpu, buffer) => Ok(from_bytes(&gpu.read(buffer, self.len() as u64 * 4)?)),
+        }
+    }
+
+    /// As [`Tensor::to_vec`], without blocking the thread while the device works.
+    pub async fn to_vec_async(&self) -> Result<Vec<f32>> {
+        match &self.storage {
+            Storage::Cpu(_, values) => Ok(values.to_vec()),
+            Storage::Gpu(gpu, buffer) => Ok(from_bytes(&gpu.read_async(buffer, self.len() as u64 * 4).await?)),
+        }
+    }
+
+    /// The values of a 2-D tensor as an array.
+    pub fn to_array2(&self) -> Result<Array2<f32>> {
+        let wrong =
+            |got: String| Error::Shape { op: "to_array2", what: "shape", expected: "[rows, columns]".into(), got };
+        let [rows, cols] = self.shape[..] else { return Err(wrong(format!("{:?}", self.shape))) };
+        Array2::from_shape_vec((rows, cols), self.to_vec()?).map_err(|error| wrong(error.to_string()))
+    }
+
+    /// The same values on another device; on the same one, the same tensor.
+    pub fn to_device(&self, device: &Device) -> Result<Tensor> {
+        if self.device().is(device) {
+            return Ok(self.clone());
+        }
+        Tensor::from_slice(device, &self.shape, &self.to_vec()?)
+    }
+}
+
+/// `bytes` as f32 values, copied because bytes need not be aligned.
+pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
+    bytemuck::pod_collect_to_vec(bytes)
+}
+
+fn element_count(shape: &[usize]) -> Result<usize> {
+    let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
+    // Kernels index with u32.
+    count.filter(|&count| count < u32::MAX as usize).ok_or_else(|| Error::Invalid {
+        op: "tensor",
+        what: "shape",
+        got: format!("{shape:?}"),
+        expected: "a tensor has fewer than 2^32 values".into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::arr2;
+
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn values_come_back_from_every_device() {
+        for device in testing::devices() {
+            let values: Vec<f32> = (0..1001).map(|i| i as f32 * 0.5 - 100.0).collect();
+            let tensor = Tensor::from_slice(&device, &[7, 143], &values).unwrap();
+            assert_eq!(tensor.to_vec().unwrap(), values, "{device:?}");
+            assert_eq!(pollster::block_on(tensor.to_vec_async()).unwrap(), values, "{device:?}");
+            assert_eq!(tensor.to_device(&Device::cpu()).unwrap().to_vec().unwrap(), values);
+            assert!(Tensor::zeros(&device, &[3, 5]).unwrap().to_vec().unwrap().iter().all(|&value| value == 0.0));
+        }
+    }
+
+    #[test]
+    fn arrays_of_any_layout_go_in_row_major() {
+        let array = arr2(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]);
+        let tensor = Tensor::from_array(&Device::cpu(), &array.t()).unwrap();
+        assert_eq!(tensor.shape(), [3, 2]);
+        assert_eq!(tensor.to_vec().unwrap(), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        assert_eq!(tensor.to_array2().unwrap(), array.t());
+    }
+
+    #[test]
+    fn a_wrong_count_is_an_error_that_says_both() {
+        let error = Tensor::from_slice(&Device::cpu(), &[2, 3], &[0.0; 5]).unwrap_err().to_string();
+        assert!(error.contains('6') && error.contains('5'), "{error}");
+        assert!(Tensor::zeros(&Device::cpu(), &[1 << 20, 1 << 20]).is_err());
+    }
+}

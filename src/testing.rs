@@ -1,0 +1,157 @@
+//! Devices for tests.
+
+use std::sync::LazyLock;
+
+pub use crate::bench::uniform as values;
+use crate::device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices as list};
+use crate::kernels::HostMatrix;
+use crate::quant::{
+    Codebook, DenseData, DenseMatrix, DoubleQuant, DoubleScales, Dtype, Format, Parts, QuantOptions, QuantizedMatrix,
+    Scales,
+};
+
+/// The devices that tests run on: the CPU, and every adapter in every tier that it can run. `QLORA_TEST_DEVICES` is
+/// `cpu` for the CPU alone, or a part of the names of the adapters wanted.
+///
+/// # Panics
+/// If no adapter is found and `QLORA_TEST_DEVICES=cpu` does not say that none is wanted: a test that silently runs
+/// on less than it should proves nothing.
+pub fn devices() -> Vec<Device> {
+    static DEVICES: LazyLock<Vec<Device>> =
+        LazyLock::new(|| std::iter::once(Device::cpu()).chain(open_gpus()).collect());
+    DEVICES.clone()
+}
+
+/// Those of [`devices`] that are adapters.
+pub fn gpus() -> Vec<Device> {
+    devices().into_iter().filter(|device| matches!(device, Device::Gpu(_))).collect()
+}
+
+/// Every adapter once, in its default tier, opened with changed options.
+pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
+    let open = |info: &DeviceInfo| {
+        let mut options = GpuOptions { select: Select::Index(info.index), ..GpuOptions::default() };
+        change(&mut options);
+        Device::gpu(&options).unwrap_or_else(|error| panic!("{}: {error}", info.name))
+    };
+    adapters().iter().map(open).collect()
+}
+
+/// The adapters that QLORA_TEST_DEVICES wants.
+pub fn adapters() -> Vec<DeviceInfo> {
+    let wanted = std::env::var("QLORA_TEST_DEVICES").unwrap_or_default().to_lowercase();
+    if wanted == "cpu" {
+        return Vec::new();
+    }
+    let mut found = list();
+    found.retain(|info| info.index > 0 && info.name.to_lowercase().contains(&wanted));
+    assert!(
+        !found.is_empty(),
+        "no adapter matches QLORA_TEST_DEVICES={wanted:?}: install a Vulkan driver (`make setup` installs Mesa's software \
+         driver on Debian and Ubuntu), or set QLORA_TEST_DEVICES=cpu to leave GPU tests out"
+    );
+    found
+}
+
+fn open_gpus() -> Vec<Device> {
+    let mut gpus = Vec::new();
+    for info in adapters() {
+        for tier in &info.tiers {
+            let tier: Tier = tier.parse().unwrap();
+            let options = GpuOptions { select: Select::Index(info.index), tier: Some(tier), ..GpuOptions::default() };
+            gpus.push(Device::gpu(&options).unwrap_or_else(|error| panic!("{} tier {tier}: {error}", info.name)));
+        }
+    }
+    gpus
+}
+
+/// Every kind of matrix that the kernels read, of this shape: the 4-bit formats with plain and double-quantized scales,
+/// one with minima, and the dense precisions.
+pub fn matrices(seed: u64, rows: usize, cols: usize, amplitude: f32) -> Vec<(String, HostMatrix)> {
+    let dense = values(seed, rows * cols, amplitude);
+    let mut all = Vec::new();
+    for (format, block) in [(Format::Nf4, 64), (Format::Fp4, 32), (Format::Int4, 128)] {
+        for double in [false, true] {
+            let options = QuantOptions { format, block, double: DoubleQuant::None };
+            let options = if double { options.double_quant() } else { options };
+            let matrix = QuantizedMatrix::quantize(dense.as_slice().into(), rows, cols, &options).unwrap();
+            all.push((format!("{format} block {block} double {double}"), matrix.into()));
+        }
+    }
+    all.push(("counting codebook with minima".into(), with_minima(seed, rows, cols, amplitude).into()));
+    let to_dense = |data| HostMatrix::from(DenseMatrix::new(rows, cols, data).unwrap());
+    all.push(("f32".into(), to_dense(DenseData::F32(dense.clone()))));
+    all.push(("f16".into(), to_dense(DenseData::F16(dense.iter().map(|&v| half::f16::from_f32(v)).collect()))));
+    all.push(("bf16".into(), to_dense(DenseData::Bf16(dense.iter().map(|&v| half::bf16::from_f32(v)).collect()))));
+    if cols.is_multiple_of(32) {
+        all.push(("q8_0".into(), DenseMatrix::quantize_q8_0(&dense, rows, cols).unwrap().into()));
+    }
+    all
+}
+
+/// A matrix as Q4_K has it: codes count up from 0, scales and minima are double-quantized.
+fn with_minima(seed: u64, rows: usize, cols: usize, amplitude: f32) -> QuantizedMatrix {
+    let n = rows * cols;
+    let blocks = n.div_ceil(32);
+    let bytes =
+        |seed: u64, len: usize| values(seed, len, 128.0).into_iter().map(|v| (v + 128.0) as u8).collect::<Vec<_>>();
+    let scales = |seed: u64, sign: f32| {
+        Scales::Double(DoubleScales {
+            codes: bytes(seed, blocks),
+            table: Box::new(std::array::from_fn(|i| sign * i as f32 / 255.0)),
+            supers: values(seed + 1, blocks.div_ceil(8), amplitude / 16.0),
+            super_block: 8,
+            offset: 0.0,
+        })
+    };
+    let mut codes: Vec<u8> = bytes(seed + 2, n.div_ceil(2));
+    if n % 2 == 1 {
+        // The spare nibble holds the code of zero.
+        codes[n / 2] &= 0xf0;
+    }
+    QuantizedMatrix::from_parts(Parts {
+        format: Format::Int4,
+        rows,
+        cols,
+        codes,
+        codebook: Codebook(std::array::from_fn(|i| i as f32)),
+        block: 32,
+        scales: scales(seed + 3, 1.0),
+        mins: Some(scales(seed + 5, -8.0)),
+        dtype: Dtype::F32,
+    })
+    .unwrap()
+}
+
+/// Compares with per-value bounds and prints the first mismatches.
+///
+/// # Panics
+/// If a value is off by more than its bound.
+pub fn assert_close(context: &str, got: &[f32], wanted: &[f64], bounds: &[f64]) {
+    assert_eq!(got.len(), wanted.len(), "{context}: number of values");
+    // A NaN is off too.
+    let close = |i: usize| (f64::from(got[i]) - wanted[i]).abs() <= bounds[i];
+    let off = |&i: &usize| !close(i);
+    let bad: Vec<usize> = (0..got.len()).filter(off).collect();
+    let shown = bad.iter().take(5).map(|&i| format!("[{i}] got {}, wanted {} +- {:e}", got[i], wanted[i], bounds[i]));
+    assert!(
+        bad.is_empty(),
+        "{context}: {} of {} values off: {}",
+        bad.len(),
+        got.len(),
+        shown.collect::<Vec<_>>().join("; ")
+    );
+}
+
+/// The tier of a device's kernels; the CPU counts as f32.
+pub fn is_f16(device: &Device) -> bool {
+    matches!(device, Device::Gpu(gpu) if gpu.tier().f16())
+}
+
+/// A name for messages: device and tier.
+pub fn name(device: &Device) -> String {
+    match device {
+        Device::Cpu(_) => "cpu".into(),
+        Device::Gpu(gpu) => format!("{} tier {}", gpu.name(), gpu.tier()),
+    }
+}

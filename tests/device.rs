@@ -1,0 +1,204 @@
+//! The device as a library user meets it: sharing one's own, errors as values, the pool's counters, recording.
+
+mod common;
+
+use qlora_wgpu::device::{Device, Gpu, GpuOptions, Select, Tier, devices};
+use qlora_wgpu::nn::{LoraAdapter, LoraConfig, QLoraLinear};
+use qlora_wgpu::quant::QuantOptions;
+use qlora_wgpu::{Error, Tensor, wgpu};
+
+fn gpu_of(device: &Device) -> &Gpu {
+    match device {
+        Device::Gpu(gpu) => gpu,
+        Device::Cpu(_) => panic!("a GPU was asked for"),
+    }
+}
+
+/// A wgpu adapter, opened by the caller with no features at all.
+fn callers_own() -> (wgpu::Adapter, wgpu::Device, wgpu::Queue) {
+    let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
+    let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
+    (adapter, device, queue)
+}
+
+fn layer(device: &Device, d_out: usize, d_in: usize) -> QLoraLinear {
+    let weight = ndarray::Array2::from_shape_fn((d_out, d_in), |(i, j)| ((i * 7 + j * 3) % 11) as f32 / 11.0 - 0.5);
+    let adapter = LoraAdapter::new(device, d_out, d_in, &LoraConfig::new(4, 8.0)).unwrap();
+    let quant = QuantOptions::nf4().double_quant();
+    QLoraLinear::quantize(device, weight.view(), &quant).unwrap().with_adapter("default", adapter).unwrap()
+}
+
+#[test]
+fn a_callers_own_device_computes_as_ours() {
+    if !common::wants_gpus() {
+        return;
+    }
+    let (adapter, raw, queue) = callers_own();
+    let device = Device::from_wgpu(&adapter, raw, queue, &GpuOptions::default()).unwrap();
+    let x = ndarray::Array2::from_shape_fn((5, 64), |(i, j)| (i as f32 - 2.0) * (j as f32 - 30.0) / 64.0);
+    let ours = layer(&Device::cpu(), 48, 64).forward_array(x.view()).unwrap();
+    let theirs = layer(&device, 48, 64).forward_array(x.view()).unwrap();
+    approx::assert_abs_diff_eq!(ours.as_slice().unwrap(), theirs.as_slice().unwrap(), epsilon = 1e-4);
+}
+
+#[test]
+fn a_lost_device_is_an_error_now_and_later() {
+    if !common::wants_gpus() {
+        return;
+    }
+    let (adapter, raw, queue) = callers_own();
+    let shared = Device::from_wgpu(&adapter, raw.clone(), queue, &GpuOptions::default()).unwrap();
+    raw.destroy();
+    for device in [shared].into_iter().chain(common::gpus_with(|_| {}).into_iter().inspect(|device| {
+        gpu_of(device).wgpu_device().destroy();
+    })) {
+        for attempt in 0..3 {
+            let error = Tensor::from_slice(&device, &[4], &[1.0; 4]).and_then(|tensor| tensor.to_vec()).unwrap_err();
+            assert!(matches!(error, Error::DeviceLost { .. }), "{} attempt {attempt}: {error:?}", device.name());
+            assert!(error.to_string().contains(device.name()), "{error}");
+        }
+    }
+}
+
+#[test]
+fn a_layer_whose_device_is_lost_says_so() {
+    for device in common::gpus_with(|_| {}) {
+        let layer = layer(&device, 48, 64);
+        let x = Tensor::zeros(&device, &[3, 64]).unwrap();
+        layer.forward(&x).unwrap().to_vec().unwrap();
+        gpu_of(&device).wgpu_device().destroy();
+        let error = layer.forward(&x).and_then(|y| y.to_vec()).unwrap_err();
+        assert!(matches!(error, Error::DeviceLost { .. }), "{error:?}");
+        let error = layer.forward(&x).and_then(|y| y.to_vec()).unwrap_err();
+        assert!(matches!(error, Error::DeviceLost { .. }), "{error:?}");
+    }
+}
+
+#[test]
+fn out_of_memory_is_an_error_and_the_device_stays_usable() {
+    for device in common::gpus_with(|options| options.memory_limit = Some(1 << 20)) {
+        let kept = Tensor::from_slice(&device, &[1000], &[2.0; 1000]).unwrap();
+        let error = Tensor::zeros(&device, &[300_000]).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { bytes, .. } if bytes >= 1_200_000), "{error:?}");
+        assert_eq!(kept.to_vec().unwrap(), [2.0; 1000]);
+        // What was freed can be had again, in another size.
+        for values in [200_000, 150_000, 220_000] {
+            Tensor::zeros(&device, &[values]).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_tensor_over_the_binding_limit_is_an_error_with_the_limit() {
+    for device in common::gpus_with(|options| options.max_binding_bytes = Some(4096)) {
+        let error = Tensor::zeros(&device, &[1025]).unwrap_err();
+        assert!(matches!(error, Error::TooLarge { bytes: 4100, limit: 4096, .. }), "{error:?}");
+        Tensor::zeros(&device, &[1024]).unwrap();
+    }
+}
+
+#[test]
+fn a_driver_that_refuses_an_allocation_is_an_error() {
+    for device in common::gpus_with(|_| {}) {
+        // More than any driver here gives in one buffer; not over the binding limit on all of them.
+        let values = (gpu_of(&device).limits().max_binding_bytes / 4).min(u64::from(u32::MAX) - 1) as usize;
+        let held: Vec<_> = (0..2).map(|_| Tensor::zeros(&device, &[values / 64])).collect();
+        assert!(held.iter().all(Result::is_ok));
+        let too_many = Tensor::zeros(&device, &[values + 4]);
+        assert!(matches!(too_many, Err(Error::TooLarge { .. } | Error::Invalid { .. })), "{too_many:?}");
+        assert_eq!(Tensor::from_slice(&device, &[2], &[1.0, 2.0]).unwrap().to_vec().unwrap(), [1.0, 2.0]);
+    }
+}
+
+#[test]
+fn forward_passes_reuse_buffers_pipelines_and_return_to_the_same_level() {
+    for device in common::gpus_with(|_| {}).into_iter().chain([Device::cpu()]) {
+        let layer = layer(&device, 96, 128);
+        let x = Tensor::zeros(&device, &[3, 128]).unwrap();
+        layer.forward(&x).unwrap().to_vec().unwrap();
+        let before = device.memory();
+        let pipelines = if let Device::Gpu(gpu) = &device { gpu.pipeline_count() } else { 0 };
+        device.reset_peak();
+        for _ in 0..300 {
+            layer.forward(&x).unwrap();
+        }
+        device.wait().unwrap();
+        let after = device.memory();
+        assert_eq!(after.allocations, before.allocations, "{}: every buffer was reused", device.name());
+        assert_eq!(after.live_bytes, before.live_bytes, "{}", device.name());
+        assert!(after.reuses >= before.reuses + 600, "{}: h and y of each pass", device.name());
+        let transient = after.peak_bytes - before.live_bytes;
+        assert!((96 * 3 * 4..8192).contains(&transient), "{}: one h and one y at a time: {transient}", device.name());
+        if let Device::Gpu(gpu) = &device {
+            assert_eq!(gpu.pipeline_count(), pipelines);
+            gpu.trim();
+            assert_eq!(device.memory().pooled_bytes, 0);
+        }
+        drop((layer, x));
+        assert_eq!(device.memory().live_bytes, if matches!(device, Device::Gpu(_)) { 16 } else { 0 }, "all given back");
+    }
+}
+
+#[test]
+fn results_are_the_same_bytes_every_time() {
+    for device in common::gpus_with(|_| {}).into_iter().chain([Device::cpu()]) {
+        for m in [1, 40] {
+            let layer = layer(&device, 96, 128);
+            let x: Vec<f32> = (0..m * 128).map(|i| (i as f32 * 0.37).sin()).collect();
+            let x = Tensor::from_slice(&device, &[m, 128], &x).unwrap();
+            let first = layer.forward(&x).unwrap().to_vec().unwrap();
+            for _ in 0..5 {
+                let again = layer.forward(&x).unwrap().to_vec().unwrap();
+                assert!(first.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()), "{} M={m}", device.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn devices_are_listed_and_found_by_index_and_name() {
+    let found = devices();
+    assert_eq!((found[0].index, found[0].name.as_str(), found[0].kind), (0, "cpu", "cpu"));
+    assert!(matches!(Device::named("cpu").unwrap(), Device::Cpu(_)));
+    assert!(matches!(Device::named("0").unwrap(), Device::Cpu(_)));
+    for info in common::adapters() {
+        for word in [info.index.to_string(), info.name.to_uppercase(), info.backend.clone()] {
+            let device = Device::named(&word).unwrap();
+            assert_eq!(gpu_of(&device).tier().to_string(), info.tier, "{word}");
+            if word != info.backend {
+                assert_eq!(device.name(), info.name, "{word}");
+            }
+        }
+    }
+    let error = Device::named("no such adapter").unwrap_err();
+    assert!(matches!(&error, Error::NoDevice { hint, .. } if hint.contains("mesa-vulkan-drivers")), "{error}");
+    assert!(error.to_string().contains("no such adapter"), "{error}");
+    assert!(matches!(Device::named("77").unwrap_err(), Error::NoDevice { .. }));
+}
+
+#[test]
+fn a_tier_that_the_device_cannot_run_is_an_error() {
+    if !common::wants_gpus() {
+        return;
+    }
+    // Opened without features: only the tiers that need none.
+    let (adapter, raw, queue) = callers_own();
+    let options = |tier| GpuOptions { tier: Some(tier), ..GpuOptions::default() };
+    let error = Device::from_wgpu(&adapter, raw.clone(), queue.clone(), &options(Tier::SubgroupF16)).unwrap_err();
+    assert!(error.to_string().contains("subgroup-f16") && error.to_string().contains("plain"), "{error}");
+    Device::from_wgpu(&adapter, raw, queue, &options(Tier::Plain)).unwrap();
+}
+
+#[test]
+fn tensors_of_two_devices_do_not_meet() {
+    for device in common::gpus_with(|_| {}) {
+        let layer = layer(&device, 48, 64);
+        let error = layer.forward(&Tensor::zeros(&Device::cpu(), &[1, 64]).unwrap()).unwrap_err();
+        assert!(matches!(error, Error::DeviceMismatch { .. }), "{error:?}");
+        let other =
+            Device::gpu(&GpuOptions { select: Select::Name(device.name().into()), ..GpuOptions::default() }).unwrap();
+        let error = layer.forward(&Tensor::zeros(&other, &[1, 64]).unwrap()).unwrap_err();
+        assert!(matches!(error, Error::DeviceMismatch { .. }), "{error:?}");
+    }
+}
