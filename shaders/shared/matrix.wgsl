@@ -1,0 +1,167 @@
+// A matrix W [N, K] in one buffer of u32 words, `w`, decoded four or eight weights at a time.
+//
+//   kind = "quant":  w[n, k] = codebook[nibble] * scale[block] (+ min[block]), the canonical 4-bit form
+//   kind = "f32" | "f16" | "bf16" | "q8_0":  a dense matrix in its own precision
+//
+// Rows of codes (or values) are `row_words` words apart. Blocks run over the flat index n * K + k.
+// `ragged` (K is no multiple of 8): a word may straddle two blocks, and weights past K must read as zero.
+// Include after `Params`, which holds `m: Matrix` and `k: u32`, and after the binding `w`.
+
+struct W8 {
+    lo: vec4<f32>, // k, k + 1, k + 2, k + 3
+    hi: vec4<f32>, // k + 4 ... k + 7
+}
+
+fn word_as_f32(at: u32) -> f32 {
+    return bitcast<f32>(w[at]);
+}
+
+{% macro block_value(name, how, at, supers, table, offset) %}
+// The {{ name }} of a block, counted from the first block of this part of the matrix.
+fn {{ name }}_of(block: u32) -> f32 {
+{% if how == "double" %}
+    let code = (w[{{ at }} + (block >> 2u)] >> (8u * (block & 3u))) & 255u;
+    let super_block = (block + p.m.first_block) >> p.m.super_shift;
+    // Rounded after the product and again after the sum, as the reference is.
+    let scaled = word_as_f32({{ table }} + code) * word_as_f32({{ supers }} + super_block);
+    return scaled + {{ offset }};
+{% else %}
+    return word_as_f32({{ at }} + block);
+{% endif %}
+}
+{% endmacro %}
+
+{% if kind == "quant" %}
+{{ block_value("scale", scales, "p.m.scales", "p.m.supers", "p.m.table", "p.m.offset") }}
+{% if mins != "none" %}
+{{ block_value("min", mins, "p.m.mins", "p.m.min_supers", "p.m.min_table", "p.m.min_offset") }}
+{% endif %}
+
+// Four codes to codebook values.
+fn decode(code: vec4<u32>) -> vec4<f32> {
+{% if decoder == "offset" %}
+    // The codebook counts up by one from its first value.
+    return vec4<f32>(code) + vec4<f32>({{ codebook[0] }});
+{% elif decoder == "signed" %}
+    // The codebook is two's complement.
+    let signed = bitcast<vec4<i32>>(code << vec4<u32>(28u)) >> vec4<u32>(28u);
+    return vec4<f32>(signed);
+{% else %}
+    // A tree of selects over the bits: on every device tried it is no slower than a table in workgroup memory, and
+    // on software drivers it takes half the time.
+    let b0 = (code & vec4<u32>(1u)) != vec4<u32>(0u);
+    let b1 = (code & vec4<u32>(2u)) != vec4<u32>(0u);
+    let b2 = (code & vec4<u32>(4u)) != vec4<u32>(0u);
+    let b3 = (code & vec4<u32>(8u)) != vec4<u32>(0u);
+{% for i in range(8) %}
+    let a{{ i }} = select(vec4<f32>({{ codebook[2 * i] }}), vec4<f32>({{ codebook[2 * i + 1] }}), b0);
+{% endfor %}
+{% for i in range(4) %}
+    let c{{ i }} = select(a{{ 2 * i }}, a{{ 2 * i + 1 }}, b1);
+{% endfor %}
+    return select(select(c0, c1, b2), select(c2, c3, b2), b3);
+{% endif %}
+}
+
+fn low_codes(word: u32) -> vec4<u32> {
+    return (vec4<u32>(word) >> vec4<u32>(0u, 4u, 8u, 12u)) & vec4<u32>(15u);
+}
+
+fn high_codes(word: u32) -> vec4<u32> {
+    return (vec4<u32>(word) >> vec4<u32>(16u, 20u, 24u, 28u)) & vec4<u32>(15u);
+}
+
+// The block of weight [n, k].
+fn block_of(n: u32, k: u32) -> u32 {
+    return (n * p.k + k + p.m.first_weight) >> p.m.block_shift;
+}
+{% endif %}
+
+{% if kind == "quant" and not ragged %}
+// Eight weights of a word that lies within `block`.
+fn decode_word(word: u32, block: u32) -> W8 {
+    let scale = vec4<f32>(scale_of(block));
+    var lo = decode(low_codes(word)) * scale;
+    var hi = decode(high_codes(word)) * scale;
+{% if mins != "none" %}
+    let low = vec4<f32>(min_of(block));
+    lo = lo + low;
+    hi = hi + low;
+{% endif %}
+    return W8(lo, hi);
+}
+
+// W[n, 8g .. 8g + 8]
+fn weights8(n: u32, g: u32) -> W8 {
+    return decode_word(w[n * p.m.row_words + g], block_of(n, 8u * g));
+}
+
+// W[n, 4q .. 4q + 4]
+fn weights4(n: u32, q: u32) -> vec4<f32> {
+    let word = w[n * p.m.row_words + (q >> 1u)] >> (16u * (q & 1u));
+    let block = block_of(n, 4u * q);
+{% if mins != "none" %}
+    return decode(low_codes(word)) * vec4<f32>(scale_of(block)) + vec4<f32>(min_of(block));
+{% else %}
+    return decode(low_codes(word)) * vec4<f32>(scale_of(block));
+{% endif %}
+}
+
+{% elif kind == "quant" %}
+// W[n, 4q .. 4q + 4], zero past K. A block has at least 32 weights, so four of them touch two blocks at most.
+fn weights4(n: u32, q: u32) -> vec4<f32> {
+    let word = w[n * p.m.row_words + (q >> 1u)] >> (16u * (q & 1u));
+    let k = vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u);
+    let flat = vec4<u32>(n * p.k + p.m.first_weight) + k;
+    let block = flat.x >> p.m.block_shift;
+    // One block more than there are is stored, so block + 1 can always be read.
+    let next = (flat >> vec4<u32>(p.m.block_shift)) != vec4<u32>(block);
+    var values = decode(low_codes(word)) * select(vec4<f32>(scale_of(block)), vec4<f32>(scale_of(block + 1u)), next);
+{% if mins != "none" %}
+    values = values + select(vec4<f32>(min_of(block)), vec4<f32>(min_of(block + 1u)), next);
+{% endif %}
+    return select(vec4<f32>(0.0), values, k < vec4<u32>(p.k));
+}
+
+{% elif kind == "f32" %}
+// W[n, 4q .. 4q + 4]; rows end in zeros.
+fn weights4(n: u32, q: u32) -> vec4<f32> {
+    let at = n * p.m.row_words + 4u * q;
+    return vec4<f32>(word_as_f32(at), word_as_f32(at + 1u), word_as_f32(at + 2u), word_as_f32(at + 3u));
+}
+
+{% elif kind == "f16" %}
+// W[n, 4q .. 4q + 4]; rows end in zeros.
+fn weights4(n: u32, q: u32) -> vec4<f32> {
+    let at = n * p.m.row_words + 2u * q;
+    return vec4<f32>(unpack2x16float(w[at]), unpack2x16float(w[at + 1u]));
+}
+
+{% elif kind == "bf16" %}
+// W[n, 4q .. 4q + 4]; rows end in zeros. bf16 is the upper half of an f32.
+fn weights4(n: u32, q: u32) -> vec4<f32> {
+    let at = n * p.m.row_words + 2u * q;
+    let a = w[at];
+    let b = w[at + 1u];
+    return bitcast<vec4<f32>>(vec4<u32>(a << 16u, a & 0xffff0000u, b << 16u, b & 0xffff0000u));
+}
+
+{% elif kind == "q8_0" %}
+// W[n, 4q .. 4q + 4]: bytes times the f16 scale of their 32.
+fn weights4(n: u32, q: u32) -> vec4<f32> {
+    let word = w[n * p.m.row_words + q];
+    let block = (n * p.k + 4u * q) >> 5u;
+    let pair = unpack2x16float(w[p.m.scales + (block >> 1u)]);
+    let scale = select(pair.x, pair.y, (block & 1u) == 1u);
+    let shifted = vec4<u32>(word << 24u, word << 16u, word << 8u, word);
+    let signed = bitcast<vec4<i32>>(shifted) >> vec4<u32>(24u);
+    return vec4<f32>(signed) * scale;
+}
+{% endif %}
+
+{% if kind != "quant" or ragged %}
+// W[n, 8g .. 8g + 8]
+fn weights8(n: u32, g: u32) -> W8 {
+    return W8(weights4(n, 2u * g), weights4(n, 2u * g + 1u));
+}
+{% endif %}

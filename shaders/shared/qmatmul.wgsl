@@ -1,0 +1,24 @@
+// Parameters, operands and result of every form of the fused product; `QmatmulParams` in src/kernels/qmatmul.rs.
+struct Params {
+    first_group: u32,
+    groups: u32,
+    k: u32,
+    n: u32,             // rows of W in this part
+    row: u32,           // first row of X
+    rows: u32,          // rows of X from there on
+    column: u32,        // column of Y of this part's first row of W
+    y_stride: u32,      // columns of Y
+    column_groups: u32, // workgroups along N
+    rank: u32,          // 0: no adapter
+    has_bias: u32,
+    lora_scale: f32,
+    m: Matrix,
+}
+{% include "matrix_params.wgsl" %}
+
+{{ param_space }} p: Params;
+@group(0) @binding(0) var<storage, read> x: array<{{ "f32" if ragged else "vec4<f32>" }}>;
+@group(0) @binding(1) var<storage, read> w: array<u32>;
+@group(0) @binding(2) var<storage, read> bias: array<f32>;
+@group(0) @binding(3) var<storage, read> h: array<f32>;
+@group(0) @binding(4) var<storage, read> b: array<f32>;

@@ -1,0 +1,258 @@
+//! H = dropout(X) * A^T: [M, r] from X [M, K] and A [r, K].
+//!
+//! Dropout sets a value to zero with probability p and multiplies the others by 1 / (1 - p). Whether element i of X
+//! survives depends on (i, seed) alone, so that forward, backward and every device agree: no mask is stored.
+
+use gemm::Parallelism;
+
+use super::matrix::is_ragged;
+use super::product::{Columns, View};
+use super::{Real, expect_2d, expect_shape, kernel, params};
+use crate::device::{Defines, Dispatch, Gpu, Tier};
+use crate::error::{Error, Result};
+use crate::tensor::{Storage, Tensor};
+
+const OP: &str = "lora_down";
+
+params! {
+    struct LoraDownParams {
+        first_group: u32,
+        groups: u32,
+        /// K, in values.
+        k: u32,
+        /// M.
+        rows: u32,
+        rank: u32,
+        /// Workgroups along the rank.
+        rank_groups: u32,
+        /// Lower and upper half of the dropout's seed.
+        seed_low: u32,
+        seed_high: u32,
+        /// A value whose hash is under this is dropped; 0: none.
+        drop_below: u32,
+        /// 1 / (1 - p).
+        keep_scale: f32,
+    }
+}
+
+kernel! {
+    /// `shaders/lora_down.wgsl`
+    KERNEL = "lora_down", LoraDownParams, [x: Read, a: Read, h: Write]
+}
+
+/// Dropout of one forward pass.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Probability that a value is dropped, in 0..1.
+    pub probability: f32,
+    /// Another seed drops other values.
+    pub seed: u64,
+}
+
+impl Dropout {
+    /// A value whose hash is under this is dropped.
+    fn drop_below(self) -> u32 {
+        (f64::from(self.probability) * 4_294_967_296.0) as u32
+    }
+
+    /// What the values that stay are multiplied by.
+    fn keep_scale(self) -> f32 {
+        1.0 / (1.0 - self.probability)
+    }
+
+    /// What element `i` of X, row-major, is multiplied by: 0 or 1 / (1 - p).
+    pub fn factor(self, i: u32) -> f32 {
+        if self.hash(i) >= self.drop_below() { self.keep_scale() } else { 0.0 }
+    }
+
+    /// pcg3d (Jarzynski and Olano, "Hash Functions for GPU Rendering", 2020) of (i, seed).
+    fn hash(self, i: u32) -> u32 {
+        let step = |v: u32| v.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let (mut x, mut y, mut z) = (step(i), step(self.seed as u32), step((self.seed >> 32) as u32));
+        x = x.wrapping_add(y.wrapping_mul(z));
+        y = y.wrapping_add(z.wrapping_mul(x));
+        z = z.wrapping_add(x.wrapping_mul(y));
+        (x, y, z) = (x ^ x >> 16, y ^ y >> 16, z ^ z >> 16);
+        x.wrapping_add(y.wrapping_mul(z))
+    }
+}
+
+/// Computes dropout(X) * A^T on the device of `x`: [M, r].
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DeviceMismatch`], [`Error::Invalid`] for a probability outside 0..1.
+pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    let (m, k) = expect_2d(OP, "x", x)?;
+    let (rank, _) = expect_2d(OP, "A", a)?;
+    expect_shape(OP, "A", a, &[rank, k])?;
+    x.device().same(&a.device(), OP)?;
+    let dropout = dropout.filter(|dropout| dropout.probability != 0.0);
+    if let Some(dropout) = dropout
+        && !(0.0..1.0).contains(&dropout.probability)
+    {
+        return Err(Error::Invalid {
+            op: OP,
+            what: "the dropout probability",
+            got: dropout.probability.to_string(),
+            expected: "it must be at least 0 and less than 1".into(),
+        });
+    }
+    match x.storage() {
+        Storage::Cpu(cpu, x) => {
+            let mut h = cpu.zeros(m * rank);
+            let mut dropped;
+            let x: &[f32] = match dropout {
+                Some(dropout) => {
+                    dropped = cpu.zeros(m * k);
+                    for (i, (out, value)) in (0..).zip(dropped.iter_mut().zip(x.iter())) {
+                        *out = value * dropout.factor(i);
+                    }
+                    &dropped
+                }
+                None => x,
+            };
+            let parallelism = if m * rank * k > 1 << 18 { Parallelism::Rayon(0) } else { Parallelism::None };
+            let left = View { data: x, row_stride: k, col_stride: 1 };
+            let right = View { data: a.host(OP)?, row_stride: 1, col_stride: k };
+            Columns::new(&mut h, m, rank).product(left, right, k, 1.0, false, parallelism);
+            Ok(Tensor::from_host(cpu, &[m, rank], h))
+        }
+        Storage::Gpu(gpu, _) => dispatch(gpu, x, a, [m, k, rank], dropout),
+    }
+}
+
+/// Rows of X and of A a workgroup owns on hardware, and its threads.
+const TILE: (u32, u32, u32) = (8, 4, 64);
+/// Rows of X an invocation owns on a software driver, and the threads a workgroup.
+const SOFTWARE_TILE: (u32, u32) = (8, 8);
+
+/// The variant's text constants.
+fn defines(tier: Tier, ragged: bool) -> Defines {
+    let software = tier == Tier::Software;
+    let (tokens, ranks, threads) = if software { (SOFTWARE_TILE.0, 1, SOFTWARE_TILE.1) } else { TILE };
+    Defines::new()
+        .with("ragged", ragged)
+        .with("software", software)
+        .with("subgroups", tier.subgroups())
+        .with("tokens", tokens)
+        .with("ranks", ranks)
+        .with("threads", threads)
+}
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    [false, true].map(|ragged| defines(tier, ragged)).into()
+}
+
+fn dispatch(gpu: &Gpu, x: &Tensor, a: &Tensor, [m, k, rank]: [usize; 3], dropout: Option<Dropout>) -> Result<Tensor> {
+    let h = Tensor::uninit(gpu, "h", &[m, rank])?;
+    if m == 0 || rank == 0 {
+        return Ok(h);
+    }
+    let software = gpu.tier() == Tier::Software;
+    let (tokens, ranks) = if software { SOFTWARE_TILE } else { (TILE.0, TILE.1) };
+    let rank_groups = (rank as u32).div_ceil(ranks);
+    let params = LoraDownParams {
+        k: k as u32,
+        rows: m as u32,
+        rank: rank as u32,
+        rank_groups,
+        seed_low: dropout.map_or(0, |dropout| dropout.seed as u32),
+        seed_high: dropout.map_or(0, |dropout| (dropout.seed >> 32) as u32),
+        drop_below: dropout.map_or(0, Dropout::drop_below),
+        keep_scale: dropout.map_or(1.0, Dropout::keep_scale),
+        ..Default::default()
+    };
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &defines(gpu.tier(), is_ragged(k)),
+        buffers: &[x.buffer(gpu, OP)?, a.buffer(gpu, OP)?, h.buffer(gpu, OP)?],
+        params: bytemuck::bytes_of(&params),
+        groups: m.div_ceil(tokens as usize) as u64 * u64::from(rank_groups),
+        flops_per_group: 2 * u64::from(tokens * ranks) * k as u64,
+    })?;
+    Ok(h)
+}
+
+/// The formula, for any real type.
+pub fn reference<T: Real>(x: &[T], a: &[T], [m, rank, k]: [usize; 3], dropout: Option<Dropout>) -> Vec<T> {
+    let factor = |i: usize| dropout.map_or(T::one(), |dropout| T::of(dropout.factor(i as u32)));
+    let value = |i: usize, j: usize| (0..k).map(|e| x[i * k + e] * factor(i * k + e) * a[j * k + e]).sum();
+    (0..m * rank).map(|at| value(at / rank, at % rank)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::Device;
+    use crate::testing;
+
+    fn check(device: &Device, [m, rank, k]: [usize; 3], dropout: Option<Dropout>, seed: u64) {
+        let x = testing::values(seed, m * k, 1.0);
+        let a = testing::values(seed + 1, rank * k, 1.0);
+        let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(device, shape, values).unwrap();
+        let h = lora_down(&tensor(&[m, k], &x), &tensor(&[rank, k], &a), dropout).unwrap();
+        assert_eq!(h.shape(), [m, rank]);
+        let wide = |values: &[f32], f: fn(f32) -> f32| values.iter().map(|&v| f64::from(f(v))).collect::<Vec<_>>();
+        let wanted = reference(&wide(&x, |v| v), &wide(&a, |v| v), [m, rank, k], dropout);
+        let terms = reference(&wide(&x, f32::abs), &wide(&a, f32::abs), [m, rank, k], dropout);
+        let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
+        let context = format!("{} M={m} r={rank} K={k} {dropout:?}", testing::name(device));
+        testing::assert_close(&context, &h.to_vec().unwrap(), &wanted, &bounds);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+        #[test]
+        fn odd_shapes_on_every_device_and_tier(
+            m in 1..=257usize,
+            rank in prop_oneof![1..=40usize, Just(512usize)],
+            k in prop_oneof![1..=257usize, (1..=32usize).prop_map(|words| 8 * words)],
+            probability in prop_oneof![Just(0.0f32), 0.01..0.99f32],
+            seed: u64,
+        ) {
+            for device in testing::devices() {
+                check(&device, [m, rank, k], Some(Dropout { probability, seed }), seed % 1000);
+            }
+        }
+    }
+
+    #[test]
+    fn rank_zero_is_nothing() {
+        for device in testing::devices() {
+            check(&device, [3, 0, 8], None, 1);
+        }
+    }
+
+    #[test]
+    fn dropout_drops_its_share_and_keeps_the_mean() {
+        let dropout = Dropout { probability: 0.3, seed: 0x1234_5678_9abc_def0 };
+        let n = 200_000;
+        let factors: Vec<f32> = (0..n).map(|i| dropout.factor(i)).collect();
+        let dropped = factors.iter().filter(|&&factor| factor == 0.0).count() as f64 / f64::from(n);
+        // Four standard deviations of a binomial share.
+        assert!((dropped - 0.3).abs() < 4.0 * (0.21 / f64::from(n)).sqrt(), "{dropped}");
+        assert!(factors.iter().all(|&factor| factor == 0.0 || factor == 1.0 / (1.0 - 0.3)));
+        let other = Dropout { seed: dropout.seed + 1, ..dropout };
+        let same = (0..n).filter(|&i| (dropout.factor(i) == 0.0) == (other.factor(i) == 0.0)).count() as f64;
+        // Independent masks agree with probability 0.3^2 + 0.7^2.
+        assert!((same / f64::from(n) - 0.58).abs() < 0.01, "{same}");
+        // Neighbours are independent too.
+        let pairs = factors.windows(2).filter(|pair| pair[0] == 0.0 && pair[1] == 0.0).count() as f64;
+        assert!((pairs / f64::from(n) - 0.09).abs() < 0.005, "{pairs}");
+    }
+
+    #[test]
+    fn a_probability_of_one_is_an_error() {
+        let device = Device::cpu();
+        let zeros = |shape: &[usize]| Tensor::zeros(&device, shape).unwrap();
+        for probability in [1.0, -0.1, f32::NAN] {
+            let result = lora_down(&zeros(&[1, 2]), &zeros(&[1, 2]), Some(Dropout { probability, seed: 0 }));
+            assert!(result.unwrap_err().to_string().contains("probability"));
+        }
+        let result = lora_down(&zeros(&[1, 2]), &zeros(&[1, 3]), None);
+        assert!(result.unwrap_err().to_string().contains('A'));
+    }
+}

@@ -1,0 +1,107 @@
+//! The kernels: one file each, named as its shader in `shaders/`, with the formula, host checks, dispatch, CPU twin and
+//! tests. [`matrix`] says how matrices lie on a device; [`registry`] lists every kernel.
+//!
+//! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
+
+pub mod dequantize;
+pub mod lora_down;
+pub mod matrix;
+mod packing;
+mod product;
+pub mod qmatmul;
+mod qmatmul_cpu;
+mod qmatmul_gemv;
+mod qmatmul_lanes;
+mod qmatmul_tile;
+pub mod registry;
+mod row_factor;
+mod simd;
+
+pub use matrix::{DeviceMatrix, HostMatrix};
+
+/// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry test compares with
+/// the shader's.
+macro_rules! params {
+    ($(#[$meta:meta])* struct $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+        pub(crate) struct $name {
+            $($(#[$field_meta])* pub(crate) $field: $type,)*
+        }
+
+        impl $name {
+            #[allow(dead_code, reason = "of a struct within another's Params, only the registry test asks")]
+            pub(crate) const FIELDS: &'static [(&'static str, usize)] =
+                &[$((stringify!($field), std::mem::offset_of!($name, $field))),*];
+        }
+
+        const _: () = assert!(size_of::<$name>() <= crate::device::MAX_PARAMS_BYTES as usize);
+    };
+}
+
+/// Declares a kernel: its shader's name, its `Params` and its storage buffers in binding order.
+macro_rules! kernel {
+    ($(#[$meta:meta])* $static:ident = $name:literal, $params:ty, [$($binding:ident: $access:ident),* $(,)?]) => {
+        $(#[$meta])*
+        pub(crate) static $static: crate::device::Kernel = crate::device::Kernel {
+            name: $name,
+            source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+            bindings: &[$((stringify!($binding), crate::device::Access::$access)),*],
+            params_bytes: size_of::<$params>(),
+            params_fields: <$params>::FIELDS,
+        };
+    };
+}
+
+pub(crate) use {kernel, params};
+
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+
+/// The scalar of a CPU twin: f32 as the kernels compute, f64 for finite differences.
+pub trait Real:
+    num_traits::Float + num_traits::FromPrimitive + std::iter::Sum + std::ops::AddAssign + Send + Sync
+{
+    /// From a stored f32.
+    fn of(value: f32) -> Self;
+}
+
+impl Real for f32 {
+    fn of(value: f32) -> f32 {
+        value
+    }
+}
+
+impl Real for f64 {
+    fn of(value: f32) -> f64 {
+        f64::from(value)
+    }
+}
+
+/// The adapter's part of a fused product: `s * H * B^T`.
+#[derive(Clone, Copy)]
+pub struct LoraUp<'a> {
+    /// H = X * A^T, [M, r].
+    pub h: &'a Tensor,
+    /// B, [N, r].
+    pub b: &'a Tensor,
+    /// s, alpha / r or alpha / sqrt(r).
+    pub scale: f32,
+}
+
+/// An error unless `tensor` has this shape.
+pub(crate) fn expect_shape(op: &'static str, what: &'static str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
+    if tensor.shape() == expected {
+        return Ok(());
+    }
+    Err(Error::Shape { op, what, expected: format!("{expected:?}"), got: format!("{:?}", tensor.shape()) })
+}
+
+/// Rows and columns of a 2-D tensor.
+pub(crate) fn expect_2d(op: &'static str, what: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
+    match *tensor.shape() {
+        [rows, cols] => Ok((rows, cols)),
+        _ => Err(Error::Shape { op, what, expected: "[rows, columns]".into(), got: format!("{:?}", tensor.shape()) }),
+    }
+}

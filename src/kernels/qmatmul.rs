@@ -1,0 +1,359 @@
+//! Y = X * W^T + bias + s * H * B^T: the fused product with a packed matrix and an adapter.
+//!
+//! | letter | what | shape |
+//! |---|---|---|
+//! | X | activations | [M, K] |
+//! | W | 4-bit or dense matrix, decoded on the way and never whole | [N, K] |
+//! | bias | added to every row | [N] |
+//! | H, B, s | adapter: H = X * A^T ([`lora_down`](super::lora_down)), B and its scale | [M, r], [N, r] |
+//!
+//! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, equation 5. W counts with its
+//! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, a register tile, and one for
+//! software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
+
+use super::matrix::{DeviceMatrix, HostMatrix};
+use super::packing::{MatrixLayout, Part};
+use super::{LoraUp, Real, expect_2d, expect_shape, params, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes, qmatmul_tile};
+use crate::device::{Buffer, Gpu, Tier};
+use crate::error::{Error, Result};
+use crate::tensor::{Storage, Tensor};
+
+const OP: &str = "qmatmul";
+
+/// The most rows of X for which W is read once and multiplied as it comes: beyond, tiles pay.
+pub(crate) const GEMV_ROWS: usize = 8;
+
+/// Computes X * W^T + bias + s * H * B^T on the device of `x`: [M, N].
+///
+/// # Errors
+/// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], and the device's own errors. Values are not
+/// looked at: what is not finite comes out as it does in the formula.
+pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option<LoraUp<'_>>) -> Result<Tensor> {
+    let (m, k) = expect_2d(OP, "x", x)?;
+    let n = w.rows();
+    if k != w.cols() {
+        return Err(Error::Shape {
+            op: OP,
+            what: "columns of x",
+            expected: format!("{} for a matrix {n} x {}", w.cols(), w.cols()),
+            got: k.to_string(),
+        });
+    }
+    x.device().same(&w.device(), OP)?;
+    if let Some(bias) = bias {
+        expect_shape(OP, "bias", bias, &[n])?;
+    }
+    if let Some(lora) = lora {
+        let (_, rank) = expect_2d(OP, "B", lora.b)?;
+        expect_shape(OP, "B", lora.b, &[n, rank])?;
+        expect_shape(OP, "H", lora.h, &[m, rank])?;
+    }
+    match (x.storage(), w.host(), w.gpu()) {
+        (Storage::Cpu(cpu, _), Some(matrix), _) => {
+            let mut y = cpu.zeros(m * n);
+            let lora = match lora {
+                Some(lora) => Some(HostLora {
+                    h: lora.h.host(OP)?,
+                    b: lora.b.host(OP)?,
+                    rank: lora.b.shape()[1],
+                    scale: lora.scale,
+                }),
+                None => None,
+            };
+            let bias = bias.map(|bias| bias.host(OP)).transpose()?;
+            qmatmul_cpu::forward(cpu, x.host(OP)?, matrix, bias, lora, &mut y);
+            Ok(Tensor::from_host(cpu, &[m, n], y))
+        }
+        (Storage::Gpu(gpu, x), _, Some((_, parts))) => {
+            let y = Tensor::uninit(gpu, "y", &[m, n])?;
+            let call = GpuCall { gpu, w, x, m, bias, lora, y: y.buffer(gpu, OP)? };
+            for part in parts {
+                match gpu.tier() {
+                    _ if m == 0 => {}
+                    Tier::Software => qmatmul_lanes::dispatch(&call, part)?,
+                    _ if m <= GEMV_ROWS => qmatmul_gemv::dispatch(&call, part)?,
+                    _ => qmatmul_tile::dispatch(&call, part)?,
+                }
+            }
+            Ok(y)
+        }
+        // `same` has made sure of one device.
+        _ => Err(Error::DeviceMismatch { op: OP, left: x.device().name().into(), right: w.device().name().into() }),
+    }
+}
+
+/// An adapter's operands in host memory: H [M, rank], B [N, rank].
+#[derive(Clone, Copy)]
+pub(crate) struct HostLora<'a> {
+    pub h: &'a [f32],
+    pub b: &'a [f32],
+    pub rank: usize,
+    pub scale: f32,
+}
+
+/// The operands of a call on a GPU, checked.
+pub(crate) struct GpuCall<'a> {
+    pub gpu: &'a Gpu,
+    pub w: &'a DeviceMatrix,
+    pub x: &'a Buffer,
+    pub m: usize,
+    pub bias: Option<&'a Tensor>,
+    pub lora: Option<LoraUp<'a>>,
+    pub y: &'a Buffer,
+}
+
+params! {
+    /// Parameters of every form of the kernel; `shaders/shared/qmatmul.wgsl`.
+    struct QmatmulParams {
+        first_group: u32,
+        groups: u32,
+        /// K, in values.
+        k: u32,
+        /// Rows of W in this part.
+        n: u32,
+        /// First row of X.
+        row: u32,
+        /// Rows of X from there on.
+        rows: u32,
+        /// Column of Y of the part's first row of W.
+        column: u32,
+        /// Columns of Y.
+        y_stride: u32,
+        /// Workgroups along N.
+        column_groups: u32,
+        /// 0: no adapter.
+        rank: u32,
+        has_bias: u32,
+        lora_scale: f32,
+        m: MatrixLayout,
+    }
+}
+
+impl<'a> GpuCall<'a> {
+    /// The adapter, unless its rank is 0 and there is nothing to add.
+    fn adapter(&self) -> Option<LoraUp<'a>> {
+        self.lora.filter(|lora| lora.b.shape()[1] > 0)
+    }
+
+    /// Parameters for all rows of X and this part of W; each form fills in how it divides the work.
+    pub(crate) fn params(&self, part: &Part) -> QmatmulParams {
+        let adapter = self.adapter();
+        QmatmulParams {
+            k: self.w.cols() as u32,
+            n: part.rows.len() as u32,
+            rows: self.m as u32,
+            column: part.rows.start as u32,
+            y_stride: self.w.rows() as u32,
+            rank: adapter.map_or(0, |lora| lora.b.shape()[1] as u32),
+            has_bias: u32::from(self.bias.is_some()),
+            lora_scale: adapter.map_or(0.0, |lora| lora.scale),
+            m: part.layout,
+            ..Default::default()
+        }
+    }
+
+    /// The read-only operands, in the order of their bindings: x, w, bias, h, b.
+    pub(crate) fn operands<'b>(&'b self, part: &'b Part) -> Result<[&'b Buffer; 5]> {
+        let unused = self.gpu.unused()?;
+        let or_unused = |tensor: Option<&'b Tensor>| tensor.map_or(Ok(unused), |tensor| tensor.buffer(self.gpu, OP));
+        let adapter = self.adapter();
+        Ok([
+            self.x,
+            &part.buffer,
+            or_unused(self.bias)?,
+            or_unused(adapter.map(|lora| lora.h))?,
+            or_unused(adapter.map(|lora| lora.b))?,
+        ])
+    }
+
+    /// Floating-point operations of `rows` x `columns` of Y.
+    pub(crate) fn flops(&self, rows: u64, columns: u64) -> u64 {
+        let rank = self.lora.map_or(0, |lora| lora.b.shape()[1]);
+        2 * rows * columns * (self.w.cols() + rank) as u64
+    }
+}
+
+/// The formula, for any real type: what every form is compared with. `x` is [M, K], `w` [N, K], `lora` (H [M, r],
+/// B [N, r], s). Returns Y and, for tolerances, the sums of the terms' absolute values.
+pub fn reference<T: Real>(
+    x: &[T],
+    w: &[T],
+    [m, n, k]: [usize; 3],
+    bias: Option<&[T]>,
+    lora: Option<(&[T], &[T], T)>,
+) -> (Vec<T>, Vec<T>) {
+    let mut y = vec![T::zero(); m * n];
+    let mut terms = vec![T::zero(); m * n];
+    for i in 0..m {
+        for j in 0..n {
+            let (mut sum, mut magnitude) = (T::zero(), T::zero());
+            let mut add = |term: T| {
+                sum += term;
+                magnitude += term.abs();
+            };
+            for e in 0..k {
+                add(x[i * k + e] * w[j * k + e]);
+            }
+            if let Some((h, b, scale)) = lora {
+                let rank = b.len() / n;
+                for e in 0..rank {
+                    add(scale * h[i * rank + e] * b[j * rank + e]);
+                }
+            }
+            if let Some(bias) = bias {
+                add(bias[j]);
+            }
+            (y[i * n + j], terms[i * n + j]) = (sum, magnitude);
+        }
+    }
+    (y, terms)
+}
+
+/// All of a host matrix as `T`, for [`reference`].
+pub fn dense_of<T: Real>(matrix: &HostMatrix) -> Vec<T> {
+    let mut values = vec![0.0; matrix.rows() * matrix.cols()];
+    matrix.dequantize_rows(0..matrix.rows(), &mut values);
+    values.into_iter().map(T::of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::Device;
+    use crate::kernels::matrix::HostMatrix;
+    use crate::testing;
+
+    struct Case {
+        m: usize,
+        n: usize,
+        k: usize,
+        rank: usize,
+        bias: bool,
+        seed: u64,
+    }
+
+    /// Runs a case on a device and compares with the twin in f64.
+    fn check(device: &Device, kind: &str, matrix: &HostMatrix, case: &Case) {
+        let &Case { m, n, k, rank, bias, seed } = case;
+        let context = format!("{} {kind} M={m} N={n} K={k} r={rank} bias={bias}", testing::name(device));
+        let x = testing::values(seed + 10, m * k, 1.0);
+        let h = testing::values(seed + 11, m * rank, 1.0);
+        let b = testing::values(seed + 12, n * rank, 0.1);
+        let offsets = testing::values(seed + 13, n, 1.0);
+        let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(device, shape, values).unwrap();
+        let w = DeviceMatrix::new(device, matrix.clone()).unwrap();
+        let (h_tensor, b_tensor) = (tensor(&[m, rank], &h), tensor(&[n, rank], &b));
+        let bias_tensor = bias.then(|| tensor(&[n], &offsets));
+        let lora = (rank > 0).then_some(LoraUp { h: &h_tensor, b: &b_tensor, scale: 2.0 });
+        let y = qmatmul(&tensor(&[m, k], &x), &w, bias_tensor.as_ref(), lora).unwrap();
+        assert_eq!(y.shape(), [m, n]);
+
+        let wide = |values: &[f32]| values.iter().copied().map(f64::from).collect::<Vec<f64>>();
+        let (x, w, h, b) = (wide(&x), dense_of::<f64>(matrix), wide(&h), wide(&b));
+        let offsets = wide(&offsets);
+        let lora = (rank > 0).then_some((h.as_slice(), b.as_slice(), 2.0));
+        let (wanted, terms) = reference(&x, &w, [m, n, k], bias.then_some(&offsets), lora);
+        let norm = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>().sqrt();
+        let bounds: Vec<f64> = (0..m * n)
+            .map(|i| {
+                let f32_bound = 1e-5 * terms[i] + 1e-30;
+                if testing::is_f16(device) && m > GEMV_ROWS {
+                    f32_bound + 2e-3 * norm(&x[i / n * k..][..k]) * norm(&w[i % n * k..][..k])
+                } else {
+                    f32_bound
+                }
+            })
+            .collect();
+        testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
+    }
+
+    fn check_everywhere(case: &Case, kinds: impl Fn(usize) -> bool) {
+        for (i, (kind, matrix)) in testing::matrices(case.seed, case.n, case.k, 0.1).iter().enumerate() {
+            if kinds(i) {
+                for device in testing::devices() {
+                    check(&device, kind, matrix, case);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_of_matrix_on_every_device_and_tier() {
+        // Blocks within rows and across them; whole tiles and ragged edges; few rows and many.
+        for (m, n, k, rank) in [(1, 70, 128, 16), (19, 66, 100, 3), (65, 130, 96, 20)] {
+            check_everywhere(&Case { m, n, k, rank, bias: true, seed: 7 }, |_| true);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+        #[test]
+        fn odd_shapes_on_every_device_and_tier(
+            m in prop_oneof![1..=9usize, 1..=257usize],
+            n in 1..=257usize,
+            k in prop_oneof![1..=257usize, (1..=32usize).prop_map(|words| 8 * words)],
+            rank in prop_oneof![Just(0usize), 1..=40usize, Just(512usize)],
+            bias: bool,
+            seed in 0..1000u64,
+        ) {
+            let chosen = seed as usize % 11;
+            check_everywhere(&Case { m, n, k, rank, bias, seed }, |i| i == chosen);
+        }
+    }
+
+    #[test]
+    fn f16_staging_keeps_large_activations_and_tiny_ones() {
+        let (m, n, k) = (32, 40, 64);
+        for device in testing::gpus().into_iter().filter(testing::is_f16) {
+            for (amplitude, weights) in [(1e5, 0.1), (1e-8, 0.1), (1.0, 1e-6), (1.0, 300.0)] {
+                let x = testing::values(1, m * k, amplitude);
+                let (_, matrix) = testing::matrices(2, n, k, weights).swap_remove(0);
+                let w = DeviceMatrix::new(&device, matrix.clone()).unwrap();
+                let y = qmatmul(&Tensor::from_slice(&device, &[m, k], &x).unwrap(), &w, None, None).unwrap();
+                let x: Vec<f64> = x.into_iter().map(f64::from).collect();
+                let (wanted, terms) = reference(&x, &dense_of(&matrix), [m, n, k], None, None);
+                let bounds: Vec<f64> = terms.iter().map(|terms| 2e-3 * terms).collect();
+                let context = format!("{} x {amplitude} w {weights}", testing::name(&device));
+                testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
+            }
+        }
+    }
+
+    #[test]
+    fn a_matrix_over_the_binding_limit_is_split_by_rows() {
+        let case = Case { m: 3, n: 601, k: 96, rank: 5, bias: true, seed: 3 };
+        // Without immediates: the way of a browser.
+        for device in testing::gpus_with(|options| {
+            options.max_binding_bytes = Some(24_000);
+            options.immediates = false;
+        }) {
+            for (kind, matrix) in testing::matrices(3, case.n, case.k, 0.1) {
+                let split = DeviceMatrix::new(&device, matrix.clone()).unwrap();
+                assert!(split.part_count() > 1, "{kind}");
+                assert!(*split.to_host().unwrap() == matrix, "{kind}: comes back as it was");
+                check(&device, &kind, &matrix, &case);
+                check(&device, &kind, &matrix, &Case { m: 9, ..case });
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_that_disagree_are_named() {
+        let device = Device::cpu();
+        let (_, matrix) = testing::matrices(1, 4, 32, 1.0).swap_remove(0);
+        let w = DeviceMatrix::new(&device, matrix).unwrap();
+        let zeros = |shape: &[usize]| Tensor::zeros(&device, shape).unwrap();
+        let message = |result: Result<Tensor>| result.unwrap_err().to_string();
+        let wrong = message(qmatmul(&zeros(&[2, 31]), &w, None, None));
+        assert!(wrong.contains("columns of x") && wrong.contains("31") && wrong.contains("32"), "{wrong}");
+        assert!(message(qmatmul(&zeros(&[32]), &w, None, None)).contains("[32]"));
+        assert!(message(qmatmul(&zeros(&[2, 32]), &w, Some(&zeros(&[3])), None)).contains("bias"));
+        let lora = |h: &[usize], b: &[usize]| {
+            message(qmatmul(&zeros(&[2, 32]), &w, None, Some(LoraUp { h: &zeros(h), b: &zeros(b), scale: 1.0 })))
+        };
+        assert!(lora(&[2, 3], &[4, 2]).contains('H'));
+        assert!(lora(&[2, 3], &[5, 3]).contains('B'));
+    }
+}

@@ -1,0 +1,87 @@
+//! [`qmatmul`](super::qmatmul) on the CPU, fast: for few rows of X a SIMD product straight from the packed codes; for
+//! many, tiles of W are decoded and a GEMM crate multiplies them.
+
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+use super::matrix::HostMatrix;
+use super::product::{Columns, View, panels};
+use super::qmatmul::{GEMV_ROWS, HostLora};
+use super::simd;
+use crate::device::Cpu;
+
+/// Y [M, N] of `x` [M, K]; the caller has checked the shapes.
+pub(crate) fn forward(
+    cpu: &Cpu,
+    x: &[f32],
+    w: &HostMatrix,
+    bias: Option<&[f32]>,
+    lora: Option<HostLora<'_>>,
+    y: &mut [f32],
+) {
+    let m = x.len() / w.cols();
+    let lora = lora.filter(|lora| lora.rank > 0);
+    match m {
+        0 => {}
+        1..=GEMV_ROWS => few_rows(cpu, x, w, bias, lora, y),
+        _ => many_rows(cpu, x, w, bias, lora, y),
+    }
+}
+
+/// Rows of W a task.
+const GEMV_TASK: usize = 32;
+
+fn few_rows(cpu: &Cpu, x: &[f32], w: &HostMatrix, bias: Option<&[f32]>, lora: Option<HostLora<'_>>, y: &mut [f32]) {
+    let (n, k) = (w.rows(), w.cols());
+    let m = x.len() / k;
+    // [N, M]: a task's results lie together.
+    let mut by_row = cpu.zeros(n * m);
+    by_row.par_chunks_mut(GEMV_TASK * m).enumerate().for_each(|(task, out)| {
+        let first = task * GEMV_TASK;
+        simd::gemv(w, first..first + out.len() / m, x, out);
+        for (row, out) in (first..).zip(out.chunks_mut(m)) {
+            for (t, out) in out.iter_mut().enumerate() {
+                if let Some(HostLora { h, b, rank, scale }) = lora {
+                    *out += scale * simd::dot(&h[t * rank..][..rank], &b[row * rank..][..rank]);
+                }
+                *out += bias.map_or(0.0, |bias| bias[row]);
+            }
+        }
+    });
+    for (row, values) in by_row.chunks(m).enumerate() {
+        for (t, &value) in values.iter().enumerate() {
+            y[t * n + row] = value;
+        }
+    }
+}
+
+/// Rows of W, and columns of it, that a task decodes at a time: 2 MiB of f32, so that it stays in the cache, and X is
+/// packed by the GEMM crate once for so many rows.
+const PANEL: (usize, usize) = (512, 1024);
+
+fn many_rows(cpu: &Cpu, x: &[f32], w: &HostMatrix, bias: Option<&[f32]>, lora: Option<HostLora<'_>>, y: &mut [f32]) {
+    let (n, k) = (w.rows(), w.cols());
+    let m = x.len() / k;
+    let (width, rows_of) = panels(n, PANEL.0);
+    Columns::new(y, m, n).split(width).into_par_iter().enumerate().for_each(|(index, mut y)| {
+        let rows = rows_of(index);
+        let mut tile = cpu.zeros(rows.len() * PANEL.1.min(k));
+        for start in (0..k).step_by(PANEL.1) {
+            let cols = start..(start + PANEL.1).min(k);
+            w.dequantize_tile(rows.clone(), cols.clone(), &mut tile);
+            let left = View { data: &x[start..], row_stride: k, col_stride: 1 };
+            let right = View { data: &tile, row_stride: 1, col_stride: cols.len() };
+            y.product(left, right, cols.len(), 1.0, start > 0, Parallelism::None);
+        }
+        if let Some(HostLora { h, b, rank, scale }) = lora {
+            let left = View { data: h, row_stride: rank, col_stride: 1 };
+            let right = View { data: &b[rows.start * rank..], row_stride: 1, col_stride: rank };
+            y.product(left, right, rank, scale, true, Parallelism::None);
+        }
+        if let Some(bias) = bias {
+            for row in 0..m {
+                y.row(row).iter_mut().zip(&bias[rows.clone()]).for_each(|(value, bias)| *value += bias);
+            }
+        }
+    });
+}

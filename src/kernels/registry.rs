@@ -1,0 +1,229 @@
+//! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
+
+use super::matrix::{dense_defines, quant_defines};
+use super::{dequantize, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor};
+use crate::device::{Defines, Kernel, Tier};
+use crate::quant::Codebook;
+
+/// A kernel and what the tests want to know about it.
+pub struct Entry {
+    /// Its name, bindings and parameters.
+    pub kernel: &'static Kernel,
+    /// The text constants of every variant that a tier may run.
+    pub variants: fn(Tier) -> Vec<Defines>,
+    /// The path of its CPU twin, which the tests compare it with.
+    pub twin: &'static str,
+}
+
+/// All kernels.
+pub static KERNELS: [Entry; 6] = [
+    Entry {
+        kernel: &dequantize::KERNEL,
+        variants: |_| dequantize::variants(&matrices()),
+        twin: "HostMatrix::dequantize_rows",
+    },
+    Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
+    Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
+];
+
+fn gemv_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { Vec::new() } else { qmatmul_gemv::variants(&matrices(), tier.subgroups()) }
+}
+
+fn lanes_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { qmatmul_lanes::variants(&matrices()) } else { Vec::new() }
+}
+
+fn tile_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { Vec::new() } else { qmatmul_tile::variants(&matrices(), tier.f16()) }
+}
+
+/// Every way in which `shared/matrix.wgsl` can read a matrix.
+fn matrices() -> Vec<Defines> {
+    let count_up = Codebook(std::array::from_fn(|i| i as f32 - 8.0));
+    let mut all = Vec::new();
+    for ragged in [false, true] {
+        for codebook in [&Codebook::NF4, &Codebook::INT4, &count_up] {
+            all.push(quant_defines(codebook, "plain", "none", ragged));
+        }
+        all.push(quant_defines(&Codebook::FP4, "double", "none", ragged));
+        all.push(quant_defines(&count_up, "plain", "plain", ragged));
+        all.push(quant_defines(&count_up, "double", "double", ragged));
+        all.extend(["f32", "f16", "bf16"].map(|kind| dense_defines(kind, ragged)));
+    }
+    all.push(dense_defines("q8_0", false));
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use naga::back::{glsl, hlsl, msl, spv};
+    use naga::valid::{Capabilities, ValidationFlags, Validator};
+    use naga::{AddressSpace, Module, StorageAccess, TypeInner};
+
+    use super::*;
+    use crate::device::{Access, compose};
+
+    fn parse(kernel: &Kernel, defines: &Defines, immediates: bool) -> (String, Module, naga::valid::ModuleInfo) {
+        let label = format!("{} {} immediates={immediates}", kernel.name, defines.label());
+        let source = compose(kernel, defines, immediates).unwrap_or_else(|error| panic!("{label}: {error}"));
+        let module = naga::front::wgsl::parse_str(&source)
+            .unwrap_or_else(|error| panic!("{label}: {}", error.emit_to_string(&source)));
+        let capabilities = Capabilities::IMMEDIATES
+            | Capabilities::SUBGROUP
+            | Capabilities::SUBGROUP_BARRIER
+            | Capabilities::SHADER_FLOAT16
+            | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+        let info = Validator::new(ValidationFlags::all(), capabilities)
+            .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
+            .subgroup_operations(naga::valid::SubgroupOperationSet::all())
+            .validate(&module)
+            .unwrap_or_else(|error| panic!("{label}: {}", error.emit_to_string(&source)));
+        (label, module, info)
+    }
+
+    /// Each kernel's variants once, with the tiers that run them.
+    fn each(mut check: impl FnMut(&Entry, &Defines, bool)) {
+        for entry in &KERNELS {
+            let mut seen = BTreeSet::new();
+            for tier in Tier::ALL {
+                for defines in (entry.variants)(tier) {
+                    for immediates in [true, false] {
+                        if seen.insert((format!("{defines:?}"), immediates)) {
+                            check(entry, &defines, immediates);
+                        }
+                    }
+                }
+            }
+            assert!(!seen.is_empty(), "{} has variants", entry.kernel.name);
+        }
+    }
+
+    fn struct_fields(module: &Module, name: &str) -> (u32, Vec<(String, usize)>) {
+        let found = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name));
+        let (_, ty) = found.unwrap_or_else(|| panic!("no struct {name}"));
+        let TypeInner::Struct { members, span } = &ty.inner else { panic!("{name} is a struct") };
+        let field = |member: &naga::StructMember| (member.name.clone().unwrap(), member.offset as usize);
+        (*span, members.iter().map(field).collect())
+    }
+
+    fn same_fields(label: &str, module: &Module, name: &str, bytes: usize, fields: &[(&str, usize)]) {
+        let (span, found) = struct_fields(module, name);
+        assert_eq!(span as usize, bytes, "{label}: bytes of {name}");
+        let wanted: Vec<_> = fields.iter().map(|(name, offset)| ((*name).to_owned(), *offset)).collect();
+        assert_eq!(found, wanted, "{label}: fields of {name}");
+    }
+
+    #[test]
+    fn every_variant_agrees_with_its_rust_side() {
+        each(|entry, defines, immediates| {
+            let kernel = entry.kernel;
+            let (label, module, _) = parse(kernel, defines, immediates);
+            same_fields(&label, &module, "Params", kernel.params_bytes, kernel.params_fields);
+            if module.types.iter().any(|(_, ty)| ty.name.as_deref() == Some("Matrix")) {
+                use crate::kernels::packing::MatrixLayout;
+                same_fields(&label, &module, "Matrix", size_of::<MatrixLayout>(), MatrixLayout::FIELDS);
+            }
+            assert_eq!(
+                kernel.params_fields[..2],
+                [("first_group", 0), ("groups", 4)],
+                "{label}: the recorder's fields"
+            );
+            let mut found = Vec::new();
+            let mut params = 0;
+            for (_, variable) in module.global_variables.iter() {
+                match variable.space {
+                    AddressSpace::Storage { access } => {
+                        let binding = variable.binding.as_ref().unwrap();
+                        assert_eq!(binding.group, 0, "{label}");
+                        let write = access.contains(StorageAccess::STORE);
+                        let access = if write { Access::Write } else { Access::Read };
+                        found.push((binding.binding, variable.name.clone().unwrap(), access));
+                    }
+                    AddressSpace::Immediate => params += usize::from(immediates),
+                    AddressSpace::Uniform => {
+                        assert_eq!(variable.binding.as_ref().unwrap().binding as usize, kernel.bindings.len());
+                        params += usize::from(!immediates);
+                    }
+                    _ => {}
+                }
+            }
+            assert_eq!(params, 1, "{label}: one variable holds the parameters");
+            found.sort_by_key(|(binding, ..)| *binding);
+            let wanted: Vec<_> = (0..)
+                .zip(kernel.bindings)
+                .map(|(binding, (name, access))| (binding, (*name).to_owned(), *access))
+                .collect();
+            assert_eq!(found, wanted, "{label}: bindings");
+        });
+    }
+
+    #[test]
+    fn every_variant_translates_to_every_backend() {
+        each(|entry, defines, immediates| {
+            let (label, module, info) = parse(entry.kernel, defines, immediates);
+            let fail = |backend: &str, error: &dyn std::fmt::Display| -> ! { panic!("{label}: {backend}: {error}") };
+            if let Err(error) = spv::write_vec(&module, &info, &spv::Options::default(), None) {
+                fail("SPIR-V", &error);
+            }
+            let options = msl::Options { fake_missing_bindings: true, lang_version: (2, 4), ..Default::default() };
+            if let Err(error) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default()) {
+                fail("MSL", &error);
+            }
+            let options = hlsl::Options {
+                shader_model: hlsl::ShaderModel::V6_2,
+                immediates_target: Some(hlsl::BindTarget::default()),
+                fake_missing_bindings: true,
+                ..Default::default()
+            };
+            let mut text = String::new();
+            let pipeline = hlsl::PipelineOptions::default();
+            if let Err(error) = hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None) {
+                fail("HLSL", &error);
+            }
+            // GLSL of this version has neither f16 nor subgroups of the wanted kind; the GL tiers do without.
+            if !defines.flag("f16") && !defines.flag("subgroups") {
+                let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
+                let pipeline = glsl::PipelineOptions {
+                    shader_stage: naga::ShaderStage::Compute,
+                    entry_point: "main".into(),
+                    multiview: None,
+                };
+                let mut text = String::new();
+                let writer = glsl::Writer::new(
+                    &mut text,
+                    &module,
+                    &info,
+                    &options,
+                    &pipeline,
+                    naga::proc::BoundsCheckPolicies::default(),
+                );
+                if let Err(error) = writer.and_then(|mut writer| writer.write()) {
+                    fail("GLSL", &error);
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn names_are_those_of_the_shaders_and_of_their_rust_files() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let shaders = std::fs::read_dir(root.join("shaders")).unwrap().filter_map(|file| {
+            let path = file.unwrap().path();
+            (path.extension()? == "wgsl").then(|| path.file_stem().unwrap().to_str().unwrap().to_owned())
+        });
+        let registered: BTreeSet<String> = KERNELS.iter().map(|entry| entry.kernel.name.to_owned()).collect();
+        assert_eq!(shaders.collect::<BTreeSet<_>>(), registered, "every shader is registered");
+        for name in registered {
+            assert!(root.join(format!("src/kernels/{name}.rs")).exists(), "src/kernels/{name}.rs");
+        }
+        for entry in &KERNELS {
+            assert!(!entry.twin.is_empty(), "{} names its twin", entry.kernel.name);
+        }
+    }
+}
