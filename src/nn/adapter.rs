@@ -1,0 +1,291 @@
+//! A LoRA adapter: s * B * A beside a frozen weight. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
+//! 2021; rank-stabilized scaling from Kalajdzievski, 2023.
+
+use ndarray::{Array2, ArrayViewMut2};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::kernels::expect_2d;
+use crate::tensor::Tensor;
+
+const OP: &str = "LoRA adapter";
+
+/// How alpha and the rank make the scale s.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scaling {
+    /// s = alpha / r.
+    #[default]
+    Standard,
+    /// rsLoRA: s = alpha / sqrt(r).
+    RankStabilized,
+}
+
+/// The values that A and B start with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LoraInit {
+    /// PEFT's: A uniform in +-1 / sqrt(d_in), B zero. The same seed gives the same values on every platform.
+    KaimingUniform {
+        /// Of the generator (ChaCha8).
+        seed: u64,
+    },
+    /// That of the layer which this crate grew from: A\[i\] = 0.01 sin(0.1 i) over the flat index, B zero.
+    Sine,
+}
+
+/// What a new adapter is like.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraConfig {
+    /// r, at least 1.
+    pub rank: usize,
+    /// alpha.
+    pub alpha: f32,
+    /// How s follows from both.
+    pub scaling: Scaling,
+    /// Probability that a value of X is dropped before A, in training; in 0..1.
+    pub dropout: f32,
+    /// First values.
+    pub init: LoraInit,
+}
+
+impl LoraConfig {
+    /// Rank and alpha; standard scaling, no dropout, PEFT's initial values with seed 0.
+    pub fn new(rank: usize, alpha: f32) -> Self {
+        let init = LoraInit::KaimingUniform { seed: 0 };
+        LoraConfig { rank, alpha, scaling: Scaling::Standard, dropout: 0.0, init }
+    }
+}
+
+/// A pair A [r, d_in], B [d_out, r] on a device, with its scale. Clones share the values.
+#[derive(Clone, Debug)]
+pub struct LoraAdapter {
+    a: Tensor,
+    b: Tensor,
+    alpha: f32,
+    scaling: Scaling,
+    dropout: f32,
+}
+
+impl LoraAdapter {
+    /// A new adapter for a layer [d_out, d_in].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for rank 0, an alpha that is not finite or a dropout outside 0..1.
+    pub fn new(device: &Device, d_out: usize, d_in: usize, config: &LoraConfig) -> Result<LoraAdapter> {
+        let rank = config.rank;
+        let a: Vec<f32> = match config.init {
+            LoraInit::KaimingUniform { seed } => {
+                let mut random = ChaCha8Rng::seed_from_u64(seed);
+                let bound = 1.0 / (d_in as f32).sqrt();
+                // 24 random bits are every f32 step of 0..1.
+                let uniform = |bits: u32| (bits >> 8) as f32 * (1.0 / 16_777_216.0);
+                (0..rank * d_in).map(|_| (2.0 * uniform(random.next_u32()) - 1.0) * bound).collect()
+            }
+            LoraInit::Sine => (0..rank * d_in).map(|i| (i as f32 * 0.1).sin() * 0.01).collect(),
+        };
+        let a = Tensor::from_slice(device, &[rank, d_in], &a)?;
+        let b = Tensor::zeros(device, &[d_out, rank])?;
+        LoraAdapter::from_tensors(a, b, config.alpha, config.scaling)?.with_dropout(config.dropout)
+    }
+
+    /// An adapter of given values: A [r, d_in], B [d_out, r], both on one device. No dropout.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if the ranks disagree, [`Error::Invalid`] for rank 0 or an alpha that is not finite,
+    /// [`Error::DeviceMismatch`].
+    pub fn from_tensors(a: Tensor, b: Tensor, alpha: f32, scaling: Scaling) -> Result<LoraAdapter> {
+        let (rank, _) = expect_2d(OP, "A", &a)?;
+        let (_, b_rank) = expect_2d(OP, "B", &b)?;
+        if rank != b_rank {
+            return Err(Error::Shape {
+                op: OP,
+                what: "rank of B",
+                expected: format!("{rank}, that of A"),
+                got: b_rank.to_string(),
+            });
+        }
+        let invalid =
+            |what, got: String, expected: &str| Error::Invalid { op: OP, what, got, expected: expected.into() };
+        if rank == 0 {
+            return Err(invalid("the rank", "0".into(), "it must be at least 1"));
+        }
+        if !alpha.is_finite() {
+            return Err(invalid("alpha", alpha.to_string(), "it must be finite"));
+        }
+        a.device().same(&b.device(), OP)?;
+        Ok(LoraAdapter { a, b, alpha, scaling, dropout: 0.0 })
+    }
+
+    /// The same with this dropout probability.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] outside 0..1.
+    pub fn with_dropout(mut self, probability: f32) -> Result<LoraAdapter> {
+        if !(0.0..1.0).contains(&probability) {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "the dropout probability",
+                got: probability.to_string(),
+                expected: "it must be at least 0 and less than 1".into(),
+            });
+        }
+        self.dropout = probability;
+        Ok(self)
+    }
+
+    /// A, [r, d_in].
+    pub fn a(&self) -> &Tensor {
+        &self.a
+    }
+
+    /// B, [d_out, r].
+    pub fn b(&self) -> &Tensor {
+        &self.b
+    }
+
+    /// r.
+    pub fn rank(&self) -> usize {
+        self.a.shape()[0]
+    }
+
+    /// alpha.
+    pub fn alpha(&self) -> f32 {
+        self.alpha
+    }
+
+    /// How s follows from alpha and the rank.
+    pub fn scaling(&self) -> Scaling {
+        self.scaling
+    }
+
+    /// s: alpha / r, or alpha / sqrt(r).
+    pub fn scale(&self) -> f32 {
+        let rank = self.rank() as f32;
+        match self.scaling {
+            Scaling::Standard => self.alpha / rank,
+            Scaling::RankStabilized => self.alpha / rank.sqrt(),
+        }
+    }
+
+    /// Probability that a value of X is dropped before A, in training.
+    pub fn dropout(&self) -> f32 {
+        self.dropout
+    }
+
+    /// Columns of A.
+    pub fn d_in(&self) -> usize {
+        self.a.shape()[1]
+    }
+
+    /// Rows of B.
+    pub fn d_out(&self) -> usize {
+        self.b.shape()[0]
+    }
+
+    /// Number of trainable values.
+    pub fn parameter_count(&self) -> usize {
+        self.a.len() + self.b.len()
+    }
+
+    /// Replaces A and B by tensors of the same device; rank may change, `d_in` and `d_out` may not.
+    ///
+    /// # Errors
+    /// As [`LoraAdapter::from_tensors`]; the adapter is then as before.
+    pub fn replace(&mut self, a: Tensor, b: Tensor) -> Result<()> {
+        self.a.device().same(&a.device(), OP)?;
+        let new = LoraAdapter::from_tensors(a, b, self.alpha, self.scaling)?;
+        if (new.d_out(), new.d_in()) != (self.d_out(), self.d_in()) {
+            return Err(Error::Shape {
+                op: OP,
+                what: "layer [d_out, d_in]",
+                expected: format!("[{}, {}]", self.d_out(), self.d_in()),
+                got: format!("[{}, {}]", new.d_out(), new.d_in()),
+            });
+        }
+        *self = LoraAdapter { dropout: self.dropout, ..new };
+        Ok(())
+    }
+
+    /// Reads A and B back, lets `change` edit them in place, and writes them to the device again.
+    pub fn edit(&mut self, change: impl FnOnce(ArrayViewMut2<'_, f32>, ArrayViewMut2<'_, f32>)) -> Result<()> {
+        let (mut a, mut b) = (self.a.to_array2()?, self.b.to_array2()?);
+        change(a.view_mut(), b.view_mut());
+        self.replace(self.tensor(&a)?, self.tensor(&b)?)
+    }
+
+    fn tensor(&self, array: &Array2<f32>) -> Result<Tensor> {
+        Tensor::from_array(&self.a.device(), array)
+    }
+
+    /// The same adapter on another device.
+    pub fn to_device(&self, device: &Device) -> Result<LoraAdapter> {
+        Ok(LoraAdapter { a: self.a.to_device(device)?, b: self.b.to_device(device)?, ..self.clone() })
+    }
+
+    /// Bytes of A and B on their device.
+    pub fn resident_bytes(&self) -> u64 {
+        self.a.resident_bytes() + self.b.resident_bytes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scales_follow_rank_and_alpha() {
+        let device = Device::cpu();
+        let mut config = LoraConfig::new(16, 32.0);
+        assert_eq!(LoraAdapter::new(&device, 4, 8, &config).unwrap().scale(), 2.0);
+        config.scaling = Scaling::RankStabilized;
+        assert_eq!(LoraAdapter::new(&device, 4, 8, &config).unwrap().scale(), 8.0);
+    }
+
+    #[test]
+    fn initial_values_are_kaiming_uniform_and_reproducible() {
+        let device = Device::cpu();
+        let new = |seed| {
+            let init = LoraInit::KaimingUniform { seed };
+            LoraAdapter::new(&device, 3, 400, &LoraConfig { init, ..LoraConfig::new(64, 1.0) }).unwrap()
+        };
+        let a = new(1).a().to_vec().unwrap();
+        let bound = 1.0 / 20.0;
+        assert!(a.iter().all(|value| value.abs() <= bound));
+        let variance = a.iter().map(|value| f64::from(value * value)).sum::<f64>() / a.len() as f64;
+        assert!((variance / (f64::from(bound).powi(2) / 3.0) - 1.0).abs() < 0.02, "a uniform's variance: {variance}");
+        assert_eq!(a, new(1).a().to_vec().unwrap());
+        assert_ne!(a, new(2).a().to_vec().unwrap());
+        // Pinned: another generator would break reproducibility of published runs.
+        assert_eq!(a[..3], [0.004_937_821_5, -0.009_751_439, 0.048_459_71]);
+        assert!(new(1).b().to_vec().unwrap().iter().all(|&value| value == 0.0));
+    }
+
+    #[test]
+    fn bad_settings_are_named() {
+        let device = Device::cpu();
+        let message = |config: &LoraConfig| LoraAdapter::new(&device, 2, 2, config).unwrap_err().to_string();
+        assert!(message(&LoraConfig::new(0, 1.0)).contains("rank"));
+        assert!(message(&LoraConfig::new(1, f32::NAN)).contains("alpha"));
+        assert!(message(&LoraConfig { dropout: 1.0, ..LoraConfig::new(1, 1.0) }).contains("dropout"));
+    }
+
+    #[test]
+    fn editing_and_replacing_keep_the_layer_s_shape() {
+        let device = Device::cpu();
+        let mut adapter = LoraAdapter::new(&device, 2, 3, &LoraConfig::new(1, 1.0)).unwrap();
+        adapter
+            .edit(|mut a, mut b| {
+                a.fill(2.0);
+                b[[1, 0]] = 5.0;
+            })
+            .unwrap();
+        assert_eq!((adapter.a().to_vec().unwrap(), adapter.b().to_vec().unwrap()), (vec![2.0; 3], vec![0.0, 5.0]));
+        let zeros = |shape: &[usize]| Tensor::zeros(&device, shape).unwrap();
+        adapter.replace(zeros(&[4, 3]), zeros(&[2, 4])).unwrap();
+        assert_eq!(adapter.rank(), 4);
+        assert!(adapter.replace(zeros(&[4, 3]), zeros(&[2, 5])).is_err());
+        assert!(adapter.replace(zeros(&[4, 5]), zeros(&[2, 4])).is_err());
+        assert_eq!(adapter.d_in(), 3);
+    }
+}
