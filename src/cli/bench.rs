@@ -1,0 +1,91 @@
+//! `qlora bench`: times of the fused layer, checked against the CPU.
+
+use clap::{Args, ValueEnum};
+
+use super::{print_json, print_line, table};
+use crate::bench::{Case, Row, measure};
+use crate::device::Device;
+use crate::error::Result;
+use crate::quant::{Format, QuantOptions};
+
+/// Times the fused QLoRA layer on a device and checks its result against the CPU.
+///
+/// On a GPU the time is that of timestamp queries where there are any, else from submission to completion.
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  qlora bench --device best --m 1,64 --n 4096 --k 4096 --double-quant --json")]
+pub struct BenchArgs {
+    /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
+    #[arg(long, default_value = "best")]
+    device: String,
+    /// What to time.
+    #[arg(long, value_enum, default_value_t = Op::Forward)]
+    op: Op,
+    /// Rows of X (tokens).
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 512])]
+    m: Vec<usize>,
+    /// Rows of the weight (output features).
+    #[arg(long, value_delimiter = ',', default_values_t = [4096])]
+    n: Vec<usize>,
+    /// Columns of the weight (input features).
+    #[arg(long, value_delimiter = ',', default_values_t = [4096, 14336])]
+    k: Vec<usize>,
+    /// Rank of the adapter; 0: none.
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    /// nf4, fp4 or int4.
+    #[arg(long, default_value_t = Format::Nf4)]
+    format: Format,
+    /// Quantize the scales too.
+    #[arg(long)]
+    double_quant: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+enum Op {
+    /// Y = X * deq(W)^T + s * (X * A^T) * B^T
+    Forward,
+}
+
+pub fn run(args: &BenchArgs) -> Result<()> {
+    let device = Device::named(&args.device)?;
+    let mut rows = Vec::new();
+    let Op::Forward = args.op;
+    for &n in &args.n {
+        for &k in &args.k {
+            for &m in &args.m {
+                let quant = QuantOptions { format: args.format, ..QuantOptions::default() };
+                let quant = if args.double_quant { quant.double_quant() } else { quant };
+                rows.push(measure(&Case { m, n, k, rank: args.rank, quant }.operands()?, &device)?);
+            }
+        }
+    }
+    if args.json { print_json(&rows) } else { print_line(&describe(&rows)) }
+}
+
+/// Rows as a table, under a line that names the device.
+fn describe(rows: &[Row]) -> String {
+    let header = ["op", "format", "m", "n", "k", "rank", "ms min", "ms median", "GFLOP/s", "weight GB/s", "rel. error"];
+    let cells = rows.iter().map(|row| {
+        [
+            row.op.to_owned(),
+            format!("{}{}", row.format, if row.double_quant { " double" } else { "" }),
+            row.m.to_string(),
+            row.n.to_string(),
+            row.k.to_string(),
+            row.rank.to_string(),
+            format!("{:.3}", row.ms_min),
+            format!("{:.3}", row.ms_median),
+            format!("{:.1}", row.gflops),
+            format!("{:.2}", row.weight_gb_per_s),
+            format!("{:.1e}", row.max_rel_err_vs_cpu),
+        ]
+    });
+    let device = rows.first().map_or(String::new(), |row| match row.tier.as_str() {
+        "" => row.adapter.clone(),
+        tier => format!("{}, tier {tier}", row.adapter),
+    });
+    format!("{device}\n{}", table(header, 2, cells.collect()))
+}

@@ -1,0 +1,396 @@
+//! `qlora quantize` and `qlora dequantize`: a safetensors file to 4 bits and back.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use half::{bf16, f16};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+use regex::Regex;
+
+use crate::error::{Error, Result};
+use crate::formats::bitsandbytes;
+use crate::formats::safetensors::{self, OutData, OutTensor, SafetensorsFile, TensorType};
+use crate::quant::{Dtype, Format, QuantOptions, QuantizedMatrix};
+
+/// Quantizes the weights of a safetensors file to 4 bits, in the serialization of bitsandbytes.
+///
+/// Takes every 2-D tensor of type F32, F16 or BF16 that is named `weight` or `*.weight`. All other
+/// tensors are copied as they are, weights that are 4-bit already included.
+#[derive(Args, Debug)]
+pub struct QuantizeArgs {
+    /// The safetensors file to read.
+    pub input: PathBuf,
+    /// The safetensors file to write.
+    pub output: PathBuf,
+    /// 4-bit format: nf4, fp4, or int4 (which only this program reads).
+    #[arg(long, default_value_t = Format::Nf4)]
+    pub format: Format,
+    /// Quantize the scales too: 4.127 bits per weight instead of 4.5.
+    #[arg(long)]
+    pub double_quant: bool,
+    /// Weights per scale: a power of two from 32 to 4096.
+    #[arg(long, default_value_t = 64)]
+    pub block: usize,
+    /// Quantize only weights whose name this regular expression finds; may be repeated.
+    #[arg(long, value_name = "REGEX")]
+    pub include: Vec<Regex>,
+    /// Leave out weights whose name this regular expression finds; may be repeated.
+    #[arg(long, value_name = "REGEX")]
+    pub exclude: Vec<Regex>,
+    /// Replace the output if it exists.
+    #[arg(long)]
+    pub force: bool,
+    /// Print nothing but errors.
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+/// Writes the 4-bit weights of a safetensors file in the type and shape that they had.
+///
+/// All other tensors are copied as they are.
+#[derive(Args, Debug)]
+pub struct DequantizeArgs {
+    /// The safetensors file to read, as written by `qlora quantize` or bitsandbytes.
+    pub input: PathBuf,
+    /// The safetensors file to write.
+    pub output: PathBuf,
+    /// Replace the output if it exists.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Runs `qlora quantize`.
+///
+/// # Errors
+/// Whatever reading, quantizing or writing gives; [`Error::File`] if the output exists or no tensor
+/// matches.
+pub fn quantize(args: &QuantizeArgs) -> Result<()> {
+    let file = SafetensorsFile::open(&args.input)?;
+    check_output(&args.input, &args.output, args.force)?;
+    let options = QuantOptions { format: args.format, block: args.block, ..QuantOptions::default() };
+    let options = if args.double_quant { options.double_quant() } else { options };
+
+    let packed = bitsandbytes::quantized_weights(&file);
+    let (chosen, copied): (Vec<&String>, Vec<&String>) = file
+        .names()
+        .iter()
+        .partition(|name| !packed.contains(name.as_str()) && args.matches(name) && is_matrix(&file, name));
+    if chosen.is_empty() {
+        return Err(Error::File {
+            path: args.input.clone(),
+            message: "no 2-D float tensor named `weight` or `*.weight` matches; nothing to quantize".into(),
+        });
+    }
+    let bar = progress(chosen.len(), args.quiet);
+    let mut matrices = Vec::with_capacity(chosen.len());
+    for name in chosen {
+        bar.set_message(name.clone());
+        matrices.push((name, quantize_tensor(&file, name, &options)?));
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+
+    let mut out = copied.iter().map(|name| copy(&file, name)).collect::<Result<Vec<_>>>()?;
+    for (name, matrix) in &matrices {
+        out.extend(bitsandbytes::tensors(name, matrix)?);
+    }
+    safetensors::write(&args.output, out, file.metadata())?;
+    if args.quiet {
+        return Ok(());
+    }
+    let weights: usize = matrices.iter().map(|(_, m)| m.len()).sum();
+    let bits: f64 = matrices.iter().map(|(_, m)| m.bits_per_weight() * m.len() as f64).sum();
+    let summary = format!(
+        "{} quantized to {} ({:.3} bits per weight), {} copied",
+        tensors(matrices.len()),
+        args.format,
+        bits / weights.max(1) as f64,
+        copied.len(),
+    );
+    report(&args.input, &args.output, &summary)
+}
+
+/// Runs `qlora dequantize`.
+///
+/// # Errors
+/// Whatever reading or writing gives; [`Error::File`] if the output exists or nothing is 4-bit.
+pub fn dequantize(args: &DequantizeArgs) -> Result<()> {
+    let file = SafetensorsFile::open(&args.input)?;
+    check_output(&args.input, &args.output, args.force)?;
+    let packed = bitsandbytes::quantized_weights(&file);
+    if packed.is_empty() {
+        return Err(Error::File {
+            path: args.input.clone(),
+            message: "has no 4-bit weights (no `*.quant_state.*` tensor); nothing to dequantize".into(),
+        });
+    }
+    let matrices =
+        packed.iter().map(|name| Ok((*name, bitsandbytes::read(&file, name)?))).collect::<Result<Vec<_>>>()?;
+    let bar = progress(matrices.len(), false);
+    let copied = file.names().iter().filter(|name| {
+        let weight = bitsandbytes::weight_of(name).unwrap_or(name);
+        !packed.contains(weight)
+    });
+    let mut out = copied.map(|name| copy(&file, name)).collect::<Result<Vec<_>>>()?;
+    let copied = out.len();
+    out.extend(matrices.iter().map(|(name, matrix)| dequantized(name, matrix, &bar)));
+    safetensors::write(&args.output, out, file.metadata())?;
+    bar.finish_and_clear();
+    let summary = format!("{} dequantized, {copied} copied", tensors(matrices.len()));
+    report(&args.input, &args.output, &summary)
+}
+
+impl QuantizeArgs {
+    fn matches(&self, name: &str) -> bool {
+        let finds = |regex: &Regex| regex.is_match(name);
+        (name == "weight" || name.ends_with(".weight"))
+            && (self.include.is_empty() || self.include.iter().any(finds))
+            && !self.exclude.iter().any(finds)
+    }
+}
+
+/// Refuses to replace a file unasked, and to replace the input at all.
+fn check_output(input: &Path, output: &Path, force: bool) -> Result<()> {
+    let refuse = |message: &str| Err(Error::File { path: output.into(), message: message.into() });
+    match (fs::canonicalize(input), fs::canonicalize(output)) {
+        (Ok(input), Ok(output)) if input == output => refuse("is the input too; choose another output"),
+        (_, Ok(_)) if !force => refuse("exists; pass --force to replace it"),
+        _ => Ok(()),
+    }
+}
+
+fn is_matrix(file: &SafetensorsFile, name: &str) -> bool {
+    file.get(name).is_some_and(|tensor| tensor.shape.len() == 2 && tensor.floats().is_some())
+}
+
+fn quantize_tensor(file: &SafetensorsFile, name: &str, options: &QuantOptions) -> Result<QuantizedMatrix> {
+    let tensor = file.tensor(name)?;
+    let (Some(floats), &[rows, cols]) = (tensor.floats(), tensor.shape) else {
+        return Err(file.tensor_error(name, "is not a 2-D float tensor"));
+    };
+    QuantizedMatrix::quantize(floats.source(), rows, cols, options).map_err(|e| file.tensor_error(name, e))
+}
+
+fn copy<'a>(file: &'a SafetensorsFile, name: &str) -> Result<OutTensor<'a>> {
+    let tensor = file.tensor(name)?;
+    Ok(OutTensor {
+        name: name.into(),
+        dtype: tensor.dtype,
+        shape: tensor.shape.to_vec(),
+        data: OutData::Bytes(tensor.bytes.into()),
+    })
+}
+
+/// The dense tensor of `matrix`, made when it is written.
+fn dequantized<'a>(name: &str, matrix: &'a QuantizedMatrix, bar: &'a ProgressBar) -> OutTensor<'a> {
+    let dtype = match matrix.dtype() {
+        Dtype::F32 => TensorType::F32,
+        Dtype::F16 => TensorType::F16,
+        Dtype::Bf16 => TensorType::BF16,
+    };
+    let name = name.to_owned();
+    let message = name.clone();
+    let make = move || {
+        bar.set_message(message.clone());
+        let bytes = dense_bytes(matrix);
+        bar.inc(1);
+        bytes
+    };
+    OutTensor { name, dtype, shape: vec![matrix.rows(), matrix.cols()], data: OutData::Lazy(Box::new(make)) }
+}
+
+/// The weights in the type of the original ones (rounded to nearest, ties to even), little-endian.
+fn dense_bytes(matrix: &QuantizedMatrix) -> Vec<u8> {
+    let size = matrix.dtype().bytes();
+    let mut out = vec![0; matrix.len() * size];
+    out.par_chunks_mut((matrix.cols() * size).max(1)).enumerate().for_each_init(
+        || vec![0.0; matrix.cols()],
+        |values, (row, bytes)| {
+            matrix.dequantize_rows(row..row + 1, values);
+            for (bytes, &value) in bytes.chunks_exact_mut(size).zip(&*values) {
+                match matrix.dtype() {
+                    Dtype::F32 => bytes.copy_from_slice(&value.to_le_bytes()),
+                    Dtype::F16 => bytes.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+                    Dtype::Bf16 => bytes.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+                }
+            }
+        },
+    );
+    out
+}
+
+/// A progress bar on standard error, which hides itself where that is no terminal.
+fn progress(len: usize, quiet: bool) -> ProgressBar {
+    if quiet {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}");
+    ProgressBar::new(len as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn tensors(count: usize) -> String {
+    if count == 1 { "1 tensor".into() } else { format!("{count} tensors") }
+}
+
+/// The one line on standard output.
+fn report(input: &Path, output: &Path, summary: &str) -> Result<()> {
+    let size = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let (before, after) = (HumanBytes(size(input)), HumanBytes(size(output)));
+    writeln!(io::stdout(), "{}: {summary}, {before} -> {after}", output.display())
+        .map_err(|e| Error::Io { path: "standard output".into(), message: e.to_string() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use clap::Parser;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    #[derive(Parser)]
+    enum Command {
+        Quantize(QuantizeArgs),
+        Dequantize(DequantizeArgs),
+    }
+
+    /// Runs `qlora` with a command line in which `@x` is the file `x` of `folder`.
+    fn run(folder: &TempDir, line: &str) -> Result<()> {
+        let words = line.split(' ').map(|word| match word.strip_prefix('@') {
+            Some(name) => folder.path().join(name).to_str().unwrap().to_owned(),
+            None => word.to_owned(),
+        });
+        match Command::parse_from(["qlora".to_owned()].into_iter().chain(words)) {
+            Command::Quantize(args) => quantize(&args),
+            Command::Dequantize(args) => dequantize(&args),
+        }
+    }
+
+    fn open(folder: &TempDir, name: &str) -> SafetensorsFile {
+        SafetensorsFile::open(folder.path().join(name)).unwrap()
+    }
+
+    fn tensor(name: &str, dtype: TensorType, shape: &[usize], bytes: Vec<u8>) -> OutTensor<'static> {
+        OutTensor { name: name.into(), dtype, shape: shape.into(), data: OutData::Bytes(bytes.into()) }
+    }
+
+    /// A folder with `in`: two matrices to quantize and four tensors to leave alone.
+    fn folder() -> TempDir {
+        let folder = TempDir::new().unwrap();
+        let values = |n: usize| (0..n).map(|i| (i as f32 * 0.3).cos());
+        let f32s = |n| values(n).flat_map(f32::to_le_bytes).collect();
+        let bf16s = |n| values(n).flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect();
+        let tensors = vec![
+            tensor("a.weight", TensorType::BF16, &[5, 33], bf16s(165)),
+            tensor("b.weight", TensorType::F32, &[64, 2], f32s(128)),
+            tensor("b.bias", TensorType::F32, &[64], f32s(64)),
+            tensor("norm.weight", TensorType::F32, &[7], f32s(7)),
+            tensor("table", TensorType::F32, &[2, 2], f32s(4)),
+            tensor("ids.weight", TensorType::U8, &[2, 2], vec![1, 2, 3, 4]),
+        ];
+        let metadata = BTreeMap::from([("license".into(), "MIT".into())]);
+        safetensors::write(&folder.path().join("in"), tensors, metadata).unwrap();
+        folder
+    }
+
+    #[test]
+    fn there_and_back() {
+        let folder = folder();
+        for (format, flags) in [("nf4", "--double-quant"), ("fp4", "--block 128"), ("int4", "--double-quant --quiet")] {
+            run(&folder, &format!("quantize @in @packed --force --format {format} {flags}")).unwrap();
+            run(&folder, "dequantize @packed @out --force").unwrap();
+            let (input, packed, out) = (open(&folder, "in"), open(&folder, "packed"), open(&folder, "out"));
+            assert_eq!(
+                bitsandbytes::quantized_weights(&packed).into_iter().collect::<Vec<_>>(),
+                ["a.weight", "b.weight"]
+            );
+            assert_eq!((packed.metadata(), out.metadata()), (input.metadata(), input.metadata()));
+            assert_eq!(out.names(), input.names());
+            for name in input.names() {
+                let [before, after] = [&input, &out].map(|file| file.tensor(name).unwrap());
+                assert_eq!((after.dtype, after.shape), (before.dtype, before.shape));
+                let weight = ["a.weight", "b.weight"].contains(&name.as_str());
+                assert_eq!(after.bytes != before.bytes, weight, "{name}");
+                if weight {
+                    let matrix = bitsandbytes::read(&packed, name).unwrap();
+                    assert_eq!(matrix.format().to_string(), format);
+                    assert_eq!(after.bytes, dense_bytes(&matrix));
+                    let [before, after] = [before, after].map(|tensor| values(tensor.floats().unwrap()));
+                    assert!(before.iter().zip(&after).all(|(w, q)| (w - q).abs() < 0.2), "{name}");
+                }
+            }
+        }
+    }
+
+    fn values(floats: safetensors::Floats<'_>) -> Vec<f32> {
+        match floats {
+            safetensors::Floats::F32(values) => values.to_vec(),
+            safetensors::Floats::F16(values) => values.iter().map(|v| v.to_f32()).collect(),
+            safetensors::Floats::Bf16(values) => values.iter().map(|v| v.to_f32()).collect(),
+        }
+    }
+
+    #[test]
+    fn expressions_choose_the_weights() {
+        let folder = folder();
+        let chosen = |flags: &str| {
+            run(&folder, &format!("quantize @in @out --force {flags}")).unwrap();
+            let file = open(&folder, "out");
+            bitsandbytes::quantized_weights(&file).into_iter().collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(chosen("--include ^a"), "a.weight");
+        assert_eq!(chosen("--include ^a --include ^b"), "a.weight b.weight");
+        assert_eq!(chosen("--exclude ^a"), "b.weight");
+        let error = run(&folder, "quantize @in @none --include norm").unwrap_err();
+        assert!(error.to_string().contains("nothing to quantize"), "{error}");
+        assert!(!folder.path().join("none").exists());
+        let error = run(&folder, "dequantize @in @none").unwrap_err();
+        assert!(error.to_string().contains("nothing to dequantize"), "{error}");
+    }
+
+    #[test]
+    fn files_are_replaced_only_when_asked() {
+        let folder = folder();
+        let before = fs::read(folder.path().join("in")).unwrap();
+        for line in ["quantize @in @in --force", "quantize @in @./in --force", "dequantize @in @in"] {
+            let error = run(&folder, line).unwrap_err().to_string();
+            assert!(error.contains("is the input too"), "{error}");
+        }
+        assert_eq!(fs::read(folder.path().join("in")).unwrap(), before);
+        run(&folder, "quantize @in @out").unwrap();
+        for line in ["quantize @in @out", "dequantize @in @out"] {
+            let error = run(&folder, line).unwrap_err().to_string();
+            assert!(error.contains("--force"), "{error}");
+        }
+        run(&folder, "quantize @in @out --force").unwrap();
+    }
+
+    #[test]
+    fn a_bad_weight_is_named_and_nothing_is_written() {
+        let folder = TempDir::new().unwrap();
+        let bytes = [1.0, f32::NAN].map(f32::to_le_bytes).concat();
+        let tensors = vec![tensor("x.weight", TensorType::F32, &[1, 2], bytes)];
+        safetensors::write(&folder.path().join("in"), tensors, BTreeMap::new()).unwrap();
+        let error = run(&folder, "quantize @in @out").unwrap_err().to_string();
+        assert!(error.contains("\"x.weight\"") && error.contains("flat index 1"), "{error}");
+        let error = run(&folder, "quantize @in @out --block 48").unwrap_err().to_string();
+        assert!(error.contains("block is 48"), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn packed_weights_are_copied() {
+        let folder = folder();
+        run(&folder, "quantize @in @half --include ^a").unwrap();
+        run(&folder, "quantize @half @out --format int4").unwrap();
+        let (half, out) = (open(&folder, "half"), open(&folder, "out"));
+        for name in half.names().iter().filter(|name| name.starts_with("a.weight")) {
+            assert_eq!(half.tensor(name).unwrap().bytes, out.tensor(name).unwrap().bytes);
+        }
+        assert_eq!(bitsandbytes::read(&out, "b.weight").unwrap().format(), Format::Int4);
+    }
+}

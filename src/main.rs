@@ -1,0 +1,7 @@
+//! The `qlora` command; see `qlora --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    qlora_wgpu::cli::run()
+}
