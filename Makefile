@@ -1,0 +1,27 @@
+# Every target does its own set-up first: scripts/setup.sh, which is quick when nothing is missing.
+CARGO ?= cargo
+export CARGO
+
+.PHONY: help setup demo test bench
+
+help:
+	@echo 'make demo    list the devices, quantize a real weight, and check the fused forward on every one of them'
+	@echo 'make test    all tests, on the CPU and every adapter; QLORA_TEST_DEVICES=cpu leaves the adapters out'
+	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
+	@echo 'make setup   install what the others need: a Vulkan driver where there is none'
+
+setup:
+	@sh scripts/setup.sh
+
+demo:
+	@sh scripts/setup.sh demo
+	$(CARGO) build --release --bin qlora
+	$(CARGO) run --release --quiet --bin qlora -- demo
+
+test:
+	@sh scripts/setup.sh test
+	$(CARGO) test
+
+bench:
+	@sh scripts/setup.sh bench
+	$(CARGO) bench
