@@ -1,6 +1,7 @@
 // H = X * A^T with dropout on X: [M, r] from X [M, K] and A [r, K]; both row-major f32.
 {% if software %}
-// For software drivers: lanes along the rank, {{ tokens }} rows of X an invocation, no workgroup memory.
+// For software drivers: lanes along the rank, {{ tokens }} rows of X an invocation, no workgroup memory. Their time is that
+// of the loads.
 {% else %}
 // A workgroup owns {{ tokens }} rows of X by {{ ranks }} rows of A; its threads stride K, then the partial sums meet.
 {% endif %}
@@ -14,7 +15,7 @@ struct Params {
     rank_groups: u32, // workgroups along the rank
     seed_low: u32,    // of the dropout
     seed_high: u32,
-    drop_below: u32,  // a value whose hash is under this is dropped; 0: none
+    drop_below: u32,  // a value whose hash is under this is dropped
     keep_scale: f32,  // 1 / (1 - probability)
 }
 
@@ -25,7 +26,9 @@ struct Params {
 
 {% include "groups.wgsl" %}
 {% include "x.wgsl" %}
+{% if dropout %}
 {% include "dropout.wgsl" %}
+{% endif %}
 
 {% if ragged %}
 fn a4(row: u32, q: u32) -> vec4<f32> {
@@ -45,12 +48,12 @@ fn a4(row: u32, q: u32) -> vec4<f32> {
 {% endif %}
 
 fn dropped_x4(row: u32, q: u32) -> vec4<f32> {
-    let values = x4(row, q);
-    if (p.drop_below == 0u) {
-        return values;
-    }
+{% if dropout %}
     let i = row * p.k + 4u * q;
-    return values * vec4<f32>(dropout_factor(i), dropout_factor(i + 1u), dropout_factor(i + 2u), dropout_factor(i + 3u));
+    return x4(row, q) * vec4<f32>(dropout_factor(i), dropout_factor(i + 1u), dropout_factor(i + 2u), dropout_factor(i + 3u));
+{% else %}
+    return x4(row, q);
+{% endif %}
 }
 
 {% if not software %}

@@ -1,14 +1,20 @@
 // Y = X * W^T + bias + s * H * B^T, for software drivers: no workgroup memory, no barriers.
 //
 // Lanes run along N. One invocation owns {{ tokens }} rows of X by {{ columns }} columns of Y: a word of codes is decoded once and
-// feeds {{ tokens }} rows, whose x are the same in all lanes and so load as scalars.
+// feeds {{ tokens }} rows.
+{% if share_x %}
+// The workgroup is one subgroup of eight: each lane loads one x of eight, and broadcasts hand them round. Drivers that do
+// not see that an address is the same in all lanes would load it eight times.
+{% endif %}
 {{ "" }}
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
 
 {% include "groups.wgsl" %}
 {% include "matrix.wgsl" %}
+{% if not share_x %}
 {% include "x.wgsl" %}
+{% endif %}
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -22,20 +28,44 @@ fn main(
     }
     let row_group = group / p.column_groups;
     let n_base = (group - row_group * p.column_groups) * {{ threads * columns }}u + lane;
-    let row_base = row_group * {{ tokens }}u;
+    let row_base = p.row + row_group * {{ tokens }}u;
 
-    // Columns and rows past the end are computed from the last one and not stored.
+    // Columns past the end are computed from the last one and not stored; rows always come in whole groups.
 {% for c in range(columns) %}
     let n{{ c }} = min(n_base + {{ c * threads }}u, p.n - 1u);
 {% endfor %}
 {% for t in range(tokens) %}
-    let row{{ t }} = p.row + min(row_base + {{ t }}u, p.rows - 1u);
+    let row{{ t }} = row_base + {{ t }}u;
 {% endfor %}
 {% for t in range(tokens) %}{% for c in range(columns) %}
     var y{{ t }}_{{ c }} = 0.0;
 {% endfor %}{% endfor %}
 
     let words = (p.k + 7u) >> 3u;
+{% macro load_x(t) %}
+{% if share_x %}
+            let x{{ t }} = x[row{{ t }} * p.k + 8u * g + lane];
+            let lo_x{{ t }} = vec4<f32>({% for e in range(4) %}subgroupBroadcast(x{{ t }}, {{ e }}u){{ ", " if not loop.last }}{% endfor %});
+            let hi_x{{ t }} = vec4<f32>({% for e in range(4, 8) %}subgroupBroadcast(x{{ t }}, {{ e }}u){{ ", " if not loop.last }}{% endfor %});
+{% else %}
+            let lo_x{{ t }} = x4(row{{ t }}, 2u * g);
+            let hi_x{{ t }} = x4(row{{ t }}, 2u * g + 1u);
+{% endif %}
+{% endmacro %}
+{% macro load_w(c) %}
+{% if kind == "quant" and not ragged %}
+            let word{{ c }} = w[n{{ c }} * p.m.row_words + g];
+            let lo_w{{ c }} = decode_low(word{{ c }}) * scale{{ c }}{{ " + low" ~ c if mins != "none" }};
+            let hi_w{{ c }} = decode_high(word{{ c }}) * scale{{ c }}{{ " + low" ~ c if mins != "none" }};
+{% else %}
+            let decoded{{ c }} = weights8(n{{ c }}, g);
+            let lo_w{{ c }} = decoded{{ c }}.lo;
+            let hi_w{{ c }} = decoded{{ c }}.hi;
+{% endif %}
+{% endmacro %}
+{% macro multiply(t, c) %}
+            y{{ t }}_{{ c }} = y{{ t }}_{{ c }} + (dot(lo_x{{ t }}, lo_w{{ c }}) + dot(hi_x{{ t }}, hi_w{{ c }}));
+{% endmacro %}
 {% if kind == "quant" and not ragged %}
     // {{ words_per_scale }} words in a row share a scale: it is fetched once.
     for (var start = 0u; start < words; start = start + {{ words_per_scale }}u) {
@@ -47,34 +77,32 @@ fn main(
 {% endif %}
 {% endfor %}
         for (var g = start; g < start + {{ words_per_scale }}u; g = g + 1u) {
-{% for c in range(columns) %}
-            let word{{ c }} = w[n{{ c }} * p.m.row_words + g];
-{% if mins != "none" %}
-            let lo{{ c }} = decode(low_codes(word{{ c }})) * scale{{ c }} + low{{ c }};
-            let hi{{ c }} = decode(high_codes(word{{ c }})) * scale{{ c }} + low{{ c }};
-{% else %}
-            let lo{{ c }} = decode(low_codes(word{{ c }})) * scale{{ c }};
-            let hi{{ c }} = decode(high_codes(word{{ c }})) * scale{{ c }};
-{% endif %}
-{% endfor %}
 {% else %}
     {
         for (var g = 0u; g < words; g = g + 1u) {
+{% endif %}
+{% if tokens <= 2 %}
+            // All x fit in registers: a column at a time, so that its weights need not wait there.
+{% for t in range(tokens) %}
+{{ load_x(t) }}
+{% endfor %}
 {% for c in range(columns) %}
-            let w{{ c }} = weights8(n{{ c }}, g);
-            let lo{{ c }} = w{{ c }}.lo;
-            let hi{{ c }} = w{{ c }}.hi;
+{{ load_w(c) }}
+{% for t in range(tokens) %}
+{{ multiply(t, c) }}
+{% endfor %}
+{% endfor %}
+{% else %}
+{% for c in range(columns) %}
+{{ load_w(c) }}
+{% endfor %}
+{% for t in range(tokens) %}
+{{ load_x(t) }}
+{% for c in range(columns) %}
+{{ multiply(t, c) }}
+{% endfor %}
 {% endfor %}
 {% endif %}
-{% for t in range(tokens) %}
-            {
-                let a = x4(row{{ t }}, 2u * g);
-                let c = x4(row{{ t }}, 2u * g + 1u);
-{% for c in range(columns) %}
-                y{{ t }}_{{ c }} = y{{ t }}_{{ c }} + (dot(a, lo{{ c }}) + dot(c, hi{{ c }}));
-{% endfor %}
-            }
-{% endfor %}
         }
     }
 
@@ -99,9 +127,7 @@ fn main(
             bias{{ c }} = bias[p.column + n{{ c }}];
         }
 {% for t in range(tokens) %}
-        if (row_base + {{ t }}u < p.rows) {
-            y[row{{ t }} * p.y_stride + p.column + n{{ c }}] = y{{ t }}_{{ c }} + bias{{ c }};
-        }
+        y[row{{ t }} * p.y_stride + p.column + n{{ c }}] = y{{ t }}_{{ c }} + bias{{ c }};
 {% endfor %}
     }
 {% endfor %}

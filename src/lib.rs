@@ -1,4 +1,43 @@
-//! QLoRA for every GPU.
+//! QLoRA for every GPU: a frozen 4-bit base plus LoRA adapters, through wgpu (Vulkan, Metal, DX12, GL) and on the CPU.
+//!
+//! The base stays packed. A forward pass reads its 4-bit codes and the scales beside them, decodes on the way into the
+//! product, and adds the adapter in the same kernel: y = x Wᵀ + bias + s (x Aᵀ) Bᵀ. There is one copy of the weights, on
+//! the device that computes, and no dequantized matrix anywhere.
+//!
+//! ```
+//! use ndarray::Array2;
+//! use qlora_wgpu::nn::{LoraAdapter, LoraConfig, QLoraLinear};
+//! use qlora_wgpu::quant::QuantOptions;
+//! use qlora_wgpu::{Device, Tensor};
+//!
+//! # fn main() -> qlora_wgpu::Result<()> {
+//! let device = Device::best()?; // a hardware GPU, or else the CPU
+//! let weight = Array2::from_shape_fn((64, 128), |(i, j)| ((i * 31 + j * 17) % 101) as f32 / 101.0 - 0.5);
+//!
+//! let adapter = LoraAdapter::new(&device, 64, 128, &LoraConfig::new(16, 32.0))?;
+//! let layer = QLoraLinear::quantize(&device, weight.view(), &QuantOptions::nf4().double_quant())?
+//!     .with_adapter("default", adapter)?;
+//!
+//! let x = Tensor::zeros(&device, &[8, 128])?; // eight tokens
+//! let y = layer.forward(&x)?.to_array2()?;
+//! assert_eq!(y.dim(), (8, 64));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A program that has a wgpu device already shares it with [`Device::from_wgpu`]; [`wgpu`] is re-exported so that both
+//! mean the same version.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters |
+//! | [`kernels`] | the fused kernels, one file each, with their CPU twins |
+//! | [`tensor`] | f32 tensors on a device |
+//! | [`device`] | the CPU and GPUs: choice, capability tiers, memory, errors as values |
+//! | [`quant`] | what the bytes of a 4-bit matrix mean: NF4, FP4, int4, double quantization |
+//! | [`formats`] | files: safetensors with bitsandbytes' serialization |
+//!
+//! Functions do not panic on bad input: they return an [`Error`] that names the operation and the shapes, file or key.
 
 pub mod bench;
 #[cfg(feature = "cli")]

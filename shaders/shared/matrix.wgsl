@@ -37,22 +37,13 @@ fn {{ name }}_of(block: u32) -> f32 {
 {{ block_value("min", mins, "p.m.mins", "p.m.min_supers", "p.m.min_table", "p.m.min_offset") }}
 {% endif %}
 
-// Four codes to codebook values.
-fn decode(code: vec4<u32>) -> vec4<f32> {
-{% if decoder == "offset" %}
-    // The codebook counts up by one from its first value.
-    return vec4<f32>(code) + vec4<f32>({{ codebook[0] }});
-{% elif decoder == "signed" %}
-    // The codebook is two's complement.
-    let signed = bitcast<vec4<i32>>(code << vec4<u32>(28u)) >> vec4<u32>(28u);
-    return vec4<f32>(signed);
-{% else %}
-    // A tree of selects over the bits: on every device tried it is no slower than a table in workgroup memory, and
-    // on software drivers it takes half the time.
-    let b0 = (code & vec4<u32>(1u)) != vec4<u32>(0u);
-    let b1 = (code & vec4<u32>(2u)) != vec4<u32>(0u);
-    let b2 = (code & vec4<u32>(4u)) != vec4<u32>(0u);
-    let b3 = (code & vec4<u32>(8u)) != vec4<u32>(0u);
+{% if decoder == "select" %}
+// The codebook's values of four codes of a word, whose bits are under the masks: a tree of selects, which on every device
+// tried is no slower than a table in workgroup memory, and on software drivers takes half the time.
+fn decode(word: u32, bit0: vec4<u32>, bit1: vec4<u32>, bit2: vec4<u32>, bit3: vec4<u32>) -> vec4<f32> {
+{% for i in range(4) %}
+    let b{{ i }} = (vec4<u32>(word) & bit{{ i }}) != vec4<u32>(0u);
+{% endfor %}
 {% for i in range(8) %}
     let a{{ i }} = select(vec4<f32>({{ codebook[2 * i] }}), vec4<f32>({{ codebook[2 * i + 1] }}), b0);
 {% endfor %}
@@ -60,16 +51,42 @@ fn decode(code: vec4<u32>) -> vec4<f32> {
     let c{{ i }} = select(a{{ 2 * i }}, a{{ 2 * i + 1 }}, b1);
 {% endfor %}
     return select(select(c0, c1, b2), select(c2, c3, b2), b3);
+}
+
+// Codes 0 to 3 of a word, in its low half.
+fn decode_low(word: u32) -> vec4<f32> {
+    let bit = vec4<u32>(0x1u, 0x10u, 0x100u, 0x1000u);
+    return decode(word, bit, bit << vec4<u32>(1u), bit << vec4<u32>(2u), bit << vec4<u32>(3u));
+}
+
+// Codes 4 to 7.
+fn decode_high(word: u32) -> vec4<f32> {
+    let bit = vec4<u32>(0x10000u, 0x100000u, 0x1000000u, 0x10000000u);
+    return decode(word, bit, bit << vec4<u32>(1u), bit << vec4<u32>(2u), bit << vec4<u32>(3u));
+}
+{% else %}
+// The codebook's values of four codes of a word, which start at these bits.
+fn decode(word: u32, start: vec4<u32>) -> vec4<f32> {
+{% if decoder == "offset" %}
+    // The codebook counts up by one from its first value.
+    return vec4<f32>((vec4<u32>(word) >> start) & vec4<u32>(15u)) + vec4<f32>({{ codebook[0] }});
+{% else %}
+    // The codebook is two's complement.
+    let signed = bitcast<vec4<i32>>(vec4<u32>(word) << (vec4<u32>(28u) - start)) >> vec4<u32>(28u);
+    return vec4<f32>(signed);
 {% endif %}
 }
 
-fn low_codes(word: u32) -> vec4<u32> {
-    return (vec4<u32>(word) >> vec4<u32>(0u, 4u, 8u, 12u)) & vec4<u32>(15u);
+// Codes 0 to 3 of a word, in its low half.
+fn decode_low(word: u32) -> vec4<f32> {
+    return decode(word, vec4<u32>(0u, 4u, 8u, 12u));
 }
 
-fn high_codes(word: u32) -> vec4<u32> {
-    return (vec4<u32>(word) >> vec4<u32>(16u, 20u, 24u, 28u)) & vec4<u32>(15u);
+// Codes 4 to 7.
+fn decode_high(word: u32) -> vec4<f32> {
+    return decode(word, vec4<u32>(16u, 20u, 24u, 28u));
 }
+{% endif %}
 
 // The block of weight [n, k].
 fn block_of(n: u32, k: u32) -> u32 {
@@ -81,8 +98,8 @@ fn block_of(n: u32, k: u32) -> u32 {
 // Eight weights of a word that lies within `block`.
 fn decode_word(word: u32, block: u32) -> W8 {
     let scale = vec4<f32>(scale_of(block));
-    var lo = decode(low_codes(word)) * scale;
-    var hi = decode(high_codes(word)) * scale;
+    var lo = decode_low(word) * scale;
+    var hi = decode_high(word) * scale;
 {% if mins != "none" %}
     let low = vec4<f32>(min_of(block));
     lo = lo + low;
@@ -91,24 +108,24 @@ fn decode_word(word: u32, block: u32) -> W8 {
     return W8(lo, hi);
 }
 
-// W[n, 8g .. 8g + 8]
+// w[n, 8g .. 8g + 8]
 fn weights8(n: u32, g: u32) -> W8 {
     return decode_word(w[n * p.m.row_words + g], block_of(n, 8u * g));
 }
 
-// W[n, 4q .. 4q + 4]
+// w[n, 4q .. 4q + 4]
 fn weights4(n: u32, q: u32) -> vec4<f32> {
     let word = w[n * p.m.row_words + (q >> 1u)] >> (16u * (q & 1u));
     let block = block_of(n, 4u * q);
 {% if mins != "none" %}
-    return decode(low_codes(word)) * vec4<f32>(scale_of(block)) + vec4<f32>(min_of(block));
+    return decode_low(word) * vec4<f32>(scale_of(block)) + vec4<f32>(min_of(block));
 {% else %}
-    return decode(low_codes(word)) * vec4<f32>(scale_of(block));
+    return decode_low(word) * vec4<f32>(scale_of(block));
 {% endif %}
 }
 
 {% elif kind == "quant" %}
-// W[n, 4q .. 4q + 4], zero past K. A block has at least 32 weights, so four of them touch two blocks at most.
+// w[n, 4q .. 4q + 4], zero past K. A block has at least 32 weights, so four of them touch two blocks at most.
 fn weights4(n: u32, q: u32) -> vec4<f32> {
     let word = w[n * p.m.row_words + (q >> 1u)] >> (16u * (q & 1u));
     let k = vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u);
@@ -116,7 +133,7 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
     let block = flat.x >> p.m.block_shift;
     // One block more than there are is stored, so block + 1 can always be read.
     let next = (flat >> vec4<u32>(p.m.block_shift)) != vec4<u32>(block);
-    var values = decode(low_codes(word)) * select(vec4<f32>(scale_of(block)), vec4<f32>(scale_of(block + 1u)), next);
+    var values = decode_low(word) * select(vec4<f32>(scale_of(block)), vec4<f32>(scale_of(block + 1u)), next);
 {% if mins != "none" %}
     values = values + select(vec4<f32>(min_of(block)), vec4<f32>(min_of(block + 1u)), next);
 {% endif %}
@@ -124,21 +141,21 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
 }
 
 {% elif kind == "f32" %}
-// W[n, 4q .. 4q + 4]; rows end in zeros.
+// w[n, 4q .. 4q + 4]; rows end in zeros.
 fn weights4(n: u32, q: u32) -> vec4<f32> {
     let at = n * p.m.row_words + 4u * q;
     return vec4<f32>(word_as_f32(at), word_as_f32(at + 1u), word_as_f32(at + 2u), word_as_f32(at + 3u));
 }
 
 {% elif kind == "f16" %}
-// W[n, 4q .. 4q + 4]; rows end in zeros.
+// w[n, 4q .. 4q + 4]; rows end in zeros.
 fn weights4(n: u32, q: u32) -> vec4<f32> {
     let at = n * p.m.row_words + 2u * q;
     return vec4<f32>(unpack2x16float(w[at]), unpack2x16float(w[at + 1u]));
 }
 
 {% elif kind == "bf16" %}
-// W[n, 4q .. 4q + 4]; rows end in zeros. bf16 is the upper half of an f32.
+// w[n, 4q .. 4q + 4]; rows end in zeros. bf16 is the upper half of an f32.
 fn weights4(n: u32, q: u32) -> vec4<f32> {
     let at = n * p.m.row_words + 2u * q;
     let a = w[at];
@@ -147,7 +164,7 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
 }
 
 {% elif kind == "q8_0" %}
-// W[n, 4q .. 4q + 4]: bytes times the f16 scale of their 32.
+// w[n, 4q .. 4q + 4]: bytes times the f16 scale of their 32.
 fn weights4(n: u32, q: u32) -> vec4<f32> {
     let word = w[n * p.m.row_words + q];
     let block = (n * p.k + 4u * q) >> 5u;
@@ -160,7 +177,7 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
 {% endif %}
 
 {% if kind != "quant" or ragged %}
-// W[n, 8g .. 8g + 8]
+// w[n, 8g .. 8g + 8]
 fn weights8(n: u32, g: u32) -> W8 {
     return W8(weights4(n, 2u * g), weights4(n, 2u * g + 1u));
 }

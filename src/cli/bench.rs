@@ -21,13 +21,13 @@ pub struct BenchArgs {
     #[arg(long, value_enum, default_value_t = Op::Forward)]
     op: Op,
     /// Rows of X (tokens).
-    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 512])]
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 512], value_parser = size)]
     m: Vec<usize>,
     /// Rows of the weight (output features).
-    #[arg(long, value_delimiter = ',', default_values_t = [4096])]
+    #[arg(long, value_delimiter = ',', default_values_t = [4096], value_parser = size)]
     n: Vec<usize>,
     /// Columns of the weight (input features).
-    #[arg(long, value_delimiter = ',', default_values_t = [4096, 14336])]
+    #[arg(long, value_delimiter = ',', default_values_t = [4096, 14336], value_parser = size)]
     k: Vec<usize>,
     /// Rank of the adapter; 0: none.
     #[arg(long, default_value_t = 16)]
@@ -47,6 +47,14 @@ pub struct BenchArgs {
 enum Op {
     /// Y = X * deq(W)^T + s * (X * A^T) * B^T
     Forward,
+}
+
+/// A size of at least 1.
+fn size(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("must be a whole number from 1 on".into()),
+        Ok(size) => Ok(size),
+    }
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {

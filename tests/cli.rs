@@ -1,0 +1,138 @@
+//! `qlora` as a person meets it: help, devices, bench, demo, wrong usage.
+
+mod common;
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+fn qlora() -> Command {
+    let mut command = Command::cargo_bin("qlora").unwrap();
+    command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER");
+    command
+}
+
+fn stdout(command: &mut Command) -> String {
+    String::from_utf8(command.assert().success().get_output().stdout.clone()).unwrap()
+}
+
+/// Standard error of a run that ends with this exit code; drivers' own chatter left out.
+fn failure(command: &mut Command, code: i32) -> String {
+    let stderr = String::from_utf8(command.assert().code(code).get_output().stderr.clone()).unwrap();
+    stderr.lines().filter(|line| !line.contains("XDG_RUNTIME_DIR")).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn help_names_every_command_and_variable() {
+    let help = stdout(qlora().arg("--help"));
+    for word in ["devices", "quantize", "dequantize", "bench", "demo", "QLORA_DEVICE", "QLORA_TIER"] {
+        assert!(help.contains(word), "{word} in:\n{help}");
+    }
+    for command in ["devices", "quantize", "dequantize", "bench", "demo"] {
+        assert!(!stdout(qlora().args([command, "--help"])).is_empty());
+    }
+    assert!(stdout(qlora().arg("--version")).contains(env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn devices_lists_the_cpu_and_every_adapter() {
+    let found: Value = serde_json::from_str(&stdout(qlora().args(["devices", "--json"]))).unwrap();
+    let found = found.as_array().unwrap();
+    assert_eq!((found[0]["name"].as_str(), found[0]["index"].as_u64()), (Some("cpu"), Some(0)));
+    let table = stdout(qlora().arg("devices"));
+    for info in common::adapters() {
+        let listed = &found[info.index];
+        assert_eq!(listed["name"].as_str(), Some(info.name.as_str()));
+        assert!(listed["tiers"].as_array().unwrap().iter().any(|tier| tier == &listed["tier"]));
+        assert!(table.contains(&info.name), "{table}");
+    }
+}
+
+#[test]
+fn bench_prints_a_row_a_case_with_every_field() {
+    let devices = std::iter::once("cpu".to_owned()).chain(common::adapters().into_iter().map(|info| info.name));
+    for device in devices {
+        let run =
+            stdout(
+                qlora()
+                    .args(["bench", "--device", &device, "--json", "--m", "1,20", "--n", "40", "--k", "64,128"])
+                    .args(["--rank", "4", "--format", "nf4", "--double-quant"]),
+            );
+        let rows: Value = serde_json::from_str(&run).unwrap();
+        let rows = rows.as_array().unwrap();
+        assert_eq!(rows.len(), 4);
+        for row in rows {
+            let mut keys: Vec<_> = row.as_object().unwrap().keys().map(String::as_str).collect();
+            keys.sort_unstable();
+            let mut wanted = [
+                "op",
+                "device",
+                "adapter",
+                "tier",
+                "format",
+                "double_quant",
+                "m",
+                "n",
+                "k",
+                "rank",
+                "ms_min",
+                "ms_median",
+                "gflops",
+                "weight_gb_per_s",
+                "max_rel_err_vs_cpu",
+            ];
+            wanted.sort_unstable();
+            assert_eq!(keys, wanted);
+            assert_eq!((row["op"].as_str(), row["double_quant"].as_bool()), (Some("forward"), Some(true)));
+            assert_eq!(row["adapter"].as_str(), Some(device.as_str()));
+            assert!(row["ms_median"].as_f64().unwrap() > 0.0);
+            assert!(row["max_rel_err_vs_cpu"].as_f64().unwrap() < 1e-5, "{row}");
+        }
+    }
+    let table = stdout(qlora().args(["bench", "--device", "cpu", "--m", "1", "--n", "32", "--k", "32", "--rank", "0"]));
+    assert!(table.starts_with("cpu\n") && table.contains("GFLOP/s"), "{table}");
+}
+
+#[test]
+fn the_demo_checks_every_device() {
+    let text = stdout(qlora().arg("demo"));
+    assert!(text.contains("4.127 bits per weight") && text.contains("Every device agrees"), "{text}");
+    for info in common::adapters() {
+        assert!(text.matches(&info.name).count() >= 3, "listed, and measured twice: {text}");
+    }
+}
+
+#[test]
+fn the_environment_chooses_device_and_tier() {
+    let run = |name: &str, tier: &str| {
+        let mut command = qlora();
+        command.args(["bench", "--json", "--m", "9", "--n", "8", "--k", "32", "--rank", "1"]);
+        command.env("QLORA_DEVICE", name).env("QLORA_TIER", tier);
+        command
+    };
+    let row = |mut command: Command| serde_json::from_str::<Value>(&stdout(&mut command)).unwrap()[0].clone();
+    assert_eq!(row(run("cpu", ""))["device"], "cpu");
+    for info in common::adapters() {
+        for tier in &info.tiers {
+            let row = row(run(&info.index.to_string(), tier));
+            assert_eq!(
+                (row["adapter"].as_str(), row["tier"].as_str()),
+                (Some(info.name.as_str()), Some(tier.as_str()))
+            );
+        }
+        let error = failure(&mut run(&info.index.to_string(), "fastest"), 1);
+        assert!(error.starts_with("error: ") && error.contains("fastest") && error.contains("plain"), "{error}");
+    }
+}
+
+#[test]
+fn wrong_usage_and_wrong_input_are_told_apart() {
+    let error = failure(qlora().args(["bench", "--device", "no such thing"]), 1);
+    assert!(error.contains("no such thing") && error.lines().count() == 1, "{error}");
+    let error = failure(qlora().args(["bench", "--device", "cpu", "--m", "0", "--n", "8", "--k", "8"]), 2);
+    assert!(error.contains("--m"), "{error}");
+    failure(qlora().args(["bench", "--format", "nf5"]), 2);
+    failure(qlora().args(["bench", "--block", "7"]), 2);
+    failure(&mut qlora(), 2);
+    let error = failure(qlora().args(["quantize", "no/such/file.safetensors", "out.safetensors"]), 1);
+    assert!(error.contains("no/such/file.safetensors"), "{error}");
+}
