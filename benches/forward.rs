@@ -32,7 +32,7 @@ fn forward(criterion: &mut Criterion) {
 }
 
 fn quantize(criterion: &mut Criterion) {
-    let (rows, cols) = (4096, 4096);
+    let (rows, cols) = (4096, 14336);
     let weight = qlora_wgpu::bench::uniform(1, rows * cols, 0.05);
     let mut group = criterion.benchmark_group("quantize");
     group.sample_size(10).throughput(Throughput::Elements((rows * cols) as u64));

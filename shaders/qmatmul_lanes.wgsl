@@ -21,6 +21,9 @@ fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
+{% if share_x %}
+    @builtin(subgroup_invocation_id) sharer: u32,
+{% endif %}
 ) {
     let group = group_index(workgroup, count);
     if (group >= p.groups) {
@@ -44,7 +47,7 @@ fn main(
     let words = (p.k + 7u) >> 3u;
 {% macro load_x(t) %}
 {% if share_x %}
-            let x{{ t }} = x[row{{ t }} * p.k + 8u * g + lane];
+            let x{{ t }} = x[row{{ t }} * p.k + 8u * g + sharer];
             let lo_x{{ t }} = vec4<f32>({% for e in range(4) %}subgroupBroadcast(x{{ t }}, {{ e }}u){{ ", " if not loop.last }}{% endfor %});
             let hi_x{{ t }} = vec4<f32>({% for e in range(4, 8) %}subgroupBroadcast(x{{ t }}, {{ e }}u){{ ", " if not loop.last }}{% endfor %});
 {% else %}

@@ -9,7 +9,7 @@ enable f16;
 // Staged as f16: rows of X times a power of two from their own largest value, W times `m.factor`; undone at the end.
 {% endif %}
 {% set depth = 32 if f16 else 16 %}
-{% set lora_depth = 16 %}
+{% set lora_depth = 8 if f16 else 16 %}
 {% set stride = 17 %}
 
 {% include "qmatmul.wgsl" %}
@@ -135,7 +135,7 @@ fn main(
 {% set left, right = ("h_tile", "b_tile") if f16 else ("x_tile", "w_tile") %}
     for (var start = 0u; start < p.rank; start = start + {{ lora_depth }}u) {
         workgroupBarrier();
-        {
+        if (part < {{ lora_depth // 4 }}u) {
             let j = start + 4u * part;
 {% for i in range(4) %}
             let h{{ i }} = h4(row{{ i }}, j);

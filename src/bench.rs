@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::ArrayView2;
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -160,9 +160,9 @@ impl Operands {
         };
         let mut weight = vec![0.0; k];
         let (mut got, mut wanted) = (Vec::new(), Vec::new());
-        for column in (0..n).step_by(n.div_ceil(61)) {
+        for column in (0..n).step_by(n.div_ceil(61).max(1)) {
             self.base.dequantize_rows(column..column + 1, &mut weight);
-            for row in (0..m).step_by(m.div_ceil(7)) {
+            for row in (0..m).step_by(m.div_ceil(7).max(1)) {
                 let x = &self.x[row * k..][..k];
                 let up = (0..rank).map(|j| dot(x, &self.a[j * k..][..k]) * f64::from(self.b[column * rank + j]));
                 wanted.push((dot(x, &weight) + 2.0 * up.sum::<f64>()) as f32);
@@ -189,11 +189,6 @@ impl Prepared {
             }
             Device::Gpu(gpu) => gpu.time(|| self.forward().map(|_| ())),
         }
-    }
-
-    /// The layer.
-    pub fn layer(&self) -> &QLoraLinear {
-        &self.layer
     }
 }
 
@@ -237,11 +232,6 @@ pub fn measure(operands: &Operands, device: &Device) -> Result<Row> {
         weight_gb_per_s: operands.weight_bytes() as f64 / median / 1e9,
         max_rel_err_vs_cpu,
     })
-}
-
-/// The result of a case on a device.
-pub fn result(operands: &Operands, device: &Device) -> Result<Array2<f32>> {
-    operands.on(device)?.forward()?.to_array2()
 }
 
 #[cfg(test)]

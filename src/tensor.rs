@@ -46,7 +46,7 @@ impl Tensor {
             });
         }
         let storage = match device {
-            Device::Cpu(cpu) => Storage::Cpu(cpu.clone(), Arc::new(cpu.adopt(values))),
+            Device::Cpu(cpu) => Storage::Cpu(cpu.clone(), Arc::new(cpu.adopt(values)?)),
             Device::Gpu(gpu) => Storage::Gpu(gpu.clone(), gpu.upload("tensor", bytemuck::cast_slice(values))?),
         };
         Ok(Tensor { shape: shape.to_vec(), storage })
@@ -57,7 +57,7 @@ impl Tensor {
         match device {
             Device::Cpu(cpu) => {
                 let len = element_count(shape)?;
-                Ok(Tensor::from_host(cpu, shape, cpu.zeros(len)))
+                Ok(Tensor::from_host(cpu, shape, cpu.zeros(len)?))
             }
             Device::Gpu(_) => Tensor::from_slice(device, shape, &vec![0.0; element_count(shape)?]),
         }
@@ -175,7 +175,11 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
     bytemuck::pod_collect_to_vec(bytes)
 }
 
-fn element_count(shape: &[usize]) -> Result<usize> {
+/// How many values a tensor of this shape has.
+///
+/// # Errors
+/// [`Error::Invalid`] for 2^32 - 1 or more.
+pub(crate) fn element_count(shape: &[usize]) -> Result<usize> {
     let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
     // Kernels index with u32.
     count.filter(|&count| count < u32::MAX as usize).ok_or_else(|| Error::Invalid {

@@ -85,7 +85,8 @@ fn bench_prints_a_row_a_case_with_every_field() {
             assert_eq!((row["op"].as_str(), row["double_quant"].as_bool()), (Some("forward"), Some(true)));
             assert_eq!(row["adapter"].as_str(), Some(device.as_str()));
             assert!(row["ms_median"].as_f64().unwrap() > 0.0);
-            assert!(row["max_rel_err_vs_cpu"].as_f64().unwrap() < 1e-5, "{row}");
+            let allowed = if row["tier"].as_str().unwrap().contains("f16") { 2e-3 } else { 1e-5 };
+            assert!(row["max_rel_err_vs_cpu"].as_f64().unwrap() < allowed, "{row}");
         }
     }
     let table = stdout(qlora().args(["bench", "--device", "cpu", "--m", "1", "--n", "32", "--k", "32", "--rank", "0"]));
@@ -130,6 +131,8 @@ fn wrong_usage_and_wrong_input_are_told_apart() {
     assert!(error.contains("no such thing") && error.lines().count() == 1, "{error}");
     let error = failure(qlora().args(["bench", "--device", "cpu", "--m", "0", "--n", "8", "--k", "8"]), 2);
     assert!(error.contains("--m"), "{error}");
+    let error = failure(qlora().args(["bench", "--device", "cpu", "--rank", "99999999999999"]), 2);
+    assert!(error.contains("--rank"), "{error}");
     failure(qlora().args(["bench", "--format", "nf5"]), 2);
     failure(qlora().args(["bench", "--block", "7"]), 2);
     failure(&mut qlora(), 2);

@@ -16,8 +16,11 @@ fn gpu_of(device: &Device) -> &Gpu {
 
 /// A wgpu adapter, opened by the caller with no features at all.
 fn callers_own() -> (wgpu::Adapter, wgpu::Device, wgpu::Queue) {
+    let wanted = common::adapters().swap_remove(0).name;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
-    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
+    let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    adapters.retain(|adapter| wanted.starts_with(adapter.get_info().name.trim()));
+    let adapter = adapters.swap_remove(0);
     let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor::default())).unwrap();
     (adapter, device, queue)
 }
@@ -40,6 +43,54 @@ fn a_callers_own_device_computes_as_ours() {
     let ours = layer(&Device::cpu(), 48, 64).forward_array(x.view()).unwrap();
     let theirs = layer(&device, 48, 64).forward_array(x.view()).unwrap();
     approx::assert_abs_diff_eq!(ours.as_slice().unwrap(), theirs.as_slice().unwrap(), epsilon = 1e-4);
+}
+
+#[test]
+fn threads_share_a_device() {
+    for device in common::gpus_with(|_| {}) {
+        let layer = layer(&device, 48, 64);
+        let x = Tensor::from_slice(&device, &[3, 64], &[0.5; 192]).unwrap();
+        let wanted = layer.forward(&x).unwrap().to_vec().unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..25 {
+                        assert_eq!(layer.forward(&x).unwrap().to_vec().unwrap(), wanted, "{}", device.name());
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn a_callers_device_with_default_limits_runs_every_tier_of_its_features() {
+    if !common::wants_gpus() {
+        return;
+    }
+    for info in common::adapters() {
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+        let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+        let named = |adapter: &&wgpu::Adapter| {
+            let found = adapter.get_info();
+            info.name == format!("{} ({})", found.name.trim(), found.backend)
+        };
+        let adapter = adapters.iter().find(named).unwrap();
+        // The limits that every WebGPU device has: 16 KiB of workgroup memory, eight storage buffers.
+        let descriptor = wgpu::DeviceDescriptor {
+            required_features: adapter.features() & (wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16),
+            ..Default::default()
+        };
+        let (raw, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+        for tier in &info.tiers {
+            let options = GpuOptions { tier: Some(tier.parse().unwrap()), ..GpuOptions::default() };
+            let device = Device::from_wgpu(adapter, raw.clone(), queue.clone(), &options).unwrap();
+            let layer = layer(&device, 48, 64);
+            for m in [1, 20] {
+                layer.forward(&Tensor::zeros(&device, &[m, 64]).unwrap()).unwrap().to_vec().unwrap();
+            }
+        }
+    }
 }
 
 #[test]

@@ -64,7 +64,7 @@ fn adapters_switch_at_run_time_and_share_the_base() {
             );
         }
         assert_eq!(layer.memory_stats().base_quantized_bytes, base_bytes);
-        layer.deactivate();
+        layer.deactivate().unwrap();
         assert_eq!(layer.forward_array(x.view()).unwrap(), alone, "{context}");
         layer.activate("large").unwrap();
         layer.remove_adapter("large").unwrap();
@@ -117,11 +117,15 @@ fn merge_and_unmerge_of_a_dense_base() {
         assert_eq!(layer.merge_to_f32().unwrap(), merged, "{context}: an export of a merged layer is the base");
         let quantized = QLoraLinear::from_lora(layer.clone(), &QuantOptions::nf4());
         assert!(quantized.is_err(), "{context}: a merged layer's adapter would count twice");
+        let refused = [layer.activate("default"), layer.deactivate()];
+        assert!(refused.iter().all(|result| result.as_ref().unwrap_err().to_string().contains("unmerge")), "{context}");
+        let x_tensor = Tensor::from_array(&device, &x).unwrap();
+        assert!(layer.forward_train(&x_tensor, 1).is_err(), "{context}: there is nothing to train in a merged layer");
         // The adapter that was merged is the one that is taken out, also if it has changed since.
         layer.adapter_mut("default").unwrap().edit(|_, mut b| b.fill(9.0)).unwrap();
         layer.unmerge().unwrap();
         assert!(!layer.is_merged());
-        layer.deactivate();
+        layer.deactivate().unwrap();
         assert_same(&context, &layer.merge_to_f32().unwrap(), &weight(), 1e-6);
     }
 }

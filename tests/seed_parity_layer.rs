@@ -285,8 +285,8 @@ fn merging_in_place_refuses_what_it_could_not_undo() {
     assert!(!layer.is_merged());
 }
 
-/// 7. Its tests allow errors of 0.2 to 0.5. Here the bound is the format's: half of the widest gap of the codebook,
-/// times the scale, for every weight; and half of the scale code's step more with double quantization.
+/// 7. Its tests allow errors of 0.2 to 0.5. Here the bound is the format's, for every weight: half of the widest gap of
+///    the codebook, times the scale.
 #[test]
 fn the_error_of_every_weight_is_within_the_format() {
     for (format, widest) in

@@ -131,7 +131,7 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
     let k = vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u);
     let flat = vec4<u32>(n * p.k + p.m.first_weight) + k;
     let block = flat.x >> p.m.block_shift;
-    // One block more than there are is stored, so block + 1 can always be read.
+    // Two scales more than there are blocks are stored, so block + 1 can always be read.
     let next = (flat >> vec4<u32>(p.m.block_shift)) != vec4<u32>(block);
     var values = decode_low(word) * select(vec4<f32>(scale_of(block)), vec4<f32>(scale_of(block + 1u)), next);
 {% if mins != "none" %}

@@ -30,7 +30,7 @@ pub struct BenchArgs {
     #[arg(long, value_delimiter = ',', default_values_t = [4096, 14336], value_parser = size)]
     k: Vec<usize>,
     /// Rank of the adapter; 0: none.
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 16, value_parser = rank)]
     rank: usize,
     /// nf4, fp4 or int4.
     #[arg(long, default_value_t = Format::Nf4)]
@@ -49,12 +49,20 @@ enum Op {
     Forward,
 }
 
+/// The largest size of a dimension: no model has more, and no product of two overflows.
+const MAX_SIZE: usize = 1 << 20;
+
 /// A size of at least 1.
 fn size(text: &str) -> Result<usize, String> {
     match text.parse() {
-        Ok(0) | Err(_) => Err("must be a whole number from 1 on".into()),
-        Ok(size) => Ok(size),
+        Ok(size @ 1..=MAX_SIZE) => Ok(size),
+        _ => Err(format!("must be a whole number in 1..={MAX_SIZE}")),
     }
+}
+
+/// As a size, or 0.
+fn rank(text: &str) -> Result<usize, String> {
+    if text == "0" { Ok(0) } else { size(text) }
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {

@@ -29,6 +29,9 @@ pub(super) struct Recorder {
     uniform_buffer: Option<wgpu::Buffer>,
 }
 
+/// How long a thread waits before it asks again whether a buffer is mapped.
+const POLL_INTERVAL: Duration = Duration::from_micros(20);
+
 /// One call of a kernel.
 pub(crate) struct Dispatch<'a> {
     pub kernel: &'static Kernel,
@@ -79,7 +82,7 @@ impl Gpu {
                 self.submit(recorder)?;
             }
             let offset = recorder.stage_uniform(self, &params);
-            let pass = recorder.pass(self.wgpu_device());
+            let pass = recorder.pass(self)?;
             pass.set_pipeline(&pipeline.raw);
             match offset {
                 Some(offset) => pass.set_bind_group(0, &bind_group, &[offset]),
@@ -125,16 +128,21 @@ impl Gpu {
     }
 
     fn submit(&self, recorder: &mut Recorder) -> Result<()> {
+        // An earlier error must not cost the batch.
+        self.check()?;
         recorder.pass = None;
-        let Some(encoder) = recorder.encoder.take() else { return self.check() };
+        let Some(encoder) = recorder.encoder.take() else { return Ok(()) };
         recorder.dispatches = 0;
         let uniforms = std::mem::take(&mut recorder.uniforms);
-        self.scoped("submitting commands", |_| {
+        let submitted = self.scoped("submitting commands", |_| {
             if let (Some(buffer), false) = (&recorder.uniform_buffer, uniforms.is_empty()) {
                 self.wgpu_queue().write_buffer(buffer, 0, &uniforms);
             }
             self.wgpu_queue().submit([encoder.finish()]);
-        })
+        });
+        self.forget_retired();
+        // The tensors of a lost batch have no values: whoever comes next is told too.
+        submitted.inspect_err(|error| self.remember(error))
     }
 
     /// The first `bytes` of a buffer, once everything recorded before has run.
@@ -151,7 +159,7 @@ impl Gpu {
                 None => {
                     state.waker = Some(context.waker().clone());
                     if cfg!(not(target_arch = "wasm32")) {
-                        std::thread::yield_now();
+                        std::thread::sleep(POLL_INTERVAL);
                         context.waker().wake_by_ref();
                     }
                     Poll::Pending
@@ -165,19 +173,21 @@ impl Gpu {
     /// As [`Gpu::read_async`], blocking.
     pub(crate) fn read(&self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
         let read = self.start_read(buffer, bytes)?;
-        self.poll(wgpu::PollType::wait_indefinitely())?;
-        let mapped = read.state.lock().unwrap_or_else(PoisonError::into_inner).mapped.take();
-        match mapped {
-            Some(Ok(())) => self.finish_read(&read),
-            Some(Err(message)) => Err(self.error("reading back", message)),
-            None => Err(self.error("reading back", "the driver did not answer".into())),
+        loop {
+            self.poll(wgpu::PollType::wait_indefinitely())?;
+            match read.state.lock().unwrap_or_else(PoisonError::into_inner).mapped.take() {
+                Some(Ok(())) => return self.finish_read(&read),
+                Some(Err(message)) => return Err(self.error("reading back", message)),
+                // Another thread's poll has taken our callback and is about to run it.
+                None => std::thread::sleep(POLL_INTERVAL),
+            }
         }
     }
 
     fn start_read(&self, buffer: &Buffer, bytes: u64) -> Result<Read> {
         let size = bytes.next_multiple_of(4);
         let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-        let staging = self.scoped("readback buffer", |device| {
+        let staging = self.scoped_alloc("readback buffer", size, |device| {
             device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("readback"),
                 size: size.max(4),
@@ -185,7 +195,7 @@ impl Gpu {
                 mapped_at_creation: false,
             })
         })?;
-        recorder.encoder(self.wgpu_device()).copy_buffer_to_buffer(buffer.raw(), 0, &staging, 0, size);
+        recorder.encoder(self)?.copy_buffer_to_buffer(buffer.raw(), 0, &staging, 0, size);
         self.submit(&mut recorder)?;
         let state = Arc::new(Mutex::new(ReadState::default()));
         let shared = state.clone();
@@ -233,16 +243,17 @@ impl Gpu {
             })
         })?;
         let ticks = self.alloc("timestamps", 16)?;
-        let stamp = |index| {
+        let stamp = |index| -> Result<()> {
             let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-            recorder.encoder(self.wgpu_device()).write_timestamp(&queries, index);
+            recorder.encoder(self)?.write_timestamp(&queries, index);
+            Ok(())
         };
-        stamp(0);
+        stamp(0)?;
         work()?;
-        stamp(1);
+        stamp(1)?;
         {
             let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-            let encoder = recorder.encoder(self.wgpu_device());
+            let encoder = recorder.encoder(self)?;
             encoder.resolve_query_set(&queries, 0..2, &resolved, 0);
             encoder.copy_buffer_to_buffer(&resolved, 0, ticks.raw(), 0, 16);
         }
@@ -256,15 +267,27 @@ impl Gpu {
 
 impl Recorder {
     /// The encoder, outside any pass.
-    fn encoder(&mut self, device: &wgpu::Device) -> &mut wgpu::CommandEncoder {
+    fn encoder(&mut self, gpu: &Gpu) -> Result<&mut wgpu::CommandEncoder> {
         self.pass = None;
-        self.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()))
+        self.any_encoder(gpu)
+    }
+
+    /// The encoder, perhaps with an open pass.
+    fn any_encoder(&mut self, gpu: &Gpu) -> Result<&mut wgpu::CommandEncoder> {
+        let encoder = match self.encoder.take() {
+            Some(encoder) => encoder,
+            None => gpu.scoped("command encoder", |device| device.create_command_encoder(&Default::default()))?,
+        };
+        Ok(self.encoder.insert(encoder))
     }
 
     /// The open pass of the encoder.
-    fn pass(&mut self, device: &wgpu::Device) -> &mut wgpu::ComputePass<'static> {
-        let encoder = self.encoder.get_or_insert_with(|| device.create_command_encoder(&Default::default()));
-        self.pass.get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime())
+    fn pass(&mut self, gpu: &Gpu) -> Result<&mut wgpu::ComputePass<'static>> {
+        let pass = match self.pass.take() {
+            Some(pass) => pass,
+            None => self.any_encoder(gpu)?.begin_compute_pass(&Default::default()).forget_lifetime(),
+        };
+        Ok(self.pass.insert(pass))
     }
 
     /// Where there are no immediates: puts the parameters in the batch's buffer and returns their offset.

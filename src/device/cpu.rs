@@ -5,6 +5,7 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use super::pool::{MemoryCounters, Pool, Taken, size_class};
+use crate::error::{Error, Result};
 
 /// The CPU device; clones share one pool.
 #[derive(Clone)]
@@ -35,7 +36,10 @@ impl Cpu {
     }
 
     /// `len` zeros.
-    pub(crate) fn zeros(&self, len: usize) -> HostBuffer {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if the system has no room.
+    pub(crate) fn zeros(&self, len: usize) -> Result<HostBuffer> {
         let size = size_class(len as u64 * 4);
         let values = match self.0.take(size, true) {
             Taken::Reused(mut values) => {
@@ -44,20 +48,24 @@ impl Cpu {
                 values
             }
             // There is no limit to pass.
-            Taken::Allocate { .. } | Taken::OverLimit => {
-                let mut values = Vec::with_capacity(size as usize / 4);
+            Taken::Allocate { .. } | Taken::OverLimit { .. } => {
+                let mut values = Vec::new();
+                if values.try_reserve_exact(size as usize / 4).is_err() {
+                    self.0.forget(size);
+                    return Err(Error::OutOfMemory { device: "cpu".into(), what: "a tensor".into(), bytes: size });
+                }
                 values.resize(len, 0.0);
                 values
             }
         };
-        HostBuffer { values, size, pool: self.0.clone() }
+        Ok(HostBuffer { values, size, pool: self.0.clone() })
     }
 
     /// These values, counted as this device's until they are dropped.
-    pub(crate) fn adopt(&self, values: &[f32]) -> HostBuffer {
-        let mut buffer = self.zeros(values.len());
+    pub(crate) fn adopt(&self, values: &[f32]) -> Result<HostBuffer> {
+        let mut buffer = self.zeros(values.len())?;
         buffer.copy_from_slice(values);
-        buffer
+        Ok(buffer)
     }
 
     /// Counts memory that something else holds, such as packed weights, for as long as the answer lives.
@@ -112,16 +120,18 @@ mod tests {
     #[test]
     fn memory_is_reused_zeroed_and_counted() {
         let cpu = Cpu::default();
-        let mut first = cpu.zeros(1000);
+        let mut first = cpu.zeros(1000).unwrap();
         first.fill(7.0);
         drop(first);
-        let second = cpu.zeros(990);
+        let second = cpu.zeros(990).unwrap();
         assert!(second.iter().all(|&value| value == 0.0));
         let packed = cpu.count(1 << 20);
         let counters = cpu.memory();
         assert_eq!(counters.reuses, 1);
         assert_eq!(counters.live_bytes, size_class(4000) + (1 << 20));
         drop((second, packed));
+        let error = cpu.zeros(usize::MAX / 8).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { bytes, .. } if bytes > 1 << 60), "{error}");
         assert_eq!(cpu.memory().live_bytes, 0);
     }
 }

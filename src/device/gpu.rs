@@ -218,7 +218,7 @@ impl Gpu {
         &self.0.raw
     }
 
-    /// The wgpu queue, to share it. Call [`Gpu::flush`] before submitting work that reads this crate's buffers.
+    /// The wgpu queue, to share it.
     pub fn wgpu_queue(&self) -> &wgpu::Queue {
         &self.0.queue
     }
@@ -280,6 +280,11 @@ impl Gpu {
         Error::DeviceLost { device: self.0.name.clone(), reason: reason.to_owned() }
     }
 
+    /// Keeps an error for the next caller too.
+    pub(super) fn remember(&self, error: &Error) {
+        self.0.fault.uncaptured.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.to_string());
+    }
+
     /// Marks the device as lost, so that every later call says so.
     pub(super) fn mark_lost(&self, reason: &str) -> Error {
         self.lost(self.0.fault.lost.get_or_init(|| reason.to_owned()))
@@ -287,6 +292,11 @@ impl Gpu {
 
     /// Runs `f` and turns what wgpu reports meanwhile into an `Error`.
     pub(super) fn scoped<T>(&self, op: &str, f: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
+        self.scoped_alloc(op, 0, f)
+    }
+
+    /// As [`Gpu::scoped`], for an `f` that allocates so many bytes.
+    pub(super) fn scoped_alloc<T>(&self, op: &str, bytes: u64, f: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
         self.check()?;
         let raw = &self.0.raw;
         let validation = raw.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -300,7 +310,7 @@ impl Gpu {
         match memory.or(internal).or(validation) {
             None => Ok(value),
             Some(wgpu::Error::OutOfMemory { .. }) => {
-                Err(Error::OutOfMemory { device: self.0.name.clone(), what: op.to_owned(), bytes: 0 })
+                Err(Error::OutOfMemory { device: self.0.name.clone(), what: op.to_owned(), bytes })
             }
             Some(error) => {
                 self.check_lost()?;
@@ -316,7 +326,8 @@ impl Gpu {
         // Runs the loss callback of our own devices; its answer does not matter here.
         let _ = raw.poll(wgpu::PollType::Poll);
         self.check()?;
-        let scope = raw.push_error_scope(wgpu::ErrorFilter::Validation);
+        let validation = raw.push_error_scope(wgpu::ErrorFilter::Validation);
+        let memory = raw.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let probe = raw.create_buffer(&wgpu::BufferDescriptor {
             label: Some("probe"),
             size: 16,
@@ -324,8 +335,13 @@ impl Gpu {
             mapped_at_creation: true,
         });
         let alive = probe.get_mapped_range_mut(..).is_ok();
-        let _ = pollster::block_on(scope.pop());
-        if alive { Ok(()) } else { Err(self.mark_lost("it was destroyed or reset and refuses every operation")) }
+        let starved = pollster::block_on(memory.pop()).is_some();
+        let _ = pollster::block_on(validation.pop());
+        if alive || starved {
+            Ok(())
+        } else {
+            Err(self.mark_lost("it was destroyed or reset and refuses every operation"))
+        }
     }
 
     /// An uninitialized buffer of at least `bytes` (a multiple of 4) from the pool, for `what`.
@@ -348,14 +364,7 @@ impl Gpu {
         })
     }
 
-    fn create(
-        &self,
-        what: &str,
-        bytes: u64,
-        size: u64,
-        pooled: bool,
-        init: impl FnOnce(&wgpu::Buffer),
-    ) -> Result<Buffer> {
+    fn create(&self, what: &str, bytes: u64, size: u64, pooled: bool, init: impl Fn(&wgpu::Buffer)) -> Result<Buffer> {
         self.check()?;
         let limit = self.0.limits.max_binding_bytes;
         if bytes > limit {
@@ -365,26 +374,38 @@ impl Gpu {
         let out_of_memory = || Error::OutOfMemory { device: self.0.name.clone(), what: what.to_owned(), bytes: size };
         let (id, raw) = match home.pool.take(size, pooled) {
             Taken::Reused(item) => item,
-            Taken::OverLimit => return Err(out_of_memory()),
+            Taken::OverLimit { trimmed } => {
+                home.retire(trimmed.into_iter().map(|(id, _)| id));
+                self.forget_retired();
+                return Err(out_of_memory());
+            }
             Taken::Allocate { trimmed } => {
                 home.retire(trimmed.into_iter().map(|(id, _)| id));
                 self.forget_retired();
                 let id = home.next_id.fetch_add(1, Ordering::Relaxed);
-                let created = self.scoped(what, |device| {
-                    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
-                        label: Some(what),
-                        size,
-                        usage: STORAGE,
-                        mapped_at_creation: !pooled,
-                    });
-                    init(&buffer);
-                    buffer
-                });
+                let descriptor =
+                    wgpu::BufferDescriptor { label: Some(what), size, usage: STORAGE, mapped_at_creation: !pooled };
+                let create = || {
+                    self.scoped_alloc(what, size, |device| {
+                        let buffer = device.create_buffer(&descriptor);
+                        init(&buffer);
+                        buffer
+                    })
+                };
+                let created = match create() {
+                    // The pool's free buffers may be the room that is missing.
+                    Err(Error::OutOfMemory { .. }) => {
+                        self.trim();
+                        self.wait()?;
+                        create()
+                    }
+                    other => other,
+                };
                 match created {
                     Ok(raw) => (id, raw),
                     Err(error) => {
                         home.pool.forget(size);
-                        return Err(if matches!(error, Error::OutOfMemory { .. }) { out_of_memory() } else { error });
+                        return Err(error);
                     }
                 }
             }
@@ -393,7 +414,7 @@ impl Gpu {
     }
 
     /// Drops bind groups of buffers that are gone; they would keep the memory alive.
-    fn forget_retired(&self) {
+    pub(super) fn forget_retired(&self) {
         let retired = std::mem::take(&mut *self.0.buffers.retired.lock().unwrap_or_else(PoisonError::into_inner));
         if !retired.is_empty() {
             self.0.pipelines.forget_buffers(&retired);

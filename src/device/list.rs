@@ -111,7 +111,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
     }
 }
 
-/// Adapters that can run compute shaders, software drivers of the GL backend marked as such.
+/// Adapters that can run compute shaders.
 fn adapters() -> Vec<wgpu::Adapter> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
     // Indirect dispatches are not used; their validation would only cost memory and a buffer-size limit.
@@ -137,12 +137,16 @@ pub(super) fn hardware() -> Result<Option<Gpu>> {
 
 /// Opens the adapter that the options and the environment mean.
 pub(super) fn open(options: &GpuOptions) -> Result<Gpu> {
-    let wanted = match (&options.select, std::env::var("QLORA_DEVICE")) {
+    match (&options.select, std::env::var("QLORA_DEVICE")) {
         (Select::HighPerformance | Select::LowPower, Ok(name)) if !["", "gpu", "best"].contains(&name.as_str()) => {
-            name.parse().map_or(Select::Name(name), Select::Index)
+            open_selected(options, name.parse().map_or(Select::Name(name), Select::Index))
         }
-        (select, _) => select.clone(),
-    };
+        (select, _) => open_selected(options, select.clone()),
+    }
+}
+
+/// Opens the adapter that `wanted` means, whatever the environment says.
+pub(super) fn open_selected(options: &GpuOptions, wanted: Select) -> Result<Gpu> {
     let found = adapters();
     let names: Vec<String> = found.iter().map(|adapter| device_name(&adapter.get_info())).collect();
     let chosen = match &wanted {

@@ -67,7 +67,8 @@ impl Device {
         match name {
             "cpu" | "0" => Ok(Device::cpu()),
             "best" => Device::best(),
-            "gpu" => Device::gpu(&GpuOptions::default()),
+            // Said in so many words: QLORA_DEVICE does not count.
+            "gpu" => list::open_selected(&GpuOptions::default(), Select::HighPerformance).map(Device::Gpu),
             _ => {
                 let select = name.parse().map_or_else(|_| Select::Name(name.to_owned()), Select::Index);
                 Device::gpu(&GpuOptions { select, ..GpuOptions::default() })

@@ -29,7 +29,6 @@ impl Pipelines {
     pub(super) fn get(&self, gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Arc<Pipeline>> {
         // Held while compiling: two threads that want the same variant compile it once.
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        // The key is cloned only when it is new.
         if let Some(pipeline) = compiled.get(&(kernel.name, defines.clone())) {
             return Ok(pipeline.clone());
         }

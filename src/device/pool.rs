@@ -45,8 +45,8 @@ pub(crate) enum Taken<T> {
     Reused(T),
     /// Nothing fits: the caller allocates, and drops these, which were trimmed to make room.
     Allocate { trimmed: Vec<T> },
-    /// The device's memory limit would be passed.
-    OverLimit,
+    /// The device's memory limit would be passed, also without these, which were trimmed.
+    OverLimit { trimmed: Vec<T> },
 }
 
 impl<T> Pool<T> {
@@ -80,7 +80,7 @@ impl<T> Pool<T> {
                 counters.pooled_bytes = 0;
             }
             if over(counters) {
-                return Taken::OverLimit;
+                return Taken::OverLimit { trimmed };
             }
             counters.allocations += 1;
         }
@@ -167,7 +167,7 @@ mod tests {
             Taken::Allocate { trimmed } => assert_eq!(trimmed, [1]),
             _ => panic!("the pooled 600 bytes make room"),
         }
-        assert!(matches!(pool.take(400, true), Taken::OverLimit));
+        assert!(matches!(pool.take(400, true), Taken::OverLimit { .. }));
         assert_eq!(pool.counters().live_bytes, 700);
     }
 }

@@ -99,11 +99,11 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
     }
     match x.storage() {
         Storage::Cpu(cpu, x) => {
-            let mut h = cpu.zeros(m * rank);
+            let mut h = cpu.zeros(m * rank)?;
             let mut dropped;
             let x: &[f32] = match dropout {
                 Some(dropout) => {
-                    dropped = cpu.zeros(m * k);
+                    dropped = cpu.zeros(m * k)?;
                     for (i, (out, value)) in (0..).zip(dropped.iter_mut().zip(x.iter())) {
                         *out = value * dropout.factor(i);
                     }

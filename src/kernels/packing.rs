@@ -42,7 +42,8 @@ params! {
         min_table: u32,
         /// Added to every double-quantized minimum.
         min_offset: f32,
-        /// The power of two that brings the largest weight near 256, for f16 staging.
+        /// The power of two that brings the largest weight near 256, for f16 staging. Rows of W whose largest weight is under
+        /// 2^-22 of that lose precision there.
         factor: f32,
     }
 }
@@ -263,14 +264,15 @@ impl ScalePlaces {
     }
 }
 
-/// Appends the scales of `blocks` and what decodes them. One more scale than there are blocks can be read.
+/// Appends the scales of `blocks` and what decodes them. Two more scales than there are blocks can be read: a ragged row's
+/// last words may end past the last block, and they read the next block's scale too.
 fn pack_scales(scales: &Scales, blocks: Range<usize>, words: &mut Vec<u32>) -> Result<ScalePlaces> {
     let place = |words: &Vec<u32>| words.len() as u32;
     let at = place(words);
     match scales {
         Scales::Plain(values) => {
             words.extend(values[blocks].iter().map(|value| value.to_bits()));
-            words.push(0);
+            words.extend([0; 2]);
             Ok(ScalePlaces { scales: at, supers: 0, table: 0, offset: 0.0, first_block: 0, super_shift: 0 })
         }
         Scales::Double(double) => {

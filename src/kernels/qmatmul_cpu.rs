@@ -9,6 +9,7 @@ use super::product::{Columns, View, panels};
 use super::qmatmul::{GEMV_ROWS, HostLora};
 use super::simd;
 use crate::device::Cpu;
+use crate::error::Result;
 
 /// Y [M, N] of `x` [M, K]; the caller has checked the shapes.
 pub(crate) fn forward(
@@ -18,11 +19,11 @@ pub(crate) fn forward(
     bias: Option<&[f32]>,
     lora: Option<HostLora<'_>>,
     y: &mut [f32],
-) {
+) -> Result<()> {
     let m = x.len() / w.cols();
     let lora = lora.filter(|lora| lora.rank > 0);
     match m {
-        0 => {}
+        0 => Ok(()),
         1..=GEMV_ROWS => few_rows(cpu, x, w, bias, lora, y),
         _ => many_rows(cpu, x, w, bias, lora, y),
     }
@@ -31,11 +32,18 @@ pub(crate) fn forward(
 /// Rows of W a task.
 const GEMV_TASK: usize = 32;
 
-fn few_rows(cpu: &Cpu, x: &[f32], w: &HostMatrix, bias: Option<&[f32]>, lora: Option<HostLora<'_>>, y: &mut [f32]) {
+fn few_rows(
+    cpu: &Cpu,
+    x: &[f32],
+    w: &HostMatrix,
+    bias: Option<&[f32]>,
+    lora: Option<HostLora<'_>>,
+    y: &mut [f32],
+) -> Result<()> {
     let (n, k) = (w.rows(), w.cols());
     let m = x.len() / k;
     // [N, M]: a task's results lie together.
-    let mut by_row = cpu.zeros(n * m);
+    let mut by_row = cpu.zeros(n * m)?;
     by_row.par_chunks_mut(GEMV_TASK * m).enumerate().for_each(|(task, out)| {
         let first = task * GEMV_TASK;
         simd::gemv(w, first..first + out.len() / m, x, out);
@@ -53,21 +61,32 @@ fn few_rows(cpu: &Cpu, x: &[f32], w: &HostMatrix, bias: Option<&[f32]>, lora: Op
             y[t * n + row] = value;
         }
     }
+    Ok(())
 }
 
-/// Rows of W, and columns of it, that a task decodes at a time: 2 MiB of f32, so that it stays in the cache, and X is
+/// Rows of W, and columns of it, that a task decodes at a time at most: 2 MiB of f32, so that it stays in the cache, and X is
 /// packed by the GEMM crate once for so many rows.
 const PANEL: (usize, usize) = (512, 1024);
 
-fn many_rows(cpu: &Cpu, x: &[f32], w: &HostMatrix, bias: Option<&[f32]>, lora: Option<HostLora<'_>>, y: &mut [f32]) {
+fn many_rows(
+    cpu: &Cpu,
+    x: &[f32],
+    w: &HostMatrix,
+    bias: Option<&[f32]>,
+    lora: Option<HostLora<'_>>,
+    y: &mut [f32],
+) -> Result<()> {
     let (n, k) = (w.rows(), w.cols());
     let m = x.len() / k;
     let (width, rows_of) = panels(n, PANEL.0);
-    Columns::new(y, m, n).split(width).into_par_iter().enumerate().for_each(|(index, mut y)| {
+    // However many threads there are, their tiles together are at most a quarter of W.
+    let live = rayon::current_num_threads().min(n.div_ceil(width));
+    let depth = (n * k / 4 / (live * width)).clamp(64, PANEL.1).min(k);
+    Columns::new(y, m, n).split(width).into_par_iter().enumerate().try_for_each(|(index, mut y)| {
         let rows = rows_of(index);
-        let mut tile = cpu.zeros(rows.len() * PANEL.1.min(k));
-        for start in (0..k).step_by(PANEL.1) {
-            let cols = start..(start + PANEL.1).min(k);
+        let mut tile = cpu.zeros(rows.len() * depth)?;
+        for start in (0..k).step_by(depth) {
+            let cols = start..(start + depth).min(k);
             w.dequantize_tile(rows.clone(), cols.clone(), &mut tile);
             let left = View { data: &x[start..], row_stride: k, col_stride: 1 };
             let right = View { data: &tile, row_stride: 1, col_stride: cols.len() };
@@ -83,5 +102,6 @@ fn many_rows(cpu: &Cpu, x: &[f32], w: &HostMatrix, bias: Option<&[f32]>, lora: O
                 y.row(row).iter_mut().zip(&bias[rows.clone()]).for_each(|(value, bias)| *value += bias);
             }
         }
-    });
+        Ok(())
+    })
 }

@@ -1,10 +1,10 @@
 //! [`qmatmul`](super::qmatmul) for many rows of X on hardware: 64 x 64 tiles of Y, operands staged in workgroup memory
 //! (as f16 where the tier says so, with powers of two that keep their range), 8 x 8 values of Y an invocation.
 
+use super::kernel;
 use super::packing::Part;
 use super::qmatmul::{GpuCall, QmatmulParams};
-use super::{kernel, row_factor};
-use crate::device::{Defines, Dispatch};
+use crate::device::{Buffer, Defines, Dispatch};
 use crate::error::Result;
 
 kernel! {
@@ -25,11 +25,10 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
     matrices.iter().map(|matrix| defines(matrix.clone(), f16)).collect()
 }
 
-pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
+/// `factor`: that of the rows of X, for f16 staging ([`row_factor`](super::row_factor)).
+pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
     let operands = call.operands(part)?;
     let f16 = call.gpu.tier().f16();
-    let factor =
-        if f16 { &row_factor::dispatch(call.gpu, call.x, call.m, call.w.cols())? } else { call.gpu.unused()? };
     let (m, n) = (call.m as u32, part.rows.len() as u32);
     let column_groups = n.div_ceil(TILE);
     let params = QmatmulParams { column_groups, ..call.params(part) };

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::expect_2d;
-use crate::tensor::Tensor;
+use crate::tensor::{Tensor, element_count};
 
 const OP: &str = "LoRA adapter";
 
@@ -74,6 +74,9 @@ impl LoraAdapter {
     /// [`Error::Invalid`] for rank 0, an alpha that is not finite or a dropout outside 0..1.
     pub fn new(device: &Device, d_out: usize, d_in: usize, config: &LoraConfig) -> Result<LoraAdapter> {
         let rank = config.rank;
+        // Checked before anything of that size is made.
+        element_count(&[rank, d_in])?;
+        element_count(&[d_out, rank])?;
         let a: Vec<f32> = match config.init {
             LoraInit::KaimingUniform { seed } => {
                 let mut random = ChaCha8Rng::seed_from_u64(seed);

@@ -71,7 +71,7 @@ impl<Base> AdaptedLinear<Base> {
         Ok(AdaptedLinear { base, bias: None, adapters: BTreeMap::new(), active: None, merged: None, kind: PhantomData })
     }
 
-    /// The same layer with a bias [d_out].
+    /// The same layer with a bias of `d_out` values.
     ///
     /// # Errors
     /// [`Error::Shape`], and the device's own.
@@ -123,16 +123,30 @@ impl<Base> AdaptedLinear<Base> {
     /// Uses this adapter from now on. Costs nothing: the base stays as it is.
     ///
     /// # Errors
-    /// [`Error::NoSuchAdapter`].
+    /// [`Error::NoSuchAdapter`]; [`Error::Invalid`] while an adapter is merged into the base.
     pub fn activate(&mut self, name: &str) -> Result<()> {
         self.adapter(name)?;
+        self.check_unmerged("activating an adapter")?;
         self.active = Some(name.to_owned());
         Ok(())
     }
 
     /// Uses the base alone from now on.
-    pub fn deactivate(&mut self) {
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] while an adapter is merged into the base.
+    pub fn deactivate(&mut self) -> Result<()> {
+        self.check_unmerged("deactivating the adapter")?;
         self.active = None;
+        Ok(())
+    }
+
+    fn check_unmerged(&self, op: &'static str) -> Result<()> {
+        if !self.is_merged() {
+            return Ok(());
+        }
+        let expected = "unmerge it first: its base contains an adapter".into();
+        Err(Error::Invalid { op, what: "the layer", got: "merged".into(), expected })
     }
 
     /// The active adapter's name.
@@ -188,7 +202,7 @@ impl<Base> AdaptedLinear<Base> {
         self.base.rows()
     }
 
-    /// The bias, [d_out].
+    /// The bias, `d_out` values.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
@@ -223,7 +237,11 @@ impl<Base> AdaptedLinear<Base> {
 
     /// As [`AdaptedLinear::forward`], with the active adapter's dropout. The same seed drops the same values, on every
     /// device.
+    ///
+    /// # Errors
+    /// As [`AdaptedLinear::forward`]; [`Error::Invalid`] while an adapter is merged into the base.
     pub fn forward_train(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
+        self.check_unmerged("a training pass")?;
         self.run(x, Some(seed))
     }
 
