@@ -25,27 +25,14 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> h: array<f32>;
 
 {% include "groups.wgsl" %}
-{% include "x.wgsl" %}
+{% set operand = "x" %}
+{% include "rows.wgsl" %}
 {% if dropout %}
 {% include "dropout.wgsl" %}
 {% endif %}
 
-{% if ragged %}
-fn a4(row: u32, q: u32) -> vec4<f32> {
-    var values = vec4<f32>(0.0);
-    let at = row * p.k + 4u * q;
-    let left = p.k - min(p.k, 4u * q);
-    if (left > 0u) { values.x = a[at]; }
-    if (left > 1u) { values.y = a[at + 1u]; }
-    if (left > 2u) { values.z = a[at + 2u]; }
-    if (left > 3u) { values.w = a[at + 3u]; }
-    return values;
-}
-{% else %}
-fn a4(row: u32, q: u32) -> vec4<f32> {
-    return a[row * (p.k >> 2u) + q];
-}
-{% endif %}
+{% set operand = "a" %}
+{% include "rows.wgsl" %}
 
 fn dropped_x4(row: u32, q: u32) -> vec4<f32> {
 {% if dropout %}

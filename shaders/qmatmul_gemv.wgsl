@@ -10,7 +10,8 @@
 
 {% include "groups.wgsl" %}
 {% include "matrix.wgsl" %}
-{% include "x.wgsl" %}
+{% set operand = "x" %}
+{% include "rows.wgsl" %}
 {% include "reduce.wgsl" %}
 
 @compute @workgroup_size({{ threads }})

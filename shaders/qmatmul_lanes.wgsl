@@ -13,7 +13,8 @@
 {% include "groups.wgsl" %}
 {% include "matrix.wgsl" %}
 {% if not share_x %}
-{% include "x.wgsl" %}
+{% set operand = "x" %}
+{% include "rows.wgsl" %}
 {% endif %}
 
 @compute @workgroup_size({{ threads }})

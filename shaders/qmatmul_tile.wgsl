@@ -18,7 +18,8 @@ enable f16;
 
 {% include "groups.wgsl" %}
 {% include "matrix.wgsl" %}
-{% include "x.wgsl" %}
+{% set operand = "x" %}
+{% include "rows.wgsl" %}
 
 // [k][row / 4] of four rows each; the stride of 17 spreads the banks.
 {% if f16 %}

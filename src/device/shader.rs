@@ -127,7 +127,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "matrix_params.wgsl",
         "qmatmul.wgsl",
         "reduce.wgsl",
-        "x.wgsl"
+        "rows.wgsl",
     ] {
         environment.add_template(name, source)?;
     }

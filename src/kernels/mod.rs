@@ -4,6 +4,7 @@
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
 pub mod dequantize;
+mod host_matrix;
 pub mod lora_down;
 pub mod matrix;
 mod packing;
@@ -12,6 +13,7 @@ pub mod qmatmul;
 mod qmatmul_cpu;
 mod qmatmul_gemv;
 mod qmatmul_lanes;
+mod qmatmul_operands;
 mod qmatmul_tile;
 pub mod registry;
 mod row_factor;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::matrix::{HostMatrix, OP};
+use super::host_matrix::HostMatrix;
 use super::params;
 use crate::device::{Buffer, Gpu};
 use crate::error::{Error, Result};
@@ -230,7 +230,7 @@ fn pack_quantized(matrix: &QuantizedMatrix, rows: Range<usize>, layout: &mut Mat
 }
 
 fn bad_super_block(got: usize, expected: &str) -> Error {
-    Error::Invalid { op: OP, what: "the super-block", got: got.to_string(), expected: expected.to_owned() }
+    Error::Invalid { op: "device matrix", what: "the super-block", got: got.to_string(), expected: expected.to_owned() }
 }
 
 /// Codes of one row, from flat index `first` on: element e into bits 4 (e mod 8) of word e / 8.

@@ -12,18 +12,13 @@
 //! software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
 
 use super::matrix::{DeviceMatrix, HostMatrix};
-use super::packing::{MatrixLayout, Part};
+use super::qmatmul_operands::{GEMV_ROWS, GpuCall, HostLora, OP};
 use super::{
-    LoraUp, Real, expect_2d, expect_shape, params, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor,
+    LoraUp, Real, expect_2d, expect_shape, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor,
 };
-use crate::device::{Buffer, Gpu, Tier};
+use crate::device::Tier;
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
-
-const OP: &str = "qmatmul";
-
-/// The most rows of X for which W is read once and multiplied as it comes: beyond, tiles pay.
-pub(crate) const GEMV_ROWS: usize = 8;
 
 /// Computes X * W^T + bias + s * H * B^T on the device of `x`: [M, N].
 ///
@@ -83,97 +78,6 @@ pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option
         }
         // `same` has made sure of one device.
         _ => Err(Error::DeviceMismatch { op: OP, left: x.device().name().into(), right: w.device().name().into() }),
-    }
-}
-
-/// An adapter's operands in host memory: H [M, rank], B [N, rank].
-#[derive(Clone, Copy)]
-pub(crate) struct HostLora<'a> {
-    pub h: &'a [f32],
-    pub b: &'a [f32],
-    pub rank: usize,
-    pub scale: f32,
-}
-
-/// The operands of a call on a GPU, checked.
-pub(crate) struct GpuCall<'a> {
-    pub gpu: &'a Gpu,
-    pub w: &'a DeviceMatrix,
-    pub x: &'a Buffer,
-    pub m: usize,
-    pub bias: Option<&'a Tensor>,
-    pub lora: Option<LoraUp<'a>>,
-    pub y: &'a Buffer,
-}
-
-params! {
-    /// Parameters of every form of the kernel; `shaders/shared/qmatmul.wgsl`.
-    struct QmatmulParams {
-        first_group: u32,
-        groups: u32,
-        /// K, in values.
-        k: u32,
-        /// Rows of W in this part.
-        n: u32,
-        /// First row of X.
-        row: u32,
-        /// Rows of X from there on.
-        rows: u32,
-        /// Column of Y of the part's first row of W.
-        column: u32,
-        /// Columns of Y.
-        y_stride: u32,
-        /// Workgroups along N.
-        column_groups: u32,
-        /// 0: no adapter.
-        rank: u32,
-        has_bias: u32,
-        lora_scale: f32,
-        m: MatrixLayout,
-    }
-}
-
-impl<'a> GpuCall<'a> {
-    /// The adapter, unless its rank is 0 and there is nothing to add.
-    fn adapter(&self) -> Option<LoraUp<'a>> {
-        self.lora.filter(|lora| lora.b.shape()[1] > 0)
-    }
-
-    /// Parameters for all rows of X and this part of W; each form fills in how it divides the work.
-    pub(crate) fn params(&self, part: &Part) -> QmatmulParams {
-        let adapter = self.adapter();
-        QmatmulParams {
-            k: self.w.cols() as u32,
-            n: part.rows.len() as u32,
-            rows: self.m as u32,
-            column: part.rows.start as u32,
-            y_stride: self.w.rows() as u32,
-            rank: adapter.map_or(0, |lora| lora.b.shape()[1] as u32),
-            has_bias: u32::from(self.bias.is_some()),
-            lora_scale: adapter.map_or(0.0, |lora| lora.scale),
-            m: part.layout,
-            ..Default::default()
-        }
-    }
-
-    /// The read-only operands, in the order of their bindings: x, w, bias, h, b.
-    pub(crate) fn operands<'b>(&'b self, part: &'b Part) -> Result<[&'b Buffer; 5]> {
-        let unused = self.gpu.unused()?;
-        let or_unused = |tensor: Option<&'b Tensor>| tensor.map_or(Ok(unused), |tensor| tensor.buffer(self.gpu, OP));
-        let adapter = self.adapter();
-        Ok([
-            self.x,
-            &part.buffer,
-            or_unused(self.bias)?,
-            or_unused(adapter.map(|lora| lora.h))?,
-            or_unused(adapter.map(|lora| lora.b))?,
-        ])
-    }
-
-    /// Floating-point operations of `rows` x `columns` of Y.
-    pub(crate) fn flops(&self, rows: u64, columns: u64) -> u64 {
-        let rank = self.lora.map_or(0, |lora| lora.b.shape()[1]);
-        2 * rows * columns * (self.w.cols() + rank) as u64
     }
 }
 

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::matrix::HostMatrix;
 use super::product::{Columns, View, panels};
-use super::qmatmul::{GEMV_ROWS, HostLora};
+use super::qmatmul_operands::{GEMV_ROWS, HostLora};
 use super::simd;
 use crate::device::Cpu;
 use crate::error::Result;

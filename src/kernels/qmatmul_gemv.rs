@@ -3,7 +3,7 @@
 
 use super::kernel;
 use super::packing::Part;
-use super::qmatmul::{GEMV_ROWS, GpuCall, QmatmulParams};
+use super::qmatmul_operands::{GEMV_ROWS, GpuCall, QmatmulParams};
 use crate::device::{Defines, Dispatch};
 use crate::error::Result;
 

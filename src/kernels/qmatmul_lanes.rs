@@ -4,7 +4,7 @@
 use super::kernel;
 use super::matrix::is_ragged;
 use super::packing::Part;
-use super::qmatmul::{GpuCall, QmatmulParams};
+use super::qmatmul_operands::{GpuCall, QmatmulParams};
 use crate::device::{Defines, Dispatch, Gpu};
 use crate::error::Result;
 

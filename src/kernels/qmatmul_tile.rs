@@ -3,7 +3,7 @@
 
 use super::kernel;
 use super::packing::Part;
-use super::qmatmul::{GpuCall, QmatmulParams};
+use super::qmatmul_operands::{GpuCall, QmatmulParams};
 use crate::device::{Buffer, Defines, Dispatch};
 use crate::error::Result;
 

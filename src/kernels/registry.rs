@@ -20,7 +20,7 @@ pub static KERNELS: [Entry; 6] = [
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),
-        twin: "matrix::dequantize_rows",
+        twin: "host_matrix::dequantize_rows",
     },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },

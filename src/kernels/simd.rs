@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::matrix::HostMatrix;
-use super::qmatmul::GEMV_ROWS;
+use super::qmatmul_operands::GEMV_ROWS;
 use crate::quant::QuantizedMatrix;
 
 /// out[row, t] = W[row, :] . x[t, :] for `rows` of W; `x` is [M, K] with M <= [`GEMV_ROWS`], `out` [rows, M].
