@@ -1,6 +1,9 @@
 # Every target does its own set-up first: scripts/setup.sh, which is quick when nothing is missing.
 CARGO ?= cargo
 export CARGO
+# Mesa's GL driver complains on every start where this is unset, as it is over ssh and in containers.
+XDG_RUNTIME_DIR ?= /tmp
+export XDG_RUNTIME_DIR
 
 .PHONY: help setup demo test bench
 
