@@ -53,11 +53,12 @@ pub fn run(_args: &DemoArgs) -> Result<()> {
     ))?;
 
     let best = Device::best()?;
+    let found = list_devices();
     let mut rows = Vec::new();
     let mut wrong = Vec::new();
     for m in ROWS {
         let operands = Case { m, n, k, rank: RANK, quant }.operands_of(weight.view())?;
-        for info in list_devices() {
+        for info in &found {
             let device = match info.index {
                 0 => Ok(Device::cpu()),
                 index => Device::gpu(&GpuOptions { select: Select::Index(index), ..GpuOptions::default() }),

@@ -164,7 +164,8 @@ pub(super) fn upload(gpu: &Gpu, matrix: &HostMatrix) -> Result<Vec<Part>> {
         let bytes = row_bytes as u64 + overhead;
         return Err(Error::TooLarge { device: gpu.name().to_owned(), what: format!("a row of {what}"), bytes, limit });
     }
-    let factor = matrix_factor(matrix);
+    // Only f16 staging asks for it, and finding it reads every scale (or every dense value).
+    let factor = if gpu.tier().f16() { matrix_factor(matrix) } else { 1.0 };
     let mut parts = Vec::new();
     for start in (0..rows).step_by(rows_per_part) {
         let range = start..(start + rows_per_part).min(rows);
