@@ -32,7 +32,7 @@
 //! |---|---|
 //! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters |
 //! | [`kernels`] | the fused kernels, one file each, with their CPU twins |
-//! | [`tensor`] | f32 tensors on a device |
+//! | [`tensor`], [`indices`] | f32 tensors and u32 values on a device |
 //! | [`device`] | the CPU and GPUs: choice, capability tiers, memory, errors as values |
 //! | [`quant`] | what the bytes of a 4-bit matrix mean: NF4, FP4, int4, double quantization |
 //! | [`formats`] | files: safetensors with bitsandbytes' serialization |
@@ -45,6 +45,7 @@ pub mod cli;
 pub mod device;
 pub mod error;
 pub mod formats;
+pub mod indices;
 pub mod kernels;
 pub mod nn;
 pub mod quant;
@@ -54,5 +55,6 @@ mod testing;
 
 pub use device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices};
 pub use error::{Error, Result};
+pub use indices::Indices;
 pub use tensor::Tensor;
 pub use wgpu;

@@ -14,6 +14,10 @@ pub struct Tensor {
     storage: Storage,
 }
 
+/// See [`Tensor::id`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct TensorId(u64);
+
 #[derive(Clone)]
 pub(crate) enum Storage {
     Cpu(Cpu, Arc<HostBuffer>),
@@ -59,7 +63,10 @@ impl Tensor {
                 let len = element_count(shape)?;
                 Ok(Tensor::from_host(cpu, shape, cpu.zeros(len)?))
             }
-            Device::Gpu(_) => Tensor::from_slice(device, shape, &vec![0.0; element_count(shape)?]),
+            Device::Gpu(gpu) => {
+                let bytes = element_count(shape)? as u64 * 4;
+                Ok(Tensor::from_buffer(gpu, shape, gpu.zeroed("zeros", bytes)?))
+            }
         }
     }
 
@@ -134,6 +141,60 @@ impl Tensor {
         match &self.storage {
             Storage::Gpu(home, buffer) if home.is(gpu) => Ok(buffer),
             _ => Err(Error::DeviceMismatch { op, left: gpu.name().to_owned(), right: self.device().name().to_owned() }),
+        }
+    }
+
+    /// The same values, shared, under another shape of as many.
+    ///
+    /// # Errors
+    /// [`Error::Shape`].
+    pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
+        if element_count(shape)? != self.len() {
+            let (expected, got) = (format!("{} values", self.len()), format!("{shape:?}"));
+            return Err(Error::Shape { op: "reshape", what: "new shape", expected, got });
+        }
+        Ok(Tensor { shape: shape.to_vec(), storage: self.storage.clone() })
+    }
+
+    /// Makes this the only tensor with its values, by a copy if others share them: before a kernel updates it in place.
+    pub(crate) fn unshare(&mut self) -> Result<()> {
+        match &mut self.storage {
+            Storage::Cpu(cpu, values) => {
+                if Arc::get_mut(values).is_none() {
+                    *values = Arc::new(cpu.adopt(values)?);
+                }
+            }
+            Storage::Gpu(gpu, buffer) => {
+                if buffer.is_shared() {
+                    *buffer = gpu.copy_of("tensor", buffer)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The host values, to update in place; tensors that shared them keep the old ones.
+    pub(crate) fn host_mut(&mut self, op: &'static str) -> Result<&mut [f32]> {
+        self.unshare()?;
+        match &mut self.storage {
+            Storage::Cpu(_, values) => match Arc::get_mut(values) {
+                Some(values) => Ok(values),
+                None => Err(Error::Invalid {
+                    op,
+                    what: "the tensor",
+                    got: "shared again while it was updated".into(),
+                    expected: "one thread may update it".into(),
+                }),
+            },
+            Storage::Gpu(gpu, _) => Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() }),
+        }
+    }
+
+    /// Tells live tensors apart: equal for those that share their values, and for no others.
+    pub(crate) fn id(&self) -> TensorId {
+        match &self.storage {
+            Storage::Cpu(_, values) => TensorId(Arc::as_ptr(values).addr() as u64),
+            Storage::Gpu(_, buffer) => TensorId(buffer.id()),
         }
     }
 
@@ -216,6 +277,26 @@ mod tests {
         assert_eq!(tensor.shape(), [3, 2]);
         assert_eq!(tensor.to_vec().unwrap(), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
         assert_eq!(tensor.to_array2().unwrap(), array.t());
+    }
+
+    #[test]
+    fn an_update_in_place_leaves_tensors_that_shared_the_values_alone() {
+        for device in testing::devices() {
+            let first = Tensor::from_slice(&device, &[2, 3], &[1.0; 6]).unwrap();
+            let mut second = first.reshape(&[3, 2]).unwrap();
+            assert_eq!((first.id(), second.shape()), (second.id(), &[3, 2][..]));
+            second.unshare().unwrap();
+            assert_ne!(first.id(), second.id());
+            let id = second.id();
+            second.unshare().unwrap();
+            assert_eq!(second.id(), id, "it is alone already");
+            assert_eq!(second.to_vec().unwrap(), [1.0; 6]);
+            assert!(first.reshape(&[4, 2]).is_err());
+        }
+        let mut tensor = Tensor::zeros(&Device::cpu(), &[2]).unwrap();
+        let before = tensor.clone();
+        tensor.host_mut("test").unwrap()[1] = 5.0;
+        assert_eq!((before.to_vec().unwrap(), tensor.to_vec().unwrap()), (vec![0.0; 2], vec![0.0, 5.0]));
     }
 
     #[test]

@@ -110,6 +110,22 @@ impl Gpu {
         self.poll(wgpu::PollType::wait_indefinitely())
     }
 
+    /// A buffer of `bytes` zero bytes (a multiple of 4) from the pool.
+    pub(crate) fn zeroed(&self, what: &str, bytes: u64) -> Result<Buffer> {
+        let buffer = self.alloc(what, bytes)?;
+        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+        recorder.encoder(self)?.clear_buffer(buffer.raw(), 0, None);
+        Ok(buffer)
+    }
+
+    /// Another buffer with the same bytes.
+    pub(crate) fn copy_of(&self, what: &str, buffer: &Buffer) -> Result<Buffer> {
+        let copy = self.alloc(what, buffer.bytes())?;
+        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+        recorder.encoder(self)?.copy_buffer_to_buffer(buffer.raw(), 0, copy.raw(), 0, buffer.bytes());
+        Ok(copy)
+    }
+
     fn poll(&self, how: wgpu::PollType) -> Result<()> {
         let polled = self.scoped("waiting for the device", |device| device.poll(how))?;
         polled.map_err(|error| self.error("waiting for the device", error.to_string()))?;

@@ -96,8 +96,14 @@ impl Buffer {
         &self.0.raw
     }
 
-    pub(super) fn id(&self) -> u64 {
+    /// Tells live buffers apart; a later life of the same memory has the same id.
+    pub(crate) fn id(&self) -> u64 {
         self.0.id
+    }
+
+    /// Whether there are other handles to this buffer.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
     }
 
     pub(super) fn binding(&self) -> wgpu::BindingResource<'_> {
