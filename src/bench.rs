@@ -10,6 +10,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::nn::{LoraAdapter, LoraConfig, QLoraLinear};
 use crate::quant::{QuantOptions, QuantizedMatrix};
+use crate::seed::mix;
 use crate::tensor::Tensor;
 
 /// One forward pass of a [`QLoraLinear`]: M rows through a [N, K] weight with an adapter.
@@ -74,13 +75,7 @@ pub fn relative_error(got: &[f32], wanted: &[f32]) -> f64 {
 
 /// `len` values, uniform in -amplitude..amplitude, by splitmix64: the same for the same seed, made in parallel.
 pub fn uniform(seed: u64, len: usize, amplitude: f32) -> Vec<f32> {
-    let value = |i: usize| {
-        // The generator's state after i steps is known, so every value can be had by its index.
-        let mut z = seed.wrapping_add((i as u64 + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        ((z ^ (z >> 31)) >> 40) as f32 / 8_388_608.0 - 1.0
-    };
+    let value = |i: usize| (mix(seed, i as u64) >> 40) as f32 / 8_388_608.0 - 1.0;
     (0..len).into_par_iter().map(|i| value(i) * amplitude).collect()
 }
 

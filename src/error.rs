@@ -21,6 +21,10 @@ pub enum Error {
     #[error("{op}: the value at flat index {index} is {value}; only finite values can be quantized")]
     NonFinite { op: &'static str, index: usize, value: f32 },
 
+    /// The loss or a gradient of a training step is NaN or infinite. Adapters and optimizer are as before the step.
+    #[error("step {step}: {what} is {value}; nothing was updated. A lower learning rate, or clipping, may help")]
+    Diverged { step: u32, what: String, value: f32 },
+
     /// No adapter of this name is loaded in the layer.
     #[error("no adapter named {name:?}; loaded: {loaded}")]
     NoSuchAdapter { name: String, loaded: String },

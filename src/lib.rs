@@ -49,6 +49,7 @@ pub mod indices;
 pub mod kernels;
 pub mod nn;
 pub mod quant;
+mod seed;
 pub mod tensor;
 #[cfg(test)]
 mod testing;

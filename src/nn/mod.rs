@@ -1,7 +1,17 @@
-//! Layers: LoRA adapters, and linear layers that carry them on a dense or a 4-bit base.
+//! Layers and models: LoRA adapters, linear layers that carry them on a dense or a 4-bit base, and the decoder.
 
 mod adapter;
+mod adapters;
+mod batch;
+mod config;
+mod decoder;
 mod linear;
+mod load;
+mod tape;
 
 pub use adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
-pub use linear::{AdaptedLinear, DenseBase, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase};
+pub use batch::{Batch, IGNORE_LABEL, PADDING, Tokens, shifted_labels};
+pub use config::ModelConfig;
+pub use decoder::{Decoder, Pass};
+pub use linear::{AdaptedLinear, AnyBase, DenseBase, Linear, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase};
+pub use load::WeightSource;

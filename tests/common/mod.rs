@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
+pub mod model;
 pub mod seed;
 
 use qlora_wgpu::device::{Device, DeviceInfo, GpuOptions, Select, devices};

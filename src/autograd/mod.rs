@@ -1,0 +1,356 @@
+//! Reverse-mode differentiation over fused ops: a handful a decoder layer, not one a scalar.
+//!
+//! A [`Tape`] records, for each op that a trainable tensor reaches, how its gradient goes back to its inputs. What the
+//! frozen base alone has made is a plain value: it saves nothing and gets no gradient. [`Tape::backward`] consumes the
+//! tape from its end, so that what an op has saved is freed as soon as it has been used. [`Tape::checkpoint`] saves the
+//! input of a stretch only and runs the stretch again on the way back: the same kernels on the same values, so the same
+//! bits.
+
+mod ops;
+
+use std::collections::HashMap;
+
+use crate::error::{Error, Result};
+use crate::kernels::add::{add, add_assign};
+use crate::tensor::{Tensor, TensorId};
+
+/// A value that an op has made, and where the tape knows it, if a gradient may come back to it.
+#[derive(Clone, Debug)]
+pub struct Var {
+    value: Tensor,
+    node: Option<usize>,
+}
+
+impl Var {
+    /// Where the tape knows it.
+    pub(crate) fn node(&self) -> Option<usize> {
+        self.node
+    }
+
+    /// The value.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// Whether a trainable tensor has a part in it.
+    pub fn needs_grad(&self) -> bool {
+        self.node.is_some()
+    }
+}
+
+/// The gradients of an op's inputs, in their order; `None` where none is wanted.
+pub(crate) type InputGrads = Vec<Option<Tensor>>;
+
+/// How the gradient of an op's result becomes those of its inputs; it may add to gradients of trainable tensors of its own
+/// (a checkpointed stretch does).
+type Backward<'a> = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Result<InputGrads> + 'a>;
+
+enum Node<'a> {
+    /// A trainable tensor.
+    Leaf(TensorId),
+    /// The input of a stretch that runs again.
+    Input,
+    Op {
+        inputs: Vec<Option<usize>>,
+        backward: Backward<'a>,
+    },
+}
+
+/// What has been computed, in order. It borrows the layers whose ops it has recorded.
+#[derive(Default)]
+pub struct Tape<'a> {
+    nodes: Vec<Node<'a>>,
+    inference: bool,
+}
+
+/// Gradients of trainable tensors. Those of several tapes add up: micro-batches of one step.
+#[derive(Default, Debug)]
+pub struct Gradients {
+    by_tensor: HashMap<TensorId, Tensor>,
+}
+
+impl Gradients {
+    /// None yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// That of a trainable tensor, if one came.
+    pub fn get(&self, tensor: &Tensor) -> Option<&Tensor> {
+        self.by_tensor.get(&tensor.id())
+    }
+
+    /// Adds to that of a trainable tensor.
+    fn add(&mut self, id: TensorId, gradient: Tensor) -> Result<()> {
+        match self.by_tensor.remove(&id) {
+            Some(sum) => self.by_tensor.insert(id, accumulate(sum, &gradient)?),
+            None => self.by_tensor.insert(id, gradient),
+        };
+        Ok(())
+    }
+}
+
+/// `sum + gradient`, in the memory of `sum` if nobody else has it.
+fn accumulate(mut sum: Tensor, gradient: &Tensor) -> Result<Tensor> {
+    if sum.is_shared() {
+        return add(&sum, gradient);
+    }
+    add_assign(&mut sum, gradient)?;
+    Ok(sum)
+}
+
+impl<'a> Tape<'a> {
+    /// An empty tape that records.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A tape that records nothing: for evaluation.
+    pub fn inference() -> Self {
+        Tape { inference: true, ..Self::default() }
+    }
+
+    /// Whether ops are recorded.
+    pub fn is_recording(&self) -> bool {
+        !self.inference
+    }
+
+    /// A value that gets no gradient.
+    pub fn constant(&self, value: Tensor) -> Var {
+        Var { value, node: None }
+    }
+
+    /// A trainable tensor. Its gradient is found under the tensor itself: [`Gradients::get`].
+    pub fn parameter(&mut self, tensor: &Tensor) -> Var {
+        let node = self.leaf(tensor);
+        Var { value: tensor.clone(), node }
+    }
+
+    pub(crate) fn leaf(&mut self, tensor: &Tensor) -> Option<usize> {
+        self.push(Node::Leaf(tensor.id()))
+    }
+
+    fn push(&mut self, node: Node<'a>) -> Option<usize> {
+        if self.inference {
+            return None;
+        }
+        self.nodes.push(node);
+        Some(self.nodes.len() - 1)
+    }
+
+    /// The result of an op whose inputs are these nodes; recorded if one of them wants a gradient. `backward` is made only
+    /// then, so that nothing is saved in vain.
+    pub(crate) fn record(
+        &mut self,
+        value: Tensor,
+        inputs: Vec<Option<usize>>,
+        backward: impl FnOnce(&Tensor, &mut Gradients) -> Result<InputGrads> + 'a,
+    ) -> Var {
+        if inputs.iter().all(Option::is_none) {
+            return Var { value, node: None };
+        }
+        let node = self.push(Node::Op { inputs, backward: Box::new(backward) });
+        Var { value, node }
+    }
+
+    /// Runs `stretch` on `x` and saves only `x`: on the way back the stretch runs again. It has to do the same each time;
+    /// dropout does, given the same seed.
+    ///
+    /// # Errors
+    /// Those of the stretch.
+    pub fn checkpoint(
+        &mut self,
+        x: &Var,
+        stretch: impl Fn(&mut Tape<'a>, &Var) -> Result<Var> + 'a,
+    ) -> Result<Var> {
+        if self.inference {
+            return stretch(self, x);
+        }
+        let y = stretch(&mut Tape::inference(), &Var { value: x.value.clone(), node: None })?;
+        let (saved, wanted) = (x.value.clone(), x.needs_grad());
+        // The stretch's own trainable tensors are known only when it runs again, so it always counts as trainable.
+        let node = self.push(Node::Op {
+            inputs: vec![x.node],
+            backward: Box::new(move |dy, gradients| {
+                let mut tape = Tape::new();
+                let node = if wanted { tape.push(Node::Input) } else { None };
+                let y = stretch(&mut tape, &Var { value: saved, node })?;
+                Ok(vec![tape.run(&y, dy.clone(), gradients, node)?])
+            }),
+        });
+        Ok(Var { value: y.value, node })
+    }
+
+    /// Adds the gradients of `loss`, a single value, to those of the trainable tensors that it depends on.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if it is not a single value, [`Error::Invalid`] if no trainable tensor has a part in it, and those
+    /// of the kernels.
+    pub fn backward(self, loss: &Var, gradients: &mut Gradients) -> Result<()> {
+        if loss.value.len() != 1 {
+            let got = format!("{:?}", loss.value.shape());
+            return Err(Error::Shape { op: "backward", what: "the loss", expected: "[1]".into(), got });
+        }
+        let one = Tensor::from_slice(&loss.value.device(), loss.value.shape(), &[1.0])?;
+        if !loss.needs_grad() {
+            return Err(Error::Invalid {
+                op: "backward",
+                what: "the loss",
+                got: "independent of every trainable tensor".into(),
+                expected: "activate an adapter first, and record on a tape that is not for inference".into(),
+            });
+        }
+        self.run(loss, one, gradients, None).map(|_| ())
+    }
+
+    /// From `y` back to the start; returns the gradient of the node `wanted`.
+    fn run(self, y: &Var, dy: Tensor, gradients: &mut Gradients, wanted: Option<usize>) -> Result<Option<Tensor>> {
+        let Some(last) = y.node else { return Ok(None) };
+        let mut pending: Vec<Option<Tensor>> = vec![None; self.nodes.len()];
+        pending[last] = Some(dy);
+        let mut answer = None;
+        for (index, node) in self.nodes.into_iter().enumerate().rev() {
+            let Some(gradient) = pending[index].take() else { continue };
+            match node {
+                Node::Leaf(id) => gradients.add(id, gradient)?,
+                Node::Input => {
+                    if wanted == Some(index) {
+                        answer = Some(gradient);
+                    }
+                }
+                Node::Op { inputs, backward } => {
+                    let found = backward(&gradient, gradients)?;
+                    drop(gradient);
+                    for (input, gradient) in inputs.into_iter().zip(found) {
+                        let (Some(input), Some(gradient)) = (input, gradient) else { continue };
+                        pending[input] = Some(match pending[input].take() {
+                            Some(sum) => accumulate(sum, &gradient)?,
+                            None => gradient,
+                        });
+                    }
+                }
+            }
+        }
+        Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::indices::Indices;
+    use crate::kernels::{DeviceMatrix, HostMatrix};
+    use crate::quant::{DenseData, DenseMatrix};
+    use crate::testing;
+
+    /// A small graph in which a value is used three times: loss(rms_norm(silu(x) * x + x)).
+    struct Graph {
+        weight: Tensor,
+        head: DeviceMatrix,
+        labels: Indices,
+    }
+
+    const SHAPE: [usize; 2] = [3, 8];
+
+    impl Graph {
+        fn new(device: &Device) -> Graph {
+            let head = DenseMatrix::new(5, 8, DenseData::F32(testing::values(2, 40, 1.0))).unwrap();
+            Graph {
+                weight: Tensor::from_slice(device, &[8], &testing::values(3, 8, 1.0)).unwrap(),
+                head: DeviceMatrix::new(device, HostMatrix::from(head)).unwrap(),
+                labels: Indices::from_slice(device, &[1, 4, 0]).unwrap(),
+            }
+        }
+
+        fn body<'a>(&'a self, tape: &mut Tape<'a>, x: &Var) -> Result<Var> {
+            let h = tape.silu_mul(x, x)?;
+            let h = tape.add(&h, x)?;
+            tape.rms_norm(&h, &self.weight, 1e-5)
+        }
+
+        fn loss<'a>(&'a self, tape: &mut Tape<'a>, x: &Var, checkpoint: bool) -> Var {
+            let h = if checkpoint {
+                tape.checkpoint(x, |tape, x| self.body(tape, x)).unwrap()
+            } else {
+                self.body(tape, x).unwrap()
+            };
+            tape.linear_cross_entropy(&h, &self.head, &self.labels, 0.5).unwrap().0
+        }
+
+        fn value(&self, device: &Device, x: &[f32]) -> f64 {
+            let mut tape = Tape::inference();
+            let x = tape.constant(Tensor::from_slice(device, &SHAPE, x).unwrap());
+            f64::from(self.loss(&mut tape, &x, false).value().to_vec().unwrap()[0])
+        }
+
+        fn gradient(&self, x: &Tensor, checkpoint: bool) -> Vec<f32> {
+            let mut tape = Tape::new();
+            let var = tape.parameter(x);
+            let loss = self.loss(&mut tape, &var, checkpoint);
+            let mut gradients = Gradients::new();
+            tape.backward(&loss, &mut gradients).unwrap();
+            gradients.get(x).unwrap().to_vec().unwrap()
+        }
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let device = Device::cpu();
+        let graph = Graph::new(&device);
+        let x = testing::values(1, 24, 1.0);
+        let got = graph.gradient(&Tensor::from_slice(&device, &SHAPE, &x).unwrap(), false);
+        for at in 0..x.len() {
+            let shifted = |by: f32| {
+                let mut x = x.clone();
+                x[at] += by;
+                graph.value(&device, &x)
+            };
+            let wanted = (shifted(1e-2) - shifted(-1e-2)) / 2e-2;
+            assert!((f64::from(got[at]) - wanted).abs() < 1e-3, "[{at}] {} {wanted}", got[at]);
+        }
+    }
+
+    #[test]
+    fn a_checkpointed_stretch_has_the_same_gradients_to_the_bit() {
+        for device in testing::devices() {
+            let graph = Graph::new(&device);
+            let x = Tensor::from_slice(&device, &SHAPE, &testing::values(1, 24, 1.0)).unwrap();
+            let plain = graph.gradient(&x, false);
+            assert!(plain.iter().any(|&value| value != 0.0));
+            assert_eq!(plain, graph.gradient(&x, true), "{}", testing::name(&device));
+        }
+    }
+
+    #[test]
+    fn gradients_of_several_tapes_add_up() {
+        let device = Device::cpu();
+        let graph = Graph::new(&device);
+        let x = Tensor::from_slice(&device, &SHAPE, &testing::values(1, 24, 1.0)).unwrap();
+        let once = graph.gradient(&x, false);
+        let mut gradients = Gradients::new();
+        for _ in 0..2 {
+            let mut tape = Tape::new();
+            let var = tape.parameter(&x);
+            let loss = graph.loss(&mut tape, &var, false);
+            tape.backward(&loss, &mut gradients).unwrap();
+        }
+        let twice: Vec<f32> = once.iter().map(|value| 2.0 * value).collect();
+        assert_eq!(gradients.get(&x).unwrap().to_vec().unwrap(), twice);
+    }
+
+    #[test]
+    fn a_loss_that_nothing_trainable_has_made_is_an_error() {
+        let device = Device::cpu();
+        let graph = Graph::new(&device);
+        let mut tape = Tape::new();
+        let x = tape.constant(Tensor::zeros(&device, &SHAPE).unwrap());
+        let loss = graph.loss(&mut tape, &x, false);
+        assert!(!loss.needs_grad());
+        let error = tape.backward(&loss, &mut Gradients::new()).unwrap_err().to_string();
+        assert!(error.contains("trainable"), "{error}");
+        let tape = Tape::new();
+        let error = tape.backward(&x, &mut Gradients::new()).unwrap_err().to_string();
+        assert!(error.contains("[3, 8]"), "{error}");
+    }
+}

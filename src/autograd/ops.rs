@@ -1,0 +1,102 @@
+//! The ops that a tape records: each a fused kernel and its backward.
+
+use super::{Tape, Var};
+use crate::error::Result;
+use crate::indices::Indices;
+use crate::kernels::DeviceMatrix;
+use crate::kernels::add::add;
+use crate::kernels::attention::{AttentionShape, Visibility, attention};
+use crate::kernels::attention_backward::attention_backward;
+use crate::kernels::linear_cross_entropy::linear_cross_entropy;
+use crate::kernels::rms_norm::rms_norm;
+use crate::kernels::rms_norm_backward::rms_norm_backward;
+use crate::kernels::rope::{RopeTable, rope, rope_backward};
+use crate::kernels::silu_mul::silu_mul;
+use crate::kernels::silu_mul_backward::silu_mul_backward;
+use crate::tensor::Tensor;
+
+impl<'a> Tape<'a> {
+    /// x / sqrt(mean(x^2) + eps) * weight over the last values, as many as `weight` has.
+    ///
+    /// # Errors
+    /// As [`rms_norm`].
+    pub fn rms_norm(&mut self, x: &Var, weight: &'a Tensor, eps: f32) -> Result<Var> {
+        let y = rms_norm(&x.value, weight, eps)?;
+        let saved = x.value.clone();
+        Ok(self.record(y, vec![x.node], move |dy, _| Ok(vec![Some(rms_norm_backward(dy, &saved, weight, eps)?)])))
+    }
+
+    /// Rotary position embedding of every head in a row.
+    ///
+    /// # Errors
+    /// As [`rope`].
+    pub fn rope(&mut self, x: &Var, table: &RopeTable, positions: &Indices) -> Result<Var> {
+        let y = rope(&x.value, table, positions)?;
+        let (table, positions) = (table.clone(), positions.clone());
+        Ok(self.record(y, vec![x.node], move |dy, _| Ok(vec![Some(rope_backward(dy, &table, &positions)?)])))
+    }
+
+    /// Softmax attention of q over k and v.
+    ///
+    /// # Errors
+    /// As [`attention`].
+    pub fn attention(
+        &mut self,
+        [q, k, v]: [&Var; 3],
+        shape: AttentionShape,
+        visibility: &Visibility,
+    ) -> Result<Var> {
+        let attended = attention(&q.value, &k.value, &v.value, &shape, visibility)?;
+        let y = attended.o.clone();
+        let saved = [q, k, v].map(|var| var.value.clone());
+        let visibility = visibility.clone();
+        Ok(self.record(y, vec![q.node, k.node, v.node], move |dy, _| {
+            let [q, k, v] = &saved;
+            let found = attention_backward(dy, q, k, v, &attended, &shape, &visibility)?;
+            Ok(vec![Some(found.dq), Some(found.dk), Some(found.dv)])
+        }))
+    }
+
+    /// silu(gate) * up.
+    ///
+    /// # Errors
+    /// As [`silu_mul`].
+    pub fn silu_mul(&mut self, gate: &Var, up: &Var) -> Result<Var> {
+        let y = silu_mul(&gate.value, &up.value)?;
+        let saved = [gate, up].map(|var| var.value.clone());
+        Ok(self.record(y, vec![gate.node, up.node], move |dy, _| {
+            let [gate, up] = &saved;
+            let (d_gate, d_up) = silu_mul_backward(dy, gate, up)?;
+            Ok(vec![Some(d_gate), Some(d_up)])
+        }))
+    }
+
+    /// a + b.
+    ///
+    /// # Errors
+    /// As [`add`].
+    pub fn add(&mut self, a: &Var, b: &Var) -> Result<Var> {
+        let y = add(&a.value, &b.value)?;
+        Ok(self.record(y, vec![a.node, b.node], |dy, _| Ok(vec![Some(dy.clone()), Some(dy.clone())])))
+    }
+
+    /// `scale` times the summed cross-entropy of `labels` under the logits `hidden` * `head`^T, and each token's own
+    /// (unscaled). The gradient is found on the way forward, while a chunk's logits are there, and must be used as it is: a
+    /// loss that goes into further ops is an error of theirs, since it is one value and there are none for it.
+    ///
+    /// # Errors
+    /// As [`linear_cross_entropy`].
+    pub fn linear_cross_entropy(
+        &mut self,
+        hidden: &Var,
+        head: &DeviceMatrix,
+        labels: &Indices,
+        scale: f32,
+    ) -> Result<(Var, Tensor)> {
+        let with_grad = self.is_recording() && hidden.needs_grad();
+        let found = linear_cross_entropy(&hidden.value, head, labels, scale, with_grad)?;
+        let d_hidden = found.d_hidden;
+        let loss = self.record(found.loss, vec![hidden.node], move |_, _| Ok(vec![d_hidden]));
+        Ok((loss, found.token_losses))
+    }
+}

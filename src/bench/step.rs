@@ -1,0 +1,177 @@
+//! A whole training step of a decoder with made-up weights.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use super::{Row, repeat, uniform};
+use crate::device::Device;
+use crate::error::Result;
+use crate::formats::peft::PeftConfig;
+use crate::kernels::HostMatrix;
+use crate::nn::{Architecture, Batch, Decoder, ModelConfig, Tokens, WeightSource, shifted_labels};
+use crate::optim::{AdamW, Schedule};
+use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
+use crate::seed::mix;
+use crate::train::{StepReport, TrainOptions, Trainer};
+
+/// The decoder of a step: Llama's architecture, tied head, all linear layers adapted.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct StepShape {
+    /// Values of a hidden state.
+    pub hidden: usize,
+    /// Values inside the feed-forward part.
+    pub ffn: usize,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Rows of the embedding and the head.
+    pub vocabulary: usize,
+    /// Tokens of the one sequence.
+    pub tokens: usize,
+    /// Whether only layer inputs are kept for the way back.
+    pub checkpoint_activations: bool,
+}
+
+/// A step to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct StepCase {
+    /// The decoder.
+    pub shape: StepShape,
+    /// Of every adapter.
+    pub rank: usize,
+    /// How the base is quantized.
+    pub quant: QuantOptions,
+}
+
+/// Weights by their names' hash: the same on every device.
+struct MadeUp {
+    quant: QuantOptions,
+    weight_bytes: usize,
+}
+
+impl WeightSource for MadeUp {
+    fn vector(&mut self, _: &str, len: usize) -> Result<Vec<f32>> {
+        Ok(vec![1.0; len])
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<HostMatrix> {
+        let seed = name.bytes().fold(0, |seed, byte| mix(seed, u64::from(byte)));
+        let values = uniform(seed, rows * cols, 1.0 / (cols as f32).sqrt());
+        if !linear {
+            return Ok(DenseMatrix::new(rows, cols, DenseData::F32(values))?.into());
+        }
+        let matrix = QuantizedMatrix::quantize(values.as_slice().into(), rows, cols, &self.quant)?;
+        self.weight_bytes += matrix.bytes();
+        Ok(matrix.into())
+    }
+
+    fn contains(&self, _: &str) -> bool {
+        true
+    }
+}
+
+impl StepCase {
+    /// The model's configuration.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) for sizes that do not go together.
+    fn config(&self) -> Result<ModelConfig> {
+        let StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, .. } = self.shape;
+        ModelConfig::from_json(&serde_json::json!({
+            "model_type": Architecture::Llama.model_type(),
+            "hidden_size": hidden,
+            "intermediate_size": ffn,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": tokens,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": true,
+        }))
+    }
+
+    /// Floating-point operations of a step: products with W and the head forward and back, the adapters' two products
+    /// three times. Attention and element-wise work are not counted.
+    fn flops(&self) -> f64 {
+        let StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, .. } = self.shape;
+        let kv = kv_heads * (hidden / heads);
+        let shapes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (ffn, hidden), (ffn, hidden), (hidden, ffn)];
+        let base: usize = shapes.iter().map(|(n, k)| n * k).sum();
+        let adapters: usize = shapes.iter().map(|(n, k)| self.rank * (n + k)).sum();
+        tokens as f64 * (layers as f64 * (4.0 * base as f64 + 6.0 * adapters as f64) + 4.0 * (vocabulary * hidden) as f64)
+    }
+}
+
+struct Prepared {
+    model: Decoder,
+    trainer: Trainer,
+    batch: Batch,
+    weight_bytes: usize,
+}
+
+impl StepCase {
+    fn on(&self, device: &Device) -> Result<Prepared> {
+        let shape = self.shape;
+        let mut source = MadeUp { quant: self.quant, weight_bytes: 0 };
+        let mut model = Decoder::build(device, self.config()?, &mut source)?;
+        if self.rank > 0 {
+            model.attach("default", &PeftConfig::new(self.rank, 2.0 * self.rank as f32), 1)?;
+        }
+        let ids: Vec<u32> = (0..shape.tokens).map(|i| (mix(5, i as u64) % shape.vocabulary as u64) as u32).collect();
+        let labels: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+        let tokens = Tokens::new(ids, 1)?;
+        let labels = shifted_labels(&tokens, &labels, shape.vocabulary)?;
+        let batch = model.batch(&tokens, Some(&labels))?;
+        let optimizer = AdamW { lr: 1e-4, ..AdamW::default() };
+        let trainer = Trainer::new(TrainOptions {
+            optimizer,
+            schedule: Schedule::constant(),
+            max_norm: Some(1.0),
+            checkpoint_activations: shape.checkpoint_activations,
+            seed: 0,
+        });
+        Ok(Prepared { model, trainer, batch, weight_bytes: source.weight_bytes })
+    }
+}
+
+impl Prepared {
+    fn step(&mut self) -> Result<(StepReport, Duration)> {
+        let start = Instant::now();
+        let report = self.trainer.step(&mut self.model, std::slice::from_ref(&self.batch))?;
+        Ok((report, start.elapsed()))
+    }
+}
+
+/// Times a training step on a device: forward, backward, clipping, update, and reading loss and norm back. The first
+/// step's loss and gradient norm are compared with the CPU device's.
+pub fn measure_step(case: &StepCase, device: &Device) -> Result<Row> {
+    let mut prepared = case.on(device)?;
+    device.reset_peak();
+    let (report, _) = prepared.step()?;
+    let error = match device {
+        Device::Cpu(_) => 0.0,
+        Device::Gpu(_) => {
+            let (wanted, _) = case.on(&Device::cpu())?.step()?;
+            let relative = |got: f32, wanted: f32| f64::from(((got - wanted) / wanted).abs());
+            relative(report.loss, wanted.loss).max(relative(report.grad_norm, wanted.grad_norm))
+        }
+    };
+    let peak_bytes = device.memory().peak_bytes;
+    let times = repeat(|| Ok(prepared.step()?.1))?;
+    let row = Row::new("step", device, &case.quant, times, case.flops(), prepared.weight_bytes, error);
+    Ok(Row {
+        m: case.shape.tokens,
+        n: case.shape.ffn,
+        k: case.shape.hidden,
+        rank: case.rank,
+        tokens_per_s: Some(case.shape.tokens as f64 / (row.ms_median / 1e3)),
+        peak_bytes: Some(peak_bytes),
+        shape: Some(case.shape),
+        ..row
+    })
+}

@@ -1,0 +1,178 @@
+//! Adapters over a whole model: which layers get one, and PEFT's directories in and out.
+
+use std::collections::BTreeSet;
+
+use ndarray::Array2;
+
+use super::adapter::{LoraAdapter, LoraConfig, LoraInit};
+use super::decoder::Decoder;
+use crate::error::{Error, Result};
+use crate::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
+use crate::seed::mix;
+use crate::tensor::Tensor;
+
+const OP: &str = "adapters of a model";
+
+/// The name of a module's tensor in an adapter file; `kind` as [`Linear::parameters_mut`](super::Linear) has it.
+pub(super) fn tensor_name(path: &str, kind: &str) -> String {
+    crate::formats::peft::tensor_name(path, kind)
+}
+
+impl Decoder {
+    /// Gives every layer that the configuration targets a new adapter of this name, active from now on: A random by PEFT's
+    /// rule (the same for the same seed), B zero. Returns how many.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if no layer matches, or what the configuration asks for is not supported, or an adapter of this
+    /// name is there.
+    pub fn attach(&mut self, name: &str, config: &PeftConfig, seed: u64) -> Result<usize> {
+        self.check_new(name)?;
+        let device = self.device.clone();
+        let mut count = 0;
+        let targets = config.targets()?;
+        for (path, linear) in self.linears_mut() {
+            if !targets.matches(&path, false) {
+                continue;
+            }
+            let lora = LoraConfig {
+                rank: config.rank(&path),
+                alpha: config.alpha(&path),
+                scaling: config.scaling(),
+                dropout: config.lora_dropout,
+                dora: config.use_dora,
+                init: LoraInit::KaimingUniform { seed: mix(seed, count) },
+            };
+            let adapter = LoraAdapter::new(&device, linear.d_out(), linear.d_in(), &lora)?;
+            linear.add_adapter(name, adapter)?;
+            linear.activate(name)?;
+            count += 1;
+        }
+        if count == 0 {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "target_modules",
+                got: format!("{:?}", config.target_modules),
+                expected: format!("no linear layer of the model matches; it has {}", self.paths_for_message()),
+            });
+        }
+        Ok(count as usize)
+    }
+
+    /// Gives layers the adapters of a PEFT directory under this name, active from now on.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a module is not in the model, or an adapter of this name is there; [`Error::Shape`] for tensors of
+    /// another shape. The model is then as before.
+    pub fn attach_peft(&mut self, name: &str, adapter: &PeftAdapter) -> Result<usize> {
+        self.check_new(name)?;
+        let known: BTreeSet<String> = self.linears().map(|(path, _)| path).collect();
+        if let Some(unknown) = adapter.modules.keys().find(|path| !known.contains(*path)) {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "a module of the adapter",
+                got: unknown.clone(),
+                expected: format!("the model's linear layers are {}", self.paths_for_message()),
+            });
+        }
+        let device = self.device.clone();
+        let mut made = Vec::new();
+        for (path, linear) in self.linears_mut() {
+            let Some(module) = adapter.modules.get(&path) else { continue };
+            let a = Tensor::from_array(&device, &module.a)?;
+            let b = Tensor::from_array(&device, &module.b)?;
+            let config = &adapter.config;
+            let mut lora = LoraAdapter::from_tensors(a, b, config.alpha(&path), config.scaling())?
+                .with_dropout(config.lora_dropout)?;
+            if let Some(magnitude) = &module.magnitude {
+                lora = lora.with_magnitude(Tensor::from_slice(&device, &[magnitude.len()], magnitude)?)?;
+            }
+            if (lora.d_out(), lora.d_in()) != (linear.d_out(), linear.d_in()) {
+                return Err(Error::Shape {
+                    op: OP,
+                    what: "adapter's layer [d_out, d_in]",
+                    expected: format!("[{}, {}] for {path}", linear.d_out(), linear.d_in()),
+                    got: format!("[{}, {}]", lora.d_out(), lora.d_in()),
+                });
+            }
+            made.push(lora);
+        }
+        let mut made = made.into_iter();
+        for (path, linear) in self.linears_mut() {
+            if adapter.modules.contains_key(&path)
+                && let Some(lora) = made.next()
+            {
+                linear.add_adapter(name, lora)?;
+                linear.activate(name)?;
+            }
+        }
+        Ok(adapter.modules.len())
+    }
+
+    /// The adapter of this name as PEFT writes it, with this configuration (ranks and alphas are those of the tensors as
+    /// long as it is the one that they were made with).
+    ///
+    /// # Errors
+    /// [`Error::NoSuchAdapter`], and the device's own.
+    pub fn to_peft(&self, name: &str, config: &PeftConfig) -> Result<PeftAdapter> {
+        let mut adapter = PeftAdapter { config: config.clone(), modules: Default::default() };
+        for (path, linear) in self.linears() {
+            let Ok(lora) = linear.adapter(name) else { continue };
+            let array = |tensor: &Tensor| -> Result<Array2<f32>> { tensor.to_array2() };
+            let module = PeftModule {
+                a: array(lora.a())?,
+                b: array(lora.b())?,
+                magnitude: lora.magnitude().map(Tensor::to_vec).transpose()?,
+                bias: None,
+            };
+            adapter.modules.insert(path, module);
+        }
+        if adapter.modules.is_empty() {
+            let loaded: BTreeSet<String> =
+                self.linears().flat_map(|(_, linear)| linear.adapter_names().map(str::to_owned).collect::<Vec<_>>()).collect();
+            let loaded = if loaded.is_empty() { "none".into() } else { loaded.into_iter().collect::<Vec<_>>().join(", ") };
+            return Err(Error::NoSuchAdapter { name: name.to_owned(), loaded });
+        }
+        Ok(adapter)
+    }
+
+    /// Uses the adapter of this name from now on, in the layers that have it; the others use their base alone.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchAdapter`] if no layer has it.
+    pub fn activate(&mut self, name: &str) -> Result<()> {
+        let mut found = false;
+        for (_, linear) in self.linears_mut() {
+            if linear.adapter(name).is_ok() {
+                linear.activate(name)?;
+                found = true;
+            } else {
+                linear.deactivate()?;
+            }
+        }
+        if found { Ok(()) } else { Err(Error::NoSuchAdapter { name: name.to_owned(), loaded: self.adapters_for_message() }) }
+    }
+
+    /// Uses the base alone from now on.
+    pub fn deactivate(&mut self) -> Result<()> {
+        self.linears_mut().try_for_each(|(_, linear)| linear.deactivate())
+    }
+
+    fn check_new(&self, name: &str) -> Result<()> {
+        if self.linears().all(|(_, linear)| linear.adapter(name).is_err()) {
+            return Ok(());
+        }
+        let expected = "the model has one of this name already".into();
+        Err(Error::Invalid { op: OP, what: "the adapter's name", got: name.to_owned(), expected })
+    }
+
+    fn adapters_for_message(&self) -> String {
+        let names: BTreeSet<&str> = self.linears().flat_map(|(_, linear)| linear.adapter_names().collect::<Vec<_>>()).collect();
+        if names.is_empty() { "none".into() } else { names.into_iter().collect::<Vec<_>>().join(", ") }
+    }
+
+    fn paths_for_message(&self) -> String {
+        let mut paths = self.linears().map(|(path, _)| path);
+        let (first, last) = (paths.next().unwrap_or_default(), paths.last().unwrap_or_default());
+        format!("{first} to {last}")
+    }
+}

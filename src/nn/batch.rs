@@ -1,0 +1,222 @@
+//! Token sequences as the decoder takes them.
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::indices::Indices;
+use crate::kernels::attention::Visibility;
+use crate::kernels::cross_entropy::IGNORE;
+
+const OP: &str = "batch";
+
+/// The label that carries no loss, as Hugging Face writes it.
+pub const IGNORE_LABEL: i64 = -100;
+
+/// The segment of padding.
+pub const PADDING: u32 = 0;
+
+/// `rows` sequences of `length` tokens, row-major, with what says who sees whom.
+#[derive(Clone, Debug)]
+pub struct Tokens {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Sequences.
+    pub rows: usize,
+    /// Tokens a sequence, padding included.
+    pub length: usize,
+    /// Which of the packed sequences of its row a token belongs to, from 1 on; [`PADDING`] for padding. A token sees
+    /// itself and the earlier ones of its segment.
+    pub segments: Vec<u32>,
+}
+
+impl Tokens {
+    /// Whole sequences without padding.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `ids` are not `rows` rows.
+    pub fn new(ids: Vec<u32>, rows: usize) -> Result<Tokens> {
+        let segments = vec![1; ids.len()];
+        Tokens::packed(ids, rows, segments)
+    }
+
+    /// Sequences with a mask: 1 for tokens, 0 for padding at either end.
+    ///
+    /// # Errors
+    /// [`Error::Shape`].
+    pub fn masked(ids: Vec<u32>, rows: usize, mask: &[i64]) -> Result<Tokens> {
+        let segments = mask.iter().map(|&mask| if mask == 0 { PADDING } else { 1 }).collect();
+        Tokens::packed(ids, rows, segments)
+    }
+
+    /// Several sequences a row, by segment ids.
+    ///
+    /// # Errors
+    /// [`Error::Shape`].
+    pub fn packed(ids: Vec<u32>, rows: usize, segments: Vec<u32>) -> Result<Tokens> {
+        let shape = |what, expected: String, got: usize| Error::Shape { op: OP, what, expected, got: got.to_string() };
+        if rows == 0 || ids.is_empty() || !ids.len().is_multiple_of(rows) {
+            return Err(shape("number of token ids", format!("{rows} rows of one length"), ids.len()));
+        }
+        if segments.len() != ids.len() {
+            return Err(shape("number of segment ids (or mask values)", ids.len().to_string(), segments.len()));
+        }
+        Ok(Tokens { length: ids.len() / rows, ids, rows, segments })
+    }
+
+    /// Each token's place within its segment.
+    pub(crate) fn positions(&self) -> Vec<u32> {
+        let mut positions = vec![0; self.ids.len()];
+        for at in 0..positions.len() {
+            if at % self.length > 0 && self.segments[at] == self.segments[at - 1] {
+                positions[at] = positions[at - 1] + 1;
+            }
+        }
+        positions
+    }
+}
+
+/// Labels in Hugging Face's form (one a token, [`IGNORE_LABEL`] for none) as the loss takes them: each position has the
+/// label of the next one, and the last of a row, or of a segment, has none.
+///
+/// # Errors
+/// [`Error::Shape`], and [`Error::Invalid`] for a label outside the vocabulary, with its place.
+pub fn shifted_labels(tokens: &Tokens, labels: &[i64], vocabulary: usize) -> Result<Vec<u32>> {
+    if labels.len() != tokens.ids.len() {
+        let (expected, got) = (tokens.ids.len().to_string(), labels.len().to_string());
+        return Err(Error::Shape { op: OP, what: "number of labels", expected, got });
+    }
+    let mut shifted = vec![IGNORE; labels.len()];
+    for (at, &label) in labels.iter().enumerate() {
+        if label == IGNORE_LABEL {
+            continue;
+        }
+        if !(0..vocabulary as i64).contains(&label) {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "a label",
+                got: format!("{label} at token {at}"),
+                expected: format!("labels are {IGNORE_LABEL} or under {vocabulary}, the vocabulary's size"),
+            });
+        }
+        if at % tokens.length > 0 && tokens.segments[at] == tokens.segments[at - 1] && tokens.segments[at] != PADDING {
+            shifted[at - 1] = label as u32;
+        }
+    }
+    Ok(shifted)
+}
+
+/// A batch on a device.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    pub(super) ids: Indices,
+    pub(super) positions: Indices,
+    /// One past the largest position.
+    pub(super) positions_end: usize,
+    /// Without a window, and with the model's where some layers have one.
+    pub(super) visibility: Visibility,
+    pub(super) windowed: Option<Visibility>,
+    labels: Option<Indices>,
+    label_tokens: usize,
+    shape: [usize; 2],
+}
+
+impl Batch {
+    /// Puts tokens, and labels from [`shifted_labels`] if there is to be a loss, on a device. `vocabulary` bounds the ids;
+    /// `window` is that of the model's sliding-window layers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an id outside the vocabulary, [`Error::Shape`] for labels that are too few or too many, and
+    /// the device's own.
+    pub fn new(
+        device: &Device,
+        tokens: &Tokens,
+        labels: Option<&[u32]>,
+        vocabulary: usize,
+        window: Option<usize>,
+    ) -> Result<Batch> {
+        crate::kernels::embedding::check_ids(&tokens.ids, vocabulary)?;
+        if let Some(labels) = labels
+            && labels.len() != tokens.ids.len()
+        {
+            let (expected, got) = (tokens.ids.len().to_string(), labels.len().to_string());
+            return Err(Error::Shape { op: OP, what: "number of labels", expected, got });
+        }
+        let positions = tokens.positions();
+        let visibility = |window| Visibility::causal(device, &tokens.segments, tokens.length, window);
+        Ok(Batch {
+            ids: Indices::from_slice(device, &tokens.ids)?,
+            positions_end: positions.iter().max().map_or(0, |&last| last as usize + 1),
+            positions: Indices::from_slice(device, &positions)?,
+            visibility: visibility(None)?,
+            // A window that no sequence fills changes nothing.
+            windowed: window.filter(|&window| window < tokens.length).map(|window| visibility(Some(window))).transpose()?,
+            labels: labels.map(|labels| Indices::from_slice(device, labels)).transpose()?,
+            label_tokens: labels.map_or(0, |labels| labels.iter().filter(|&&label| label != IGNORE).count()),
+            shape: [tokens.rows, tokens.length],
+        })
+    }
+
+    /// Rows and tokens a row.
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
+    /// Tokens, padding included.
+    pub fn len(&self) -> usize {
+        self.shape[0] * self.shape[1]
+    }
+
+    /// Whether there are no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Positions that carry loss.
+    pub fn label_tokens(&self) -> usize {
+        self.label_tokens
+    }
+
+    /// The shifted labels.
+    pub fn labels(&self) -> Option<&Indices> {
+        self.labels.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn positions_start_anew_with_every_segment_and_row() {
+        let tokens = Tokens::packed(vec![7; 8], 2, vec![1, 1, 2, 2, 0, 0, 1, 1]).unwrap();
+        assert_eq!(tokens.positions(), [0, 1, 0, 1, 0, 1, 0, 1]);
+        assert_eq!(Tokens::new(vec![7; 6], 2).unwrap().positions(), [0, 1, 2, 0, 1, 2]);
+    }
+
+    #[test]
+    fn labels_move_to_the_position_that_predicts_them() {
+        let tokens = Tokens::packed(vec![1; 6], 1, vec![1, 1, 1, 2, 2, 0]).unwrap();
+        let shifted = shifted_labels(&tokens, &[10, 11, -100, 13, 14, 15], 20).unwrap();
+        // Neither a segment's first label nor that of padding can be predicted.
+        assert_eq!(shifted, [11, IGNORE, IGNORE, 14, IGNORE, IGNORE]);
+        let error = shifted_labels(&tokens, &[10, 11, 20, 13, 14, 15], 20).unwrap_err().to_string();
+        assert!(error.contains("20 at token 2"), "{error}");
+        assert!(shifted_labels(&tokens, &[10], 20).is_err());
+    }
+
+    #[test]
+    fn counts_that_disagree_are_named() {
+        assert!(Tokens::new(vec![1; 5], 2).unwrap_err().to_string().contains("token ids"));
+        assert!(Tokens::new(vec![], 0).is_err());
+        assert!(Tokens::masked(vec![1; 4], 2, &[1; 3]).unwrap_err().to_string().contains("mask"));
+    }
+
+    #[test]
+    fn ids_outside_the_vocabulary_are_named() {
+        let tokens = Tokens::new(vec![1, 5, 2, 3], 2).unwrap();
+        let error = Batch::new(&Device::cpu(), &tokens, None, 5, None).unwrap_err().to_string();
+        assert!(error.contains('5'), "{error}");
+        let labels = [IGNORE, 2, IGNORE, 1];
+        let batch = Batch::new(&Device::cpu(), &tokens, Some(&labels), 6, None).unwrap();
+        assert_eq!((batch.label_tokens(), batch.shape(), batch.len()), (2, [2, 2], 4));
+    }
+}

@@ -1,0 +1,284 @@
+//! A decoder-only language model of the Llama family (Llama, Mistral, Qwen2, Qwen3) over frozen matrices, with adapters
+//! on its linear layers.
+//!
+//! h = embedding(ids); for every layer h += attention(rms_norm(h)), h += mlp(rms_norm(h)); logits = rms_norm(h) * headᵀ.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::batch::Batch;
+use super::config::ModelConfig;
+use super::linear::Linear;
+use crate::autograd::{Tape, Var};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::kernels::DeviceMatrix;
+use crate::kernels::attention::AttentionShape;
+use crate::kernels::embedding::embedding;
+use crate::kernels::qmatmul::qmatmul;
+use crate::kernels::rope::{RopeConfig, RopeTable};
+use crate::tensor::Tensor;
+use crate::seed::mix;
+
+const OP: &str = "decoder";
+
+/// A model on a device.
+pub struct Decoder {
+    pub(super) config: ModelConfig,
+    pub(super) device: Device,
+    /// [vocabulary, hidden]
+    pub(super) embedding: Arc<DeviceMatrix>,
+    pub(super) layers: Vec<DecoderLayer>,
+    /// `[hidden]`
+    pub(super) norm: Tensor,
+    /// [vocabulary, hidden]; the embedding itself where they are tied.
+    pub(super) head: Arc<DeviceMatrix>,
+    /// Grows with the longest sequence seen.
+    pub(super) rope: Mutex<RopeTable>,
+}
+
+/// One layer.
+pub(super) struct DecoderLayer {
+    pub input_norm: Tensor,
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    /// Over every head's values; Qwen3.
+    pub qk_norm: Option<(Tensor, Tensor)>,
+    pub post_norm: Tensor,
+    pub gate: Linear,
+    pub up: Linear,
+    pub down: Linear,
+    /// Whether it sees only the model's sliding window.
+    pub windowed: bool,
+}
+
+/// A layer's linear modules, as Hugging Face calls them, in the order of the seeds.
+pub(super) const MODULES: [&str; 7] = [
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+];
+
+/// How a pass is run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pass {
+    /// Of the adapters' dropout; `None`: no dropout.
+    pub dropout_seed: Option<u64>,
+    /// Keep only every layer's input for the way back.
+    pub checkpoint: bool,
+}
+
+impl DecoderLayer {
+    pub(super) fn linears(&self) -> [&Linear; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+
+    pub(super) fn linears_mut(&mut self) -> [&mut Linear; 7] {
+        [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
+    }
+
+    /// The layer's result for `x` [M, hidden].
+    fn forward<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
+        x: &Var,
+        config: &ModelConfig,
+        rope: &RopeTable,
+        batch: &Batch,
+        seed: Option<u64>,
+    ) -> Result<Var> {
+        let seed = |module: u64| seed.map(|seed| mix(seed, module));
+        let eps = config.rms_norm_eps;
+        let m = x.value().shape()[0];
+
+        let normed = tape.rms_norm(x, &self.input_norm, eps)?;
+        let mut q = self.q.record(tape, &normed, seed(0))?;
+        let mut k = self.k.record(tape, &normed, seed(1))?;
+        let v = self.v.record(tape, &normed, seed(2))?;
+        drop(normed);
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
+            q = tape.rms_norm(&q, q_norm, eps)?;
+            k = tape.rms_norm(&k, k_norm, eps)?;
+        }
+        let q = tape.rope(&q, rope, &batch.positions)?;
+        let k = tape.rope(&k, rope, &batch.positions)?;
+        let shape = AttentionShape {
+            heads: config.heads,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            scale: 1.0 / (config.head_dim as f32).sqrt(),
+        };
+        let visibility = batch.windowed.as_ref().filter(|_| self.windowed).unwrap_or(&batch.visibility);
+        let attended = tape.attention([&q, &k, &v], shape, visibility)?;
+        debug_assert_eq!(attended.value().shape()[0], m);
+        drop((q, k, v));
+        let attended = self.o.record(tape, &attended, seed(3))?;
+        let h = tape.add(x, &attended)?;
+        drop(attended);
+
+        let normed = tape.rms_norm(&h, &self.post_norm, eps)?;
+        let gate = self.gate.record(tape, &normed, seed(4))?;
+        let up = self.up.record(tape, &normed, seed(5))?;
+        drop(normed);
+        let hidden = tape.silu_mul(&gate, &up)?;
+        drop((gate, up));
+        let down = self.down.record(tape, &hidden, seed(6))?;
+        tape.add(&h, &down)
+    }
+}
+
+impl Decoder {
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The token embedding, [vocabulary, hidden].
+    pub fn embedding(&self) -> &DeviceMatrix {
+        &self.embedding
+    }
+
+    /// The output head, [vocabulary, hidden]; the embedding itself where they are tied.
+    pub fn head(&self) -> &DeviceMatrix {
+        &self.head
+    }
+
+    /// Every linear layer that can have an adapter, with its path, such as `model.layers.0.self_attn.q_proj`.
+    pub fn linears(&self) -> impl Iterator<Item = (String, &Linear)> {
+        self.layers.iter().enumerate().flat_map(|(layer, modules)| {
+            MODULES.iter().zip(modules.linears()).map(move |(name, linear)| (path(layer, name), linear))
+        })
+    }
+
+    /// As [`Decoder::linears`], to change their adapters.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut Linear)> {
+        self.layers.iter_mut().enumerate().flat_map(|(layer, modules)| {
+            MODULES.iter().zip(modules.linears_mut()).map(move |(name, linear)| (path(layer, name), linear))
+        })
+    }
+
+    /// What an optimizer trains: the tensors of the active adapters, with their names in an adapter file.
+    pub fn parameters_mut(&mut self) -> Vec<(String, &mut Tensor)> {
+        self.linears_mut()
+            .flat_map(|(path, linear)| {
+                linear.parameters_mut().map(move |(kind, tensor)| (super::adapters::tensor_name(&path, kind), tensor))
+            })
+            .collect()
+    }
+
+    /// Bytes on the device: base (matrices, norms, biases), and adapters.
+    pub fn resident_bytes(&self) -> (u64, u64) {
+        let tied = Arc::ptr_eq(&self.embedding, &self.head);
+        let mut base = self.embedding.resident_bytes() + self.norm.resident_bytes();
+        base += if tied { 0 } else { self.head.resident_bytes() };
+        let mut adapters = 0;
+        for layer in &self.layers {
+            base += layer.input_norm.resident_bytes() + layer.post_norm.resident_bytes();
+            base += layer.qk_norm.as_ref().map_or(0, |(q, k)| q.resident_bytes() + k.resident_bytes());
+            for linear in layer.linears() {
+                let stats = linear.memory_stats();
+                base += stats.base_quantized_bytes + stats.bias_bytes;
+                adapters += stats.lora_bytes;
+            }
+        }
+        (base, adapters)
+    }
+
+    /// The hidden states after the last norm, [M, hidden].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a sequence is longer than the model allows; [`Error::DeviceMismatch`]; the device's own.
+    pub fn hidden<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, pass: Pass) -> Result<Var> {
+        let rope = self.rope_table(batch.positions_end)?;
+        let mut h = tape.constant(embedding(&self.embedding, &batch.ids)?);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let seed = pass.dropout_seed.map(|seed| mix(seed, index as u64));
+            h = if pass.checkpoint {
+                let (rope, batch) = (rope.clone(), batch.clone());
+                tape.checkpoint(&h, move |tape, h| layer.forward(tape, h, &self.config, &rope, &batch, seed))?
+            } else {
+                layer.forward(tape, &h, &self.config, &rope, batch, seed)?
+            };
+        }
+        tape.rms_norm(&h, &self.norm, self.config.rms_norm_eps)
+    }
+
+    /// `scale` times the summed cross-entropy of the batch's labels.
+    ///
+    /// # Errors
+    /// As [`Decoder::hidden`]; [`Error::Invalid`] for a batch without labels.
+    pub fn loss<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, scale: f32, pass: Pass) -> Result<Var> {
+        let labels = batch.labels().ok_or_else(|| Error::Invalid {
+            op: OP,
+            what: "the batch",
+            got: "without labels".into(),
+            expected: "a loss needs them".into(),
+        })?;
+        let hidden = self.hidden(tape, batch, pass)?;
+        Ok(tape.linear_cross_entropy(&hidden, &self.head, labels, scale)?.0)
+    }
+
+    /// The summed cross-entropy of the batch's labels, and each token's own, [M]; without dropout.
+    ///
+    /// # Errors
+    /// As [`Decoder::loss`].
+    pub fn evaluate(&self, batch: &Batch) -> Result<(Tensor, Tensor)> {
+        let labels = batch.labels().ok_or_else(|| Error::Invalid {
+            op: OP,
+            what: "the batch",
+            got: "without labels".into(),
+            expected: "a loss needs them".into(),
+        })?;
+        let mut tape = Tape::inference();
+        let hidden = self.hidden(&mut tape, batch, Pass::default())?;
+        let (loss, tokens) = tape.linear_cross_entropy(&hidden, &self.head, labels, 1.0)?;
+        Ok((loss.value().clone(), tokens))
+    }
+
+    /// All logits, [M, vocabulary]: for small batches.
+    ///
+    /// # Errors
+    /// As [`Decoder::hidden`]; [`Error::TooLarge`] where they do not fit one tensor.
+    pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
+        let hidden = self.hidden(&mut Tape::inference(), batch, Pass::default())?;
+        qmatmul(hidden.value(), &self.head, None, None)
+    }
+
+    /// The rotations of at least so many positions.
+    fn rope_table(&self, positions: usize) -> Result<RopeTable> {
+        let most = self.config.max_position_embeddings;
+        if positions > most {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "the sequence length",
+                got: positions.to_string(),
+                expected: format!("the model's max_position_embeddings is {most}"),
+            });
+        }
+        let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
+        if table.positions() < positions {
+            let wanted = positions.next_power_of_two().min(most);
+            *table = RopeTable::new(&self.device, &rope_config(&self.config), wanted)?;
+        }
+        Ok(table.clone())
+    }
+}
+
+/// The rotation of a model's heads.
+pub(super) fn rope_config(config: &ModelConfig) -> RopeConfig {
+    config.rope.clone()
+}
+
+fn path(layer: usize, module: &str) -> String {
+    format!("model.layers.{layer}.{module}")
+}

@@ -1,0 +1,138 @@
+//! Building a [`Decoder`] from weights: of a file, or made up for benchmarks.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use super::config::ModelConfig;
+use super::decoder::{Decoder, DecoderLayer, MODULES, rope_config};
+use super::linear::Linear;
+use crate::device::Device;
+use crate::error::Result;
+use crate::formats::checkpoint::{BaseFormat, Checkpoint};
+use crate::kernels::rope::RopeTable;
+use crate::kernels::{DeviceMatrix, HostMatrix};
+use crate::tensor::Tensor;
+
+/// Where a model's tensors come from, by their Hugging Face names.
+pub trait WeightSource {
+    /// A vector as f32.
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>>;
+
+    /// A matrix [rows, cols]. `linear`: it is that of a linear layer, which may be made 4-bit; embeddings and heads keep
+    /// their precision.
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<HostMatrix>;
+
+    /// Whether there is such a tensor.
+    fn contains(&self, name: &str) -> bool;
+}
+
+/// A checkpoint's tensors, those of linear layers in a format of one's choice.
+struct FromCheckpoint<'a> {
+    checkpoint: &'a Checkpoint,
+    base: &'a BaseFormat,
+    used: Vec<String>,
+}
+
+impl WeightSource for FromCheckpoint<'_> {
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
+        self.used.push(name.to_owned());
+        self.checkpoint.vector(name, len)
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<HostMatrix> {
+        self.used.push(name.to_owned());
+        let base = if linear { self.base } else { &BaseFormat::AsIs };
+        self.checkpoint.matrix(name, rows, cols, base)
+    }
+
+    fn contains(&self, name: &str) -> bool {
+        self.checkpoint.contains(name)
+    }
+}
+
+impl Decoder {
+    /// Loads a Hugging Face directory: `config.json`, and `model.safetensors` or its shards. Matrices go to the device one
+    /// after another, so that the host never holds more than one of them in f32. `base` says what becomes of linear layers
+    /// that are not 4-bit in the file.
+    ///
+    /// # Errors
+    /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io) with
+    /// file and key; the device's own.
+    pub fn load(device: &Device, dir: &Path, base: &BaseFormat) -> Result<Decoder> {
+        let config = ModelConfig::read(&dir.join("config.json"))?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let mut source = FromCheckpoint { checkpoint: &checkpoint, base, used: Vec::new() };
+        let decoder = Decoder::build(device, config, &mut source)?;
+        checkpoint.check_all_used(&source.used)?;
+        Ok(decoder)
+    }
+
+    /// Builds a model from any source of weights.
+    ///
+    /// # Errors
+    /// Those of the source and of the device.
+    pub fn build(device: &Device, config: ModelConfig, source: &mut dyn WeightSource) -> Result<Decoder> {
+        let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
+        let matrix = |source: &mut dyn WeightSource, name: &str| -> Result<Arc<DeviceMatrix>> {
+            Ok(Arc::new(DeviceMatrix::new(device, source.matrix(name, vocabulary, hidden, false)?)?))
+        };
+        let embedding = matrix(source, "model.embed_tokens.weight")?;
+        let head = if config.tie_word_embeddings { embedding.clone() } else { matrix(source, "lm_head.weight")? };
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in 0..config.layers {
+            layers.push(build_layer(device, &config, source, layer)?);
+        }
+        let norm = vector(device, source, "model.norm.weight", hidden)?;
+        let rope = RopeTable::new(device, &rope_config(&config), config.max_position_embeddings.min(512))?;
+        Ok(Decoder { device: device.clone(), embedding, head, layers, norm, rope: Mutex::new(rope), config })
+    }
+}
+
+fn vector(device: &Device, source: &mut dyn WeightSource, name: &str, len: usize) -> Result<Tensor> {
+    Tensor::from_slice(device, &[len], &source.vector(name, len)?)
+}
+
+fn build_layer(
+    device: &Device,
+    config: &ModelConfig,
+    source: &mut dyn WeightSource,
+    layer: usize,
+) -> Result<DecoderLayer> {
+    let prefix = format!("model.layers.{layer}");
+    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+    let (q_size, kv_size) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let mut linear = |module: usize, d_out: usize, d_in: usize, bias: bool| -> Result<Linear> {
+        let path = format!("{prefix}.{}", MODULES[module]);
+        let linear = Linear::new(device, source.matrix(&format!("{path}.weight"), d_out, d_in, true)?)?;
+        if !bias {
+            return Ok(linear);
+        }
+        linear.with_bias(&source.vector(&format!("{path}.bias"), d_out)?)
+    };
+    let q = linear(0, q_size, hidden, config.qkv_bias)?;
+    let k = linear(1, kv_size, hidden, config.qkv_bias)?;
+    let v = linear(2, kv_size, hidden, config.qkv_bias)?;
+    let o = linear(3, hidden, q_size, config.o_bias)?;
+    let gate = linear(4, inner, hidden, config.mlp_bias)?;
+    let up = linear(5, inner, hidden, config.mlp_bias)?;
+    let down = linear(6, hidden, inner, config.mlp_bias)?;
+    let mut norm = |name: &str, len: usize| vector(device, source, &format!("{prefix}.{name}.weight"), len);
+    let qk_norm = if config.qk_norm {
+        Some((norm("self_attn.q_norm", config.head_dim)?, norm("self_attn.k_norm", config.head_dim)?))
+    } else {
+        None
+    };
+    Ok(DecoderLayer {
+        input_norm: norm("input_layernorm", hidden)?,
+        post_norm: norm("post_attention_layernorm", hidden)?,
+        q,
+        k,
+        v,
+        o,
+        qk_norm,
+        gate,
+        up,
+        down,
+        windowed: config.window(layer).is_some(),
+    })
+}

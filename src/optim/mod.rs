@@ -1,0 +1,90 @@
+//! AdamW on the device, learning-rate schedules, gradient clipping.
+
+mod schedule;
+
+pub use schedule::{Decay, Schedule};
+
+use std::collections::BTreeMap;
+
+pub use crate::kernels::adamw::AdamW;
+use crate::error::{Error, Result};
+use crate::kernels::adamw::adamw;
+use crate::kernels::grad_norm::GradNorm;
+use crate::tensor::Tensor;
+
+/// First and second moments of every trainable tensor, by its name, and how many updates there were. Loshchilov and
+/// Hutter, "Decoupled Weight Decay Regularization", 2019.
+#[derive(Clone, Debug)]
+pub struct Optimizer {
+    /// Rates and decay; `lr` is what a schedule multiplies.
+    pub config: AdamW,
+    moments: BTreeMap<String, Moments>,
+    step: u32,
+}
+
+#[derive(Clone, Debug)]
+struct Moments {
+    m: Tensor,
+    v: Tensor,
+}
+
+impl Optimizer {
+    /// No moments yet: a tensor's are made, as zeros, when it is first updated.
+    pub fn new(config: AdamW) -> Optimizer {
+        Optimizer { config, moments: BTreeMap::new(), step: 0 }
+    }
+
+    /// Updates so far.
+    pub fn steps(&self) -> u32 {
+        self.step
+    }
+
+    /// Starts the next update; then [`Optimizer::update`] every tensor.
+    pub fn begin(&mut self) {
+        self.step += 1;
+    }
+
+    /// Takes back [`Optimizer::begin`], for an update that the device refused (see [`GradNorm`]) for every tensor.
+    pub fn undo(&mut self) {
+        self.step = self.step.saturating_sub(1);
+    }
+
+    /// One tensor's update in place, with `lr` times the configured rate. The gradient counts times the clip factor in
+    /// `norm`; if that is NaN, nothing changes.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] before the first [`Optimizer::begin`], [`Error::Shape`] if a tensor of this name had another
+    /// shape before, and the device's own.
+    pub fn update(
+        &mut self,
+        name: &str,
+        tensor: &mut Tensor,
+        gradient: &Tensor,
+        lr: f32,
+        norm: &GradNorm,
+    ) -> Result<()> {
+        if self.step == 0 {
+            let expected = "begin an update first".into();
+            return Err(Error::Invalid { op: "AdamW", what: "the step", got: "0".into(), expected });
+        }
+        let moments = match self.moments.entry(name.to_owned()) {
+            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::btree_map::Entry::Vacant(entry) => {
+                let zeros = || Tensor::zeros(&tensor.device(), tensor.shape());
+                entry.insert(Moments { m: zeros()?, v: zeros()? })
+            }
+        };
+        let config = AdamW { lr: self.config.lr * lr, ..self.config };
+        adamw(tensor, gradient, &mut moments.m, &mut moments.v, &config, self.step, norm)
+    }
+
+    /// Bytes of the moments on their device.
+    pub fn resident_bytes(&self) -> u64 {
+        self.moments.values().map(|moments| moments.m.resident_bytes() + moments.v.resident_bytes()).sum()
+    }
+
+    /// The moments by name, first and second: what a checkpoint keeps, with [`Optimizer::steps`].
+    pub fn moments(&self) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
+        self.moments.iter().map(|(name, moments)| (name.as_str(), &moments.m, &moments.v))
+    }
+}

@@ -1,0 +1,144 @@
+//! Training: one optimizer step over micro-batches.
+
+use crate::autograd::{Gradients, Tape};
+use crate::error::{Error, Result};
+use crate::kernels::add::add_assign;
+use crate::kernels::grad_norm::grad_norm;
+use crate::nn::{Batch, Decoder, Pass};
+use crate::optim::{AdamW, Optimizer, Schedule};
+use crate::seed::mix;
+use crate::tensor::Tensor;
+
+const OP: &str = "training step";
+
+/// How to train.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainOptions {
+    /// Rates and decay.
+    pub optimizer: AdamW,
+    /// What the learning rate is multiplied by.
+    pub schedule: Schedule,
+    /// The norm to which the gradient is clipped, as torch's `clip_grad_norm_` does it.
+    pub max_norm: Option<f32>,
+    /// Keep only the input of every decoder layer for the way back, and run the layer again there.
+    pub checkpoint_activations: bool,
+    /// Of dropout.
+    pub seed: u64,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepReport {
+    /// From 0.
+    pub step: u32,
+    /// Cross-entropy summed over all micro-batches, divided by their label tokens; before the update.
+    pub loss: f32,
+    /// Norm of the whole gradient, before clipping.
+    pub grad_norm: f32,
+    /// The learning rate used.
+    pub lr: f32,
+    /// Tokens, padding included.
+    pub tokens: usize,
+    /// Tokens that carried loss.
+    pub label_tokens: usize,
+}
+
+/// The state of a run beside the model's own: optimizer moments and the step.
+#[derive(Clone, Debug)]
+pub struct Trainer {
+    options: TrainOptions,
+    optimizer: Optimizer,
+}
+
+impl Trainer {
+    /// A run that has not started.
+    pub fn new(options: TrainOptions) -> Trainer {
+        Trainer { options, optimizer: Optimizer::new(options.optimizer) }
+    }
+
+    /// The optimizer and its moments.
+    pub fn optimizer(&self) -> &Optimizer {
+        &self.optimizer
+    }
+
+    /// Forward and backward of all micro-batches, then one update of the active adapters. The loss is the mean over the
+    /// label tokens of all micro-batches together.
+    ///
+    /// # Errors
+    /// [`Error::Diverged`] if the loss or a gradient is not finite: the adapters and the optimizer are then as before the
+    /// step. [`Error::Invalid`] without batches, labels or an active adapter; the device's own.
+    pub fn step(&mut self, model: &mut Decoder, micro_batches: &[Batch]) -> Result<StepReport> {
+        let step = self.optimizer.steps();
+        let label_tokens: usize = micro_batches.iter().map(Batch::label_tokens).sum();
+        if label_tokens == 0 {
+            let got = format!("{} micro-batches without a label", micro_batches.len());
+            let expected = "at least one token must carry loss".into();
+            return Err(Error::Invalid { op: OP, what: "the data", got, expected });
+        }
+        let (loss, gradients) = self.gradients(model, micro_batches, 1.0 / label_tokens as f32)?;
+
+        let mut parameters = model.parameters_mut();
+        // A tensor that no token reached has no gradient and, as in torch, no update.
+        parameters.retain(|(_, tensor)| gradients.get(tensor).is_some());
+        let found: Vec<&Tensor> = parameters.iter().filter_map(|(_, tensor)| gradients.get(tensor)).collect();
+        let norm = grad_norm(&found, Some(&loss), self.options.max_norm)?;
+        let factor = self.options.schedule.factor(step);
+        self.optimizer.begin();
+        for ((name, tensor), gradient) in parameters.iter_mut().zip(found) {
+            self.optimizer.update(name, tensor, gradient, factor as f32, &norm)?;
+        }
+        let norms = norm.values.to_vec()?;
+        let loss = loss.to_vec()?[0];
+        if !loss.is_finite() || !norms[0].is_finite() {
+            // The device has left everything as it was.
+            self.optimizer.undo();
+            let culprit = parameters.iter().zip(&norms[2..]).find(|(_, norm)| !norm.is_finite());
+            let (what, value) = match culprit {
+                Some(((name, _), norm)) if loss.is_finite() => (format!("the gradient of {name}"), *norm),
+                _ if !loss.is_finite() => ("the loss".to_owned(), loss),
+                _ => ("the gradient's norm".to_owned(), norms[0]),
+            };
+            return Err(Error::Diverged { step, what, value });
+        }
+        Ok(StepReport {
+            step,
+            loss,
+            grad_norm: norms[0],
+            lr: (f64::from(self.options.optimizer.lr) * factor) as f32,
+            tokens: micro_batches.iter().map(Batch::len).sum(),
+            label_tokens,
+        })
+    }
+
+    /// The loss, `scale` times the summed cross-entropy of all micro-batches, and its gradients; nothing is updated.
+    pub fn gradients(&self, model: &Decoder, micro_batches: &[Batch], scale: f32) -> Result<(Tensor, Gradients)> {
+        let mut gradients = Gradients::new();
+        let mut total: Option<Tensor> = None;
+        for (index, batch) in micro_batches.iter().enumerate() {
+            let pass = Pass {
+                // Another mask for every micro-batch of every step.
+                dropout_seed: Some(mix(self.options.seed, u64::from(self.optimizer.steps()) << 32 | index as u64)),
+                checkpoint: self.options.checkpoint_activations,
+            };
+            let mut tape = Tape::new();
+            let loss = model.loss(&mut tape, batch, scale, pass)?;
+            let value = loss.value().clone();
+            tape.backward(&loss, &mut gradients)?;
+            drop(loss);
+            total = Some(match total.take() {
+                Some(mut sum) => {
+                    add_assign(&mut sum, &value)?;
+                    sum
+                }
+                None => value,
+            });
+        }
+        let no_batch = || Error::Invalid {
+            op: OP,
+            what: "the data",
+            got: "no micro-batch".into(),
+            expected: "a step takes at least one".into(),
+        };
+        Ok((total.ok_or_else(no_batch)?, gradients))
+    }
+}

@@ -1,0 +1,69 @@
+//! The recorded models, adapters and runs of tests/golden/model.
+
+use std::path::PathBuf;
+
+use qlora_wgpu::Device;
+use qlora_wgpu::formats::checkpoint::BaseFormat;
+use qlora_wgpu::formats::peft::PeftAdapter;
+use qlora_wgpu::formats::safetensors::SafetensorsFile;
+use qlora_wgpu::nn::{Batch, Decoder, Tokens, shifted_labels};
+
+/// A file or folder of tests/golden/model.
+pub fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model").join(name)
+}
+
+pub fn file(name: &str) -> SafetensorsFile {
+    SafetensorsFile::open(path(name)).unwrap()
+}
+
+pub fn f32s(file: &SafetensorsFile, name: &str) -> Vec<f32> {
+    file.tensor(name).unwrap().f32s().unwrap().into_owned()
+}
+
+/// An i64 tensor and its shape.
+pub fn i64s(file: &SafetensorsFile, name: &str) -> (Vec<i64>, [usize; 2]) {
+    let tensor = file.tensor(name).unwrap();
+    let values = tensor.bytes.chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect();
+    (values, tensor.shape.try_into().unwrap())
+}
+
+/// Tokens of a recorded batch, with a mask if there is one.
+pub fn tokens(file: &SafetensorsFile, ids: &str, mask: Option<&str>) -> Tokens {
+    let (ids, [rows, _]) = i64s(file, ids);
+    let ids: Vec<u32> = ids.into_iter().map(|id| u32::try_from(id).unwrap()).collect();
+    match mask.filter(|mask| file.get(mask).is_some()) {
+        Some(mask) => Tokens::masked(ids, rows, &i64s(file, mask).0).unwrap(),
+        None => Tokens::new(ids, rows).unwrap(),
+    }
+}
+
+/// Batch `index` of a recorded run.
+pub fn batch(device: &Device, file: &SafetensorsFile, index: usize, vocabulary: usize) -> Batch {
+    let key = |name: &str| format!("batch{index}.{name}");
+    let tokens = tokens(file, &key("input_ids"), Some(&key("attention_mask")));
+    let labels = shifted_labels(&tokens, &i64s(file, &key("labels")).0, vocabulary).unwrap();
+    Batch::new(device, &tokens, Some(&labels), vocabulary, None).unwrap()
+}
+
+pub fn load(device: &Device, name: &str) -> Decoder {
+    Decoder::load(device, &path(name), &BaseFormat::AsIs).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+pub fn adapter(name: &str) -> PeftAdapter {
+    PeftAdapter::read(&path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// All logits of unlabelled tokens.
+pub fn logits(model: &Decoder, tokens: &Tokens) -> Vec<f32> {
+    let batch = Batch::new(model.device(), tokens, None, model.config().vocab_size, None).unwrap();
+    model.logits(&batch).unwrap().to_vec().unwrap()
+}
+
+/// The largest difference.
+pub fn distance(got: &[f32], wanted: &[f32]) -> f32 {
+    assert_eq!(got.len(), wanted.len());
+    // A NaN must not vanish in the maximum.
+    let worse = |most: f32, next: f32| if most.is_nan() || next.is_nan() { f32::NAN } else { most.max(next) };
+    got.iter().zip(wanted).map(|(got, wanted)| (got - wanted).abs()).fold(0.0, worse)
+}

@@ -1,0 +1,187 @@
+//! Logits of the recorded models and adapters (transformers and PEFT), on every device and tier.
+
+mod common;
+
+use common::model::{adapter, distance, f32s, file, load, logits, path, tokens};
+use qlora_wgpu::formats::checkpoint::BaseFormat;
+use qlora_wgpu::formats::safetensors::{OutData, OutTensor, write};
+use qlora_wgpu::nn::Decoder;
+use qlora_wgpu::quant::QuantOptions;
+use qlora_wgpu::{Device, Error};
+
+/// Models with the logits of each form of their base.
+const MODELS: [(&str, &str, &[(&str, &str)]); 3] = [
+    (
+        "llama",
+        "llama.golden_logits.safetensors",
+        &[
+            ("llama", "logits.base_fp32"),
+            ("llama-bnb-nf4", "logits.nf4_dequant"),
+            ("llama-bnb-nf4_dq", "logits.nf4_dq_dequant"),
+            ("llama-bnb-fp4_dq", "logits.fp4_dq_dequant"),
+        ],
+    ),
+    (
+        "qwen2",
+        "qwen2.golden_logits.safetensors",
+        &[("qwen2", "logits.base_fp32"), ("qwen2-bnb-nf4_dq", "logits.nf4_dq_dequant")],
+    ),
+    (
+        "qwen3",
+        "qwen3.golden_logits.safetensors",
+        &[("qwen3", "logits.base_fp32"), ("qwen3-bnb-nf4_dq", "logits.nf4_dq_dequant")],
+    ),
+];
+
+/// The largest difference of logits that a device may have.
+fn bound(device: &Device) -> f32 {
+    if common::is_f16(device) { 1e-2 } else { 1e-4 }
+}
+
+fn check(device: &Device, what: &str, got: &[f32], wanted: &[f32]) {
+    let distance = distance(got, wanted);
+    assert!(distance <= bound(device), "{} {what}: {distance:e}", common::name(device));
+}
+
+#[test]
+fn logits_of_every_model_and_base_are_those_of_transformers() {
+    for device in common::all() {
+        for (_, golden, bases) in MODELS {
+            let golden = file(golden);
+            let tokens = tokens(&golden, "input_ids", None);
+            for (directory, key) in bases {
+                check(&device, directory, &logits(&load(&device, directory), &tokens), &f32s(&golden, key));
+            }
+        }
+    }
+}
+
+#[test]
+fn padded_sequences_have_the_logits_of_transformers_where_there_are_tokens() {
+    for device in common::all() {
+        for (directory, golden, _) in MODELS {
+            let golden = file(golden);
+            let tokens = tokens(&golden, "input_ids", Some("padded.attention_mask"));
+            assert!(tokens.segments.contains(&0), "some are padding");
+            let got = logits(&load(&device, directory), &tokens);
+            let wanted = f32s(&golden, "padded.logits.base_fp32");
+            let vocabulary = wanted.len() / tokens.ids.len();
+            assert!(got.iter().all(|logit| logit.is_finite()));
+            for at in (0..tokens.ids.len()).filter(|&at| tokens.segments[at] != 0) {
+                let row = at * vocabulary..(at + 1) * vocabulary;
+                check(&device, &format!("{directory} token {at}"), &got[row.clone()], &wanted[row]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_model_quantized_while_it_loads_is_the_one_that_bitsandbytes_wrote() {
+    let device = Device::cpu();
+    let golden = file("llama.golden_logits.safetensors");
+    let tokens = tokens(&golden, "input_ids", None);
+    for (options, directory) in
+        [(QuantOptions::nf4(), "llama-bnb-nf4"), (QuantOptions::nf4().double_quant(), "llama-bnb-nf4_dq")]
+    {
+        let model = Decoder::load(&device, &path("llama"), &BaseFormat::Quantize(options)).unwrap();
+        let (ours, theirs) = (logits(&model, &tokens), logits(&load(&device, directory), &tokens));
+        let distance = distance(&ours, &theirs);
+        // Of double-quantized scales, bitsandbytes rounds a few through a lookup table.
+        assert!(distance <= if directory.ends_with("dq") { 1e-2 } else { 0.0 }, "{directory}: {distance:e}");
+    }
+}
+
+#[test]
+fn adapters_have_the_logits_of_peft() {
+    let golden = file("llama.golden_adapter_logits.safetensors");
+    let tokens = tokens(&golden, "input_ids", None);
+    for device in common::all() {
+        let mut model = load(&device, "llama-bnb-nf4_dq");
+        let base = logits(&model, &tokens);
+        for name in ["lora", "rslora_qv", "dora", "pattern"] {
+            model.attach_peft(name, &adapter(&format!("adapter-{name}"))).unwrap();
+            let got = logits(&model, &tokens);
+            check(&device, name, &got, &f32s(&golden, &format!("logits.{name}")));
+            assert!(distance(&got, &base) > 0.01, "{name} changes something");
+            model.deactivate().unwrap();
+        }
+        assert_eq!(logits(&model, &tokens), base, "the base is as it was");
+        model.activate("lora").unwrap();
+        check(&device, "lora again", &logits(&model, &tokens), &f32s(&golden, "logits.lora"));
+    }
+}
+
+#[test]
+fn merged_models_have_the_logits_of_peft() {
+    let golden = file("llama.golden_adapter_logits.safetensors");
+    let tokens = tokens(&golden, "input_ids", None);
+    for device in common::all() {
+        for name in ["lora", "dora"] {
+            let mut model = load(&device, "llama-bnb-nf4_dq");
+            model.attach_peft(name, &adapter(&format!("adapter-{name}"))).unwrap();
+            let directory = tempfile::tempdir().unwrap();
+            write_merged(&model, directory.path());
+            let merged = Decoder::load(&device, directory.path(), &BaseFormat::AsIs).unwrap();
+            check(&device, name, &logits(&merged, &tokens), &f32s(&golden, &format!("logits.{name}.merged")));
+            let (_, q) = model.linears().next().unwrap();
+            let wanted = f32s(&golden, &format!("merged.{name}.model.layers.0.self_attn.q_proj.weight"));
+            let distance = distance(q.merge_to_f32().unwrap().as_slice().unwrap(), &wanted);
+            assert!(distance <= 1e-6, "{} {name}: {distance:e}", common::name(&device));
+        }
+        let requantized = file("llama-bnb-nf4_dq-merged-lora/golden.safetensors");
+        let got = logits(&load(&device, "llama-bnb-nf4_dq-merged-lora"), &tokens);
+        check(&device, "merged and quantized again", &got, &f32s(&requantized, "logits"));
+    }
+}
+
+/// Writes the model's merged linear layers, and what else the original has, as a directory.
+fn write_merged(model: &Decoder, directory: &std::path::Path) {
+    let source = file("llama/model.safetensors");
+    let merged: Vec<(String, ndarray::Array2<f32>)> =
+        model.linears().map(|(path, linear)| (format!("{path}.weight"), linear.merge_to_f32().unwrap())).collect();
+    let tensors = source
+        .names()
+        .iter()
+        .map(|name| {
+            let original = source.tensor(name).unwrap();
+            let bytes = match merged.iter().find(|(other, _)| other == name) {
+                Some((_, weight)) => bytemuck::cast_slice(weight.as_slice().unwrap()).to_vec(),
+                None => original.bytes.to_vec(),
+            };
+            OutTensor {
+                name: name.clone(),
+                dtype: original.dtype,
+                shape: original.shape.to_vec(),
+                data: OutData::Bytes(bytes.into()),
+            }
+        })
+        .collect();
+    write(&directory.join("model.safetensors"), tensors, Default::default()).unwrap();
+    std::fs::copy(path("llama/config.json"), directory.join("config.json")).unwrap();
+}
+
+#[test]
+fn what_does_not_fit_is_an_error_and_changes_nothing() {
+    let device = Device::cpu();
+    let golden = file("llama.golden_adapter_logits.safetensors");
+    let tokens = tokens(&golden, "input_ids", None);
+    let mut model = load(&device, "llama-bnb-nf4_dq");
+    let before = logits(&model, &tokens);
+
+    let mut wrong = adapter("adapter-lora");
+    let module = wrong.modules.remove("model.layers.1.mlp.up_proj").unwrap();
+    wrong.modules.insert("model.layers.7.mlp.up_proj".into(), module.clone());
+    let error = model.attach_peft("wrong", &wrong).unwrap_err().to_string();
+    assert!(error.contains("model.layers.7.mlp.up_proj"), "{error}");
+
+    let mut wrong = adapter("adapter-lora");
+    wrong.modules.insert("model.layers.1.self_attn.q_proj".into(), module);
+    let error = model.attach_peft("wrong", &wrong).unwrap_err().to_string();
+    assert!(error.contains("model.layers.1.self_attn.q_proj") && error.contains("[64, 64]"), "{error}");
+
+    assert!(matches!(model.activate("wrong"), Err(Error::NoSuchAdapter { .. })));
+    assert_eq!(logits(&model, &tokens), before);
+
+    model.attach_peft("lora", &adapter("adapter-lora")).unwrap();
+    assert!(model.attach_peft("lora", &adapter("adapter-lora")).unwrap_err().to_string().contains("lora"));
+}

@@ -1,0 +1,259 @@
+//! Recorded training runs of PEFT on the dequantized bitsandbytes base: losses, gradients and final adapters.
+
+mod common;
+
+use common::model::{adapter, batch, f32s, file, load, path};
+use qlora_wgpu::nn::{Batch, Decoder, LoraAdapter};
+use qlora_wgpu::optim::{AdamW, Decay, Schedule};
+use qlora_wgpu::train::{TrainOptions, Trainer};
+use qlora_wgpu::{Device, Error, Tensor};
+use serde_json::Value;
+
+struct Run {
+    name: &'static str,
+    curve: Value,
+    options: TrainOptions,
+}
+
+impl Run {
+    fn open(name: &'static str) -> Run {
+        let curve: Value =
+            serde_json::from_str(&std::fs::read_to_string(path(name).join("curve.json")).unwrap()).unwrap();
+        let number = |value: &Value| value.as_f64().unwrap() as f32;
+        let schedule = match name {
+            "train-full" => Schedule { decay: Decay::Cosine, warmup: 2, total: 6 },
+            _ => Schedule::constant(),
+        };
+        let optimizer = AdamW {
+            lr: number(&curve["base_lr"]),
+            beta1: number(&curve["betas"][0]),
+            beta2: number(&curve["betas"][1]),
+            eps: number(&curve["eps"]),
+            weight_decay: number(&curve["weight_decay"]),
+        };
+        let max_norm = curve["clip"].as_f64().map(|clip| clip as f32);
+        let options = TrainOptions { optimizer, schedule, max_norm, checkpoint_activations: false, seed: 0 };
+        Run { name, curve, options }
+    }
+
+    fn model(&self, device: &Device) -> Decoder {
+        let mut model = load(device, "llama-bnb-nf4_dq");
+        model.attach_peft("default", &adapter(&format!("{}/adapter-init", self.name))).unwrap();
+        model
+    }
+
+    /// The micro-batches of a step.
+    fn batches(&self, device: &Device, step: usize) -> Vec<Batch> {
+        let file = file(&format!("{}/batches.safetensors", self.name));
+        let accumulated = self.curve["accum"].as_u64().unwrap() as usize;
+        let first = if self.curve["batch_repeated_every_step"].as_bool().unwrap() { 0 } else { step * accumulated };
+        (first..first + accumulated).map(|index| batch(device, &file, index, 128)).collect()
+    }
+
+    fn records(&self) -> &[Value] {
+        self.curve["records"].as_array().unwrap()
+    }
+}
+
+fn close(context: &str, got: f32, wanted: &Value, relative: f64) {
+    let wanted = wanted.as_f64().unwrap();
+    assert!((f64::from(got) - wanted).abs() <= relative * wanted.abs(), "{context}: got {got}, wanted {wanted}");
+}
+
+/// Every trainable tensor with its name in an adapter file.
+fn parameters(model: &mut Decoder) -> Vec<(String, Tensor)> {
+    model.parameters_mut().into_iter().map(|(name, tensor)| (name, tensor.clone())).collect()
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt()
+}
+
+/// ‖got - wanted‖, at most `relative` of ‖wanted‖ (and a little for those that are zero).
+fn close_tensor(context: &str, got: &[f32], wanted: &[f32], relative: f64) {
+    assert_eq!(got.len(), wanted.len(), "{context}");
+    let difference: Vec<f32> = got.iter().zip(wanted).map(|(got, wanted)| got - wanted).collect();
+    let (distance, size) = (norm(&difference), norm(wanted));
+    assert!(distance <= relative * size + 1e-9, "{context}: off by {distance:e} of {size:e}");
+}
+
+/// Runs a recorded run on a device and compares every step.
+fn check(name: &'static str, device: &Device) {
+    let run = Run::open(name);
+    let golden = file(&format!("{name}/golden.safetensors"));
+    let f16 = common::is_f16(device);
+    // Design: 1e-4 relative on f32 tiers, 1e-2 where operands are staged as f16.
+    let loss_bound = if f16 { 1e-2 } else { 1e-4 };
+    let gradient_bound = if f16 { 5e-2 } else { 1e-4 };
+    let mut model = run.model(device);
+    let mut trainer = Trainer::new(run.options);
+
+    let batches = run.batches(device, 0);
+    let label_tokens: usize = batches.iter().map(Batch::label_tokens).sum();
+    let (_, gradients) = trainer.gradients(&model, &batches, 1.0 / label_tokens as f32).unwrap();
+    let mut compared = 0;
+    for (parameter, tensor) in parameters(&mut model) {
+        // In the recording, as in torch, a magnitude is the weight of a module.
+        let key = parameter.replace("lora_magnitude_vector", "lora_magnitude_vector.weight");
+        let wanted = f32s(&golden, &format!("grad0.{key}"));
+        let got = gradients.get(&tensor).unwrap_or_else(|| panic!("{parameter} has a gradient")).to_vec().unwrap();
+        close_tensor(&format!("{} {name} {parameter}", common::name(device)), &got, &wanted, gradient_bound);
+        compared += 1;
+    }
+    assert_eq!(compared, golden.names().iter().filter(|name| name.starts_with("grad0.")).count());
+    drop(gradients);
+
+    for (step, record) in run.records().iter().enumerate() {
+        let report = trainer.step(&mut model, &run.batches(device, step)).unwrap();
+        let context = |what: &str| format!("{} {name} step {step}: {what}", common::name(device));
+        close(&context("loss"), report.loss, &record["loss"], loss_bound);
+        close(&context("gradient norm"), report.grad_norm, &record["grad_norm"], loss_bound);
+        close(&context("learning rate"), report.lr, &record["lr"], 1e-6);
+        assert_eq!(report.label_tokens as u64, record["n_label_tokens"].as_u64().unwrap(), "{}", context("tokens"));
+    }
+    let wanted = adapter(&format!("{name}/adapter-final"));
+    let got = model.to_peft("default", &wanted.config).unwrap();
+    assert_eq!(got.modules.len(), wanted.modules.len());
+    let bound = if f16 { 5e-2 } else { 1e-3 };
+    for (path, module) in &got.modules {
+        let context = |what: &str| format!("{} {name} final {path} {what}", common::name(device));
+        let theirs = &wanted.modules[path];
+        close_tensor(&context("A"), module.a.as_slice().unwrap(), theirs.a.as_slice().unwrap(), bound);
+        close_tensor(&context("B"), module.b.as_slice().unwrap(), theirs.b.as_slice().unwrap(), bound);
+        if let Some(magnitude) = &module.magnitude {
+            close_tensor(&context("magnitude"), magnitude, theirs.magnitude.as_ref().unwrap(), bound);
+        }
+    }
+}
+
+fn check_everywhere(name: &'static str) {
+    for device in common::all() {
+        check(name, &device);
+    }
+}
+
+#[test]
+fn the_curve_of_peft_on_one_batch() {
+    check_everywhere("train-basic");
+}
+
+#[test]
+fn the_long_curve_of_peft() {
+    check_everywhere("train-basic20");
+}
+
+#[test]
+fn the_curve_of_peft_with_accumulation_clipping_schedule_and_decay() {
+    check_everywhere("train-full");
+}
+
+#[test]
+fn the_curve_of_peft_with_dora() {
+    check_everywhere("train-dora");
+}
+
+/// A run's losses and its final adapter's values.
+fn trajectory(device: &Device, checkpoint: bool, dropout: f32) -> (Vec<u32>, Vec<Vec<u32>>) {
+    let run = Run::open("train-full");
+    let mut model = run.model(device);
+    for (_, linear) in model.linears_mut() {
+        let lora: &mut LoraAdapter = linear.adapter_mut("default").unwrap();
+        *lora = lora.clone().with_dropout(dropout).unwrap();
+    }
+    let mut trainer = Trainer::new(TrainOptions { checkpoint_activations: checkpoint, seed: 7, ..run.options });
+    let losses = (0..3).map(|step| {
+        let report = trainer.step(&mut model, &run.batches(device, step)).unwrap();
+        (report.loss.to_bits(), report.grad_norm.to_bits())
+    });
+    let losses = losses.flat_map(|(loss, norm)| [loss, norm]).collect();
+    let bits = |tensor: Tensor| tensor.to_vec().unwrap().into_iter().map(f32::to_bits).collect();
+    (losses, parameters(&mut model).into_iter().map(|(_, tensor)| bits(tensor)).collect())
+}
+
+#[test]
+fn reruns_and_checkpointed_runs_are_equal_to_the_bit() {
+    for device in common::all() {
+        let name = common::name(&device);
+        let first = trajectory(&device, false, 0.1);
+        assert!(first == trajectory(&device, false, 0.1), "{name}: the same run again");
+        assert!(first == trajectory(&device, true, 0.1), "{name}: with activations checkpointed");
+        assert!(first != trajectory(&device, false, 0.2), "{name}: dropout matters");
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_leaves_the_adapter_alone() {
+    for device in common::all() {
+        let run = Run::open("train-basic");
+        let mut model = run.model(&device);
+        let mut trainer = Trainer::new(run.options);
+        trainer.step(&mut model, &run.batches(&device, 0)).unwrap();
+        let before: Vec<Vec<f32>> =
+            parameters(&mut model).into_iter().map(|(_, tensor)| tensor.to_vec().unwrap()).collect();
+        // One value of one adapter overflows.
+        let (_, linear) = model.linears_mut().nth(3).unwrap();
+        let b = linear.adapter("default").unwrap().b().clone();
+        linear.adapter_mut("default").unwrap().edit(|_, mut b| b[[0, 0]] = f32::INFINITY).unwrap();
+        let error = trainer.step(&mut model, &run.batches(&device, 1)).unwrap_err();
+        let Error::Diverged { step, ref what, .. } = error else { panic!("{error}") };
+        assert_eq!(step, 1, "{error}");
+        assert!(what.contains("loss") || what.contains("lora_"), "{error}");
+        let (_, linear) = model.linears_mut().nth(3).unwrap();
+        let a = linear.adapter("default").unwrap().a().clone();
+        linear.adapter_mut("default").unwrap().replace(a, b).unwrap();
+        let after: Vec<Vec<f32>> =
+            parameters(&mut model).into_iter().map(|(_, tensor)| tensor.to_vec().unwrap()).collect();
+        assert!(before == after, "{}: nothing was updated", common::name(&device));
+        // And the run goes on from there as if nothing had been.
+        let report = trainer.step(&mut model, &run.batches(&device, 1)).unwrap();
+        let bound = if common::is_f16(&device) { 1e-2 } else { 1e-4 };
+        close(&common::name(&device), report.loss, &run.records()[1]["loss"], bound);
+    }
+}
+
+#[test]
+fn memory_is_what_the_formula_says_and_checkpointing_saves_activations() {
+    for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
+        let run = Run::open("train-basic");
+        let name = common::name(&device);
+        let live = device.memory().live_bytes;
+        let mut model = run.model(&device);
+        let mut trainer = Trainer::new(run.options);
+        let batches = run.batches(&device, 0);
+        trainer.step(&mut model, &batches).unwrap();
+        device.wait().unwrap();
+        let (base, adapters) = model.resident_bytes();
+        assert_eq!(trainer.optimizer().resident_bytes(), 2 * adapters, "{name}: two moments a parameter");
+        let rest = 64 << 10; // batches and the rotation table
+        let held = device.memory().live_bytes - live;
+        let known = base + adapters + trainer.optimizer().resident_bytes();
+        assert!(held >= known && held <= known + rest, "{name}: {held} bytes live, {known} known");
+        // 4-bit: the base's linear layers take a small part of their f32 size; nothing else of that size is live.
+        let again = device.memory().live_bytes;
+        trainer.step(&mut model, &batches).unwrap();
+        device.wait().unwrap();
+        assert_eq!(device.memory().live_bytes, again, "{name}: a step leaves nothing behind");
+
+        let peak = |checkpoint: bool| {
+            let trainer = Trainer::new(TrainOptions { checkpoint_activations: checkpoint, ..run.options });
+            device.reset_peak();
+            let before = device.memory().live_bytes;
+            trainer.gradients(&model, &batches, 1.0).unwrap();
+            device.memory().peak_bytes - before
+        };
+        let (whole, checkpointed) = (peak(false), peak(true));
+        assert!(
+            (checkpointed as f64) < 0.75 * whole as f64,
+            "{name}: peak of two layers {whole}, checkpointed {checkpointed}"
+        );
+    }
+}
+
+#[test]
+fn data_without_labels_is_an_error() {
+    let run = Run::open("train-basic");
+    let device = Device::cpu();
+    let mut model = run.model(&device);
+    let mut trainer = Trainer::new(run.options);
+    assert!(trainer.step(&mut model, &[]).unwrap_err().to_string().contains("label"));
+}
