@@ -5,6 +5,7 @@
 
 pub mod dequantize;
 mod host_matrix;
+pub mod lora_dh;
 pub mod lora_down;
 pub mod matrix;
 mod packing;

@@ -1,7 +1,7 @@
 //! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
 
 use super::matrix::{dense_defines, quant_defines};
-use super::{dequantize, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor};
+use super::{dequantize, lora_dh, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor};
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
@@ -16,12 +16,13 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 6] = [
+pub static KERNELS: [Entry; 7] = [
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),
         twin: "host_matrix::dequantize_rows",
     },
+    Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
