@@ -3,10 +3,12 @@
 //!
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
+pub mod column_sum;
 pub mod dequantize;
 mod host_matrix;
 pub mod lora_dh;
 pub mod lora_down;
+pub mod lora_dw;
 pub mod matrix;
 mod packing;
 mod product;

@@ -1,7 +1,9 @@
 //! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
 
 use super::matrix::{dense_defines, quant_defines};
-use super::{dequantize, lora_dh, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor};
+use super::{
+    column_sum, dequantize, lora_dh, lora_down, lora_dw, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor,
+};
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
@@ -16,7 +18,8 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 7] = [
+pub static KERNELS: [Entry; 9] = [
+    Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),
@@ -24,6 +27,7 @@ pub static KERNELS: [Entry; 7] = [
     },
     Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
+    Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
