@@ -15,7 +15,7 @@ use crate::tensor::{Storage, Tensor};
 const OP: &str = "lora_down";
 
 /// Values a task on the CPU where the work is elementwise.
-const CPU_CHUNK: usize = 1 << 14;
+pub(super) const CPU_CHUNK: usize = 1 << 14;
 
 params! {
     struct LoraDownParams {

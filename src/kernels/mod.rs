@@ -5,6 +5,8 @@
 
 pub mod column_sum;
 pub mod dequantize;
+pub mod dora_norm;
+pub mod dropout_mix;
 mod host_matrix;
 pub mod lora_dh;
 pub mod lora_down;
@@ -20,6 +22,7 @@ mod qmatmul_operands;
 mod qmatmul_tile;
 pub mod registry;
 mod row_factor;
+pub mod scale_columns;
 mod simd;
 
 pub use matrix::{DeviceMatrix, HostMatrix};
