@@ -143,6 +143,36 @@ pub fn assert_close(context: &str, got: &[f32], wanted: &[f64], bounds: &[f64]) 
     );
 }
 
+/// What a reference makes of these values in f64, and of their absolute values: sums of products, and the sums of the
+/// terms' absolute values.
+pub fn with_terms<const N: usize>(
+    values: [&[f32]; N],
+    reference: impl Fn([&[f64]; N]) -> Vec<f64>,
+) -> (Vec<f64>, Vec<f64>) {
+    let wide = |f: fn(f32) -> f32| values.map(|values| values.iter().map(|&v| f64::from(f(v))).collect::<Vec<_>>());
+    let of = |wide: &[Vec<f64>; N]| reference(std::array::from_fn(|i| wide[i].as_slice()));
+    (of(&wide(|v| v)), of(&wide(f32::abs)))
+}
+
+/// Compares a gradient with central finite differences of `objective` at `at`.
+///
+/// # Panics
+/// If they differ by more than 1e-6 of the largest.
+pub fn assert_gradient(at: &[f64], objective: impl Fn(&[f64]) -> f64, gradient: &[f64]) {
+    assert_eq!(at.len(), gradient.len());
+    let step = 1e-5;
+    let moved = |i: usize, by: f64| {
+        let mut at = at.to_vec();
+        at[i] += by;
+        objective(&at)
+    };
+    let largest = gradient.iter().fold(0.0f64, |most, value| most.max(value.abs()));
+    for (i, got) in gradient.iter().enumerate() {
+        let wanted = (moved(i, step) - moved(i, -step)) / (2.0 * step);
+        assert!((got - wanted).abs() <= 1e-6 * largest, "[{i}] got {got}, finite differences say {wanted}");
+    }
+}
+
 /// The tier of a device's kernels; the CPU counts as f32.
 pub fn is_f16(device: &Device) -> bool {
     matches!(device, Device::Gpu(gpu) if gpu.tier().f16())

@@ -128,6 +128,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "qmatmul.wgsl",
         "reduce.wgsl",
         "rows.wgsl",
+        "skinny.wgsl",
     ] {
         environment.add_template(name, source)?;
     }

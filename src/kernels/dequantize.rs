@@ -60,6 +60,24 @@ pub struct Delta<'a> {
     pub scale: f32,
 }
 
+/// A delta in host memory: A, B, s.
+pub(super) type HostDelta<'a> = (&'a [f32], &'a [f32], f32);
+
+impl<'a> Delta<'a> {
+    /// An error unless it can be added to `w`.
+    pub(super) fn check(&self, op: &'static str, w: &DeviceMatrix) -> Result<()> {
+        let (rank, _) = expect_2d(op, "A", self.a)?;
+        expect_shape(op, "A", self.a, &[rank, w.cols()])?;
+        expect_shape(op, "B", self.b, &[w.rows(), rank])?;
+        w.device().same(&self.a.device(), op)?;
+        w.device().same(&self.b.device(), op)
+    }
+
+    pub(super) fn host(&self, op: &'static str) -> Result<HostDelta<'a>> {
+        Ok((self.a.host(op)?, self.b.host(op)?, self.scale))
+    }
+}
+
 /// Text constants beside the matrix's.
 pub(crate) fn defines(matrix: Defines) -> Defines {
     matrix.with("threads", THREADS)
@@ -77,20 +95,15 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
 pub fn dequantize(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Array2<f32>> {
     let (n, k) = (w.rows(), w.cols());
     if let Some(delta) = delta {
-        let (rank, _) = expect_2d(OP, "A", delta.a)?;
-        expect_shape(OP, "A", delta.a, &[rank, k])?;
-        expect_shape(OP, "B", delta.b, &[n, rank])?;
-        w.device().same(&delta.a.device(), OP)?;
-        w.device().same(&delta.b.device(), OP)?;
+        delta.check(OP, w)?;
     }
     let mut values = vec![0.0; n * k];
     match (w.host(), w.gpu()) {
         (Some(matrix), _) => {
-            let delta = match delta {
-                Some(delta) => Some((delta.a.host(OP)?, delta.b.host(OP)?, delta.scale)),
-                None => None,
-            };
-            on_cpu(matrix, delta, &mut values);
+            let delta = delta.map(|delta| delta.host(OP)).transpose()?;
+            values.par_chunks_mut(CPU_ROWS * k).enumerate().for_each(|(task, out)| {
+                host_rows(matrix, delta, task * CPU_ROWS, out);
+            });
         }
         (_, Some((gpu, parts))) => on_gpu(gpu, parts, w, delta, &mut values)?,
         (None, None) => {}
@@ -104,21 +117,19 @@ pub fn dequantize(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Array2<f
 }
 
 /// Rows a task on the CPU.
-const CPU_ROWS: usize = 64;
+pub(super) const CPU_ROWS: usize = 64;
 
-fn on_cpu(matrix: &HostMatrix, delta: Option<(&[f32], &[f32], f32)>, values: &mut [f32]) {
+/// The rows from `first` on, as many as `out` holds.
+pub(super) fn host_rows(matrix: &HostMatrix, delta: Option<HostDelta<'_>>, first: usize, out: &mut [f32]) {
     let k = matrix.cols();
-    values.par_chunks_mut(CPU_ROWS * k).enumerate().for_each(|(task, out)| {
-        let first = task * CPU_ROWS;
-        let rows = out.len() / k;
-        matrix.dequantize_rows(first..first + rows, out);
-        if let Some((a, b, scale)) = delta {
-            let rank = a.len() / k;
-            let left = View { data: &b[first * rank..], row_stride: rank, col_stride: 1 };
-            let right = View { data: a, row_stride: k, col_stride: 1 };
-            Columns::new(out, rows, k).product(left, right, rank, scale, true, Parallelism::None);
-        }
-    });
+    let rows = out.len() / k;
+    matrix.dequantize_rows(first..first + rows, out);
+    if let Some((a, b, scale)) = delta {
+        let rank = a.len() / k;
+        let left = View { data: &b[first * rank..], row_stride: rank, col_stride: 1 };
+        let right = View { data: a, row_stride: k, col_stride: 1 };
+        Columns::new(out, rows, k).product(left, right, rank, scale, true, Parallelism::None);
+    }
 }
 
 fn on_gpu(gpu: &Gpu, parts: &[Part], w: &DeviceMatrix, delta: Option<Delta<'_>>, values: &mut [f32]) -> Result<()> {

@@ -3,16 +3,19 @@
 //! Dropout sets a value to zero with probability p and multiplies the others by 1 / (1 - p). Whether element i of X
 //! survives depends on (i, seed) alone, so that forward, backward and every device agree: no mask is stored.
 
-use gemm::Parallelism;
+use rayon::prelude::*;
 
 use super::matrix::is_ragged;
-use super::product::{Columns, View};
+use super::product::{Columns, View, parallelism};
 use super::{Real, expect_2d, expect_shape, kernel, params};
 use crate::device::{Defines, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "lora_down";
+
+/// Values a task on the CPU where the work is elementwise.
+pub(super) const CPU_CHUNK: usize = 1 << 14;
 
 params! {
     struct LoraDownParams {
@@ -50,6 +53,32 @@ pub struct Dropout {
 }
 
 impl Dropout {
+    /// The dropout, unless it drops nothing.
+    pub(super) fn checked(self, op: &'static str) -> Result<Option<Dropout>> {
+        if (0.0..1.0).contains(&self.probability) {
+            return Ok((self.probability != 0.0).then_some(self));
+        }
+        let (got, expected) = (self.probability.to_string(), "it must be at least 0 and less than 1".into());
+        Err(Error::Invalid { op, what: "the dropout probability", got, expected })
+    }
+
+    /// Low and high half of the seed, the hash under which a value is dropped, and what the others are multiplied by: the
+    /// parameters of `shaders/shared/dropout.wgsl`. Without dropout, those that keep everything.
+    pub(super) fn params(dropout: Option<Dropout>) -> (u32, u32, u32, f32) {
+        let of = |d: Dropout| (d.seed as u32, (d.seed >> 32) as u32, d.drop_below(), d.keep_scale());
+        dropout.map_or((0, 0, 0, 1.0), of)
+    }
+
+    /// `values` with dropout, into `out`.
+    pub(super) fn apply(self, values: &[f32], out: &mut [f32]) {
+        let chunks = out.par_chunks_mut(CPU_CHUNK).zip(values.par_chunks(CPU_CHUNK)).enumerate();
+        chunks.for_each(|(index, (out, values))| {
+            for (i, (out, value)) in (index * CPU_CHUNK..).zip(out.iter_mut().zip(values)) {
+                *out = value * self.factor(i as u32);
+            }
+        });
+    }
+
     /// A value whose hash is under this is dropped.
     fn drop_below(self) -> u32 {
         (f64::from(self.probability) * 4_294_967_296.0) as u32
@@ -86,17 +115,7 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
     let (rank, _) = expect_2d(OP, "A", a)?;
     expect_shape(OP, "A", a, &[rank, k])?;
     x.device().same(&a.device(), OP)?;
-    let dropout = dropout.filter(|dropout| dropout.probability != 0.0);
-    if let Some(dropout) = dropout
-        && !(0.0..1.0).contains(&dropout.probability)
-    {
-        return Err(Error::Invalid {
-            op: OP,
-            what: "the dropout probability",
-            got: dropout.probability.to_string(),
-            expected: "it must be at least 0 and less than 1".into(),
-        });
-    }
+    let dropout = dropout.map_or(Ok(None), |dropout| dropout.checked(OP))?;
     match x.storage() {
         Storage::Cpu(cpu, x) => {
             let mut h = cpu.zeros(m * rank)?;
@@ -104,17 +123,14 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
             let x: &[f32] = match dropout {
                 Some(dropout) => {
                     dropped = cpu.zeros(m * k)?;
-                    for (i, (out, value)) in (0..).zip(dropped.iter_mut().zip(x.iter())) {
-                        *out = value * dropout.factor(i);
-                    }
+                    dropout.apply(x, &mut dropped);
                     &dropped
                 }
                 None => x,
             };
-            let parallelism = if m * rank * k > 1 << 18 { Parallelism::Rayon(0) } else { Parallelism::None };
             let left = View { data: x, row_stride: k, col_stride: 1 };
             let right = View { data: a.host(OP)?, row_stride: 1, col_stride: k };
-            Columns::new(&mut h, m, rank).product(left, right, k, 1.0, false, parallelism);
+            Columns::new(&mut h, m, rank).product(left, right, k, 1.0, false, parallelism(m * rank * k));
             Ok(Tensor::from_host(cpu, &[m, rank], h))
         }
         Storage::Gpu(gpu, _) => dispatch(gpu, x, a, [m, k, rank], dropout),
@@ -127,7 +143,7 @@ const TILE: (u32, u32, u32) = (8, 4, 64);
 const SOFTWARE_TILE: (u32, u32) = (8, 8);
 
 /// Rows of X and of A that a workgroup owns, and its threads, for `m` rows of X.
-fn tile(tier: Tier, m: usize) -> (u32, u32, u32) {
+pub(super) fn tile(tier: Tier, m: usize) -> (u32, u32, u32) {
     match tier {
         Tier::Software => ((m.next_power_of_two() as u32).min(SOFTWARE_TILE.0), SOFTWARE_TILE.1, SOFTWARE_TILE.1),
         _ => TILE,
@@ -135,7 +151,7 @@ fn tile(tier: Tier, m: usize) -> (u32, u32, u32) {
 }
 
 /// The variant's text constants.
-fn defines(tier: Tier, (tokens, ranks, threads): (u32, u32, u32), ragged: bool, dropout: bool) -> Defines {
+pub(super) fn defines(tier: Tier, (tokens, ranks, threads): (u32, u32, u32), ragged: bool, dropout: bool) -> Defines {
     Defines::new()
         .with("ragged", ragged)
         .with("dropout", dropout)
@@ -161,15 +177,16 @@ fn dispatch(gpu: &Gpu, x: &Tensor, a: &Tensor, [m, k, rank]: [usize; 3], dropout
     let tile = tile(gpu.tier(), m);
     let (tokens, ranks, _) = tile;
     let rank_groups = (rank as u32).div_ceil(ranks);
+    let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(dropout);
     let params = LoraDownParams {
         k: k as u32,
         rows: m as u32,
         rank: rank as u32,
         rank_groups,
-        seed_low: dropout.map_or(0, |dropout| dropout.seed as u32),
-        seed_high: dropout.map_or(0, |dropout| (dropout.seed >> 32) as u32),
-        drop_below: dropout.map_or(0, Dropout::drop_below),
-        keep_scale: dropout.map_or(1.0, Dropout::keep_scale),
+        seed_low,
+        seed_high,
+        drop_below,
+        keep_scale,
         ..Default::default()
     };
     gpu.dispatch(Dispatch {

@@ -3,9 +3,14 @@
 //!
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
+pub mod column_sum;
 pub mod dequantize;
+pub mod dora_norm;
+pub mod dropout_mix;
 mod host_matrix;
+pub mod lora_dh;
 pub mod lora_down;
+pub mod lora_dw;
 pub mod matrix;
 mod packing;
 mod product;
@@ -17,6 +22,7 @@ mod qmatmul_operands;
 mod qmatmul_tile;
 pub mod registry;
 mod row_factor;
+pub mod scale_columns;
 mod simd;
 
 pub use matrix::{DeviceMatrix, HostMatrix};

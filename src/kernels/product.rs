@@ -106,6 +106,11 @@ impl<'a> Columns<'a> {
     }
 }
 
+/// Threads for a product of this many multiplications: small ones are done before others could join.
+pub(crate) fn parallelism(multiplications: usize) -> Parallelism {
+    if multiplications > 1 << 18 { Parallelism::Rayon(0) } else { Parallelism::None }
+}
+
 /// Groups of columns of equal width, `most` at most and at least one a thread where there are so many, and which
 /// columns each has.
 pub(crate) fn panels(cols: usize, most: usize) -> (usize, impl Fn(usize) -> Range<usize>) {

@@ -1,7 +1,10 @@
 //! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
 
 use super::matrix::{dense_defines, quant_defines};
-use super::{dequantize, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor};
+use super::{
+    column_sum, dequantize, dora_norm, dropout_mix, lora_dh, lora_down, lora_dw, qmatmul_gemv, qmatmul_lanes,
+    qmatmul_tile, row_factor, scale_columns,
+};
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
@@ -16,17 +19,27 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 6] = [
+pub static KERNELS: [Entry; 12] = [
+    Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),
         twin: "host_matrix::dequantize_rows",
     },
+    Entry {
+        kernel: &dora_norm::KERNEL,
+        variants: |tier| dora_norm::variants(&matrices(), tier),
+        twin: "dora_norm::reference",
+    },
+    Entry { kernel: &dropout_mix::KERNEL, variants: |_| dropout_mix::variants(), twin: "dropout_mix::reference" },
+    Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
+    Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
+    Entry { kernel: &scale_columns::KERNEL, variants: |_| scale_columns::variants(), twin: "scale_columns::reference" },
 ];
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {

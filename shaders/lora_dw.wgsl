@@ -1,0 +1,81 @@
+// OUT [P, Q] = s * the sum over tokens m of L[m, p] * R[m, q], from L [M, P] and R [M, Q]; dropout on R.
+//
+// Threads run along the wider of P and Q, `wide`, and each owns {{ columns }} of its columns by {{ ranks }} of the other's, `narrow`, in
+// registers. Sums over many tokens come in several parts, one [P, Q] each, which column_sum adds up.
+
+struct Params {
+    first_group: u32,
+    groups: u32,
+    tokens: u32,        // M
+    tokens_each: u32,   // tokens of a part
+    wide: u32,          // columns of the wider operand
+    narrow: u32,        // columns of the other
+    wide_groups: u32,   // workgroups along the wider one
+    narrow_groups: u32, // workgroups along the other
+    wide_stride: u32,   // in OUT, from one column of the wider operand to the next; in values
+    narrow_stride: u32, // the same of the other
+    scale: f32,         // s
+    seed_low: u32,      // of the dropout
+    seed_high: u32,
+    drop_below: u32,    // a value whose hash is under this is dropped
+    keep_scale: f32,    // 1 / (1 - probability)
+}
+
+{{ param_space }} p: Params;
+@group(0) @binding(0) var<storage, read> wide: array<f32>;
+@group(0) @binding(1) var<storage, read> narrow: array<f32>;
+@group(0) @binding(2) var<storage, read_write> out: array<f32>;
+
+{% include "groups.wgsl" %}
+{% if dropout != "none" %}
+{% include "dropout.wgsl" %}
+{% endif %}
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) count: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let group = group_index(workgroup, count);
+    if (group >= p.groups) {
+        return;
+    }
+    let row_of_groups = group / p.wide_groups;
+    let part = row_of_groups / p.narrow_groups;
+    let w_base = (group - row_of_groups * p.wide_groups) * {{ threads * columns }}u + thread;
+    let n_base = (row_of_groups - part * p.narrow_groups) * {{ ranks }}u;
+
+    // Columns past the end are computed from the last one and not stored.
+{% for c in range(columns) %}
+    let w{{ c }} = min(w_base + {{ c * threads }}u, p.wide - 1u);
+{% endfor %}
+{% for j in range(ranks) %}
+    let n{{ j }} = min(n_base + {{ j }}u, p.narrow - 1u);
+{% endfor %}
+{% for j in range(ranks) %}{% for c in range(columns) %}
+    var sum{{ j }}_{{ c }} = 0.0;
+{% endfor %}{% endfor %}
+
+    let first = part * p.tokens_each;
+    let end = min(first + p.tokens_each, p.tokens);
+    for (var m = first; m < end; m = m + 1u) {
+        let wide_row = m * p.wide;
+        let narrow_row = m * p.narrow;
+{% for c in range(columns) %}
+        let x{{ c }} = wide[wide_row + w{{ c }}]{{ " * dropout_factor(wide_row + w" ~ c ~ ")" if dropout == "wide" }};
+{% endfor %}
+{% for j in range(ranks) %}
+        let y{{ j }} = narrow[narrow_row + n{{ j }}]{{ " * dropout_factor(narrow_row + n" ~ j ~ ")" if dropout == "narrow" }};
+{% for c in range(columns) %}
+        sum{{ j }}_{{ c }} = sum{{ j }}_{{ c }} + x{{ c }} * y{{ j }};
+{% endfor %}{% endfor %}
+    }
+
+    let part_base = part * p.wide * p.narrow;
+{% for j in range(ranks) %}{% for c in range(columns) %}
+    if (w_base + {{ c * threads }}u < p.wide && n_base + {{ j }}u < p.narrow) {
+        out[part_base + w{{ c }} * p.wide_stride + n{{ j }} * p.narrow_stride] = p.scale * sum{{ j }}_{{ c }};
+    }
+{% endfor %}{% endfor %}
+}

@@ -1,0 +1,221 @@
+//! out[n] = sum over m of A[m, n] (* B[m, n]): a bias's gradient, and that of DoRA's magnitude.
+//!
+//! Tall matrices are summed in two passes, a fixed number of rows at a time: the same bits on every run.
+
+use rayon::prelude::*;
+
+use super::{Real, expect_2d, expect_shape, kernel, params};
+use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
+use crate::error::Result;
+use crate::tensor::{Storage, Tensor};
+
+const OP: &str = "column_sum";
+
+params! {
+    struct ColumnSumParams {
+        first_group: u32,
+        groups: u32,
+        /// M.
+        rows: u32,
+        /// Rows of a sum.
+        rows_each: u32,
+        /// N.
+        columns: u32,
+        /// Workgroups along N.
+        column_groups: u32,
+        /// The sums are multiplied by it.
+        scale: f32,
+    }
+}
+
+kernel! {
+    /// `shaders/column_sum.wgsl`
+    KERNEL = "column_sum", ColumnSumParams, [a: Read, b: Read, sums: Write]
+}
+
+/// Computes the sums of the columns of `a` [M, N], or of the products of `a` and `b`, where they are: `[N]`.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
+pub fn column_sum(a: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
+    let (m, n) = expect_2d(OP, "A", a)?;
+    if let Some(b) = b {
+        expect_shape(OP, "B", b, &[m, n])?;
+        a.device().same(&b.device(), OP)?;
+    }
+    match a.storage() {
+        Storage::Cpu(cpu, a) => {
+            let mut sums = cpu.zeros(n)?;
+            on_cpu(a, b.map(|b| b.host(OP)).transpose()?, &mut sums);
+            Ok(Tensor::from_host(cpu, &[n], sums))
+        }
+        Storage::Gpu(gpu, a) => {
+            let sums = Tensor::uninit(gpu, "column sums", &[n])?;
+            let b = b.map(|b| b.buffer(gpu, OP)).transpose()?;
+            dispatch(gpu, a, b, [m, n], 1.0, sums.buffer(gpu, OP)?)?;
+            Ok(sums)
+        }
+    }
+}
+
+/// Columns a task on the CPU.
+const CPU_COLUMNS: usize = 256;
+
+/// The sums in f64, which costs nothing beside the reading of A.
+fn on_cpu(a: &[f32], b: Option<&[f32]>, sums: &mut [f32]) {
+    let n = sums.len();
+    sums.par_chunks_mut(CPU_COLUMNS).enumerate().for_each(|(task, sums)| {
+        let first = task * CPU_COLUMNS;
+        let columns = first..first + sums.len();
+        let mut totals = [0.0f64; CPU_COLUMNS];
+        match b {
+            Some(b) => {
+                for (a, b) in a.chunks_exact(n).zip(b.chunks_exact(n)) {
+                    let products = a[columns.clone()].iter().zip(&b[columns.clone()]);
+                    totals.iter_mut().zip(products).for_each(|(total, (a, b))| *total += f64::from(a * b));
+                }
+            }
+            None => {
+                for a in a.chunks_exact(n) {
+                    totals.iter_mut().zip(&a[columns.clone()]).for_each(|(total, a)| *total += f64::from(*a));
+                }
+            }
+        }
+        sums.iter_mut().zip(totals).for_each(|(sum, total)| *sum = total as f32);
+    });
+}
+
+fn threads(tier: Tier) -> u32 {
+    if tier == Tier::Software { 8 } else { 64 }
+}
+
+fn defines(tier: Tier, product: bool) -> Defines {
+    Defines::new().with("threads", threads(tier)).with("product", product)
+}
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    [false, true].map(|product| defines(tier, product)).into()
+}
+
+/// Rows that one of several sums takes, so that `groups` workgroups for each sum of all rows fill the device, but no sum is
+/// short and none so long that rounding adds up.
+pub(super) fn rows_each(tier: Tier, groups: usize, rows: usize) -> usize {
+    const SHORTEST: usize = 32;
+    const LONGEST: usize = 1024;
+    let wanted = if tier == Tier::Software { 8 } else { 512 };
+    rows.div_ceil(wanted / groups.clamp(1, wanted)).clamp(SHORTEST, LONGEST)
+}
+
+/// Records the sums of `a` (and `b`) times `scale` into `out`.
+pub(super) fn dispatch(
+    gpu: &Gpu,
+    a: &Buffer,
+    b: Option<&Buffer>,
+    [m, n]: [usize; 2],
+    scale: f32,
+    out: &Buffer,
+) -> Result<()> {
+    if n == 0 {
+        return Ok(());
+    }
+    let column_groups = (n as u32).div_ceil(threads(gpu.tier()));
+    let each = rows_each(gpu.tier(), column_groups as usize, m);
+    let splits = m.div_ceil(each);
+    let pass = |a: &Buffer, b: Option<&Buffer>, rows: usize, rows_each: usize, scale: f32, out: &Buffer| {
+        let params = ColumnSumParams {
+            rows: rows as u32,
+            rows_each: rows_each as u32,
+            columns: n as u32,
+            column_groups,
+            scale,
+            ..Default::default()
+        };
+        gpu.dispatch(Dispatch {
+            kernel: &KERNEL,
+            defines: &defines(gpu.tier(), b.is_some()),
+            buffers: &[a, b.unwrap_or(gpu.unused()?), out],
+            params: bytemuck::bytes_of(&params),
+            // No rows have a sum too: zero.
+            groups: u64::from(column_groups) * rows.div_ceil(rows_each).max(1) as u64,
+            flops_per_group: 2 * u64::from(threads(gpu.tier())) * rows_each as u64,
+        })
+    };
+    if splits <= 1 {
+        return pass(a, b, m, each, scale, out);
+    }
+    let partial = gpu.alloc("partial column sums", (splits * n * 4) as u64)?;
+    pass(a, b, m, each, 1.0, &partial)?;
+    pass(&partial, None, splits, splits, scale, out)
+}
+
+/// The formula, for any real type.
+pub fn reference<T: Real>(a: &[T], b: Option<&[T]>, n: usize) -> Vec<T> {
+    let value = |i: usize| b.map_or(a[i], |b| a[i] * b[i]);
+    (0..n).map(|column| (column..a.len()).step_by(n).map(value).sum()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::Device;
+    use crate::testing;
+
+    fn check(device: &Device, [m, n]: [usize; 2], product: bool, amplitude: f32, seed: u64) {
+        let a = testing::values(seed, m * n, amplitude);
+        let b = testing::values(seed + 1, m * n, 1.0);
+        let tensor = |values: &[f32]| Tensor::from_slice(device, &[m, n], values).unwrap();
+        let sums = column_sum(&tensor(&a), product.then(|| tensor(&b)).as_ref()).unwrap();
+        assert_eq!(sums.shape(), [n]);
+        let (wanted, terms) = testing::with_terms([&a, &b], |[a, b]| reference(a, product.then_some(b), n));
+        let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
+        let context = format!("{} M={m} N={n} product {product} A {amplitude}", testing::name(device));
+        testing::assert_close(&context, &sums.to_vec().unwrap(), &wanted, &bounds);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+        #[test]
+        fn odd_shapes_on_every_device_and_tier(
+            m in prop_oneof![1..=257usize, 1000..5000usize],
+            n in 1..=257usize,
+            product: bool,
+            seed in 0..1000u64,
+        ) {
+            for device in testing::devices() {
+                check(&device, [m, n], product, 1.0, seed);
+            }
+        }
+    }
+
+    #[test]
+    fn empty_shapes_and_gradients_of_any_size() {
+        for device in testing::devices() {
+            for (shape, amplitude) in [([0, 3], 1.0), ([3, 0], 1.0), ([300, 70], 1e-8), ([5000, 3], 1e4)] {
+                check(&device, shape, true, amplitude, 1);
+            }
+        }
+    }
+
+    #[test]
+    fn a_tall_sum_of_one_sign_is_exact_enough_and_the_same_every_time() {
+        let values: Vec<f32> = testing::values(1, 20_000 * 3, 1.0).into_iter().map(f32::abs).collect();
+        for device in testing::devices() {
+            let a = Tensor::from_slice(&device, &[20_000, 3], &values).unwrap();
+            let sums = || column_sum(&a, None).unwrap().to_vec().unwrap();
+            let (wanted, _) = testing::with_terms([&values], |[a]| reference(a, None, 3));
+            let bounds: Vec<f64> = wanted.iter().map(|sum| 1e-6 * sum).collect();
+            testing::assert_close(&testing::name(&device), &sums(), &wanted, &bounds);
+            assert_eq!(sums(), sums());
+        }
+    }
+
+    #[test]
+    fn shapes_that_disagree_are_named() {
+        let zeros = |shape: &[usize]| Tensor::zeros(&Device::cpu(), shape).unwrap();
+        assert!(column_sum(&zeros(&[2, 3]), Some(&zeros(&[3, 2]))).unwrap_err().to_string().contains('B'));
+        assert!(column_sum(&zeros(&[2]), None).unwrap_err().to_string().contains('A'));
+    }
+}

@@ -1,0 +1,157 @@
+//! G = s * dY * B: [M, r] from dY [M, N] and B [N, r]: the gradient of H = X * A^T in Y = X * W^T + s * H * B^T.
+//!
+//! f32 in all tiers: a gradient of 1e-8 is as good as any other.
+
+use super::lora_down::{defines as lora_defines, tile};
+use super::matrix::is_ragged;
+use super::product::{Columns, View, parallelism};
+use super::{Real, expect_2d, expect_shape, kernel, params};
+use crate::device::{Defines, Dispatch, Gpu, Tier};
+use crate::error::Result;
+use crate::tensor::{Storage, Tensor};
+
+const OP: &str = "lora_dh";
+
+params! {
+    struct LoraDhParams {
+        first_group: u32,
+        groups: u32,
+        /// Values contracted: N of the layer.
+        k: u32,
+        /// M.
+        rows: u32,
+        rank: u32,
+        /// Workgroups along the rank.
+        rank_groups: u32,
+        /// s.
+        scale: f32,
+    }
+}
+
+kernel! {
+    /// `shaders/lora_dh.wgsl`
+    KERNEL = "lora_dh", LoraDhParams, [dy: Read, b: Read, g: Write]
+}
+
+/// Computes s * dY * B on the device of `dy`: [M, r].
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
+pub fn lora_dh(dy: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
+    let (m, n) = expect_2d(OP, "dY", dy)?;
+    let (_, rank) = expect_2d(OP, "B", b)?;
+    expect_shape(OP, "B", b, &[n, rank])?;
+    dy.device().same(&b.device(), OP)?;
+    match dy.storage() {
+        Storage::Cpu(cpu, dy) => {
+            let mut g = cpu.zeros(m * rank)?;
+            let left = View { data: dy, row_stride: n, col_stride: 1 };
+            let right = View { data: b.host(OP)?, row_stride: rank, col_stride: 1 };
+            Columns::new(&mut g, m, rank).product(left, right, n, scale, false, parallelism(m * rank * n));
+            Ok(Tensor::from_host(cpu, &[m, rank], g))
+        }
+        Storage::Gpu(gpu, _) => dispatch(gpu, dy, b, [m, n, rank], scale),
+    }
+}
+
+fn defines(tier: Tier, tile: (u32, u32, u32), ragged: bool) -> Defines {
+    lora_defines(tier, tile, ragged, false)
+}
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    let each = |m: usize| [false, true].map(|ragged| defines(tier, tile(tier, m), ragged));
+    [1, 2, 4, 8].into_iter().flat_map(each).collect()
+}
+
+fn dispatch(gpu: &Gpu, dy: &Tensor, b: &Tensor, [m, n, rank]: [usize; 3], scale: f32) -> Result<Tensor> {
+    if m == 0 || n == 0 || rank == 0 {
+        return Tensor::zeros(&dy.device(), &[m, rank]);
+    }
+    let g = Tensor::uninit(gpu, "g", &[m, rank])?;
+    let tile = tile(gpu.tier(), m);
+    let (tokens, ranks, _) = tile;
+    let rank_groups = (rank as u32).div_ceil(ranks);
+    let params =
+        LoraDhParams { k: n as u32, rows: m as u32, rank: rank as u32, rank_groups, scale, ..Default::default() };
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &defines(gpu.tier(), tile, is_ragged(n)),
+        buffers: &[dy.buffer(gpu, OP)?, b.buffer(gpu, OP)?, g.buffer(gpu, OP)?],
+        params: bytemuck::bytes_of(&params),
+        groups: m.div_ceil(tokens as usize) as u64 * u64::from(rank_groups),
+        flops_per_group: 2 * u64::from(tokens * ranks) * n as u64,
+    })?;
+    Ok(g)
+}
+
+/// The formula, for any real type.
+pub fn reference<T: Real>(dy: &[T], b: &[T], [m, n, rank]: [usize; 3], scale: T) -> Vec<T> {
+    let value = |i: usize, j: usize| (0..n).map(|e| dy[i * n + e] * b[e * rank + j]).sum::<T>() * scale;
+    (0..m * rank).map(|at| value(at / rank, at % rank)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::Device;
+    use crate::testing;
+
+    fn check(device: &Device, [m, n, rank]: [usize; 3], amplitude: f32, seed: u64) {
+        let dy = testing::values(seed, m * n, amplitude);
+        let b = testing::values(seed + 1, n * rank, 1.0);
+        let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(device, shape, values).unwrap();
+        let g = lora_dh(&tensor(&[m, n], &dy), &tensor(&[n, rank], &b), 0.5).unwrap();
+        assert_eq!(g.shape(), [m, rank]);
+        let (wanted, terms) = testing::with_terms([&dy, &b], |[dy, b]| reference(dy, b, [m, n, rank], 0.5));
+        let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
+        let context = format!("{} M={m} N={n} r={rank} dY {amplitude}", testing::name(device));
+        testing::assert_close(&context, &g.to_vec().unwrap(), &wanted, &bounds);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+        #[test]
+        fn odd_shapes_on_every_device_and_tier(
+            m in 1..=257usize,
+            n in prop_oneof![1..=257usize, (1..=32usize).prop_map(|words| 8 * words)],
+            rank in prop_oneof![1..=40usize, Just(130usize)],
+            seed in 0..1000u64,
+        ) {
+            for device in testing::devices() {
+                check(&device, [m, n, rank], 1.0, seed);
+            }
+        }
+    }
+
+    #[test]
+    fn empty_shapes_and_gradients_of_any_size() {
+        for device in testing::devices() {
+            for shape in [[3, 8, 0], [0, 8, 2], [3, 64, 16]] {
+                for amplitude in [1e-8, 1e4] {
+                    check(&device, shape, amplitude, 1);
+                }
+            }
+        }
+    }
+
+    /// <dH, G> of a step along H is the change of <dY, Y>, with Y = s * H * B^T.
+    #[test]
+    fn the_reference_is_the_gradient_of_the_forward() {
+        let [m, n, rank] = [3, 5, 2];
+        let wide = |seed, len| testing::values(seed, len, 1.0).into_iter().map(f64::from).collect::<Vec<f64>>();
+        let (dy, b, h) = (wide(1, m * n), wide(2, n * rank), wide(3, m * rank));
+        let up = |h: &[f64]| super::super::lora_down::reference(h, &b, [m, n, rank], None);
+        let objective = |h: &[f64]| up(h).iter().zip(&dy).map(|(y, dy)| 0.5 * y * dy).sum::<f64>();
+        testing::assert_gradient(&h, objective, &reference(&dy, &b, [m, n, rank], 0.5));
+    }
+
+    #[test]
+    fn shapes_that_disagree_are_named() {
+        let zeros = |shape: &[usize]| Tensor::zeros(&Device::cpu(), shape).unwrap();
+        assert!(lora_dh(&zeros(&[2, 3]), &zeros(&[4, 1]), 1.0).unwrap_err().to_string().contains('B'));
+        assert!(lora_dh(&zeros(&[2]), &zeros(&[2, 1]), 1.0).unwrap_err().to_string().contains("dY"));
+    }
+}
