@@ -126,8 +126,11 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "matrix.wgsl",
         "matrix_params.wgsl",
         "qmatmul.wgsl",
+        "quads.wgsl",
         "reduce.wgsl",
+        "row_teams.wgsl",
         "rows.wgsl",
+        "store_rows.wgsl",
     ] {
         environment.add_template(name, source)?;
     }

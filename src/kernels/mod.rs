@@ -3,7 +3,14 @@
 //!
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
+pub mod adamw;
+pub mod add;
+pub mod add_assign;
+pub mod cross_entropy;
 pub mod dequantize;
+pub mod embedding;
+mod exp;
+pub mod grad_norm;
 mod host_matrix;
 pub mod lora_down;
 pub mod matrix;
@@ -15,9 +22,16 @@ mod qmatmul_gemv;
 mod qmatmul_lanes;
 mod qmatmul_operands;
 mod qmatmul_tile;
+mod quads;
 pub mod registry;
+pub mod rms_norm;
+pub mod rms_norm_backward;
 mod row_factor;
+mod row_teams;
+pub mod silu_mul;
+pub mod silu_mul_backward;
 mod simd;
+pub mod sum;
 
 pub use matrix::{DeviceMatrix, HostMatrix};
 

@@ -1,7 +1,10 @@
 //! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
 
 use super::matrix::{dense_defines, quant_defines};
-use super::{dequantize, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor};
+use super::{
+    adamw, add, add_assign, cross_entropy, dequantize, embedding, grad_norm, lora_down, qmatmul_gemv, qmatmul_lanes,
+    qmatmul_tile, quads, rms_norm, rms_norm_backward, row_factor, silu_mul, silu_mul_backward, sum,
+};
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
@@ -16,17 +19,32 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 6] = [
+pub static KERNELS: [Entry; 17] = [
+    Entry { kernel: &adamw::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
+    Entry { kernel: &add::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
+    Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
+    Entry { kernel: &cross_entropy::KERNEL, variants: cross_entropy::variants, twin: "cross_entropy::reference" },
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),
         twin: "host_matrix::dequantize_rows",
     },
+    Entry { kernel: &embedding::KERNEL, variants: |_| embedding::variants(&matrices()), twin: "embedding::reference" },
+    Entry { kernel: &grad_norm::KERNEL, variants: |_| vec![grad_norm::defines()], twin: "grad_norm::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &rms_norm::KERNEL, variants: rms_norm::variants, twin: "rms_norm::reference" },
+    Entry { kernel: &rms_norm_backward::KERNEL, variants: rms_norm::variants, twin: "rms_norm_backward::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
+    Entry { kernel: &silu_mul::KERNEL, variants: |_| vec![quads::defines()], twin: "silu_mul::reference" },
+    Entry {
+        kernel: &silu_mul_backward::KERNEL,
+        variants: |_| vec![quads::defines()],
+        twin: "silu_mul_backward::reference",
+    },
+    Entry { kernel: &sum::KERNEL, variants: sum::variants, twin: "sum::reference" },
 ];
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
