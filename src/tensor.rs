@@ -1,5 +1,6 @@
 //! f32 tensors on a device; in and out as slices and `ndarray` arrays.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::{Array2, ArrayBase, Data, Dimension};
@@ -156,6 +157,64 @@ impl Tensor {
         Ok(Tensor { shape: shape.to_vec(), storage: self.storage.clone() })
     }
 
+    /// Some of the rows (of the first dimension), copied; all of them are shared.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are not so many.
+    pub fn rows(&self, rows: Range<usize>) -> Result<Tensor> {
+        let values = self.row_values("rows", &rows)?;
+        if rows.len() == self.shape[0] {
+            return Ok(self.clone());
+        }
+        let mut shape = self.shape.clone();
+        shape[0] = rows.len();
+        match &self.storage {
+            Storage::Cpu(cpu, host) => Ok(Tensor::from_host(cpu, &shape, cpu.adopt(&host[values])?)),
+            Storage::Gpu(gpu, buffer) => {
+                let copy = Tensor::uninit(gpu, "rows", &shape)?;
+                gpu.copy(buffer, 4 * values.start as u64, copy.buffer(gpu, "rows")?, 0, 4 * values.len() as u64)?;
+                Ok(copy)
+            }
+        }
+    }
+
+    /// Overwrites rows from `first` on with those of `rows`; where these are all, shares their values.
+    pub(crate) fn set_rows(&mut self, first: usize, rows: &Tensor) -> Result<()> {
+        const OP: &str = "set_rows";
+        if rows.shape.is_empty() || rows.shape[1..] != self.shape[1..] {
+            let (expected, got) = (format!("rows of {:?}", self.shape), format!("{:?}", rows.shape));
+            return Err(Error::Shape { op: OP, what: "rows", expected, got });
+        }
+        self.device().same(&rows.device(), OP)?;
+        let values = self.row_values(OP, &(first..first + rows.shape[0]))?;
+        if rows.shape == self.shape {
+            *self = rows.clone();
+            return Ok(());
+        }
+        self.unshare()?;
+        match &self.storage {
+            Storage::Cpu(..) => self.host_mut(OP)?[values].copy_from_slice(rows.host(OP)?),
+            Storage::Gpu(gpu, buffer) => {
+                gpu.copy(rows.buffer(gpu, OP)?, 0, buffer, 4 * values.start as u64, 4 * values.len() as u64)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the values of these rows are among all.
+    fn row_values(&self, op: &'static str, rows: &Range<usize>) -> Result<Range<usize>> {
+        match self.shape[..] {
+            [count, ref row @ ..] if rows.start <= rows.end && rows.end <= count => {
+                let len = row.iter().product::<usize>();
+                Ok(rows.start * len..rows.end * len)
+            }
+            _ => {
+                let (expected, got) = (format!("rows of {:?}", self.shape), format!("{rows:?}"));
+                Err(Error::Shape { op, what: "rows", expected, got })
+            }
+        }
+    }
+
     /// Makes this the only tensor with its values, by a copy if others share them: before a kernel updates it in place.
     pub(crate) fn unshare(&mut self) -> Result<()> {
         match &mut self.storage {
@@ -305,6 +364,26 @@ mod tests {
         let before = tensor.clone();
         tensor.host_mut("test").unwrap()[1] = 5.0;
         assert_eq!((before.to_vec().unwrap(), tensor.to_vec().unwrap()), (vec![0.0; 2], vec![0.0, 5.0]));
+    }
+
+    #[test]
+    fn rows_are_copied_out_and_in() {
+        for device in testing::devices() {
+            let values: Vec<f32> = (0..15).map(|i| i as f32).collect();
+            let all = Tensor::from_slice(&device, &[5, 3], &values).unwrap();
+            let middle = all.rows(1..3).unwrap();
+            assert_eq!((middle.shape(), middle.to_vec().unwrap()), (&[2, 3][..], values[3..9].to_vec()));
+            assert_eq!(all.rows(0..5).unwrap().id(), all.id());
+            assert!(all.rows(2..2).unwrap().is_empty());
+            let mut other = all.clone();
+            other.set_rows(3, &middle).unwrap();
+            assert_eq!(other.to_vec().unwrap(), [&values[..9], &values[3..9]].concat());
+            assert_eq!(all.to_vec().unwrap(), values);
+            other.set_rows(0, &all).unwrap();
+            assert_eq!(other.id(), all.id());
+            assert!(all.rows(4..6).is_err() && other.set_rows(4, &middle).is_err());
+            assert!(other.set_rows(0, &middle.reshape(&[3, 2]).unwrap()).is_err());
+        }
     }
 
     #[test]

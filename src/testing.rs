@@ -65,6 +65,33 @@ fn open_gpus() -> Vec<Device> {
     gpus
 }
 
+/// These values as f64, for references.
+pub fn wide(values: &[f32]) -> Vec<f64> {
+    values.iter().copied().map(f64::from).collect()
+}
+
+/// Compares `gradient` with central finite differences of `f` at `x`.
+///
+/// # Panics
+/// If a value is off by more than 1e-6 of the largest.
+pub fn assert_gradient(context: &str, x: &[f64], gradient: &[f64], f: impl Fn(&[f64]) -> f64) {
+    assert_eq!(x.len(), gradient.len(), "{context}: number of values");
+    let largest = gradient.iter().fold(0.0f64, |most, value| most.max(value.abs()));
+    let mut moved = x.to_vec();
+    for i in 0..x.len() {
+        // Near the step that balances truncation and rounding: the cube root of f64's epsilon.
+        let step = 6e-6 * x[i].abs().max(1.0);
+        let mut at = |value: f64| {
+            moved[i] = value;
+            f(&moved)
+        };
+        let slope = (at(x[i] + step) - at(x[i] - step)) / (2.0 * step);
+        moved[i] = x[i];
+        let off = (slope - gradient[i]).abs();
+        assert!(off <= 1e-6 * largest, "{context}: [{i}] is {}, finite differences say {slope}", gradient[i]);
+    }
+}
+
 /// Every kind of matrix that the kernels read, of this shape: the 4-bit formats with plain and double-quantized scales,
 /// one with minima, and the dense precisions.
 pub fn matrices(seed: u64, rows: usize, cols: usize, amplitude: f32) -> Vec<(String, HostMatrix)> {

@@ -121,9 +121,15 @@ impl Gpu {
     /// Another buffer with the same bytes.
     pub(crate) fn copy_of(&self, what: &str, buffer: &Buffer) -> Result<Buffer> {
         let copy = self.alloc(what, buffer.bytes())?;
-        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-        recorder.encoder(self)?.copy_buffer_to_buffer(buffer.raw(), 0, copy.raw(), 0, buffer.bytes());
+        self.copy(buffer, 0, &copy, 0, buffer.bytes())?;
         Ok(copy)
+    }
+
+    /// Copies `bytes` from one place to another, of different buffers; all are multiples of 4.
+    pub(crate) fn copy(&self, from: &Buffer, at: u64, to: &Buffer, to_at: u64, bytes: u64) -> Result<()> {
+        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+        recorder.encoder(self)?.copy_buffer_to_buffer(from.raw(), at, to.raw(), to_at, bytes);
+        Ok(())
     }
 
     fn poll(&self, how: wgpu::PollType) -> Result<()> {

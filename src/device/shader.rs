@@ -126,9 +126,12 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "matrix.wgsl",
         "matrix_params.wgsl",
         "qmatmul.wgsl",
+        "quads.wgsl",
         "reduce.wgsl",
+        "row_teams.wgsl",
         "rows.wgsl",
         "skinny.wgsl",
+        "store_rows.wgsl",
     ] {
         environment.add_template(name, source)?;
     }

@@ -3,10 +3,17 @@
 //!
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
+pub mod adamw;
+pub mod add;
+pub mod add_assign;
 pub mod column_sum;
+pub mod cross_entropy;
 pub mod dequantize;
 pub mod dora_norm;
 pub mod dropout_mix;
+pub mod embedding;
+mod exp;
+pub mod grad_norm;
 mod host_matrix;
 pub mod lora_dh;
 pub mod lora_down;
@@ -20,10 +27,17 @@ mod qmatmul_gemv;
 mod qmatmul_lanes;
 mod qmatmul_operands;
 mod qmatmul_tile;
+mod quads;
 pub mod registry;
+pub mod rms_norm;
+pub mod rms_norm_backward;
 mod row_factor;
+mod row_teams;
 pub mod scale_columns;
+pub mod silu_mul;
+pub mod silu_mul_backward;
 mod simd;
+pub mod sum;
 
 pub use matrix::{DeviceMatrix, HostMatrix};
 

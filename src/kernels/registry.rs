@@ -2,8 +2,7 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    column_sum, dequantize, dora_norm, dropout_mix, lora_dh, lora_down, lora_dw, qmatmul_gemv, qmatmul_lanes,
-    qmatmul_tile, row_factor, scale_columns,
+    adamw, add, add_assign, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -19,8 +18,12 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 12] = [
+pub static KERNELS: &[Entry] = &[
+    Entry { kernel: &adamw::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
+    Entry { kernel: &add::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
+    Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
+    Entry { kernel: &cross_entropy::KERNEL, variants: cross_entropy::variants, twin: "cross_entropy::reference" },
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),
@@ -32,14 +35,25 @@ pub static KERNELS: [Entry; 12] = [
         twin: "dora_norm::reference",
     },
     Entry { kernel: &dropout_mix::KERNEL, variants: |_| dropout_mix::variants(), twin: "dropout_mix::reference" },
+    Entry { kernel: &embedding::KERNEL, variants: |_| embedding::variants(&matrices()), twin: "embedding::reference" },
+    Entry { kernel: &grad_norm::KERNEL, variants: |_| vec![grad_norm::defines()], twin: "grad_norm::reference" },
     Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &rms_norm::KERNEL, variants: rms_norm::variants, twin: "rms_norm::reference" },
+    Entry { kernel: &rms_norm_backward::KERNEL, variants: rms_norm::variants, twin: "rms_norm_backward::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
     Entry { kernel: &scale_columns::KERNEL, variants: |_| scale_columns::variants(), twin: "scale_columns::reference" },
+    Entry { kernel: &silu_mul::KERNEL, variants: |_| vec![quads::defines()], twin: "silu_mul::reference" },
+    Entry {
+        kernel: &silu_mul_backward::KERNEL,
+        variants: |_| vec![quads::defines()],
+        twin: "silu_mul_backward::reference",
+    },
+    Entry { kernel: &sum::KERNEL, variants: sum::variants, twin: "sum::reference" },
 ];
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
@@ -102,7 +116,7 @@ mod tests {
 
     /// Each kernel's variants once, with the tiers that run them.
     fn each(mut check: impl FnMut(&Entry, &Defines, bool)) {
-        for entry in &KERNELS {
+        for entry in KERNELS {
             let mut seen = BTreeSet::new();
             for tier in Tier::ALL {
                 for defines in (entry.variants)(tier) {
@@ -235,7 +249,7 @@ mod tests {
         for name in registered {
             assert!(root.join(format!("src/kernels/{name}.rs")).exists(), "src/kernels/{name}.rs");
         }
-        for entry in &KERNELS {
+        for entry in KERNELS {
             // "module::function" of this folder.
             let (module, function) = entry.twin.split_once("::").unwrap();
             let source = std::fs::read_to_string(root.join(format!("src/kernels/{module}.rs"))).unwrap();

@@ -1,0 +1,260 @@
+//! One AdamW step, in place, with g = factor * grad and t = step:
+//! param *= 1 - lr * weight_decay; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
+//! param -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
+//!
+//! Reference: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, in the order of torch's `AdamW`.
+
+use rayon::prelude::*;
+
+use super::grad_norm::GradNorm;
+use super::quads::{self, CPU_CHUNK};
+use super::{expect_shape, kernel, params};
+use crate::error::{Error, Result};
+use crate::tensor::{Storage, Tensor};
+
+const OP: &str = "adamw";
+
+params! {
+    struct AdamWParams {
+        first_group: u32,
+        groups: u32,
+        /// Values, in fours, rounded up.
+        quads: u32,
+        /// 1 - lr * weight_decay.
+        decay: f32,
+        /// 1 - beta1.
+        new1: f32,
+        beta2: f32,
+        /// 1 - beta2.
+        new2: f32,
+        /// lr / (1 - beta1^t).
+        step_size: f32,
+        /// sqrt(1 - beta2^t).
+        root2: f32,
+        eps: f32,
+    }
+}
+
+kernel! {
+    /// `shaders/adamw.wgsl`
+    KERNEL = "adamw", AdamWParams, [param: Write, grad: Read, m: Write, v: Write, norm: Read]
+}
+
+/// The optimizer's settings; f64 because what is derived from them is found in f64, as torch does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub lr: f64,
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root of that.
+    pub eps: f64,
+    /// Share of a parameter that a step of learning rate 1 takes away.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamW {
+    /// torch's: learning rate 1e-3, betas 0.9 and 0.999, eps 1e-8, weight decay 0.01.
+    fn default() -> Self {
+        AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
+impl AdamW {
+    fn params(&self, step: u32, len: usize) -> AdamWParams {
+        // powf: a step of 2^31 and more is no i32.
+        let correction = |beta: f64| 1.0 - beta.powf(step.into());
+        AdamWParams {
+            quads: quads::count(len),
+            decay: (1.0 - self.lr * self.weight_decay) as f32,
+            new1: (1.0 - self.beta1) as f32,
+            beta2: self.beta2 as f32,
+            new2: (1.0 - self.beta2) as f32,
+            step_size: (self.lr / correction(self.beta1)) as f32,
+            root2: correction(self.beta2).sqrt() as f32,
+            eps: self.eps as f32,
+            ..Default::default()
+        }
+    }
+
+    fn check(&self, step: u32) -> Result<()> {
+        let beta = |beta: f64| (0.0..1.0).contains(&beta);
+        let wrong = [
+            ("the step", f64::from(step), step >= 1, "steps count from 1"),
+            ("beta1", self.beta1, beta(self.beta1), "it must be at least 0 and less than 1"),
+            ("beta2", self.beta2, beta(self.beta2), "it must be at least 0 and less than 1"),
+            ("eps", self.eps, self.eps >= 0.0, "it must not be negative"),
+            ("the learning rate", self.lr, self.lr.is_finite(), "it must be finite"),
+            ("the weight decay", self.weight_decay, self.weight_decay.is_finite(), "it must be finite"),
+        ];
+        match wrong.into_iter().find(|(_, _, fine, _)| !fine) {
+            None => Ok(()),
+            Some((what, got, _, expected)) => {
+                Err(Error::Invalid { op: OP, what, got: got.to_string(), expected: expected.into() })
+            }
+        }
+    }
+}
+
+/// Updates `param` and its moments `m` and `v` (all of one shape, moments zero at first) by `grad`, multiplied by the clip
+/// factor that `norm` holds on the device. `step` counts from 1. If the factor is NaN all three stay as they are.
+///
+/// # Errors
+/// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], [`Error::Invalid`] for settings out of range.
+pub fn adamw(
+    param: &mut Tensor,
+    grad: &Tensor,
+    m: &mut Tensor,
+    v: &mut Tensor,
+    config: &AdamW,
+    step: u32,
+    norm: &GradNorm,
+) -> Result<()> {
+    config.check(step)?;
+    for (what, tensor) in [("gradient", grad), ("m", m), ("v", v)] {
+        expect_shape(OP, what, tensor, param.shape())?;
+    }
+    for tensor in [grad, m, v, &norm.values] {
+        param.device().same(&tensor.device(), OP)?;
+    }
+    if norm.values.len() < 2 {
+        let (expected, got) = ("[norm, factor, ..]".into(), format!("{:?}", norm.values.shape()));
+        return Err(Error::Shape { op: OP, what: "gradient norm", expected, got });
+    }
+    for tensor in [&mut *param, &mut *m, &mut *v] {
+        tensor.unshare()?;
+    }
+    let params = config.params(step, param.len());
+    if let Storage::Gpu(gpu, buffer) = param.storage() {
+        let buffers =
+            [buffer, grad.buffer(gpu, OP)?, m.buffer(gpu, OP)?, v.buffer(gpu, OP)?, norm.values.buffer(gpu, OP)?];
+        return quads::dispatch_with(gpu, &KERNEL, &buffers, param.len(), bytemuck::bytes_of(&params));
+    }
+    let factor = norm.values.host(OP)?[1];
+    if !factor.is_finite() {
+        return Ok(());
+    }
+    let moments = m.host_mut(OP)?.par_chunks_mut(CPU_CHUNK).zip(v.host_mut(OP)?.par_chunks_mut(CPU_CHUNK));
+    let inputs = moments.zip(grad.host(OP)?.par_chunks(CPU_CHUNK));
+    param.host_mut(OP)?.par_chunks_mut(CPU_CHUNK).zip(inputs).for_each(|(param, ((m, v), grad))| {
+        for ((param, grad), (m, v)) in param.iter_mut().zip(grad).zip(m.iter_mut().zip(v)) {
+            let g = grad * factor;
+            *m += (g - *m) * params.new1;
+            *v = *v * params.beta2 + g * g * params.new2;
+            *param = *param * params.decay - params.step_size * *m / (v.sqrt() / params.root2 + params.eps);
+        }
+    });
+    Ok(())
+}
+
+/// The formula, in f64, for gradients that have been clipped.
+pub fn reference(param: &mut [f64], grad: &[f64], m: &mut [f64], v: &mut [f64], config: &AdamW, step: u32) {
+    let &AdamW { lr, beta1, beta2, eps, weight_decay } = config;
+    let [bias1, bias2] = [beta1, beta2].map(|beta| 1.0 - beta.powi(step as i32));
+    for i in 0..param.len() {
+        param[i] *= 1.0 - lr * weight_decay;
+        m[i] = beta1 * m[i] + (1.0 - beta1) * grad[i];
+        v[i] = beta2 * v[i] + (1.0 - beta2) * grad[i] * grad[i];
+        param[i] -= lr / bias1 * m[i] / (v[i].sqrt() / bias2.sqrt() + eps);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::kernels::grad_norm::{self, grad_norm};
+    use crate::testing::{self, wide};
+
+    const CONFIG: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
+
+    /// Ten steps with other gradients each, clipped, against the same in f64.
+    fn check(device: &Device, len: usize, amplitude: f32) {
+        let start = testing::values(1, len, 1.0);
+        let tensor = |values: &[f32]| Tensor::from_slice(device, &[len], values).unwrap();
+        let (mut param, mut m, mut v) = (tensor(&start), tensor(&vec![0.0; len]), tensor(&vec![0.0; len]));
+        let (mut param64, mut m64, mut v64) = (wide(&start), vec![0.0; len], vec![0.0; len]);
+        for step in 1..=10 {
+            let grad = testing::values(100 + u64::from(step), len, amplitude);
+            let grad_tensor = tensor(&grad);
+            // Half the norm of some gradients is clipped away, and nothing of others.
+            let max_norm = (step % 2 == 0).then_some(amplitude);
+            let norm = grad_norm(&[&grad_tensor], None, max_norm).unwrap();
+            adamw(&mut param, &grad_tensor, &mut m, &mut v, &CONFIG, step, &norm).unwrap();
+            let factor = grad_norm::reference(&[&wide(&grad)], None, max_norm.map(f64::from))[1];
+            let grad: Vec<f64> = grad.iter().map(|&g| factor * f64::from(g)).collect();
+            reference(&mut param64, &grad, &mut m64, &mut v64, &CONFIG, step);
+        }
+        let context = format!("{} {len} values, gradients of {amplitude}", testing::name(device));
+        // Ten updates of lr at most; their relative error is that of a few roundings.
+        testing::assert_close(&context, &param.to_vec().unwrap(), &param64, &vec![2e-6; len]);
+        testing::assert_close(&context, &m.to_vec().unwrap(), &m64, &vec![1e-5 * f64::from(amplitude); len]);
+        let bounds: Vec<f64> = v64.iter().map(|v| 2e-5 * v + 1e-37).collect();
+        testing::assert_close(&context, &v.to_vec().unwrap(), &v64, &bounds);
+    }
+
+    #[test]
+    fn ten_steps_follow_the_formula_on_every_device() {
+        for device in testing::devices() {
+            for len in [1, 7, 1000, 40_001] {
+                check(&device, len, 0.1);
+            }
+            for amplitude in [1e-8, 1e4] {
+                check(&device, 37, amplitude);
+            }
+        }
+    }
+
+    #[test]
+    fn a_norm_that_is_not_finite_changes_nothing() {
+        for device in testing::devices() {
+            let len = 21;
+            let tensor = |seed: u64| Tensor::from_slice(&device, &[len], &testing::values(seed, len, 1.0)).unwrap();
+            let (mut param, mut m, mut v) = (tensor(1), tensor(2), tensor(3));
+            let before = [&param, &m, &v].map(|tensor| tensor.to_vec().unwrap());
+            let mut grad = testing::values(4, len, 1.0);
+            grad[20] = f32::NAN;
+            let grad = Tensor::from_slice(&device, &[len], &grad).unwrap();
+            let norm = grad_norm(&[&grad], None, Some(1.0)).unwrap();
+            adamw(&mut param, &grad, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
+            let fine = tensor(5);
+            let nan = Tensor::from_slice(&device, &[1], &[f32::NAN]).unwrap();
+            let norm = grad_norm(&[&fine], Some(&nan), None).unwrap();
+            adamw(&mut param, &fine, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
+            assert_eq!([&param, &m, &v].map(|tensor| tensor.to_vec().unwrap()), before, "{}", testing::name(&device));
+        }
+    }
+
+    #[test]
+    fn tensors_that_share_values_keep_the_old_ones() {
+        for device in testing::devices() {
+            let ones = Tensor::from_slice(&device, &[5], &[1.0; 5]).unwrap();
+            let zeros = Tensor::zeros(&device, &[5]).unwrap();
+            let (mut param, mut m, mut v) = (ones.clone(), zeros.clone(), zeros.clone());
+            let norm = grad_norm(&[&ones], None, None).unwrap();
+            adamw(&mut param, &ones, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
+            assert_eq!((ones.to_vec().unwrap(), zeros.to_vec().unwrap()), (vec![1.0; 5], vec![0.0; 5]));
+            let wanted = 1.0 - 1e-3 - 1e-2;
+            testing::assert_close(&testing::name(&device), &param.to_vec().unwrap(), &[wanted; 5], &[1e-6; 5]);
+        }
+    }
+
+    #[test]
+    fn bad_arguments_are_named() {
+        let device = Device::cpu();
+        let zeros = |len: usize| Tensor::zeros(&device, &[len]).unwrap();
+        let norm = grad_norm(&[&zeros(3)], None, None).unwrap();
+        let message = |config: AdamW, step: u32, len: usize| {
+            adamw(&mut zeros(3), &zeros(len), &mut zeros(3), &mut zeros(3), &config, step, &norm)
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(message(CONFIG, 0, 3).contains("step"));
+        assert!(message(CONFIG, 1, 4).contains("gradient"));
+        assert!(message(AdamW { beta1: 1.0, ..CONFIG }, 1, 3).contains("beta1"));
+        assert!(message(AdamW { lr: f64::NAN, ..CONFIG }, 1, 3).contains("learning rate"));
+        assert_eq!(AdamW::default().beta2, 0.999);
+    }
+}

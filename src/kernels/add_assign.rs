@@ -1,0 +1,33 @@
+//! y += x, elementwise and in place, for tensors of one shape: gradients that add up.
+
+use rayon::prelude::*;
+
+use super::quads::{self, CPU_CHUNK, QuadParams};
+use super::{expect_shape, kernel};
+use crate::error::Result;
+use crate::tensor::{Storage, Tensor};
+
+const OP: &str = "add_assign";
+
+kernel! {
+    /// `shaders/add_assign.wgsl`; its twin and tests are [`add`](super::add)'s.
+    KERNEL = "add_assign", QuadParams, [y: Write, x: Read]
+}
+
+/// Adds `x` to `y`. Tensors that shared `y`'s values keep the old ones.
+///
+/// # Errors
+/// [`Error::Shape`](crate::Error::Shape) where shapes disagree, [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+pub fn add_assign(y: &mut Tensor, x: &Tensor) -> Result<()> {
+    expect_shape(OP, "x", x, y.shape())?;
+    y.device().same(&x.device(), OP)?;
+    y.unshare()?;
+    if let Storage::Gpu(gpu, buffer) = y.storage() {
+        return quads::dispatch(gpu, &KERNEL, &[buffer, x.buffer(gpu, OP)?], y.len());
+    }
+    let x = x.host(OP)?.par_chunks(CPU_CHUNK);
+    y.host_mut(OP)?.par_chunks_mut(CPU_CHUNK).zip(x).for_each(|(y, x)| {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
+    });
+    Ok(())
+}

@@ -1,0 +1,56 @@
+//! What the elementwise kernels share: an invocation for every four values; `shaders/shared/quads.wgsl`.
+
+use super::params;
+use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel};
+use crate::error::Result;
+
+params! {
+    /// Parameters of a kernel that has none of its own.
+    struct QuadParams {
+        first_group: u32,
+        groups: u32,
+        /// Values, in fours, rounded up.
+        quads: u32,
+    }
+}
+
+/// Values a task on the CPU.
+pub(super) const CPU_CHUNK: usize = 16 << 10;
+
+/// Invocations a workgroup.
+const THREADS: u32 = 64;
+
+/// The text constants of every such kernel.
+pub(crate) fn defines() -> Defines {
+    Defines::new().with("threads", THREADS)
+}
+
+/// Quads that hold `len` values.
+pub(super) fn count(len: usize) -> u32 {
+    len.div_ceil(4) as u32
+}
+
+/// Records a kernel over tensors of `len` values.
+pub(super) fn dispatch(gpu: &Gpu, kernel: &'static Kernel, buffers: &[&Buffer], len: usize) -> Result<()> {
+    let params = QuadParams { quads: count(len), ..Default::default() };
+    dispatch_with(gpu, kernel, buffers, len, bytemuck::bytes_of(&params))
+}
+
+/// As [`dispatch`], with parameters of the kernel's own, which hold `quads`.
+pub(super) fn dispatch_with(
+    gpu: &Gpu,
+    kernel: &'static Kernel,
+    buffers: &[&Buffer],
+    len: usize,
+    params: &[u8],
+) -> Result<()> {
+    gpu.dispatch(Dispatch {
+        kernel,
+        defines: &defines(),
+        buffers,
+        params,
+        groups: count(len).div_ceil(THREADS).into(),
+        // About what loads and stores cost.
+        flops_per_group: 64 * u64::from(THREADS),
+    })
+}
