@@ -126,8 +126,10 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "matrix.wgsl",
         "matrix_params.wgsl",
         "qmatmul.wgsl",
+        "qmatmul_dx.wgsl",
         "reduce.wgsl",
         "rows.wgsl",
+        "tile.wgsl",
     ] {
         environment.add_template(name, source)?;
     }

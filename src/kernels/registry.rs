@@ -1,7 +1,9 @@
 //! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
 
 use super::matrix::{dense_defines, quant_defines};
-use super::{dequantize, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor};
+use super::{
+    dequantize, lora_down, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor,
+};
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
@@ -16,18 +18,28 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 6] = [
+pub static KERNELS: [Entry; 8] = [
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),
         twin: "host_matrix::dequantize_rows",
     },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
+    Entry { kernel: &qmatmul_dx_lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
+    Entry { kernel: &qmatmul_dx_tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
 ];
+
+fn dx_lanes_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { qmatmul_dx_lanes::variants(&matrices()) } else { Vec::new() }
+}
+
+fn dx_tile_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { Vec::new() } else { qmatmul_dx_tile::variants(&matrices(), tier.f16()) }
+}
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { Vec::new() } else { qmatmul_gemv::variants(&matrices(), tier.subgroups()) }
@@ -187,7 +199,7 @@ mod tests {
                 fail("HLSL", &error);
             }
             // GLSL of this version has neither f16 nor subgroups of the wanted kind; the GL tiers do without.
-            if !["f16", "subgroups", "share_x"].iter().any(|flag| defines.flag(flag)) {
+            if !["f16", "subgroups", "share_x", "share"].iter().any(|flag| defines.flag(flag)) {
                 let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
                 let pipeline = glsl::PipelineOptions {
                     shader_stage: naga::ShaderStage::Compute,
