@@ -126,9 +126,11 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "matrix.wgsl",
         "matrix_params.wgsl",
         "qmatmul.wgsl",
+        "qmatmul_dx.wgsl",
         "reduce.wgsl",
         "rows.wgsl",
         "skinny.wgsl",
+        "tile.wgsl",
     ] {
         environment.add_template(name, source)?;
     }

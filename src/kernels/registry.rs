@@ -2,8 +2,8 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    column_sum, dequantize, dora_norm, dropout_mix, lora_dh, lora_down, lora_dw, qmatmul_gemv, qmatmul_lanes,
-    qmatmul_tile, row_factor, scale_columns,
+    column_sum, dequantize, dora_norm, dropout_mix, lora_dh, lora_down, lora_dw, qmatmul_dx_lanes, qmatmul_dx_tile,
+    qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor, scale_columns,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -19,7 +19,7 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 12] = [
+pub static KERNELS: [Entry; 14] = [
     Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
     Entry {
         kernel: &dequantize::KERNEL,
@@ -35,12 +35,22 @@ pub static KERNELS: [Entry; 12] = [
     Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
+    Entry { kernel: &qmatmul_dx_lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
+    Entry { kernel: &qmatmul_dx_tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
     Entry { kernel: &scale_columns::KERNEL, variants: |_| scale_columns::variants(), twin: "scale_columns::reference" },
 ];
+
+fn dx_lanes_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { qmatmul_dx_lanes::variants(&matrices()) } else { Vec::new() }
+}
+
+fn dx_tile_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { Vec::new() } else { qmatmul_dx_tile::variants(&matrices(), tier.f16()) }
+}
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { Vec::new() } else { qmatmul_gemv::variants(&matrices(), tier.subgroups()) }
@@ -200,7 +210,7 @@ mod tests {
                 fail("HLSL", &error);
             }
             // GLSL of this version has neither f16 nor subgroups of the wanted kind; the GL tiers do without.
-            if !["f16", "subgroups", "share_x"].iter().any(|flag| defines.flag(flag)) {
+            if !["f16", "subgroups", "share_x", "share"].iter().any(|flag| defines.flag(flag)) {
                 let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
                 let pipeline = glsl::PipelineOptions {
                     shader_stage: naga::ShaderStage::Compute,
