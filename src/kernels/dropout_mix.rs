@@ -71,7 +71,7 @@ pub fn dropout_mix(mix: Mix<'_>, dropout: Dropout) -> Result<Tensor> {
         x.device().same(&z.device(), OP)?;
     }
     // Its factors are right for a probability of zero, too.
-    dropout.checked(OP)?;
+    dropout.active(OP)?;
     match first.storage() {
         Storage::Cpu(cpu, values) => {
             let mut y = cpu.zeros(values.len())?;

@@ -53,13 +53,20 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// The dropout, unless it drops nothing.
-    pub(super) fn checked(self, op: &'static str) -> Result<Option<Dropout>> {
-        if (0.0..1.0).contains(&self.probability) {
-            return Ok((self.probability != 0.0).then_some(self));
+    /// This dropout unless it drops nothing.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a probability outside 0..1.
+    pub(super) fn active(self, op: &'static str) -> Result<Option<Dropout>> {
+        if !(0.0..1.0).contains(&self.probability) {
+            return Err(Error::Invalid {
+                op,
+                what: "the dropout probability",
+                got: self.probability.to_string(),
+                expected: "it must be at least 0 and less than 1".into(),
+            });
         }
-        let (got, expected) = (self.probability.to_string(), "it must be at least 0 and less than 1".into());
-        Err(Error::Invalid { op, what: "the dropout probability", got, expected })
+        Ok((self.probability != 0.0).then_some(self))
     }
 
     /// Low and high half of the seed, the hash under which a value is dropped, and what the others are multiplied by: the
@@ -80,12 +87,12 @@ impl Dropout {
     }
 
     /// A value whose hash is under this is dropped.
-    fn drop_below(self) -> u32 {
+    pub(super) fn drop_below(self) -> u32 {
         (f64::from(self.probability) * 4_294_967_296.0) as u32
     }
 
     /// What the values that stay are multiplied by.
-    fn keep_scale(self) -> f32 {
+    pub(super) fn keep_scale(self) -> f32 {
         1.0 / (1.0 - self.probability)
     }
 
@@ -115,7 +122,7 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
     let (rank, _) = expect_2d(OP, "A", a)?;
     expect_shape(OP, "A", a, &[rank, k])?;
     x.device().same(&a.device(), OP)?;
-    let dropout = dropout.map_or(Ok(None), |dropout| dropout.checked(OP))?;
+    let dropout = dropout.map_or(Ok(None), |dropout| dropout.active(OP))?;
     match x.storage() {
         Storage::Cpu(cpu, x) => {
             let mut h = cpu.zeros(m * rank)?;

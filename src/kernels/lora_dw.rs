@@ -68,7 +68,7 @@ pub fn lora_dw(l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropout>) -> 
         return Err(Error::Shape { op: OP, what: "rows of R", expected, got });
     }
     l.device().same(&r.device(), OP)?;
-    let dropout = dropout.map_or(Ok(None), |dropout| dropout.checked(OP))?;
+    let dropout = dropout.map_or(Ok(None), |dropout| dropout.active(OP))?;
     match l.storage() {
         Storage::Cpu(cpu, l) => {
             let mut out = cpu.zeros(rows * cols)?;

@@ -2,7 +2,7 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    adamw, add, add_assign, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
+    adamw, add, add_assign, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -40,6 +40,8 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
+    Entry { kernel: &qmatmul_dx_lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
+    Entry { kernel: &qmatmul_dx_tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
@@ -55,6 +57,14 @@ pub static KERNELS: &[Entry] = &[
     },
     Entry { kernel: &sum::KERNEL, variants: sum::variants, twin: "sum::reference" },
 ];
+
+fn dx_lanes_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { qmatmul_dx_lanes::variants(&matrices()) } else { Vec::new() }
+}
+
+fn dx_tile_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { Vec::new() } else { qmatmul_dx_tile::variants(&matrices(), tier.f16()) }
+}
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { Vec::new() } else { qmatmul_gemv::variants(&matrices(), tier.subgroups()) }
@@ -214,7 +224,7 @@ mod tests {
                 fail("HLSL", &error);
             }
             // GLSL of this version has neither f16 nor subgroups of the wanted kind; the GL tiers do without.
-            if !["f16", "subgroups", "share_x"].iter().any(|flag| defines.flag(flag)) {
+            if !["f16", "subgroups", "share_x", "share"].iter().any(|flag| defines.flag(flag)) {
                 let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
                 let pipeline = glsl::PipelineOptions {
                     shader_stage: naga::ShaderStage::Compute,
