@@ -6,6 +6,12 @@
 pub mod adamw;
 pub mod add;
 pub mod add_assign;
+pub mod attention;
+pub mod attention_backward;
+mod attention_cpu;
+mod attention_delta;
+mod attention_dkv;
+mod attention_dq;
 pub mod column_sum;
 pub mod cross_entropy;
 pub mod dequantize;
@@ -36,6 +42,7 @@ mod quads;
 pub mod registry;
 pub mod rms_norm;
 pub mod rms_norm_backward;
+pub mod rope;
 mod row_factor;
 mod row_teams;
 pub mod scale_columns;
@@ -43,6 +50,7 @@ pub mod silu_mul;
 pub mod silu_mul_backward;
 mod simd;
 pub mod sum;
+pub mod visibility;
 
 pub use matrix::{DeviceMatrix, HostMatrix};
 

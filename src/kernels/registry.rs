@@ -2,7 +2,7 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    adamw, add, add_assign, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
+    adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dq, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -22,6 +22,14 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &adamw::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
     Entry { kernel: &add::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
+    Entry { kernel: &attention::KERNEL, variants: attention::variants, twin: "attention::reference" },
+    Entry {
+        kernel: &attention_delta::KERNEL,
+        variants: |_| vec![attention_delta::defines()],
+        twin: "attention_delta::reference",
+    },
+    Entry { kernel: &attention_dkv::KERNEL, variants: attention_dkv::variants, twin: "attention_backward::reference" },
+    Entry { kernel: &attention_dq::KERNEL, variants: attention_dq::variants, twin: "attention_backward::reference" },
     Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
     Entry { kernel: &cross_entropy::KERNEL, variants: cross_entropy::variants, twin: "cross_entropy::reference" },
     Entry {
@@ -47,6 +55,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
     Entry { kernel: &rms_norm::KERNEL, variants: rms_norm::variants, twin: "rms_norm::reference" },
     Entry { kernel: &rms_norm_backward::KERNEL, variants: rms_norm::variants, twin: "rms_norm_backward::reference" },
+    Entry { kernel: &rope::KERNEL, variants: |_| rope::variants(), twin: "rope::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
     Entry { kernel: &scale_columns::KERNEL, variants: |_| scale_columns::variants(), twin: "scale_columns::reference" },
     Entry { kernel: &silu_mul::KERNEL, variants: |_| vec![quads::defines()], twin: "silu_mul::reference" },
