@@ -2,6 +2,9 @@
 
 mod adapter;
 mod linear;
+mod merge;
+mod train;
 
 pub use adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
-pub use linear::{AdaptedLinear, DenseBase, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase};
+pub use linear::{AdaptedLinear, AnyBase, DenseBase, Linear, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase};
+pub use train::{LinearGrads, Saved};
