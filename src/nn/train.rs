@@ -15,7 +15,7 @@
 
 use super::adapter::LoraAdapter;
 use super::linear::AdaptedLinear;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::LoraUp;
 use crate::kernels::column_sum::column_sum;
 use crate::kernels::dropout_mix::{Mix, dropout_mix};
@@ -82,7 +82,7 @@ impl<Base> AdaptedLinear<Base> {
     /// drops the same values, on every device.
     ///
     /// # Errors
-    /// As [`AdaptedLinear::forward`]; [`Error::Invalid`] while an adapter is merged into the base.
+    /// As [`AdaptedLinear::forward`]; [`Error::Invalid`](crate::Error::Invalid) while an adapter is merged into the base.
     pub fn forward_train(&self, x: &Tensor, seed: u64) -> Result<(Tensor, Saved)> {
         self.check_unmerged("a training pass")?;
         let probability = self.active_adapter().map_or(0.0, LoraAdapter::dropout);
@@ -93,7 +93,7 @@ impl<Base> AdaptedLinear<Base> {
     /// `need_dx`.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::DeviceMismatch`], and the device's own.
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
     pub fn backward(&self, dy: &Tensor, saved: &Saved, need_dx: bool) -> Result<LinearGrads> {
         expect_shape(OP, "dY", dy, &[saved.rows, self.d_out()])?;
         let dbias = self.trained_bias().map(|_| column_sum(dy, None)).transpose()?;
