@@ -87,7 +87,7 @@ fn dropout_is_the_same_on_every_device_and_off_in_eval() {
         let (a, b) = (adapter.a().to_array2().unwrap(), adapter.b().to_array2().unwrap());
         let layer = LoraLinear::new(&device, dense.clone()).unwrap().with_adapter("default", adapter).unwrap();
         let x_tensor = Tensor::from_array(&device, &x).unwrap();
-        let train = |seed| layer.forward_train(&x_tensor, seed).unwrap().to_array2().unwrap();
+        let train = |seed| layer.forward_train(&x_tensor, seed).unwrap().0.to_array2().unwrap();
         let dropout = Dropout { probability: 0.25, seed: 77 };
         let mut dropped = x.clone();
         dropped.iter_mut().enumerate().for_each(|(i, value)| *value *= dropout.factor(i as u32));

@@ -89,9 +89,8 @@ pub fn dropout_mix(mix: Mix<'_>, dropout: Dropout) -> Result<Tensor> {
 fn on_cpu(x: &[f32], z: &[f32], y: &mut [f32], mix: impl Fn(f32, f32, f32) -> f32 + Sync, dropout: Dropout) {
     let operands = x.par_chunks(CPU_CHUNK).zip(z.par_chunks(CPU_CHUNK));
     y.par_chunks_mut(CPU_CHUNK).zip(operands).enumerate().for_each(|(index, (y, (x, z)))| {
-        for (i, (y, (x, z))) in (index * CPU_CHUNK..).zip(y.iter_mut().zip(x.iter().zip(z))) {
-            *y = mix(dropout.factor(i as u32), *x, *z);
-        }
+        dropout.factors((index * CPU_CHUNK) as u32, y);
+        y.iter_mut().zip(x.iter().zip(z)).for_each(|(y, (x, z))| *y = mix(*y, *x, *z));
     });
 }
 

@@ -93,7 +93,7 @@ const MAX_PARTIAL_VALUES: usize = 8 << 20;
 
 /// Columns of the wider and of the other operand that an invocation owns, and invocations a workgroup.
 fn tile(tier: Tier) -> (u32, u32, u32) {
-    if tier == Tier::Software { (2, 8, 8) } else { (4, 8, 64) }
+    if tier == Tier::Software { (4, 8, 8) } else { (4, 8, 64) }
 }
 
 fn defines(tier: Tier, dropout: &'static str) -> Defines {

@@ -1,5 +1,6 @@
 //! A LoRA adapter: s * B * A beside a frozen weight. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
-//! 2021; rank-stabilized scaling from Kalajdzievski, 2023.
+//! 2021; rank-stabilized scaling from Kalajdzievski, 2023; with a magnitude for each row, Liu et al., "DoRA:
+//! Weight-Decomposed Low-Rank Adaptation", 2024.
 
 use ndarray::{Array2, ArrayViewMut2};
 use rand::{Rng, SeedableRng};
@@ -7,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::expect_2d;
+use crate::kernels::{expect_2d, expect_shape};
 use crate::tensor::{Tensor, element_count};
 
 const OP: &str = "LoRA adapter";
@@ -47,17 +48,30 @@ pub struct LoraConfig {
     pub dropout: f32,
     /// First values.
     pub init: LoraInit,
+    /// DoRA: W + s * B * A is brought to a trained magnitude, row by row.
+    pub dora: bool,
 }
 
 impl LoraConfig {
-    /// Rank and alpha; standard scaling, no dropout, PEFT's initial values with seed 0.
+    /// Rank and alpha; standard scaling, no dropout, PEFT's initial values with seed 0, no DoRA.
     pub fn new(rank: usize, alpha: f32) -> Self {
         let init = LoraInit::KaimingUniform { seed: 0 };
-        LoraConfig { rank, alpha, scaling: Scaling::Standard, dropout: 0.0, init }
+        LoraConfig { rank, alpha, scaling: Scaling::Standard, dropout: 0.0, init, dora: false }
     }
 }
 
-/// A pair A [r, d_in], B [d_out, r] on a device, with its scale. Clones share the values.
+/// Whether an adapter is DoRA, and its magnitude.
+#[derive(Clone, Debug)]
+enum Magnitude {
+    /// It is LoRA.
+    None,
+    /// The row norms of the layer that it will be added to.
+    OfLayer,
+    Values(Tensor),
+}
+
+/// A pair A [r, d_in], B [d_out, r] on a device, with its scale, and for DoRA a magnitude `[d_out]`. Clones share the
+/// values.
 #[derive(Clone, Debug)]
 pub struct LoraAdapter {
     a: Tensor,
@@ -65,6 +79,7 @@ pub struct LoraAdapter {
     alpha: f32,
     scaling: Scaling,
     dropout: f32,
+    magnitude: Magnitude,
 }
 
 impl LoraAdapter {
@@ -89,10 +104,11 @@ impl LoraAdapter {
         };
         let a = Tensor::from_slice(device, &[rank, d_in], &a)?;
         let b = Tensor::zeros(device, &[d_out, rank])?;
-        LoraAdapter::from_tensors(a, b, config.alpha, config.scaling)?.with_dropout(config.dropout)
+        let adapter = LoraAdapter::from_tensors(a, b, config.alpha, config.scaling)?.with_dropout(config.dropout)?;
+        Ok(if config.dora { adapter.with_dora() } else { adapter })
     }
 
-    /// An adapter of given values: A [r, d_in], B [d_out, r], both on one device. No dropout.
+    /// An adapter of given values: A [r, d_in], B [d_out, r], both on one device. No dropout, no DoRA.
     ///
     /// # Errors
     /// [`Error::Shape`] if the ranks disagree, [`Error::Invalid`] for rank 0 or an alpha that is not finite,
@@ -117,7 +133,7 @@ impl LoraAdapter {
             return Err(invalid("alpha", alpha.to_string(), "it must be finite"));
         }
         a.device().same(&b.device(), OP)?;
-        Ok(LoraAdapter { a, b, alpha, scaling, dropout: 0.0 })
+        Ok(LoraAdapter { a, b, alpha, scaling, dropout: 0.0, magnitude: Magnitude::None })
     }
 
     /// The same with this dropout probability.
@@ -135,6 +151,52 @@ impl LoraAdapter {
         }
         self.dropout = probability;
         Ok(self)
+    }
+
+    /// The same as DoRA, with a magnitude that becomes that of the layer when it is added to one: the row norms of
+    /// W + s * B * A, so that adding it changes nothing.
+    pub fn with_dora(mut self) -> LoraAdapter {
+        self.magnitude = Magnitude::OfLayer;
+        self
+    }
+
+    /// The same as DoRA, with this magnitude `[d_out]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DeviceMismatch`].
+    pub fn with_magnitude(mut self, magnitude: Tensor) -> Result<LoraAdapter> {
+        expect_shape(OP, "magnitude", &magnitude, &[self.d_out()])?;
+        self.a.device().same(&magnitude.device(), OP)?;
+        self.magnitude = Magnitude::Values(magnitude);
+        Ok(self)
+    }
+
+    /// Whether it is DoRA.
+    pub fn is_dora(&self) -> bool {
+        !matches!(self.magnitude, Magnitude::None)
+    }
+
+    /// DoRA's magnitude, `[d_out]`; none before the adapter is added to a layer.
+    pub fn magnitude(&self) -> Option<&Tensor> {
+        match &self.magnitude {
+            Magnitude::Values(magnitude) => Some(magnitude),
+            Magnitude::None | Magnitude::OfLayer => None,
+        }
+    }
+
+    /// What is trained, by PEFT's names: "lora_A", "lora_B", and "lora_magnitude_vector" of DoRA.
+    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let magnitude = self.magnitude().map(|magnitude| ("lora_magnitude_vector", magnitude));
+        [("lora_A", &self.a), ("lora_B", &self.b)].into_iter().chain(magnitude)
+    }
+
+    /// As [`LoraAdapter::parameters`], to update. Shapes must stay: another one is an error of the next pass.
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+        let magnitude = match &mut self.magnitude {
+            Magnitude::Values(magnitude) => Some(("lora_magnitude_vector", magnitude)),
+            Magnitude::None | Magnitude::OfLayer => None,
+        };
+        [("lora_A", &mut self.a), ("lora_B", &mut self.b)].into_iter().chain(magnitude)
     }
 
     /// A, [r, d_in].
@@ -188,10 +250,10 @@ impl LoraAdapter {
 
     /// Number of trainable values.
     pub fn parameter_count(&self) -> usize {
-        self.a.len() + self.b.len()
+        self.parameters().map(|(_, tensor)| tensor.len()).sum()
     }
 
-    /// Replaces A and B by tensors of the same device; rank may change, `d_in` and `d_out` may not.
+    /// Replaces A and B by tensors of the same device; rank may change, `d_in` and `d_out` may not. A magnitude stays.
     ///
     /// # Errors
     /// As [`LoraAdapter::from_tensors`]; the adapter is then as before.
@@ -206,7 +268,7 @@ impl LoraAdapter {
                 got: format!("[{}, {}]", new.d_out(), new.d_in()),
             });
         }
-        *self = LoraAdapter { dropout: self.dropout, ..new };
+        (self.a, self.b) = (new.a, new.b);
         Ok(())
     }
 
@@ -223,12 +285,16 @@ impl LoraAdapter {
 
     /// The same adapter on another device.
     pub fn to_device(&self, device: &Device) -> Result<LoraAdapter> {
-        Ok(LoraAdapter { a: self.a.to_device(device)?, b: self.b.to_device(device)?, ..self.clone() })
+        let mut moved = self.clone();
+        for (_, tensor) in moved.parameters_mut() {
+            *tensor = tensor.to_device(device)?;
+        }
+        Ok(moved)
     }
 
-    /// Bytes of A and B on their device.
+    /// Bytes of what is trained on its device.
     pub fn resident_bytes(&self) -> u64 {
-        self.a.resident_bytes() + self.b.resident_bytes()
+        self.parameters().map(|(_, tensor)| tensor.resident_bytes()).sum()
     }
 }
 

@@ -1,19 +1,21 @@
-//! Linear layers with LoRA adapters on a frozen base: y = x * W^T + bias + s * dropout(x) * A^T * B^T.
+//! Linear layers with LoRA or DoRA adapters on a frozen base: y = x * W^T + bias + s * dropout(x) * A^T * B^T.
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use ndarray::{Array2, ArrayView2};
 
 use super::adapter::LoraAdapter;
+use super::merge::{Merged, merge_error};
+use super::train::DoraFactor;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::dequantize::{Delta, dequantize};
-use crate::kernels::lora_down::{Dropout, lora_down};
+use crate::kernels::dequantize::Delta;
+use crate::kernels::dora_norm::dora_norm;
+use crate::kernels::expect_shape;
 use crate::kernels::matrix::{DeviceMatrix, HostMatrix};
-use crate::kernels::qmatmul::qmatmul;
-use crate::kernels::{LoraUp, expect_shape};
+use crate::kernels::scale_columns::divide_columns;
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use crate::tensor::Tensor;
 
@@ -27,22 +29,32 @@ pub enum DenseBase {}
 #[derive(Clone, Copy, Debug)]
 pub enum QuantizedBase {}
 
+/// A frozen base of any kind: what a model's layers have.
+#[derive(Clone, Copy, Debug)]
+pub enum AnyBase {}
+
 /// A linear layer with a dense base.
 pub type LoraLinear = AdaptedLinear<DenseBase>;
 
 /// A linear layer with a 4-bit base: there is one packed copy of it, on the layer's device.
 pub type QLoraLinear = AdaptedLinear<QuantizedBase>;
 
-/// A frozen base [d_out, d_in] with named LoRA adapters, of which at most one is active. See [`LoraLinear`] and
-/// [`QLoraLinear`].
+/// A linear layer with a base of any kind.
+pub type Linear = AdaptedLinear<AnyBase>;
+
+/// A frozen base [d_out, d_in] with named LoRA adapters, of which at most one is active. See [`LoraLinear`],
+/// [`QLoraLinear`] and [`Linear`].
 #[derive(Clone)]
 pub struct AdaptedLinear<Base> {
-    base: DeviceMatrix,
+    pub(super) base: DeviceMatrix,
     bias: Option<Tensor>,
+    train_bias: bool,
     adapters: BTreeMap<String, LoraAdapter>,
     active: Option<String>,
-    /// The adapter as it was when it was merged into the base.
-    merged: Option<LoraAdapter>,
+    /// The adapter that is in the base.
+    pub(super) merged: Option<Merged>,
+    /// DoRA's factor, until the active adapter may have changed.
+    dora: OnceLock<DoraFactor>,
     kind: PhantomData<Base>,
 }
 
@@ -68,7 +80,16 @@ pub struct MemoryStats {
 impl<Base> AdaptedLinear<Base> {
     fn with_base(device: &Device, base: impl Into<Arc<HostMatrix>>) -> Result<Self> {
         let base = DeviceMatrix::new(device, base)?;
-        Ok(AdaptedLinear { base, bias: None, adapters: BTreeMap::new(), active: None, merged: None, kind: PhantomData })
+        Ok(AdaptedLinear {
+            base,
+            bias: None,
+            train_bias: false,
+            adapters: BTreeMap::new(),
+            active: None,
+            merged: None,
+            dora: OnceLock::new(),
+            kind: PhantomData,
+        })
     }
 
     /// The same layer with a bias of `d_out` values.
@@ -82,6 +103,12 @@ impl<Base> AdaptedLinear<Base> {
         Ok(self)
     }
 
+    /// The same layer with its bias, if it has one, trained.
+    pub fn with_trained_bias(mut self) -> Self {
+        self.train_bias = true;
+        self
+    }
+
     /// The same layer with this adapter added and active.
     ///
     /// # Errors
@@ -92,11 +119,13 @@ impl<Base> AdaptedLinear<Base> {
         Ok(self)
     }
 
-    /// Adds an adapter, or replaces the one of that name. Does not activate it.
+    /// Adds an adapter, or replaces the one of that name. Does not activate it. DoRA without a magnitude gets that of
+    /// the layer.
     ///
     /// # Errors
-    /// [`Error::Shape`] if it is for a layer of another shape, [`Error::DeviceMismatch`].
-    pub fn add_adapter(&mut self, name: &str, adapter: LoraAdapter) -> Result<()> {
+    /// [`Error::Shape`] if it is for a layer of another shape, [`Error::DeviceMismatch`]; [`Error::Invalid`] for a
+    /// magnitude to be taken from a base that another adapter is merged into.
+    pub fn add_adapter(&mut self, name: &str, mut adapter: LoraAdapter) -> Result<()> {
         if (adapter.d_out(), adapter.d_in()) != (self.d_out(), self.d_in()) {
             return Err(Error::Shape {
                 op: "adding an adapter",
@@ -106,6 +135,12 @@ impl<Base> AdaptedLinear<Base> {
             });
         }
         self.device().same(&adapter.a().device(), "adding an adapter")?;
+        if adapter.is_dora() && adapter.magnitude().is_none() {
+            self.check_unmerged("taking the base's magnitude")?;
+            let magnitude = dora_norm(&self.base, Some(delta(&adapter)))?;
+            adapter = adapter.with_magnitude(magnitude)?;
+        }
+        self.dora = OnceLock::new();
         self.adapters.insert(name.to_owned(), adapter);
         Ok(())
     }
@@ -116,6 +151,7 @@ impl<Base> AdaptedLinear<Base> {
     /// [`Error::NoSuchAdapter`].
     pub fn remove_adapter(&mut self, name: &str) -> Result<LoraAdapter> {
         let adapter = self.adapters.remove(name).ok_or_else(|| self.no_such(name))?;
+        self.dora = OnceLock::new();
         self.active.take_if(|active| active == name);
         Ok(adapter)
     }
@@ -128,6 +164,7 @@ impl<Base> AdaptedLinear<Base> {
         self.adapter(name)?;
         self.check_unmerged("activating an adapter")?;
         self.active = Some(name.to_owned());
+        self.dora = OnceLock::new();
         Ok(())
     }
 
@@ -141,7 +178,7 @@ impl<Base> AdaptedLinear<Base> {
         Ok(())
     }
 
-    fn check_unmerged(&self, op: &'static str) -> Result<()> {
+    pub(super) fn check_unmerged(&self, op: &'static str) -> Result<()> {
         if !self.is_merged() {
             return Ok(());
         }
@@ -178,6 +215,7 @@ impl<Base> AdaptedLinear<Base> {
     /// [`Error::NoSuchAdapter`].
     pub fn adapter_mut(&mut self, name: &str) -> Result<&mut LoraAdapter> {
         let error = self.no_such(name);
+        self.dora = OnceLock::new();
         self.adapters.get_mut(name).ok_or(error)
     }
 
@@ -222,9 +260,28 @@ impl<Base> AdaptedLinear<Base> {
         self.active_adapter().map_or(0.0, LoraAdapter::scale)
     }
 
-    /// What an optimizer trains: A and B of the active adapter.
+    /// The bias, if it is trained.
+    pub fn trained_bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref().filter(|_| self.train_bias)
+    }
+
+    /// What an optimizer trains, by name: [`LoraAdapter::parameters`] of the active adapter, and "bias" if it is trained.
+    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let bias = self.trained_bias().map(|bias| ("bias", bias));
+        self.active_adapter().into_iter().flat_map(LoraAdapter::parameters).chain(bias)
+    }
+
+    /// As [`AdaptedLinear::parameters`], to update. Shapes must stay: another one is an error of the next pass.
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+        self.dora = OnceLock::new();
+        let adapter = self.active.as_ref().and_then(|name| self.adapters.get_mut(name));
+        let bias = self.bias.as_mut().filter(|_| self.train_bias).map(|bias| ("bias", bias));
+        adapter.into_iter().flat_map(LoraAdapter::parameters_mut).chain(bias)
+    }
+
+    /// What an optimizer trains, without names.
     pub fn trainable_params(&self) -> Vec<&Tensor> {
-        self.active_adapter().map_or_else(Vec::new, |adapter| vec![adapter.a(), adapter.b()])
+        self.parameters().map(|(_, tensor)| tensor).collect()
     }
 
     /// Y [M, d_out] of X [M, d_in], without dropout.
@@ -232,17 +289,7 @@ impl<Base> AdaptedLinear<Base> {
     /// # Errors
     /// [`Error::Shape`], [`Error::DeviceMismatch`], and the device's own.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, None)
-    }
-
-    /// As [`AdaptedLinear::forward`], with the active adapter's dropout. The same seed drops the same values, on every
-    /// device.
-    ///
-    /// # Errors
-    /// As [`AdaptedLinear::forward`]; [`Error::Invalid`] while an adapter is merged into the base.
-    pub fn forward_train(&self, x: &Tensor, seed: u64) -> Result<Tensor> {
-        self.check_unmerged("a training pass")?;
-        self.run(x, Some(seed))
+        self.run(x, None).map(|(y, _)| y)
     }
 
     /// As [`AdaptedLinear::forward`], from host memory and back.
@@ -250,20 +297,20 @@ impl<Base> AdaptedLinear<Base> {
         self.forward(&Tensor::from_array(&self.device(), &x)?)?.to_array2()
     }
 
-    fn run(&self, x: &Tensor, seed: Option<u64>) -> Result<Tensor> {
-        let adapter = self.active_adapter().filter(|_| self.merged.is_none());
-        let Some(adapter) = adapter else { return qmatmul(x, &self.base, self.bias.as_ref(), None) };
-        let dropout = seed.map(|seed| Dropout { probability: adapter.dropout(), seed });
-        let h = lora_down(x, adapter.a(), dropout)?;
-        let lora = LoraUp { h: &h, b: adapter.b(), scale: adapter.scale() };
-        qmatmul(x, &self.base, self.bias.as_ref(), Some(lora))
-    }
-
-    /// W + s * B * A of the active adapter as f32, [d_out, d_in], computed on the layer's device: what an export
-    /// writes.
-    pub fn merge_to_f32(&self) -> Result<Array2<f32>> {
-        let adapter = self.active_adapter().filter(|_| self.merged.is_none());
-        dequantize(&self.base, adapter.map(|adapter| delta(adapter, 1.0)))
+    /// The active adapter's factor of each column of the output, if it is DoRA. It is computed once, and again after
+    /// anything that may change the adapter.
+    pub(super) fn dora_factor(&self) -> Result<Option<&DoraFactor>> {
+        let Some(adapter) = self.active_adapter().filter(|adapter| adapter.is_dora()) else { return Ok(None) };
+        if let Some(factor) = self.dora.get() {
+            return Ok(Some(factor));
+        }
+        let Some(magnitude) = adapter.magnitude() else {
+            let (what, got) = ("DoRA's magnitude", "that of a layer that the adapter was never added to".into());
+            return Err(Error::Invalid { op: OP, what, got, expected: "add_adapter finds it".into() });
+        };
+        let norm = dora_norm(&self.base, Some(delta(adapter)))?;
+        let c = divide_columns(magnitude, &norm)?;
+        Ok(Some(self.dora.get_or_init(|| DoraFactor { norm, c })))
     }
 
     /// Whether an adapter has been merged into the base.
@@ -289,8 +336,19 @@ impl<Base> AdaptedLinear<Base> {
     }
 }
 
-fn delta(adapter: &LoraAdapter, sign: f32) -> Delta<'_> {
-    Delta { a: adapter.a(), b: adapter.b(), scale: sign * adapter.scale() }
+/// What an adapter adds to its base, but for DoRA's factor.
+pub(super) fn delta(adapter: &LoraAdapter) -> Delta<'_> {
+    Delta { a: adapter.a(), b: adapter.b(), scale: adapter.scale() }
+}
+
+impl Linear {
+    /// A layer with this base and no adapter yet.
+    ///
+    /// # Errors
+    /// The device's own.
+    pub fn new(device: &Device, base: impl Into<Arc<HostMatrix>>) -> Result<Linear> {
+        Linear::with_base(device, base)
+    }
 }
 
 impl LoraLinear {
@@ -307,50 +365,6 @@ impl LoraLinear {
         let (rows, cols) = weight.dim();
         LoraLinear::new(device, DenseMatrix::new(rows, cols, DenseData::F32(weight.iter().copied().collect()))?)
     }
-
-    /// Adds s * B * A of the active adapter to the base; the layer then computes with the base alone.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] if there is no active adapter, one is merged already, or the base is not f32 (rounding would
-    /// make it impossible to undo: see [`AdaptedLinear::merge_to_f32`]).
-    pub fn merge(&mut self) -> Result<()> {
-        let adapter = self.active_adapter().cloned();
-        let Some(adapter) = adapter.filter(|_| self.merged.is_none()) else {
-            let got = if self.is_merged() { "merged already" } else { "without an active adapter" };
-            return Err(merge_error("the layer", got, "merge takes an active adapter that is not merged yet"));
-        };
-        self.shift_base(&adapter, 1.0)?;
-        self.merged = Some(adapter);
-        Ok(())
-    }
-
-    /// Takes the merged adapter out of the base again, to within f32 rounding.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`] if none is merged.
-    pub fn unmerge(&mut self) -> Result<()> {
-        let Some(adapter) = self.merged.clone() else {
-            return Err(merge_error("the layer", "not merged", "unmerge takes a merged one"));
-        };
-        self.shift_base(&adapter, -1.0)?;
-        self.merged = None;
-        Ok(())
-    }
-
-    fn shift_base(&mut self, adapter: &LoraAdapter, sign: f32) -> Result<()> {
-        if !self.base.is_f32() {
-            return Err(merge_error("the base", "not f32", "only f32 can be merged in place and unmerged"));
-        }
-        let (rows, cols) = (self.d_out(), self.d_in());
-        let values = dequantize(&self.base, Some(delta(adapter, sign)))?.into_raw_vec_and_offset().0;
-        let base = DenseMatrix::new(rows, cols, DenseData::F32(values))?;
-        self.base = DeviceMatrix::new(&self.device(), HostMatrix::from(base))?;
-        Ok(())
-    }
-}
-
-fn merge_error(what: &'static str, got: &str, expected: &str) -> Error {
-    Error::Invalid { op: "merge", what, got: got.to_owned(), expected: expected.to_owned() }
 }
 
 impl QLoraLinear {
@@ -394,8 +408,9 @@ impl QLoraLinear {
             DenseData::Q8_0 { .. } => QuantizedMatrix::quantize(dense.to_f32().as_slice().into(), rows, cols, options),
         }?;
         let base = DeviceMatrix::new(&layer.device(), HostMatrix::from(quantized))?;
-        let AdaptedLinear { bias, adapters, active, .. } = layer;
-        Ok(AdaptedLinear { base, bias, adapters, active, merged: None, kind: PhantomData })
+        let AdaptedLinear { bias, train_bias, adapters, active, .. } = layer;
+        let dora = OnceLock::new();
+        Ok(AdaptedLinear { base, bias, train_bias, adapters, active, merged: None, dora, kind: PhantomData })
     }
 
     /// The packed base as it is on the host; from a GPU it is read back, to the bit.

@@ -1,0 +1,98 @@
+//! Adapters in the base: W + s * B * A, for DoRA times its factor c, row by row.
+
+use ndarray::{Array2, Axis};
+
+use super::adapter::LoraAdapter;
+use super::linear::{AdaptedLinear, LoraLinear, delta};
+use crate::error::{Error, Result};
+use crate::kernels::dequantize::{Delta, dequantize};
+use crate::kernels::matrix::{DeviceMatrix, HostMatrix};
+use crate::quant::{DenseData, DenseMatrix};
+use crate::tensor::Tensor;
+
+/// An adapter as it was when it was merged, and DoRA's factor of each row.
+#[derive(Clone)]
+pub(super) struct Merged {
+    adapter: LoraAdapter,
+    factor: Option<Vec<f32>>,
+}
+
+pub(super) fn merge_error(what: &'static str, got: &str, expected: &str) -> Error {
+    Error::Invalid { op: "merge", what, got: got.to_owned(), expected: expected.to_owned() }
+}
+
+/// Row i of `values` times (by `apply`) the i-th factor.
+fn each_row(values: &mut Array2<f32>, factor: Option<&[f32]>, apply: impl Fn(&mut f32, f32)) {
+    for (mut row, &factor) in values.axis_iter_mut(Axis(0)).zip(factor.unwrap_or_default()) {
+        row.iter_mut().for_each(|value| apply(value, factor));
+    }
+}
+
+impl<Base> AdaptedLinear<Base> {
+    /// W + s * B * A of the active adapter as f32, [d_out, d_in], computed on the layer's device: what an export
+    /// writes. With DoRA its rows have the magnitude's lengths.
+    pub fn merge_to_f32(&self) -> Result<Array2<f32>> {
+        let adapter = self.active_adapter().filter(|_| !self.is_merged());
+        let mut values = dequantize(self.base(), adapter.map(delta))?;
+        if adapter.is_some() {
+            each_row(&mut values, self.row_factor()?.as_deref(), |value, factor| *value *= factor);
+        }
+        Ok(values)
+    }
+
+    fn row_factor(&self) -> Result<Option<Vec<f32>>> {
+        self.dora_factor()?.map(|factor| factor.c.to_vec()).transpose()
+    }
+}
+
+impl LoraLinear {
+    /// Merges the active adapter into the base; the layer then computes with the base alone.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is no active adapter, one is merged already, or it could not be undone: the base is
+    /// not f32, or DoRA's factor of a row is zero or not finite (see [`AdaptedLinear::merge_to_f32`]).
+    pub fn merge(&mut self) -> Result<()> {
+        let adapter = self.active_adapter().cloned();
+        let Some(adapter) = adapter.filter(|_| !self.is_merged()) else {
+            let got = if self.is_merged() { "merged already" } else { "without an active adapter" };
+            return Err(merge_error("the layer", got, "merge takes an active adapter that is not merged yet"));
+        };
+        if !self.base.is_f32() {
+            return Err(merge_error("the base", "not f32", "only f32 can be merged in place and unmerged"));
+        }
+        let factor = self.row_factor()?;
+        if factor.iter().flatten().any(|factor| *factor == 0.0 || !factor.is_finite()) {
+            return Err(merge_error("DoRA's factor", "zero or not finite in a row", "it could not be unmerged"));
+        }
+        let values = self.merge_to_f32()?;
+        self.set_base(values)?;
+        self.merged = Some(Merged { adapter, factor });
+        Ok(())
+    }
+
+    /// Takes the merged adapter out of the base again, to within f32 rounding.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if none is merged.
+    pub fn unmerge(&mut self) -> Result<()> {
+        let Some(Merged { adapter, factor }) = self.merged.clone() else {
+            return Err(merge_error("the layer", "not merged", "unmerge takes a merged one"));
+        };
+        // The base is c * (W + s * B * A): take s * (c * B) * A from it, then divide by c.
+        let mut b = adapter.b().to_array2()?;
+        each_row(&mut b, factor.as_deref(), |value, factor| *value *= factor);
+        let b = Tensor::from_array(&self.device(), &b)?;
+        let mut values = dequantize(&self.base, Some(Delta { a: adapter.a(), b: &b, scale: -adapter.scale() }))?;
+        each_row(&mut values, factor.as_deref(), |value, factor| *value /= factor);
+        self.set_base(values)?;
+        self.merged = None;
+        Ok(())
+    }
+
+    fn set_base(&mut self, values: Array2<f32>) -> Result<()> {
+        let (rows, cols) = values.dim();
+        let base = DenseMatrix::new(rows, cols, DenseData::F32(values.into_raw_vec_and_offset().0))?;
+        self.base = DeviceMatrix::new(&self.device(), HostMatrix::from(base))?;
+        Ok(())
+    }
+}

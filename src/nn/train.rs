@@ -1,0 +1,158 @@
+//! Forward and backward of an adapted layer for training, usable without any tape.
+//!
+//! | letter | what |
+//! |---|---|
+//! | x | input [M, d_in], xd = dropout(x) |
+//! | H, U | H = xd * A^T [M, r], U = xd * W^T + s * H * B^T [M, d_out] |
+//! | c | DoRA's factor m / n `[d_out]`, with n the row norms of W + s * B * A, through which no gradient flows |
+//!
+//! LoRA: y = x * W^T + bias + s * H * B^T. With dY given, G = s * dY * B, then dA = G^T * xd, dB = s * dY^T * H and
+//! dX = dY * W + mask * (G * A).
+//!
+//! DoRA (Liu et al., 2024), with the base term of the factor on xd, as PEFT has it: y = (x - xd) * W^T + bias + c * U.
+//! With dU = c * dY: dm = columns of (dY * U) / n, dA and dB as LoRA has them with dU for dY, and
+//! dX = (1 - mask) * (dY * W) + mask * (dU * W + G * A).
+
+use super::adapter::LoraAdapter;
+use super::linear::AdaptedLinear;
+use crate::error::Result;
+use crate::kernels::LoraUp;
+use crate::kernels::column_sum::column_sum;
+use crate::kernels::dropout_mix::{Mix, dropout_mix};
+use crate::kernels::expect_shape;
+use crate::kernels::lora_dh::lora_dh;
+use crate::kernels::lora_down::{Dropout, lora_down};
+use crate::kernels::lora_dw::lora_dw;
+use crate::kernels::qmatmul::qmatmul;
+use crate::kernels::qmatmul_dx::{LoraDx, qmatmul_dx};
+use crate::kernels::scale_columns::{divide_columns, scale_columns};
+use crate::tensor::Tensor;
+
+const OP: &str = "linear layer's backward";
+
+/// What [`AdaptedLinear::backward`] needs of a forward pass. It shares the input and the adapter's values; an optimizer
+/// that updates them in place copies them as long as this lives.
+#[derive(Clone)]
+pub struct Saved {
+    rows: usize,
+    adapted: Option<SavedAdapter>,
+}
+
+#[derive(Clone)]
+struct SavedAdapter {
+    adapter: LoraAdapter,
+    dropout: Option<Dropout>,
+    x: Tensor,
+    h: Tensor,
+    dora: Option<SavedDora>,
+}
+
+#[derive(Clone)]
+struct SavedDora {
+    factor: DoraFactor,
+    u: Tensor,
+}
+
+/// DoRA's factor of each column of the output.
+#[derive(Clone)]
+pub(super) struct DoraFactor {
+    /// n, the row norms of W + s * B * A: `[d_out]`.
+    pub(super) norm: Tensor,
+    /// c = m / n: `[d_out]`.
+    pub(super) c: Tensor,
+}
+
+/// Gradients of a layer's input and of what it trains. The frozen base has none.
+#[derive(Clone, Debug, Default)]
+pub struct LinearGrads {
+    /// Of the input, [M, d_in], if asked for.
+    pub dx: Option<Tensor>,
+    /// Of A, [r, d_in], if an adapter is active.
+    pub da: Option<Tensor>,
+    /// Of B, [d_out, r], if an adapter is active.
+    pub db: Option<Tensor>,
+    /// Of DoRA's magnitude, `[d_out]`, if the active adapter has one.
+    pub dmagnitude: Option<Tensor>,
+    /// Of the bias, `[d_out]`, if it is trained.
+    pub dbias: Option<Tensor>,
+}
+
+impl<Base> AdaptedLinear<Base> {
+    /// As [`AdaptedLinear::forward`], with the active adapter's dropout, and what the backward pass needs. The same seed
+    /// drops the same values, on every device.
+    ///
+    /// # Errors
+    /// As [`AdaptedLinear::forward`]; [`Error::Invalid`](crate::Error::Invalid) while an adapter is merged into the base.
+    pub fn forward_train(&self, x: &Tensor, seed: u64) -> Result<(Tensor, Saved)> {
+        self.check_unmerged("a training pass")?;
+        let probability = self.active_adapter().map_or(0.0, LoraAdapter::dropout);
+        self.run(x, (probability > 0.0).then_some(Dropout { probability, seed }))
+    }
+
+    /// The gradients, of dY [M, d_out] and what [`AdaptedLinear::forward_train`] saved; that of the input only if
+    /// `need_dx`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
+    pub fn backward(&self, dy: &Tensor, saved: &Saved, need_dx: bool) -> Result<LinearGrads> {
+        expect_shape(OP, "dY", dy, &[saved.rows, self.d_out()])?;
+        let dbias = self.trained_bias().map(|_| column_sum(dy, None)).transpose()?;
+        let Some(SavedAdapter { adapter, dropout, x, h, dora }) = &saved.adapted else {
+            let dx = need_dx.then(|| qmatmul_dx(dy, self.base(), None)).transpose()?;
+            return Ok(LinearGrads { dx, dbias, ..LinearGrads::default() });
+        };
+        let (a, b, s) = (adapter.a(), adapter.b(), adapter.scale());
+        // The gradient of what the adapter adds to: that of y, or of U.
+        let du = match dora {
+            Some(dora) => &scale_columns(dy, &dora.factor.c, None)?,
+            None => dy,
+        };
+        let g = lora_dh(du, b, s)?;
+        let of_magnitude = |dora: &SavedDora| divide_columns(&column_sum(dy, Some(&dora.u))?, &dora.factor.norm);
+        let dx = match (dora, dropout) {
+            _ if !need_dx => None,
+            (Some(_), Some(dropout)) => {
+                let kept = qmatmul_dx(du, self.base(), Some(LoraDx { g: &g, a, dropout: None }))?;
+                Some(dropout_mix(Mix::Both(&kept, &qmatmul_dx(dy, self.base(), None)?), *dropout)?)
+            }
+            _ => Some(qmatmul_dx(du, self.base(), Some(LoraDx { g: &g, a, dropout: *dropout }))?),
+        };
+        Ok(LinearGrads {
+            dx,
+            da: Some(lora_dw(&g, x, 1.0, *dropout)?),
+            db: Some(lora_dw(du, h, s, None)?),
+            dmagnitude: dora.as_ref().map(of_magnitude).transpose()?,
+            dbias,
+        })
+    }
+
+    /// y of x, and what a backward pass needs.
+    pub(super) fn run(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Saved)> {
+        let Some(adapter) = self.active_adapter().filter(|_| !self.is_merged()) else {
+            let y = qmatmul(x, self.base(), self.bias(), None)?;
+            return Ok((y, Saved { rows: x.shape()[0], adapted: None }));
+        };
+        let up = |h| LoraUp { h, b: adapter.b(), scale: adapter.scale() };
+        let (y, h, dora) = match self.dora_factor()? {
+            None => {
+                let h = lora_down(x, adapter.a(), dropout)?;
+                (qmatmul(x, self.base(), self.bias(), Some(up(&h)))?, h, None)
+            }
+            Some(factor) => {
+                let (xd, beside) = match dropout {
+                    None => (x.clone(), self.bias().cloned()),
+                    Some(dropout) => {
+                        let taken = dropout_mix(Mix::Rest(x), dropout)?;
+                        let beside = qmatmul(&taken, self.base(), self.bias(), None)?;
+                        (dropout_mix(Mix::Kept(x), dropout)?, Some(beside))
+                    }
+                };
+                let h = lora_down(&xd, adapter.a(), None)?;
+                let u = qmatmul(&xd, self.base(), None, Some(up(&h)))?;
+                (scale_columns(&u, &factor.c, beside.as_ref())?, h, Some(SavedDora { factor: factor.clone(), u }))
+            }
+        };
+        let adapted = SavedAdapter { adapter: adapter.clone(), dropout, x: x.clone(), h, dora };
+        Ok((y, Saved { rows: x.shape()[0], adapted: Some(adapted) }))
+    }
+}
