@@ -1,4 +1,5 @@
-//! File formats: what the matrices of [`quant`](crate::quant) look like on disk.
+//! File formats: what matrices, checkpoints and adapters look like on disk.
 
 pub mod bitsandbytes;
+pub(crate) mod json;
 pub mod safetensors;
