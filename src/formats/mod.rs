@@ -1,5 +1,7 @@
 //! File formats: what matrices, checkpoints and adapters look like on disk.
 
 pub mod bitsandbytes;
+pub mod checkpoint;
 pub(crate) mod json;
 pub mod safetensors;
+mod staged;
