@@ -3,5 +3,6 @@
 pub mod bitsandbytes;
 pub mod checkpoint;
 pub(crate) mod json;
+pub mod peft;
 pub mod safetensors;
 mod staged;
