@@ -30,12 +30,12 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters |
+//! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters; model configs |
 //! | [`kernels`] | the fused kernels, one file each, with their CPU twins |
 //! | [`tensor`], [`indices`] | f32 tensors and u32 values on a device |
 //! | [`device`] | the CPU and GPUs: choice, capability tiers, memory, errors as values |
 //! | [`quant`] | what the bytes of a 4-bit matrix mean: NF4, FP4, int4, double quantization |
-//! | [`formats`] | files: safetensors with bitsandbytes' serialization |
+//! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face checkpoints, PEFT adapters |
 //!
 //! Functions do not panic on bad input: they return an [`Error`] that names the operation and the shapes, file or key.
 

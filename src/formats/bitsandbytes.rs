@@ -18,17 +18,16 @@ use std::collections::BTreeSet;
 
 use serde::Deserialize;
 
-use super::safetensors::{OutData, OutTensor, SafetensorsFile, TensorType};
+use super::safetensors::{OutData, OutTensor, TensorType, Tensors};
 use crate::error::{Error, Result};
 use crate::quant::{Codebook, DoubleScales, Format, Parts, QuantizedMatrix, Scales};
 
 const STATE: &str = "quant_state.";
 const SIDE_TENSORS: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"];
 
-/// Names of the 4-bit weights in `file`: those that have a `quant_state`.
-pub fn quantized_weights(file: &SafetensorsFile) -> BTreeSet<&str> {
-    let states = file.names().iter().filter_map(|key| Some(key.split_once(".quant_state.")?.0));
-    states.collect()
+/// Names of the 4-bit weights among `tensors`: those that have a `quant_state`.
+pub fn quantized_weights(tensors: &impl Tensors) -> BTreeSet<&str> {
+    tensors.names().filter_map(|key| Some(key.split_once(".quant_state.")?.0)).collect()
 }
 
 /// The weight that `key` is a side tensor of, by its name alone: `a.weight` for `a.weight.absmax`.
@@ -46,12 +45,12 @@ pub fn weight_of(key: &str) -> Option<&str> {
 /// [`Error::Tensor`] with the key at fault: a tensor that is missing or of the wrong type or length,
 /// more than one `quant_state`, or one whose JSON lacks a key, has an unknown one, or contradicts the
 /// tensors.
-pub fn read(file: &SafetensorsFile, weight: &str) -> Result<QuantizedMatrix> {
-    let (state_key, format) = find_state(file, weight)?;
-    let state = file.tensor(&state_key)?;
+pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
+    let (state_key, format) = find_state(tensors, weight)?;
+    let state = tensors.tensor(&state_key)?;
     let state: QuantState = serde_json::from_slice(state.bytes)
-        .map_err(|e| file.tensor_error(&state_key, format!("is not a known quant_state: {e}")))?;
-    let contradiction = |message: String| file.tensor_error(&state_key, message);
+        .map_err(|e| tensors.tensor_error(&state_key, format!("is not a known quant_state: {e}")))?;
+    let contradiction = |message: String| tensors.tensor_error(&state_key, message);
     if state.quant_type != format.to_string() {
         return Err(contradiction(format!("quant_type {:?} is not {format}", state.quant_type)));
     }
@@ -62,26 +61,26 @@ pub fn read(file: &SafetensorsFile, weight: &str) -> Result<QuantizedMatrix> {
     let dtype = state.dtype.parse().map_err(|e: Error| contradiction(e.to_string()))?;
 
     let absmax_key = format!("{weight}.absmax");
-    let absmax = file.tensor(&absmax_key)?;
+    let absmax = tensors.tensor(&absmax_key)?;
     let scales = match nested {
-        None => Scales::Plain(floats(file, &absmax_key)?.into_owned()),
+        None => Scales::Plain(floats(tensors, &absmax_key)?.into_owned()),
         Some(_) if absmax.dtype != TensorType::U8 => {
             let message = format!("is {}, but its quant_state says nested, which is U8", absmax.dtype);
-            return Err(file.tensor_error(&absmax_key, message));
+            return Err(tensors.tensor_error(&absmax_key, message));
         }
         Some(Nested { super_block, offset }) => Scales::Double(DoubleScales {
             codes: absmax.bytes.to_vec(),
-            table: Box::new(table(file, &format!("{weight}.nested_quant_map"))?),
-            supers: floats(file, &format!("{weight}.nested_absmax"))?.into_owned(),
+            table: Box::new(table(tensors, &format!("{weight}.nested_quant_map"))?),
+            supers: floats(tensors, &format!("{weight}.nested_absmax"))?.into_owned(),
             super_block,
             offset,
         }),
     };
-    let codebook = Codebook(table(file, &format!("{weight}.quant_map"))?);
-    let codes = file.tensor(weight)?.bytes.to_vec();
+    let codebook = Codebook(table(tensors, &format!("{weight}.quant_map"))?);
+    let codes = tensors.tensor(weight)?.bytes.to_vec();
     let block = state.blocksize;
     QuantizedMatrix::from_parts(Parts { format, rows, cols, codes, codebook, block, scales, mins: None, dtype })
-        .map_err(|e| file.tensor_error(weight, e))
+        .map_err(|e| tensors.tensor_error(weight, e))
 }
 
 /// The tensors that store `matrix` under the name `weight`; the codes and scales are borrowed.
@@ -165,17 +164,17 @@ impl QuantState {
 }
 
 /// The one `quant_state` key of `weight`, and the format that its last part names.
-fn find_state(file: &SafetensorsFile, weight: &str) -> Result<(String, Format)> {
+fn find_state(tensors: &impl Tensors, weight: &str) -> Result<(String, Format)> {
     let prefix = format!("{weight}.{STATE}");
-    let states: Vec<_> = file.names().iter().filter_map(|key| key.strip_prefix(&prefix)).collect();
+    let states: Vec<_> = tensors.names().filter_map(|key| key.strip_prefix(&prefix)).collect();
     let &[state] = &states[..] else {
         let message = format!("has {} quant_state tensors, expected one", states.len());
-        return Err(file.tensor_error(weight, message));
+        return Err(tensors.tensor_error(weight, message));
     };
     let key = prefix + state;
     match [Format::Nf4, Format::Fp4, Format::Int4].into_iter().find(|&format| state_name(format) == state) {
         Some(format) => Ok((key, format)),
-        None => Err(file.tensor_error(&key, "names no known 4-bit format")),
+        None => Err(tensors.tensor_error(&key, "names no known 4-bit format")),
     }
 }
 
@@ -189,15 +188,15 @@ fn state_name(format: Format) -> &'static str {
 }
 
 /// The f32 values of tensor `key`.
-fn floats<'a>(file: &'a SafetensorsFile, key: &str) -> Result<Cow<'a, [f32]>> {
-    let tensor = file.tensor(key)?;
-    tensor.f32s().ok_or_else(|| file.tensor_error(key, format!("is {}, expected F32", tensor.dtype)))
+fn floats<'a>(tensors: &'a impl Tensors, key: &str) -> Result<Cow<'a, [f32]>> {
+    let tensor = tensors.tensor(key)?;
+    tensor.f32s().ok_or_else(|| tensors.tensor_error(key, format!("is {}, expected F32", tensor.dtype)))
 }
 
 /// The `N` f32 values of tensor `key`.
-fn table<const N: usize>(file: &SafetensorsFile, key: &str) -> Result<[f32; N]> {
-    let values = floats(file, key)?;
-    (*values).try_into().map_err(|_| file.tensor_error(key, format!("has {} values, expected {N}", values.len())))
+fn table<const N: usize>(tensors: &impl Tensors, key: &str) -> Result<[f32; N]> {
+    let values = floats(tensors, key)?;
+    (*values).try_into().map_err(|_| tensors.tensor_error(key, format!("has {} values, expected {N}", values.len())))
 }
 
 /// The text that Python's `json.dumps` gives for the `quant_state` of `matrix`.
@@ -244,7 +243,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::formats::safetensors::write;
+    use crate::formats::safetensors::{SafetensorsFile, write};
     use crate::quant::{DoubleQuant, QuantOptions};
 
     fn matrix(rows: usize, cols: usize, options: &QuantOptions) -> QuantizedMatrix {

@@ -1,4 +1,8 @@
-//! File formats: what the matrices of [`quant`](crate::quant) look like on disk.
+//! File formats: what matrices, checkpoints and adapters look like on disk.
 
 pub mod bitsandbytes;
+pub mod checkpoint;
+pub(crate) mod json;
+pub mod peft;
 pub mod safetensors;
+mod staged;

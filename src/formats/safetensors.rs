@@ -7,15 +7,17 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use bytemuck::Pod;
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use memmap2::Mmap;
 pub use safetensors::Dtype as TensorType;
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use super::staged::StagedFile;
 use crate::error::{Error, Result};
 use crate::quant::Source;
 
@@ -27,6 +29,26 @@ const LENGTH_BYTES: usize = 8;
 
 /// The most bytes of header that the format allows.
 const MAX_HEADER: usize = 100_000_000;
+
+/// Tensors by name: those of one file, or of several.
+pub trait Tensors {
+    /// All names.
+    fn names(&self) -> impl Iterator<Item = &str>;
+
+    /// The tensor called `name`, if there is one.
+    fn get(&self, name: &str) -> Option<Tensor<'_>>;
+
+    /// An [`Error::Tensor`] about the tensor called `name`, be it there or not.
+    fn tensor_error(&self, name: &str, message: impl ToString) -> Error;
+
+    /// The tensor called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if there is none.
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        self.get(name).ok_or_else(|| self.tensor_error(name, "is missing"))
+    }
+}
 
 /// A memory-mapped safetensors file.
 #[derive(Debug)]
@@ -90,6 +112,20 @@ impl SafetensorsFile {
     /// An [`Error::Tensor`] about a tensor of this file.
     pub fn tensor_error(&self, name: &str, message: impl ToString) -> Error {
         Error::Tensor { path: self.path.clone(), key: name.into(), message: message.to_string() }
+    }
+}
+
+impl Tensors for SafetensorsFile {
+    fn names(&self) -> impl Iterator<Item = &str> {
+        self.names.iter().map(String::as_str)
+    }
+
+    fn get(&self, name: &str) -> Option<Tensor<'_>> {
+        SafetensorsFile::get(self, name)
+    }
+
+    fn tensor_error(&self, name: &str, message: impl ToString) -> Error {
+        SafetensorsFile::tensor_error(self, name, message)
     }
 }
 
@@ -169,6 +205,15 @@ impl Floats<'_> {
             Floats::Bf16(values) => Source::Bf16(values),
         }
     }
+
+    /// The values as f32, which is exact.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Floats::F32(values) => values.into_owned(),
+            Floats::F16(values) => values.to_f32_vec(),
+            Floats::Bf16(values) => values.to_f32_vec(),
+        }
+    }
 }
 
 /// A tensor to be written.
@@ -200,7 +245,16 @@ pub enum OutData<'a> {
 /// # Errors
 /// [`Error::Io`] if writing fails, [`Error::Tensor`] for a name that appears twice or bytes that do
 /// not fit the shape.
-pub fn write(path: &Path, mut tensors: Vec<OutTensor<'_>>, mut metadata: BTreeMap<String, String>) -> Result<()> {
+pub fn write(path: &Path, tensors: Vec<OutTensor<'_>>, metadata: BTreeMap<String, String>) -> Result<()> {
+    stage(path, tensors, metadata)?.commit()
+}
+
+/// Does what [`write`] does, but for the renaming.
+pub(super) fn stage(
+    path: &Path,
+    mut tensors: Vec<OutTensor<'_>>,
+    mut metadata: BTreeMap<String, String>,
+) -> Result<StagedFile> {
     let io_error = |e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
     let json_error = |e: serde_json::Error| Error::Io { path: path.into(), message: e.to_string() };
     metadata.entry("format".into()).or_insert_with(|| "pt".into());
@@ -221,26 +275,22 @@ pub fn write(path: &Path, mut tensors: Vec<OutTensor<'_>>, mut metadata: BTreeMa
     let mut header = serde_json::to_vec(&header).map_err(json_error)?;
     header.resize(header.len().next_multiple_of(LENGTH_BYTES), b' ');
 
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let temporary = temporary_file(folder.unwrap_or(Path::new("."))).map_err(io_error)?;
-    let mut out = BufWriter::with_capacity(1 << 20, temporary);
-    out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io_error)?;
-    out.write_all(&header).map_err(io_error)?;
-    for tensor in &tensors {
-        let bytes = match &tensor.data {
-            OutData::Bytes(bytes) => Cow::Borrowed(&**bytes),
-            OutData::Lazy(make) => Cow::Owned(make()),
-        };
-        if byte_len(tensor) != Some(bytes.len()) {
-            let message = format!("{} bytes do not fill {} {:?}", bytes.len(), tensor.dtype, tensor.shape);
-            return Err(tensor_error(path, tensor, message));
+    StagedFile::new(path, |out| {
+        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io_error)?;
+        out.write_all(&header).map_err(io_error)?;
+        for tensor in &tensors {
+            let bytes = match &tensor.data {
+                OutData::Bytes(bytes) => Cow::Borrowed(&**bytes),
+                OutData::Lazy(make) => Cow::Owned(make()),
+            };
+            if byte_len(tensor) != Some(bytes.len()) {
+                let message = format!("{} bytes do not fill {} {:?}", bytes.len(), tensor.dtype, tensor.shape);
+                return Err(tensor_error(path, tensor, message));
+            }
+            out.write_all(&bytes).map_err(io_error)?;
         }
-        out.write_all(&bytes).map_err(io_error)?;
-    }
-    let temporary = out.into_inner().map_err(|e| io_error(e.into_error()))?;
-    temporary.as_file().sync_all().map_err(io_error)?;
-    temporary.persist(path).map_err(|e| io_error(e.error))?;
-    Ok(())
+        Ok(())
+    })
 }
 
 fn tensor_error(path: &Path, tensor: &OutTensor<'_>, message: impl ToString) -> Error {
@@ -251,15 +301,6 @@ fn tensor_error(path: &Path, tensor: &OutTensor<'_>, message: impl ToString) -> 
 fn byte_len(tensor: &OutTensor<'_>) -> Option<usize> {
     let elements = tensor.shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d))?;
     elements.checked_mul(tensor.dtype.bitsize()).map(|bits| bits / 8)
-}
-
-/// A temporary file with the permissions of an ordinary new file, not only the owner's.
-fn temporary_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".qlora-").suffix(".tmp");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder)
 }
 
 #[cfg(test)]

@@ -1,0 +1,73 @@
+//! JSON objects in files, read key by key with errors that name the file and the key.
+
+use std::fmt::Display;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+/// An object of a JSON file: the whole file, or one nested in it.
+#[derive(Clone, Debug)]
+pub(crate) struct JsonObject {
+    path: PathBuf,
+    /// The keys that lead to this object, each with a dot after it.
+    prefix: String,
+    map: Map<String, Value>,
+}
+
+impl JsonObject {
+    /// Reads the file at `path`, which must hold one object.
+    pub(crate) fn read(path: &Path) -> Result<Self> {
+        let text = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+        let malformed = |e: serde_json::Error| Error::File { path: path.into(), message: format!("is malformed: {e}") };
+        Ok(JsonObject {
+            path: path.into(),
+            prefix: String::new(),
+            map: serde_json::from_slice(&text).map_err(malformed)?,
+        })
+    }
+
+    /// Whether `key` is there, be it null.
+    pub(crate) fn contains(&self, key: &str) -> bool {
+        self.map.contains_key(key)
+    }
+
+    /// The keys, in the order of the file.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.map.keys().map(String::as_str)
+    }
+
+    /// The value of `key` as JSON, unless it is absent or null.
+    pub(crate) fn value(&self, key: &str) -> Option<&Value> {
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    /// The value of `key`, unless it is absent or null.
+    pub(crate) fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
+        self.value(key).map(|value| T::deserialize(value).map_err(|e| self.error(key, e))).transpose()
+    }
+
+    /// The value of `key`.
+    pub(crate) fn require<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
+        self.get(key)?.ok_or_else(|| self.error(key, "is missing"))
+    }
+
+    /// The object at `key`, unless it is absent or null.
+    pub(crate) fn object(&self, key: &str) -> Result<Option<JsonObject>> {
+        let prefix = format!("{}{key}.", self.prefix);
+        Ok(self.get(key)?.map(|map| JsonObject { path: self.path.clone(), prefix, map }))
+    }
+
+    /// An [`Error::File`] about `key`.
+    pub(crate) fn error(&self, key: &str, message: impl Display) -> Error {
+        Error::File { path: self.path.clone(), message: format!("`{}{key}`: {message}", self.prefix) }
+    }
+
+    /// An [`Error::File`] about a value of `key` that is not supported.
+    pub(crate) fn unsupported(&self, key: &str, value: &Value, hint: impl Display) -> Error {
+        self.error(key, format!("is {value}; {hint}"))
+    }
+}

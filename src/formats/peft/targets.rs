@@ -1,0 +1,311 @@
+//! Which modules an adapter is for: `target_modules` and the keys beside it, by PEFT's rules.
+
+use std::fmt;
+
+use regex::Regex;
+
+use crate::error::{Error, Result};
+
+/// `target_modules`, or `exclude_modules`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TargetModules {
+    /// Every linear layer but the output head: `"all-linear"`.
+    AllLinear,
+    /// Modules whose path is one of these, or ends with a dot and one of these.
+    Names(Vec<String>),
+    /// Modules whose whole path this expression matches.
+    Regex(ModuleRegex),
+}
+
+impl TargetModules {
+    /// Modules called by one of `names`.
+    pub fn names<T: Into<String>>(names: impl IntoIterator<Item = T>) -> Self {
+        TargetModules::Names(names.into_iter().map(Into::into).collect())
+    }
+
+    /// Modules whose whole path `expression` matches.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an expression that is malformed or looks around.
+    pub fn regex(expression: &str) -> Result<Self> {
+        ModuleRegex::new(expression).map(TargetModules::Regex)
+    }
+
+    /// Whether the linear layer at `path` is meant; `is_head` says whether it is the model's output head.
+    pub fn matches(&self, path: &str, is_head: bool) -> bool {
+        match self {
+            TargetModules::AllLinear => !is_head,
+            TargetModules::Names(names) => names.iter().any(|name| is_called(path, name)),
+            TargetModules::Regex(expression) => expression.regex.is_match(path),
+        }
+    }
+}
+
+/// Whether `path` is `name` or ends with a dot and `name`.
+fn is_called(path: &str, name: &str) -> bool {
+    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// A regular expression over module paths, in the common subset of Python's and this crate's: no look-around, no
+/// backreferences.
+#[derive(Clone)]
+pub struct ModuleRegex {
+    text: String,
+    regex: Regex,
+}
+
+impl ModuleRegex {
+    /// An expression that must match a whole path.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it is malformed or not supported.
+    pub fn new(text: &str) -> Result<Self> {
+        Self::within(text, "^(?:", ")$")
+    }
+
+    /// The expression `text` between `before` and `after`, checked by itself first.
+    fn within(text: &str, before: &str, after: &str) -> Result<Self> {
+        let invalid = |e: regex::Error| Error::Invalid {
+            op: "target modules",
+            what: "regular expression",
+            got: format!("{text:?}"),
+            expected: format!("it is malformed, or looks around, which is not supported: {e}"),
+        };
+        Regex::new(text).map_err(invalid)?;
+        Ok(ModuleRegex { text: text.into(), regex: Regex::new(&format!("{before}{text}{after}")).map_err(invalid)? })
+    }
+
+    /// The expression as it was given.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
+
+impl PartialEq for ModuleRegex {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl fmt::Debug for ModuleRegex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.text, f)
+    }
+}
+
+/// The modules that an adapter is for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Targets {
+    modules: TargetModules,
+    exclude: Option<TargetModules>,
+    layers: Option<Layers>,
+}
+
+/// `layers_to_transform` and `layers_pattern`.
+#[derive(Clone, Debug, PartialEq)]
+struct Layers {
+    indices: Vec<usize>,
+    /// As given; empty for any container.
+    containers: Vec<String>,
+    /// What finds the layer's index, as `idx`, in a path.
+    patterns: Vec<ModuleRegex>,
+}
+
+impl Targets {
+    /// Those of `modules`.
+    pub fn new(modules: TargetModules) -> Self {
+        Targets { modules, exclude: None, layers: None }
+    }
+
+    /// Without those of `exclude`.
+    pub fn exclude(self, exclude: TargetModules) -> Self {
+        Targets { exclude: Some(exclude), ..self }
+    }
+
+    /// Only in the layers `indices`: the first number in a path, right after one of `containers` (expressions such as
+    /// `layers` or `h`), or after any name if there are none. As in PEFT, a module whose whole path is in the list of
+    /// [`TargetModules::Names`] stays, and no `indices` mean all layers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if the modules are not [`TargetModules::Names`], or for a malformed expression.
+    pub fn layers(self, indices: Vec<usize>, containers: Vec<String>) -> Result<Self> {
+        if !matches!(self.modules, TargetModules::Names(_)) {
+            return Err(Error::Invalid {
+                op: "target modules",
+                what: "layers_to_transform",
+                got: format!("{indices:?}"),
+                expected: "it goes only with a list of target_modules".into(),
+            });
+        }
+        let patterns = if containers.is_empty() {
+            vec![ModuleRegex::new(r".*?\.[^.]*\.(?P<idx>\d+)\..*")?]
+        } else {
+            let pattern = |text: &String| ModuleRegex::within(text, r"^(?:(?:^|.*?\.)", r"\.(?P<idx>\d+)\.)");
+            containers.iter().map(pattern).collect::<Result<_>>()?
+        };
+        Ok(Targets { layers: Some(Layers { indices, containers, patterns }), ..self })
+    }
+
+    /// What chooses the modules.
+    pub fn modules(&self) -> &TargetModules {
+        &self.modules
+    }
+
+    /// What leaves some of them out.
+    pub fn excluded(&self) -> Option<&TargetModules> {
+        self.exclude.as_ref()
+    }
+
+    /// `layers_to_transform`.
+    pub fn layers_to_transform(&self) -> Option<&[usize]> {
+        self.layers.as_ref().map(|layers| &layers.indices[..])
+    }
+
+    /// `layers_pattern`.
+    pub fn layers_pattern(&self) -> &[String] {
+        self.layers.as_ref().map_or(&[], |layers| &layers.containers)
+    }
+
+    /// Whether the adapter is for the linear layer at `path` (such as `model.layers.0.self_attn.q_proj`); `is_head` says
+    /// whether it is the model's output head.
+    pub fn matches(&self, path: &str, is_head: bool) -> bool {
+        if self.exclude.as_ref().is_some_and(|exclude| exclude.matches(path, is_head)) {
+            return false;
+        }
+        let listed = matches!(&self.modules, TargetModules::Names(names) if names.iter().any(|name| name == path));
+        listed || self.modules.matches(path, is_head) && self.layers.as_ref().is_none_or(|layers| layers.contain(path))
+    }
+}
+
+impl Layers {
+    fn contain(&self, path: &str) -> bool {
+        if self.indices.is_empty() {
+            return true;
+        }
+        let captures = self.patterns.iter().find_map(|pattern| pattern.regex.captures(path));
+        let index = captures.as_ref().and_then(|captures| captures.name("idx"));
+        index.is_some_and(|index| self.indices.iter().any(|i| index.as_str().parse() == Ok(*i)))
+    }
+}
+
+/// Values of some modules: `rank_pattern` and `alpha_pattern`. A key is an expression that matches a path as
+/// `(.*\.)?(KEY)$`; the first that does counts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModulePatterns<T>(Vec<(ModuleRegex, T)>);
+
+impl<T> Default for ModulePatterns<T> {
+    fn default() -> Self {
+        ModulePatterns(Vec::new())
+    }
+}
+
+impl<T: Copy> ModulePatterns<T> {
+    /// The values of these keys, in this order.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a key that is malformed or looks around.
+    pub fn new<K: AsRef<str>>(entries: impl IntoIterator<Item = (K, T)>) -> Result<Self> {
+        let entry = |(key, value): (K, T)| Ok((ModuleRegex::within(key.as_ref(), r"^(.*\.)?(", ")$")?, value));
+        entries.into_iter().map(entry).collect::<Result<_>>().map(ModulePatterns)
+    }
+
+    /// The value of the module at `path`, if a key matches it.
+    pub fn get(&self, path: &str) -> Option<T> {
+        self.0.iter().find(|(key, _)| key.regex.is_match(path)).map(|&(_, value)| value)
+    }
+
+    /// Keys and values, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, T)> {
+        self.0.iter().map(|(key, value)| (key.as_str(), *value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const Q: &str = "model.layers.1.self_attn.q_proj";
+    const DOWN: &str = "model.layers.12.mlp.down_proj";
+    const HEAD: &str = "lm_head";
+
+    /// Which of the three are chosen.
+    fn chosen(targets: &Targets) -> [bool; 3] {
+        [targets.matches(Q, false), targets.matches(DOWN, false), targets.matches(HEAD, true)]
+    }
+
+    #[test]
+    fn names_are_whole_parts_of_paths() {
+        let chosen = |names: &[&str]| chosen(&Targets::new(TargetModules::names(names.iter().copied())));
+        assert_eq!(chosen(&["q_proj", "lm_head"]), [true, false, true]);
+        assert_eq!(chosen(&["self_attn.q_proj", "1.mlp.down_proj"]), [true, false, false]);
+        assert_eq!(chosen(&["_proj", "proj", "head", ""]), [false; 3]);
+        assert_eq!(chosen(&[Q, DOWN]), [true, true, false]);
+        assert_eq!(chosen(&[]), [false; 3]);
+    }
+
+    #[test]
+    fn all_linear_leaves_the_head() {
+        assert_eq!(chosen(&Targets::new(TargetModules::AllLinear)), [true, true, false]);
+    }
+
+    #[test]
+    fn expressions_match_whole_paths() {
+        let chosen = |text: &str| chosen(&Targets::new(TargetModules::regex(text).unwrap()));
+        assert_eq!(chosen(r".*\.(q|k|v)_proj"), [true, false, false]);
+        assert_eq!(chosen("q_proj"), [false; 3]);
+        assert_eq!(chosen(r"model|model\.layers\.\d+\.mlp\.down_proj|lm_head"), [false, true, true]);
+        for bad in ["(", r"(?!lm_head).*", r"(.)\1", "a)(b"] {
+            let error = TargetModules::regex(bad).unwrap_err().to_string();
+            assert!(error.contains(&format!("{bad:?}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn excluded_modules_are_left_out() {
+        let all = || Targets::new(TargetModules::AllLinear);
+        assert_eq!(chosen(&all().exclude(TargetModules::names(["q_proj"]))), [false, true, false]);
+        assert_eq!(chosen(&all().exclude(TargetModules::regex(r".*\.mlp\..*").unwrap())), [true, false, false]);
+        let listed = Targets::new(TargetModules::names([Q])).exclude(TargetModules::names(["q_proj"]));
+        assert_eq!(chosen(&listed), [false; 3]);
+    }
+
+    #[test]
+    fn layers_are_the_first_number_of_a_path() {
+        let targets = |indices: &[usize], containers: &[&str]| {
+            let containers = containers.iter().map(|&container| container.into()).collect();
+            Targets::new(TargetModules::names(["q_proj", "down_proj"])).layers(indices.into(), containers).unwrap()
+        };
+        assert_eq!(chosen(&targets(&[1], &[])), [true, false, false]);
+        assert_eq!(chosen(&targets(&[0, 12], &[])), [false, true, false]);
+        assert_eq!(chosen(&targets(&[2], &[])), [false; 3]);
+        assert_eq!(chosen(&targets(&[], &[])), [true, true, false]);
+        assert_eq!(chosen(&targets(&[1, 12], &["h", "layers"])), [true, true, false]);
+        assert_eq!(chosen(&targets(&[1], &["layer", "ayers"])), [false; 3]);
+        assert!(targets(&[3], &[]).matches("model.layers.3.experts.1.down_proj", false));
+        assert!(!targets(&[1], &[]).matches("model.layers.3.experts.1.down_proj", false));
+        assert!(targets(&[0], &["layers"]).matches("layers.0.q_proj", false));
+
+        let exact = Targets::new(TargetModules::names([Q])).layers(vec![7], vec![]).unwrap();
+        assert_eq!(chosen(&exact), [true, false, false], "as PEFT has it");
+        let error = Targets::new(TargetModules::AllLinear).layers(vec![1], vec![]).unwrap_err();
+        assert!(error.to_string().contains("layers_to_transform"), "{error}");
+        assert!(Targets::new(TargetModules::names(["x"])).layers(vec![1], vec!["(".into()]).is_err());
+    }
+
+    #[test]
+    fn the_first_pattern_that_matches_counts() {
+        let patterns = ModulePatterns::new([
+            (r"layers\.1\.self_attn\.q_proj", 1),
+            ("q_proj|down_proj", 2),
+            ("^model.layers.12.mlp.down_proj", 3),
+            ("head", 4),
+        ])
+        .unwrap();
+        assert_eq!((patterns.get(Q), patterns.get(DOWN), patterns.get(HEAD)), (Some(1), Some(2), None));
+        assert_eq!(patterns.get("model.layers.0.self_attn.q_proj"), Some(2));
+        assert_eq!(patterns.get("model.layers.0.self_attn.qq_proj"), None);
+        let anchored = ModulePatterns::new([("^model.layers.12.mlp.down_proj", 3)]).unwrap();
+        assert_eq!((anchored.get(DOWN), anchored.get(&format!("x.{DOWN}"))), (Some(3), None));
+        assert!(ModulePatterns::new([("(?<=a)b", 1)]).is_err());
+    }
+}

@@ -1,0 +1,45 @@
+//! Files that appear whole or not at all.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+use crate::error::{Error, Result};
+
+/// A file that is complete and on the disk under a temporary name, in the folder of its path. Dropped, it is removed.
+pub(super) struct StagedFile {
+    path: PathBuf,
+    temporary: NamedTempFile,
+}
+
+impl StagedFile {
+    /// Writes the file that is to be at `path`.
+    pub(super) fn new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<Self> {
+        let io_error = |e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let mut temporary = temporary_file(folder.unwrap_or(Path::new("."))).map_err(io_error)?;
+        let mut out = BufWriter::with_capacity(1 << 20, temporary.as_file_mut());
+        write(&mut out)?;
+        out.flush().map_err(io_error)?;
+        drop(out);
+        temporary.as_file().sync_all().map_err(io_error)?;
+        Ok(StagedFile { path: path.into(), temporary })
+    }
+
+    /// Gives the file its name; one that has it is replaced.
+    pub(super) fn commit(self) -> Result<()> {
+        let StagedFile { path, temporary } = self;
+        temporary.persist(&path).map(drop).map_err(|e| Error::Io { path, message: e.error.to_string() })
+    }
+}
+
+/// A temporary file with the permissions of an ordinary new file, not only the owner's.
+fn temporary_file(folder: &Path) -> io::Result<NamedTempFile> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".qlora-").suffix(".tmp");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    builder.tempfile_in(folder)
+}
