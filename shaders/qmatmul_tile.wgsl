@@ -10,7 +10,7 @@ enable f16;
 {% endif %}
 {% set depth = 32 if f16 else 16 %}
 {% set lora_depth = 8 if f16 else 16 %}
-{% set stride = 17 %}
+{% from "tile.wgsl" import stride, multiply, stage %}
 
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row; f16 staging only
@@ -45,25 +45,6 @@ fn {{ name }}4(row: u32, j: u32) -> vec4<f32> {
 }
 {% endfor %}
 
-{% macro multiply(left, right, steps) %}
-        for (var k = 0u; k < {{ steps }}u; k = k + 1u) {
-            let a0 = vec4<f32>({{ left }}[k * {{ stride }}u + ty]);
-            let a1 = vec4<f32>({{ left }}[k * {{ stride }}u + 8u + ty]);
-            let b0 = vec4<f32>({{ right }}[k * {{ stride }}u + tx]);
-            let b1 = vec4<f32>({{ right }}[k * {{ stride }}u + 8u + tx]);
-{% for i in range(8) %}
-            y{{ i }}_0 = y{{ i }}_0 + a{{ i // 4 }}.{{ "xyzw"[i % 4] }} * b0;
-            y{{ i }}_1 = y{{ i }}_1 + a{{ i // 4 }}.{{ "xyzw"[i % 4] }} * b1;
-{% endfor %}
-        }
-{% endmacro %}
-
-{% macro stage(tile, row, values, type) %}
-{% for j in range(4) %}
-            {{ tile }}[({{ row }} + {{ j }}u) * {{ stride }}u + quad] = {{ type }}(vec4<f32>({{ values }}0.{{ "xyzw"[j] }}, {{ values }}1.{{ "xyzw"[j] }}, {{ values }}2.{{ "xyzw"[j] }}, {{ values }}3.{{ "xyzw"[j] }}));
-{% endfor %}
-{% endmacro %}
-
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -93,8 +74,8 @@ fn main(
 {% endfor %}
 {% endif %}
 {% for i in range(8) %}
-    var y{{ i }}_0 = vec4<f32>(0.0);
-    var y{{ i }}_1 = vec4<f32>(0.0);
+    var sum{{ i }}_0 = vec4<f32>(0.0);
+    var sum{{ i }}_1 = vec4<f32>(0.0);
 {% endfor %}
 
     let quads = (p.k + 3u) >> 2u;
@@ -127,8 +108,8 @@ fn main(
     {
         let row = p.row + min(row_base + {{ 32 * (i // 4) }}u + 4u * ty + {{ i % 4 }}u, p.rows - 1u);
         let undo = 1.0 / row_factor[row] / p.m.factor;
-        y{{ i }}_0 = y{{ i }}_0 * undo;
-        y{{ i }}_1 = y{{ i }}_1 * undo;
+        sum{{ i }}_0 = sum{{ i }}_0 * undo;
+        sum{{ i }}_1 = sum{{ i }}_1 * undo;
     }
 {% endfor %}
 {% endif %}
@@ -162,7 +143,7 @@ fn main(
 {% for i in range(8) %}
         {
             let row = row_base + {{ 32 * (i // 4) }}u + 4u * ty + {{ i % 4 }}u;
-            let value = y{{ i }}_{{ half }} + offset;
+            let value = sum{{ i }}_{{ half }} + offset;
             let at = (p.row + row) * p.y_stride + p.column + n;
             if (row < p.rows) {
 {% for j in range(4) %}

@@ -126,11 +126,13 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "matrix.wgsl",
         "matrix_params.wgsl",
         "qmatmul.wgsl",
+        "qmatmul_dx.wgsl",
         "quads.wgsl",
         "reduce.wgsl",
         "row_teams.wgsl",
         "rows.wgsl",
         "store_rows.wgsl",
+        "tile.wgsl",
     ] {
         environment.add_template(name, source)?;
     }

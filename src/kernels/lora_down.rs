@@ -50,13 +50,29 @@ pub struct Dropout {
 }
 
 impl Dropout {
+    /// This dropout unless it drops nothing.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a probability outside 0..1.
+    pub(super) fn active(self, op: &'static str) -> Result<Option<Dropout>> {
+        if !(0.0..1.0).contains(&self.probability) {
+            return Err(Error::Invalid {
+                op,
+                what: "the dropout probability",
+                got: self.probability.to_string(),
+                expected: "it must be at least 0 and less than 1".into(),
+            });
+        }
+        Ok((self.probability != 0.0).then_some(self))
+    }
+
     /// A value whose hash is under this is dropped.
-    fn drop_below(self) -> u32 {
+    pub(super) fn drop_below(self) -> u32 {
         (f64::from(self.probability) * 4_294_967_296.0) as u32
     }
 
     /// What the values that stay are multiplied by.
-    fn keep_scale(self) -> f32 {
+    pub(super) fn keep_scale(self) -> f32 {
         1.0 / (1.0 - self.probability)
     }
 
@@ -86,17 +102,7 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
     let (rank, _) = expect_2d(OP, "A", a)?;
     expect_shape(OP, "A", a, &[rank, k])?;
     x.device().same(&a.device(), OP)?;
-    let dropout = dropout.filter(|dropout| dropout.probability != 0.0);
-    if let Some(dropout) = dropout
-        && !(0.0..1.0).contains(&dropout.probability)
-    {
-        return Err(Error::Invalid {
-            op: OP,
-            what: "the dropout probability",
-            got: dropout.probability.to_string(),
-            expected: "it must be at least 0 and less than 1".into(),
-        });
-    }
+    let dropout = dropout.map_or(Ok(None), |dropout| dropout.active(OP))?;
     match x.storage() {
         Storage::Cpu(cpu, x) => {
             let mut h = cpu.zeros(m * rank)?;

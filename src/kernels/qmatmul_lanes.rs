@@ -14,7 +14,7 @@ kernel! {
 }
 
 /// Invocations a workgroup: one register of the drivers' eight lanes.
-const THREADS: u32 = 8;
+pub(super) const THREADS: u32 = 8;
 
 /// Rows by columns of Y that one invocation owns, most rows first; from measurements on Mesa 22.3 (benches/NOTES.md). The
 /// largest pay where lanes share x; elsewhere they would only take long to compile.
@@ -46,7 +46,7 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
 }
 
 /// Whether a workgroup is exactly one subgroup, so that its lanes can share what they load.
-fn one_subgroup(gpu: &Gpu) -> bool {
+pub(super) fn one_subgroup(gpu: &Gpu) -> bool {
     let info = gpu.info();
     gpu.wgpu_device().features().contains(wgpu::Features::SUBGROUP)
         && (info.subgroup_min_size, info.subgroup_max_size) == (THREADS, THREADS)

@@ -2,8 +2,9 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    adamw, add, add_assign, cross_entropy, dequantize, embedding, grad_norm, lora_down, qmatmul_gemv, qmatmul_lanes,
-    qmatmul_tile, quads, rms_norm, rms_norm_backward, row_factor, silu_mul, silu_mul_backward, sum,
+    adamw, add, add_assign, cross_entropy, dequantize, embedding, grad_norm, lora_down, qmatmul_dx_lanes,
+    qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, row_factor,
+    silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -19,7 +20,7 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 17] = [
+pub static KERNELS: [Entry; 19] = [
     Entry { kernel: &adamw::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
     Entry { kernel: &add::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
@@ -32,6 +33,8 @@ pub static KERNELS: [Entry; 17] = [
     Entry { kernel: &embedding::KERNEL, variants: |_| embedding::variants(&matrices()), twin: "embedding::reference" },
     Entry { kernel: &grad_norm::KERNEL, variants: |_| vec![grad_norm::defines()], twin: "grad_norm::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
+    Entry { kernel: &qmatmul_dx_lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
+    Entry { kernel: &qmatmul_dx_tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
@@ -46,6 +49,14 @@ pub static KERNELS: [Entry; 17] = [
     },
     Entry { kernel: &sum::KERNEL, variants: sum::variants, twin: "sum::reference" },
 ];
+
+fn dx_lanes_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { qmatmul_dx_lanes::variants(&matrices()) } else { Vec::new() }
+}
+
+fn dx_tile_variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software { Vec::new() } else { qmatmul_dx_tile::variants(&matrices(), tier.f16()) }
+}
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { Vec::new() } else { qmatmul_gemv::variants(&matrices(), tier.subgroups()) }
@@ -205,7 +216,7 @@ mod tests {
                 fail("HLSL", &error);
             }
             // GLSL of this version has neither f16 nor subgroups of the wanted kind; the GL tiers do without.
-            if !["f16", "subgroups", "share_x"].iter().any(|flag| defines.flag(flag)) {
+            if !["f16", "subgroups", "share_x", "share"].iter().any(|flag| defines.flag(flag)) {
                 let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
                 let pipeline = glsl::PipelineOptions {
                     shader_stage: naga::ShaderStage::Compute,

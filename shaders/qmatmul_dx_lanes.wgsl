@@ -1,0 +1,154 @@
+// dX = dY * W + mask * (G * A), for software drivers: no workgroup memory, no barriers.
+//
+// Lanes run along K. One invocation owns {{ tokens }} rows of dX by {{ words }} words of eight columns, {{ threads }} words apart. Eight rows of W
+// are decoded at a time and feed {{ tokens }} rows.
+{% if share %}
+// The workgroup is one subgroup of eight: each lane loads one dY of eight, and broadcasts hand them round. Drivers that do
+// not see that an address is the same in all lanes would load it eight times.
+{% endif %}
+{% set sets = scale_sets if kind == "quant" else 0 %}
+{% if sets > 0 %}
+// So it is with the scales: the lanes' words of a row have {{ sets }} between them.
+{% endif %}
+{{ "" }}
+{% include "qmatmul_dx.wgsl" %}
+@group(0) @binding(4) var<storage, read_write> dx: array<f32>;
+
+{% include "groups.wgsl" %}
+{% include "matrix.wgsl" %}
+{% set operand = "a" %}
+{% include "rows.wgsl" %}
+
+{# One value of each set of lanes, from those that lane `i` has loaded. #}
+{% macro of_set(name, i) %}
+{% if sets == 2 %}
+select(subgroupBroadcast({{ name }}_0, {{ i }}u), subgroupBroadcast({{ name }}_1, {{ i }}u), upper)
+{%- else %}
+subgroupBroadcast({{ name }}_0, {{ i }}u)
+{%- endif %}
+{% endmacro %}
+
+{# Adds `count` rows of W from `n` on. #}
+{% macro step(count, share, sets) %}
+{% if sets > 0 %}
+{% for c in range(words) %}{% for s in range(sets) %}
+        let block{{ c }}_{{ s }} = block_of(n + sharer, 8u * min(word_base + {{ c * threads + s * (threads // sets) }}u, p.words - 1u));
+        let scale{{ c }}_{{ s }} = scale_of(block{{ c }}_{{ s }});
+{% if mins != "none" %}
+        let low{{ c }}_{{ s }} = min_of(block{{ c }}_{{ s }});
+{% endif %}
+{% endfor %}{% endfor %}
+{% endif %}
+{% for i in range(count) %}{% for c in range(words) %}
+{% if sets > 0 %}
+        let codes{{ i }}_{{ c }} = w[(n + {{ i }}u) * p.m.row_words + word{{ c }}];
+        let scale{{ i }}of{{ c }} = vec4<f32>({{ of_set("scale" ~ c, i) }});
+{% if mins != "none" %}
+        let low{{ i }}of{{ c }} = vec4<f32>({{ of_set("low" ~ c, i) }});
+{% endif %}
+{% for half, name in [("low", "lo"), ("high", "hi")] %}
+        let {{ name }}{{ i }}_{{ c }} = decode_{{ half }}(codes{{ i }}_{{ c }}) * scale{{ i }}of{{ c }}{{ " + low" ~ i ~ "of" ~ c if mins != "none" }};
+{% endfor %}
+{% else %}
+        let decoded{{ i }}_{{ c }} = weights8(n + {{ i }}u, word{{ c }});
+        let lo{{ i }}_{{ c }} = decoded{{ i }}_{{ c }}.lo;
+        let hi{{ i }}_{{ c }} = decoded{{ i }}_{{ c }}.hi;
+{% endif %}
+{% endfor %}{% endfor %}
+{% for t in range(tokens) %}
+        {
+            let at = row{{ t }} * p.dy_stride + p.column + n;
+{% if share %}
+            let mine = dy[at + sharer];
+{% endif %}
+{% for i in range(count) %}
+            let d{{ i }} = {{ "subgroupBroadcast(mine, " ~ i ~ "u)" if share else "dy[at + " ~ i ~ "u]" }};
+{% endfor %}
+{% for c in range(words) %}{% for half in ["lo", "hi"] %}
+            {{ half }}_sum{{ t }}_{{ c }} = {{ half }}_sum{{ t }}_{{ c }} + ({% for i in range(count) %}d{{ i }} * {{ half }}{{ i }}_{{ c }}{{ " + " if not loop.last }}{% endfor %});
+{% endfor %}{% endfor %}
+        }
+{% endfor %}
+{% endmacro %}
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) count: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+{% if share %}
+    @builtin(subgroup_invocation_id) sharer: u32,
+{% endif %}
+) {
+    let group = group_index(workgroup, count);
+    if (group >= p.groups) {
+        return;
+    }
+    let row_group = group / p.column_groups;
+    let row_base = p.row + row_group * {{ tokens }}u;
+    let word_base = (group - row_group * p.column_groups) * {{ threads * words }}u;
+{% if sets == 2 %}
+    let upper = lane >= {{ threads // 2 }}u;
+{% endif %}
+
+    // Words past the end are computed from the last one and not stored; rows always come in whole groups.
+{% for c in range(words) %}
+    let word{{ c }} = min(word_base + {{ c * threads }}u + lane, p.words - 1u);
+{% endfor %}
+{% for t in range(tokens) %}
+    let row{{ t }} = row_base + {{ t }}u;
+{% for c in range(words) %}
+    var lo_sum{{ t }}_{{ c }} = vec4<f32>(0.0);
+    var hi_sum{{ t }}_{{ c }} = vec4<f32>(0.0);
+{% endfor %}
+{% endfor %}
+
+    // The adapter, which only the first part adds, comes first: its mask must not touch the rest.
+    for (var j = 0u; j < p.rank; j = j + 1u) {
+{% for c in range(words) %}
+        let lo{{ c }} = a4(j, 2u * word{{ c }});
+        let hi{{ c }} = a4(j, 2u * word{{ c }} + 1u);
+{% endfor %}
+{% for t in range(tokens) %}
+        {
+            let left = g[row{{ t }} * p.rank + j];
+{% for c in range(words) %}
+            lo_sum{{ t }}_{{ c }} = lo_sum{{ t }}_{{ c }} + left * lo{{ c }};
+            hi_sum{{ t }}_{{ c }} = hi_sum{{ t }}_{{ c }} + left * hi{{ c }};
+{% endfor %}
+        }
+{% endfor %}
+    }
+{% if dropout %}
+    if (p.rank > 0u) {
+{% for t in range(tokens) %}{% for c in range(words) %}
+        lo_sum{{ t }}_{{ c }} = lo_sum{{ t }}_{{ c }} * dropout_factor4(row{{ t }}, 8u * word{{ c }});
+        hi_sum{{ t }}_{{ c }} = hi_sum{{ t }}_{{ c }} * dropout_factor4(row{{ t }}, 8u * word{{ c }} + 4u);
+{% endfor %}{% endfor %}
+    }
+{% endif %}
+
+    if (p.accumulate != 0u) {
+{% for t in range(tokens) %}{% for c in range(words) %}
+        lo_sum{{ t }}_{{ c }} = load4(row{{ t }}, 2u * word{{ c }});
+        hi_sum{{ t }}_{{ c }} = load4(row{{ t }}, 2u * word{{ c }} + 1u);
+{% endfor %}{% endfor %}
+    }
+
+    let whole = p.n & ~7u;
+    for (var n = 0u; n < whole; n = n + 8u) {
+{{ step(8, share, sets) }}
+    }
+    for (var n = whole; n < p.n; n = n + 1u) {
+{{ step(1, false, 0) }}
+    }
+
+{% for c in range(words) %}
+    if (word_base + {{ c * threads }}u + lane < p.words) {
+{% for t in range(tokens) %}
+        store4(row{{ t }}, 2u * word{{ c }}, lo_sum{{ t }}_{{ c }});
+        store4(row{{ t }}, 2u * word{{ c }} + 1u, hi_sum{{ t }}_{{ c }});
+{% endfor %}
+    }
+{% endfor %}
+}

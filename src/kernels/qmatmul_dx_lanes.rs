@@ -1,0 +1,83 @@
+//! [`qmatmul_dx`](super::qmatmul_dx) for software drivers: no workgroup memory, no barriers; lanes along K, and one
+//! invocation owns a two-dimensional piece of dX in registers, so that decoded words feed many rows.
+
+use super::kernel;
+use super::matrix::is_ragged;
+use super::packing::Part;
+use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
+use super::qmatmul_lanes::{THREADS, one_subgroup};
+use crate::device::{Defines, Dispatch};
+use crate::error::Result;
+
+kernel! {
+    /// `shaders/qmatmul_dx_lanes.wgsl`
+    KERNEL = "qmatmul_dx_lanes", QmatmulDxParams, [dy: Read, w: Read, g: Read, a: Read, dx: Write]
+}
+
+/// Rows by words of eight columns of dX that one invocation owns, most rows first; from measurements on Mesa 22.3
+/// (benches/NOTES.md). The largest pay where lanes share dY; elsewhere they would only take long to compile.
+const SHAPES: [(u32, u32); 6] = [(32, 2), (16, 2), (8, 2), (4, 2), (2, 2), (1, 2)];
+
+/// The shapes that a kernel comes in.
+fn shapes(share: bool) -> impl Iterator<Item = (u32, u32)> {
+    SHAPES.into_iter().filter(move |(tokens, _)| share || *tokens <= 8)
+}
+
+/// How many scales the eight words of a workgroup's lanes have between them, if they are few enough to be shared.
+fn scale_sets(words_per_scale: u32) -> u32 {
+    if words_per_scale >= THREADS / 2 { THREADS / words_per_scale } else { 0 }
+}
+
+/// Text constants beside the matrix's.
+fn defines(matrix: Defines, scale_sets: u32, (tokens, words): (u32, u32), share: bool, dropout: bool) -> Defines {
+    matrix
+        .with("threads", THREADS)
+        .with("tokens", tokens)
+        .with("words", words)
+        .with("scale_sets", scale_sets)
+        .with("share", share)
+        .with("dropout", dropout)
+}
+
+/// Every variant's text constants, for the registry test. Sizes only repeat text: of most shapes there is one matrix.
+pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
+    let mut all = Vec::new();
+    for share in [false, true] {
+        for shape in shapes(share) {
+            let matrices = if shape.0 == 2 { matrices } else { &matrices[..1] };
+            for matrix in matrices {
+                let sets = if share && !matrix.flag("ragged") { 0..3 } else { 0..1 };
+                all.extend(sets.map(|sets| defines(matrix.clone(), sets, shape, share, sets < 2)));
+            }
+        }
+    }
+    all
+}
+
+pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part) -> Result<()> {
+    let operands = call.operands(part)?;
+    let k = call.w.cols();
+    let share = one_subgroup(call.gpu);
+    let sets = if share && !is_ragged(k) { scale_sets(call.w.words_per_scale()) } else { 0 };
+    let dropout = call.dropout(part).is_some();
+    let (mut row, m) = (0, call.m as u32);
+    while row < m {
+        // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
+        let left = m - row;
+        let (tokens, words) = shapes(share).find(|(tokens, _)| *tokens <= left).unwrap_or(SHAPES[5]);
+        let rows = left / tokens * tokens;
+        let params = call.params(part);
+        let column_groups = params.words.div_ceil(THREADS * words);
+        let params = QmatmulDxParams { row, rows, column_groups, ..params };
+        call.gpu.dispatch(Dispatch {
+            kernel: &KERNEL,
+            defines: &defines(call.w.defines(), sets, (tokens, words), share, dropout),
+            buffers: &[&operands[..], &[call.dx]].concat(),
+            params: bytemuck::bytes_of(&params),
+            groups: u64::from(rows / tokens) * u64::from(column_groups),
+            flops_per_group: call.flops(part, tokens.into(), (8 * THREADS * words).into()),
+        })?;
+        row += rows;
+    }
+    Ok(())
+}

@@ -1,0 +1,114 @@
+//! What every form of [`qmatmul_dx`](super::qmatmul_dx) takes: its operands, checked, and its parameters.
+
+use super::lora_down::Dropout;
+use super::matrix::DeviceMatrix;
+use super::packing::{MatrixLayout, Part};
+use super::params;
+use super::qmatmul_dx::LoraDx;
+use crate::device::{Buffer, Gpu};
+use crate::error::Result;
+
+pub(super) const OP: &str = "qmatmul_dx";
+
+/// An adapter's operands in host memory: G [M, rank], A [rank, K].
+#[derive(Clone, Copy)]
+pub(crate) struct HostLoraDx<'a> {
+    pub g: &'a [f32],
+    pub a: &'a [f32],
+    pub rank: usize,
+    pub dropout: Option<Dropout>,
+}
+
+/// The operands of a call on a GPU, checked: an adapter has a rank, and a dropout drops something.
+pub(crate) struct GpuDxCall<'a> {
+    pub gpu: &'a Gpu,
+    pub w: &'a DeviceMatrix,
+    pub dy: &'a Buffer,
+    pub m: usize,
+    pub lora: Option<LoraDx<'a>>,
+    pub dx: &'a Buffer,
+}
+
+params! {
+    /// Parameters of every form of the kernel; `shaders/shared/qmatmul_dx.wgsl`.
+    struct QmatmulDxParams {
+        first_group: u32,
+        groups: u32,
+        /// K, in values.
+        k: u32,
+        /// Words of eight columns in a row of dX.
+        words: u32,
+        /// Rows of W in this part.
+        n: u32,
+        /// First row of dX.
+        row: u32,
+        /// Rows of dX from there on.
+        rows: u32,
+        /// Column of dY of the part's first row of W.
+        column: u32,
+        /// Columns of dY.
+        dy_stride: u32,
+        /// Workgroups along K.
+        column_groups: u32,
+        /// 0: no adapter, or an earlier part has added it.
+        rank: u32,
+        /// 1: add to dX.
+        accumulate: u32,
+        /// Lower and upper half of the dropout's seed.
+        seed_low: u32,
+        seed_high: u32,
+        /// A value whose hash is under this is dropped.
+        drop_below: u32,
+        /// 1 / (1 - p).
+        keep_scale: f32,
+        m: MatrixLayout,
+    }
+}
+
+impl<'a> GpuDxCall<'a> {
+    /// The adapter, where this part is the one that adds it.
+    fn adapter(&self, part: &Part) -> Option<LoraDx<'a>> {
+        self.lora.filter(|_| part.rows.start == 0)
+    }
+
+    /// The adapter's dropout, where this part is the one that adds it.
+    pub(crate) fn dropout(&self, part: &Part) -> Option<Dropout> {
+        self.adapter(part).and_then(|lora| lora.dropout)
+    }
+
+    /// Parameters for all rows of dX and this part of W; each form fills in how it divides the work.
+    pub(crate) fn params(&self, part: &Part) -> QmatmulDxParams {
+        let dropout = self.dropout(part);
+        QmatmulDxParams {
+            k: self.w.cols() as u32,
+            words: self.w.cols().div_ceil(8) as u32,
+            n: part.rows.len() as u32,
+            rows: self.m as u32,
+            column: part.rows.start as u32,
+            dy_stride: self.w.rows() as u32,
+            rank: self.adapter(part).map_or(0, |lora| lora.rank() as u32),
+            accumulate: u32::from(part.rows.start > 0),
+            seed_low: dropout.map_or(0, |dropout| dropout.seed as u32),
+            seed_high: dropout.map_or(0, |dropout| (dropout.seed >> 32) as u32),
+            drop_below: dropout.map_or(0, Dropout::drop_below),
+            keep_scale: dropout.map_or(1.0, Dropout::keep_scale),
+            m: part.layout,
+            ..Default::default()
+        }
+    }
+
+    /// The read-only operands, in the order of their bindings: dy, w, g, a.
+    pub(crate) fn operands<'b>(&'b self, part: &'b Part) -> Result<[&'b Buffer; 4]> {
+        let (g, a) = match self.adapter(part) {
+            Some(lora) => (lora.g.buffer(self.gpu, OP)?, lora.a.buffer(self.gpu, OP)?),
+            None => (self.gpu.unused()?, self.gpu.unused()?),
+        };
+        Ok([self.dy, &part.buffer, g, a])
+    }
+
+    /// Floating-point operations of `rows` x `columns` of dX from this part.
+    pub(crate) fn flops(&self, part: &Part, rows: u64, columns: u64) -> u64 {
+        let rank = self.adapter(part).map_or(0, |lora| lora.rank());
+        2 * rows * columns * (part.rows.len() + rank) as u64
+    }
+}
