@@ -47,7 +47,7 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
 }
 
 /// Writes the losses of `logits` [rows, V] to `losses` [M] from `first` on, for the labels that are there; with a
-/// `gradient` scale the logits become their gradient.
+/// `gradient` scale the logits become their gradient, without one they are of no more use.
 pub(super) fn cross_entropy(
     logits: &mut Tensor,
     labels: &Indices,
@@ -85,7 +85,7 @@ pub(super) fn cross_entropy(
     Ok(())
 }
 
-/// The loss of one row.
+/// The loss of one row, which becomes its gradient.
 fn on_cpu(logits: &mut [f32], label: u32, gradient: Option<f32>) -> f32 {
     if label == IGNORE {
         if gradient.is_some() {
@@ -96,21 +96,8 @@ fn on_cpu(logits: &mut [f32], label: u32, gradient: Option<f32>) -> f32 {
     let label = (label as usize).min(logits.len() - 1);
     let target = logits[label];
     let largest = largest(logits);
-    let mut sum = 0.0;
-    // In blocks: many lanes in f32 within one, f64 over them.
-    for block in logits.chunks_mut(1024) {
-        let mut lanes = [0.0f32; 16];
-        for values in block.chunks_mut(16) {
-            for (lane, value) in lanes.iter_mut().zip(values) {
-                let e = exp(*value - largest);
-                *lane += e;
-                if gradient.is_some() {
-                    *value = e;
-                }
-            }
-        }
-        sum += f64::from(lanes.iter().sum::<f32>());
-    }
+    // Short sums in f32, their sum in f64.
+    let sum = logits.chunks_mut(1024).map(|block| f64::from(exp_sum(block, largest))).sum::<f64>();
     if let Some(scale) = gradient {
         let factor = (f64::from(scale) / sum) as f32;
         logits.iter_mut().for_each(|value| *value *= factor);
@@ -119,6 +106,20 @@ fn on_cpu(logits: &mut [f32], label: u32, gradient: Option<f32>) -> f32 {
     sum.ln() as f32 + (largest - target)
 }
 
+/// Replaces values by exp(value - largest) and sums them: in two loops, which compilers turn into vectors, as they do not one.
+fn exp_sum(values: &mut [f32], largest: f32) -> f32 {
+    values.iter_mut().for_each(|value| *value = exp(*value - largest));
+    let (eights, tail) = values.as_chunks::<8>();
+    let mut sums = [0.0f32; 8];
+    for eight in eights {
+        for lane in 0..8 {
+            sums[lane] += eight[lane];
+        }
+    }
+    sums.iter().chain(tail).sum()
+}
+
+/// The largest value; not NaN.
 fn largest(values: &[f32]) -> f32 {
     let (eights, tail) = values.as_chunks::<8>();
     let mut most = [f32::MIN; 8];
@@ -192,11 +193,10 @@ mod tests {
             assert_eq!((losses[0], losses[rows + 1]), (-1.0, -1.0), "{context}");
             let terms = (v as f64).ln() + 2.0 * f64::from(amplitude);
             testing::assert_close(&context, &losses[1..=rows], &wanted_losses, &vec![1e-5 * terms + 1e-6; rows]);
-            let got = tensor.to_vec().unwrap();
             if gradient.is_none() {
-                assert!(got == logits, "{context}: the logits stay");
                 continue;
             }
+            let got = tensor.to_vec().unwrap();
             // The rounding of a logit is multiplied into its softmax.
             let relative = 1e-5 + 1e-6 * f64::from(amplitude);
             let bound = |(i, wanted): (usize, &f64)| {

@@ -181,7 +181,7 @@ mod tests {
                     assert!(norms(&device, &grads, None, max_norm)[1].is_nan(), "{}", testing::name(&device));
                 }
                 for loss in [f32::NAN, f32::INFINITY] {
-                    let got = norms(&device, &std::slice::from_ref(&fine), Some(loss), max_norm);
+                    let got = norms(&device, std::slice::from_ref(&fine), Some(loss), max_norm);
                     assert!(got[1].is_nan() && got[0] == 3.0, "{}", testing::name(&device));
                 }
                 assert_eq!(norms(&device, &[vec![0.0; 5]], Some(1e30), max_norm), [0.0, 1.0, 0.0]);

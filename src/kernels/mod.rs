@@ -21,6 +21,7 @@ pub mod embedding;
 mod exp;
 pub mod grad_norm;
 mod host_matrix;
+pub mod linear_cross_entropy;
 pub mod lora_dh;
 pub mod lora_down;
 pub mod lora_dw;
