@@ -39,6 +39,7 @@
 //!
 //! Functions do not panic on bad input: they return an [`Error`] that names the operation and the shapes, file or key.
 
+pub mod autograd;
 pub mod bench;
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -48,11 +49,13 @@ pub mod formats;
 pub mod indices;
 pub mod kernels;
 pub mod nn;
+pub mod optim;
 pub mod quant;
 mod seed;
 pub mod tensor;
 #[cfg(test)]
 mod testing;
+pub mod train;
 
 pub use device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices};
 pub use error::{Error, Result};

@@ -181,25 +181,6 @@ pub fn with_terms<const N: usize>(
     (of(&wide(|v| v)), of(&wide(f32::abs)))
 }
 
-/// Compares a gradient with central finite differences of `objective` at `at`.
-///
-/// # Panics
-/// If they differ by more than 1e-6 of the largest.
-pub fn assert_gradient(at: &[f64], objective: impl Fn(&[f64]) -> f64, gradient: &[f64]) {
-    assert_eq!(at.len(), gradient.len());
-    let step = 1e-5;
-    let moved = |i: usize, by: f64| {
-        let mut at = at.to_vec();
-        at[i] += by;
-        objective(&at)
-    };
-    let largest = gradient.iter().fold(0.0f64, |most, value| most.max(value.abs()));
-    for (i, got) in gradient.iter().enumerate() {
-        let wanted = (moved(i, step) - moved(i, -step)) / (2.0 * step);
-        assert!((got - wanted).abs() <= 1e-6 * largest, "[{i}] got {got}, finite differences say {wanted}");
-    }
-}
-
 /// The tier of a device's kernels; the CPU counts as f32.
 pub fn is_f16(device: &Device) -> bool {
     matches!(device, Device::Gpu(gpu) if gpu.tier().f16())

@@ -8,7 +8,8 @@ use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::peft::{PeftAdapter, TargetModules};
 use qlora_wgpu::formats::safetensors::{OutData, OutTensor, SafetensorsFile, write};
 use qlora_wgpu::kernels::HostMatrix;
-use qlora_wgpu::nn::{Architecture, ModelConfig, RopeParameters, RopeScaling};
+use qlora_wgpu::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
+use qlora_wgpu::nn::{Architecture, ModelConfig};
 use qlora_wgpu::quant::{Dtype, Format, QuantOptions};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -89,6 +90,8 @@ fn read_all(folder: &Path, base: &BaseFormat) -> (BTreeMap<String, Vec<f32>>, BT
 
 #[test]
 fn configs_are_read() {
+    let rope =
+        |head_dim| RopeConfig { theta: 10_000.0, head_dim, scaling: RopeScaling::None, layout: RopeLayout::HalfSplit };
     let llama = ModelConfig {
         architecture: Architecture::Llama,
         vocab_size: 128,
@@ -99,7 +102,7 @@ fn configs_are_read() {
         kv_heads: 2,
         head_dim: 16,
         rms_norm_eps: 1e-5,
-        rope: RopeParameters { theta: 10_000.0, scaling: RopeScaling::None },
+        rope: rope(16),
         max_position_embeddings: 128,
         tie_word_embeddings: false,
         qkv_bias: false,
@@ -118,6 +121,7 @@ fn configs_are_read() {
         hidden_size: 96,
         intermediate_size: 160,
         head_dim: 24,
+        rope: rope(24),
         rms_norm_eps: 1e-6,
         tie_word_embeddings: true,
         qkv_bias: true,
@@ -126,6 +130,7 @@ fn configs_are_read() {
     let qwen3 = ModelConfig {
         architecture: Architecture::Qwen3,
         head_dim: 32,
+        rope: rope(32),
         rms_norm_eps: 1e-6,
         tie_word_embeddings: true,
         qk_norm: true,

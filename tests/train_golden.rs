@@ -19,7 +19,7 @@ impl Run {
     fn open(name: &'static str) -> Run {
         let curve: Value =
             serde_json::from_str(&std::fs::read_to_string(path(name).join("curve.json")).unwrap()).unwrap();
-        let number = |value: &Value| value.as_f64().unwrap() as f32;
+        let number = |value: &Value| value.as_f64().unwrap();
         let schedule = match name {
             "train-full" => Schedule { decay: Decay::Cosine, warmup: 2, total: 6 },
             _ => Schedule::constant(),

@@ -11,7 +11,8 @@ mod ops;
 use std::collections::HashMap;
 
 use crate::error::{Error, Result};
-use crate::kernels::add::{add, add_assign};
+use crate::kernels::add::add;
+use crate::kernels::add_assign::add_assign;
 use crate::tensor::{Tensor, TensorId};
 
 /// A value that an op has made, and where the tape knows it, if a gradient may come back to it.
@@ -158,11 +159,7 @@ impl<'a> Tape<'a> {
     ///
     /// # Errors
     /// Those of the stretch.
-    pub fn checkpoint(
-        &mut self,
-        x: &Var,
-        stretch: impl Fn(&mut Tape<'a>, &Var) -> Result<Var> + 'a,
-    ) -> Result<Var> {
+    pub fn checkpoint(&mut self, x: &Var, stretch: impl Fn(&mut Tape<'a>, &Var) -> Result<Var> + 'a) -> Result<Var> {
         if self.inference {
             return stretch(self, x);
         }

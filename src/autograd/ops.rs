@@ -1,11 +1,13 @@
 //! The ops that a tape records: each a fused kernel and its backward.
 
+use std::sync::Arc;
+
 use super::{Tape, Var};
 use crate::error::Result;
 use crate::indices::Indices;
 use crate::kernels::DeviceMatrix;
 use crate::kernels::add::add;
-use crate::kernels::attention::{AttentionShape, Visibility, attention};
+use crate::kernels::attention::{AttentionShape, attention};
 use crate::kernels::attention_backward::attention_backward;
 use crate::kernels::linear_cross_entropy::linear_cross_entropy;
 use crate::kernels::rms_norm::rms_norm;
@@ -13,6 +15,7 @@ use crate::kernels::rms_norm_backward::rms_norm_backward;
 use crate::kernels::rope::{RopeTable, rope, rope_backward};
 use crate::kernels::silu_mul::silu_mul;
 use crate::kernels::silu_mul_backward::silu_mul_backward;
+use crate::kernels::visibility::Visibility;
 use crate::tensor::Tensor;
 
 impl<'a> Tape<'a> {
@@ -44,7 +47,7 @@ impl<'a> Tape<'a> {
         &mut self,
         [q, k, v]: [&Var; 3],
         shape: AttentionShape,
-        visibility: &Visibility,
+        visibility: &Arc<Visibility>,
     ) -> Result<Var> {
         let attended = attention(&q.value, &k.value, &v.value, &shape, visibility)?;
         let y = attended.o.clone();

@@ -145,7 +145,7 @@ mod tests {
         let (dy, b, h) = (wide(1, m * n), wide(2, n * rank), wide(3, m * rank));
         let up = |h: &[f64]| super::super::lora_down::reference(h, &b, [m, n, rank], None);
         let objective = |h: &[f64]| up(h).iter().zip(&dy).map(|(y, dy)| 0.5 * y * dy).sum::<f64>();
-        testing::assert_gradient(&h, objective, &reference(&dy, &b, [m, n, rank], 0.5));
+        testing::assert_gradient("H", &h, &reference(&dy, &b, [m, n, rank], 0.5), objective);
     }
 
     #[test]

@@ -240,8 +240,10 @@ mod tests {
             y.iter().zip(&dy).map(|(y, dy)| scale * y * dy).sum::<f64>()
         };
         let g = lora_dh::reference(&dy, &b, [m, n, rank], scale);
-        testing::assert_gradient(&a, |a| objective(a, &b), &reference(&g, &x, [m, rank, k], 1.0, dropout));
-        testing::assert_gradient(&b, |b| objective(&a, b), &reference(&dy, &down(&a), [m, n, rank], scale, None));
+        let d_a = reference(&g, &x, [m, rank, k], 1.0, dropout);
+        testing::assert_gradient("A", &a, &d_a, |a| objective(a, &b));
+        let d_b = reference(&dy, &down(&a), [m, n, rank], scale, None);
+        testing::assert_gradient("B", &b, &d_b, |b| objective(&a, b));
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dq, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
+    adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dq, column_sum, cross_entropy,
+    dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_dx_lanes,
+    qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor,
+    scale_columns, silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use ndarray::Array2;
 
-use super::adapter::{LoraAdapter, LoraConfig, LoraInit};
+use super::adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
 use super::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
@@ -13,9 +13,8 @@ use crate::tensor::Tensor;
 
 const OP: &str = "adapters of a model";
 
-/// The name of a module's tensor in an adapter file; `kind` as [`Linear::parameters_mut`](super::Linear) has it.
-pub(super) fn tensor_name(path: &str, kind: &str) -> String {
-    crate::formats::peft::tensor_name(path, kind)
+fn scaling(config: &PeftConfig) -> Scaling {
+    if config.use_rslora { Scaling::RankStabilized } else { Scaling::Standard }
 }
 
 impl Decoder {
@@ -29,15 +28,14 @@ impl Decoder {
         self.check_new(name)?;
         let device = self.device.clone();
         let mut count = 0;
-        let targets = config.targets()?;
         for (path, linear) in self.linears_mut() {
-            if !targets.matches(&path, false) {
+            if !config.targets.matches(&path, false) {
                 continue;
             }
             let lora = LoraConfig {
                 rank: config.rank(&path),
                 alpha: config.alpha(&path),
-                scaling: config.scaling(),
+                scaling: scaling(config),
                 dropout: config.lora_dropout,
                 dora: config.use_dora,
                 init: LoraInit::KaimingUniform { seed: mix(seed, count) },
@@ -51,7 +49,7 @@ impl Decoder {
             return Err(Error::Invalid {
                 op: OP,
                 what: "target_modules",
-                got: format!("{:?}", config.target_modules),
+                got: format!("{:?}", config.targets.modules()),
                 expected: format!("no linear layer of the model matches; it has {}", self.paths_for_message()),
             });
         }
@@ -81,7 +79,7 @@ impl Decoder {
             let a = Tensor::from_array(&device, &module.a)?;
             let b = Tensor::from_array(&device, &module.b)?;
             let config = &adapter.config;
-            let mut lora = LoraAdapter::from_tensors(a, b, config.alpha(&path), config.scaling())?
+            let mut lora = LoraAdapter::from_tensors(a, b, config.alpha(&path), scaling(config))?
                 .with_dropout(config.lora_dropout)?;
             if let Some(magnitude) = &module.magnitude {
                 lora = lora.with_magnitude(Tensor::from_slice(&device, &[magnitude.len()], magnitude)?)?;
@@ -127,9 +125,7 @@ impl Decoder {
             adapter.modules.insert(path, module);
         }
         if adapter.modules.is_empty() {
-            let loaded: BTreeSet<String> =
-                self.linears().flat_map(|(_, linear)| linear.adapter_names().map(str::to_owned).collect::<Vec<_>>()).collect();
-            let loaded = if loaded.is_empty() { "none".into() } else { loaded.into_iter().collect::<Vec<_>>().join(", ") };
+            let loaded = self.adapters_for_message();
             return Err(Error::NoSuchAdapter { name: name.to_owned(), loaded });
         }
         Ok(adapter)
@@ -149,7 +145,11 @@ impl Decoder {
                 linear.deactivate()?;
             }
         }
-        if found { Ok(()) } else { Err(Error::NoSuchAdapter { name: name.to_owned(), loaded: self.adapters_for_message() }) }
+        if found {
+            Ok(())
+        } else {
+            Err(Error::NoSuchAdapter { name: name.to_owned(), loaded: self.adapters_for_message() })
+        }
     }
 
     /// Uses the base alone from now on.
@@ -166,7 +166,8 @@ impl Decoder {
     }
 
     fn adapters_for_message(&self) -> String {
-        let names: BTreeSet<&str> = self.linears().flat_map(|(_, linear)| linear.adapter_names().collect::<Vec<_>>()).collect();
+        let names: BTreeSet<&str> =
+            self.linears().flat_map(|(_, linear)| linear.adapter_names().collect::<Vec<_>>()).collect();
         if names.is_empty() { "none".into() } else { names.into_iter().collect::<Vec<_>>().join(", ") }
     }
 

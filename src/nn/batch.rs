@@ -1,10 +1,12 @@
 //! Token sequences as the decoder takes them.
 
+use std::sync::Arc;
+
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::indices::Indices;
-use crate::kernels::attention::Visibility;
 use crate::kernels::cross_entropy::IGNORE;
+use crate::kernels::visibility::Visibility;
 
 const OP: &str = "batch";
 
@@ -112,8 +114,8 @@ pub struct Batch {
     /// One past the largest position.
     pub(super) positions_end: usize,
     /// Without a window, and with the model's where some layers have one.
-    pub(super) visibility: Visibility,
-    pub(super) windowed: Option<Visibility>,
+    pub(super) visibility: Arc<Visibility>,
+    pub(super) windowed: Option<Arc<Visibility>>,
     labels: Option<Indices>,
     label_tokens: usize,
     shape: [usize; 2],
@@ -141,14 +143,17 @@ impl Batch {
             return Err(Error::Shape { op: OP, what: "number of labels", expected, got });
         }
         let positions = tokens.positions();
-        let visibility = |window| Visibility::causal(device, &tokens.segments, tokens.length, window);
+        let visibility = |window| Visibility::causal(device, &tokens.segments, tokens.length, window).map(Arc::new);
         Ok(Batch {
             ids: Indices::from_slice(device, &tokens.ids)?,
             positions_end: positions.iter().max().map_or(0, |&last| last as usize + 1),
             positions: Indices::from_slice(device, &positions)?,
             visibility: visibility(None)?,
             // A window that no sequence fills changes nothing.
-            windowed: window.filter(|&window| window < tokens.length).map(|window| visibility(Some(window))).transpose()?,
+            windowed: window
+                .filter(|&window| window < tokens.length)
+                .map(|window| visibility(Some(window)))
+                .transpose()?,
             labels: labels.map(|labels| Indices::from_slice(device, labels)).transpose()?,
             label_tokens: labels.map_or(0, |labels| labels.iter().filter(|&&label| label != IGNORE).count()),
             shape: [tokens.rows, tokens.length],

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::error::Result;
 use crate::formats::json::JsonObject;
+use crate::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
 use crate::quant::Dtype;
 
 /// Keys that change the arithmetic of models akin to these, and the number that leaves it as it is (true is 1, false 0).
@@ -76,38 +77,6 @@ impl fmt::Display for Architecture {
     }
 }
 
-/// The frequencies of rotary position embeddings.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RopeParameters {
-    /// The base: pair i of a head turns by `position * theta^(-2 i / head_dim)`.
-    pub theta: f32,
-    /// What is done to these frequencies.
-    pub scaling: RopeScaling,
-}
-
-/// How rotary frequencies are stretched to longer texts.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// Every frequency is divided by `factor`.
-    Linear {
-        /// Above 0.
-        factor: f32,
-    },
-    /// Llama 3.1: low frequencies are divided by `factor`, high ones kept, those between interpolated.
-    Llama3 {
-        /// Above 0.
-        factor: f32,
-        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are low frequencies.
-        low_freq_factor: f32,
-        /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are high ones.
-        high_freq_factor: f32,
-        /// Tokens of context before the stretch.
-        original_max_position_embeddings: usize,
-    },
-}
-
 /// What a decoder is made of.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -130,7 +99,7 @@ pub struct ModelConfig {
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f32,
     /// Rotary position embeddings.
-    pub rope: RopeParameters,
+    pub rope: RopeConfig,
     /// Tokens of context that the model was made for.
     pub max_position_embeddings: usize,
     /// Whether the head is the embedding matrix.
@@ -205,7 +174,7 @@ impl ModelConfig {
             kv_heads,
             head_dim,
             rms_norm_eps,
-            rope: rope(&json, max_position_embeddings)?,
+            rope: rope(&json, head_dim, max_position_embeddings)?,
             max_position_embeddings,
             tie_word_embeddings: json.get("tie_word_embeddings")?.unwrap_or(false),
             qkv_bias,
@@ -312,7 +281,9 @@ fn bias(json: &JsonObject, key: &str, architecture: Architecture, possible: bool
     }
 }
 
-fn rope(json: &JsonObject, max_position_embeddings: usize) -> Result<RopeParameters> {
+fn rope(json: &JsonObject, head_dim: usize, max_position_embeddings: usize) -> Result<RopeConfig> {
+    let of =
+        |theta: f32, scaling| RopeConfig { theta: f64::from(theta), head_dim, scaling, layout: RopeLayout::HalfSplit };
     const KNOWN: [&str; 8] = [
         "rope_type",
         "type",
@@ -332,7 +303,7 @@ fn rope(json: &JsonObject, max_position_embeddings: usize) -> Result<RopeParamet
         if valid { Ok(theta) } else { Err(json.error("rope_theta", format!("is {theta}; it must be above 0"))) }
     };
     let outer = theta(json.get("rope_theta")?.unwrap_or(10_000.0), json)?;
-    let Some(rope) = old.or(new) else { return Ok(RopeParameters { theta: outer, scaling: RopeScaling::None }) };
+    let Some(rope) = old.or(new) else { return Ok(of(outer, RopeScaling::None)) };
     if let Some(key) = rope.keys().find(|key| !KNOWN.contains(key) && rope.value(key).is_some()) {
         return Err(rope.error(key, "is not supported"));
     }
@@ -366,7 +337,7 @@ fn rope(json: &JsonObject, max_position_embeddings: usize) -> Result<RopeParamet
             return Err(rope.error(type_key, message));
         }
     };
-    Ok(RopeParameters { theta: theta(rope.get("rope_theta")?.unwrap_or(outer), &rope)?, scaling })
+    Ok(of(theta(rope.get("rope_theta")?.unwrap_or(outer), &rope)?, scaling))
 }
 
 fn windows(json: &JsonObject, architecture: Architecture, layers: usize) -> Result<Vec<Option<usize>>> {

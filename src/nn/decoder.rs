@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::batch::Batch;
+use super::batch::{Batch, Tokens};
 use super::config::ModelConfig;
 use super::linear::Linear;
 use crate::autograd::{Tape, Var};
@@ -15,9 +15,9 @@ use crate::kernels::DeviceMatrix;
 use crate::kernels::attention::AttentionShape;
 use crate::kernels::embedding::embedding;
 use crate::kernels::qmatmul::qmatmul;
-use crate::kernels::rope::{RopeConfig, RopeTable};
-use crate::tensor::Tensor;
+use crate::kernels::rope::RopeTable;
 use crate::seed::mix;
+use crate::tensor::Tensor;
 
 const OP: &str = "decoder";
 
@@ -171,7 +171,9 @@ impl Decoder {
     pub fn parameters_mut(&mut self) -> Vec<(String, &mut Tensor)> {
         self.linears_mut()
             .flat_map(|(path, linear)| {
-                linear.parameters_mut().map(move |(kind, tensor)| (super::adapters::tensor_name(&path, kind), tensor))
+                linear
+                    .parameters_mut()
+                    .map(move |(kind, tensor)| (crate::formats::peft::tensor_name(&path, kind), tensor))
             })
             .collect()
     }
@@ -192,6 +194,15 @@ impl Decoder {
             }
         }
         (base, adapters)
+    }
+
+    /// A batch for this model: see [`Batch::new`].
+    ///
+    /// # Errors
+    /// As [`Batch::new`].
+    pub fn batch(&self, tokens: &Tokens, labels: Option<&[u32]>) -> Result<Batch> {
+        let window = self.config.windows.iter().copied().flatten().next();
+        Batch::new(&self.device, tokens, labels, self.config.vocab_size, window)
     }
 
     /// The hidden states after the last norm, [M, hidden].
@@ -268,15 +279,10 @@ impl Decoder {
         let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if table.positions() < positions {
             let wanted = positions.next_power_of_two().min(most);
-            *table = RopeTable::new(&self.device, &rope_config(&self.config), wanted)?;
+            *table = RopeTable::new(&self.device, &self.config.rope, wanted)?;
         }
         Ok(table.clone())
     }
-}
-
-/// The rotation of a model's heads.
-pub(super) fn rope_config(config: &ModelConfig) -> RopeConfig {
-    config.rope.clone()
 }
 
 fn path(layer: usize, module: &str) -> String {

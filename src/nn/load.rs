@@ -1,10 +1,11 @@
 //! Building a [`Decoder`] from weights: of a file, or made up for benchmarks.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::config::ModelConfig;
-use super::decoder::{Decoder, DecoderLayer, MODULES, rope_config};
+use super::decoder::{Decoder, DecoderLayer, MODULES};
 use super::linear::Linear;
 use crate::device::Device;
 use crate::error::Result;
@@ -30,17 +31,17 @@ pub trait WeightSource {
 struct FromCheckpoint<'a> {
     checkpoint: &'a Checkpoint,
     base: &'a BaseFormat,
-    used: Vec<String>,
+    used: BTreeSet<String>,
 }
 
 impl WeightSource for FromCheckpoint<'_> {
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        self.used.push(name.to_owned());
+        self.used.insert(name.to_owned());
         self.checkpoint.vector(name, len)
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<HostMatrix> {
-        self.used.push(name.to_owned());
+        self.used.insert(name.to_owned());
         let base = if linear { self.base } else { &BaseFormat::AsIs };
         self.checkpoint.matrix(name, rows, cols, base)
     }
@@ -59,9 +60,9 @@ impl Decoder {
     /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io) with
     /// file and key; the device's own.
     pub fn load(device: &Device, dir: &Path, base: &BaseFormat) -> Result<Decoder> {
-        let config = ModelConfig::read(&dir.join("config.json"))?;
+        let config = ModelConfig::read(dir)?;
         let checkpoint = Checkpoint::open(dir)?;
-        let mut source = FromCheckpoint { checkpoint: &checkpoint, base, used: Vec::new() };
+        let mut source = FromCheckpoint { checkpoint: &checkpoint, base, used: BTreeSet::new() };
         let decoder = Decoder::build(device, config, &mut source)?;
         checkpoint.check_all_used(&source.used)?;
         Ok(decoder)
@@ -83,7 +84,7 @@ impl Decoder {
             layers.push(build_layer(device, &config, source, layer)?);
         }
         let norm = vector(device, source, "model.norm.weight", hidden)?;
-        let rope = RopeTable::new(device, &rope_config(&config), config.max_position_embeddings.min(512))?;
+        let rope = RopeTable::new(device, &config.rope, config.max_position_embeddings.min(512))?;
         Ok(Decoder { device: device.clone(), embedding, head, layers, norm, rope: Mutex::new(rope), config })
     }
 }

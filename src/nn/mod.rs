@@ -7,11 +7,14 @@ mod config;
 mod decoder;
 mod linear;
 mod load;
+mod merge;
 mod tape;
+mod train;
 
 pub use adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
 pub use batch::{Batch, IGNORE_LABEL, PADDING, Tokens, shifted_labels};
-pub use config::ModelConfig;
+pub use config::{Architecture, ModelConfig};
 pub use decoder::{Decoder, Pass};
 pub use linear::{AdaptedLinear, AnyBase, DenseBase, Linear, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase};
 pub use load::WeightSource;
+pub use train::{LinearGrads, Saved};

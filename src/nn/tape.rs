@@ -1,6 +1,7 @@
 //! Linear layers on a tape.
 
 use super::linear::AdaptedLinear;
+use super::train::LinearGrads;
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
 
@@ -13,17 +14,16 @@ impl<Base> AdaptedLinear<Base> {
     pub fn record<'a>(&'a self, tape: &mut Tape<'a>, x: &Var, seed: Option<u64>) -> Result<Var> {
         let (y, saved) = match seed {
             Some(seed) => self.forward_train(x.value(), seed)?,
-            None => self.forward_saved(x.value())?,
+            None => self.run(x.value(), None)?,
         };
         let need_dx = x.needs_grad();
-        let names: Vec<_> = self.trainable_params().into_iter().map(|(name, _)| name).collect();
         let mut inputs = vec![x.node()];
-        inputs.extend(self.trainable_params().into_iter().map(|(_, tensor)| tape.leaf(tensor)));
+        inputs.extend(self.parameters().map(|(_, tensor)| tape.leaf(tensor)));
         Ok(tape.record(y, inputs, move |dy, _| {
-            let mut found = self.backward(dy, &saved, need_dx)?;
-            let mut gradients = vec![found.dx.take()];
-            gradients.extend(names.into_iter().map(|name| found.take(name)));
-            Ok(gradients)
+            let LinearGrads { dx, da, db, dmagnitude, dbias } = self.backward(dy, &saved, need_dx)?;
+            // In the order of `parameters`: of an optional one, those that are trained.
+            let trained = [da, db, dmagnitude, dbias].into_iter().flatten().map(Some);
+            Ok(std::iter::once(dx).chain(trained).collect())
         }))
     }
 }

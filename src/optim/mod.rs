@@ -6,8 +6,8 @@ pub use schedule::{Decay, Schedule};
 
 use std::collections::BTreeMap;
 
-pub use crate::kernels::adamw::AdamW;
 use crate::error::{Error, Result};
+pub use crate::kernels::adamw::AdamW;
 use crate::kernels::adamw::adamw;
 use crate::kernels::grad_norm::GradNorm;
 use crate::tensor::Tensor;
@@ -49,7 +49,7 @@ impl Optimizer {
         self.step = self.step.saturating_sub(1);
     }
 
-    /// One tensor's update in place, with `lr` times the configured rate. The gradient counts times the clip factor in
+    /// One tensor's update in place, with `factor` times the configured learning rate. The gradient counts times the clip factor in
     /// `norm`; if that is NaN, nothing changes.
     ///
     /// # Errors
@@ -60,7 +60,7 @@ impl Optimizer {
         name: &str,
         tensor: &mut Tensor,
         gradient: &Tensor,
-        lr: f32,
+        factor: f64,
         norm: &GradNorm,
     ) -> Result<()> {
         if self.step == 0 {
@@ -74,7 +74,7 @@ impl Optimizer {
                 entry.insert(Moments { m: zeros()?, v: zeros()? })
             }
         };
-        let config = AdamW { lr: self.config.lr * lr, ..self.config };
+        let config = AdamW { lr: self.config.lr * factor, ..self.config };
         adamw(tensor, gradient, &mut moments.m, &mut moments.v, &config, self.step, norm)
     }
 

@@ -52,7 +52,8 @@ mod tests {
 
     #[test]
     fn the_rate_rises_to_its_full_value_and_falls_to_zero() {
-        let factors = |decay| (0..8).map(|step| Schedule { decay, warmup: 2, total: 6 }.factor(step)).collect::<Vec<_>>();
+        let factors =
+            |decay| (0..8).map(|step| Schedule { decay, warmup: 2, total: 6 }.factor(step)).collect::<Vec<_>>();
         assert_eq!(factors(Decay::Constant), [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
         assert_eq!(factors(Decay::Linear), [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]);
         // The rates of a recorded run of transformers, divided by its base rate.

@@ -2,7 +2,7 @@
 
 use crate::autograd::{Gradients, Tape};
 use crate::error::{Error, Result};
-use crate::kernels::add::add_assign;
+use crate::kernels::add_assign::add_assign;
 use crate::kernels::grad_norm::grad_norm;
 use crate::nn::{Batch, Decoder, Pass};
 use crate::optim::{AdamW, Optimizer, Schedule};
@@ -85,7 +85,7 @@ impl Trainer {
         let factor = self.options.schedule.factor(step);
         self.optimizer.begin();
         for ((name, tensor), gradient) in parameters.iter_mut().zip(found) {
-            self.optimizer.update(name, tensor, gradient, factor as f32, &norm)?;
+            self.optimizer.update(name, tensor, gradient, factor, &norm)?;
         }
         let norms = norm.values.to_vec()?;
         let loss = loss.to_vec()?[0];
@@ -104,7 +104,7 @@ impl Trainer {
             step,
             loss,
             grad_norm: norms[0],
-            lr: (f64::from(self.options.optimizer.lr) * factor) as f32,
+            lr: (self.options.optimizer.lr * factor) as f32,
             tokens: micro_batches.iter().map(Batch::len).sum(),
             label_tokens,
         })

@@ -5,6 +5,8 @@
 pub mod model;
 pub mod seed;
 
+use std::sync::LazyLock;
+
 use qlora_wgpu::device::{Device, DeviceInfo, GpuOptions, Select, devices};
 
 fn wanted() -> String {
@@ -45,8 +47,13 @@ pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
     adapters().iter().map(open).collect()
 }
 
-/// The CPU, and every adapter in every tier that it can run.
+/// The CPU, and every adapter in every tier that it can run; opened once, so that tests share compiled kernels.
 pub fn all() -> Vec<Device> {
+    static DEVICES: LazyLock<Vec<Device>> = LazyLock::new(open_all);
+    DEVICES.clone()
+}
+
+fn open_all() -> Vec<Device> {
     let mut found = vec![Device::cpu()];
     for info in adapters() {
         for tier in &info.tiers {

@@ -37,6 +37,12 @@ const MAGNITUDE: &str = ".lora_magnitude_vector";
 /// The path of the output head.
 const HEAD: &str = "lm_head";
 
+/// The key of a module's tensor; `kind` is "lora_A", "lora_B" or "lora_magnitude_vector".
+pub fn tensor_name(path: &str, kind: &str) -> String {
+    let weight = if kind.starts_with("lora_magnitude") { "" } else { ".weight" };
+    format!("{PREFIX}{path}.{kind}{weight}")
+}
+
 /// A LoRA adapter in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PeftAdapter {

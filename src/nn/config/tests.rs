@@ -9,6 +9,10 @@ use crate::error::Error;
 const LLAMA3: &str = r#"{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192, "rope_theta": 500000.0}"#;
 
+fn rope_of(theta: f64, scaling: RopeScaling) -> RopeConfig {
+    RopeConfig { theta, head_dim: 8, scaling, layout: RopeLayout::HalfSplit }
+}
+
 /// A small config of `model_type` with the keys of `changes` set, or removed where they are "absent".
 fn parse(model_type: &str, changes: Value) -> Result<ModelConfig> {
     let mut config: Map<String, Value> = serde_json::from_value(json!({
@@ -48,7 +52,7 @@ fn error(model_type: &str, changes: Value) -> String {
 fn absent_keys_are_the_defaults_of_the_class() {
     let llama = get("llama", json!({"num_key_value_heads": "absent", "head_dim": "absent"}));
     assert_eq!((llama.kv_heads, llama.head_dim, llama.max_position_embeddings), (8, 8, 512));
-    assert_eq!(llama.rope, RopeParameters { theta: 10_000.0, scaling: RopeScaling::None });
+    assert_eq!(llama.rope, rope_of(10_000.0, RopeScaling::None));
     assert_eq!((llama.bos_token_id, &llama.eos_token_ids[..], llama.pad_token_id), (Some(1), &[2][..], None));
     assert_eq!((llama.dtype, llama.tie_word_embeddings, llama.quantized), (None, false, false));
     assert_eq!((llama.qkv_bias, llama.o_bias, llama.mlp_bias, llama.qk_norm), (false, false, false, false));
@@ -77,7 +81,7 @@ fn both_spellings_are_read() {
     let linear = get("llama", old);
     assert_eq!(linear, get("llama", new));
     assert_eq!(linear.dtype, Some(Dtype::Bf16));
-    assert_eq!(linear.rope, RopeParameters { theta: 500_000.0, scaling: RopeScaling::Linear { factor: 2.0 } });
+    assert_eq!(linear.rope, rope_of(500_000.0, RopeScaling::Linear { factor: 2.0 }));
 
     let llama3: Value = serde_json::from_str(LLAMA3).unwrap();
     let scaling = RopeScaling::Llama3 {
@@ -88,7 +92,7 @@ fn both_spellings_are_read() {
     };
     for key in ["rope_parameters", "rope_scaling"] {
         let rope = get("llama", json!({key: llama3})).rope;
-        assert_eq!(rope, RopeParameters { theta: 500_000.0, scaling });
+        assert_eq!(rope, rope_of(500_000.0, scaling));
     }
     let mut short = llama3.clone();
     short
