@@ -6,9 +6,10 @@ use serde::Serialize;
 
 use super::{Row, repeat, uniform};
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
 use crate::kernels::HostMatrix;
+use crate::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
 use crate::nn::{Architecture, Batch, Decoder, ModelConfig, Tokens, WeightSource, shifted_labels};
 use crate::optim::{AdamW, Schedule};
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
@@ -78,21 +79,42 @@ impl StepCase {
     /// The model's configuration.
     ///
     /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid) for sizes that do not go together.
+    /// [`Error::Invalid`] for heads that do not divide.
     fn config(&self) -> Result<ModelConfig> {
         let StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, .. } = self.shape;
-        ModelConfig::from_json(&serde_json::json!({
-            "model_type": Architecture::Llama.model_type(),
-            "hidden_size": hidden,
-            "intermediate_size": ffn,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": tokens,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": true,
-        }))
+        if !hidden.is_multiple_of(2 * heads) || !heads.is_multiple_of(kv_heads) {
+            return Err(Error::Invalid {
+                op: "bench",
+                what: "the decoder's shape",
+                got: format!("{hidden} values for {heads} heads and {kv_heads} key heads"),
+                expected: "heads are of one even size, and a multiple of the key heads".into(),
+            });
+        }
+        let head_dim = hidden / heads;
+        Ok(ModelConfig {
+            architecture: Architecture::Llama,
+            vocab_size: vocabulary,
+            hidden_size: hidden,
+            intermediate_size: ffn,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            rms_norm_eps: 1e-5,
+            rope: RopeConfig { theta: 10_000.0, head_dim, scaling: RopeScaling::None, layout: RopeLayout::HalfSplit },
+            max_position_embeddings: tokens,
+            tie_word_embeddings: true,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            qk_norm: false,
+            windows: vec![None; layers],
+            dtype: None,
+            bos_token_id: None,
+            eos_token_ids: Vec::new(),
+            pad_token_id: None,
+            quantized: false,
+        })
     }
 
     /// Floating-point operations of a step: products with W and the head forward and back, the adapters' two products
@@ -100,10 +122,19 @@ impl StepCase {
     fn flops(&self) -> f64 {
         let StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, .. } = self.shape;
         let kv = kv_heads * (hidden / heads);
-        let shapes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (ffn, hidden), (ffn, hidden), (hidden, ffn)];
+        let shapes = [
+            (hidden, hidden),
+            (kv, hidden),
+            (kv, hidden),
+            (hidden, hidden),
+            (ffn, hidden),
+            (ffn, hidden),
+            (hidden, ffn),
+        ];
         let base: usize = shapes.iter().map(|(n, k)| n * k).sum();
         let adapters: usize = shapes.iter().map(|(n, k)| self.rank * (n + k)).sum();
-        tokens as f64 * (layers as f64 * (4.0 * base as f64 + 6.0 * adapters as f64) + 4.0 * (vocabulary * hidden) as f64)
+        tokens as f64
+            * (layers as f64 * (4.0 * base as f64 + 6.0 * adapters as f64) + 4.0 * (vocabulary * hidden) as f64)
     }
 }
 
@@ -174,4 +205,38 @@ pub fn measure_step(case: &StepCase, device: &Device) -> Result<Row> {
         shape: Some(case.shape),
         ..row
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: StepShape = StepShape {
+        hidden: 64,
+        ffn: 96,
+        layers: 2,
+        heads: 4,
+        kv_heads: 2,
+        vocabulary: 50,
+        tokens: 12,
+        checkpoint_activations: true,
+    };
+
+    #[test]
+    fn a_step_is_measured_and_right_on_every_device() {
+        let case = StepCase { shape: SHAPE, rank: 4, quant: QuantOptions::nf4().double_quant() };
+        for device in crate::testing::devices() {
+            let row = measure_step(&case, &device).unwrap();
+            let allowed = if crate::testing::is_f16(&device) { 1e-2 } else { 1e-4 };
+            assert!(row.max_rel_err_vs_cpu < allowed, "{row:?}");
+            assert!(row.tokens_per_s.unwrap() > 0.0 && row.peak_bytes.unwrap() > 0, "{row:?}");
+        }
+    }
+
+    #[test]
+    fn heads_that_do_not_divide_are_an_error() {
+        let shape = StepShape { heads: 3, ..SHAPE };
+        let case = StepCase { shape, rank: 4, quant: QuantOptions::nf4() };
+        assert!(measure_step(&case, &Device::cpu()).unwrap_err().to_string().contains("3 heads"));
+    }
 }

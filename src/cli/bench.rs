@@ -1,18 +1,24 @@
-//! `qlora bench`: times of the fused layer, checked against the CPU.
+//! `qlora bench`: times of a layer's passes and of a training step, checked against the CPU.
 
 use clap::{Args, ValueEnum};
 
 use super::{print_json, print_line, table};
-use crate::bench::{Case, Row, measure};
+use crate::bench::Row;
+use crate::bench::layer::{self, Case, measure};
+use crate::bench::step::{StepCase, StepShape, measure_step};
 use crate::device::Device;
 use crate::error::Result;
 use crate::quant::{Format, QuantOptions};
 
-/// Times the fused QLoRA layer on a device and checks its result against the CPU.
+/// Times the fused QLoRA layer, or a whole training step, on a device and checks the result against the CPU.
 ///
-/// On a GPU the time is that of timestamp queries where there are any, else from submission to completion.
+/// Of a layer on a GPU the time is that of timestamp queries where there are any, else from submission to completion; of a
+/// step it is the wall clock's.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  qlora bench --device best --m 1,64 --n 4096 --k 4096 --double-quant --json")]
+#[command(after_help = "Examples:\n  \
+    qlora bench --device best --m 1,64 --n 4096 --k 4096 --double-quant --json\n  \
+    qlora bench --op backward --m 512 --n 4096 --k 14336 --double-quant\n  \
+    qlora bench --op step --tokens 256 --hidden 576 --ffn 1536 --layers 30 --heads 9 --kv-heads 3 --vocabulary 49152")]
 pub struct BenchArgs {
     /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
     #[arg(long, default_value = "best")]
@@ -29,7 +35,7 @@ pub struct BenchArgs {
     /// Columns of the weight (input features).
     #[arg(long, value_delimiter = ',', default_values_t = [4096, 14336], value_parser = size)]
     k: Vec<usize>,
-    /// Rank of the adapter; 0: none.
+    /// Rank of the adapter; 0: none (a step needs one).
     #[arg(long, default_value_t = 16, value_parser = rank)]
     rank: usize,
     /// nf4, fp4 or int4.
@@ -38,15 +44,58 @@ pub struct BenchArgs {
     /// Quantize the scales too.
     #[arg(long)]
     double_quant: bool,
+    #[command(flatten)]
+    step: StepArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+}
+
+/// The decoder of `--op step`; by default of SmolLM2-135M's shape.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Options of --op step")]
+struct StepArgs {
+    /// Tokens of the one sequence.
+    #[arg(long, default_value_t = 256, value_parser = size)]
+    tokens: usize,
+    /// Values of a hidden state.
+    #[arg(long, default_value_t = 576, value_parser = size)]
+    hidden: usize,
+    /// Values inside the feed-forward part.
+    #[arg(long, default_value_t = 1536, value_parser = size)]
+    ffn: usize,
+    /// Decoder layers.
+    #[arg(long, default_value_t = 30, value_parser = size)]
+    layers: usize,
+    /// Query heads.
+    #[arg(long, default_value_t = 9, value_parser = size)]
+    heads: usize,
+    /// Key and value heads.
+    #[arg(long, default_value_t = 3, value_parser = size)]
+    kv_heads: usize,
+    /// Rows of the embedding, which is the head too.
+    #[arg(long, default_value_t = 49152, value_parser = size)]
+    vocabulary: usize,
+    /// Keep only layer inputs for the way back.
+    #[arg(long)]
+    checkpoint_activations: bool,
+}
+
+impl StepArgs {
+    fn shape(&self) -> StepShape {
+        let &StepArgs { tokens, hidden, ffn, layers, heads, kv_heads, vocabulary, checkpoint_activations } = self;
+        StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, checkpoint_activations }
+    }
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
 enum Op {
     /// Y = X * deq(W)^T + s * (X * A^T) * B^T
     Forward,
+    /// dX, dA and dB from dY, of the same layer
+    Backward,
+    /// Forward, backward and update of a decoder
+    Step,
 }
 
 /// The largest size of a dimension: no model has more, and no product of two overflows.
@@ -67,18 +116,30 @@ fn rank(text: &str) -> Result<usize, String> {
 
 pub fn run(args: &BenchArgs) -> Result<()> {
     let device = Device::named(&args.device)?;
+    let quant = QuantOptions { format: args.format, ..QuantOptions::default() };
+    let quant = if args.double_quant { quant.double_quant() } else { quant };
+    let rows = match args.op {
+        Op::Forward => layers(args, layer::Op::Forward, quant, &device)?,
+        Op::Backward => layers(args, layer::Op::Backward, quant, &device)?,
+        Op::Step => {
+            let case = StepCase { shape: args.step.shape(), rank: args.rank, quant };
+            vec![measure_step(&case, &device)?]
+        }
+    };
+    if args.json { print_json(&rows) } else { print_line(&describe(&rows)) }
+}
+
+/// Every case of a layer that the sizes make.
+fn layers(args: &BenchArgs, op: layer::Op, quant: QuantOptions, device: &Device) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
-    let Op::Forward = args.op;
     for &n in &args.n {
         for &k in &args.k {
             for &m in &args.m {
-                let quant = QuantOptions { format: args.format, ..QuantOptions::default() };
-                let quant = if args.double_quant { quant.double_quant() } else { quant };
-                rows.push(measure(&Case { m, n, k, rank: args.rank, quant }.operands()?, &device)?);
+                rows.push(measure(&Case { op, m, n, k, rank: args.rank, quant }.operands()?, device)?);
             }
         }
     }
-    if args.json { print_json(&rows) } else { print_line(&describe(&rows)) }
+    Ok(rows)
 }
 
 /// Rows as a table, under a line that names the device.
@@ -103,5 +164,9 @@ fn describe(rows: &[Row]) -> String {
         "" => row.adapter.clone(),
         tier => format!("{}, tier {tier}", row.adapter),
     });
-    format!("{device}\n{}", table(header, 2, cells.collect()))
+    let step = rows.iter().find_map(|row| Some((row.tokens_per_s?, row.peak_bytes?)));
+    let step = step.map_or(String::new(), |(rate, peak)| {
+        format!("\n{rate:.0} tokens/s, {:.0} MiB of device memory at the peak", peak as f64 / f64::from(1 << 20))
+    });
+    format!("{device}\n{}{step}", table(header, 2, cells.collect()))
 }

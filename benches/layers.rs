@@ -5,20 +5,26 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use qlora_wgpu::bench::Case;
+use qlora_wgpu::bench::layer::{Case, Op};
 use qlora_wgpu::device::Device;
 use qlora_wgpu::quant::{QuantOptions, QuantizedMatrix};
 
-fn forward(criterion: &mut Criterion) {
+fn layers(criterion: &mut Criterion) {
+    for (name, op) in [("forward", Op::Forward), ("backward", Op::Backward)] {
+        layer(criterion, name, op);
+    }
+}
+
+fn layer(criterion: &mut Criterion, name: &str, op: Op) {
     let best = Device::best().expect("QLORA_DEVICE names a device");
     let mut devices = vec![Device::cpu()];
     if matches!(best, Device::Gpu(_)) {
         devices.push(best);
     }
-    let mut group = criterion.benchmark_group("forward");
+    let mut group = criterion.benchmark_group(name);
     group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
     for (m, n, k) in [(1, 4096, 4096), (8, 4096, 4096), (64, 4096, 4096), (256, 1536, 576)] {
-        let case = Case { m, n, k, rank: 16, quant: QuantOptions::nf4().double_quant() };
+        let case = Case { op, m, n, k, rank: 16, quant: QuantOptions::nf4().double_quant() };
         let operands = case.operands().expect("random weights are finite");
         group.throughput(Throughput::Elements(case.flops() as u64));
         for device in &devices {
@@ -44,5 +50,5 @@ fn quantize(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, forward, quantize);
+criterion_group!(benches, layers, quantize);
 criterion_main!(benches);

@@ -1,0 +1,142 @@
+//! What `qlora bench`, `cargo bench` and `qlora demo` measure, timed alike: a layer ([`layer`]), and a whole training step
+//! ([`step`]).
+
+pub mod layer;
+pub mod step;
+
+use std::time::{Duration, Instant};
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::quant::{DoubleQuant, QuantOptions};
+use crate::seed::mix;
+use step::StepShape;
+
+/// What was measured; the fields of `qlora bench --json`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Row {
+    /// "forward", "backward" or "step".
+    pub op: &'static str,
+    /// "cpu" or "gpu".
+    pub device: &'static str,
+    /// The device's name.
+    pub adapter: String,
+    /// The tier of its kernels; empty for the CPU device.
+    pub tier: String,
+    /// "nf4", "fp4" or "int4".
+    pub format: String,
+    /// Whether the scales are quantized too.
+    pub double_quant: bool,
+    /// Rows of X; of a step: its tokens.
+    pub m: usize,
+    /// Rows of the weight; of a step: values inside the feed-forward part.
+    pub n: usize,
+    /// Columns of the weight; of a step: values of a hidden state.
+    pub k: usize,
+    /// Of the adapter.
+    pub rank: usize,
+    /// Shortest run, in milliseconds.
+    pub ms_min: f64,
+    /// Median run, in milliseconds.
+    pub ms_median: f64,
+    /// 10^9 floating-point operations per second at the median; the cases say what they count.
+    pub gflops: f64,
+    /// Packed weight bytes per second at the median, in 10^9.
+    pub weight_gb_per_s: f64,
+    /// Largest difference from the CPU, divided by the largest value: of Y or dX against the CPU device, or for the CPU
+    /// device itself of a sample against the plain reference in f64. Of a step: of its loss and gradient norm, each
+    /// relative to the CPU device's.
+    pub max_rel_err_vs_cpu: f64,
+    /// Tokens per second at the median, of a step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_per_s: Option<f64>,
+    /// The most device memory that was live, of a step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_bytes: Option<u64>,
+    /// The decoder of a step.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub shape: Option<StepShape>,
+}
+
+impl Row {
+    /// A row of what all cases have; sizes are the case's to fill in. `times` in seconds, `weight_bytes` those of the packed
+    /// base.
+    fn new(
+        op: &'static str,
+        device: &Device,
+        quant: &QuantOptions,
+        mut times: Vec<f64>,
+        flops: f64,
+        weight_bytes: usize,
+        max_rel_err_vs_cpu: f64,
+    ) -> Row {
+        times.sort_by(f64::total_cmp);
+        let median = times[times.len() / 2];
+        let (kind, tier) = match device {
+            Device::Cpu(_) => ("cpu", String::new()),
+            Device::Gpu(gpu) => ("gpu", gpu.tier().to_string()),
+        };
+        Row {
+            op,
+            device: kind,
+            adapter: device.name().to_owned(),
+            tier,
+            format: quant.format.to_string(),
+            double_quant: quant.double != DoubleQuant::None,
+            m: 0,
+            n: 0,
+            k: 0,
+            rank: 0,
+            ms_min: times[0] * 1e3,
+            ms_median: median * 1e3,
+            gflops: flops / median / 1e9,
+            weight_gb_per_s: weight_bytes as f64 / median / 1e9,
+            max_rel_err_vs_cpu,
+            tokens_per_s: None,
+            peak_bytes: None,
+            shape: None,
+        }
+    }
+}
+
+/// Fewest and most timed runs of a case, and the time after which it has been timed enough.
+const RUNS: (usize, usize, Duration) = (5, 50, Duration::from_secs(2));
+
+/// Times of repeated runs, in seconds.
+fn repeat(mut run: impl FnMut() -> Result<Duration>) -> Result<Vec<f64>> {
+    let start = Instant::now();
+    let mut times = Vec::new();
+    while times.len() < RUNS.0 || (times.len() < RUNS.1 && start.elapsed() < RUNS.2) {
+        times.push(run()?.as_secs_f64());
+    }
+    Ok(times)
+}
+
+/// The largest difference of two arrays, divided by the second one's largest value.
+pub fn relative_error(got: &[f32], wanted: &[f32]) -> f64 {
+    let largest = wanted.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+    // A NaN must not vanish in the maximum, wherever it stands.
+    let worse = |most: f64, next: f64| if most.is_nan() || next.is_nan() { f64::NAN } else { most.max(next) };
+    let difference = got.iter().zip(wanted).map(|(got, wanted)| f64::from((got - wanted).abs())).fold(0.0, worse);
+    difference / f64::from(largest.max(f32::MIN_POSITIVE))
+}
+
+/// `len` values, uniform in -amplitude..amplitude, by splitmix64: the same for the same seed, made in parallel.
+pub fn uniform(seed: u64, len: usize, amplitude: f32) -> Vec<f32> {
+    let value = |i: usize| (mix(seed, i as u64) >> 40) as f32 / 8_388_608.0 - 1.0;
+    (0..len).into_par_iter().map(|i| value(i) * amplitude).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::relative_error;
+
+    #[test]
+    fn an_error_is_seen() {
+        assert_eq!(relative_error(&[1.0, 2.0], &[1.0, 4.0]), 0.5);
+        assert!(relative_error(&[f32::NAN, 1.0], &[1.0, 1.0]).is_nan());
+    }
+}
