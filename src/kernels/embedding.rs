@@ -1,4 +1,4 @@
-//! Y = deq(W)[ids]: the rows of a table that tokens name, [M, K] from W [rows, K] of any kind.
+//! `Y = deq(W)[ids]`: the rows of a table that tokens name, [M, K] from W [rows, K] of any kind.
 
 use rayon::prelude::*;
 

@@ -45,7 +45,7 @@ pub struct GradNorm {
 }
 
 /// Norms of `grads`, of any shapes, and the factor that clips them to `max_norm` together; without it the factor is 1.
-/// A `loss` [1] that is not finite makes the factor NaN too.
+/// A `loss` `[1]` that is not finite makes the factor NaN too.
 ///
 /// Squares count in f32 on a GPU: gradients under 1e-22 count as zero there, a norm over 1e19 as infinite.
 ///

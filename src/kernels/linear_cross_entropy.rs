@@ -29,16 +29,16 @@ const CHUNK_ROWS: usize = 64;
 
 /// What [`linear_cross_entropy`] answers.
 pub struct CrossEntropy {
-    /// The sum of the labelled tokens' losses times the scale, [1].
+    /// The sum of the labelled tokens' losses times the scale, `[1]`.
     pub loss: Tensor,
-    /// Each token's loss, unscaled, 0 where the label is [`IGNORE`], [M].
+    /// Each token's loss, unscaled, 0 where the label is [`IGNORE`], `[M]`.
     pub token_losses: Tensor,
     /// The gradient of `loss` in the hidden states, [M, K], if it was asked for.
     pub d_hidden: Option<Tensor>,
 }
 
-/// The loss of `hidden` [M, K] with the head `head` [V, K]: `scale` * the sum of -log softmax(hidden * head^T)[label] over
-/// the tokens whose label counts. `labels` [M] are already shifted: that of a row is the next token. A `scale` of 1 gives
+/// The loss of `hidden` [M, K] with the head `head` [V, K]: `scale` * the sum of `-log softmax(hidden * head^T)[label]` over
+/// the tokens whose label counts. `labels` `[M]` are already shifted: that of a row is the next token. A `scale` of 1 gives
 /// the sum, 1 / labelled tokens the mean.
 ///
 /// Labels must be less than V or [`IGNORE`]: [`check_labels`] tells, before they go to a device. Larger ones count as V - 1.

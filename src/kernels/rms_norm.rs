@@ -37,7 +37,7 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].map(|ragged| RowTeams::short(tier).row_defines(ragged)).to_vec()
 }
 
-/// Normalizes every run of K values of `x`, whatever its shape, and multiplies them by `weight` [K].
+/// Normalizes every run of K values of `x`, whatever its shape, and multiplies them by `weight` `[K]`.
 ///
 /// # Errors
 /// [`Error::Shape`] if `x` is no whole number of runs of K, [`Error::DeviceMismatch`].

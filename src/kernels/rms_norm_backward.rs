@@ -18,7 +18,7 @@ kernel! {
 }
 
 /// The gradient of the input `x` of [`rms_norm`](super::rms_norm::rms_norm) from that of its result, both of any shape that
-/// is made of rows of K; `weight` is [K].
+/// is made of rows of K; `weight` is `[K]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).

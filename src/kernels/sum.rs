@@ -48,7 +48,7 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].map(|squares| defines(tier, squares)).to_vec()
 }
 
-/// scale * the sum of all values, [1].
+/// scale * the sum of all values, `[1]`.
 ///
 /// # Errors
 /// The device's own.
