@@ -9,8 +9,11 @@ use qlora_wgpu::nn::Decoder;
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::{Device, Error};
 
-/// Models with the logits of each form of their base.
-const MODELS: [(&str, &str, &[(&str, &str)]); 3] = [
+/// A model, the file of its logits, and where those of each form of its base are.
+type Model = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
+/// The recorded models.
+const MODELS: [Model; 3] = [
     (
         "llama",
         "llama.golden_logits.safetensors",

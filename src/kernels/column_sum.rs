@@ -1,4 +1,4 @@
-//! out[n] = sum over m of A[m, n] (* B[m, n]): a bias's gradient, and that of DoRA's magnitude.
+//! `out[n]` = sum over m of `A[m, n]` (* `B[m, n]`): a bias's gradient, and that of DoRA's magnitude.
 //!
 //! Tall matrices are summed in two passes, a fixed number of rows at a time: the same bits on every run.
 

@@ -1,4 +1,4 @@
-//! norm[n] = the length of row n of deq(W) + s * B * A: what DoRA divides its magnitude by. `[N]`, from W [N, K],
+//! `norm[n]` = the length of row n of deq(W) + s * B * A: what DoRA divides its magnitude by. `[N]`, from W [N, K],
 //! B [N, r], A [r, K]; W is decoded on the way and never whole.
 //!
 //! Reference: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, section 4.3: no gradient flows through the

@@ -1,4 +1,4 @@
-//! Y[i] = f(i) * X[i] + (1 - f(i)) * Z[i], with f the dropout's factors, 0 or 1 / (1 - p): dropout(X), what dropout takes
+//! `Y[i] = f(i) * X[i] + (1 - f(i)) * Z[i]`, with f the dropout's factors, 0 or 1 / (1 - p): dropout(X), what dropout takes
 //! from Z (dropout(Z) + Y = Z), or the sum of a gradient that went through dropout and one that went beside it.
 
 use rayon::prelude::*;

@@ -1,4 +1,4 @@
-//! Y[m, n] = X[m, n] * c[n] (+ D[m, n] or d[n]), or X[m, n] / c[n]: how DoRA's factors meet activations and gradients.
+//! `Y[m, n] = X[m, n] * c[n] (+ D[m, n] or d[n])`, or `X[m, n] / c[n]`: how DoRA's factors meet activations and gradients.
 
 use rayon::prelude::*;
 

@@ -239,7 +239,7 @@ impl Decoder {
         Ok(tape.linear_cross_entropy(&hidden, &self.head, labels, scale)?.0)
     }
 
-    /// The summed cross-entropy of the batch's labels, and each token's own, [M]; without dropout.
+    /// The summed cross-entropy of the batch's labels, and each token's own, `[M]`; without dropout.
     ///
     /// # Errors
     /// As [`Decoder::loss`].

@@ -51,7 +51,7 @@ pub fn load(device: &Device, name: &str) -> Decoder {
 }
 
 pub fn adapter(name: &str) -> PeftAdapter {
-    PeftAdapter::read(&path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    PeftAdapter::read(path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
 /// All logits of unlabelled tokens.
