@@ -4,8 +4,9 @@ mod common;
 
 use common::model::{adapter, distance, f32s, file, load, logits, path, tokens};
 use qlora_wgpu::formats::checkpoint::BaseFormat;
+use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
 use qlora_wgpu::formats::safetensors::{OutData, OutTensor, write};
-use qlora_wgpu::nn::Decoder;
+use qlora_wgpu::nn::{Decoder, Tokens};
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::{Device, Error};
 
@@ -187,4 +188,51 @@ fn what_does_not_fit_is_an_error_and_changes_nothing() {
 
     model.attach_peft("lora", &adapter("adapter-lora")).unwrap();
     assert!(model.attach_peft("lora", &adapter("adapter-lora")).unwrap_err().to_string().contains("lora"));
+}
+
+#[test]
+fn padding_on_the_left_and_packing_change_nothing_for_a_sequence() {
+    let sequences: [&[u32]; 2] = [&[5, 17, 99, 3, 64, 21, 8], &[44, 2, 120, 7]];
+    let (length, vocabulary) = (12, 128);
+    for device in common::all() {
+        for name in ["llama", "qwen3-bnb-nf4_dq"] {
+            let model = load(&device, name);
+            let alone: Vec<Vec<f32>> =
+                sequences.iter().map(|ids| logits(&model, &Tokens::new(ids.to_vec(), 1).unwrap())).collect();
+            // Left-padded, a row each.
+            let (mut ids, mut mask) = (Vec::new(), Vec::new());
+            for sequence in sequences {
+                let padding = length - sequence.len();
+                ids.extend(std::iter::repeat_n(0, padding).chain(sequence.iter().copied()));
+                mask.extend(std::iter::repeat_n(0, padding).chain(sequence.iter().map(|_| 1)));
+            }
+            let padded = logits(&model, &Tokens::masked(ids, 2, &mask).unwrap());
+            // Both in one row, padded on the right.
+            let ids: Vec<u32> = sequences.concat().into_iter().chain([0]).collect();
+            let segments = (0..ids.len() as u32).map(|at| [1, 2, 0][usize::from(at >= 7) + usize::from(at >= 11)]);
+            let packed = logits(&model, &Tokens::packed(ids, 1, segments.collect()).unwrap());
+            for (row, (alone, start)) in alone.iter().zip([0, 7]).enumerate() {
+                let end = (row + 1) * length * vocabulary;
+                check(&device, &format!("{name} left-padded"), &padded[end - alone.len()..end], alone);
+                let at = start * vocabulary;
+                check(&device, &format!("{name} packed"), &packed[at..at + alone.len()], alone);
+            }
+        }
+    }
+}
+
+#[test]
+fn targets_that_cannot_have_an_adapter_are_an_error() {
+    let mut model = load(&Device::cpu(), "llama-bnb-nf4_dq");
+    let config = |names: &[&str]| {
+        let mut config = PeftConfig::new(4, 8.0);
+        config.targets = Targets::new(TargetModules::names(names.iter().copied()));
+        config
+    };
+    let error = model.attach("new", &config(&["q_proj", "lm_head"]), 0).unwrap_err().to_string();
+    assert!(error.contains("lm_head"), "{error}");
+    let error = model.attach("new", &config(&["query"]), 0).unwrap_err().to_string();
+    assert!(error.contains("query") && error.contains("model.layers.0.self_attn.q_proj"), "{error}");
+    assert_eq!(model.attach("new", &config(&["q_proj", "down_proj"]), 0).unwrap(), 4);
+    assert_eq!(model.attach("all", &PeftConfig::new(4, 8.0), 0).unwrap(), 14);
 }

@@ -3,8 +3,13 @@
 mod common;
 
 use common::model::{adapter, batch, f32s, file, load, path};
-use qlora_wgpu::nn::{Batch, Decoder, LoraAdapter};
+use qlora_wgpu::bench::uniform;
+use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig};
+use qlora_wgpu::kernels::HostMatrix;
+use qlora_wgpu::kernels::rope::RopeConfig;
+use qlora_wgpu::nn::{Batch, Decoder, LoraAdapter, ModelConfig, Tokens, WeightSource, shifted_labels};
 use qlora_wgpu::optim::{AdamW, Decay, Schedule};
+use qlora_wgpu::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use qlora_wgpu::train::{TrainOptions, Trainer};
 use qlora_wgpu::{Device, Error, Tensor};
 use serde_json::Value;
@@ -211,42 +216,140 @@ fn a_loss_that_is_not_finite_stops_the_run_and_leaves_the_adapter_alone() {
     }
 }
 
-#[test]
-fn memory_is_what_the_formula_says_and_checkpointing_saves_activations() {
-    for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
-        let run = Run::open("train-basic");
-        let name = common::name(&device);
-        let live = device.memory().live_bytes;
-        let mut model = run.model(&device);
-        let mut trainer = Trainer::new(run.options);
-        let batches = run.batches(&device, 0);
-        trainer.step(&mut model, &batches).unwrap();
-        device.wait().unwrap();
-        let (base, adapters) = model.resident_bytes();
-        assert_eq!(trainer.optimizer().resident_bytes(), 2 * adapters, "{name}: two moments a parameter");
-        let rest = 64 << 10; // batches and the rotation table
-        let held = device.memory().live_bytes - live;
-        let known = base + adapters + trainer.optimizer().resident_bytes();
-        assert!(held >= known && held <= known + rest, "{name}: {held} bytes live, {known} known");
-        // 4-bit: the base's linear layers take a small part of their f32 size; nothing else of that size is live.
-        let again = device.memory().live_bytes;
-        trainer.step(&mut model, &batches).unwrap();
-        device.wait().unwrap();
-        assert_eq!(device.memory().live_bytes, again, "{name}: a step leaves nothing behind");
+/// A decoder of random 4-bit layers, large enough for the formulas of memory to show.
+struct Random;
 
-        let peak = |checkpoint: bool| {
-            let trainer = Trainer::new(TrainOptions { checkpoint_activations: checkpoint, ..run.options });
+const HIDDEN: usize = 256;
+const FFN: usize = 512;
+const VOCABULARY: usize = 64;
+const RANK: usize = 4;
+
+impl WeightSource for Random {
+    fn vector(&mut self, _: &str, len: usize) -> qlora_wgpu::Result<Vec<f32>> {
+        Ok(vec![1.0; len])
+    }
+
+    fn matrix(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> qlora_wgpu::Result<HostMatrix> {
+        let values = uniform(name.len() as u64, rows * cols, 0.1);
+        if !linear {
+            return Ok(DenseMatrix::new(rows, cols, DenseData::F32(values))?.into());
+        }
+        let options = QuantOptions::nf4().double_quant();
+        Ok(QuantizedMatrix::quantize(values.as_slice().into(), rows, cols, &options)?.into())
+    }
+
+    fn contains(&self, _: &str) -> bool {
+        true
+    }
+}
+
+fn random_model(device: &Device, layers: usize) -> Decoder {
+    let config = ModelConfig {
+        vocab_size: VOCABULARY,
+        hidden_size: HIDDEN,
+        intermediate_size: FFN,
+        layers,
+        windows: vec![None; layers],
+        heads: 4,
+        kv_heads: 4,
+        head_dim: 64,
+        tie_word_embeddings: true,
+        rope: RopeConfig { head_dim: 64, ..load(&Device::cpu(), "llama").config().rope },
+        ..load(&Device::cpu(), "llama").config().clone()
+    };
+    let mut model = Decoder::build(device, config, &mut Random).unwrap();
+    model.attach("default", &PeftConfig::new(RANK, 8.0), 1).unwrap();
+    model
+}
+
+fn random_batch(model: &Decoder, length: usize) -> Batch {
+    let ids: Vec<u32> = (0..length as u32).map(|i| i * 7 % VOCABULARY as u32).collect();
+    let labels: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+    let tokens = Tokens::new(ids, 1).unwrap();
+    let labels = shifted_labels(&tokens, &labels, VOCABULARY).unwrap();
+    model.batch(&tokens, Some(&labels)).unwrap()
+}
+
+#[test]
+fn memory_is_what_the_formula_says_and_holds_no_dequantized_copy() {
+    // Devices of its own, whose counters no other test moves.
+    for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
+        let name = common::name(&device);
+        let layers = 3;
+        let mut model = random_model(&device, layers);
+        let mut trainer = Trainer::new(Run::open("train-basic").options);
+        let batch = random_batch(&model, 4);
+        trainer.step(&mut model, std::slice::from_ref(&batch)).unwrap();
+        device.wait().unwrap();
+
+        let shapes = [(HIDDEN, HIDDEN); 4].into_iter().chain([(FFN, HIDDEN), (FFN, HIDDEN), (HIDDEN, FFN)]);
+        let (mut weights, mut trained) = (0, 0);
+        for (n, k) in shapes {
+            weights += layers * n * k;
+            trained += layers * RANK * (n + k);
+        }
+        let dense = VOCABULARY * HIDDEN + (2 * layers + 1) * HIDDEN;
+        // 4.127 bits a weight, f32 for the rest; parameters with two moments each.
+        let formula = 4.127 / 8.0 * weights as f64 + 4.0 * dense as f64 + 3.0 * 4.0 * trained as f64;
+        let live = device.memory().live_bytes as f64;
+        // A table of 256 scales a matrix, paddings, the batch and the table of rotations.
+        let overhead = (7 * layers * 1100 + 512 * 64 * 4 + 64 * 1024) as f64;
+        assert!(
+            live >= 0.99 * formula && live <= 1.02 * formula + overhead,
+            "{name}: {live} live, {formula} by formula"
+        );
+        assert_eq!(trainer.optimizer().resident_bytes(), 2 * model.resident_bytes().1, "{name}: two moments each");
+
+        device.reset_peak();
+        trainer.step(&mut model, std::slice::from_ref(&batch)).unwrap();
+        device.wait().unwrap();
+        assert_eq!(device.memory().live_bytes as f64, live, "{name}: a step leaves nothing behind");
+        let transient = device.memory().peak_bytes as f64 - live;
+        assert!(transient < 0.25 * 4.0 * weights as f64, "{name}: {transient} bytes beside {weights} weights");
+    }
+}
+
+#[test]
+fn checkpointing_keeps_one_layer_and_the_inputs_of_the_others() {
+    for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
+        let name = common::name(&device);
+        let length = 48;
+        let peak = |layers: usize, checkpoint_activations: bool| {
+            let model = random_model(&device, layers);
+            let batch = random_batch(&model, length);
+            let trainer = Trainer::new(TrainOptions { checkpoint_activations, ..Run::open("train-basic").options });
+            // Everything that stays is there before it is counted.
+            trainer.gradients(&model, std::slice::from_ref(&batch), 1.0).unwrap();
+            device.wait().unwrap();
             device.reset_peak();
             let before = device.memory().live_bytes;
-            trainer.gradients(&model, &batches, 1.0).unwrap();
-            device.memory().peak_bytes - before
+            trainer.gradients(&model, std::slice::from_ref(&batch), 1.0).unwrap();
+            (device.memory().peak_bytes - before) as f64
         };
-        let (whole, checkpointed) = (peak(false), peak(true));
-        assert!(
-            (checkpointed as f64) < 0.75 * whole as f64,
-            "{name}: peak of two layers {whole}, checkpointed {checkpointed}"
-        );
+        let a_layer = |checkpoint| (peak(6, checkpoint) - peak(2, checkpoint)) / 4.0;
+        // Gradients of a layer's adapters are there at the end either way.
+        let gradients = (4 * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + FFN))) as f64;
+        let input = (4 * length * HIDDEN) as f64;
+        let (whole, checkpointed) = (a_layer(false), a_layer(true));
+        assert!(checkpointed <= 1.15 * (input + gradients), "{name}: {checkpointed} a layer, its input takes {input}");
+        assert!(whole >= 8.0 * input, "{name}: {whole} a layer without");
     }
+}
+
+#[test]
+fn a_trained_adapter_goes_through_a_directory() {
+    let device = Device::cpu();
+    let run = Run::open("train-dora");
+    let mut model = run.model(&device);
+    Trainer::new(run.options).step(&mut model, &run.batches(&device, 0)).unwrap();
+    let config = adapter("train-dora/adapter-init").config;
+    let directory = tempfile::tempdir().unwrap();
+    model.to_peft("default", &config).unwrap().write(directory.path()).unwrap();
+    let mut again = load(&device, "llama-bnb-nf4_dq");
+    again.attach_peft("trained", &PeftAdapter::read(directory.path()).unwrap()).unwrap();
+    let batch = &run.batches(&device, 0)[0];
+    assert_eq!(model.evaluate(batch).unwrap().1.to_vec().unwrap(), again.evaluate(batch).unwrap().1.to_vec().unwrap());
+    assert!(matches!(model.to_peft("none", &config), Err(Error::NoSuchAdapter { .. })));
 }
 
 #[test]

@@ -26,6 +26,17 @@ impl Decoder {
     /// name is there.
     pub fn attach(&mut self, name: &str, config: &PeftConfig, seed: u64) -> Result<usize> {
         self.check_new(name)?;
+        // PEFT would adapt these too; leaving them out in silence would train something else.
+        if let Some(path) =
+            ["lm_head", "model.embed_tokens"].into_iter().find(|path| config.targets.matches(path, true))
+        {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "target_modules",
+                got: format!("{:?}", config.targets.modules()),
+                expected: format!("it matches {path}, and only linear layers inside the decoder can have adapters"),
+            });
+        }
         let device = self.device.clone();
         let mut count = 0;
         for (path, linear) in self.linears_mut() {

@@ -181,8 +181,16 @@ impl Batch {
     }
 
     /// The shifted labels.
-    pub fn labels(&self) -> Option<&Indices> {
-        self.labels.as_ref()
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it was made without.
+    pub fn labels(&self) -> Result<&Indices> {
+        self.labels.as_ref().ok_or_else(|| Error::Invalid {
+            op: OP,
+            what: "the batch",
+            got: "without labels".into(),
+            expected: "a loss needs them".into(),
+        })
     }
 }
 

@@ -229,12 +229,7 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::hidden`]; [`Error::Invalid`] for a batch without labels.
     pub fn loss<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, scale: f32, pass: Pass) -> Result<Var> {
-        let labels = batch.labels().ok_or_else(|| Error::Invalid {
-            op: OP,
-            what: "the batch",
-            got: "without labels".into(),
-            expected: "a loss needs them".into(),
-        })?;
+        let labels = batch.labels()?;
         let hidden = self.hidden(tape, batch, pass)?;
         Ok(tape.linear_cross_entropy(&hidden, &self.head, labels, scale)?.0)
     }
@@ -244,12 +239,7 @@ impl Decoder {
     /// # Errors
     /// As [`Decoder::loss`].
     pub fn evaluate(&self, batch: &Batch) -> Result<(Tensor, Tensor)> {
-        let labels = batch.labels().ok_or_else(|| Error::Invalid {
-            op: OP,
-            what: "the batch",
-            got: "without labels".into(),
-            expected: "a loss needs them".into(),
-        })?;
+        let labels = batch.labels()?;
         let mut tape = Tape::inference();
         let hidden = self.hidden(&mut tape, batch, Pass::default())?;
         let (loss, tokens) = tape.linear_cross_entropy(&hidden, &self.head, labels, 1.0)?;
