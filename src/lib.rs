@@ -1,4 +1,5 @@
-//! QLoRA for every GPU: a frozen 4-bit base plus LoRA adapters, through wgpu (Vulkan, Metal, DX12, GL) and on the CPU.
+//! QLoRA for every GPU: a frozen 4-bit base plus LoRA adapters, run and trained through wgpu (Vulkan, Metal, DX12, GL) and
+//! on the CPU.
 //!
 //! The base stays packed. A forward pass reads its 4-bit codes and the scales beside them, decodes on the way into the
 //! product, and adds the adapter in the same kernel: y = x Wᵀ + bias + s (x Aᵀ) Bᵀ. There is one copy of the weights, on
@@ -30,7 +31,10 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`train`] | a training step over micro-batches, with an example |
+//! | [`optim`] | AdamW, schedules |
 //! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters; model configs |
+//! | [`autograd`] | the tape that records fused ops and their backward |
 //! | [`kernels`] | the fused kernels, one file each, with their CPU twins |
 //! | [`tensor`], [`indices`] | f32 tensors and u32 values on a device |
 //! | [`device`] | the CPU and GPUs: choice, capability tiers, memory, errors as values |

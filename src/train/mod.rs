@@ -1,4 +1,39 @@
 //! Training: one optimizer step over micro-batches.
+//!
+//! ```no_run
+//! use qlora_wgpu::Device;
+//! use qlora_wgpu::formats::checkpoint::BaseFormat;
+//! use qlora_wgpu::formats::peft::PeftConfig;
+//! use qlora_wgpu::nn::{Decoder, Tokens, shifted_labels};
+//! use qlora_wgpu::optim::{AdamW, Schedule};
+//! use qlora_wgpu::quant::QuantOptions;
+//! use qlora_wgpu::train::{TrainOptions, Trainer};
+//!
+//! # fn main() -> qlora_wgpu::Result<()> {
+//! let base = BaseFormat::Quantize(QuantOptions::nf4().double_quant());
+//! let mut model = Decoder::load(&Device::best()?, "path/to/model".as_ref(), &base)?;
+//! let config = PeftConfig::new(16, 32.0); // rank, alpha; all linear layers
+//! model.attach("default", &config, 0)?;
+//!
+//! let tokens = Tokens::new(vec![1, 42, 7, 2], 1)?; // one sequence
+//! let labels = shifted_labels(&tokens, &[-100, 42, 7, 2], model.config().vocab_size)?;
+//! let batch = model.batch(&tokens, Some(&labels))?;
+//!
+//! let mut trainer = Trainer::new(TrainOptions {
+//!     optimizer: AdamW { lr: 2e-4, weight_decay: 0.0, ..AdamW::default() },
+//!     schedule: Schedule::constant(),
+//!     max_norm: Some(1.0),
+//!     checkpoint_activations: true,
+//!     seed: 0,
+//! });
+//! for _ in 0..10 {
+//!     let report = trainer.step(&mut model, std::slice::from_ref(&batch))?;
+//!     println!("{} {:.4} {:.4}", report.step, report.loss, report.grad_norm);
+//! }
+//! model.to_peft("default", &config)?.write("path/to/adapter")?; // PEFT loads it
+//! # Ok(())
+//! # }
+//! ```
 
 use crate::autograd::{Gradients, Tape};
 use crate::error::{Error, Result};
