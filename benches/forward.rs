@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use qlora_wgpu::bench::Case;
+use qlora_wgpu::bench::{Case, Op};
 use qlora_wgpu::device::Device;
 use qlora_wgpu::quant::{QuantOptions, QuantizedMatrix};
 
@@ -18,7 +18,7 @@ fn forward(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("forward");
     group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
     for (m, n, k) in [(1, 4096, 4096), (8, 4096, 4096), (64, 4096, 4096), (256, 1536, 576)] {
-        let case = Case { m, n, k, rank: 16, quant: QuantOptions::nf4().double_quant() };
+        let case = Case { op: Op::Forward, m, n, k, rank: 16, quant: QuantOptions::nf4().double_quant() };
         let operands = case.operands().expect("random weights are finite");
         group.throughput(Throughput::Elements(case.flops() as u64));
         for device in &devices {

@@ -8,13 +8,36 @@ use serde::Serialize;
 
 use crate::device::Device;
 use crate::error::Result;
+use crate::kernels::qmatmul_dx::{LoraDx, qmatmul_dx};
+use crate::kernels::{DeviceMatrix, HostMatrix};
 use crate::nn::{LoraAdapter, LoraConfig, QLoraLinear};
-use crate::quant::{QuantOptions, QuantizedMatrix};
+use crate::quant::{QuantOptions, QuantizedMatrix, Scales};
 use crate::tensor::Tensor;
 
-/// One forward pass of a [`QLoraLinear`]: M rows through a [N, K] weight with an adapter.
+/// What a case times, of a [`QLoraLinear`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Y = X * deq(W)^T + s * (X * A^T) * B^T.
+    Forward,
+    /// dX = dY * deq(W) + G * A, where G = s * dY * B is given.
+    Backward,
+}
+
+impl Op {
+    /// As in [`Row::op`].
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::Forward => "forward",
+            Op::Backward => "backward",
+        }
+    }
+}
+
+/// One pass of a [`QLoraLinear`]: M rows through a [N, K] weight with an adapter.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
+    /// Which pass.
+    pub op: Op,
     /// Rows of X.
     pub m: usize,
     /// Rows of the weight.
@@ -30,7 +53,7 @@ pub struct Case {
 /// What was measured; the fields of `qlora bench --json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
-    /// "forward".
+    /// "forward" or "backward".
     pub op: &'static str,
     /// "cpu" or "gpu".
     pub device: &'static str,
@@ -54,11 +77,11 @@ pub struct Row {
     pub ms_min: f64,
     /// Median run, in milliseconds.
     pub ms_median: f64,
-    /// 10^9 floating-point operations per second at the median: 2 M (N K + r (N + K)).
+    /// 10^9 floating-point operations per second at the median; see [`Case::flops`].
     pub gflops: f64,
     /// Packed weight bytes per second at the median, in 10^9.
     pub weight_gb_per_s: f64,
-    /// Largest difference from the CPU, divided by the largest value: of all of Y against the CPU device, or for the CPU
+    /// Largest difference from the CPU, divided by the largest value: of the whole result against the CPU device, or for the CPU
     /// device itself of a sample against the plain reference in f64.
     pub max_rel_err_vs_cpu: f64,
 }
@@ -90,13 +113,18 @@ pub struct Operands {
     base: QuantizedMatrix,
     a: Vec<f32>,
     b: Vec<f32>,
-    x: Vec<f32>,
+    /// X [M, K] of a forward pass, dY [M, N] of a backward pass.
+    input: Vec<f32>,
+    /// G [M, r] of a backward pass.
+    g: Vec<f32>,
 }
 
 /// A case on a device.
-pub struct Prepared {
-    layer: QLoraLinear,
-    x: Tensor,
+pub enum Prepared {
+    /// A layer and X.
+    Forward(QLoraLinear, Tensor),
+    /// The base, dY, and G and A of an adapter.
+    Backward(DeviceMatrix, Tensor, Option<[Tensor; 2]>),
 }
 
 impl Case {
@@ -114,7 +142,7 @@ impl Case {
 
     /// As [`Case::operands`], with this weight [N, K].
     pub fn operands_of(self, weight: ArrayView2<'_, f32>) -> Result<Operands> {
-        let Case { m, n, k, rank, quant } = self;
+        let Case { op, m, n, k, rank, quant } = self;
         let standard = weight.as_standard_layout();
         let base = QuantizedMatrix::quantize(standard.as_slice().unwrap_or_default().into(), n, k, &quant)?;
         Ok(Operands {
@@ -122,29 +150,37 @@ impl Case {
             base,
             a: uniform(2, rank * k, 1.0 / (k as f32).sqrt()),
             b: uniform(3, n * rank, 0.05),
-            x: uniform(4, m * k, 1.0),
+            input: uniform(4, m * if op == Op::Forward { k } else { n }, 1.0),
+            g: if op == Op::Forward { Vec::new() } else { uniform(5, m * rank, 1.0) },
         })
     }
 
-    /// Floating-point operations of a pass.
+    /// Floating-point operations of a pass: forward 2 M (N K + r (N + K)), backward 2 M (N K + r K).
     pub fn flops(&self) -> f64 {
-        let Case { m, n, k, rank, .. } = *self;
-        2.0 * m as f64 * (n as f64 * k as f64 + rank as f64 * (n + k) as f64)
+        let Case { op, m, n, k, rank, .. } = *self;
+        let adapter = rank * if op == Op::Forward { n + k } else { k };
+        2.0 * m as f64 * (n as f64 * k as f64 + adapter as f64)
     }
 }
 
 impl Operands {
     /// Copies the operands to a device.
     pub fn on(&self, device: &Device) -> Result<Prepared> {
-        let Case { m, n, k, rank, .. } = self.case;
+        let Case { op, m, n, k, rank, .. } = self.case;
+        let tensor = |shape: [usize; 2], values: &[f32]| Tensor::from_slice(device, &shape, values);
+        let a = tensor([rank, k], &self.a)?;
+        if op == Op::Backward {
+            let adapter = if rank > 0 { Some([tensor([m, rank], &self.g)?, a]) } else { None };
+            let base = DeviceMatrix::new(device, HostMatrix::from(self.base.clone()))?;
+            return Ok(Prepared::Backward(base, tensor([m, n], &self.input)?, adapter));
+        }
         let mut layer = QLoraLinear::new(device, self.base.clone())?;
         if rank > 0 {
-            let a = Tensor::from_slice(device, &[rank, k], &self.a)?;
-            let b = Tensor::from_slice(device, &[n, rank], &self.b)?;
             let LoraConfig { alpha, scaling, .. } = LoraConfig::new(rank, 2.0 * rank as f32);
-            layer = layer.with_adapter("default", LoraAdapter::from_tensors(a, b, alpha, scaling)?)?;
+            let adapter = LoraAdapter::from_tensors(a, tensor([n, rank], &self.b)?, alpha, scaling)?;
+            layer = layer.with_adapter("default", adapter)?;
         }
-        Ok(Prepared { layer, x: Tensor::from_slice(device, &[m, k], &self.x)? })
+        Ok(Prepared::Forward(layer, tensor([m, k], &self.input)?))
     }
 
     /// Bytes of the packed base.
@@ -152,42 +188,89 @@ impl Operands {
         self.base.bytes()
     }
 
-    /// How far a sample of `y` is from the formula in f64.
-    fn sampled_error(&self, y: &[f32]) -> f64 {
-        let Case { m, n, k, rank, .. } = self.case;
+    /// How far a sample of a result is from the formula in f64.
+    fn sampled_error(&self, result: &[f32]) -> f64 {
+        let Case { op, m, n, k, .. } = self.case;
+        let width = if op == Op::Forward { n } else { k };
+        let rows: Vec<usize> = (0..m).step_by(m.div_ceil(7)).collect();
+        let columns: Vec<usize> = (0..width).step_by(width.div_ceil(61)).collect();
+        let wanted = match op {
+            Op::Forward => self.sampled_forward(&rows, &columns),
+            Op::Backward => self.sampled_backward(&rows, &columns),
+        };
+        let got = rows.iter().flat_map(|row| columns.iter().map(move |column| result[row * width + column]));
+        let wanted = wanted.into_iter().map(|value| value as f32).collect::<Vec<_>>();
+        relative_error(&got.collect::<Vec<_>>(), &wanted)
+    }
+
+    /// Y at these rows and columns.
+    fn sampled_forward(&self, rows: &[usize], columns: &[usize]) -> Vec<f64> {
+        let Case { k, rank, .. } = self.case;
         let dot = |left: &[f32], right: &[f32]| -> f64 {
             left.iter().zip(right).map(|(left, right)| f64::from(*left) * f64::from(*right)).sum()
         };
         let mut weight = vec![0.0; k];
-        let (mut got, mut wanted) = (Vec::new(), Vec::new());
-        for column in (0..n).step_by(n.div_ceil(61).max(1)) {
+        let mut wanted = vec![0.0; rows.len() * columns.len()];
+        for (j, &column) in columns.iter().enumerate() {
             self.base.dequantize_rows(column..column + 1, &mut weight);
-            for row in (0..m).step_by(m.div_ceil(7).max(1)) {
-                let x = &self.x[row * k..][..k];
-                let up = (0..rank).map(|j| dot(x, &self.a[j * k..][..k]) * f64::from(self.b[column * rank + j]));
-                wanted.push((dot(x, &weight) + 2.0 * up.sum::<f64>()) as f32);
-                got.push(y[row * n + column]);
+            for (i, row) in rows.iter().enumerate() {
+                let x = &self.input[row * k..][..k];
+                let up = (0..rank).map(|e| dot(x, &self.a[e * k..][..k]) * f64::from(self.b[column * rank + e]));
+                wanted[i * columns.len() + j] = dot(x, &weight) + 2.0 * up.sum::<f64>();
             }
         }
-        relative_error(&got, &wanted)
+        wanted
+    }
+
+    /// dX at these rows and columns.
+    fn sampled_backward(&self, rows: &[usize], columns: &[usize]) -> Vec<f64> {
+        let Case { n, k, rank, .. } = self.case;
+        let mut weight = vec![0.0; k];
+        let mut wanted = vec![0.0; rows.len() * columns.len()];
+        // Adds a row of W or A, times a column of dY or G.
+        let mut add = |weight: &[f32], left: &dyn Fn(usize) -> f32| {
+            for (wanted, &row) in wanted.chunks_mut(columns.len()).zip(rows) {
+                let left = f64::from(left(row));
+                wanted.iter_mut().zip(columns).for_each(|(sum, &column)| *sum += left * f64::from(weight[column]));
+            }
+        };
+        for e in 0..n {
+            self.base.dequantize_rows(e..e + 1, &mut weight);
+            add(&weight, &|row| self.input[row * n + e]);
+        }
+        for (e, a) in self.a.chunks(k).enumerate() {
+            add(a, &|row| self.g[row * rank + e]);
+        }
+        wanted
     }
 }
 
 impl Prepared {
     /// Runs the case once; on a GPU this only records it.
-    pub fn forward(&self) -> Result<Tensor> {
-        self.layer.forward(&self.x)
+    pub fn run(&self) -> Result<Tensor> {
+        match self {
+            Prepared::Forward(layer, x) => layer.forward(x),
+            Prepared::Backward(base, dy, adapter) => {
+                qmatmul_dx(dy, base, adapter.as_ref().map(|[g, a]| LoraDx { g, a, dropout: None }))
+            }
+        }
+    }
+
+    fn device(&self) -> Device {
+        match self {
+            Prepared::Forward(_, input) | Prepared::Backward(_, input, _) => input.device(),
+        }
     }
 
     /// How long one pass takes on the device.
     pub fn time(&self) -> Result<Duration> {
-        match &self.x.device() {
+        match &self.device() {
             Device::Cpu(_) => {
                 let start = Instant::now();
-                self.forward()?;
+                self.run()?;
                 Ok(start.elapsed())
             }
-            Device::Gpu(gpu) => gpu.time(|| self.forward().map(|_| ())),
+            Device::Gpu(gpu) => gpu.time(|| self.run().map(|_| ())),
         }
     }
 }
@@ -198,10 +281,10 @@ const RUNS: (usize, usize, Duration) = (5, 50, Duration::from_secs(2));
 /// Times a case on a device and checks its result.
 pub fn measure(operands: &Operands, device: &Device) -> Result<Row> {
     let prepared = operands.on(device)?;
-    let y = prepared.forward()?.to_vec()?;
+    let y = prepared.run()?.to_vec()?;
     let max_rel_err_vs_cpu = match device {
         Device::Cpu(_) => operands.sampled_error(&y),
-        Device::Gpu(_) => relative_error(&y, &operands.on(&Device::cpu())?.forward()?.to_vec()?),
+        Device::Gpu(_) => relative_error(&y, &operands.on(&Device::cpu())?.run()?.to_vec()?),
     };
     let start = Instant::now();
     let mut times = Vec::new();
@@ -210,18 +293,18 @@ pub fn measure(operands: &Operands, device: &Device) -> Result<Row> {
     }
     times.sort_by(f64::total_cmp);
     let median = times[times.len() / 2];
-    let Case { m, n, k, rank, quant } = operands.case;
+    let Case { op, m, n, k, rank, quant } = operands.case;
     let (kind, tier) = match device {
         Device::Cpu(_) => ("cpu", String::new()),
         Device::Gpu(gpu) => ("gpu", gpu.tier().to_string()),
     };
     Ok(Row {
-        op: "forward",
+        op: op.name(),
         device: kind,
         adapter: device.name().to_owned(),
         tier,
         format: quant.format.to_string(),
-        double_quant: prepared.layer.is_double_quantized(),
+        double_quant: matches!(operands.base.scales(), Scales::Double(_)),
         m,
         n,
         k,
@@ -240,12 +323,15 @@ mod tests {
 
     #[test]
     fn a_case_is_measured_and_right_on_every_device() {
-        let case = Case { m: 3, n: 130, k: 192, rank: 4, quant: QuantOptions::nf4().double_quant() };
-        let operands = case.operands().unwrap();
-        for device in crate::testing::devices() {
-            let row = measure(&operands, &device).unwrap();
-            assert!(row.max_rel_err_vs_cpu < 1e-5, "{row:?}");
-            assert!(row.ms_min > 0.0 && row.ms_min <= row.ms_median && row.gflops > 0.0, "{row:?}");
+        for (op, rank) in [(Op::Forward, 4), (Op::Backward, 4), (Op::Backward, 0)] {
+            let case = Case { op, m: 3, n: 130, k: 192, rank, quant: QuantOptions::nf4().double_quant() };
+            let operands = case.operands().unwrap();
+            for device in crate::testing::devices() {
+                let row = measure(&operands, &device).unwrap();
+                let allowed = if op == Op::Backward && crate::testing::is_f16(&device) { 2e-3 } else { 1e-5 };
+                assert!(row.max_rel_err_vs_cpu < allowed, "{row:?}");
+                assert!(row.ms_min > 0.0 && row.ms_min <= row.ms_median && row.gflops > 0.0, "{row:?}");
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 
 use super::{print_json, print_line, table};
-use crate::bench::{Case, Row, measure};
+use crate::bench::{self, Case, Row, measure};
 use crate::device::Device;
 use crate::error::Result;
 use crate::quant::{Format, QuantOptions};
@@ -20,7 +20,7 @@ pub struct BenchArgs {
     /// What to time.
     #[arg(long, value_enum, default_value_t = Op::Forward)]
     op: Op,
-    /// Rows of X (tokens).
+    /// Rows of X, or of dY (tokens).
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 512], value_parser = size)]
     m: Vec<usize>,
     /// Rows of the weight (output features).
@@ -47,6 +47,17 @@ pub struct BenchArgs {
 enum Op {
     /// Y = X * deq(W)^T + s * (X * A^T) * B^T
     Forward,
+    /// dX = dY * deq(W) + G * A, where G = s * dY * B is given
+    Backward,
+}
+
+impl From<Op> for bench::Op {
+    fn from(op: Op) -> Self {
+        match op {
+            Op::Forward => bench::Op::Forward,
+            Op::Backward => bench::Op::Backward,
+        }
+    }
 }
 
 /// The largest size of a dimension: no model has more, and no product of two overflows.
@@ -68,13 +79,13 @@ fn rank(text: &str) -> Result<usize, String> {
 pub fn run(args: &BenchArgs) -> Result<()> {
     let device = Device::named(&args.device)?;
     let mut rows = Vec::new();
-    let Op::Forward = args.op;
     for &n in &args.n {
         for &k in &args.k {
             for &m in &args.m {
                 let quant = QuantOptions { format: args.format, ..QuantOptions::default() };
                 let quant = if args.double_quant { quant.double_quant() } else { quant };
-                rows.push(measure(&Case { m, n, k, rank: args.rank, quant }.operands()?, &device)?);
+                let case = Case { op: args.op.into(), m, n, k, rank: args.rank, quant };
+                rows.push(measure(&case.operands()?, &device)?);
             }
         }
     }

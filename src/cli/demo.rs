@@ -6,7 +6,7 @@ use clap::Args;
 use ndarray::Array2;
 
 use super::{devices, print_line, table};
-use crate::bench::{Case, measure};
+use crate::bench::{Case, Op, measure};
 use crate::device::{Device, GpuOptions, Select, devices as list_devices};
 use crate::error::{Error, Result};
 use crate::quant::{QuantOptions, QuantizedMatrix};
@@ -57,7 +57,7 @@ pub fn run(_args: &DemoArgs) -> Result<()> {
     let mut rows = Vec::new();
     let mut wrong = Vec::new();
     for m in ROWS {
-        let operands = Case { m, n, k, rank: RANK, quant }.operands_of(weight.view())?;
+        let operands = Case { op: Op::Forward, m, n, k, rank: RANK, quant }.operands_of(weight.view())?;
         for info in &found {
             let device = match info.index {
                 0 => Ok(Device::cpu()),
