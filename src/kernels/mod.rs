@@ -16,6 +16,7 @@ mod qmatmul_lanes;
 mod qmatmul_operands;
 mod qmatmul_tile;
 pub mod registry;
+pub mod rope;
 mod row_factor;
 mod simd;
 

@@ -1,7 +1,7 @@
 //! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
 
 use super::matrix::{dense_defines, quant_defines};
-use super::{dequantize, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor};
+use super::{dequantize, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, rope, row_factor};
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
@@ -16,7 +16,7 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 6] = [
+pub static KERNELS: [Entry; 7] = [
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),
@@ -26,6 +26,7 @@ pub static KERNELS: [Entry; 6] = [
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &rope::KERNEL, variants: |_| rope::variants(), twin: "rope::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
 ];
 

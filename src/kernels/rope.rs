@@ -1,0 +1,438 @@
+//! Rotary position embedding (Su et al., "RoFormer", 2021): pair i of every head's D values, (a, b), of a token at position m
+//! becomes (a cos t - b sin t, b cos t + a sin t) with t = m * theta^(-2 i / D), for i < D / 2. X and Y are [M, H * D].
+//!
+//! The backward turns by the negative angle. Angles, and how they are stretched for long contexts, are computed on the host
+//! in f32 as the `transformers` library does (`modeling_rope_utils.py`), so that they agree to the last bits.
+
+use rayon::prelude::*;
+
+use super::{Real, expect_2d, kernel, params};
+use crate::device::{Defines, Device, Dispatch, Gpu};
+use crate::error::{Error, Result};
+use crate::indices::Indices;
+use crate::tensor::{Storage, Tensor};
+
+const OP: &str = "rope";
+
+params! {
+    struct RopeParams {
+        first_group: u32,
+        groups: u32,
+        /// M * H * D / 2.
+        pairs: u32,
+        /// H * D / 2.
+        row_pairs: u32,
+        /// D / 2.
+        half: u32,
+        /// Rows of the table.
+        positions: u32,
+        /// Of the angle.
+        sign: f32,
+    }
+}
+
+kernel! {
+    /// `shaders/rope.wgsl`
+    KERNEL = "rope", RopeParams, [x: Read, cosines: Read, sines: Read, position: Read, y: Write]
+}
+
+/// Which values of a head are a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// (i, i + D / 2), as Hugging Face has it.
+    HalfSplit,
+    /// (2 i, 2 i + 1), as the original and GGUF files of the llama architecture have it.
+    Interleaved,
+}
+
+/// How frequencies are stretched for contexts longer than those of pre-training.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All frequencies are divided by `factor`.
+    Linear { factor: f32 },
+    /// Llama 3.1's: low frequencies are divided by `factor`, high ones stay, those between are blended.
+    Llama3 {
+        factor: f32,
+        /// Wavelengths over `original_max_position_embeddings` / this are low frequencies.
+        low_freq_factor: f32,
+        /// Wavelengths under `original_max_position_embeddings` / this are high frequencies.
+        high_freq_factor: f32,
+        /// Tokens of the context in pre-training.
+        original_max_position_embeddings: usize,
+    },
+}
+
+/// What a table of angles follows from.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RopeConfig {
+    /// The base of the frequencies, such as 10,000.
+    pub theta: f64,
+    /// D, values a head; even.
+    pub head_dim: usize,
+    /// For long contexts.
+    pub scaling: RopeScaling,
+    /// Which values are a pair.
+    pub layout: RopeLayout,
+}
+
+impl RopeConfig {
+    /// The angle per position of each of the D / 2 pairs.
+    pub fn frequencies(&self) -> Vec<f32> {
+        let exponent = |i: usize| (2 * i) as f32 / self.head_dim as f32;
+        // The power is rounded once, as a correct f32 power is.
+        let plain = |i: usize| 1.0 / self.theta.powf(f64::from(exponent(i))) as f32;
+        (0..self.head_dim / 2).map(|i| self.scaling.apply(plain(i))).collect()
+    }
+}
+
+impl RopeScaling {
+    fn apply(self, frequency: f32) -> f32 {
+        match self {
+            RopeScaling::None => frequency,
+            RopeScaling::Linear { factor } => frequency / factor,
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings,
+            } => {
+                let context = original_max_position_embeddings as f32;
+                let wavelength = std::f32::consts::TAU / frequency;
+                if wavelength < context / high {
+                    frequency
+                } else if wavelength > context / low {
+                    frequency / factor
+                } else {
+                    let smooth = (context / wavelength - low) / (high - low);
+                    (1.0 - smooth) * frequency / factor + smooth * frequency
+                }
+            }
+        }
+    }
+}
+
+/// Cosine and sine of every position's angles, [positions, D / 2] each, on a device.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    config: RopeConfig,
+    cosines: Tensor,
+    sines: Tensor,
+}
+
+impl RopeTable {
+    /// The table for positions 0 to `positions` - 1.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for no positions, an odd or empty head, or numbers that are not positive and finite;
+    /// [`Error::TooLarge`] and [`Error::OutOfMemory`] from the device.
+    pub fn new(device: &Device, config: &RopeConfig, positions: usize) -> Result<RopeTable> {
+        let frequencies = config.frequencies();
+        let even = config.head_dim > 0 && config.head_dim.is_multiple_of(2);
+        if !even || positions == 0 || !frequencies.iter().all(|value| value.is_finite() && *value > 0.0) {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "the table",
+                got: format!("{config:?} for {positions} positions"),
+                expected: "it needs a position, an even number of values a head, and positive factors".into(),
+            });
+        }
+        let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
+        // Of the angle as rounded to f32; by way of f64, so that every platform has the same table.
+        let (cosines, sines): (Vec<f32>, Vec<f32>) =
+            angles.map(|angle| f64::from(angle).sin_cos()).map(|(sin, cos)| (cos as f32, sin as f32)).unzip();
+        let tensor = |values: &[f32]| Tensor::from_slice(device, &[positions, config.head_dim / 2], values);
+        Ok(RopeTable { config: *config, cosines: tensor(&cosines)?, sines: tensor(&sines)? })
+    }
+
+    /// What it was made from.
+    pub fn config(&self) -> &RopeConfig {
+        &self.config
+    }
+
+    /// How many positions it has.
+    pub fn positions(&self) -> usize {
+        self.cosines.shape()[0]
+    }
+}
+
+/// Turns the pairs of `x` [M, H * D] by the angles of its tokens' `positions`, M of them.
+///
+/// Positions must be less than the table's; those on a GPU cannot be checked here and are taken as its last one.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DeviceMismatch`]; on the CPU [`Error::Invalid`] for a position outside the table.
+pub fn rope(x: &Tensor, table: &RopeTable, positions: &Indices) -> Result<Tensor> {
+    turn(x, table, positions, 1.0)
+}
+
+/// The gradient of X from `dy` [M, H * D], that of Y: turned back. Arguments and errors as of [`rope`].
+pub fn rope_backward(dy: &Tensor, table: &RopeTable, positions: &Indices) -> Result<Tensor> {
+    turn(dy, table, positions, -1.0)
+}
+
+fn turn(x: &Tensor, table: &RopeTable, positions: &Indices, sign: f32) -> Result<Tensor> {
+    let (m, cols) = expect_2d(OP, "x", x)?;
+    let head_dim = table.config.head_dim;
+    if cols == 0 || !cols.is_multiple_of(head_dim) {
+        let expected = format!("[rows, a multiple of {head_dim}]");
+        return Err(Error::Shape { op: OP, what: "x", expected, got: format!("{:?}", x.shape()) });
+    }
+    positions.expect_len(OP, "positions", m)?;
+    x.device().same(&table.cosines.device(), OP)?;
+    x.device().same(&positions.device(), OP)?;
+    match x.storage() {
+        Storage::Cpu(cpu, x) => {
+            let positions = positions.host(OP)?;
+            if let Some(position) = positions.iter().find(|&&position| position as usize >= table.positions()) {
+                return Err(Error::Invalid {
+                    op: OP,
+                    what: "a position",
+                    got: position.to_string(),
+                    expected: format!("the table has {}", table.positions()),
+                });
+            }
+            let mut y = cpu.zeros(x.len())?;
+            turn_rows(x, table, positions, sign, cols, &mut y)?;
+            Ok(Tensor::from_host(cpu, &[m, cols], y))
+        }
+        Storage::Gpu(gpu, _) => dispatch(gpu, x, table, positions, sign),
+    }
+}
+
+/// Rows a task: enough for some microseconds of work.
+const TASK: usize = 16;
+
+fn turn_rows(x: &[f32], table: &RopeTable, positions: &[u32], sign: f32, cols: usize, y: &mut [f32]) -> Result<()> {
+    let half = table.config.head_dim / 2;
+    let (cosines, sines) = (table.cosines.host(OP)?, table.sines.host(OP)?);
+    let rows = x.par_chunks_exact(cols).zip(y.par_chunks_exact_mut(cols)).zip(positions);
+    rows.with_min_len(TASK).for_each(|((x, y), &position)| {
+        let at = position as usize * half;
+        let (cosines, sines) = (&cosines[at..at + half], &sines[at..at + half]);
+        for (x, y) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)) {
+            match table.config.layout {
+                RopeLayout::HalfSplit => {
+                    let ((a, b), (first, second)) = (x.split_at(half), y.split_at_mut(half));
+                    let pairs = a.iter().zip(b).zip(first.iter_mut().zip(second));
+                    for (((a, b), (first, second)), (cosine, sine)) in pairs.zip(cosines.iter().zip(sines)) {
+                        (*first, *second) = (a * cosine - b * (sign * sine), b * cosine + a * (sign * sine));
+                    }
+                }
+                RopeLayout::Interleaved => {
+                    let pairs = x.as_chunks::<2>().0.iter().zip(y.as_chunks_mut::<2>().0);
+                    for (([a, b], y), (cosine, sine)) in pairs.zip(cosines.iter().zip(sines)) {
+                        *y = [a * cosine - b * (sign * sine), b * cosine + a * (sign * sine)];
+                    }
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Invocations a workgroup, each a pair.
+const THREADS: u32 = 64;
+
+/// The variant's text constants.
+fn defines(layout: RopeLayout) -> Defines {
+    Defines::new().with("interleaved", layout == RopeLayout::Interleaved).with("threads", THREADS)
+}
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants() -> Vec<Defines> {
+    [RopeLayout::HalfSplit, RopeLayout::Interleaved].map(defines).to_vec()
+}
+
+fn dispatch(gpu: &Gpu, x: &Tensor, table: &RopeTable, positions: &Indices, sign: f32) -> Result<Tensor> {
+    let y = Tensor::uninit(gpu, "rope", x.shape())?;
+    let pairs = (x.len() / 2) as u32;
+    let params = RopeParams {
+        pairs,
+        row_pairs: (x.shape()[1] / 2) as u32,
+        half: (table.config.head_dim / 2) as u32,
+        positions: table.positions() as u32,
+        sign,
+        ..Default::default()
+    };
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &defines(table.config.layout),
+        buffers: &[
+            x.buffer(gpu, OP)?,
+            table.cosines.buffer(gpu, OP)?,
+            table.sines.buffer(gpu, OP)?,
+            positions.buffer(gpu, OP)?,
+            y.buffer(gpu, OP)?,
+        ],
+        params: bytemuck::bytes_of(&params),
+        groups: u64::from(pairs.div_ceil(THREADS)),
+        flops_per_group: 6 * u64::from(THREADS),
+    })?;
+    Ok(y)
+}
+
+/// The formula, for any real type; `sign` is -1 for the backward. Angles are those of the f32 frequencies.
+pub fn reference<T: Real>(x: &[T], config: &RopeConfig, positions: &[u32], sign: f32) -> Vec<T> {
+    let frequencies = config.frequencies();
+    let (head_dim, half) = (config.head_dim, config.head_dim / 2);
+    let mut y = vec![T::zero(); x.len()];
+    let heads = x.len() / head_dim / positions.len().max(1);
+    for head in 0..positions.len() * heads {
+        for (i, &frequency) in frequencies.iter().enumerate() {
+            let (first, second) = match config.layout {
+                RopeLayout::HalfSplit => (head * head_dim + i, head * head_dim + i + half),
+                RopeLayout::Interleaved => (head * head_dim + 2 * i, head * head_dim + 2 * i + 1),
+            };
+            let angle = T::of(positions[head / heads] as f32 * frequency);
+            let (sin, cos) = (T::of(sign) * angle).sin_cos();
+            y[first] = x[first] * cos - x[second] * sin;
+            y[second] = x[second] * cos + x[first] * sin;
+        }
+    }
+    y
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing;
+
+    const LAYOUTS: [RopeLayout; 2] = [RopeLayout::HalfSplit, RopeLayout::Interleaved];
+
+    fn config(head_dim: usize, layout: RopeLayout) -> RopeConfig {
+        RopeConfig { theta: 10_000.0, head_dim, scaling: RopeScaling::None, layout }
+    }
+
+    fn llama3() -> RopeScaling {
+        RopeScaling::Llama3 {
+            factor: 32.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        }
+    }
+
+    fn positions(seed: u64, m: usize, below: usize) -> Vec<u32> {
+        let half = below as f32 / 2.0;
+        testing::values(seed, m, half).iter().map(|value| (value + half) as u32 % below as u32).collect()
+    }
+
+    fn check(device: &Device, [m, heads]: [usize; 2], config: &RopeConfig, seed: u64) {
+        let rows = 300;
+        let table = RopeTable::new(device, config, rows).unwrap();
+        let (x, positions) = (testing::values(seed, m * heads * config.head_dim, 2.0), positions(seed + 1, m, rows));
+        let tensor = Tensor::from_slice(device, &[m, heads * config.head_dim], &x).unwrap();
+        let indices = Indices::from_slice(device, &positions).unwrap();
+        let wide: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+        let run = [rope, rope_backward].map(|run| run(&tensor, &table, &indices).unwrap().to_vec().unwrap());
+        for (got, sign) in run.iter().zip([1.0, -1.0]) {
+            let wanted = reference(&wide, config, &positions, sign);
+            let context = format!("{} M={m} H={heads} {config:?} sign {sign}", testing::name(device));
+            // Two products of values of 2 at most, and f32 cosines.
+            testing::assert_close(&context, got, &wanted, &vec![1e-6; x.len()]);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+        #[test]
+        fn odd_shapes_on_every_device_and_tier(
+            m in 1..=257usize,
+            heads in 1..=5usize,
+            half in 1..=40usize,
+            layout in prop::sample::select(LAYOUTS.to_vec()),
+            seed in 0..1000u64,
+        ) {
+            for device in testing::devices() {
+                check(&device, [m, heads], &config(2 * half, layout), seed);
+            }
+        }
+
+        #[test]
+        fn the_backward_is_the_transpose(m in 1..20usize, layout in prop::sample::select(LAYOUTS.to_vec()), seed in 0..1000u64) {
+            let config = RopeConfig { scaling: llama3(), ..config(16, layout) };
+            let wide = |seed| testing::values(seed, m * 32, 1.0).iter().map(|&v| f64::from(v)).collect::<Vec<_>>();
+            let (x, dy, positions) = (wide(seed), wide(seed + 1), positions(seed, m, 1000));
+            let dot = |left: &[f64], right: &[f64]| left.iter().zip(right).map(|(l, r)| l * r).sum::<f64>();
+            let forward = dot(&reference(&x, &config, &positions, 1.0), &dy);
+            let backward = dot(&reference(&dy, &config, &positions, -1.0), &x);
+            prop_assert!((forward - backward).abs() < 1e-12 * (m * 32) as f64, "{forward} against {backward}");
+        }
+    }
+
+    #[test]
+    fn interleaved_is_half_split_of_permuted_values() {
+        let (m, heads, head_dim) = (5, 3, 8);
+        // Row j + i * D / 2 of a head, i in 0..2, becomes row 2 j + i: reshape(H, 2, D / 2).swapaxes(1, 2).
+        let permute = |x: &[f32]| -> Vec<f32> {
+            let from = |at: usize| at / head_dim * head_dim + at % head_dim / 2 + at % 2 * (head_dim / 2);
+            (0..x.len()).map(|at| x[from(at)]).collect()
+        };
+        for device in testing::devices() {
+            let x = testing::values(1, m * heads * head_dim, 1.0);
+            let indices = Indices::from_slice(&device, &[0, 7, 3, 9, 1]).unwrap();
+            let run = |x: &[f32], layout| {
+                let table = RopeTable::new(&device, &config(head_dim, layout), 10).unwrap();
+                let x = Tensor::from_slice(&device, &[m, heads * head_dim], x).unwrap();
+                rope(&x, &table, &indices).unwrap().to_vec().unwrap()
+            };
+            let split = run(&x, RopeLayout::HalfSplit);
+            assert_eq!(run(&permute(&x), RopeLayout::Interleaved), permute(&split), "{}", testing::name(&device));
+        }
+    }
+
+    #[test]
+    fn scaled_frequencies_are_those_of_transformers() {
+        let plain = RopeConfig { theta: 500_000.0, ..config(64, RopeLayout::HalfSplit) };
+        let scaled = RopeConfig { scaling: llama3(), ..plain };
+        let (plain_values, scaled) = (plain.frequencies(), scaled.frequencies());
+        // Llama 3.2 1B's, worked out in f64: the last that stays, those between, the first that is divided, the last.
+        let known = [
+            (1, 0.663_601_237_696, 1.0),
+            (14, 0.003_211_445_994_752_6, 1.0),
+            (15, 0.001_290_547_928_209_3, 1.651_329_245_763_9),
+            (16, 0.000_429_556_796_559_37, 3.292_262_102_940_9),
+            (17, 0.000_097_082_878_026_277, 9.666_728_978_753_3),
+            (18, 0.000_019_461_638_184_831, 32.0),
+            (31, 0.000_000_094_183_067_254_349, 32.0),
+        ];
+        for (i, wanted, divided_by) in known {
+            let (scaled, plain) = (f64::from(scaled[i]), f64::from(plain_values[i]));
+            assert!((scaled - wanted).abs() < 1e-6 * wanted, "{i}: {scaled}");
+            assert!((plain / scaled - divided_by).abs() < 1e-5 * divided_by, "{i}: {plain} to {scaled}");
+        }
+        let linear = RopeConfig { scaling: RopeScaling::Linear { factor: 4.0 }, ..plain };
+        assert!(linear.frequencies().iter().zip(&plain_values).all(|(linear, plain)| *linear == plain / 4.0));
+    }
+
+    #[test]
+    fn what_is_outside_is_an_error_or_the_last_position() {
+        for device in testing::devices() {
+            let table = RopeTable::new(&device, &config(8, RopeLayout::HalfSplit), 10).unwrap();
+            let x = Tensor::from_slice(&device, &[1, 8], &[1.0; 8]).unwrap();
+            let run = |position: u32| rope(&x, &table, &Indices::from_slice(&device, &[position]).unwrap());
+            match &device {
+                Device::Cpu(_) => assert!(run(10).unwrap_err().to_string().contains("10")),
+                Device::Gpu(_) => assert_eq!(run(10).unwrap().to_vec().unwrap(), run(9).unwrap().to_vec().unwrap()),
+            }
+            let two = Indices::from_slice(&device, &[1, 2]).unwrap();
+            assert!(rope(&x, &table, &two).unwrap_err().to_string().contains("positions"));
+            let x = Tensor::zeros(&device, &[2, 12]).unwrap();
+            assert!(rope(&x, &table, &two).unwrap_err().to_string().contains("multiple of 8"));
+        }
+        let device = Device::cpu();
+        for (config, positions) in [
+            (config(7, RopeLayout::HalfSplit), 4),
+            (config(0, RopeLayout::HalfSplit), 4),
+            (config(8, RopeLayout::HalfSplit), 0),
+            (RopeConfig { theta: 0.0, ..config(8, RopeLayout::HalfSplit) }, 4),
+            (RopeConfig { scaling: RopeScaling::Linear { factor: 0.0 }, ..config(8, RopeLayout::HalfSplit) }, 4),
+        ] {
+            assert!(RopeTable::new(&device, &config, positions).is_err(), "{config:?}");
+        }
+    }
+}
