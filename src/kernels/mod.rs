@@ -3,7 +3,14 @@
 //!
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
+pub mod attention;
+pub mod attention_backward;
+mod attention_cpu;
+mod attention_delta;
+mod attention_dkv;
+mod attention_dq;
 pub mod dequantize;
+mod exp;
 mod host_matrix;
 pub mod lora_down;
 pub mod matrix;
@@ -19,6 +26,7 @@ pub mod registry;
 pub mod rope;
 mod row_factor;
 mod simd;
+pub mod visibility;
 
 pub use matrix::{DeviceMatrix, HostMatrix};
 

@@ -1,7 +1,10 @@
 //! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
 
 use super::matrix::{dense_defines, quant_defines};
-use super::{dequantize, lora_down, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, rope, row_factor};
+use super::{
+    attention, attention_delta, attention_dkv, attention_dq, dequantize, lora_down, qmatmul_gemv, qmatmul_lanes,
+    qmatmul_tile, rope, row_factor,
+};
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
@@ -16,7 +19,15 @@ pub struct Entry {
 }
 
 /// All kernels.
-pub static KERNELS: [Entry; 7] = [
+pub static KERNELS: [Entry; 11] = [
+    Entry { kernel: &attention::KERNEL, variants: attention::variants, twin: "attention::reference" },
+    Entry {
+        kernel: &attention_delta::KERNEL,
+        variants: |_| vec![attention_delta::defines()],
+        twin: "attention_delta::reference",
+    },
+    Entry { kernel: &attention_dkv::KERNEL, variants: attention_dkv::variants, twin: "attention_backward::reference" },
+    Entry { kernel: &attention_dq::KERNEL, variants: attention_dq::variants, twin: "attention_backward::reference" },
     Entry {
         kernel: &dequantize::KERNEL,
         variants: |_| dequantize::variants(&matrices()),

@@ -1,0 +1,483 @@
+//! O = softmax(scale * Q * K^T) * V over the keys that each query sees: Q and O [M, H * D], K and V [keys, Hkv * D]. Query
+//! head h reads head h / (H / Hkv) of K and V. Online softmax, no matrix of scores in memory (Dao, "FlashAttention-2",
+//! 2023). The backward is in [`attention_backward`](super::attention_backward).
+
+use super::visibility::Visibility;
+use super::{Real, attention_cpu, expect_2d, expect_shape, kernel, params};
+use crate::device::{Defines, Dispatch, Gpu, Tier};
+use crate::error::{Error, Result};
+use crate::tensor::{Storage, Tensor};
+
+const OP: &str = "attention";
+
+params! {
+    /// Of the forward and of both backward kernels.
+    struct AttentionParams {
+        first_group: u32,
+        groups: u32,
+        /// M, rows of Q and O.
+        queries: u32,
+        /// Rows of K and V.
+        keys: u32,
+        /// H, of Q.
+        heads: u32,
+        /// Of K and V.
+        kv_heads: u32,
+        /// Of the scores.
+        scale: f32,
+        /// Log-sum-exp of a query that sees no key: minus infinity.
+        no_key: f32,
+    }
+}
+
+kernel! {
+    /// `shaders/attention.wgsl`
+    KERNEL = "attention", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write]
+}
+
+/// The heads of an attention layer, and the factor of its scores.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// H, heads of the queries; a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub kv_heads: usize,
+    /// D, values a head: a multiple of 4 in 8..=256.
+    pub head_dim: usize,
+    /// Of the scores; usually 1 / sqrt(D).
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// An error unless the kernels can run it.
+    pub(crate) fn check(&self, op: &'static str) -> Result<()> {
+        let AttentionShape { heads, kv_heads, head_dim, scale } = *self;
+        let grouped = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
+        if grouped && (8..=256).contains(&head_dim) && head_dim.is_multiple_of(4) && scale.is_finite() {
+            return Ok(());
+        }
+        Err(Error::Invalid {
+            op,
+            what: "the shape",
+            got: format!("{heads} heads, {kv_heads} heads of keys, {head_dim} values a head, scale {scale}"),
+            expected: "heads must be a multiple of those of the keys, a head 8 to 256 values, a multiple of 4".into(),
+        })
+    }
+
+    /// Query heads that share a head of keys.
+    pub(crate) fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+}
+
+/// What [`attention`] computes.
+#[derive(Clone, Debug)]
+pub struct Attended {
+    /// O, [M, H * D]; zeros where a query sees no key.
+    pub o: Tensor,
+    /// Log-sum-exp of each query's scores, [M, H]; minus infinity where it sees no key.
+    pub lse: Tensor,
+}
+
+/// Attention of `q` [M, H * D] over `k` and `v` [keys, Hkv * D] on their device, under a `visibility` made for it of M
+/// queries and as many keys.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Invalid`] for heads that do not group or a head size out of range,
+/// [`Error::DeviceMismatch`].
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    shape: &AttentionShape,
+    visibility: &Visibility,
+) -> Result<Attended> {
+    expect_qkv(OP, [q, k, v], shape, visibility)?;
+    let m = visibility.queries();
+    let (o_shape, lse_shape) = ([m, shape.heads * shape.head_dim], [m, shape.heads]);
+    match q.storage() {
+        Storage::Cpu(cpu, q) => {
+            let (mut o, mut lse) = (cpu.zeros(q.len())?, cpu.zeros(m * shape.heads)?);
+            attention_cpu::forward(cpu, [q, k.host(OP)?, v.host(OP)?], shape, visibility, &mut o, &mut lse)?;
+            Ok(Attended { o: Tensor::from_host(cpu, &o_shape, o), lse: Tensor::from_host(cpu, &lse_shape, lse) })
+        }
+        Storage::Gpu(gpu, _) => {
+            let (o, lse) = (Tensor::uninit(gpu, "o", &o_shape)?, Tensor::uninit(gpu, "lse", &lse_shape)?);
+            if m > 0 {
+                dispatch(gpu, [q, k, v], shape, visibility, [&o, &lse])?;
+            }
+            Ok(Attended { o, lse })
+        }
+    }
+}
+
+/// An error unless Q, K and V have these heads, and as many rows as `visibility` says, all on one device.
+pub(crate) fn expect_qkv(
+    op: &'static str,
+    [q, k, v]: [&Tensor; 3],
+    shape: &AttentionShape,
+    visibility: &Visibility,
+) -> Result<()> {
+    shape.check(op)?;
+    expect_2d(op, "Q", q)?;
+    expect_shape(op, "Q", q, &[visibility.queries(), shape.heads * shape.head_dim])?;
+    for (what, tensor) in [("K", k), ("V", v)] {
+        expect_shape(op, what, tensor, &[visibility.keys(), shape.kv_heads * shape.head_dim])?;
+    }
+    let device = q.device();
+    [k.device(), v.device(), visibility.key_ranges().device()].iter().try_for_each(|other| device.same(other, op))
+}
+
+/// Threads a workgroup, about: fewer where the parts of a head do not divide it.
+const THREADS: usize = 64;
+/// The same on a software driver: one register of its eight lanes.
+const SOFTWARE_THREADS: usize = 8;
+/// The largest head that one thread owns on a software driver, in values.
+const MOST_ALONE: usize = 128;
+
+/// How a workgroup's threads share rows (queries or keys) and their heads' values.
+#[derive(Clone, Copy)]
+pub(crate) struct Split {
+    /// Rows a workgroup.
+    pub rows: usize,
+    /// Threads that share a row.
+    parts: usize,
+    /// vec4 of the head that each of them owns.
+    quads: usize,
+}
+
+impl Split {
+    /// A split in which no thread owns more than `most` vec4 of a row. Threads that share rows must meet at barriers, so on
+    /// software drivers none do, except for heads so large that those would compile for half a minute.
+    pub fn new(tier: Tier, head_dim: usize, most: usize) -> Split {
+        let all = head_dim / 4;
+        if tier == Tier::Software && head_dim <= MOST_ALONE {
+            return Split { rows: SOFTWARE_THREADS, parts: 1, quads: all };
+        }
+        // `all` parts of one vec4 always do.
+        let parts = (1..all).find(|parts| all.is_multiple_of(*parts) && all / parts <= most).unwrap_or(all);
+        Split { rows: (THREADS / parts).max(1), parts, quads: all / parts }
+    }
+
+    /// The variant's text constants. Threads that meet take `tile` rows of the other side between barriers.
+    pub fn defines(self, tile: u32) -> Defines {
+        let tile = if self.parts > 1 { tile } else { 1 };
+        Defines::new()
+            .with("rows", self.rows as u32)
+            .with("parts", self.parts as u32)
+            .with("quads", self.quads as u32)
+            .with("tile", tile)
+    }
+
+    /// Variants for the registry test: among the head sizes one that has no useful divisor.
+    pub fn variants(tier: Tier, most: usize, tile: u32) -> Vec<Defines> {
+        [8, 44, 64, 80, 128, 256].map(|head_dim| Split::new(tier, head_dim, most).defines(tile)).to_vec()
+    }
+}
+
+/// The most vec4 of a row that a thread owns: of Q and of O.
+const MOST_QUADS: usize = 16;
+/// Keys between barriers: their scores are a vec4.
+const TILE: u32 = 4;
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    Split::variants(tier, MOST_QUADS, TILE)
+}
+
+impl AttentionParams {
+    pub(crate) fn new(shape: &AttentionShape, visibility: &Visibility) -> AttentionParams {
+        AttentionParams {
+            queries: visibility.queries() as u32,
+            keys: visibility.keys() as u32,
+            heads: shape.heads as u32,
+            kv_heads: shape.kv_heads as u32,
+            scale: shape.scale,
+            no_key: f32::NEG_INFINITY,
+            ..Default::default()
+        }
+    }
+}
+
+/// Floating-point operations of one of `groups` workgroups, of `products` products of Q's size with K's.
+pub(crate) fn flops_per_group(shape: &AttentionShape, visibility: &Visibility, products: u64, groups: u64) -> u64 {
+    products * 2 * visibility.pairs() * (shape.heads * shape.head_dim) as u64 / groups.max(1)
+}
+
+fn dispatch(
+    gpu: &Gpu,
+    [q, k, v]: [&Tensor; 3],
+    shape: &AttentionShape,
+    visibility: &Visibility,
+    [o, lse]: [&Tensor; 2],
+) -> Result<()> {
+    let split = Split::new(gpu.tier(), shape.head_dim, MOST_QUADS);
+    let groups = (visibility.queries().div_ceil(split.rows) * shape.heads) as u64;
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &split.defines(TILE),
+        buffers: &[
+            q.buffer(gpu, OP)?,
+            k.buffer(gpu, OP)?,
+            v.buffer(gpu, OP)?,
+            visibility.key_ranges().buffer(gpu, OP)?,
+            o.buffer(gpu, OP)?,
+            lse.buffer(gpu, OP)?,
+        ],
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 2, groups),
+    })
+}
+
+/// The formula, for any real type: O and the log-sum-exp.
+pub fn reference<T: Real>([q, k, v]: [&[T]; 3], shape: &AttentionShape, visibility: &Visibility) -> (Vec<T>, Vec<T>) {
+    let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
+    let mut o = vec![T::zero(); q.len()];
+    let mut lse = vec![T::neg_infinity(); visibility.queries() * heads];
+    for (row, lse) in lse.iter_mut().enumerate() {
+        let (query, head) = (row / heads, row % heads);
+        let at = |key: usize| (key * kv_heads + head / shape.group()) * head_dim;
+        let score = |key| {
+            let pairs = (0..head_dim).map(|d| q[row * head_dim + d] * k[at(key) + d]);
+            T::of(shape.scale) * pairs.sum()
+        };
+        let scores: Vec<T> = visibility.of_query(query).map(score).collect();
+        let most = scores.iter().fold(T::neg_infinity(), |most, &score| most.max(score));
+        if scores.is_empty() {
+            continue;
+        }
+        *lse = most + scores.iter().map(|&score| (score - most).exp()).sum::<T>().ln();
+        for (key, &score) in visibility.of_query(query).zip(&scores) {
+            for d in 0..head_dim {
+                o[row * head_dim + d] += (score - *lse).exp() * v[at(key) + d];
+            }
+        }
+    }
+    (o, lse)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::device::Device;
+    use crate::testing;
+
+    /// Q, K and V, and who sees whom.
+    pub struct Case {
+        pub shape: AttentionShape,
+        pub ranges: Vec<(u32, u32)>,
+        pub keys: usize,
+        pub q: Vec<f32>,
+        pub k: Vec<f32>,
+        pub v: Vec<f32>,
+    }
+
+    impl Case {
+        pub fn new([heads, kv_heads, head_dim]: [usize; 3], ranges: &[(u32, u32)], keys: usize, seed: u64) -> Case {
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let values = |seed: u64, rows: usize, heads: usize| testing::values(seed, rows * heads * head_dim, 1.5);
+            Case {
+                shape: AttentionShape { heads, kv_heads, head_dim, scale },
+                ranges: ranges.to_vec(),
+                keys,
+                q: values(seed, ranges.len(), heads),
+                k: values(seed + 1, keys, kv_heads),
+                v: values(seed + 2, keys, kv_heads),
+            }
+        }
+
+        pub fn causal(sizes: [usize; 3], segments: &[u32], length: usize, window: Option<usize>) -> Case {
+            let visibility = Visibility::causal(&Device::cpu(), segments, length, window).unwrap();
+            let ranges: Vec<_> = (0..segments.len())
+                .map(|query| visibility.of_query(query))
+                .map(|keys| (keys.start as u32, keys.end as u32))
+                .collect();
+            Case::new(sizes, &ranges, segments.len(), 7)
+        }
+
+        pub fn visibility(&self, device: &Device) -> Visibility {
+            Visibility::ranges(device, &self.ranges, self.keys).unwrap()
+        }
+
+        pub fn tensor(&self, device: &Device, heads: usize, values: &[f32]) -> Tensor {
+            let cols = heads * self.shape.head_dim;
+            Tensor::from_slice(device, &[values.len() / cols, cols], values).unwrap()
+        }
+
+        /// Q, K and V on a device.
+        pub fn qkv(&self, device: &Device) -> [Tensor; 3] {
+            let AttentionShape { heads, kv_heads, .. } = self.shape;
+            [(heads, &self.q), (kv_heads, &self.k), (kv_heads, &self.v)]
+                .map(|(heads, values)| self.tensor(device, heads, values))
+        }
+
+        pub fn wide(&self) -> [Vec<f64>; 3] {
+            [&self.q, &self.k, &self.v].map(|values| widen(values))
+        }
+
+        pub fn attend(&self, device: &Device) -> Attended {
+            let [q, k, v] = self.qkv(device);
+            attention(&q, &k, &v, &self.shape, &self.visibility(device)).unwrap()
+        }
+
+        pub fn name(&self, device: &Device) -> String {
+            format!("{} {:?} M={} keys={}", testing::name(device), self.shape, self.ranges.len(), self.keys)
+        }
+
+        fn check(&self, device: &Device) {
+            let attended = self.attend(device);
+            let cpu = Device::cpu();
+            let [q, k, v] = self.wide();
+            let (o, lse) = reference([&q, &k, &v], &self.shape, &self.visibility(&cpu));
+            let magnitudes: Vec<f64> = v.iter().map(|v| v.abs()).collect();
+            let (terms, _) = reference([&q, &k, &magnitudes], &self.shape, &self.visibility(&cpu));
+            let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
+            testing::assert_close(&self.name(device), &attended.o.to_vec().unwrap(), &o, &bounds);
+            let sees_none = |lse: &f64| lse.is_infinite();
+            let got = attended.lse.to_vec().unwrap();
+            for (got, wanted) in got.iter().zip(&lse) {
+                let close = (f64::from(*got) - wanted).abs() <= 1e-5 * (1.0 + wanted.abs());
+                assert!(if sees_none(wanted) { *got == f32::NEG_INFINITY } else { close }, "{}", self.name(device));
+            }
+        }
+    }
+
+    pub fn widen(values: &[f32]) -> Vec<f64> {
+        values.iter().map(|&value| f64::from(value)).collect()
+    }
+
+    /// A device of each form of the kernels: the CPU, and a software and a hardware tier of every adapter.
+    pub fn forms() -> Vec<Device> {
+        let form = |device: &Device| match device {
+            Device::Cpu(_) => true,
+            Device::Gpu(gpu) => matches!(gpu.tier(), Tier::Software | Tier::Plain),
+        };
+        testing::devices().into_iter().filter(form).collect()
+    }
+
+    /// Ranges whose ends never go back, with gaps and with queries that see nothing.
+    pub fn any_ranges() -> impl Strategy<Value = (Vec<(u32, u32)>, usize)> {
+        prop::collection::vec((0..3u32, 0..8u32), 1..100).prop_map(|steps| {
+            let (mut first, mut end) = (0, 0u32);
+            let range = |(step, length): (u32, u32)| {
+                first += step;
+                end = end.max(first + length);
+                (first, end)
+            };
+            let ranges: Vec<_> = steps.into_iter().map(range).collect();
+            (ranges, end as usize + 1)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
+        #[test]
+        fn any_ranges_on_every_form(
+            (ranges, keys) in any_ranges(),
+            kv_heads in 1..=3usize,
+            group in 1..=3usize,
+            head_dim in prop_oneof![Just(8usize), Just(64), Just(44)],
+            seed in 0..1000u64,
+        ) {
+            for device in forms() {
+                Case::new([kv_heads * group, kv_heads, head_dim], &ranges, keys, seed).check(&device);
+            }
+        }
+    }
+
+    fn causal_rows(head_dims: &[usize], device: &Device) {
+        // Two rows of 75: padded left, and packed with padding right.
+        let mut segments = [[0; 5].as_slice(), &[1; 70]].concat();
+        segments.extend([[1; 30].as_slice(), &[2; 40], &[0; 5]].concat());
+        for &head_dim in head_dims {
+            Case::causal([2, 1, head_dim], &segments, 75, None).check(device);
+        }
+    }
+
+    #[test]
+    fn causal_rows_of_small_heads() {
+        for device in forms() {
+            causal_rows(&[8, 32, 64], &device);
+            Case::causal([3, 3, 8], &[1; 150], 75, Some(9)).check(&device);
+        }
+    }
+
+    #[test]
+    fn causal_rows_of_large_heads() {
+        // They take long to compile: on the first adapter only.
+        forms().iter().take(3).for_each(|device| causal_rows(&[80, 96, 128, 256], device));
+    }
+
+    #[test]
+    fn queries_after_a_cache_of_keys() {
+        for device in testing::devices() {
+            let ranges: Vec<_> = (190..200).map(|end| (0, end)).collect();
+            Case::new([4, 2, 32], &ranges, 200, 3).check(&device);
+            Case::new([4, 2, 32], &[(0, 200)], 200, 3).check(&device);
+            // Nobody asks, and nobody answers.
+            assert_eq!(Case::new([4, 2, 32], &[], 5, 3).attend(&device).o.shape(), [0, 128]);
+            Case::new([4, 2, 32], &[(0, 0), (0, 0)], 5, 3).check(&device);
+        }
+    }
+
+    #[test]
+    fn large_scores_stay_finite() {
+        for device in forms() {
+            let mut case = Case::causal([2, 1, 64], &[1; 70], 70, None);
+            case.q.iter_mut().for_each(|value| *value *= 1e3);
+            let attended = case.attend(&device);
+            let [q, k, v] = case.wide();
+            let (o, lse) = reference([&q, &k, &v], &case.shape, &case.visibility(&Device::cpu()));
+            assert!(lse.iter().any(|lse| *lse > 1e3), "{lse:?}");
+            // f32 scores of some thousands are right to 1e-3, and so are their exponentials.
+            let bounds = vec![2e-2; o.len()];
+            testing::assert_close(&case.name(&device), &attended.o.to_vec().unwrap(), &o, &bounds);
+            let bounds = vec![2e-2; lse.len()];
+            testing::assert_close(&case.name(&device), &attended.lse.to_vec().unwrap(), &lse, &bounds);
+        }
+    }
+
+    #[test]
+    fn packed_rows_are_those_of_separate_sequences() {
+        for device in forms() {
+            let packed = Case::causal([3, 1, 64], &[[1; 37].as_slice(), &[2; 90], &[3; 11]].concat(), 138, None);
+            let o = packed.attend(&device).o.to_vec().unwrap();
+            for (start, len) in [(0, 37), (37, 90), (127, 11)] {
+                let mut alone = Case::causal([3, 1, 64], &vec![1; len], len, None);
+                for (values, heads, of) in
+                    [(&mut alone.q, 3, &packed.q), (&mut alone.k, 1, &packed.k), (&mut alone.v, 1, &packed.v)]
+                {
+                    *values = of[start * heads * 64..(start + len) * heads * 64].to_vec();
+                }
+                let separate = alone.attend(&device).o.to_vec().unwrap();
+                assert_eq!(separate, o[start * 192..(start + len) * 192], "{}", packed.name(&device));
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        let device = Device::cpu();
+        let case = Case::causal([4, 2, 8], &[1; 6], 6, None);
+        let [q, k, v] = case.qkv(&device);
+        let visibility = case.visibility(&device);
+        let run = |q, k, v, shape: AttentionShape, visibility| {
+            attention(q, k, v, &shape, visibility).unwrap_err().to_string()
+        };
+        for head_dim in [0, 4, 10, 260] {
+            assert!(run(&q, &k, &v, AttentionShape { head_dim, ..case.shape }, &visibility).contains("4"));
+        }
+        for (heads, kv_heads) in [(3, 2), (0, 2), (4, 0)] {
+            let error = run(&q, &k, &v, AttentionShape { heads, kv_heads, ..case.shape }, &visibility);
+            assert!(error.contains("heads"), "{error}");
+        }
+        assert!(run(&k, &k, &v, case.shape, &visibility).contains('Q'));
+        assert!(run(&q, &q, &v, case.shape, &visibility).contains('K'));
+        assert!(run(&q, &k, &q, case.shape, &visibility).contains('V'));
+        let other = Visibility::ranges(&device, &case.ranges[..5], 6).unwrap();
+        assert!(run(&q, &k, &v, case.shape, &other).contains('Q'));
+    }
+}

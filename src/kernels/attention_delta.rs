@@ -1,0 +1,62 @@
+//! stats[m, h] = (lse[m, h], delta[m, h]) with delta the sum over d of dO * O: what the backward of
+//! [`attention`](super::attention) wants of each query and head. O and dO are [M, H * D].
+
+use rayon::prelude::*;
+
+use super::{Real, kernel, params, simd};
+use crate::device::{Buffer, Defines, Dispatch, Gpu};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+const OP: &str = "attention delta";
+
+params! {
+    struct AttentionDeltaParams {
+        first_group: u32,
+        groups: u32,
+        /// M * H.
+        rows: u32,
+        /// D / 4.
+        quads: u32,
+    }
+}
+
+kernel! {
+    /// `shaders/attention_delta.wgsl`
+    KERNEL = "attention_delta", AttentionDeltaParams, [d_o: Read, o: Read, lse: Read, stats: Write]
+}
+
+/// Invocations a workgroup.
+const THREADS: u32 = 64;
+
+/// The variant's text constants.
+pub(crate) fn defines() -> Defines {
+    Defines::new().with("threads", THREADS)
+}
+
+/// Log-sum-exp and delta of every query and head, in pairs.
+pub(crate) fn dispatch(gpu: &Gpu, d_o: &Tensor, o: &Tensor, lse: &Tensor, head_dim: usize) -> Result<Buffer> {
+    let stats = gpu.alloc("attention stats", lse.len() as u64 * 8)?;
+    let params = AttentionDeltaParams { rows: lse.len() as u32, quads: (head_dim / 4) as u32, ..Default::default() };
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &defines(),
+        buffers: &[d_o.buffer(gpu, OP)?, o.buffer(gpu, OP)?, lse.buffer(gpu, OP)?, &stats],
+        params: bytemuck::bytes_of(&params),
+        groups: lse.len().div_ceil(THREADS as usize) as u64,
+        flops_per_group: 2 * u64::from(THREADS) * head_dim as u64,
+    })?;
+    Ok(stats)
+}
+
+/// Delta of every query and head, on the CPU.
+pub(crate) fn deltas(d_o: &[f32], o: &[f32], head_dim: usize, deltas: &mut [f32]) {
+    let rows = d_o.par_chunks_exact(head_dim).zip(o.par_chunks_exact(head_dim));
+    deltas.par_iter_mut().zip(rows).with_min_len(256).for_each(|(delta, (d_o, o))| *delta = simd::dot(d_o, o));
+}
+
+/// The formula, for any real type.
+pub fn reference<T: Real>(d_o: &[T], o: &[T], head_dim: usize) -> Vec<T> {
+    let dot = |(d_o, o): (&[T], &[T])| d_o.iter().zip(o).map(|(&d_o, &o)| d_o * o).sum();
+    d_o.chunks(head_dim).zip(o.chunks(head_dim)).map(dot).collect()
+}

@@ -1,0 +1,40 @@
+//! dK and dV of [`attention`](super::attention), [keys, Hkv * D]: each key over the queries that see it, of every head
+//! that shares it.
+
+use super::attention::{AttentionParams, Split, flops_per_group};
+use super::attention_backward::GpuCall;
+use super::kernel;
+use crate::device::{Defines, Dispatch, Tier};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention_dkv.wgsl`
+    KERNEL = "attention_dkv", AttentionParams,
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
+}
+
+/// The most vec4 of a row that a thread owns: of K, V, dK and dV.
+const MOST_QUADS: usize = 8;
+/// Queries between barriers: a score and a gradient of each are a vec4.
+const TILE: u32 = 2;
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    Split::variants(tier, MOST_QUADS, TILE)
+}
+
+pub(crate) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<()> {
+    let GpuCall { op, gpu, shape, visibility, .. } = *call;
+    let split = Split::new(gpu.tier(), shape.head_dim, MOST_QUADS);
+    let groups = (visibility.keys().div_ceil(split.rows) * shape.kv_heads) as u64;
+    let own = [visibility.query_ranges()?.buffer(gpu, op)?, dk.buffer(gpu, op)?, dv.buffer(gpu, op)?];
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &split.defines(TILE),
+        buffers: &[&call.operands()?[..], &own].concat(),
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 4, groups),
+    })
+}

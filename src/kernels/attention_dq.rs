@@ -1,0 +1,38 @@
+//! dQ of [`attention`](super::attention), [M, H * D]: each query over the keys that it sees.
+
+use super::attention::{AttentionParams, Split, flops_per_group};
+use super::attention_backward::GpuCall;
+use super::kernel;
+use crate::device::{Defines, Dispatch, Tier};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention_dq.wgsl`
+    KERNEL = "attention_dq", AttentionParams,
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write]
+}
+
+/// The most vec4 of a row that a thread owns: of Q, dO and dQ.
+const MOST_QUADS: usize = 8;
+/// Keys between barriers: a score and a gradient of each are a vec4.
+const TILE: u32 = 2;
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    Split::variants(tier, MOST_QUADS, TILE)
+}
+
+pub(crate) fn dispatch(call: &GpuCall<'_>, dq: &Tensor) -> Result<()> {
+    let GpuCall { op, gpu, shape, visibility, .. } = *call;
+    let split = Split::new(gpu.tier(), shape.head_dim, MOST_QUADS);
+    let groups = (visibility.queries().div_ceil(split.rows) * shape.heads) as u64;
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &split.defines(TILE),
+        buffers: &[&call.operands()?[..], &[visibility.key_ranges().buffer(gpu, op)?, dq.buffer(gpu, op)?]].concat(),
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 3, groups),
+    })
+}
