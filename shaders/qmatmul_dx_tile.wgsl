@@ -159,8 +159,7 @@ fn main(
 
 {% if f16 %}
     let add = p.accumulate != 0u || p.rank > 0u;
-    let undo = 1.0 / p.m.factor;
-{{ each_four("SUM = SUM * (1.0 / row_factor[row]) * undo; if (add) { SUM = SUM + load4(row, q); } store4(row, q, SUM);") }}
+{{ each_four("SUM = SUM * (1.0 / row_factor[row] / p.m.factor); if (add) { SUM = SUM + load4(row, q); } store4(row, q, SUM);") }}
 {% else %}
 {{ each_four("store4(row, q, SUM);") }}
 {% endif %}
