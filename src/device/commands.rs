@@ -189,7 +189,7 @@ impl Gpu {
             }
         })
         .await?;
-        self.finish_read(&read)
+        self.finish_read(read)
     }
 
     /// As [`Gpu::read_async`], blocking.
@@ -197,8 +197,9 @@ impl Gpu {
         let read = self.start_read(buffer, bytes)?;
         loop {
             self.poll(wgpu::PollType::wait_indefinitely())?;
-            match read.state.lock().unwrap_or_else(PoisonError::into_inner).mapped.take() {
-                Some(Ok(())) => return self.finish_read(&read),
+            let mapped = read.state.lock().unwrap_or_else(PoisonError::into_inner).mapped.take();
+            match mapped {
+                Some(Ok(())) => return self.finish_read(read),
                 Some(Err(message)) => return Err(self.error("reading back", message)),
                 // Another thread's poll has taken our callback and is about to run it.
                 None => std::thread::sleep(POLL_INTERVAL),
@@ -233,9 +234,13 @@ impl Gpu {
         Ok(Read { staging, bytes: bytes as usize, state })
     }
 
-    fn finish_read(&self, read: &Read) -> Result<Vec<u8>> {
+    fn finish_read(&self, read: Read) -> Result<Vec<u8>> {
         let view = read.staging.get_mapped_range(..).map_err(|error| self.error("reading back", error.to_string()))?;
-        Ok(view[..read.bytes].to_vec())
+        let bytes = view[..read.bytes].to_vec();
+        drop(view);
+        let _turn = self.turn();
+        drop(read);
+        Ok(bytes)
     }
 
     /// How long the device takes for what `work` records: by timestamp queries where there are any, else from

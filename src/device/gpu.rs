@@ -1,7 +1,7 @@
 //! A wgpu device with what the kernels need around it: limits, tier, buffers, errors as values.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::commands::Recorder;
 use super::pipeline::Pipelines;
@@ -24,6 +24,8 @@ struct Inner {
     buffers: Arc<Buffers>,
     pipelines: Pipelines,
     recorder: Mutex<Recorder>,
+    /// See [`Gpu::turn`].
+    turn: Option<Mutex<()>>,
     zeros: OnceLock<Buffer>,
 }
 
@@ -55,16 +57,16 @@ struct Fault {
     uncaptured: Mutex<Option<String>>,
 }
 
-/// The pool, and the ids of buffers that are gone for good, whose bind groups can be forgotten.
+/// The pool, and the buffers that are gone for good, whose bind groups can be forgotten.
 struct Buffers {
     pool: Pool<(u64, wgpu::Buffer)>,
     next_id: AtomicU64,
-    retired: Mutex<Vec<u64>>,
+    retired: Mutex<Vec<(u64, wgpu::Buffer)>>,
 }
 
 impl Buffers {
-    fn retire(&self, ids: impl IntoIterator<Item = u64>) {
-        self.retired.lock().unwrap_or_else(PoisonError::into_inner).extend(ids);
+    fn retire(&self, buffers: impl IntoIterator<Item = (u64, wgpu::Buffer)>) {
+        self.retired.lock().unwrap_or_else(PoisonError::into_inner).extend(buffers);
     }
 }
 
@@ -118,7 +120,7 @@ impl Drop for BufferInner {
             self.home.pool.put(self.size, (self.id, self.raw.clone()));
         } else {
             self.home.pool.forget(self.size);
-            self.home.retire([self.id]);
+            self.home.retire([(self.id, self.raw.clone())]);
         }
     }
 }
@@ -182,6 +184,7 @@ impl Gpu {
                 && device_limits.max_immediate_size >= MAX_PARAMS_BYTES,
             uniform_alignment: device_limits.min_uniform_buffer_offset_alignment.max(MAX_PARAMS_BYTES),
         };
+        let turn = (info.backend == wgpu::Backend::Gl).then(Mutex::default);
         let buffers =
             Buffers { pool: Pool::new(wrap.memory_limit), next_id: AtomicU64::new(1), retired: Mutex::default() };
         Ok(Gpu(Arc::new(Inner {
@@ -196,6 +199,7 @@ impl Gpu {
             pipelines: Pipelines::default(),
             recorder: Mutex::default(),
             zeros: OnceLock::new(),
+            turn,
         })))
     }
 
@@ -241,7 +245,7 @@ impl Gpu {
 
     /// Gives pooled buffers back to the driver.
     pub fn trim(&self) {
-        self.0.buffers.retire(self.0.buffers.pool.trim().into_iter().map(|(id, _)| id));
+        self.0.buffers.retire(self.0.buffers.pool.trim());
         self.forget_retired();
     }
 
@@ -304,6 +308,7 @@ impl Gpu {
     /// As [`Gpu::scoped`], for an `f` that allocates so many bytes.
     pub(super) fn scoped_alloc<T>(&self, op: &str, bytes: u64, f: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
         self.check()?;
+        let _turn = self.turn();
         let raw = &self.0.raw;
         let validation = raw.push_error_scope(wgpu::ErrorFilter::Validation);
         let internal = raw.push_error_scope(wgpu::ErrorFilter::Internal);
@@ -381,12 +386,12 @@ impl Gpu {
         let (id, raw) = match home.pool.take(size, pooled) {
             Taken::Reused(item) => item,
             Taken::OverLimit { trimmed } => {
-                home.retire(trimmed.into_iter().map(|(id, _)| id));
+                home.retire(trimmed);
                 self.forget_retired();
                 return Err(out_of_memory());
             }
             Taken::Allocate { trimmed } => {
-                home.retire(trimmed.into_iter().map(|(id, _)| id));
+                home.retire(trimmed);
                 self.forget_retired();
                 let id = home.next_id.fetch_add(1, Ordering::Relaxed);
                 let descriptor =
@@ -419,12 +424,22 @@ impl Gpu {
         Ok(Buffer(Arc::new(BufferInner { raw, id, bytes, size, pooled, home })))
     }
 
-    /// Drops bind groups of buffers that are gone; they would keep the memory alive.
+    /// Drops buffers that are gone, and their bind groups, which would keep the memory alive.
     pub(super) fn forget_retired(&self) {
         let retired = std::mem::take(&mut *self.0.buffers.retired.lock().unwrap_or_else(PoisonError::into_inner));
         if !retired.is_empty() {
-            self.0.pipelines.forget_buffers(&retired);
+            let ids: Vec<u64> = retired.iter().map(|(id, _)| *id).collect();
+            let groups = self.0.pipelines.forget_buffers(&ids);
+            // Not before: who compiles a kernel holds the list of kernels and waits for its turn.
+            let _turn = self.turn();
+            drop((groups, retired));
         }
+    }
+
+    /// Held while wgpu works, where only one thread may use a device at a time: wgpu's GL backend panics when a thread waits
+    /// some seconds for another, and a driver may well compile a shader for so long.
+    pub(super) fn turn(&self) -> Option<MutexGuard<'_, ()>> {
+        self.0.turn.as_ref().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A buffer from the pool that holds these bytes (a multiple of 4).

@@ -42,13 +42,17 @@ impl Pipelines {
         self.compiled.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
-    /// Forgets bind groups of buffers that no longer exist, so that their memory is given back.
-    pub(super) fn forget_buffers(&self, retired: &[u64]) {
+    /// Takes out the bind groups of buffers that no longer exist: once they are dropped, the memory is given back.
+    pub(super) fn forget_buffers(&self, retired: &[u64]) -> Vec<wgpu::BindGroup> {
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut forgotten = Vec::new();
         for pipeline in compiled.values() {
             let mut groups = pipeline.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
-            groups.retain(|ids, _| !ids.iter().any(|id| retired.contains(id)));
+            forgotten.extend(
+                groups.extract_if(|ids, _| ids.iter().any(|id| retired.contains(id))).map(|(_, group)| group),
+            );
         }
+        forgotten
     }
 }
 
