@@ -10,9 +10,12 @@
 //! Everything is little-endian; text is a u64 length and UTF-8. Versions 2 and 3 are read, which differ in nothing else.
 //! Spec: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
+mod blocks;
+mod k_quants;
 mod types;
 mod value;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::fs::File;
@@ -26,7 +29,9 @@ pub use types::TensorType;
 use value::Reader;
 pub use value::{Array, FromValue, Value};
 
+use super::checkpoint::BaseFormat;
 use crate::error::{Error, Result};
+use crate::kernels::HostMatrix;
 
 const MAGIC: &[u8] = b"GGUF";
 const ALIGNMENT: &str = "general.alignment";
@@ -50,6 +55,38 @@ pub struct Tensor<'a> {
     pub shape: &'a [usize],
     /// The values, row-major in blocks of the type.
     pub bytes: &'a [u8],
+}
+
+/// In which order a file has the rows of a matrix, or the values of a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowOrder {
+    /// As a model of Hugging Face has them.
+    Plain,
+    /// Of every head's D rows, 2 i and 2 i + 1 are a rotary pair, which Hugging Face has at i and i + D / 2. Files of the
+    /// llama architecture have q and k so.
+    Interleaved {
+        /// D; even.
+        head_dim: usize,
+    },
+}
+
+impl RowOrder {
+    /// Equal spans of bytes, `rows` of them, in Hugging Face's order; `None` if they are no whole number of heads.
+    fn restore<'a>(self, bytes: &'a [u8], rows: usize) -> Option<Cow<'a, [u8]>> {
+        let RowOrder::Interleaved { head_dim } = self else { return Some(bytes.into()) };
+        if head_dim == 0 || !head_dim.is_multiple_of(2) || !rows.is_multiple_of(head_dim) {
+            return None;
+        }
+        let row_bytes = bytes.len() / rows.max(1);
+        let mut out = Vec::with_capacity(bytes.len());
+        for head in bytes.chunks_exact((head_dim * row_bytes).max(1)) {
+            for parity in 0..2 {
+                let of_half = head.chunks_exact(row_bytes).skip(parity).step_by(2);
+                of_half.for_each(|row| out.extend_from_slice(row));
+            }
+        }
+        Some(out.into())
+    }
 }
 
 /// Where everything is in a file.
@@ -145,6 +182,55 @@ impl GgufFile {
         let Place { kind, shape, bytes } =
             self.header.tensors.get(name).ok_or_else(|| self.tensor_error(name, "is missing"))?;
         Ok(Tensor { kind: *kind, shape, bytes: &self.map[bytes.clone()] })
+    }
+
+    /// The matrix called `name`, [`rows`, `cols`], with its rows brought from `order` into Hugging Face's.
+    ///
+    /// Q4_0, Q4_1, Q4_K, IQ4_NL, IQ4_XS and MXFP4 become 4-bit matrices of the very same values. Others are as `base` says:
+    /// dense (F32, F16, BF16 and Q8_0 as they are, the other quantized types as f32), or quantized to 4 bits.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if it is missing, of another shape, of a type that is not supported, or has a scale (or, to be
+    /// quantized, a value) that is not finite.
+    pub fn matrix(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        order: RowOrder,
+        base: &BaseFormat,
+    ) -> Result<HostMatrix> {
+        self.decode(name, &[rows, cols], order, base)
+    }
+
+    /// The vector called `name` of `len` values as f32, brought from `order` into Hugging Face's.
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
+    pub fn vector(&self, name: &str, len: usize, order: RowOrder) -> Result<Vec<f32>> {
+        let matrix = self.decode(name, &[len], order, &BaseFormat::AsIs)?;
+        let mut values = vec![0.0; len];
+        matrix.dequantize_rows(0..matrix.rows(), &mut values);
+        Ok(values)
+    }
+
+    /// A tensor of this shape; a vector as a matrix of one row.
+    fn decode(&self, name: &str, shape: &[usize], order: RowOrder, base: &BaseFormat) -> Result<HostMatrix> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape != shape {
+            return Err(self.tensor_error(name, format!("has shape {:?}, expected {shape:?}", tensor.shape)));
+        }
+        let (spans, [rows, cols]) = match *shape {
+            [rows, cols] => (rows, [rows, cols]),
+            // A block cannot be taken apart.
+            _ => (shape[0] / tensor.kind.block(), [1, shape[0]]),
+        };
+        let bytes = order.restore(tensor.bytes, spans).ok_or_else(|| {
+            self.tensor_error(name, format!("is {} of shape {shape:?}, of which no heads can be made", tensor.kind))
+        })?;
+        blocks::matrix(tensor.kind, &bytes, rows, cols, base)
+            .map_err(|e| self.tensor_error(name, e))?
+            .ok_or_else(|| self.tensor_error(name, format!("is {}, which is not supported", tensor.kind)))
     }
 
     /// An [`Error::Tensor`] about a tensor of this file.

@@ -235,3 +235,42 @@ fn tensors_that_cannot_be_are_errors_that_name_them() {
     let twice = Writer::default().placed("w", &[0], f32s, 0).placed("w", &[0], f32s, 0);
     assert!(error(twice).contains("given twice"));
 }
+
+#[test]
+fn matrices_and_vectors_are_checked_and_put_in_order() {
+    let folder = TempDir::new().unwrap();
+    // Rows 0, 1, 2, ... of two heads of four, whose pairs are neighbours.
+    let values: Vec<f32> = (0..8).flat_map(|row| [row as f32, 0.5]).collect();
+    let column: Vec<f32> = (0..8).map(|row| row as f32).collect();
+    let file = Writer::default()
+        .tensor("w", &[8, 2], TensorType::F32, bytemuck::cast_slice(&values))
+        .tensor("v", &[8], TensorType::F32, bytemuck::cast_slice(&column))
+        .tensor("q", &[32], TensorType::Q8_0, &[0; 34])
+        .tensor("i", &[2, 256], TensorType::Iq1S, &[0; 100])
+        .tensor("n", &[1, 32], TensorType::Q4_0, &[0xff; 18])
+        .open(&folder)
+        .unwrap();
+    let order = RowOrder::Interleaved { head_dim: 4 };
+    let restored = [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0];
+    assert_eq!(file.vector("v", 8, RowOrder::Plain).unwrap(), column);
+    assert_eq!(file.vector("v", 8, order).unwrap(), restored);
+    let matrix = file.matrix("w", 8, 2, order, &BaseFormat::AsIs).unwrap();
+    let mut got = [0.0; 16];
+    matrix.dequantize_rows(0..8, &mut got);
+    assert_eq!(got.to_vec(), restored.iter().flat_map(|&row| [row, 0.5]).collect::<Vec<f32>>());
+
+    let error = |name: &str, rows, cols, order| {
+        let error = file.matrix(name, rows, cols, order, &BaseFormat::AsIs).unwrap_err();
+        assert!(matches!(&error, Error::Tensor { key, .. } if key == name), "{error}");
+        error.to_string()
+    };
+    assert!(error("none", 8, 2, RowOrder::Plain).contains("is missing"));
+    assert!(error("w", 2, 8, RowOrder::Plain).contains("has shape [8, 2], expected [2, 8]"));
+    for head_dim in [0, 3, 6, 16] {
+        assert!(error("w", 8, 2, RowOrder::Interleaved { head_dim }).contains("no heads"), "{head_dim}");
+    }
+    assert!(error("i", 2, 256, RowOrder::Plain).contains("is IQ1_S, which is not supported"));
+    assert!(error("n", 1, 32, RowOrder::Plain).contains("only finite values"));
+    assert!(file.vector("q", 32, order).is_err(), "a block that would have to be taken apart");
+    assert_eq!(file.vector("q", 32, RowOrder::Plain).unwrap(), [0.0; 32]);
+}
