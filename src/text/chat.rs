@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 use jiff::Zoned;
 use jiff::fmt::strtime;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
+use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error as JinjaError, ErrorKind, Value, context};
 use minijinja_contrib::pycompat;
 use regex::Regex;
@@ -66,11 +66,13 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`] if the template refuses the messages, or does what is not supported.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool, bos: &str, eos: &str) -> Result<String> {
-        let context = context! { messages, add_generation_prompt, bos_token => bos, eos_token => eos };
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| template.render(context))
-            .map_err(template_error)
+        let context = context! {
+            messages => Serde(messages),
+            add_generation_prompt,
+            bos_token => bos,
+            eos_token => eos,
+        };
+        self.environment.get_template(NAME).and_then(|template| template.render(context)).map_err(template_error)
     }
 }
 
@@ -83,8 +85,11 @@ fn template_error(error: JinjaError) -> Error {
 /// always shown. Lines stay where they are.
 fn without_generation_tags(source: &str) -> String {
     static TAGS: LazyLock<[(Regex, &str); 2]> = LazyLock::new(|| {
-        [(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", "{%$1 if true $2%}"), (r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", "{%$1 endif $2%}")]
-            .map(|(tag, block)| (Regex::new(tag).unwrap_or_else(|error| unreachable!("{error}")), block))
+        [
+            (r"\{%([-+]?)\s*generation\s*([-+]?)%\}", "{%$1 if true $2%}"),
+            (r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", "{%$1 endif $2%}"),
+        ]
+        .map(|(tag, block)| (Regex::new(tag).unwrap_or_else(|error| unreachable!("{error}")), block))
     });
     TAGS.iter().fold(source.to_owned(), |text, (tag, block)| tag.replace_all(&text, *block).into_owned())
 }
@@ -174,7 +179,8 @@ mod tests {
 
     #[test]
     fn other_keys_of_a_message_reach_the_template() {
-        let message: Message = serde_json::from_str(r#"{"role": "assistant", "content": "a", "thought": "b"}"#).unwrap();
+        let message: Message =
+            serde_json::from_str(r#"{"role": "assistant", "content": "a", "thought": "b"}"#).unwrap();
         let template = ChatTemplate::new("{{ messages[0].thought }}").unwrap();
         assert_eq!(template.render(&[message], false, "", "").unwrap(), "b");
     }

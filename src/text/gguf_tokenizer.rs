@@ -12,7 +12,7 @@ use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence as DecoderSequence;
 use tokenizers::decoders::strip::Strip;
-use tokenizers::models::bpe::{BPE, BpeBuilder};
+use tokenizers::models::bpe::{BPE, BpeBuilder, Merges, Vocab};
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as NormalizerSequence};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -21,8 +21,8 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer as Inner};
 
 use super::pretokenizer;
-use super::tokenizer::{EOS_TOKENS, Tokenizer};
-use crate::error::{Error, Result};
+use super::tokenizer::{EOS_TOKENS, Parts, Tokenizer};
+use crate::error::Result;
 use crate::formats::gguf::GgufFile;
 
 const MODEL: &str = "tokenizer.ggml.model";
@@ -106,9 +106,9 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// The model of a vocabulary and its merges.
-    fn bpe(&self, merges: Vec<(String, String)>) -> BpeBuilder {
-        let vocabulary: HashMap<String, u32> = self.ids.iter().map(|(&token, &id)| (token.to_owned(), id)).collect();
-        BPE::builder().vocab_and_merges(vocabulary.into_iter().collect::<HashMap<_, _>>(), merges)
+    fn bpe(&self, merges: Merges) -> BpeBuilder {
+        let vocabulary: Vocab = self.ids.iter().map(|(&token, &id)| (token.to_owned(), id)).collect();
+        BPE::builder().vocab_and_merges(vocabulary, merges)
     }
 
     fn tokenizer(&self, model: BpeBuilder) -> Result<Inner> {
@@ -119,7 +119,8 @@ impl<'a> Vocabulary<'a> {
     fn byte_level(&self) -> Result<(Inner, bool)> {
         let name = self.file.get(PRE)?.unwrap_or("default");
         let pre = pretokenizer::by_name(name).ok_or_else(|| {
-            self.file.metadata_error(PRE, format!("{name:?} is not a known pre-tokenizer; a tokenizer.json is read too"))
+            self.file
+                .metadata_error(PRE, format!("{name:?} is not a known pre-tokenizer; a tokenizer.json is read too"))
         })?;
 
         let lines: Vec<&str> = self.file.require(MERGES)?;
@@ -132,7 +133,7 @@ impl<'a> Vocabulary<'a> {
         let merges = lines.iter().map(|line| {
             cut(line).ok_or_else(|| self.file.metadata_error(MERGES, format!("{line:?} is not two tokens and a space")))
         });
-        let merges = merges.collect::<Result<Vec<_>>>()?;
+        let merges = merges.collect::<Result<Merges>>()?;
         let mut inner = self.tokenizer(self.bpe(merges).ignore_merges(pre.whole_words))?;
 
         let failed = |e: tokenizers::Error| self.file.metadata_error(PRE, e);
@@ -171,7 +172,7 @@ impl<'a> Vocabulary<'a> {
     }
 
     /// All pairs of pieces whose union is a piece, best score first; of equals, the first in the vocabulary.
-    fn merges_by_score(&self, scores: &[f32]) -> Vec<(String, String)> {
+    fn merges_by_score(&self, scores: &[f32]) -> Merges {
         let is_piece = |id: usize| matches!(self.types[id], kind::NORMAL | kind::USER_DEFINED | kind::UNUSED);
         let piece = |text: &str| self.ids.get(text).is_some_and(|&id| is_piece(id as usize));
         let mut pairs: Vec<(f32, &str, &str)> = Vec::new();
@@ -186,7 +187,8 @@ impl<'a> Vocabulary<'a> {
     /// Adds what both kinds have: special tokens, begin and end, the chat template.
     fn finish(&self, mut inner: Inner, add_bos: bool) -> Result<Tokenizer> {
         let of_kind = |wanted: &[i32], special| -> Vec<AddedToken> {
-            let tokens = self.tokens.iter().zip(&self.types).filter(|(token, kind)| wanted.contains(kind) && !token.is_empty());
+            let tokens =
+                self.tokens.iter().zip(&self.types).filter(|(token, kind)| wanted.contains(kind) && !token.is_empty());
             tokens.map(|(&token, _)| AddedToken::from(token, special).normalized(false)).collect()
         };
         let failed = |e: tokenizers::Error| self.file.metadata_error(TOKENS, e);
@@ -198,15 +200,15 @@ impl<'a> Vocabulary<'a> {
         let known = EOS_TOKENS.iter().filter_map(|&name| self.ids.get(name).copied());
         let known = known.filter(|&id| matches!(self.types[id as usize], kind::CONTROL | kind::USER_DEFINED));
         let flag = |name: &str| self.file.get::<bool>(&format!("tokenizer.ggml.{name}"));
-        let prefix = bos.filter(|_| flag("add_bos_token").transpose().unwrap_or(Ok(add_bos)).unwrap_or(add_bos));
-        let mut tokenizer = Tokenizer::new(inner, self.tokens.len());
-        tokenizer.set_special(bos, stated.into_iter().flatten().chain(known));
-        tokenizer.prefix = prefix.into_iter().collect();
-        if flag("add_eos_token")? == Some(true) {
-            tokenizer.suffix = tokenizer.eos().into_iter().collect();
-        }
-        tokenizer.chat_template = self.file.get("tokenizer.chat_template")?.map(str::to_owned);
-        Ok(tokenizer)
+        let parts = Parts {
+            inner,
+            bos,
+            eos: stated.into_iter().flatten().chain(known).collect(),
+            add_bos: flag("add_bos_token")?.unwrap_or(add_bos),
+            add_eos: flag("add_eos_token")?.unwrap_or(false),
+            chat_template: self.file.get("tokenizer.chat_template")?.map(str::to_owned),
+        };
+        Ok(Tokenizer::new(parts))
     }
 
     /// The id that `tokenizer.ggml.NAME_token_id` states.
