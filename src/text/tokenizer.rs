@@ -64,10 +64,7 @@ pub(super) struct Parts {
 
 impl Tokenizer {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { mut inner, bos, mut eos, add_bos, add_eos, chat_template } = parts;
-        inner.with_post_processor(None::<PostProcessorWrapper>).with_padding(None);
-        // Only a truncation to less than its stride is refused.
-        let _ = inner.with_truncation(None);
+        let Parts { inner, bos, mut eos, add_bos, add_eos, chat_template } = parts;
         let mut seen = BTreeSet::new();
         eos.retain(|&id| seen.insert(id));
         let text = |id: Option<u32>| id.and_then(|id| inner.id_to_token(id)).unwrap_or_default();
@@ -314,7 +311,8 @@ fn failed(what: &'static str, error: tokenizers::Error) -> Error {
 fn read(path: &Path) -> Result<Parts> {
     let bytes = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
     let malformed = |e: tokenizers::Error| Error::File { path: path.into(), message: format!("is malformed: {e}") };
-    let inner = Inner::from_bytes(bytes).map_err(malformed)?;
+    let mut inner = Inner::from_bytes(bytes).map_err(malformed)?;
+    inner.with_padding(None).with_truncation(None).map_err(malformed)?;
 
     let special = inner.get_added_tokens_decoder();
     let known = EOS_TOKENS.iter().filter_map(|&name| inner.token_to_id(name));
@@ -327,6 +325,7 @@ fn read(path: &Path) -> Result<Parts> {
     let bos = whole[..start].first().copied();
     let end = whole.get(start + bare.len()).copied();
     let eos = end.into_iter().chain(eos).collect();
+    inner.with_post_processor(None::<PostProcessorWrapper>);
     Ok(Parts { inner, bos, eos, add_bos: bos.is_some(), add_eos: end.is_some(), chat_template: None })
 }
 
