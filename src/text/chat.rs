@@ -160,15 +160,15 @@ mod tests {
             ("{{ {'b': [1, 'x'], 'a': none} | tojson }}", r#"{"b": [1, "x"], "a": null}"#),
             ("{{ {'b': [1]} | tojson(indent=2) }}", "{\n  \"b\": [\n    1\n  ]\n}"),
             ("{{ 'a</think>b'.split('</think>')[-1] }}", "b"),
-            ("{{ 'abc'.startswith('ab') and not 'abc'.endswith('ab') }}", "true"),
+            ("{{ 'abc'.startswith('ab') and not 'abc'.endswith('ab') }}", "True"),
             ("{% for key, value in {'k': 1}.items() %}{{ key }}{{ value }}{% endfor %}", "k1"),
             ("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
             ("{% for i in [1, 2, 3][::-1] %}{{ i }}{% endfor %}", "321"),
             ("{% set ns = namespace(n=0) %}{% for i in [1, 2] %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "3"),
             ("{{ bos_token + messages[0]['role'] + eos_token }}", "<s>user</s>"),
-            ("{% if messages[0].tool_calls %}x{% else %}y{% endif %}{{ tools is defined }}", "yfalse"),
+            ("{% if messages[0].tool_calls %}x{% else %}y{% endif %}{{ tools is defined }}", "yFalse"),
             ("{% generation %}\nkept{%- endgeneration %}", "kept"),
-            ("{{ messages[0].content is string }}{{ messages | length }}", "true1"),
+            ("{{ messages[0].content is string }}{{ messages | length }}", "True1"),
         ];
         for (source, wanted) in cases {
             assert_eq!(render(source).unwrap(), wanted, "{source}");
