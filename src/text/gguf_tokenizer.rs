@@ -56,8 +56,8 @@ impl Tokenizer {
     /// The tokenizer inside a GGUF file. Its ids are those of llama.cpp, which normalizes no Unicode.
     ///
     /// # Errors
-    /// [`Error::File`] for a kind of tokenizer or a pre-tokenizer that is not known, and for keys that are missing or do not
-    /// agree with each other.
+    /// [`Error::File`](crate::Error::File) for a kind of tokenizer or a pre-tokenizer that is not known, and for keys that
+    /// are missing or do not agree with each other.
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let vocabulary = Vocabulary::read(file)?;
         let model: &str = file.require(MODEL)?;
