@@ -62,7 +62,7 @@ impl Decoder {
     /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io) with
     /// file and key; the device's own.
     pub fn load(device: &Device, path: &Path, base: &BaseFormat) -> Result<Decoder> {
-        if path.is_file() {
+        if path.is_file() || path.extension().is_some_and(|extension| extension == "gguf") {
             let file = GgufFile::open(path)?;
             let config = ModelConfig::from_gguf(&file)?;
             let mut source = GgufSource::new(&file, &config, base);

@@ -164,6 +164,12 @@ fn logits(model: &Decoder) -> Vec<u32> {
 }
 
 #[test]
+fn a_file_that_is_not_there_is_named() {
+    let error = Decoder::load(&Device::cpu(), Path::new("/no/such.gguf"), &BaseFormat::AsIs).err().unwrap();
+    assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("such.gguf")), "{error}");
+}
+
+#[test]
 fn a_converted_model_is_the_model() {
     for name in ["llama", "qwen2", "qwen3"] {
         let (device, folder) = (Device::cpu(), TempDir::new().unwrap());
