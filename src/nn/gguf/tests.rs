@@ -118,6 +118,21 @@ fn frequencies_of_llama_3_are_recognized_and_others_refused() {
     assert!(error(with(&[1.0; 32]).f32("llama.rope.scaling.factor", 2.0)).contains("beside rope.scaling"));
 }
 
+#[test]
+fn no_changed_byte_of_the_metadata_panics() {
+    let folder = TempDir::new().unwrap();
+    let bytes = metadata("llama").f32("llama.rope.freq_base", 1e4).bytes();
+    let path = folder.path().join("x.gguf");
+    for at in 0..bytes.len() {
+        for fill in [0x00, 0xff] {
+            let mut changed = bytes.clone();
+            changed[at..bytes.len().min(at + 4)].fill(fill);
+            std::fs::write(&path, changed).unwrap();
+            drop(GgufFile::open(&path).and_then(|file| ModelConfig::from_gguf(&file)));
+        }
+    }
+}
+
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model").join(name)
 }
