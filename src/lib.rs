@@ -40,7 +40,7 @@
 //! | [`device`] | the CPU and GPUs: choice, capability tiers, memory, errors as values |
 //! | [`quant`] | what the bytes of a 4-bit matrix mean: NF4, FP4, int4, double quantization |
 //! | [`text`] | tokenizers and chat templates |
-//! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face checkpoints, PEFT adapters |
+//! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face checkpoints, GGUF, PEFT adapters |
 //!
 //! Functions do not panic on bad input: they return an [`Error`] that names the operation and the shapes, file or key.
 

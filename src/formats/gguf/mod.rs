@@ -356,3 +356,5 @@ fn check_apart(places: &BTreeMap<String, Place>) -> Result<(), Malformed> {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod writer;
