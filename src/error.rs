@@ -65,6 +65,10 @@ pub enum Error {
     #[error("{}: {message}", path.display())]
     File { path: PathBuf, message: String },
 
+    /// A chat template is malformed, refuses the messages, or does what is not supported.
+    #[error("line {line} of the chat template: {message}")]
+    Template { line: usize, message: String },
+
     /// A tensor in a file is missing, has the wrong type or shape, or contradicts its description.
     #[error("{}: tensor {key:?}: {message}", path.display())]
     Tensor { path: PathBuf, key: String, message: String },

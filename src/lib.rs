@@ -39,7 +39,8 @@
 //! | [`tensor`], [`indices`] | f32 tensors and u32 values on a device |
 //! | [`device`] | the CPU and GPUs: choice, capability tiers, memory, errors as values |
 //! | [`quant`] | what the bytes of a 4-bit matrix mean: NF4, FP4, int4, double quantization |
-//! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face checkpoints, PEFT adapters |
+//! | [`text`] | tokenizers and chat templates |
+//! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face checkpoints, GGUF, PEFT adapters |
 //!
 //! Functions do not panic on bad input: they return an [`Error`] that names the operation and the shapes, file or key.
 
@@ -59,6 +60,7 @@ mod seed;
 pub mod tensor;
 #[cfg(test)]
 mod testing;
+pub mod text;
 pub mod train;
 
 pub use device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices};

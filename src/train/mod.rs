@@ -35,6 +35,8 @@
 //! # }
 //! ```
 
+pub mod data;
+
 use crate::autograd::{Gradients, Tape};
 use crate::error::{Error, Result};
 use crate::kernels::add_assign::add_assign;

@@ -23,9 +23,13 @@ pub fn f32s(file: &SafetensorsFile, name: &str) -> Vec<f32> {
 
 /// An i64 tensor and its shape.
 pub fn i64s(file: &SafetensorsFile, name: &str) -> (Vec<i64>, [usize; 2]) {
-    let tensor = file.tensor(name).unwrap();
-    let values = tensor.bytes.chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect();
-    (values, tensor.shape.try_into().unwrap())
+    (i64s_flat(file, name), file.tensor(name).unwrap().shape.try_into().unwrap())
+}
+
+/// The values of an i64 tensor of any shape.
+pub fn i64s_flat(file: &SafetensorsFile, name: &str) -> Vec<i64> {
+    let bytes = file.tensor(name).unwrap().bytes;
+    bytes.chunks_exact(8).map(|bytes| i64::from_le_bytes(bytes.try_into().unwrap())).collect()
 }
 
 /// Tokens of a recorded batch, with a mask if there is one.

@@ -1,0 +1,199 @@
+//! Chat templates: Jinja, as `apply_chat_template` of Hugging Face's transformers renders it.
+
+use std::io;
+use std::sync::LazyLock;
+
+use jiff::Zoned;
+use jiff::fmt::strtime;
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde};
+use minijinja::{Environment, Error as JinjaError, ErrorKind, Value, context};
+use minijinja_contrib::pycompat;
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+use serde_json::Map;
+use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
+
+use crate::error::{Error, Result};
+
+const NAME: &str = "chat";
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
+    pub role: String,
+    /// What they say.
+    pub content: String,
+    /// Whatever else the template may ask a message for (`reasoning_content`, `tool_calls`).
+    #[serde(flatten)]
+    pub other: Map<String, serde_json::Value>,
+}
+
+impl Message {
+    /// A message of text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Message { role: role.into(), content: content.into(), other: Map::new() }
+    }
+}
+
+/// A compiled chat template.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+}
+
+impl ChatTemplate {
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// [`Error::Template`] if it is malformed.
+    pub fn new(source: &str) -> Result<Self> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
+        environment.set_syntax(syntax);
+        environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+        environment.add_filter("tojson", to_json);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", strftime_now);
+        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
+        Ok(ChatTemplate { environment })
+    }
+
+    /// The text of a conversation, followed by the header of the assistant's next turn where `add_generation_prompt` asks
+    /// for it. `bos` and `eos` are the texts of these tokens, empty for none.
+    ///
+    /// # Errors
+    /// [`Error::Template`] if the template refuses the messages, or does what is not supported.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool, bos: &str, eos: &str) -> Result<String> {
+        let context = context! {
+            messages => Serde(messages),
+            add_generation_prompt,
+            bos_token => bos,
+            eos_token => eos,
+        };
+        self.environment.get_template(NAME).and_then(|template| template.render(context)).map_err(template_error)
+    }
+}
+
+fn template_error(error: JinjaError) -> Error {
+    let message = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    Error::Template { line: error.line().unwrap_or(0), message }
+}
+
+/// The tags `generation` and `endgeneration`, with which transformers marks the assistant's words, as blocks that are
+/// always shown. Lines stay where they are.
+fn without_generation_tags(source: &str) -> String {
+    static TAGS: LazyLock<[(Regex, &str); 2]> = LazyLock::new(|| {
+        [
+            (r"\{%([-+]?)\s*generation\s*([-+]?)%\}", "{%$1 if true $2%}"),
+            (r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", "{%$1 endif $2%}"),
+        ]
+        .map(|(tag, block)| (Regex::new(tag).unwrap_or_else(|error| unreachable!("{error}")), block))
+    });
+    TAGS.iter().fold(source.to_owned(), |text, (tag, block)| tag.replace_all(&text, *block).into_owned())
+}
+
+fn raise_exception(message: String) -> Result<Value, JinjaError> {
+    Err(JinjaError::new(ErrorKind::InvalidOperation, message))
+}
+
+fn strftime_now(format: &str) -> Result<String, JinjaError> {
+    strtime::format(format, &Zoned::now()).map_err(|e| JinjaError::new(ErrorKind::InvalidOperation, e.to_string()))
+}
+
+/// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it: spaces after commas and colons, and
+/// nothing escaped for HTML.
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, JinjaError> {
+    let indent: Option<usize> = options.get("indent")?;
+    // transformers' own defaults, which templates state now and then.
+    let _: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let mut text = Vec::new();
+    let written = match indent {
+        Some(indent) => {
+            let indent = " ".repeat(indent);
+            value.serialize(&mut Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(indent.as_bytes())))
+        }
+        None => value.serialize(&mut Serializer::with_formatter(&mut text, PythonFormatter)),
+    };
+    let failed = |message: String| JinjaError::new(ErrorKind::BadSerialization, message);
+    written.map_err(|e| failed(e.to_string()))?;
+    Ok(Value::from_safe_string(String::from_utf8(text).map_err(|e| failed(e.to_string()))?))
+}
+
+struct PythonFormatter;
+
+impl Formatter for PythonFormatter {
+    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn render(source: &str) -> Result<String> {
+        ChatTemplate::new(source)?.render(&[Message::new("user", " <a> \"é\" ")], true, "<s>", "</s>")
+    }
+
+    #[test]
+    fn blocks_take_their_lines_as_jinja2_in_transformers() {
+        let source = "{% for message in messages %}\n    {% if true %}\n{{ message.role }}:\n    {% endif %}\n{% endfor %}\nend\n";
+        assert_eq!(render(source).unwrap(), "user:\nend");
+    }
+
+    #[test]
+    fn what_templates_take_from_python() {
+        let cases = [
+            ("{{ messages[0]['content'].strip() }}", "<a> \"é\""),
+            ("{{ messages[0].content | trim | tojson }}", r#""<a> \"é\"""#),
+            ("{{ {'b': [1, 'x'], 'a': none} | tojson }}", r#"{"b": [1, "x"], "a": null}"#),
+            ("{{ {'b': [1]} | tojson(indent=2) }}", "{\n  \"b\": [\n    1\n  ]\n}"),
+            ("{{ 'a</think>b'.split('</think>')[-1] }}", "b"),
+            ("{{ 'abc'.startswith('ab') and not 'abc'.endswith('ab') }}", "True"),
+            ("{% for key, value in {'k': 1}.items() %}{{ key }}{{ value }}{% endfor %}", "k1"),
+            ("{% for i in range(5) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+            ("{% for i in [1, 2, 3][::-1] %}{{ i }}{% endfor %}", "321"),
+            ("{% set ns = namespace(n=0) %}{% for i in [1, 2] %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "3"),
+            ("{{ bos_token + messages[0]['role'] + eos_token }}", "<s>user</s>"),
+            ("{% if messages[0].tool_calls %}x{% else %}y{% endif %}{{ tools is defined }}", "yFalse"),
+            ("{% generation %}\nkept{%- endgeneration %}", "kept"),
+            ("{{ messages[0].content is string }}{{ messages | length }}", "True1"),
+        ];
+        for (source, wanted) in cases {
+            assert_eq!(render(source).unwrap(), wanted, "{source}");
+        }
+        let year = render("{{ strftime_now('%Y') }}").unwrap();
+        assert_eq!(year, Zoned::now().year().to_string());
+    }
+
+    #[test]
+    fn other_keys_of_a_message_reach_the_template() {
+        let message: Message =
+            serde_json::from_str(r#"{"role": "assistant", "content": "a", "thought": "b"}"#).unwrap();
+        let template = ChatTemplate::new("{{ messages[0].thought }}").unwrap();
+        assert_eq!(template.render(&[message], false, "", "").unwrap(), "b");
+    }
+
+    #[test]
+    fn errors_name_the_line() {
+        let line = |source: &str| match render(source) {
+            Err(Error::Template { line, message }) => (line, message),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(line("a\n\n{{ raise_exception('roles must alternate') }}"), (3, "roles must alternate".into()));
+        assert_eq!(line("a\n{% if %}").0, 2);
+        assert_eq!(line("a\n{{ 1 | nonsense }}").0, 2);
+        assert_eq!(line("{{ strftime_now('%') }}").0, 1);
+    }
+}

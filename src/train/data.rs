@@ -1,0 +1,274 @@
+//! Training text: files of examples to token ids and labels.
+//!
+//! A `.jsonl` file has an object a line, in any of these forms; lines may differ, and empty ones are passed over.
+//!
+//! | keys | becomes | loss on |
+//! |---|---|---|
+//! | `prompt`, `completion` | the prompt and right after it the completion | the completion |
+//! | `messages`: a list of `role`, `content` | the model's chat template | the assistant's turns |
+//! | `instruction`, `output`, perhaps `input` | two messages; without a chat template, the prompt of Stanford Alpaca | the output |
+//! | `text` | itself | everything |
+//! | `input_ids`, perhaps `labels` | themselves | the labels that are not -100 |
+//!
+//! A turn of the assistant ends with its end-of-turn token, and any other text with the tokenizer's end token, which is
+//! added where it is not written: these carry loss, or a model would not learn to stop. A file with another extension is
+//! one text.
+
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::nn::IGNORE_LABEL;
+use crate::text::{ChatTemplate, Message, Tokenizer};
+
+const ASSISTANT: &str = "assistant";
+
+/// A tokenized example.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Example {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For every token its id, or -100 where it carries no loss. The loss shifts them by one, so that the first counts
+    /// for nothing.
+    pub labels: Vec<i64>,
+}
+
+/// How to read examples.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DataOptions {
+    /// Leave out lines that are malformed, and count them, instead of failing at the first.
+    pub skip_bad_lines: bool,
+}
+
+/// The examples of a file, in its order.
+#[derive(Clone, Debug, Default)]
+pub struct Dataset {
+    /// At least one.
+    pub examples: Vec<Example>,
+    /// Lines left out.
+    pub bad_lines: usize,
+    /// What was wrong with the first of them.
+    pub first_bad_line: Option<Error>,
+}
+
+impl Dataset {
+    /// Reads the file at `path` and tokenizes it on all cores.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read, and [`Error::File`], with the number of the line, for a line that is malformed,
+    /// of no known form, refused by the chat template, or without any token that carries loss, and for a file without
+    /// examples.
+    pub fn read(path: impl AsRef<Path>, tokenizer: &Tokenizer, options: &DataOptions) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+        let file_error = |message: String| Error::File { path: path.into(), message };
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
+        if !["jsonl", "json", "ndjson"].contains(&extension.as_str()) {
+            let text = str::from_utf8(&bytes).map_err(|e| file_error(format!("is not UTF-8: {e}")))?;
+            let example = Reader { tokenizer, chat: None }.text(text).map_err(file_error)?;
+            return Ok(Dataset { examples: vec![example], ..Dataset::default() });
+        }
+
+        let reader = Reader { tokenizer, chat: tokenizer.chat_template().map(ChatTemplate::new) };
+        let lines: Vec<(usize, &[u8])> = (1..).zip(bytes.split(|&byte| byte == b'\n')).collect();
+        let read: Vec<_> = lines
+            .into_par_iter()
+            .filter(|(_, line)| !line.trim_ascii().is_empty())
+            .map(|(number, line)| {
+                let object = || serde_json::from_slice(line).map_err(|e| format!("is no JSON object: {e}"));
+                let example = object().and_then(|object| reader.example(object));
+                example.map_err(|message| file_error(format!("line {number}: {message}")))
+            })
+            .collect();
+
+        let mut dataset = Dataset::default();
+        for example in read {
+            match example {
+                Ok(example) => dataset.examples.push(example),
+                Err(error) if options.skip_bad_lines => {
+                    dataset.bad_lines += 1;
+                    dataset.first_bad_line.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if dataset.examples.is_empty() {
+            let first =
+                dataset.first_bad_line.map(|error| format!("; the first bad line: {error}")).unwrap_or_default();
+            return Err(file_error(format!("has no examples{first}")));
+        }
+        Ok(dataset)
+    }
+}
+
+/// What lines are read with. Its errors say what is wrong with a line.
+struct Reader<'a> {
+    tokenizer: &'a Tokenizer,
+    chat: Option<Result<ChatTemplate>>,
+}
+
+type LineResult<T> = Result<T, String>;
+
+impl Reader<'_> {
+    fn example(&self, object: Map<String, Value>) -> LineResult<Example> {
+        let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
+        let text = |key: &str| field::<String>(&object, key);
+        let example = if has("input_ids") {
+            self.ids(field(&object, "input_ids")?, has("labels").then(|| field(&object, "labels")).transpose()?)?
+        } else if has("messages") {
+            self.messages(&field::<Vec<Message>>(&object, "messages")?)?
+        } else if has("prompt") && has("completion") {
+            self.pair(&text("prompt")?, &text("completion")?)?
+        } else if has("instruction") && has("output") {
+            let input = has("input").then(|| text("input")).transpose()?.unwrap_or_default();
+            self.instruction(&text("instruction")?, &input, &text("output")?)?
+        } else if has("text") {
+            self.text(&text("text")?)?
+        } else {
+            let keys: Vec<_> = object.keys().map(String::as_str).collect();
+            let known = "prompt and completion, messages, instruction and output, text, or input_ids";
+            return Err(format!("has the keys [{}]; known are {known}", keys.join(", ")));
+        };
+        if example.labels.iter().skip(1).all(|&label| label == IGNORE_LABEL) {
+            return Err("no token carries loss".into());
+        }
+        Ok(example)
+    }
+
+    fn ids(&self, ids: Vec<u32>, labels: Option<Vec<i64>>) -> LineResult<Example> {
+        let labels = labels.unwrap_or_else(|| ids.iter().copied().map(i64::from).collect());
+        if labels.len() != ids.len() {
+            return Err(format!("has {} labels for {} input_ids", labels.len(), ids.len()));
+        }
+        let size = self.tokenizer.vocab_size();
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= size) {
+            return Err(format!("`input_ids`: {id} is outside the vocabulary of {size}"));
+        }
+        let known = |label: i64| label == IGNORE_LABEL || (0..size as i64).contains(&label);
+        if let Some(label) = labels.iter().find(|&&label| !known(label)) {
+            return Err(format!("`labels`: {label} is neither {IGNORE_LABEL} nor in the vocabulary of {size}"));
+        }
+        Ok(Example { ids, labels })
+    }
+
+    fn text(&self, text: &str) -> LineResult<Example> {
+        let mut example = Example::default();
+        for id in self.tokenizer.encode(text, true).map_err(|e| e.to_string())? {
+            example.push(id, true);
+        }
+        self.end(&mut example);
+        Ok(example)
+    }
+
+    fn pair(&self, prompt: &str, completion: &str) -> LineResult<Example> {
+        let tokens = self.tokenizer.encode_spans(&format!("{prompt}{completion}")).map_err(|e| e.to_string())?;
+        let mut example = Example::default();
+        if let Some(bos) = self.tokenizer.begin(tokens.first().map(|&(first, _)| first)) {
+            example.push(bos, false);
+        }
+        // A token that joins the end of the prompt and the start of the completion counts: else nothing teaches it.
+        for (id, span) in tokens {
+            example.push(id, span.end > prompt.len());
+        }
+        self.end(&mut example);
+        Ok(example)
+    }
+
+    fn instruction(&self, instruction: &str, input: &str, output: &str) -> LineResult<Example> {
+        if self.chat.is_some() {
+            let separator = if input.is_empty() { "" } else { "\n\n" };
+            let user = Message::new("user", format!("{instruction}{separator}{input}"));
+            return self.messages(&[user, Message::new(ASSISTANT, output)]);
+        }
+        let (paired, input) = match input {
+            "" => ("", String::new()),
+            input => (", paired with an input that provides further context", format!("### Input:\n{input}\n\n")),
+        };
+        let prompt = format!(
+            "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the \
+             request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+        );
+        self.pair(&prompt, output)
+    }
+
+    /// Ends a text. The end token carries loss, also where it was written.
+    fn end(&self, example: &mut Example) {
+        if let Some(eos) = self.tokenizer.eos()
+            && !example.ids.last().is_some_and(|last| self.tokenizer.eos_ids().contains(last))
+        {
+            example.push(eos, true);
+        }
+    }
+
+    fn messages(&self, messages: &[Message]) -> LineResult<Example> {
+        let template = self.chat.as_ref().ok_or("has messages, but the model has no chat template")?;
+        let template = template.as_ref().map_err(Error::to_string)?;
+        let render = |messages: &[Message], prompt: bool| {
+            let (bos, eos) = (self.tokenizer.bos_text(), self.tokenizer.eos_text());
+            template.render(messages, prompt, bos, eos).map_err(|e| e.to_string())
+        };
+        let text = render(messages, false)?;
+        let tokens = self.tokenizer.encode_spans(&text).map_err(|e| e.to_string())?;
+
+        let mut loss = vec![false; tokens.len()];
+        for turn in (0..messages.len()).filter(|&turn| messages[turn].role == ASSISTANT) {
+            if turn == 0 {
+                return Err("starts with the assistant".into());
+            }
+            let changed = || format!("the chat template renders message {} otherwise once others follow", turn + 1);
+            let before = render(&messages[..turn], false)?;
+            let prompt = render(&messages[..turn], true)?;
+            let through = render(&messages[..=turn], false)?;
+            // Some templates open a block in a prompt (for reasoning) that a finished turn does not have.
+            let start = common_prefix(&prompt, &text);
+            if start < before.trim_end().len() {
+                return Err(changed());
+            }
+            // And in some the last turn looks different: then only its end token tells where it ends.
+            let end = text.starts_with(&through).then_some(through.len());
+
+            let first = tokens.partition_point(|(_, bytes)| bytes.end <= start);
+            let last = end.map_or(tokens.len(), |end| tokens.partition_point(|(_, bytes)| bytes.start < end));
+            let span = first..last.max(first);
+            // What a template writes after the end token (a line feed) is nothing that the model says.
+            let ends = |(id, _): &(u32, Range<usize>)| self.tokenizer.eos_ids().contains(id);
+            match tokens[span.clone()].iter().position(ends) {
+                Some(at) => loss[first..=first + at].fill(true),
+                None if end.is_some() => loss[span].fill(true),
+                None => return Err(changed()),
+            }
+        }
+
+        let mut example = Example::default();
+        for ((id, _), loss) in tokens.into_iter().zip(loss) {
+            example.push(id, loss);
+        }
+        // A template without end tokens: the last turn ends the text.
+        if example.labels.last().is_some_and(|&label| label != IGNORE_LABEL) {
+            self.end(&mut example);
+        }
+        Ok(example)
+    }
+}
+
+impl Example {
+    fn push(&mut self, id: u32, loss: bool) {
+        self.ids.push(id);
+        self.labels.push(if loss { id.into() } else { IGNORE_LABEL });
+    }
+}
+
+/// Bytes that two texts have in common at their start, in whole characters.
+fn common_prefix(a: &str, b: &str) -> usize {
+    a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
+}
+
+fn field<T: DeserializeOwned>(object: &Map<String, Value>, key: &str) -> LineResult<T> {
+    let value = object.get(key).ok_or_else(|| format!("`{key}` is missing"))?;
+    T::deserialize(value).map_err(|e| format!("`{key}`: {e}"))
+}
