@@ -41,22 +41,21 @@ fn main(
 {% endfor %}
     for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
     for (var query = start; query < end; query = query + {{ tile }}u) {
-        var scores = vec4<f32>(0.0);
-        var d_weights = vec4<f32>(0.0);
+        // Scores, then gradients of the weights.
+        var sums = vec4<f32>(0.0);
 {% for t in range(tile) %}
         let row{{ t }} = min(query + {{ t }}u, p.queries - 1u) * p.heads + head;
         let at{{ t }} = row{{ t }} * {{ quads * parts }}u + part * {{ quads }}u;
-{{ dot_quads("scores." ~ "xyzw"[t], "k", "q", "at" ~ t, quads) }}
-{{ dot_quads("d_weights." ~ "xyzw"[t], "v", "d_o", "at" ~ t, quads) }}
+{{ dot_quads("sums." ~ "xy"[t], "k", "q", "at" ~ t, quads) }}
+{{ dot_quads("sums." ~ "zw"[t], "v", "d_o", "at" ~ t, quads) }}
 {% endfor %}
-        scores = over_parts(scores, thread);
-        d_weights = over_parts(d_weights, thread);
+        sums = over_parts(sums, thread);
 {% for t in range(tile) %}
         {
             let stat = stats[row{{ t }}];
             let visible = query + {{ t }}u >= seen_by.x && query + {{ t }}u < seen_by.y;
-            let weight = select(0.0, exp(scores.{{ "xyzw"[t] }} - stat.x), visible);
-            let d_score = weight * (d_weights.{{ "xyzw"[t] }} - stat.y);
+            let weight = select(0.0, exp(sums.{{ "xy"[t] }} - stat.x), visible);
+            let d_score = weight * (sums.{{ "zw"[t] }} - stat.y);
 {% for i in range(quads) %}
             dv{{ i }} = dv{{ i }} + weight * d_o[at{{ t }} + {{ i }}u];
             dk{{ i }} = dk{{ i }} + d_score * q[at{{ t }} + {{ i }}u];

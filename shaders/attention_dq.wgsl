@@ -39,20 +39,19 @@ fn main(
     var dq{{ i }} = vec4<f32>(0.0);
 {% endfor %}
     for (var key = start; key < end; key = key + {{ tile }}u) {
-        var scores = vec4<f32>(0.0);
-        var d_weights = vec4<f32>(0.0);
+        // Scores, then gradients of the weights.
+        var sums = vec4<f32>(0.0);
 {% for t in range(tile) %}
         let at{{ t }} = (min(key + {{ t }}u, p.keys - 1u) * p.kv_heads + kv_head) * {{ quads * parts }}u + part * {{ quads }}u;
-{{ dot_quads("scores." ~ "xyzw"[t], "q", "k", "at" ~ t, quads) }}
-{{ dot_quads("d_weights." ~ "xyzw"[t], "do", "v", "at" ~ t, quads) }}
+{{ dot_quads("sums." ~ "xy"[t], "q", "k", "at" ~ t, quads) }}
+{{ dot_quads("sums." ~ "zw"[t], "do", "v", "at" ~ t, quads) }}
 {% endfor %}
-        scores = over_parts(scores, thread);
-        d_weights = over_parts(d_weights, thread);
+        sums = over_parts(sums, thread);
 {% for t in range(tile) %}
         {
             let visible = key + {{ t }}u >= seen.x && key + {{ t }}u < seen.y;
-            let weight = select(0.0, exp(scores.{{ "xyzw"[t] }} - stat.x), visible);
-            let d_score = weight * (d_weights.{{ "xyzw"[t] }} - stat.y);
+            let weight = select(0.0, exp(sums.{{ "xy"[t] }} - stat.x), visible);
+            let d_score = weight * (sums.{{ "zw"[t] }} - stat.y);
 {% for i in range(quads) %}
             dq{{ i }} = dq{{ i }} + d_score * k[at{{ t }} + {{ i }}u];
 {% endfor %}

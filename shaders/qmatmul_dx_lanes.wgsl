@@ -28,49 +28,6 @@ subgroupBroadcast({{ name }}_0, {{ i }}u)
 {%- endif %}
 {% endmacro %}
 
-{# Adds `count` rows of W from `n` on. #}
-{% macro step(count, share, sets) %}
-{% if sets > 0 %}
-{% for c in range(words) %}{% for s in range(sets) %}
-        let block{{ c }}_{{ s }} = block_of(n + sharer, 8u * min(word_base + {{ c * threads + s * (threads // sets) }}u, p.words - 1u));
-        let scale{{ c }}_{{ s }} = scale_of(block{{ c }}_{{ s }});
-{% if mins != "none" %}
-        let low{{ c }}_{{ s }} = min_of(block{{ c }}_{{ s }});
-{% endif %}
-{% endfor %}{% endfor %}
-{% endif %}
-{% for i in range(count) %}{% for c in range(words) %}
-{% if sets > 0 %}
-        let codes{{ i }}_{{ c }} = w[(n + {{ i }}u) * p.m.row_words + word{{ c }}];
-        let scale{{ i }}of{{ c }} = vec4<f32>({{ of_set("scale" ~ c, i) }});
-{% if mins != "none" %}
-        let low{{ i }}of{{ c }} = vec4<f32>({{ of_set("low" ~ c, i) }});
-{% endif %}
-{% for half, name in [("low", "lo"), ("high", "hi")] %}
-        let {{ name }}{{ i }}_{{ c }} = decode_{{ half }}(codes{{ i }}_{{ c }}) * scale{{ i }}of{{ c }}{{ " + low" ~ i ~ "of" ~ c if mins != "none" }};
-{% endfor %}
-{% else %}
-        let decoded{{ i }}_{{ c }} = weights8(n + {{ i }}u, word{{ c }});
-        let lo{{ i }}_{{ c }} = decoded{{ i }}_{{ c }}.lo;
-        let hi{{ i }}_{{ c }} = decoded{{ i }}_{{ c }}.hi;
-{% endif %}
-{% endfor %}{% endfor %}
-{% for t in range(tokens) %}
-        {
-            let at = row{{ t }} * p.dy_stride + p.column + n;
-{% if share %}
-            let mine = dy[at + sharer];
-{% endif %}
-{% for i in range(count) %}
-            let d{{ i }} = {{ "subgroupBroadcast(mine, " ~ i ~ "u)" if share else "dy[at + " ~ i ~ "u]" }};
-{% endfor %}
-{% for c in range(words) %}{% for half in ["lo", "hi"] %}
-            {{ half }}_sum{{ t }}_{{ c }} = {{ half }}_sum{{ t }}_{{ c }} + ({% for i in range(count) %}d{{ i }} * {{ half }}{{ i }}_{{ c }}{{ " + " if not loop.last }}{% endfor %});
-{% endfor %}{% endfor %}
-        }
-{% endfor %}
-{% endmacro %}
-
 @compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -103,6 +60,12 @@ fn main(
 {% endfor %}
 {% endfor %}
 
+{% if accumulate %}
+{% for t in range(tokens) %}{% for c in range(words) %}
+    lo_sum{{ t }}_{{ c }} = load4(row{{ t }}, 2u * word{{ c }});
+    hi_sum{{ t }}_{{ c }} = load4(row{{ t }}, 2u * word{{ c }} + 1u);
+{% endfor %}{% endfor %}
+{% else %}
     // The adapter, which only the first part adds, comes first: its mask must not touch the rest.
     for (var j = 0u; j < p.rank; j = j + 1u) {
 {% for c in range(words) %}
@@ -120,27 +83,62 @@ fn main(
 {% endfor %}
     }
 {% if dropout %}
-    if (p.rank > 0u) {
 {% for t in range(tokens) %}{% for c in range(words) %}
-        lo_sum{{ t }}_{{ c }} = lo_sum{{ t }}_{{ c }} * dropout_factor4(row{{ t }}, 8u * word{{ c }});
-        hi_sum{{ t }}_{{ c }} = hi_sum{{ t }}_{{ c }} * dropout_factor4(row{{ t }}, 8u * word{{ c }} + 4u);
+    lo_sum{{ t }}_{{ c }} = lo_sum{{ t }}_{{ c }} * dropout_factor4(row{{ t }}, 8u * word{{ c }});
+    hi_sum{{ t }}_{{ c }} = hi_sum{{ t }}_{{ c }} * dropout_factor4(row{{ t }}, 8u * word{{ c }} + 4u);
 {% endfor %}{% endfor %}
-    }
+{% endif %}
 {% endif %}
 
-    if (p.accumulate != 0u) {
-{% for t in range(tokens) %}{% for c in range(words) %}
-        lo_sum{{ t }}_{{ c }} = load4(row{{ t }}, 2u * word{{ c }});
-        hi_sum{{ t }}_{{ c }} = load4(row{{ t }}, 2u * word{{ c }} + 1u);
+    // Rows of W past the end are the last one, times zero.
+    let last = p.n - 1u;
+    for (var n = 0u; n < p.n; n = n + 8u) {
+{% for i in range(8) %}
+        let n{{ i }} = min(n + {{ i }}u, last);
+{% endfor %}
+{% if share %}
+        let n_mine = min(n + sharer, last);
+        let is_mine = n + sharer <= last;
+{% endif %}
+{% if sets > 0 %}
+{% for c in range(words) %}{% for s in range(sets) %}
+        let block{{ c }}_{{ s }} = block_of(n_mine, 8u * min(word_base + {{ c * threads + s * (threads // sets) }}u, p.words - 1u));
+        let scale{{ c }}_{{ s }} = scale_of(block{{ c }}_{{ s }});
+{% if mins != "none" %}
+        let low{{ c }}_{{ s }} = min_of(block{{ c }}_{{ s }});
+{% endif %}
 {% endfor %}{% endfor %}
-    }
-
-    let whole = p.n & ~7u;
-    for (var n = 0u; n < whole; n = n + 8u) {
-{{ step(8, share, sets) }}
-    }
-    for (var n = whole; n < p.n; n = n + 1u) {
-{{ step(1, false, 0) }}
+{% endif %}
+{% for i in range(8) %}{% for c in range(words) %}
+{% if sets > 0 %}
+        let codes{{ i }}_{{ c }} = w[n{{ i }} * p.m.row_words + word{{ c }}];
+        let scale{{ i }}of{{ c }} = vec4<f32>({{ of_set("scale" ~ c, i) }});
+{% if mins != "none" %}
+        let low{{ i }}of{{ c }} = vec4<f32>({{ of_set("low" ~ c, i) }});
+{% endif %}
+{% for half, name in [("low", "lo"), ("high", "hi")] %}
+        let {{ name }}{{ i }}_{{ c }} = decode_{{ half }}(codes{{ i }}_{{ c }}) * scale{{ i }}of{{ c }}{{ " + low" ~ i ~ "of" ~ c if mins != "none" }};
+{% endfor %}
+{% else %}
+        let decoded{{ i }}_{{ c }} = weights8(n{{ i }}, word{{ c }});
+        let lo{{ i }}_{{ c }} = decoded{{ i }}_{{ c }}.lo;
+        let hi{{ i }}_{{ c }} = decoded{{ i }}_{{ c }}.hi;
+{% endif %}
+{% endfor %}{% endfor %}
+{% for t in range(tokens) %}
+        {
+            let at = row{{ t }} * p.dy_stride + p.column;
+{% if share %}
+            let mine = select(0.0, dy[at + n_mine], is_mine);
+{% endif %}
+{% for i in range(8) %}
+            let d{{ i }} = {{ "subgroupBroadcast(mine, " ~ i ~ "u)" if share else "select(0.0, dy[at + n" ~ i ~ "], n + " ~ i ~ "u <= last)" }};
+{% endfor %}
+{% for c in range(words) %}{% for half in ["lo", "hi"] %}
+            {{ half }}_sum{{ t }}_{{ c }} = {{ half }}_sum{{ t }}_{{ c }} + ({% for i in range(8) %}d{{ i }} * {{ half }}{{ i }}_{{ c }}{{ " + " if not loop.last }}{% endfor %});
+{% endfor %}{% endfor %}
+        }
+{% endfor %}
     }
 
 {% for c in range(words) %}

@@ -104,9 +104,7 @@ fn main(
 {% endfor %}
 {{ stage(left, "j", "g", "vec4<f32>") }}
         }
-{% for round in range(lora_depth // 8) %}
-        {
-            let j = {{ 8 * round }}u + ty;
+        for (var j = ty; j < {{ lora_depth }}u; j = j + 8u) {
             var lo = vec4<f32>(0.0);
             var hi = vec4<f32>(0.0);
             if (start + j < p.rank) {
@@ -116,7 +114,6 @@ fn main(
             {{ right }}[j * {{ stride }}u + 2u * tx] = lo;
             {{ right }}[j * {{ stride }}u + 2u * tx + 1u] = hi;
         }
-{% endfor %}
         workgroupBarrier();
 {{ multiply(left, right, lora_depth) }}
     }
@@ -141,18 +138,14 @@ fn main(
 
     for (var start = 0u; start < p.n; start = start + {{ depth }}u) {
         workgroupBarrier();
-{% for round in range(depth // 16) %}
-        {
-            let n = {{ 16 * round }}u + 4u * part;
+        // Loops of the shader, not of its template: drivers need not compile the decoder many times.
+        for (var n = 4u * part; n < {{ depth }}u; n = n + 16u) {
 {% for i in range(4) %}
             let dy{{ i }} = dy4(row{{ i }}, start + n){{ " * factor" ~ i if f16 }};
 {% endfor %}
 {{ stage("dy_tile", "n", "dy", type) }}
         }
-{% endfor %}
-{% for round in range(depth // 8) %}
-        {
-            let n = {{ 8 * round }}u + ty;
+        for (var n = ty; n < {{ depth }}u; n = n + 8u) {
             var weights = W8(vec4<f32>(0.0), vec4<f32>(0.0));
             if (start + n < p.n) {
                 weights = weights8(start + n, word);
@@ -160,23 +153,14 @@ fn main(
             w_tile[n * {{ stride }}u + 2u * tx] = {{ type }}(weights.lo{{ " * p.m.factor" if f16 }});
             w_tile[n * {{ stride }}u + 2u * tx + 1u] = {{ type }}(weights.hi{{ " * p.m.factor" if f16 }});
         }
-{% endfor %}
         workgroupBarrier();
 {{ multiply("dy_tile", "w_tile", depth) }}
     }
 
 {% if f16 %}
     let add = p.accumulate != 0u || p.rank > 0u;
-{% for i in range(8) %}
-    {
-        let undo = 1.0 / row_factor[p.row + min(row_base + {{ 32 * (i // 4) }}u + 4u * ty + {{ i % 4 }}u, p.rows - 1u)] / p.m.factor;
-        sum{{ i }}_0 = sum{{ i }}_0 * undo;
-        sum{{ i }}_1 = sum{{ i }}_1 * undo;
-    }
-{% endfor %}
-    if (add) {
-{{ each_four("SUM = SUM + load4(row, q);") }}
-    }
-{% endif %}
+{{ each_four("SUM = SUM * (1.0 / row_factor[row] / p.m.factor); if (add) { SUM = SUM + load4(row, q); } store4(row, q, SUM);") }}
+{% else %}
 {{ each_four("store4(row, q, SUM);") }}
+{% endif %}
 }

@@ -89,8 +89,11 @@ fn bench_prints_a_row_a_case_with_every_field() {
             assert!(row["max_rel_err_vs_cpu"].as_f64().unwrap() < allowed, "{row}");
         }
     }
-    let table = stdout(qlora().args(["bench", "--device", "cpu", "--m", "1", "--n", "32", "--k", "32", "--rank", "0"]));
-    assert!(table.starts_with("cpu\n") && table.contains("GFLOP/s"), "{table}");
+    let small = ["bench", "--device", "cpu", "--m", "1", "--n", "32", "--k", "32", "--rank", "0"];
+    for op in ["forward", "backward"] {
+        let table = stdout(qlora().args(small).args(["--op", op]));
+        assert!(table.starts_with("cpu\n") && table.contains("GFLOP/s") && table.contains(op), "{table}");
+    }
 }
 
 #[test]

@@ -1,9 +1,10 @@
-//! The backward of [`attention`]. With P = exp(scale * Q * K^T - lse), recomputed, and delta the sum over d of dO * O for each
-//! query and head (Dao, "FlashAttention-2", 2023):
+//! The backward of [`attention`](super::attention). With P = exp(scale * Q * K^T - lse), recomputed, and delta the sum over d of
+//! dO * O for each query and head (Dao, "FlashAttention-2", 2023):
 //!
 //! dV = P^T * dO, dS = P * (dO * V^T - delta), dQ = scale * dS * K, dK = scale * dS^T * Q.
 //!
-//! One pass over queries makes dQ, one over keys makes dK and dV; nothing is added up across threads in an order that varies.
+//! On a GPU one pass over queries makes dQ, one over keys makes dK and dV. Nothing is added up across threads in an order that
+//! varies.
 
 use super::attention::{Attended, AttentionShape, expect_qkv};
 use super::visibility::Visibility;
@@ -62,8 +63,7 @@ pub fn attention_backward(
                 shape,
                 visibility,
             };
-            call.queries(&mut dq)?;
-            call.keys(&mut dk, &mut dv)?;
+            call.run(&mut dq, &mut dk, &mut dv)?;
             Ok(AttentionGrads {
                 dq: Tensor::from_host(cpu, q.shape(), dq),
                 dk: Tensor::from_host(cpu, k.shape(), dk),
@@ -199,14 +199,14 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
         #[test]
-        fn any_ranges_on_every_device_and_tier(
+        fn any_ranges_on_every_form(
             (ranges, keys) in any_ranges(),
             kv_heads in 1..=3usize,
             group in 1..=3usize,
             head_dim in prop_oneof![Just(8usize), Just(64), Just(44)],
             seed in 0..1000u64,
         ) {
-            for device in testing::devices() {
+            for device in forms() {
                 check(&Case::new([kv_heads * group, kv_heads, head_dim], &ranges, keys, seed), &device);
             }
         }
@@ -239,19 +239,29 @@ mod tests {
         }
     }
 
-    #[test]
-    fn causal_rows_of_every_head_size() {
+    fn causal_rows(head_dims: &[usize], device: &Device) {
         let segments = [[0; 5].as_slice(), &[1; 60], &[2; 15]].concat();
-        for device in forms() {
-            for head_dim in [8, 32, 64, 80, 96, 128, 256] {
-                check(&Case::causal([2, 1, head_dim], &segments, 80, None), &device);
-            }
-            check(&Case::causal([3, 3, 8], &segments, 80, Some(9)), &device);
+        for &head_dim in head_dims {
+            check(&Case::causal([2, 1, head_dim], &segments, 80, None), device);
         }
     }
 
     #[test]
-    fn more_queries_than_a_stretch_and_other_keys() {
+    fn causal_rows_of_small_heads() {
+        for device in forms() {
+            causal_rows(&[8, 32, 64], &device);
+            check(&Case::causal([3, 3, 8], &[1; 80], 80, Some(9)), &device);
+        }
+    }
+
+    #[test]
+    fn causal_rows_of_large_heads() {
+        // They take long to compile: on the first adapter only.
+        forms().iter().take(3).for_each(|device| causal_rows(&[80, 96, 128, 256], device));
+    }
+
+    #[test]
+    fn long_rows_and_other_keys() {
         for device in forms() {
             check(&Case::causal([1, 1, 8], &[1; 600], 600, None), &device);
             let ranges: Vec<_> = (190..200).map(|end| (0, end)).collect();
@@ -264,7 +274,7 @@ mod tests {
     #[test]
     fn large_scores_stay_finite_and_a_second_run_gives_the_same_bits() {
         for device in testing::devices() {
-            let mut case = Case::causal([2, 1, 64], &[1; 70], 70, None);
+            let mut case = Case::causal([2, 1, 32], &[1; 70], 70, None);
             case.q.iter_mut().for_each(|value| *value *= 1e3);
             let d_o = testing::values(99, case.q.len(), 1.0);
             let first = gradients(&case, &device, &d_o);

@@ -1,5 +1,5 @@
-//! [`attention`](super::attention) and its backward on the CPU, fast: a task is a block of queries (or keys) of one head of
-//! keys; scores of the block against the keys that it sees come from a GEMM crate.
+//! [`attention`](super::attention) and its backward on the CPU, fast: a task is some queries of one head of keys; the scores of a
+//! block of queries against the keys that it sees come from a GEMM crate.
 
 use std::ops::Range;
 
@@ -13,10 +13,10 @@ use super::visibility::Visibility;
 use crate::device::Cpu;
 use crate::error::Result;
 
-/// Queries, or keys, a task.
+/// Queries at a time.
 const BLOCK: usize = 64;
-/// Queries at a time within a block of keys: their scores stay in the cache.
-const STRETCH: usize = 256;
+/// Spans of queries at most that the backward works on at once: each has gradients of K and V of its own.
+const SPANS: usize = 8;
 
 /// Rows of one head of a matrix [rows, heads * D], from `row` on.
 fn head_rows<'a>(data: &'a [f32], heads: usize, head: usize, head_dim: usize, row: usize) -> View<'a> {
@@ -154,60 +154,87 @@ struct Scores<'a> {
 }
 
 impl Backward<'_> {
-    /// dQ, block by block of queries; `dq` is zeros.
-    pub fn queries(&self, dq: &mut [f32]) -> Result<()> {
-        let AttentionShape { kv_heads, head_dim, scale, .. } = *self.shape;
-        let group = self.shape.group();
-        let tasks = blocks(self.visibility.queries())
-            .flat_map(|block| (0..kv_heads).map(move |head| (block.clone(), head)))
-            .zip(head_columns(dq, kv_heads, group * head_dim));
-        let tasks: Vec<_> = tasks.collect();
-        tasks.into_par_iter().with_max_len(1).try_for_each(|((queries, kv_head), dq)| {
-            let keys = self.visibility.of_queries(&queries);
-            let size = queries.len() * keys.len();
-            let (mut weights, mut d_scores) = (self.cpu.zeros(size)?, self.cpu.zeros(size)?);
-            if keys.is_empty() {
-                return Ok(());
-            }
-            for (g, mut dq) in dq.split(head_dim).into_iter().enumerate() {
-                let scores = Scores { weights: &mut weights, d_scores: &mut d_scores };
-                self.scores(scores, kv_head * group + g, &queries, &keys);
-                let k = head_rows(self.k, kv_heads, kv_head, head_dim, keys.start);
-                dq.product(dense(&d_scores, keys.len()), k, keys.len(), scale, false, Parallelism::None);
-            }
-            Ok(())
-        })
-    }
+    /// dQ, dK and dV; all are zeros. A task is a span of queries of one head of keys; spans see the same keys, so each adds
+    /// to gradients of K and V of its own, which are added up in order at the end: threads do not change the sums.
+    pub fn run(&self, dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) -> Result<()> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = *self.shape;
+        let (group, width) = (self.shape.group(), kv_heads * head_dim);
+        let m = self.visibility.queries();
+        let span_rows = m.div_ceil(SPANS).max(1).next_multiple_of(BLOCK);
+        let spans: Vec<_> = (0..m).step_by(span_rows).map(|start| start..(start + span_rows).min(m)).collect();
+        let own = |span: &Range<usize>| self.cpu.zeros(2 * self.visibility.of_queries(span).len() * width);
+        let mut grads = spans.iter().map(own).collect::<Result<Vec<_>>>()?;
 
-    /// dK and dV, block by block of keys; `dk` and `dv` are zeros.
-    pub fn keys(&self, dk: &mut [f32], dv: &mut [f32]) -> Result<()> {
-        let AttentionShape { heads, kv_heads, head_dim, scale } = *self.shape;
-        let group = self.shape.group();
-        let tasks = blocks(self.visibility.keys())
-            .flat_map(|block| (0..kv_heads).map(move |head| (block.clone(), head)))
-            .zip(head_columns(dk, kv_heads, head_dim).zip(head_columns(dv, kv_heads, head_dim)));
-        let tasks: Vec<_> = tasks.collect();
-        tasks.into_par_iter().with_max_len(1).try_for_each(|((keys, kv_head), (mut dk, mut dv))| {
-            let seen_by = self.visibility.of_keys(&keys);
-            let size = seen_by.len().min(STRETCH) * keys.len();
-            let (mut weights, mut d_scores) = (self.cpu.zeros(size)?, self.cpu.zeros(size)?);
-            let mut add = false;
-            for start in seen_by.clone().step_by(STRETCH) {
-                let queries = start..(start + STRETCH).min(seen_by.end);
-                let size = queries.len() * keys.len();
-                let (weights, d_scores) = (&mut weights[..size], &mut d_scores[..size]);
-                for head in kv_head * group..(kv_head + 1) * group {
-                    self.scores(Scores { weights, d_scores }, head, &queries, &keys);
-                    let q = head_rows(self.q, heads, head, head_dim, queries.start);
-                    let d_o = head_rows(self.d_o, heads, head, head_dim, queries.start);
-                    let (weights, d_scores) = (dense(weights, keys.len()), dense(d_scores, keys.len()));
-                    dv.product(transposed(weights), d_o, queries.len(), 1.0, add, Parallelism::None);
-                    dk.product(transposed(d_scores), q, queries.len(), scale, add, Parallelism::None);
-                    add = true;
+        let mut tasks = Vec::new();
+        let results = dq.chunks_mut(span_rows * heads * head_dim).zip(&mut grads);
+        for (span, (dq, grads)) in spans.iter().zip(results) {
+            let keys = grads.len() / 2 / width;
+            let (dk, dv) = grads.split_at_mut(keys * width);
+            let [dk, dv] = [dk, dv].map(|grad| Columns::new(grad, keys, width).split(head_dim));
+            let dq = Columns::new(dq, span.len(), heads * head_dim).split(group * head_dim);
+            // No keys, no columns.
+            tasks.extend(dq.into_iter().zip(dk.into_iter().zip(dv)).enumerate().map(|of_head| (span.clone(), of_head)));
+        }
+        tasks
+            .into_par_iter()
+            .with_max_len(1)
+            .try_for_each(|(span, (kv_head, (dq, (dk, dv))))| self.span(&span, kv_head, dq, dk, dv))?;
+
+        let rows = dk.par_chunks_mut(BLOCK * width).zip(dv.par_chunks_mut(BLOCK * width)).enumerate();
+        rows.for_each(|(block, (dk, dv))| {
+            let rows = block * BLOCK..block * BLOCK + dk.len() / width;
+            for (span, grads) in spans.iter().zip(&grads) {
+                let keys = self.visibility.of_queries(span);
+                let shared = keys.start.max(rows.start)..keys.end.min(rows.end);
+                if shared.is_empty() {
+                    continue;
+                }
+                let (span_dk, span_dv) = grads.split_at(keys.len() * width);
+                let (at, from) = (shared.start - rows.start, shared.start - keys.start);
+                for (sum, grad) in [(&mut *dk, span_dk), (&mut *dv, span_dv)] {
+                    let grad = &grad[from * width..][..shared.len() * width];
+                    sum[at * width..].iter_mut().zip(grad).for_each(|(sum, grad)| *sum += grad);
                 }
             }
-            Ok(())
-        })
+        });
+        Ok(())
+    }
+
+    /// Sets `dq` of a span of queries, and adds to `dk` and `dv` of the keys that it sees, for one head of keys.
+    fn span(
+        &self,
+        span: &Range<usize>,
+        kv_head: usize,
+        mut dq: Columns<'_>,
+        mut dk: Columns<'_>,
+        mut dv: Columns<'_>,
+    ) -> Result<()> {
+        let AttentionShape { heads, kv_heads, head_dim, scale } = *self.shape;
+        let group = self.shape.group();
+        let first_key = self.visibility.of_queries(span).start;
+        for start in span.clone().step_by(BLOCK) {
+            let queries = start..(start + BLOCK).min(span.end);
+            let keys = self.visibility.of_queries(&queries);
+            if keys.is_empty() {
+                continue;
+            }
+            let size = queries.len() * keys.len();
+            let (mut weights, mut d_scores) = (self.cpu.zeros(size)?, self.cpu.zeros(size)?);
+            let own_keys = keys.start - first_key..keys.end - first_key;
+            let (mut dk, mut dv) = (dk.rows(own_keys.clone()), dv.rows(own_keys));
+            let dq = dq.rows(queries.start - span.start..queries.end - span.start).split(head_dim);
+            for (head, mut dq) in (kv_head * group..).zip(dq) {
+                self.scores(Scores { weights: &mut weights, d_scores: &mut d_scores }, head, &queries, &keys);
+                let q = head_rows(self.q, heads, head, head_dim, queries.start);
+                let k = head_rows(self.k, kv_heads, kv_head, head_dim, keys.start);
+                let d_o = head_rows(self.d_o, heads, head, head_dim, queries.start);
+                let (weights, d_scores) = (dense(&weights, keys.len()), dense(&d_scores, keys.len()));
+                dq.product(d_scores, k, keys.len(), scale, false, Parallelism::None);
+                dk.product(transposed(d_scores), q, queries.len(), scale, true, Parallelism::None);
+                dv.product(transposed(weights), d_o, queries.len(), 1.0, true, Parallelism::None);
+            }
+        }
+        Ok(())
     }
 
     /// P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta) of one head, [queries, keys].

@@ -16,10 +16,12 @@ kernel! {
 
 /// The most vec4 of a row that a thread owns: of K, V, dK and dV.
 const MOST_QUADS: usize = 8;
+/// Queries between barriers: a score and a gradient of each are a vec4.
+const TILE: u32 = 2;
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    Split::variants(tier, MOST_QUADS)
+    Split::variants(tier, MOST_QUADS, TILE)
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<()> {
@@ -29,7 +31,7 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<(
     let own = [visibility.query_ranges()?.buffer(gpu, op)?, dk.buffer(gpu, op)?, dv.buffer(gpu, op)?];
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &split.defines(),
+        defines: &split.defines(TILE),
         buffers: &[&call.operands()?[..], &own].concat(),
         params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
         groups,

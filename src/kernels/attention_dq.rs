@@ -15,10 +15,12 @@ kernel! {
 
 /// The most vec4 of a row that a thread owns: of Q, dO and dQ.
 const MOST_QUADS: usize = 8;
+/// Keys between barriers: a score and a gradient of each are a vec4.
+const TILE: u32 = 2;
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    Split::variants(tier, MOST_QUADS)
+    Split::variants(tier, MOST_QUADS, TILE)
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dq: &Tensor) -> Result<()> {
@@ -27,7 +29,7 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, dq: &Tensor) -> Result<()> {
     let groups = (visibility.queries().div_ceil(split.rows) * shape.heads) as u64;
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &split.defines(),
+        defines: &split.defines(TILE),
         buffers: &[&call.operands()?[..], &[visibility.key_ranges().buffer(gpu, op)?, dq.buffer(gpu, op)?]].concat(),
         params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
         groups,

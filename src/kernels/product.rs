@@ -46,6 +46,16 @@ impl<'a> Columns<'a> {
         if self.rows == 0 { Vec::new() } else { (0..self.cols).step_by(width.max(1)).map(group).collect() }
     }
 
+    /// These columns of some rows.
+    ///
+    /// # Panics
+    /// If there are no such rows: a bug of the caller.
+    pub fn rows(&mut self, rows: Range<usize>) -> Columns<'_> {
+        assert!(rows.start < rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        // SAFETY: `rows.start` is one of the rows, so this is within the borrowed matrix.
+        Columns { data: unsafe { self.data.add(rows.start * self.row_stride) }, rows: rows.len(), ..*self }
+    }
+
     /// These columns of a row.
     ///
     /// # Panics

@@ -180,10 +180,16 @@ mod tests {
         testing::assert_close(&context, &dx.to_vec().unwrap(), &wanted, &bounds);
     }
 
+    /// Only software drivers' form uses subgroups: the tiers that differ in nothing else are left to the smaller tests.
+    fn devices() -> impl Iterator<Item = Device> {
+        let subgroups = |device: &Device| matches!(device, Device::Gpu(gpu) if gpu.tier().subgroups());
+        testing::devices().into_iter().filter(move |device| !subgroups(device))
+    }
+
     fn check_everywhere(case: &Case, kinds: impl Fn(usize) -> bool) {
         for (i, (kind, matrix)) in testing::matrices(case.seed, case.n, case.k, 0.1).iter().enumerate() {
             if kinds(i) {
-                for device in testing::devices() {
+                for device in devices() {
                     check(&device, kind, matrix, case);
                 }
             }
@@ -194,17 +200,17 @@ mod tests {
 
     #[test]
     fn every_kind_of_matrix_on_every_device_and_tier() {
-        // Blocks within rows and across them; whole tiles and ragged edges; scales shared by 8 words, by 4 and by none.
-        for (m, n, k, rank) in [(1, 70, 128, 16), (3, 66, 100, 3), (2, 33, 96, 20)] {
-            check_everywhere(&Case { m, n, k, rank, dropout: None, seed: 7 }, |_| true);
+        // Blocks within rows and across them; scales shared by 8 words, by 4 and by none.
+        for (n, k, rank, every) in [(66, 100, 3, 1), (33, 96, 20, 1), (70, 128, 16, 3)] {
+            check_everywhere(&Case { m: 1, n, k, rank, dropout: None, seed: 7 }, |i| i % every == 0);
         }
         check_everywhere(&Case { m: 2, n: 33, k: 128, rank: 4, dropout: DROPOUT, seed: 7 }, |i| i % 4 == 1);
-        // The largest shapes take long to compile on software drivers: a few kinds of matrix stand for all.
-        check_everywhere(&Case { m: 65, n: 130, k: 192, rank: 20, dropout: None, seed: 7 }, |i| i % 8 == 1);
+        // The largest shapes take long to compile on software drivers: one kind of matrix stands for all.
+        check_everywhere(&Case { m: 65, n: 130, k: 192, rank: 20, dropout: None, seed: 7 }, |i| i == 1);
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig { cases: 8, ..ProptestConfig::default() })]
         #[test]
         fn odd_shapes_on_every_device_and_tier(
             m in prop_oneof![1..=9usize, 1..=257usize],
@@ -214,7 +220,7 @@ mod tests {
             dropout: bool,
             seed in 0..1000u64,
         ) {
-            let chosen = seed as usize % testing::matrices(seed, n, k, 0.1).len();
+            let chosen = if m <= 9 { seed as usize % testing::matrices(seed, n, k, 0.1).len() } else { 1 };
             let case = Case { m, n, k, rank, dropout: DROPOUT.filter(|_| dropout), seed };
             check_everywhere(&case, |i| i == chosen);
         }
@@ -246,7 +252,7 @@ mod tests {
 
     #[test]
     fn parts_of_a_matrix_over_the_binding_limit_add_up() {
-        let case = Case { m: 2, n: 601, k: 96, rank: 5, dropout: DROPOUT, seed: 3 };
+        let case = Case { m: 1, n: 601, k: 96, rank: 5, dropout: DROPOUT, seed: 3 };
         let info = testing::adapters();
         let tiers = |tier: &Tier| info.iter().all(|info| info.tiers.contains(&tier.to_string()));
         for tier in Tier::ALL.into_iter().filter(tiers) {
@@ -259,7 +265,7 @@ mod tests {
                 for (kind, matrix) in testing::matrices(3, case.n, case.k, 0.1).iter().step_by(3) {
                     assert!(DeviceMatrix::new(&device, matrix.clone()).unwrap().part_count() > 1, "{kind}");
                     check(&device, kind, matrix, &case);
-                    check(&device, kind, matrix, &Case { m: 9, dropout: None, ..case });
+                    check(&device, kind, matrix, &Case { m: 3, dropout: None, ..case });
                 }
             }
         }

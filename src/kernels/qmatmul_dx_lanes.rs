@@ -28,15 +28,28 @@ fn scale_sets(words_per_scale: u32) -> u32 {
     if words_per_scale >= THREADS / 2 { THREADS / words_per_scale } else { 0 }
 }
 
+/// What a variant's text depends on beside the matrix and the shape.
+#[derive(Clone, Copy)]
+struct Form {
+    /// Lanes share what they load.
+    share: bool,
+    /// See [`scale_sets`].
+    scale_sets: u32,
+    dropout: bool,
+    /// Adds to dX. A variant, as drivers compile for seconds what most matrices never need.
+    accumulate: bool,
+}
+
 /// Text constants beside the matrix's.
-fn defines(matrix: Defines, scale_sets: u32, (tokens, words): (u32, u32), share: bool, dropout: bool) -> Defines {
+fn defines(matrix: Defines, (tokens, words): (u32, u32), form: Form) -> Defines {
     matrix
         .with("threads", THREADS)
         .with("tokens", tokens)
         .with("words", words)
-        .with("scale_sets", scale_sets)
-        .with("share", share)
-        .with("dropout", dropout)
+        .with("share", form.share)
+        .with("scale_sets", form.scale_sets)
+        .with("dropout", form.dropout)
+        .with("accumulate", form.accumulate)
 }
 
 /// Every variant's text constants, for the registry test. Sizes only repeat text: of most shapes there is one matrix.
@@ -44,10 +57,13 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for share in [false, true] {
         for shape in shapes(share) {
-            let matrices = if shape.0 == 2 { matrices } else { &matrices[..1] };
-            for matrix in matrices {
-                let sets = if share && !matrix.flag("ragged") { 0..3 } else { 0..1 };
-                all.extend(sets.map(|sets| defines(matrix.clone(), sets, shape, share, sets < 2)));
+            for matrix in if shape.0 == 2 { matrices } else { &matrices[..1] } {
+                for scale_sets in if share && !matrix.flag("ragged") { 0..3 } else { 0..1 } {
+                    for (dropout, accumulate) in [(false, false), (true, false), (false, true)] {
+                        let form = Form { share, scale_sets, dropout, accumulate };
+                        all.push(defines(matrix.clone(), shape, form));
+                    }
+                }
             }
         }
     }
@@ -58,8 +74,12 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part) -> Result<()> {
     let operands = call.operands(part)?;
     let k = call.w.cols();
     let share = one_subgroup(call.gpu);
-    let sets = if share && !is_ragged(k) { scale_sets(call.w.words_per_scale()) } else { 0 };
-    let dropout = call.dropout(part).is_some();
+    let form = Form {
+        share,
+        scale_sets: if share && !is_ragged(k) { scale_sets(call.w.words_per_scale()) } else { 0 },
+        dropout: call.dropout(part).is_some(),
+        accumulate: call.params(part).accumulate != 0,
+    };
     let (mut row, m) = (0, call.m as u32);
     while row < m {
         // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
@@ -71,7 +91,7 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part) -> Result<()> {
         let params = QmatmulDxParams { row, rows, column_groups, ..params };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
-            defines: &defines(call.w.defines(), sets, (tokens, words), share, dropout),
+            defines: &defines(call.w.defines(), (tokens, words), form),
             buffers: &[&operands[..], &[call.dx]].concat(),
             params: bytemuck::bytes_of(&params),
             groups: u64::from(rows / tokens) * u64::from(column_groups),

@@ -157,7 +157,7 @@ impl RopeTable {
     }
 }
 
-/// Turns the pairs of `x` [M, H * D] by the angles of their tokens' `positions` `[M]`.
+/// Turns the pairs of `x` [M, H * D] by the angles of its tokens' `positions`, M of them.
 ///
 /// Positions must be less than the table's; those on a GPU cannot be checked here and are taken as its last one.
 ///

@@ -115,12 +115,6 @@ impl Visibility {
         self.ranges[queries.start].0 as usize..self.ranges[queries.end - 1].1 as usize
     }
 
-    /// The queries that see any of a block of keys.
-    pub(crate) fn of_keys(&self, keys: &Range<usize>) -> Range<usize> {
-        let start = self.ranges.partition_point(|&(_, end)| end as usize <= keys.start);
-        start..self.ranges.partition_point(|&(first, _)| (first as usize) < keys.end).max(start)
-    }
-
     /// First query and end of each key, one after the other, on the device.
     pub(crate) fn query_ranges(&self) -> Result<&Indices> {
         if let Some(indices) = self.query_ranges.get() {
@@ -204,8 +198,6 @@ mod tests {
                     .map(|query| query as u32)
                     .collect();
                 prop_assert_eq!((pair[0]..pair[1]).collect::<Vec<_>>(), wanted, "key {}", key);
-                let of_keys = visibility.of_keys(&(key..key + 1));
-                prop_assert_eq!(of_keys, pair[0] as usize..pair[1] as usize);
             }
         }
     }
