@@ -50,6 +50,7 @@ pub mod bench;
 pub mod cli;
 pub mod device;
 pub mod error;
+pub mod eval;
 pub mod formats;
 pub mod generate;
 pub mod indices;
