@@ -86,16 +86,18 @@ pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
 /// The tensors that store `matrix` under the name `weight`; the codes and scales are borrowed.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a matrix with minima, which bitsandbytes has no place for.
+/// [`Error::Invalid`] for a matrix with minima or of a GGUF format, which bitsandbytes has no place for.
 pub fn tensors<'a>(weight: &str, matrix: &'a QuantizedMatrix) -> Result<Vec<OutTensor<'a>>> {
+    let unfit = |got: String, expected: &str| {
+        let (op, what) = ("write as bitsandbytes", "matrix");
+        Error::Invalid { op, what, got, expected: expected.into() }
+    };
     if matrix.mins().is_some() {
-        return Err(Error::Invalid {
-            op: "write as bitsandbytes",
-            what: "matrix",
-            got: format!("{weight}, with minima"),
-            expected: "expected scales only".into(),
-        });
+        return Err(unfit(format!("{weight}, with minima"), "expected scales only"));
     }
+    let format = matrix.format();
+    let state_name =
+        state_name(format).ok_or_else(|| unfit(format!("{weight}, in {format}"), "expected nf4, fp4 or int4"))?;
     let side = |name: &str, dtype: TensorType, bytes: &'a [u8]| {
         let shape = vec![bytes.len() * 8 / dtype.bitsize()];
         OutTensor { name: format!("{weight}.{name}"), dtype, shape, data: OutData::Bytes(Cow::Borrowed(bytes)) }
@@ -111,7 +113,7 @@ pub fn tensors<'a>(weight: &str, matrix: &'a QuantizedMatrix) -> Result<Vec<OutT
         },
         side("quant_map", TensorType::F32, bytemuck::cast_slice(&matrix.codebook().0)),
         OutTensor {
-            name: format!("{weight}.{STATE}{}", state_name(matrix.format())),
+            name: format!("{weight}.{STATE}{state_name}"),
             dtype: TensorType::U8,
             shape: vec![state.len()],
             data: OutData::Bytes(Cow::Owned(state)),
@@ -172,18 +174,19 @@ fn find_state(tensors: &impl Tensors, weight: &str) -> Result<(String, Format)> 
         return Err(tensors.tensor_error(weight, message));
     };
     let key = prefix + state;
-    match [Format::Nf4, Format::Fp4, Format::Int4].into_iter().find(|&format| state_name(format) == state) {
+    match Format::QUANTIZERS.into_iter().find(|&format| state_name(format) == Some(state)) {
         Some(format) => Ok((key, format)),
         None => Err(tensors.tensor_error(&key, "names no known 4-bit format")),
     }
 }
 
-/// The last part of a `quant_state` key.
-fn state_name(format: Format) -> &'static str {
+/// The last part of a `quant_state` key, for formats that are written so.
+fn state_name(format: Format) -> Option<&'static str> {
     match format {
-        Format::Nf4 => "bitsandbytes__nf4",
-        Format::Fp4 => "bitsandbytes__fp4",
-        Format::Int4 => "qlora__int4",
+        Format::Nf4 => Some("bitsandbytes__nf4"),
+        Format::Fp4 => Some("bitsandbytes__fp4"),
+        Format::Int4 => Some("qlora__int4"),
+        _ => None,
     }
 }
 

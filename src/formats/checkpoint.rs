@@ -27,6 +27,25 @@ pub enum BaseFormat {
     Quantize(QuantOptions),
 }
 
+impl BaseFormat {
+    /// What it makes of a file's values.
+    pub(super) fn matrix(&self, floats: Floats<'_>, rows: usize, cols: usize) -> Result<HostMatrix> {
+        match self {
+            BaseFormat::Quantize(options) => {
+                QuantizedMatrix::quantize(floats.source(), rows, cols, options).map(HostMatrix::from)
+            }
+            BaseFormat::AsIs => {
+                let data = match floats {
+                    Floats::F32(values) => DenseData::F32(values.into_owned()),
+                    Floats::F16(values) => DenseData::F16(values.into_owned()),
+                    Floats::Bf16(values) => DenseData::Bf16(values.into_owned()),
+                };
+                DenseMatrix::new(rows, cols, data).map(HostMatrix::from)
+            }
+        }
+    }
+}
+
 /// The tensors of a checkpoint, by the names that a causal language model gives them (`model.layers.0...`,
 /// `lm_head.weight`). A checkpoint of the bare decoder, whose names lack `model.`, is read as if it had them.
 #[derive(Debug)]
@@ -117,20 +136,7 @@ impl Checkpoint {
             return Ok(matrix.into());
         }
         let floats = self.floats(name, &[rows, cols])?;
-        let matrix = match base {
-            BaseFormat::Quantize(options) => {
-                QuantizedMatrix::quantize(floats.source(), rows, cols, options).map(HostMatrix::from)
-            }
-            BaseFormat::AsIs => {
-                let data = match floats {
-                    Floats::F32(values) => DenseData::F32(values.into_owned()),
-                    Floats::F16(values) => DenseData::F16(values.into_owned()),
-                    Floats::Bf16(values) => DenseData::Bf16(values.into_owned()),
-                };
-                DenseMatrix::new(rows, cols, data).map(HostMatrix::from)
-            }
-        };
-        matrix.map_err(|e| self.tensor_error(name, e))
+        base.matrix(floats, rows, cols).map_err(|e| self.tensor_error(name, e))
     }
 
     /// Checks that nothing was left out: every tensor is in `used`, belongs to a 4-bit weight in it, or is a buffer of

@@ -2,6 +2,7 @@
 
 pub mod bitsandbytes;
 pub mod checkpoint;
+pub mod gguf;
 pub(crate) mod json;
 pub mod peft;
 pub mod safetensors;

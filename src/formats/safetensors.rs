@@ -178,7 +178,7 @@ impl<'a> Tensor<'a> {
 }
 
 /// The bytes as values: in place if they are aligned, else copied.
-fn values<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
+pub(super) fn values<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
     match bytemuck::try_cast_slice(bytes) {
         Ok(values) => Cow::Borrowed(values),
         Err(_) => Cow::Owned(bytemuck::pod_collect_to_vec(bytes)),

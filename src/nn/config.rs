@@ -40,7 +40,7 @@ const NEUTRAL: &[(&str, f64)] = &[
 ];
 
 /// A bound for what is made per layer.
-const MAX_LAYERS: usize = 10_000;
+pub(super) const MAX_LAYERS: usize = 10_000;
 
 /// A family of decoders, by the `model_type` of its config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex};
 
 use super::config::ModelConfig;
 use super::decoder::{Decoder, DecoderLayer, MODULES};
+use super::gguf::GgufSource;
 use super::linear::Linear;
 use crate::device::Device;
 use crate::error::Result;
 use crate::formats::checkpoint::{BaseFormat, Checkpoint};
+use crate::formats::gguf::GgufFile;
 use crate::kernels::rope::RopeTable;
 use crate::kernels::{DeviceMatrix, HostMatrix};
 use crate::tensor::Tensor;
@@ -52,16 +54,24 @@ impl WeightSource for FromCheckpoint<'_> {
 }
 
 impl Decoder {
-    /// Loads a Hugging Face directory: `config.json`, and `model.safetensors` or its shards. Matrices go to the device one
-    /// after another, so that the host never holds more than one of them in f32. `base` says what becomes of linear layers
-    /// that are not 4-bit in the file.
+    /// Loads a Hugging Face directory (`config.json`, and `model.safetensors` or its shards) or a GGUF file. Matrices go to
+    /// the device one after another, so that the host never holds more than one of them in f32. `base` says what becomes
+    /// of linear layers that are not 4-bit in the file.
     ///
     /// # Errors
     /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io) with
     /// file and key; the device's own.
-    pub fn load(device: &Device, dir: &Path, base: &BaseFormat) -> Result<Decoder> {
-        let config = ModelConfig::read(dir)?;
-        let checkpoint = Checkpoint::open(dir)?;
+    pub fn load(device: &Device, path: &Path, base: &BaseFormat) -> Result<Decoder> {
+        if path.is_file() {
+            let file = GgufFile::open(path)?;
+            let config = ModelConfig::from_gguf(&file)?;
+            let mut source = GgufSource::new(&file, &config, base);
+            let decoder = Decoder::build(device, config, &mut source)?;
+            source.check_all_used()?;
+            return Ok(decoder);
+        }
+        let config = ModelConfig::read(path)?;
+        let checkpoint = Checkpoint::open(path)?;
         let mut source = FromCheckpoint { checkpoint: &checkpoint, base, used: BTreeSet::new() };
         let decoder = Decoder::build(device, config, &mut source)?;
         checkpoint.check_all_used(&source.used)?;

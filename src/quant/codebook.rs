@@ -3,9 +3,8 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// A 4-bit format that this crate quantizes to.
-///
-/// Displays and parses as `nf4`, `fp4`, `int4`.
+/// A 4-bit format. This crate quantizes to the first three ([`Format::QUANTIZERS`]), which parse as `nf4`, `fp4`, `int4`;
+/// the others are read from GGUF files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Format {
     /// NormalFloat of the QLoRA paper (Dettmers et al., 2023, appendix E), as in bitsandbytes.
@@ -14,15 +13,35 @@ pub enum Format {
     Fp4,
     /// Signed integers -7..=7 in two's complement, scale `absmax / 7`, as in entrenar's QLoRA layer.
     Int4,
+    /// ggml's `(code - 8) * scale` in blocks of 32.
+    Q4_0,
+    /// ggml's `code * scale + min` in blocks of 32.
+    Q4_1,
+    /// ggml's `code * scale + min` in blocks of 32, eight of which share a scale for their 6-bit scales and minima.
+    Q4K,
+    /// ggml's nonlinear codes in blocks of 32.
+    Iq4Nl,
+    /// The same codes in blocks of 32, eight of which share a scale for their 6-bit scales.
+    Iq4Xs,
+    /// The OCP microscaling format: E2M1 floats in blocks of 32 that share a power of two. A scale here is half of the
+    /// file's, as in ggml, and the codes stand for twice their values.
+    Mxfp4,
 }
 
 impl Format {
+    /// The formats that weights can be quantized to.
+    pub const QUANTIZERS: [Format; 3] = [Format::Nf4, Format::Fp4, Format::Int4];
+
     /// The 16 values that the format's codes stand for, before scaling.
     pub fn codebook(self) -> Codebook {
         match self {
             Format::Nf4 => Codebook::NF4,
             Format::Fp4 => Codebook::FP4,
             Format::Int4 => Codebook::INT4,
+            Format::Q4_0 => Codebook(std::array::from_fn(|code| code as f32 - 8.0)),
+            Format::Q4_1 | Format::Q4K => Codebook(std::array::from_fn(|code| code as f32)),
+            Format::Iq4Nl | Format::Iq4Xs => Codebook::IQ4_NL,
+            Format::Mxfp4 => Codebook::MXFP4,
         }
     }
 }
@@ -33,6 +52,12 @@ impl fmt::Display for Format {
             Format::Nf4 => "nf4",
             Format::Fp4 => "fp4",
             Format::Int4 => "int4",
+            Format::Q4_0 => "q4_0",
+            Format::Q4_1 => "q4_1",
+            Format::Q4K => "q4_k",
+            Format::Iq4Nl => "iq4_nl",
+            Format::Iq4Xs => "iq4_xs",
+            Format::Mxfp4 => "mxfp4",
         })
     }
 }
@@ -41,17 +66,13 @@ impl FromStr for Format {
     type Err = Error;
 
     fn from_str(s: &str) -> Result<Self> {
-        match s {
-            "nf4" => Ok(Format::Nf4),
-            "fp4" => Ok(Format::Fp4),
-            "int4" => Ok(Format::Int4),
-            _ => Err(Error::Invalid {
-                op: "format",
-                what: "name",
-                got: format!("{s:?}"),
-                expected: "expected nf4, fp4 or int4".into(),
-            }),
-        }
+        let named = Format::QUANTIZERS.into_iter().find(|format| format.to_string() == s);
+        named.ok_or_else(|| Error::Invalid {
+            op: "format",
+            what: "name",
+            got: format!("{s:?}"),
+            expected: "expected nf4, fp4 or int4".into(),
+        })
     }
 }
 
@@ -104,6 +125,15 @@ impl Codebook {
     /// Two's-complement nibbles. -8 is never emitted by the quantizer.
     pub const INT4: Codebook =
         Codebook([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]);
+
+    /// The nonlinear codes of ggml's IQ4_NL and IQ4_XS.
+    pub const IQ4_NL: Codebook = Codebook([
+        -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+    ]);
+
+    /// E2M1 floats, doubled; code 8 is `+0.0`, as in ggml.
+    pub const MXFP4: Codebook =
+        Codebook([0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0]);
 }
 
 #[cfg(test)]
@@ -112,10 +142,11 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        for format in [Format::Nf4, Format::Fp4, Format::Int4] {
+        for format in Format::QUANTIZERS {
             assert_eq!(format.to_string().parse::<Format>().unwrap(), format);
         }
         assert!("NF4".parse::<Format>().is_err());
+        assert!("q4_0".parse::<Format>().is_err(), "which weights are not quantized to");
     }
 
     #[test]

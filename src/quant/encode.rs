@@ -52,8 +52,8 @@ impl QuantOptions {
     /// FP4, linear for INT4.
     pub fn double_quant(self) -> Self {
         let double = match self.format {
-            Format::Nf4 | Format::Fp4 => DoubleQuant::Dynamic,
             Format::Int4 => DoubleQuant::Linear,
+            _ => DoubleQuant::Dynamic,
         };
         QuantOptions { double, ..self }
     }
@@ -114,8 +114,8 @@ enum Encoder {
 impl Encoder {
     fn new(format: Format) -> Self {
         match format {
-            Format::Nf4 | Format::Fp4 => Self::nearest(&format.codebook()),
             Format::Int4 => Encoder::Int4,
+            _ => Self::nearest(&format.codebook()),
         }
     }
 

@@ -83,7 +83,8 @@ impl QuantizedMatrix {
     ///
     /// # Errors
     /// [`Error::Shape`] if `source` has not `rows * cols` values, [`Error::Invalid`] for a block that
-    /// is no power of two in 32..=4096, [`Error::NonFinite`] for the first NaN or infinite weight.
+    /// is no power of two in 32..=4096 or a format that is only read, [`Error::NonFinite`] for the first NaN or infinite
+    /// weight.
     pub fn quantize(source: Source<'_>, rows: usize, cols: usize, options: &QuantOptions) -> Result<Self> {
         const OP: &str = "quantize";
         let n = element_count(OP, rows, cols)?;
@@ -97,6 +98,14 @@ impl QuantizedMatrix {
         }
         let QuantOptions { format, block, double } = *options;
         check_block(OP, block)?;
+        if !Format::QUANTIZERS.contains(&format) {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "format",
+                got: format.to_string(),
+                expected: "it is only read from files; expected nf4, fp4 or int4".into(),
+            });
+        }
         let (codes, scales) = encode(source, format, block).map_err(|index| Error::NonFinite {
             op: OP,
             index,
@@ -402,6 +411,8 @@ mod tests {
         assert_eq!(error.to_string(), "quantize: weights: expected 2 x 50 = 100, got 99");
         let error = quantize(&[0.0; 100], QuantOptions::nf4().block(0)).unwrap_err();
         assert!(matches!(error, Error::Invalid { what: "block", .. }), "{error}");
+        let error = quantize(&[0.0; 100], QuantOptions { format: Format::Q4K, ..QuantOptions::nf4() }).unwrap_err();
+        assert!(error.to_string().contains("format is q4_k; it is only read"), "{error}");
         let mut values = [0.5; 100];
         values[70] = f32::NEG_INFINITY;
         let error = quantize(&values, QuantOptions::int4()).unwrap_err();

@@ -1,0 +1,360 @@
+//! GGUF files: metadata and tensors in one file, as ggml and llama.cpp write them.
+//!
+//! ```text
+//! "GGUF", version: u32, tensors: u64, entries: u64
+//! entries of metadata:  key, type: u32, value
+//! tensors:              name, dimensions: u32, lengths: u64 each (the innermost first), type: u32, offset: u64
+//! padding to `general.alignment` (32), and the data; offsets count from here
+//! ```
+//!
+//! Everything is little-endian; text is a u64 length and UTF-8. Versions 2 and 3 are read, which differ in nothing else.
+//! Spec: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+
+mod blocks;
+mod k_quants;
+mod types;
+mod value;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+
+pub use types::TensorType;
+use value::Reader;
+pub use value::{Array, FromValue, Value};
+
+use super::checkpoint::BaseFormat;
+use crate::error::{Error, Result};
+use crate::kernels::HostMatrix;
+
+const MAGIC: &[u8] = b"GGUF";
+const ALIGNMENT: &str = "general.alignment";
+const DEFAULT_ALIGNMENT: usize = 32;
+const MAX_DIMENSIONS: u32 = 4;
+
+/// A memory-mapped GGUF file.
+#[derive(Debug)]
+pub struct GgufFile {
+    path: PathBuf,
+    map: Mmap,
+    header: Header,
+}
+
+/// A tensor of a [`GgufFile`].
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a> {
+    /// Type of the values.
+    pub kind: TensorType,
+    /// Lengths of the dimensions, the outermost first: [rows, cols] of a matrix.
+    pub shape: &'a [usize],
+    /// The values, row-major in blocks of the type.
+    pub bytes: &'a [u8],
+}
+
+/// In which order a file has the rows of a matrix, or the values of a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowOrder {
+    /// As a model of Hugging Face has them.
+    Plain,
+    /// Of every head's D rows, 2 i and 2 i + 1 are a rotary pair, which Hugging Face has at i and i + D / 2. Files of the
+    /// llama architecture have q and k so.
+    Interleaved {
+        /// D; even.
+        head_dim: usize,
+    },
+}
+
+impl RowOrder {
+    /// Equal spans of bytes, `rows` of them, in Hugging Face's order; `None` if they are no whole number of heads.
+    fn restore<'a>(self, bytes: &'a [u8], rows: usize) -> Option<Cow<'a, [u8]>> {
+        let RowOrder::Interleaved { head_dim } = self else { return Some(bytes.into()) };
+        if head_dim == 0 || !head_dim.is_multiple_of(2) || !rows.is_multiple_of(head_dim) {
+            return None;
+        }
+        let row_bytes = bytes.len() / rows.max(1);
+        let mut out = Vec::with_capacity(bytes.len());
+        for head in bytes.chunks_exact((head_dim * row_bytes).max(1)) {
+            for parity in 0..2 {
+                let of_half = head.chunks_exact(row_bytes).skip(parity).step_by(2);
+                of_half.for_each(|row| out.extend_from_slice(row));
+            }
+        }
+        Some(out.into())
+    }
+}
+
+/// Where everything is in a file.
+#[derive(Debug)]
+struct Header {
+    /// Type and place of every value.
+    metadata: BTreeMap<String, (u32, usize)>,
+    tensors: BTreeMap<String, Place>,
+}
+
+/// Where a tensor is in a file.
+#[derive(Debug)]
+struct Place {
+    kind: TensorType,
+    /// The outermost dimension first.
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+impl GgufFile {
+    /// Maps the file at `path` and checks its header: every value, count and length lies inside the file, every tensor
+    /// has the size that its type and shape ask for, and no two overlap.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be opened, [`Error::File`] if it is no GGUF file of version 2 or 3 or is malformed,
+    /// [`Error::Tensor`] for a tensor of an unknown type or with bytes where it cannot have them.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let io_error = |e: io::Error| Error::Io { path: path.clone(), message: e.to_string() };
+        let file = File::open(&path).map_err(io_error)?;
+        // SAFETY: the mapped bytes change only if another process writes to the file in place while it
+        // is open here, which model files are not meant for.
+        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        let header = Header::read(&map).map_err(|malformed| malformed.at(&path))?;
+        Ok(GgufFile { path, map, header })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All keys of the metadata, sorted.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.header.metadata.keys().map(String::as_str)
+    }
+
+    /// The value of `key` in the metadata, if there is one.
+    pub fn metadata(&self, key: &str) -> Option<Value<'_>> {
+        let &(kind, start) = self.header.metadata.get(key)?;
+        // It was read once when the file was opened.
+        Reader::new(&self.map[start..]).value(kind, 0).ok()
+    }
+
+    /// The value of `key` as a `T` (`u32`, `i32`, `usize`, `f32`, `bool`, `&str`, or a `Vec` of one), if there is one.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it is of another type, or does not fit.
+    pub fn get<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<Option<T>> {
+        let wrong =
+            |value: Value<'_>| self.metadata_error(key, format!("is {}, expected {}", value.describe(), T::NAME));
+        self.metadata(key).map(|value| T::from_value(value).ok_or_else(|| wrong(value))).transpose()
+    }
+
+    /// The value of `key` as [`get`](Self::get) has it.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is none, or it is of another type.
+    pub fn require<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<T> {
+        self.get(key)?.ok_or_else(|| self.metadata_error(key, "is missing"))
+    }
+
+    /// An [`Error::File`] about `key` of the metadata.
+    pub fn metadata_error(&self, key: &str, message: impl Display) -> Error {
+        Error::File { path: self.path.clone(), message: format!("`{key}`: {message}") }
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.header.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor called `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.header.tensors.contains_key(name)
+    }
+
+    /// The tensor called `name`.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if there is none.
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        let Place { kind, shape, bytes } =
+            self.header.tensors.get(name).ok_or_else(|| self.tensor_error(name, "is missing"))?;
+        Ok(Tensor { kind: *kind, shape, bytes: &self.map[bytes.clone()] })
+    }
+
+    /// The matrix called `name`, [`rows`, `cols`], with its rows brought from `order` into Hugging Face's.
+    ///
+    /// Q4_0, Q4_1, Q4_K, IQ4_NL, IQ4_XS and MXFP4 become 4-bit matrices of the very same values. Others are as `base` says:
+    /// dense (F32, F16, BF16 and Q8_0 as they are, the other quantized types as f32), or quantized to 4 bits.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if it is missing, of another shape, of a type that is not supported, or has a scale (or, to be
+    /// quantized, a value) that is not finite.
+    pub fn matrix(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        order: RowOrder,
+        base: &BaseFormat,
+    ) -> Result<HostMatrix> {
+        self.decode(name, &[rows, cols], order, base)
+    }
+
+    /// The vector called `name` of `len` values as f32, brought from `order` into Hugging Face's.
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
+    pub fn vector(&self, name: &str, len: usize, order: RowOrder) -> Result<Vec<f32>> {
+        let matrix = self.decode(name, &[len], order, &BaseFormat::AsIs)?;
+        let mut values = vec![0.0; len];
+        matrix.dequantize_rows(0..matrix.rows(), &mut values);
+        Ok(values)
+    }
+
+    /// A tensor of this shape; a vector as a matrix of one row.
+    fn decode(&self, name: &str, shape: &[usize], order: RowOrder, base: &BaseFormat) -> Result<HostMatrix> {
+        let tensor = self.tensor(name)?;
+        if tensor.shape != shape {
+            return Err(self.tensor_error(name, format!("has shape {:?}, expected {shape:?}", tensor.shape)));
+        }
+        let (spans, [rows, cols]) = match *shape {
+            [rows, cols] => (rows, [rows, cols]),
+            // A block cannot be taken apart.
+            _ => (shape[0] / tensor.kind.block(), [1, shape[0]]),
+        };
+        let bytes = order.restore(tensor.bytes, spans).ok_or_else(|| {
+            self.tensor_error(name, format!("is {} of shape {shape:?}, of which no heads can be made", tensor.kind))
+        })?;
+        blocks::matrix(tensor.kind, &bytes, rows, cols, base)
+            .map_err(|e| self.tensor_error(name, e))?
+            .ok_or_else(|| self.tensor_error(name, format!("is {}, which is not supported", tensor.kind)))
+    }
+
+    /// An [`Error::Tensor`] about a tensor of this file.
+    pub fn tensor_error(&self, name: &str, message: impl Display) -> Error {
+        Error::Tensor { path: self.path.clone(), key: name.into(), message: message.to_string() }
+    }
+}
+
+/// What is wrong with a file, and with which of its tensors.
+#[derive(Debug)]
+struct Malformed {
+    tensor: Option<String>,
+    message: String,
+}
+
+impl Malformed {
+    fn at(self, path: &Path) -> Error {
+        let (path, message) = (path.to_path_buf(), self.message);
+        match self.tensor {
+            Some(key) => Error::Tensor { path, key, message },
+            None => Error::File { path, message },
+        }
+    }
+}
+
+impl From<String> for Malformed {
+    fn from(message: String) -> Self {
+        Malformed { tensor: None, message }
+    }
+}
+
+impl Header {
+    fn read(bytes: &[u8]) -> Result<Self, Malformed> {
+        let mut reader = Reader::new(bytes);
+        if reader.take(MAGIC.len()).ok() != Some(MAGIC) {
+            return Err("is no GGUF file: it does not begin with \"GGUF\"".to_owned().into());
+        }
+        match reader.u32()? {
+            2 | 3 => {}
+            version if version.swap_bytes() <= 3 => return Err("is a big-endian GGUF file".to_owned().into()),
+            version => return Err(format!("is GGUF version {version}; supported are 2 and 3").into()),
+        }
+        let (tensors, entries) = (reader.length()?, reader.length()?);
+
+        let mut metadata = BTreeMap::new();
+        let mut alignment = DEFAULT_ALIGNMENT;
+        for _ in 0..entries {
+            let key = reader.string()?;
+            let (kind, start) = (reader.u32()?, reader.at);
+            let value = reader.value(kind, 0).map_err(|message| format!("`{key}`: {message}"))?;
+            if key == ALIGNMENT {
+                alignment = u32::from_value(value)
+                    .filter(|alignment| alignment.is_power_of_two())
+                    .ok_or_else(|| format!("`{key}`: is {}, expected a power of two", value.describe()))?
+                    as usize;
+            }
+            if metadata.insert(key.to_owned(), (kind, start)).is_some() {
+                return Err(format!("`{key}`: is given twice").into());
+            }
+        }
+
+        let mut places = BTreeMap::new();
+        for _ in 0..tensors {
+            let name = reader.string()?;
+            let about = |message: String| Malformed { tensor: Some(name.to_owned()), message };
+            let place = Place::read(&mut reader).map_err(about)?;
+            if !place.bytes.start.is_multiple_of(alignment) {
+                return Err(about(format!("begins at {}, no multiple of {alignment}", place.bytes.start)));
+            }
+            if places.insert(name.to_owned(), place).is_some() {
+                return Err(about("is given twice".into()));
+            }
+        }
+
+        let data_start = reader.at.checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
+        let data = bytes.len().saturating_sub(data_start);
+        for (name, place) in &mut places {
+            if place.bytes.end > data {
+                let message = format!("ends at byte {} of {data} bytes of data", place.bytes.end);
+                return Err(Malformed { tensor: Some(name.clone()), message });
+            }
+            place.bytes = data_start + place.bytes.start..data_start + place.bytes.end;
+        }
+        check_apart(&places)?;
+        Ok(Header { metadata, tensors: places })
+    }
+}
+
+impl Place {
+    /// A tensor's entry after its name; its place is from the start of the data.
+    fn read(reader: &mut Reader<'_>) -> Result<Self, String> {
+        let dimensions = reader.u32()?;
+        if !(1..=MAX_DIMENSIONS).contains(&dimensions) {
+            return Err(format!("has {dimensions} dimensions, expected 1 to {MAX_DIMENSIONS}"));
+        }
+        let mut shape = (0..dimensions).map(|_| reader.length()).collect::<Result<Vec<_>, _>>()?;
+        shape.reverse();
+        let id = reader.u32()?;
+        let kind = TensorType::from_id(id).ok_or_else(|| format!("is of unknown type {id}"))?;
+        if !shape.last().is_some_and(|cols| cols.is_multiple_of(kind.block())) {
+            return Err(format!("is {kind} of shape {shape:?}; rows must be whole blocks of {}", kind.block()));
+        }
+        let start = reader.length()?;
+        let values = shape.iter().try_fold(1_usize, |n, &length| n.checked_mul(length));
+        let len = values.and_then(|values| kind.bytes(values));
+        let end = len.and_then(|len| start.checked_add(len));
+        let end = end.ok_or_else(|| format!("is {kind} of shape {shape:?} from {start} on, which is too large"))?;
+        Ok(Place { kind, shape, bytes: start..end })
+    }
+}
+
+/// Checks that no byte belongs to two tensors.
+fn check_apart(places: &BTreeMap<String, Place>) -> Result<(), Malformed> {
+    let mut sorted: Vec<_> = places.iter().filter(|(_, place)| !place.bytes.is_empty()).collect();
+    sorted.sort_by_key(|(_, place)| place.bytes.start);
+    match sorted.windows(2).find(|pair| pair[0].1.bytes.end > pair[1].1.bytes.start) {
+        Some(pair) => {
+            Err(Malformed { tensor: Some(pair[1].0.clone()), message: format!("overlaps tensor {:?}", pair[0].0) })
+        }
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;
+#[cfg(test)]
+pub(crate) mod writer;
