@@ -32,6 +32,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`train`] | a training step over micro-batches, with an example |
+//! | [`generate`] | text from a model, a token at a time |
 //! | [`optim`] | AdamW, schedules |
 //! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters; model configs |
 //! | [`autograd`] | the tape that records fused ops and their backward |
@@ -50,7 +51,9 @@ pub mod bench;
 pub mod cli;
 pub mod device;
 pub mod error;
+pub mod eval;
 pub mod formats;
+pub mod generate;
 pub mod indices;
 pub mod kernels;
 pub mod nn;

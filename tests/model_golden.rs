@@ -6,6 +6,7 @@ use common::model::{adapter, distance, f32s, file, load, logits, path, tokens};
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
 use qlora_wgpu::formats::safetensors::{OutData, OutTensor, write};
+use qlora_wgpu::generate::{Sampler, Sampling, generate};
 use qlora_wgpu::nn::{Decoder, Tokens};
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::{Device, Error};
@@ -235,4 +236,63 @@ fn targets_that_cannot_have_an_adapter_are_an_error() {
     assert!(error.contains("query") && error.contains("model.layers.0.self_attn.q_proj"), "{error}");
     assert_eq!(model.attach("new", &config(&["q_proj", "down_proj"]), 0).unwrap(), 4);
     assert_eq!(model.attach("all", &PeftConfig::new(4, 8.0), 0).unwrap(), 14);
+}
+
+#[test]
+fn tokens_that_come_one_after_another_have_the_logits_of_all_at_once() {
+    let ids = [5, 17, 99, 3, 64, 21, 8, 100];
+    for device in common::all() {
+        for name in ["llama-bnb-nf4_dq", "qwen2", "qwen3"] {
+            let mut model = load(&device, name);
+            if name.starts_with("llama") {
+                model.attach_peft("lora", &adapter("adapter-lora")).unwrap();
+            }
+            let whole = logits(&model, &Tokens::new(ids.to_vec(), 1).unwrap());
+            let vocabulary = whole.len() / ids.len();
+            let mut cache = model.cache(ids.len()).unwrap();
+            let mut at = 0;
+            // A prompt, then tokens one by one, then two again after going back.
+            for step in [3, 1, 1, 3] {
+                let got = model.extend(&mut cache, &ids[at..at + step]).unwrap().to_vec().unwrap();
+                at += step;
+                check(&device, &format!("{name} {at}"), &got, &whole[(at - 1) * vocabulary..at * vocabulary]);
+            }
+            assert!(model.extend(&mut cache, &[1]).unwrap_err().to_string().contains("room for 1 to 0"));
+            cache.truncate(6);
+            let got = model.extend(&mut cache, &ids[6..]).unwrap().to_vec().unwrap();
+            check(&device, &format!("{name} again"), &got, &whole[7 * vocabulary..]);
+        }
+    }
+}
+
+#[test]
+fn generation_takes_the_likeliest_token_and_stops() {
+    let model = load(&Device::cpu(), "llama-bnb-nf4_dq");
+    let prompt = [5, 17, 99];
+    let run = |most, stop: &[u32]| {
+        let mut sampler = Sampler::new(Sampling::default()).unwrap();
+        let mut heard = Vec::new();
+        let answer = generate(&model, &prompt, most, &mut sampler, stop, |token| {
+            heard.push(token);
+            std::ops::ControlFlow::Continue(())
+        });
+        assert_eq!(heard, *answer.as_ref().unwrap());
+        answer.unwrap()
+    };
+    let answer = run(6, &[]);
+    assert_eq!(answer.len(), 6);
+    let mut ids = prompt.to_vec();
+    for &token in &answer {
+        let all = logits(&model, &Tokens::new(ids.clone(), 1).unwrap());
+        let last = &all[all.len() - 128..];
+        let best = (0..128).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
+        assert_eq!(token as usize, best);
+        ids.push(token);
+    }
+    let first = answer.iter().position(|&token| token == answer[3]).unwrap();
+    assert_eq!(run(6, &[answer[3]]), answer[..first]);
+    let error = generate(&model, &[1; 128], 1, &mut Sampler::new(Sampling::default()).unwrap(), &[], |_| {
+        std::ops::ControlFlow::Continue(())
+    });
+    assert!(error.unwrap_err().to_string().contains("128 positions"));
 }

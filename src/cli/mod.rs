@@ -3,6 +3,9 @@
 mod bench;
 mod demo;
 mod devices;
+mod eval;
+mod generate;
+mod model;
 mod quantize;
 
 use std::process::ExitCode;
@@ -28,6 +31,8 @@ enum Command {
     Devices(devices::DevicesArgs),
     Quantize(quantize::QuantizeArgs),
     Dequantize(quantize::DequantizeArgs),
+    Eval(eval::EvalArgs),
+    Generate(generate::GenerateArgs),
     Bench(bench::BenchArgs),
     Demo(demo::DemoArgs),
 }
@@ -48,6 +53,8 @@ fn dispatch(command: &Command) -> Result<()> {
         Command::Devices(args) => devices::run(args),
         Command::Quantize(args) => quantize::quantize(args),
         Command::Dequantize(args) => quantize::dequantize(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
     }

@@ -11,6 +11,7 @@ use super::linear::Linear;
 use crate::autograd::{Tape, Var};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::indices::Indices;
 use crate::kernels::DeviceMatrix;
 use crate::kernels::attention::AttentionShape;
 use crate::kernels::embedding::embedding;
@@ -82,19 +83,18 @@ impl DecoderLayer {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
     }
 
-    /// The layer's result for `x` [M, hidden].
-    fn forward<'a>(
+    /// The layer's result for `x` [M, hidden]; `attend` makes what the heads give, [M, heads * head_dim], of q, k and v.
+    pub(super) fn forward<'a>(
         &'a self,
         tape: &mut Tape<'a>,
         x: &Var,
         config: &ModelConfig,
-        rope: &RopeTable,
-        batch: &Batch,
+        (rope, positions): (&RopeTable, &Indices),
         seed: Option<u64>,
+        attend: impl FnOnce(&mut Tape<'a>, [Var; 3], AttentionShape) -> Result<Var>,
     ) -> Result<Var> {
         let seed = |module: u64| seed.map(|seed| mix(seed, module));
         let eps = config.rms_norm_eps;
-        let m = x.value().shape()[0];
 
         let normed = tape.rms_norm(x, &self.input_norm, eps)?;
         let mut q = self.q.record(tape, &normed, seed(0))?;
@@ -105,18 +105,15 @@ impl DecoderLayer {
             q = tape.rms_norm(&q, q_norm, eps)?;
             k = tape.rms_norm(&k, k_norm, eps)?;
         }
-        let q = tape.rope(&q, rope, &batch.positions)?;
-        let k = tape.rope(&k, rope, &batch.positions)?;
+        let q = tape.rope(&q, rope, positions)?;
+        let k = tape.rope(&k, rope, positions)?;
         let shape = AttentionShape {
             heads: config.heads,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
             scale: 1.0 / (config.head_dim as f32).sqrt(),
         };
-        let visibility = batch.windowed.as_ref().filter(|_| self.windowed).unwrap_or(&batch.visibility);
-        let attended = tape.attention([&q, &k, &v], shape, visibility)?;
-        debug_assert_eq!(attended.value().shape()[0], m);
-        drop((q, k, v));
+        let attended = attend(tape, [q, k, v], shape)?;
         let attended = self.o.record(tape, &attended, seed(3))?;
         let h = tape.add(x, &attended)?;
         drop(attended);
@@ -214,12 +211,14 @@ impl Decoder {
         let mut h = tape.constant(embedding(&self.embedding, &batch.ids)?);
         for (index, layer) in self.layers.iter().enumerate() {
             let seed = pass.dropout_seed.map(|seed| mix(seed, index as u64));
-            h = if pass.checkpoint {
-                let (rope, batch) = (rope.clone(), batch.clone());
-                tape.checkpoint(&h, move |tape, h| layer.forward(tape, h, &self.config, &rope, &batch, seed))?
-            } else {
-                layer.forward(tape, &h, &self.config, &rope, batch, seed)?
+            let visibility = batch.windowed.as_ref().filter(|_| layer.windowed).unwrap_or(&batch.visibility).clone();
+            let (rope, positions) = (rope.clone(), batch.positions.clone());
+            let stretch = move |tape: &mut Tape<'a>, h: &Var| {
+                layer.forward(tape, h, &self.config, (&rope, &positions), seed, |tape, [q, k, v], shape| {
+                    tape.attention([&q, &k, &v], shape, &visibility)
+                })
             };
+            h = if pass.checkpoint { tape.checkpoint(&h, stretch)? } else { stretch(tape, &h)? };
         }
         tape.rms_norm(&h, &self.norm, self.config.rms_norm_eps)
     }
@@ -256,7 +255,7 @@ impl Decoder {
     }
 
     /// The rotations of at least so many positions.
-    fn rope_table(&self, positions: usize) -> Result<RopeTable> {
+    pub(super) fn rope_table(&self, positions: usize) -> Result<RopeTable> {
         let most = self.config.max_position_embeddings;
         if positions > most {
             return Err(Error::Invalid {

@@ -3,6 +3,7 @@
 mod adapter;
 mod adapters;
 mod batch;
+mod cache;
 mod config;
 mod decoder;
 mod gguf;
@@ -14,6 +15,7 @@ mod train;
 
 pub use adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
 pub use batch::{Batch, IGNORE_LABEL, PADDING, Tokens, shifted_labels};
+pub use cache::KvCache;
 pub use config::{Architecture, ModelConfig};
 pub use decoder::{Decoder, Pass};
 pub use gguf::GgufSource;

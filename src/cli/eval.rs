@@ -1,0 +1,92 @@
+//! `qlora eval`: how well a model predicts given text.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::model::ModelArgs;
+use super::{print_json, print_line};
+use crate::error::{Error, Result};
+use crate::eval::evaluate;
+use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
+use crate::nn::{Decoder, Tokens};
+use crate::train::data::{DataOptions, Dataset, Example};
+
+/// Mean loss and perplexity over the tokens that carry loss.
+///
+/// Data: plain text, or JSON lines of {"prompt", "completion"}, {"messages"}, {"text"}, {"instruction", "input", "output"} or
+/// {"input_ids", "labels"} (labels as in Hugging Face, -100 for none; these need no tokenizer).
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora eval --model model.gguf --data text.txt\n  \
+    qlora eval --model DIR --adapter ADAPTER --data test.jsonl --json")]
+pub struct EvalArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The data; .jsonl for JSON lines, anything else is plain text.
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Leave out lines that cannot be read, and count them.
+    #[arg(long)]
+    skip_bad_lines: bool,
+    /// Also write `input_ids` and f32 `logits` [rows, length, vocabulary]; all sequences must be of one length.
+    #[arg(long, value_name = "FILE")]
+    dump_logits: Option<PathBuf>,
+    /// Print JSON: loss, perplexity, tokens.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &EvalArgs) -> Result<()> {
+    let model = args.model.load()?;
+    let options = DataOptions { skip_bad_lines: args.skip_bad_lines, ..DataOptions::default() };
+    let data = Dataset::read(&args.data, || args.model.tokenizer(&model), &options)?;
+    if data.bad_lines > 0 {
+        eprintln!("left out {} bad lines", data.bad_lines);
+    }
+    if let Some(path) = &args.dump_logits {
+        dump_logits(&model, &data.examples, path)?;
+    }
+    let bar = ProgressBar::new(data.examples.len() as u64);
+    bar.set_style(
+        ProgressStyle::with_template("{bar:40} {pos}/{len} sequences, {eta} left")
+            .unwrap_or(ProgressStyle::default_bar()),
+    );
+    let pieces = data.examples.iter().flat_map(|example| example.pieces(model.config().max_position_embeddings));
+    let found = evaluate(&model, pieces, |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    if args.json {
+        return print_json(&found);
+    }
+    print_line(&format!("loss {:.6}, perplexity {:.4}, {} tokens", found.loss, found.perplexity, found.tokens))
+}
+
+fn dump_logits(model: &Decoder, examples: &[Example], path: &std::path::Path) -> Result<()> {
+    let length = examples.first().map_or(0, |example| example.ids.len());
+    if let Some(other) = examples.iter().find(|example| example.ids.len() != length) {
+        return Err(Error::Invalid {
+            op: "dumping logits",
+            what: "the length of a sequence",
+            got: other.ids.len().to_string(),
+            expected: format!("the first one has {length} tokens, and all must be of one length"),
+        });
+    }
+    let (mut ids, mut logits) = (Vec::new(), Vec::new());
+    for example in examples {
+        let batch = model.batch(&Tokens::new(example.ids.clone(), 1)?, None)?;
+        logits.extend_from_slice(bytemuck::cast_slice(&model.logits(&batch)?.to_vec()?));
+        ids.extend(example.ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()));
+    }
+    let shape = vec![examples.len(), length];
+    let tensor = |name: &str, dtype, shape, bytes: Vec<u8>| OutTensor {
+        name: name.to_owned(),
+        dtype,
+        shape,
+        data: OutData::Bytes(bytes.into()),
+    };
+    let logits_shape = [&shape[..], &[model.config().vocab_size]].concat();
+    let tensors =
+        vec![tensor("input_ids", TensorType::I64, shape, ids), tensor("logits", TensorType::F32, logits_shape, logits)];
+    write(path, tensors, Default::default())
+}

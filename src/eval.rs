@@ -1,0 +1,91 @@
+//! How well a model predicts given tokens.
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::nn::{Decoder, Tokens, shifted_labels};
+
+/// What [`evaluate`] finds; the fields of `qlora eval --json`.
+#[derive(Clone, Copy, Debug, Serialize, PartialEq)]
+pub struct Evaluation {
+    /// Mean cross-entropy of the tokens that carry loss, in nats.
+    pub loss: f64,
+    /// e^loss.
+    pub perplexity: f64,
+    /// Tokens that carried loss.
+    pub tokens: usize,
+}
+
+/// Tokens of one pass, at least: short sequences are packed up to this.
+const PASS_TOKENS: usize = 512;
+
+/// The mean loss over sequences of token ids with labels in Hugging Face's form (one a token, -100 for none; the loss shifts
+/// them).
+///
+/// # Errors
+/// [`Error::Invalid`] if no token carries loss, or a sequence is longer than the model's positions or has ids outside its
+/// vocabulary; the device's own.
+pub fn evaluate<'a>(
+    model: &Decoder,
+    sequences: impl IntoIterator<Item = (&'a [u32], &'a [i64])>,
+    mut progress: impl FnMut(usize),
+) -> Result<Evaluation> {
+    let (mut sum, mut count, mut done) = (0.0, 0, 0);
+    let mut pack = Pack::default();
+    let mut run = |pack: &mut Pack, sequences: usize| -> Result<()> {
+        let pack = std::mem::take(pack);
+        if pack.ids.is_empty() {
+            return Ok(());
+        }
+        let tokens = Tokens::packed(pack.ids, 1, pack.segments)?;
+        let labels = shifted_labels(&tokens, &pack.labels, model.config().vocab_size)?;
+        let batch = model.batch(&tokens, Some(&labels))?;
+        if batch.label_tokens() > 0 {
+            // Summed in f64, however many tokens there are.
+            sum += model.evaluate(&batch)?.1.to_vec()?.iter().map(|&loss| f64::from(loss)).sum::<f64>();
+            count += batch.label_tokens();
+        }
+        progress(sequences);
+        Ok(())
+    };
+    for (ids, labels) in sequences {
+        if ids.len() != labels.len() {
+            let (expected, got) = (ids.len().to_string(), labels.len().to_string());
+            return Err(Error::Shape { op: "evaluation", what: "number of labels", expected, got });
+        }
+        if !pack.ids.is_empty() && pack.ids.len() + ids.len() > PASS_TOKENS {
+            run(&mut pack, done)?;
+        }
+        pack.push(ids, labels);
+        done += 1;
+    }
+    run(&mut pack, done)?;
+    if count == 0 {
+        return Err(Error::Invalid {
+            op: "evaluation",
+            what: "the data",
+            got: format!("{done} sequences without a token that carries loss"),
+            expected: "a label counts from the second token on, unless it is -100".into(),
+        });
+    }
+    let loss = sum / count as f64;
+    Ok(Evaluation { loss, perplexity: loss.exp(), tokens: count })
+}
+
+/// Sequences of one row.
+#[derive(Default)]
+struct Pack {
+    ids: Vec<u32>,
+    labels: Vec<i64>,
+    segments: Vec<u32>,
+    sequences: u32,
+}
+
+impl Pack {
+    fn push(&mut self, ids: &[u32], labels: &[i64]) {
+        self.sequences += 1;
+        self.ids.extend_from_slice(ids);
+        self.labels.extend_from_slice(labels);
+        self.segments.resize(self.ids.len(), self.sequences);
+    }
+}

@@ -1,0 +1,98 @@
+//! Generation: tokens go through the model once, and their keys and values are kept.
+
+use super::decoder::Decoder;
+use crate::autograd::Tape;
+use crate::error::{Error, Result};
+use crate::indices::Indices;
+use crate::kernels::attention::attention;
+use crate::kernels::embedding::{check_ids, embedding};
+use crate::kernels::qmatmul::qmatmul;
+use crate::kernels::visibility::Visibility;
+use crate::tensor::Tensor;
+
+/// Keys and values of the tokens of one sequence, of every layer.
+pub struct KvCache {
+    /// Keys (rotated) and values, [capacity, kv_heads * head_dim] each.
+    layers: Vec<[Tensor; 2]>,
+    capacity: usize,
+    len: usize,
+}
+
+impl KvCache {
+    /// Tokens that it holds.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Tokens that it has room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets the tokens after the first `len`.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+}
+
+impl Decoder {
+    /// An empty cache for `capacity` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for more than the model's positions; the device's own.
+    pub fn cache(&self, capacity: usize) -> Result<KvCache> {
+        self.rope_table(capacity)?;
+        let width = self.config.kv_heads * self.config.head_dim;
+        let zeros = || Tensor::zeros(&self.device, &[capacity, width]);
+        let layers = (0..self.config.layers).map(|_| Ok([zeros()?, zeros()?])).collect::<Result<_>>()?;
+        Ok(KvCache { layers, capacity, len: 0 })
+    }
+
+    /// Appends tokens to a sequence and returns the logits of the one after the last, [1, vocabulary].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for no tokens, an id outside the vocabulary, or more tokens than the cache has room for; the
+    /// device's own. After an error the cache is to be truncated or made anew.
+    pub fn extend(&self, cache: &mut KvCache, ids: &[u32]) -> Result<Tensor> {
+        check_ids(ids, self.config.vocab_size)?;
+        let (start, end) = (cache.len, cache.len + ids.len());
+        if ids.is_empty() || end > cache.capacity {
+            return Err(Error::Invalid {
+                op: "generation",
+                what: "the number of tokens",
+                got: format!("{} after {start}", ids.len()),
+                expected: format!("there is room for 1 to {} more", cache.capacity - start),
+            });
+        }
+        let rope = self.rope_table(end)?;
+        let positions: Vec<u32> = (start as u32..end as u32).collect();
+        let seen = |window: Option<usize>| {
+            let range = |&at: &u32| (window.map_or(0, |window| (at + 1).saturating_sub(window as u32)), at + 1);
+            Visibility::ranges(&self.device, &positions.iter().map(range).collect::<Vec<_>>(), cache.capacity)
+        };
+        let all = seen(None)?;
+        let window = self.config.windows.iter().copied().flatten().next();
+        let windowed = window.filter(|&window| window < end).map(|window| seen(Some(window))).transpose()?;
+        let positions = Indices::from_slice(&self.device, &positions)?;
+
+        let mut tape = Tape::inference();
+        let mut h = tape.constant(embedding(&self.embedding, &Indices::from_slice(&self.device, ids)?)?);
+        for (layer, [keys, values]) in self.layers.iter().zip(&mut cache.layers) {
+            let visibility = windowed.as_ref().filter(|_| layer.windowed).unwrap_or(&all);
+            h = layer.forward(&mut tape, &h, &self.config, (&rope, &positions), None, |tape, [q, k, v], shape| {
+                keys.set_rows(start, k.value())?;
+                values.set_rows(start, v.value())?;
+                Ok(tape.constant(attention(q.value(), keys, values, &shape, visibility)?.o))
+            })?;
+        }
+        cache.len = end;
+        let last = h.value().rows(ids.len() - 1..ids.len())?;
+        let normed = tape.rms_norm(&tape.constant(last), &self.norm, self.config.rms_norm_eps)?;
+        qmatmul(normed.value(), &self.head, None, None)
+    }
+}
