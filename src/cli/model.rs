@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
+use crate::formats::gguf::GgufFile;
 use crate::formats::peft::PeftAdapter;
 use crate::nn::Decoder;
 use crate::quant::QuantOptions;
@@ -59,14 +60,18 @@ impl ModelArgs {
 
     /// The tokenizer that comes with the model.
     pub fn tokenizer(&self, model: &Decoder) -> Result<Tokenizer> {
-        let tokenizer = Tokenizer::open(&self.model)?;
+        let tokenizer = if self.model.is_dir() {
+            Tokenizer::from_dir(&self.model)?
+        } else {
+            Tokenizer::from_gguf(&GgufFile::open(&self.model)?)?
+        };
         tokenizer.check_vocabulary(model.config().vocab_size)?;
         Ok(tokenizer)
     }
 }
 
 /// One sentence instead of the system's, for what people mistype most.
-fn exists(path: &Path) -> Result<()> {
+pub(super) fn exists(path: &Path) -> Result<()> {
     match path.try_exists() {
         Ok(true) => Ok(()),
         Ok(false) => Err(Error::Io { path: path.into(), message: "there is no such file or directory".into() }),

@@ -48,9 +48,8 @@ impl Pipelines {
         let mut forgotten = Vec::new();
         for pipeline in compiled.values() {
             let mut groups = pipeline.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
-            forgotten.extend(
-                groups.extract_if(|ids, _| ids.iter().any(|id| retired.contains(id))).map(|(_, group)| group),
-            );
+            forgotten
+                .extend(groups.extract_if(|ids, _| ids.iter().any(|id| retired.contains(id))).map(|(_, group)| group));
         }
         forgotten
     }

@@ -57,31 +57,34 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Reads the file at `path` and tokenizes it on all cores.
+    /// Reads the file at `path` and tokenizes it on all cores. Only `input_ids` can do without a tokenizer: text
+    /// is then an error that says why there is none.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be read, and [`Error::File`], with the number of the line, for a line that is malformed,
     /// of no known form, refused by the chat template, or without any token that carries loss, and for a file without
     /// examples.
-    pub fn read(path: impl AsRef<Path>, tokenizer: &Tokenizer, options: &DataOptions) -> Result<Self> {
+    pub fn read(path: impl AsRef<Path>, tokenizer: Result<&Tokenizer, &Error>, options: &DataOptions) -> Result<Self> {
         let path = path.as_ref();
         let bytes = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
         let file_error = |message: String| Error::File { path: path.into(), message };
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
         if !["jsonl", "json", "ndjson"].contains(&extension.as_str()) {
             let text = str::from_utf8(&bytes).map_err(|e| file_error(format!("is not UTF-8: {e}")))?;
-            let example = Reader { tokenizer, chat: None }.text(text).map_err(file_error)?;
+            let reader = tokenizer.map(|tokenizer| Reader { tokenizer, chat: None }).map_err(needs_tokenizer);
+            let example = reader.and_then(|reader| reader.text(text)).map_err(file_error)?;
             return Ok(Dataset { examples: vec![example], ..Dataset::default() });
         }
 
-        let reader = Reader { tokenizer, chat: tokenizer.chat_template().map(ChatTemplate::new) };
+        let chat = |tokenizer: &Tokenizer| tokenizer.chat_template().map(ChatTemplate::new);
+        let reader = tokenizer.map(|tokenizer| Reader { tokenizer, chat: chat(tokenizer) }).map_err(needs_tokenizer);
         let lines: Vec<(usize, &[u8])> = (1..).zip(bytes.split(|&byte| byte == b'\n')).collect();
         let read: Vec<_> = lines
             .into_par_iter()
             .filter(|(_, line)| !line.trim_ascii().is_empty())
             .map(|(number, line)| {
                 let object = || serde_json::from_slice(line).map_err(|e| format!("is no JSON object: {e}"));
-                let example = object().and_then(|object| reader.example(object));
+                let example = object().and_then(|object| example(object, reader.as_ref()));
                 example.map_err(|message| file_error(format!("line {number}: {message}")))
             })
             .collect();
@@ -114,46 +117,61 @@ struct Reader<'a> {
 
 type LineResult<T> = Result<T, String>;
 
+fn needs_tokenizer(error: &Error) -> String {
+    format!("text needs the model's tokenizer: {error}")
+}
+
+/// The example of a line; without a reader, the reason.
+fn example(object: Map<String, Value>, reader: Result<&Reader<'_>, &String>) -> LineResult<Example> {
+    let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
+    let example = if has("input_ids") {
+        let labels = has("labels").then(|| field(&object, "labels")).transpose()?;
+        let size = reader.ok().map(|reader| reader.tokenizer.vocab_size());
+        from_ids(field(&object, "input_ids")?, labels, size)?
+    } else {
+        reader.map_err(String::clone)?.example(&object)?
+    };
+    if example.labels.iter().skip(1).all(|&label| label == IGNORE_LABEL) {
+        return Err("no token carries loss".into());
+    }
+    Ok(example)
+}
+
+/// Ids as they are; checked against a vocabulary of `size` if it is known.
+fn from_ids(ids: Vec<u32>, labels: Option<Vec<i64>>, size: Option<usize>) -> LineResult<Example> {
+    let labels = labels.unwrap_or_else(|| ids.iter().copied().map(i64::from).collect());
+    if labels.len() != ids.len() {
+        return Err(format!("has {} labels for {} input_ids", labels.len(), ids.len()));
+    }
+    let Some(size) = size else { return Ok(Example { ids, labels }) };
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= size) {
+        return Err(format!("`input_ids`: {id} is outside the vocabulary of {size}"));
+    }
+    let known = |label: i64| label == IGNORE_LABEL || (0..size as i64).contains(&label);
+    if let Some(label) = labels.iter().find(|&&label| !known(label)) {
+        return Err(format!("`labels`: {label} is neither {IGNORE_LABEL} nor in the vocabulary of {size}"));
+    }
+    Ok(Example { ids, labels })
+}
+
 impl Reader<'_> {
-    fn example(&self, object: Map<String, Value>) -> LineResult<Example> {
+    fn example(&self, object: &Map<String, Value>) -> LineResult<Example> {
         let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
-        let text = |key: &str| field::<String>(&object, key);
-        let example = if has("input_ids") {
-            self.ids(field(&object, "input_ids")?, has("labels").then(|| field(&object, "labels")).transpose()?)?
-        } else if has("messages") {
-            self.messages(&field::<Vec<Message>>(&object, "messages")?)?
+        let text = |key: &str| field::<String>(object, key);
+        if has("messages") {
+            self.messages(&field::<Vec<Message>>(object, "messages")?)
         } else if has("prompt") && has("completion") {
-            self.pair(&text("prompt")?, &text("completion")?)?
+            self.pair(&text("prompt")?, &text("completion")?)
         } else if has("instruction") && has("output") {
             let input = has("input").then(|| text("input")).transpose()?.unwrap_or_default();
-            self.instruction(&text("instruction")?, &input, &text("output")?)?
+            self.instruction(&text("instruction")?, &input, &text("output")?)
         } else if has("text") {
-            self.text(&text("text")?)?
+            self.text(&text("text")?)
         } else {
             let keys: Vec<_> = object.keys().map(String::as_str).collect();
             let known = "prompt and completion, messages, instruction and output, text, or input_ids";
-            return Err(format!("has the keys [{}]; known are {known}", keys.join(", ")));
-        };
-        if example.labels.iter().skip(1).all(|&label| label == IGNORE_LABEL) {
-            return Err("no token carries loss".into());
+            Err(format!("has the keys [{}]; known are {known}", keys.join(", ")))
         }
-        Ok(example)
-    }
-
-    fn ids(&self, ids: Vec<u32>, labels: Option<Vec<i64>>) -> LineResult<Example> {
-        let labels = labels.unwrap_or_else(|| ids.iter().copied().map(i64::from).collect());
-        if labels.len() != ids.len() {
-            return Err(format!("has {} labels for {} input_ids", labels.len(), ids.len()));
-        }
-        let size = self.tokenizer.vocab_size();
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= size) {
-            return Err(format!("`input_ids`: {id} is outside the vocabulary of {size}"));
-        }
-        let known = |label: i64| label == IGNORE_LABEL || (0..size as i64).contains(&label);
-        if let Some(label) = labels.iter().find(|&&label| !known(label)) {
-            return Err(format!("`labels`: {label} is neither {IGNORE_LABEL} nor in the vocabulary of {size}"));
-        }
-        Ok(Example { ids, labels })
     }
 
     fn text(&self, text: &str) -> LineResult<Example> {
