@@ -23,7 +23,7 @@ const TEAM: u32 = 32;
 pub(crate) fn defines(matrix: Defines, tokens: u32, subgroups: bool) -> Defines {
     matrix
         .with("tokens", tokens)
-        .with("rows", ROWS)
+        .with("group_rows", ROWS)
         .with("threads", THREADS)
         .with("team", TEAM)
         .with("subgroups", subgroups)
