@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::indices::Indices;
-use crate::kernels::cross_entropy::IGNORE;
+use crate::kernels::cross_entropy::{IGNORE, check_labels};
 use crate::kernels::visibility::Visibility;
 
 const OP: &str = "batch";
@@ -126,7 +126,7 @@ impl Batch {
     /// `window` is that of the model's sliding-window layers.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an id outside the vocabulary, [`Error::Shape`] for labels that are too few or too many, and
+    /// [`Error::Invalid`] for an id or a label outside the vocabulary, [`Error::Shape`] for labels that are too few or too many, and
     /// the device's own.
     pub fn new(
         device: &Device,
@@ -142,6 +142,7 @@ impl Batch {
             let (expected, got) = (tokens.ids.len().to_string(), labels.len().to_string());
             return Err(Error::Shape { op: OP, what: "number of labels", expected, got });
         }
+        check_labels(labels.unwrap_or_default(), vocabulary)?;
         let positions = tokens.positions();
         let visibility = |window| Visibility::causal(device, &tokens.segments, tokens.length, window).map(Arc::new);
         Ok(Batch {
@@ -228,6 +229,8 @@ mod tests {
         let tokens = Tokens::new(vec![1, 5, 2, 3], 2).unwrap();
         let error = Batch::new(&Device::cpu(), &tokens, None, 5, None).unwrap_err().to_string();
         assert!(error.contains('5'), "{error}");
+        let error = Batch::new(&Device::cpu(), &tokens, Some(&[6, 0, 0, 0]), 6, None).unwrap_err().to_string();
+        assert!(error.contains('6'), "{error}");
         let labels = [IGNORE, 2, IGNORE, 1];
         let batch = Batch::new(&Device::cpu(), &tokens, Some(&labels), 6, None).unwrap();
         assert_eq!((batch.label_tokens(), batch.shape(), batch.len()), (2, [2, 2], 4));
