@@ -76,7 +76,7 @@ impl Decoder {
             Visibility::ranges(&self.device, &positions.iter().map(range).collect::<Vec<_>>(), cache.capacity)
         };
         let all = seen(None)?;
-        let window = self.config.windows.iter().copied().flatten().next();
+        let window = self.config.sliding_window();
         let windowed = window.filter(|&window| window < end).map(|window| seen(Some(window))).transpose()?;
         let positions = Indices::from_slice(&self.device, &positions)?;
 

@@ -197,6 +197,11 @@ impl ModelConfig {
     pub fn window(&self, layer: usize) -> Option<usize> {
         self.windows[layer]
     }
+
+    /// The window of the layers that have one: a model has one size of it.
+    pub(super) fn sliding_window(&self) -> Option<usize> {
+        self.windows.iter().copied().flatten().next()
+    }
 }
 
 fn architecture(json: &JsonObject) -> Result<Architecture> {

@@ -198,7 +198,7 @@ impl Decoder {
     /// # Errors
     /// As [`Batch::new`].
     pub fn batch(&self, tokens: &Tokens, labels: Option<&[u32]>) -> Result<Batch> {
-        let window = self.config.windows.iter().copied().flatten().next();
+        let window = self.config.sliding_window();
         Batch::new(&self.device, tokens, labels, self.config.vocab_size, window)
     }
 
