@@ -237,10 +237,6 @@ impl WeightSource for Random {
         let options = QuantOptions::nf4().double_quant();
         Ok(QuantizedMatrix::quantize(values.as_slice().into(), rows, cols, &options)?.into())
     }
-
-    fn contains(&self, _: &str) -> bool {
-        true
-    }
 }
 
 fn random_model(device: &Device, layers: usize) -> Decoder {

@@ -285,10 +285,6 @@ impl WeightSource for GgufSource<'_> {
         let base = if linear { self.base } else { BaseFormat::AsIs };
         self.file.matrix(&name, rows, cols, order, &base)
     }
-
-    fn contains(&self, name: &str) -> bool {
-        gguf_name(name).is_some_and(|name| self.file.contains(&name))
-    }
 }
 
 /// What a GGUF file calls the tensor that Hugging Face calls `name`.

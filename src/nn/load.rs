@@ -24,9 +24,6 @@ pub trait WeightSource {
     /// A matrix [rows, cols]. `linear`: it is that of a linear layer, which may be made 4-bit; embeddings and heads keep
     /// their precision.
     fn matrix(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<HostMatrix>;
-
-    /// Whether there is such a tensor.
-    fn contains(&self, name: &str) -> bool;
 }
 
 /// A checkpoint's tensors, those of linear layers in a format of one's choice.
@@ -46,10 +43,6 @@ impl WeightSource for FromCheckpoint<'_> {
         self.used.insert(name.to_owned());
         let base = if linear { self.base } else { &BaseFormat::AsIs };
         self.checkpoint.matrix(name, rows, cols, base)
-    }
-
-    fn contains(&self, name: &str) -> bool {
-        self.checkpoint.contains(name)
     }
 }
 
