@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use common::model::{distance, f32s, i64s_flat, logits};
@@ -11,6 +12,7 @@ use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder};
 use qlora_wgpu::formats::peft::PeftAdapter;
 use qlora_wgpu::formats::safetensors::SafetensorsFile;
+use qlora_wgpu::generate::{Sampler, Sampling, generate};
 use qlora_wgpu::nn::{Batch, Decoder, ModelConfig, Tokens, shifted_labels};
 use qlora_wgpu::optim::{AdamW, Schedule};
 use qlora_wgpu::train::{TrainOptions, Trainer};
@@ -120,6 +122,7 @@ fn check(device: &Device, steps: usize) {
 #[test]
 fn the_cpu_agrees_with_transformers_and_peft() {
     check(&Device::cpu(), 6);
+    answers(&Device::cpu());
 }
 
 #[test]
@@ -127,7 +130,17 @@ fn a_gpu_agrees_with_transformers_and_peft() {
     // One adapter is enough for the whole model; kernels are tested on all of them.
     if let Some(device) = common::gpus_with(|_| ()).first() {
         check(device, 2);
+        answers(device);
     }
+}
+
+/// The likeliest tokens after the chat, one by one through the cache.
+fn answers(device: &Device) {
+    let (model, json) = (load(device), json());
+    let (prompt, wanted) = (ids(&json["greedy"]["prompt_ids"]), ids(&json["greedy"]["new_ids"]));
+    let mut sampler = Sampler::new(Sampling::default()).unwrap();
+    let got = generate(&model, &prompt, wanted.len(), &mut sampler, &[], |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(got, wanted, "{}", common::name(device));
 }
 
 #[test]
@@ -153,4 +166,27 @@ fn the_command_answers_and_evaluates_as_the_reference_does() {
     let wanted = golden["nll"]["mean_nll"].as_f64().unwrap();
     assert!((found["loss"].as_f64().unwrap() - wanted).abs() < 1e-4, "{found} {wanted}");
     assert_eq!(found["tokens"].as_u64().unwrap() as usize, ids(&golden["nll"]["ids"]).len() - 1);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn loading_takes_less_than_twice_the_file_in_memory() {
+    let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("qlora"));
+    command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").arg("generate").arg("--model").arg(model_path());
+    command.args(["--device", "cpu", "--prompt", "Once", "--max-tokens", "2"]).stdout(std::process::Stdio::null());
+    let mut child = command.spawn().unwrap();
+    // The most that the process ever held: read as long as it is there.
+    let mut peak_kib = 0;
+    while child.try_wait().unwrap().is_none() {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let line =
+            status.lines().find_map(|line| line.strip_prefix("VmHWM:")).and_then(|l| l.split_whitespace().next());
+        peak_kib = line.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(peak_kib);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(child.wait().unwrap().success());
+    let file = std::fs::metadata(model_path()).unwrap().len();
+    println!("peak {} MiB, file {} MiB", peak_kib >> 10, file >> 20);
+    assert!(peak_kib << 10 > file / 2, "the peak was not seen: {peak_kib} KiB");
+    assert!(peak_kib << 10 < 2 * file, "{peak_kib} KiB at the peak for a file of {} KiB", file >> 10);
 }

@@ -39,7 +39,9 @@ enum Command {
 
 /// Runs the command line; errors go to stderr, in one sentence.
 pub fn run() -> ExitCode {
-    match dispatch(&Cli::parse().command) {
+    let command = Cli::parse().command;
+    // On a thread of the pool: an operation of the CPU device then need not hand over to one and wait.
+    match rayon::scope(|_| dispatch(&command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

@@ -130,13 +130,18 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Tensor`] if it is missing, of another shape or type, or has a value that cannot be quantized.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<HostMatrix> {
-        if self.quantized.contains(name) {
+        let matrix = if self.quantized.contains(name) {
             let matrix = bitsandbytes::read(self, name)?;
             self.check_shape(name, &[matrix.rows(), matrix.cols()], &[rows, cols])?;
-            return Ok(matrix.into());
+            matrix.into()
+        } else {
+            let floats = self.floats(name, &[rows, cols])?;
+            base.matrix(floats, rows, cols).map_err(|e| self.tensor_error(name, e))?
+        };
+        if let Some(Place { file, name }) = self.places.get(name) {
+            self.files[*file].release(name);
         }
-        let floats = self.floats(name, &[rows, cols])?;
-        base.matrix(floats, rows, cols).map_err(|e| self.tensor_error(name, e))
+        Ok(matrix)
     }
 
     /// Checks that nothing was left out: every tensor is in `used`, belongs to a 4-bit weight in it, or is a buffer of

@@ -4,6 +4,7 @@ pub mod bitsandbytes;
 pub mod checkpoint;
 pub mod gguf;
 pub(crate) mod json;
+mod mapped;
 pub mod peft;
 pub mod safetensors;
 mod staged;

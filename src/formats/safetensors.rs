@@ -6,17 +6,16 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bytemuck::Pod;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use memmap2::Mmap;
 pub use safetensors::Dtype as TensorType;
 use safetensors::tensor::{Metadata, TensorInfo};
 
+use super::mapped::MappedFile;
 use super::staged::StagedFile;
 use crate::error::{Error, Result};
 use crate::quant::Source;
@@ -53,8 +52,7 @@ pub trait Tensors {
 /// A memory-mapped safetensors file.
 #[derive(Debug)]
 pub struct SafetensorsFile {
-    path: PathBuf,
-    map: Mmap,
+    map: MappedFile,
     data_start: usize,
     header: Metadata,
     names: Vec<String>,
@@ -68,20 +66,16 @@ impl SafetensorsFile {
     /// [`Error::Io`] if the file cannot be opened, [`Error::File`] if it is truncated, too long, or
     /// its header is not a safetensors header.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref().to_path_buf();
-        let io_error = |e: io::Error| Error::Io { path: path.clone(), message: e.to_string() };
-        let file = File::open(&path).map_err(io_error)?;
-        // SAFETY: the mapped bytes change only if another process writes to the file in place while it
-        // is open here, which model files are not meant for; this crate's own writer never does.
-        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
-        let (data_start, header) = parse_header(&map).map_err(|message| Error::File { path: path.clone(), message })?;
+        let map = MappedFile::open(path.as_ref())?;
+        let (data_start, header) =
+            parse_header(&map).map_err(|message| Error::File { path: map.path().into(), message })?;
         let names = header.offset_keys();
-        Ok(SafetensorsFile { path, map, data_start, header, names })
+        Ok(SafetensorsFile { map, data_start, header, names })
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.map.path()
     }
 
     /// Names of all tensors, in the order of their data.
@@ -101,6 +95,13 @@ impl SafetensorsFile {
         Some(Tensor { dtype: *dtype, shape, bytes })
     }
 
+    /// Gives back the memory that reading a tensor's bytes took; they can be read again.
+    pub(super) fn release(&self, name: &str) {
+        if let Some(tensor) = self.get(name) {
+            self.map.release(tensor.bytes);
+        }
+    }
+
     /// The tensor called `name`.
     ///
     /// # Errors
@@ -111,7 +112,7 @@ impl SafetensorsFile {
 
     /// An [`Error::Tensor`] about a tensor of this file.
     pub fn tensor_error(&self, name: &str, message: impl ToString) -> Error {
-        Error::Tensor { path: self.path.clone(), key: name.into(), message: message.to_string() }
+        Error::Tensor { path: self.path().into(), key: name.into(), message: message.to_string() }
     }
 }
 

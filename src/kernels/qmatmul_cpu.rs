@@ -42,20 +42,27 @@ fn few_rows(
 ) -> Result<()> {
     let (n, k) = (w.rows(), w.cols());
     let m = x.len() / k;
+    let fill = |by_row: &mut [f32]| {
+        by_row.par_chunks_mut(GEMV_TASK * m).enumerate().for_each(|(task, out)| {
+            let first = task * GEMV_TASK;
+            simd::gemv(w, first..first + out.len() / m, x, out);
+            for (row, out) in (first..).zip(out.chunks_mut(m)) {
+                for (t, out) in out.iter_mut().enumerate() {
+                    if let Some(HostLora { h, b, rank, scale }) = lora {
+                        *out += scale * simd::dot(&h[t * rank..][..rank], &b[row * rank..][..rank]);
+                    }
+                    *out += bias.map_or(0.0, |bias| bias[row]);
+                }
+            }
+        })
+    };
+    if m == 1 {
+        fill(y);
+        return Ok(());
+    }
     // [N, M]: a task's results lie together.
     let mut by_row = cpu.zeros(n * m)?;
-    by_row.par_chunks_mut(GEMV_TASK * m).enumerate().for_each(|(task, out)| {
-        let first = task * GEMV_TASK;
-        simd::gemv(w, first..first + out.len() / m, x, out);
-        for (row, out) in (first..).zip(out.chunks_mut(m)) {
-            for (t, out) in out.iter_mut().enumerate() {
-                if let Some(HostLora { h, b, rank, scale }) = lora {
-                    *out += scale * simd::dot(&h[t * rank..][..rank], &b[row * rank..][..rank]);
-                }
-                *out += bias.map_or(0.0, |bias| bias[row]);
-            }
-        }
-    });
+    fill(&mut by_row);
     for (row, values) in by_row.chunks(m).enumerate() {
         for (t, &value) in values.iter().enumerate() {
             y[t * n + row] = value;

@@ -12,14 +12,13 @@ pub(crate) fn gemv(w: &HostMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32
     let m = x.len() / k;
     debug_assert!(m <= GEMV_ROWS && out.len() == rows.len() * m);
     #[cfg(target_arch = "x86_64")]
-    if let HostMatrix::Quantized(matrix) = w
-        && k.is_multiple_of(8)
-        && matrix.mins().is_none()
+    if k.is_multiple_of(8)
         && is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
     {
-        // SAFETY: the processor has AVX2 and FMA.
-        unsafe { packed::gemv(matrix, rows, x, out) };
+        // SAFETY: the processor has AVX2, FMA and F16C.
+        unsafe { packed::gemv(w, rows, x, out) };
         return;
     }
     let mut row_values = vec![0.0; k];
@@ -50,10 +49,11 @@ mod packed {
     use std::arch::x86_64::*;
 
     use super::*;
+    use crate::quant::{DenseData, DenseMatrix, Q8_BLOCK};
 
-    /// [`super::gemv`] for K a multiple of 8, without minima.
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) fn gemv(w: &QuantizedMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
+    /// [`super::gemv`] for K a multiple of 8.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) fn gemv(w: &HostMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
         match x.len() / w.cols() {
             1 => rows_of::<1>(w, rows, x, out),
             2 => rows_of::<2>(w, rows, x, out),
@@ -66,30 +66,38 @@ mod packed {
         }
     }
 
-    #[target_feature(enable = "avx2,fma")]
-    fn rows_of<const M: usize>(w: &QuantizedMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
-        let (k, block) = (w.cols(), w.block());
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn rows_of<const M: usize>(w: &HostMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
         // No slice below may end before its last load.
-        assert!(k % 8 == 0 && x.len() == M * k && out.len() == rows.len() * M);
+        assert!(w.cols() % 8 == 0 && x.len() == M * w.cols() && out.len() == rows.len() * M && rows.end <= w.rows());
+        match w {
+            HostMatrix::Quantized(w) => {
+                if w.cols() % 16 == 0 && w.block() % 16 == 0 && is_x86_feature_detected!("avx512f") {
+                    // SAFETY: the processor has AVX-512.
+                    unsafe { quantized_by_16::<M>(w, rows, x, out) }
+                } else {
+                    quantized::<M>(w, rows, x, out)
+                }
+            }
+            HostMatrix::Dense(w) => dense::<M>(w, rows, x, out),
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn quantized<const M: usize>(w: &QuantizedMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
+        let k = w.cols();
         let codebook = &w.codebook().0;
         // SAFETY: the codebook has 16 values.
         let (low, high) = unsafe { (_mm256_loadu_ps(codebook.as_ptr()), _mm256_loadu_ps(codebook.as_ptr().add(8))) };
         // The first of two codes is in a byte's high nibble.
         let shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-        let mut scales = vec![0.0f32; k / block + 2];
+        let mut in_row = RowBlocks::new(w);
         for (row, out) in rows.zip(out.chunks_exact_mut(M)) {
-            let first = row * k;
-            let blocks = first / block..(first + k).div_ceil(block);
-            let scales = &mut scales[..blocks.len()];
-            w.scales().decode_into(blocks, scales);
-            let (words, _) = w.codes()[first / 2..(first + k) / 2].as_chunks::<4>();
+            let (words, _) = w.codes()[row * k / 2..(row + 1) * k / 2].as_chunks::<4>();
             let mut sums = [_mm256_setzero_ps(); M];
-            let mut start = 0;
-            for &scale in &*scales {
-                // Where the block ends in this row: blocks may cross rows, but their borders are multiples of 8.
-                let end = ((first + start) / block * block + block - first).min(k);
-                let mut of_block = [_mm256_setzero_ps(); M];
-                for at in (start..end).step_by(8) {
+            for (span, scale, min) in in_row.of(row) {
+                let (scale, min) = (_mm256_set1_ps(scale), _mm256_set1_ps(min));
+                for at in span.step_by(8) {
                     let word = u32::from_le_bytes(words[at / 8]);
                     let codes = _mm256_srlv_epi32(_mm256_set1_epi32(word as i32), shifts);
                     // The permutation looks at three bits; the fourth chooses the half of the codebook.
@@ -99,23 +107,130 @@ mod packed {
                         _mm256_permutevar8x32_ps(high, codes),
                         upper,
                     );
-                    for (t, sum) in of_block.iter_mut().enumerate() {
-                        // SAFETY: at + 8 <= k, and x has M rows of k.
-                        let x = unsafe { _mm256_loadu_ps(x.as_ptr().add(t * k + at)) };
-                        *sum = _mm256_fmadd_ps(values, x, *sum);
+                    add_products(&mut sums, _mm256_fmadd_ps(values, scale, min), x, k, at);
+                }
+            }
+            total(&sums, out);
+        }
+    }
+
+    /// As [`quantized`], for K and blocks of multiples of 16: the whole codebook is in one register.
+    #[target_feature(enable = "avx512f")]
+    fn quantized_by_16<const M: usize>(w: &QuantizedMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
+        let k = w.cols();
+        // SAFETY: the codebook has 16 values.
+        let codebook = unsafe { _mm512_loadu_ps(w.codebook().0.as_ptr()) };
+        let shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+        let mut in_row = RowBlocks::new(w);
+        for (row, out) in rows.zip(out.chunks_exact_mut(M)) {
+            let (words, _) = w.codes()[row * k / 2..(row + 1) * k / 2].as_chunks::<8>();
+            let mut sums = [_mm512_setzero_ps(); M];
+            for (span, scale, min) in in_row.of(row) {
+                let (scale, min) = (_mm512_set1_ps(scale), _mm512_set1_ps(min));
+                for at in span.step_by(16) {
+                    let word = u64::from_le_bytes(words[at / 16]);
+                    let (first, second) = (word as u32 as i32, (word >> 32) as i32);
+                    let both = _mm512_castsi256_si512(_mm256_set1_epi32(first));
+                    let both = _mm512_inserti64x4::<1>(both, _mm256_set1_epi32(second));
+                    // The permutation looks at four bits.
+                    let values = _mm512_permutexvar_ps(_mm512_srlv_epi32(both, shifts), codebook);
+                    let values = _mm512_fmadd_ps(values, scale, min);
+                    for (t, sum) in sums.iter_mut().enumerate() {
+                        // SAFETY: at + 16 <= k, and x has M rows of k.
+                        let x = unsafe { _mm512_loadu_ps(x.as_ptr().add(t * k + at)) };
+                        *sum = _mm512_fmadd_ps(values, x, *sum);
                     }
                 }
-                for t in 0..M {
-                    sums[t] = _mm256_fmadd_ps(of_block[t], _mm256_set1_ps(scale), sums[t]);
-                }
-                start = end;
             }
-            for t in 0..M {
-                let mut lanes = [0.0f32; 8];
-                // SAFETY: there is room for eight values.
-                unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), sums[t]) };
-                out[t] = lanes.iter().sum();
+            for (sum, out) in sums.iter().zip(out) {
+                *out = _mm512_reduce_add_ps(*sum);
             }
+        }
+    }
+
+    /// Where a matrix's blocks lie in a row, which they may cross, with their scales and minima.
+    struct RowBlocks<'a> {
+        w: &'a QuantizedMatrix,
+        scales: Vec<f32>,
+        mins: Vec<f32>,
+    }
+
+    impl<'a> RowBlocks<'a> {
+        fn new(w: &'a QuantizedMatrix) -> Self {
+            let most = w.cols() / w.block() + 2;
+            RowBlocks { w, scales: vec![0.0; most], mins: vec![0.0; most] }
+        }
+
+        /// Columns, scale and minimum of each block of a row.
+        fn of(&mut self, row: usize) -> impl Iterator<Item = (Range<usize>, f32, f32)> {
+            let (k, block) = (self.w.cols(), self.w.block());
+            let first = row * k;
+            let blocks = first / block..(first + k).div_ceil(block);
+            self.w.scales().decode_into(blocks.clone(), &mut self.scales[..blocks.len()]);
+            if let Some(mins) = self.w.mins() {
+                mins.decode_into(blocks.clone(), &mut self.mins[..blocks.len()]);
+            }
+            let start = move |b: usize| (b * block).clamp(first, first + k) - first;
+            blocks
+                .zip(self.scales.iter().zip(&self.mins))
+                .map(move |(b, (&scale, &min))| (start(b)..start(b + 1), scale, min))
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn dense<const M: usize>(w: &DenseMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
+        // SAFETY (of all loads): eight values from a multiple of 8 below rows * cols, itself a multiple of 8.
+        match w.data() {
+            DenseData::F32(values) => {
+                of_eights::<M>(rows, x, out, |at| unsafe { _mm256_loadu_ps(values[at..at + 8].as_ptr()) })
+            }
+            DenseData::F16(values) => of_eights::<M>(rows, x, out, |at| unsafe {
+                _mm256_cvtph_ps(_mm_loadu_si128(values[at..at + 8].as_ptr().cast()))
+            }),
+            DenseData::Bf16(values) => of_eights::<M>(rows, x, out, |at| unsafe {
+                let halves = _mm_loadu_si128(values[at..at + 8].as_ptr().cast());
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+            }),
+            DenseData::Q8_0 { codes, scales } => of_eights::<M>(rows, x, out, |at| unsafe {
+                let codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(codes[at..at + 8].as_ptr().cast()));
+                let scale = _mm256_cvtph_ps(_mm_set1_epi16(scales[at / Q8_BLOCK].to_bits() as i16));
+                _mm256_mul_ps(_mm256_cvtepi32_ps(codes), scale)
+            }),
+        }
+    }
+
+    /// The products of rows whose weights `decode` gives, eight from a flat index on.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn of_eights<const M: usize>(rows: Range<usize>, x: &[f32], out: &mut [f32], decode: impl Fn(usize) -> __m256) {
+        let k = x.len() / M;
+        for (row, out) in rows.zip(out.chunks_exact_mut(M)) {
+            let mut sums = [_mm256_setzero_ps(); M];
+            for at in (0..k).step_by(8) {
+                add_products(&mut sums, decode(row * k + at), x, k, at);
+            }
+            total(&sums, out);
+        }
+    }
+
+    /// Adds to each row's sums the products of eight weights with its values from column `at` on.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn add_products<const M: usize>(sums: &mut [__m256; M], weights: __m256, x: &[f32], k: usize, at: usize) {
+        for (t, sum) in sums.iter_mut().enumerate() {
+            // SAFETY: at + 8 <= k, and x has M rows of k.
+            let x = unsafe { _mm256_loadu_ps(x.as_ptr().add(t * k + at)) };
+            *sum = _mm256_fmadd_ps(weights, x, *sum);
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    #[inline]
+    fn total<const M: usize>(sums: &[__m256; M], out: &mut [f32]) {
+        for (sum, out) in sums.iter().zip(out) {
+            let mut lanes = [0.0f32; 8];
+            // SAFETY: there is room for eight values.
+            unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), *sum) };
+            *out = lanes.iter().sum();
         }
     }
 }

@@ -18,18 +18,15 @@ mod value;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::fs::File;
-use std::io;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
-
-use memmap2::Mmap;
+use std::path::Path;
 
 pub use types::TensorType;
 use value::Reader;
 pub use value::{Array, FromValue, Value};
 
 use super::checkpoint::BaseFormat;
+use super::mapped::MappedFile;
 use crate::error::{Error, Result};
 use crate::kernels::HostMatrix;
 
@@ -41,8 +38,7 @@ const MAX_DIMENSIONS: u32 = 4;
 /// A memory-mapped GGUF file.
 #[derive(Debug)]
 pub struct GgufFile {
-    path: PathBuf,
-    map: Mmap,
+    map: MappedFile,
     header: Header,
 }
 
@@ -114,19 +110,14 @@ impl GgufFile {
     /// [`Error::Io`] if the file cannot be opened, [`Error::File`] if it is no GGUF file of version 2 or 3 or is malformed,
     /// [`Error::Tensor`] for a tensor of an unknown type or with bytes where it cannot have them.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref().to_path_buf();
-        let io_error = |e: io::Error| Error::Io { path: path.clone(), message: e.to_string() };
-        let file = File::open(&path).map_err(io_error)?;
-        // SAFETY: the mapped bytes change only if another process writes to the file in place while it
-        // is open here, which model files are not meant for.
-        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
-        let header = Header::read(&map).map_err(|malformed| malformed.at(&path))?;
-        Ok(GgufFile { path, map, header })
+        let map = MappedFile::open(path.as_ref())?;
+        let header = Header::read(&map).map_err(|malformed| malformed.at(map.path()))?;
+        Ok(GgufFile { map, header })
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.map.path()
     }
 
     /// All keys of the metadata, sorted.
@@ -161,7 +152,7 @@ impl GgufFile {
 
     /// An [`Error::File`] about `key` of the metadata.
     pub fn metadata_error(&self, key: &str, message: impl Display) -> Error {
-        Error::File { path: self.path.clone(), message: format!("`{key}`: {message}") }
+        Error::File { path: self.path().into(), message: format!("`{key}`: {message}") }
     }
 
     /// Names of all tensors, sorted.
@@ -228,14 +219,16 @@ impl GgufFile {
         let bytes = order.restore(tensor.bytes, spans).ok_or_else(|| {
             self.tensor_error(name, format!("is {} of shape {shape:?}, of which no heads can be made", tensor.kind))
         })?;
-        blocks::matrix(tensor.kind, &bytes, rows, cols, base)
+        let matrix = blocks::matrix(tensor.kind, &bytes, rows, cols, base);
+        self.map.release(tensor.bytes);
+        matrix
             .map_err(|e| self.tensor_error(name, e))?
             .ok_or_else(|| self.tensor_error(name, format!("is {}, which is not supported", tensor.kind)))
     }
 
     /// An [`Error::Tensor`] about a tensor of this file.
     pub fn tensor_error(&self, name: &str, message: impl Display) -> Error {
-        Error::Tensor { path: self.path.clone(), key: name.into(), message: message.to_string() }
+        Error::Tensor { path: self.path().into(), key: name.into(), message: message.to_string() }
     }
 }
 
