@@ -16,11 +16,11 @@ pub struct Evaluation {
     pub tokens: usize,
 }
 
-/// Tokens of one pass, at least: short sequences are packed up to this.
-const PASS_TOKENS: usize = 512;
+/// A good `pass_tokens` of [`evaluate`] where memory is no concern.
+pub const PASS_TOKENS: usize = 512;
 
 /// The mean loss over sequences of token ids with labels in Hugging Face's form (one a token, -100 for none; the loss shifts
-/// them).
+/// them). Short sequences go through the model together, up to `pass_tokens`.
 ///
 /// # Errors
 /// [`Error::Invalid`] if no token carries loss, or a sequence is longer than the model's positions or has ids outside its
@@ -28,6 +28,7 @@ const PASS_TOKENS: usize = 512;
 pub fn evaluate<'a>(
     model: &Decoder,
     sequences: impl IntoIterator<Item = (&'a [u32], &'a [i64])>,
+    pass_tokens: usize,
     mut progress: impl FnMut(usize),
 ) -> Result<Evaluation> {
     let (mut sum, mut count, mut done) = (0.0, 0, 0);
@@ -53,7 +54,7 @@ pub fn evaluate<'a>(
             let (expected, got) = (ids.len().to_string(), labels.len().to_string());
             return Err(Error::Shape { op: "evaluation", what: "number of labels", expected, got });
         }
-        if !pack.ids.is_empty() && pack.ids.len() + ids.len() > PASS_TOKENS {
+        if !pack.ids.is_empty() && pack.ids.len() + ids.len() > pass_tokens {
             run(&mut pack, done)?;
         }
         pack.push(ids, labels);

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::model::{ModelArgs, exists};
 use super::{print_json, print_line};
 use crate::error::{Error, Result};
-use crate::eval::evaluate;
+use crate::eval::{PASS_TOKENS, evaluate};
 use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
 use crate::nn::{Decoder, Tokens};
 use crate::train::data::{DataOptions, Dataset, Example};
@@ -57,7 +57,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     // A text longer than the model's positions counts piece by piece, each without what was before.
     let most = model.config().max_position_embeddings;
     let pieces = data.examples.iter().flat_map(|example| example.ids.chunks(most).zip(example.labels.chunks(most)));
-    let found = evaluate(&model, pieces, |done| bar.set_position(done as u64))?;
+    let found = evaluate(&model, pieces, PASS_TOKENS, |done| bar.set_position(done as u64))?;
     bar.finish_and_clear();
     if args.json {
         return print_json(&found);

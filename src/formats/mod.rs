@@ -7,4 +7,4 @@ pub(crate) mod json;
 mod mapped;
 pub mod peft;
 pub mod safetensors;
-mod staged;
+pub(crate) mod staged;

@@ -307,6 +307,7 @@ fn byte_len(tensor: &OutTensor<'_>) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+    use std::path::PathBuf;
 
     use tempfile::TempDir;
 

@@ -9,14 +9,14 @@ use tempfile::NamedTempFile;
 use crate::error::{Error, Result};
 
 /// A file that is complete and on the disk under a temporary name, in the folder of its path. Dropped, it is removed.
-pub(super) struct StagedFile {
+pub(crate) struct StagedFile {
     path: PathBuf,
     temporary: NamedTempFile,
 }
 
 impl StagedFile {
     /// Writes the file that is to be at `path`.
-    pub(super) fn new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<Self> {
+    pub(crate) fn new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<Self> {
         let io_error = |e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let mut temporary = temporary_file(folder.unwrap_or(Path::new("."))).map_err(io_error)?;
@@ -29,7 +29,7 @@ impl StagedFile {
     }
 
     /// Gives the file its name; one that has it is replaced.
-    pub(super) fn commit(self) -> Result<()> {
+    pub(crate) fn commit(self) -> Result<()> {
         let StagedFile { path, temporary } = self;
         temporary.persist(&path).map(drop).map_err(|e| Error::Io { path, message: e.error.to_string() })
     }

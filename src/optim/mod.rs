@@ -34,6 +34,16 @@ impl Optimizer {
         Optimizer { config, moments: BTreeMap::new(), step: 0 }
     }
 
+    /// An optimizer as it was after `steps` updates, with the moments that [`Optimizer::moments`] gave.
+    pub fn restored(
+        config: AdamW,
+        steps: u32,
+        moments: impl IntoIterator<Item = (String, Tensor, Tensor)>,
+    ) -> Optimizer {
+        let moments = moments.into_iter().map(|(name, m, v)| (name, Moments { m, v })).collect();
+        Optimizer { config, moments, step: steps }
+    }
+
     /// Updates so far.
     pub fn steps(&self) -> u32 {
         self.step

@@ -50,6 +50,8 @@ pub struct DataOptions {
 pub struct Dataset {
     /// At least one.
     pub examples: Vec<Example>,
+    /// Whether the one example is a text without lines: of any length, to be cut into pieces.
+    pub continuous: bool,
     /// Lines left out.
     pub bad_lines: usize,
     /// What was wrong with the first of them.
@@ -73,7 +75,7 @@ impl Dataset {
             let text = str::from_utf8(&bytes).map_err(|e| file_error(format!("is not UTF-8: {e}")))?;
             let reader = tokenizer.map(|tokenizer| Reader { tokenizer, chat: None }).map_err(needs_tokenizer);
             let example = reader.and_then(|reader| reader.text(text)).map_err(file_error)?;
-            return Ok(Dataset { examples: vec![example], ..Dataset::default() });
+            return Ok(Dataset { examples: vec![example], continuous: true, ..Dataset::default() });
         }
 
         let chat = |tokenizer: &Tokenizer| tokenizer.chat_template().map(ChatTemplate::new);

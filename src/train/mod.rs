@@ -35,7 +35,11 @@
 //! # }
 //! ```
 
+pub mod batches;
+mod checkpoint;
 pub mod data;
+pub mod metrics;
+pub mod run;
 
 use crate::autograd::{Gradients, Tape};
 use crate::error::{Error, Result};

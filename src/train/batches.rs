@@ -1,0 +1,358 @@
+//! What each step trains on: examples fill rows, rows make micro-batches, micro-batches make steps.
+
+use std::collections::BTreeSet;
+
+use super::data::{Dataset, Example};
+use crate::error::{Error, Result};
+use crate::nn::{IGNORE_LABEL, PADDING, Tokens};
+use crate::seed::mix;
+
+/// How examples become batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchOptions {
+    /// Rows of a micro-batch, at most.
+    pub batch_size: usize,
+    /// Micro-batches of a step; the last step of an epoch may have fewer.
+    pub grad_accum: usize,
+    /// Tokens of a row, at most.
+    pub seq_len: usize,
+    /// Whether a row holds several examples, none of which sees another.
+    pub packing: bool,
+    /// Whether every epoch has an order of its own; otherwise it is that of the file.
+    pub shuffle: bool,
+    /// Of the orders.
+    pub seed: u64,
+}
+
+impl Default for BatchOptions {
+    /// One packed row of 512 tokens a step, shuffled.
+    fn default() -> Self {
+        BatchOptions { batch_size: 1, grad_accum: 1, seq_len: 512, packing: true, shuffle: true, seed: 0 }
+    }
+}
+
+/// Token ids and labels (in Hugging Face's form, not yet shifted) of some rows, padded to the longest.
+#[derive(Clone, Debug)]
+pub struct MicroBatch {
+    /// The tokens.
+    pub tokens: Tokens,
+    /// One a token.
+    pub labels: Vec<i64>,
+}
+
+impl MicroBatch {
+    /// Tokens without padding.
+    pub fn token_count(&self) -> usize {
+        self.tokens.segments.iter().filter(|&&segment| segment != PADDING).count()
+    }
+}
+
+/// The examples of a run in rows, and their order in every epoch.
+#[derive(Clone, Debug)]
+pub struct Batches {
+    examples: Vec<Example>,
+    /// Which examples a row holds.
+    rows: Vec<Vec<usize>>,
+    options: BatchOptions,
+    /// The epoch that was asked for last, and the order of its rows.
+    order: (u32, Vec<usize>),
+    /// What was left out of the data.
+    pub cut: Cut,
+}
+
+/// What a row's length left out of the data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cut {
+    /// Examples that were longer than a row.
+    pub truncated: usize,
+    /// Tokens that they lost.
+    pub tokens: usize,
+    /// Examples left out, since no token of what was left carries loss.
+    pub dropped: usize,
+}
+
+impl Batches {
+    /// Arranges the examples of a dataset. Longer ones than a row are cut at its end (and counted); a text that is not in
+    /// lines goes on in the next row instead.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if a size is 0, or no label is left.
+    pub fn new(dataset: Dataset, options: BatchOptions) -> Result<Batches> {
+        const OP: &str = "training data";
+        let sizes = [
+            ("the batch size", options.batch_size, 1),
+            ("the number of micro-batches", options.grad_accum, 1),
+            ("the sequence length", options.seq_len, 2),
+        ];
+        if let Some((what, got, least)) = sizes.into_iter().find(|&(_, got, least)| got < least) {
+            let expected = format!("it must be at least {least}");
+            return Err(Error::Invalid { op: OP, what, got: got.to_string(), expected });
+        }
+        let (examples, cut) = cut(dataset, options.seq_len);
+        if examples.is_empty() {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "the number of tokens that carry loss",
+                got: "0".into(),
+                expected: format!(
+                    "all {} examples are cut to {} tokens before their first label; a longer sequence length may help",
+                    cut.dropped, options.seq_len
+                ),
+            });
+        }
+        let rows = if options.packing {
+            pack(&examples.iter().map(|example| example.ids.len()).collect::<Vec<_>>(), options.seq_len)
+        } else {
+            (0..examples.len()).map(|index| vec![index]).collect()
+        };
+        let mut batches = Batches { examples, rows, options, order: (0, Vec::new()), cut };
+        batches.order = (0, batches.order_of(0));
+        Ok(batches)
+    }
+
+    /// How it was arranged.
+    pub fn options(&self) -> &BatchOptions {
+        &self.options
+    }
+
+    /// Steps after which every example was seen once.
+    pub fn steps_per_epoch(&self) -> u32 {
+        let micro_batches = self.rows.len().div_ceil(self.options.batch_size);
+        u32::try_from(micro_batches.div_ceil(self.options.grad_accum)).unwrap_or(u32::MAX)
+    }
+
+    /// Examples that are trained on.
+    pub fn examples(&self) -> usize {
+        self.examples.len()
+    }
+
+    /// Tokens of the longest row.
+    pub fn longest_row(&self) -> usize {
+        self.rows.iter().map(|row| self.len_of(row)).max().unwrap_or(0)
+    }
+
+    /// A number that other data, or another arrangement of it, would not have.
+    pub fn fingerprint(&self) -> u64 {
+        let ids = self.examples.iter().flat_map(|e| e.ids.iter().map(|&id| u64::from(id)));
+        let labels = self.examples.iter().flat_map(|e| e.labels.iter().map(|&label| label as u64));
+        let rows = self.rows.iter().flat_map(|row| row.iter().map(|&index| index as u64).chain([u64::MAX]));
+        ids.chain([self.examples.len() as u64]).chain(labels).chain(rows).fold(0, mix)
+    }
+
+    /// The micro-batches of step `step`, counted from 0 over all epochs.
+    pub fn step(&mut self, step: u32) -> Result<Vec<MicroBatch>> {
+        let steps = self.steps_per_epoch();
+        let epoch = step / steps;
+        if self.order.0 != epoch {
+            self.order = (epoch, self.order_of(epoch));
+        }
+        let rows_a_step = self.options.batch_size * self.options.grad_accum;
+        let start = (step % steps) as usize * rows_a_step;
+        let rows = &self.order.1[start..(start + rows_a_step).min(self.rows.len())];
+        rows.chunks(self.options.batch_size).map(|rows| self.micro_batch(rows)).collect()
+    }
+
+    fn order_of(&self, epoch: u32) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.rows.len()).collect();
+        if self.options.shuffle {
+            let seed = mix(self.options.seed, epoch.into());
+            order.sort_by_key(|&row| mix(seed, row as u64));
+        }
+        order
+    }
+
+    fn len_of(&self, row: &[usize]) -> usize {
+        row.iter().map(|&index| self.examples[index].ids.len()).sum()
+    }
+
+    fn micro_batch(&self, rows: &[usize]) -> Result<MicroBatch> {
+        let rows: Vec<&[usize]> = rows.iter().map(|&row| &*self.rows[row]).collect();
+        let length = rows.iter().map(|row| self.len_of(row)).max().unwrap_or(0);
+        let (mut ids, mut labels, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+        for (number, row) in (1..).zip(&rows) {
+            for (segment, &index) in (1..).zip(row.iter()) {
+                let example = &self.examples[index];
+                ids.extend_from_slice(&example.ids);
+                labels.extend_from_slice(&example.labels);
+                segments.resize(ids.len(), segment);
+            }
+            ids.resize(number * length, 0);
+            labels.resize(number * length, IGNORE_LABEL);
+            segments.resize(number * length, PADDING);
+        }
+        Ok(MicroBatch { tokens: Tokens::packed(ids, rows.len(), segments)?, labels })
+    }
+}
+
+/// Examples of at most `seq_len` tokens.
+fn cut(dataset: Dataset, seq_len: usize) -> (Vec<Example>, Cut) {
+    let mut cut = Cut::default();
+    let mut examples = Vec::with_capacity(dataset.examples.len());
+    for mut example in dataset.examples {
+        if dataset.continuous {
+            let pieces = example.ids.chunks(seq_len).zip(example.labels.chunks(seq_len));
+            examples.extend(pieces.map(|(ids, labels)| Example { ids: ids.into(), labels: labels.into() }));
+            continue;
+        }
+        if example.ids.len() > seq_len {
+            cut.truncated += 1;
+            cut.tokens += example.ids.len() - seq_len;
+            example.ids.truncate(seq_len);
+            example.labels.truncate(seq_len);
+        }
+        examples.push(example);
+    }
+    let before = examples.len();
+    examples.retain(|example| example.labels.iter().skip(1).any(|&label| label != IGNORE_LABEL));
+    if !dataset.continuous {
+        cut.dropped = before - examples.len();
+    }
+    (examples, cut)
+}
+
+/// Rows of at most `room` tokens that hold examples of these lengths, each once: the longest first, each into the fullest row
+/// that has room for it. Rows are in the order of their first example, and so are a row's examples.
+fn pack(lengths: &[usize], room: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..lengths.len()).collect();
+    order.sort_by_key(|&index| std::cmp::Reverse(lengths[index]));
+    let mut rows: Vec<Vec<usize>> = Vec::new();
+    // Room left, and the row.
+    let mut open: BTreeSet<(usize, usize)> = BTreeSet::new();
+    for index in order {
+        let length = lengths[index];
+        let (left, row) = match open.range((length, 0)..).next().copied() {
+            Some(found) => {
+                open.remove(&found);
+                found
+            }
+            None => {
+                rows.push(Vec::new());
+                (room, rows.len() - 1)
+            }
+        };
+        rows[row].push(index);
+        open.insert((left - length, row));
+    }
+    rows.iter_mut().for_each(|row| row.sort_unstable());
+    rows.sort_unstable_by_key(|row| row[0]);
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn dataset(lengths: &[usize]) -> Dataset {
+        let example = |(at, &len): (usize, &usize)| {
+            let ids: Vec<u32> = (0..len as u32).map(|i| at as u32 * 100 + i).collect();
+            Example { labels: ids.iter().map(|&id| id.into()).collect(), ids }
+        };
+        Dataset { examples: lengths.iter().enumerate().map(example).collect(), ..Dataset::default() }
+    }
+
+    fn options(batch_size: usize, grad_accum: usize, seq_len: usize) -> BatchOptions {
+        BatchOptions { batch_size, grad_accum, seq_len, packing: false, shuffle: false, seed: 0 }
+    }
+
+    #[test]
+    fn rows_are_padded_to_the_longest_of_their_micro_batch() {
+        let mut batches = Batches::new(dataset(&[2, 3, 4]), options(2, 1, 8)).unwrap();
+        assert_eq!(batches.steps_per_epoch(), 2);
+        let first = &batches.step(0).unwrap()[0];
+        assert_eq!(first.tokens.ids, [0, 1, 0, 100, 101, 102]);
+        assert_eq!(first.tokens.segments, [1, 1, 0, 1, 1, 1]);
+        assert_eq!(first.labels, [0, 1, -100, 100, 101, 102]);
+        assert_eq!((first.tokens.rows, first.token_count()), (2, 5));
+        assert_eq!(batches.step(1).unwrap()[0].tokens.ids, [200, 201, 202, 203]);
+        // The next epoch.
+        assert_eq!(batches.step(2).unwrap()[0].tokens.ids, first.tokens.ids);
+    }
+
+    #[test]
+    fn the_last_step_of_an_epoch_has_what_is_left() {
+        let mut batches = Batches::new(dataset(&[2; 7]), options(2, 3, 8)).unwrap();
+        let sizes = |step: Vec<MicroBatch>| step.iter().map(|micro| micro.tokens.rows).collect::<Vec<_>>();
+        assert_eq!(batches.steps_per_epoch(), 2);
+        assert_eq!(sizes(batches.step(0).unwrap()), [2, 2, 2]);
+        assert_eq!(sizes(batches.step(1).unwrap()), [1]);
+    }
+
+    #[test]
+    fn long_examples_are_cut_and_counted_and_long_texts_go_on() {
+        let mut data = dataset(&[10, 3, 10]);
+        data.examples[2].labels[..6].fill(IGNORE_LABEL);
+        let mut batches = Batches::new(data, options(1, 1, 4)).unwrap();
+        assert_eq!(batches.cut, Cut { truncated: 2, tokens: 12, dropped: 1 });
+        assert_eq!(batches.examples(), 2);
+        assert_eq!(batches.step(0).unwrap()[0].tokens.ids, [0, 1, 2, 3]);
+
+        let text = Dataset { continuous: true, ..dataset(&[9]) };
+        let mut batches = Batches::new(text, options(1, 1, 4)).unwrap();
+        // The ninth token has no token before it in its row to predict it.
+        assert_eq!((batches.cut, batches.examples()), (Cut::default(), 2));
+        assert_eq!(batches.step(1).unwrap()[0].tokens.ids, [4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn without_labels_there_is_nothing_to_train_on() {
+        let mut data = dataset(&[10]);
+        data.examples[0].labels[..6].fill(IGNORE_LABEL);
+        let error = Batches::new(data.clone(), options(1, 1, 4)).unwrap_err().to_string();
+        assert!(error.contains("cut to 4 tokens"), "{error}");
+        assert!(Batches::new(data.clone(), options(0, 1, 4)).unwrap_err().to_string().contains("batch size"));
+        assert!(Batches::new(data, options(1, 1, 1)).unwrap_err().to_string().contains("sequence length"));
+    }
+
+    #[test]
+    fn epochs_have_orders_of_their_own_which_the_seed_decides() {
+        let arranged = |seed| {
+            let options = BatchOptions { shuffle: true, seed, ..options(1, 1, 8) };
+            Batches::new(dataset(&[2; 50]), options).unwrap()
+        };
+        let epoch = |batches: &mut Batches, epoch: u32| -> Vec<u32> {
+            (0..50).map(|step| batches.step(epoch * 50 + step).unwrap()[0].tokens.ids[0]).collect()
+        };
+        let mut batches = arranged(1);
+        let (first, second) = (epoch(&mut batches, 0), epoch(&mut batches, 1));
+        assert_ne!(first, second);
+        // Whatever was asked for before.
+        assert_eq!(epoch(&mut arranged(1), 1), second);
+        assert_ne!(epoch(&mut arranged(2), 0), first);
+        let sorted = |mut ids: Vec<u32>| {
+            ids.sort_unstable();
+            ids
+        };
+        assert_eq!(sorted(first), sorted(second));
+    }
+
+    #[test]
+    fn packed_examples_have_segments_of_their_own() {
+        let packed = BatchOptions { packing: true, ..options(2, 1, 6) };
+        let mut batches = Batches::new(dataset(&[4, 3, 2, 3]), packed).unwrap();
+        let step = batches.step(0).unwrap();
+        assert_eq!(step[0].tokens.ids, [0, 1, 2, 3, 200, 201, 100, 101, 102, 300, 301, 302]);
+        assert_eq!(step[0].tokens.segments, [1, 1, 1, 1, 2, 2, 1, 1, 1, 2, 2, 2]);
+        assert_eq!(batches.longest_row(), 6);
+        let other = Batches::new(dataset(&[4, 3, 3, 2]), packed).unwrap();
+        assert_ne!(batches.fingerprint(), other.fingerprint());
+        assert_eq!(batches.fingerprint(), Batches::new(dataset(&[4, 3, 2, 3]), packed).unwrap().fingerprint());
+    }
+
+    proptest! {
+        #[test]
+        fn every_example_is_packed_once_and_rows_are_full(lengths in prop::collection::vec(1usize..40, 1..80)) {
+            let rows = pack(&lengths, 40);
+            let mut seen: Vec<usize> = rows.concat();
+            seen.sort_unstable();
+            prop_assert_eq!(seen, (0..lengths.len()).collect::<Vec<_>>());
+            let full = |row: &Vec<usize>| row.iter().map(|&i| lengths[i]).sum::<usize>();
+            prop_assert!(rows.iter().all(|row| full(row) <= 40));
+            // No two rows fit into one.
+            for (i, row) in rows.iter().enumerate() {
+                prop_assert!(rows[..i].iter().all(|other| full(row) + full(other) > 40));
+            }
+        }
+    }
+}
