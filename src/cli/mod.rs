@@ -5,6 +5,7 @@ mod demo;
 mod devices;
 mod eval;
 mod generate;
+mod hub;
 mod model;
 mod quantize;
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use super::hub::HubId;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
@@ -18,8 +19,9 @@ use crate::text::Tokenizer;
 /// A model, an adapter and a device.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
-    /// A Hugging Face directory (config.json and safetensors) or a .gguf file.
-    #[arg(long, value_name = "PATH")]
+    /// A Hugging Face directory (config.json and safetensors), a .gguf file, or an id on the hub: org/name,
+    /// org/name@revision, org/name/FILE.gguf.
+    #[arg(long, value_name = "PATH|ID")]
     model: PathBuf,
     /// A directory with a PEFT adapter.
     #[arg(long, value_name = "DIR")]
@@ -43,8 +45,12 @@ enum Base {
 }
 
 impl ModelArgs {
-    /// Where the model is.
+    /// Where the model is; one of the hub is fetched.
     pub fn path(&self) -> Result<PathBuf> {
+        let id = self.model.to_str().and_then(HubId::parse);
+        if let Some(id) = id.filter(|_| matches!(self.model.try_exists(), Ok(false))) {
+            return id.fetch();
+        }
         exists(&self.model)?;
         check_kind(&self.model)?;
         Ok(self.model.clone())
