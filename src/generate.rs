@@ -112,13 +112,21 @@ pub fn generate(
     stop: &[u32],
     mut each: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>> {
+    if prompt.is_empty() {
+        return Err(Error::Invalid {
+            op: OP,
+            what: "the prompt",
+            got: "empty".into(),
+            expected: "it must have at least one token".into(),
+        });
+    }
     let positions = model.config().max_position_embeddings;
     if prompt.len() >= positions {
         return Err(Error::Invalid {
             op: OP,
             what: "the prompt",
             got: format!("{} tokens", prompt.len()),
-            expected: format!("the model has {positions} positions, the answer's included"),
+            expected: format!("the model has {positions} positions, the answer's included; shorten it"),
         });
     }
     let most = most.min(positions - prompt.len());

@@ -40,9 +40,10 @@ pub struct EvalArgs {
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     exists(&args.data)?;
-    let model = args.model.load()?;
+    let path = args.model.path()?;
+    let model = args.model.load(&path)?;
     let options = DataOptions { skip_bad_lines: args.skip_bad_lines };
-    let data = Dataset::read(&args.data, args.model.tokenizer(&model).as_ref(), &options)?;
+    let data = Dataset::read(&args.data, args.model.tokenizer(&path, &model).as_ref(), &options)?;
     if data.bad_lines > 0 {
         eprintln!("left out {} bad lines", data.bad_lines);
     }
@@ -57,7 +58,11 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     // A text longer than the model's positions counts piece by piece, each without what was before.
     let most = model.config().max_position_embeddings;
     let pieces = data.examples.iter().flat_map(|example| example.ids.chunks(most).zip(example.labels.chunks(most)));
-    let found = evaluate(&model, pieces, PASS_TOKENS, |done| bar.set_position(done as u64))?;
+    let found =
+        evaluate(&model, pieces, PASS_TOKENS, |done| bar.set_position(done as u64)).map_err(|error| match error {
+            Error::Invalid { .. } => Error::File { path: args.data.clone(), message: error.to_string() },
+            error => error,
+        })?;
     bar.finish_and_clear();
     if args.json {
         return print_json(&found);

@@ -32,13 +32,13 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
     /// 0 takes the likeliest token, always.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
     /// Only so many of the likeliest tokens; 0: all.
     #[arg(long, default_value_t = 0)]
     top_k: usize,
     /// Only the likeliest tokens that together have this probability.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f32,
     /// The same seed chooses the same tokens.
     #[arg(long, default_value_t = 0)]
@@ -54,8 +54,9 @@ pub struct GenerateArgs {
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let mut sampler = Sampler::new(sampling)?;
-    let model = args.model.load()?;
-    let tokenizer = args.model.tokenizer(&model)?;
+    let path = args.model.path()?;
+    let model = args.model.load(&path)?;
+    let tokenizer = args.model.tokenizer(&path, &model)?;
     let prompt = if args.chat {
         let system = args.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<Message> = system.chain([Message::new("user", &args.prompt)]).collect();

@@ -5,6 +5,8 @@ mod demo;
 mod devices;
 mod eval;
 mod generate;
+mod hub;
+mod inspect;
 mod model;
 mod quantize;
 
@@ -29,6 +31,7 @@ struct Cli {
 #[derive(Subcommand, Debug)]
 enum Command {
     Devices(devices::DevicesArgs),
+    Inspect(inspect::InspectArgs),
     Quantize(quantize::QuantizeArgs),
     Dequantize(quantize::DequantizeArgs),
     Eval(eval::EvalArgs),
@@ -53,6 +56,7 @@ pub fn run() -> ExitCode {
 fn dispatch(command: &Command) -> Result<()> {
     match command {
         Command::Devices(args) => devices::run(args),
+        Command::Inspect(args) => inspect::run(args),
         Command::Quantize(args) => quantize::quantize(args),
         Command::Dequantize(args) => quantize::dequantize(args),
         Command::Eval(args) => eval::run(args),

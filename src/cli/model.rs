@@ -1,14 +1,17 @@
 //! What commands that load a model share.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use super::hub::HubId;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::GgufFile;
-use crate::formats::peft::PeftAdapter;
+use crate::formats::peft::{self, PeftAdapter};
 use crate::nn::Decoder;
 use crate::quant::QuantOptions;
 use crate::text::Tokenizer;
@@ -16,8 +19,9 @@ use crate::text::Tokenizer;
 /// A model, an adapter and a device.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
-    /// A Hugging Face directory (config.json and safetensors) or a .gguf file.
-    #[arg(long, value_name = "PATH")]
+    /// A Hugging Face directory (config.json and safetensors), a .gguf file, or an id on the hub: org/name,
+    /// org/name@revision, org/name/FILE.gguf.
+    #[arg(long, value_name = "PATH|ID")]
     model: PathBuf,
     /// A directory with a PEFT adapter.
     #[arg(long, value_name = "DIR")]
@@ -41,33 +45,96 @@ enum Base {
 }
 
 impl ModelArgs {
-    /// Loads the model, and the adapter if there is one.
-    pub fn load(&self) -> Result<Decoder> {
+    /// Where the model is; one of the hub is fetched.
+    pub fn path(&self) -> Result<PathBuf> {
+        let id = self.model.to_str().and_then(HubId::parse);
+        if let Some(id) = id.filter(|_| matches!(self.model.try_exists(), Ok(false))) {
+            return id.fetch();
+        }
+        exists(&self.model)?;
+        check_kind(&self.model)?;
+        Ok(self.model.clone())
+    }
+
+    /// Loads the model at `path`, and the adapter if there is one.
+    pub fn load(&self, path: &Path) -> Result<Decoder> {
         let device = Device::named(&self.device)?;
         let base = match self.base_format {
             Base::AsIs => BaseFormat::AsIs,
             Base::Nf4 => BaseFormat::Quantize(QuantOptions::nf4().double_quant()),
             Base::Nf4Plain => BaseFormat::Quantize(QuantOptions::nf4()),
         };
-        exists(&self.model)?;
-        let mut model = Decoder::load(&device, &self.model, &base)?;
-        if let Some(path) = &self.adapter {
-            exists(path)?;
-            model.attach_peft("default", &PeftAdapter::read(path)?)?;
+        // First, as it is quick.
+        let adapter = self.adapter.as_ref().map(|path| Ok((path, read_adapter(path)?))).transpose()?;
+        let mut model = Decoder::load(&device, path, &base)?;
+        if let Some((path, adapter)) = adapter {
+            model.attach_peft("default", &adapter).map_err(|error| misfit(path, &adapter, error))?;
         }
         Ok(model)
     }
 
-    /// The tokenizer that comes with the model.
-    pub fn tokenizer(&self, model: &Decoder) -> Result<Tokenizer> {
-        let tokenizer = if self.model.is_dir() {
-            Tokenizer::from_dir(&self.model)?
+    /// The tokenizer that comes with the model at `path`.
+    pub fn tokenizer(&self, path: &Path, model: &Decoder) -> Result<Tokenizer> {
+        let file_error = |message: String| Error::File { path: path.into(), message };
+        let tokenizer = if !path.is_dir() {
+            Tokenizer::from_gguf(&GgufFile::open(path)?)?
+        } else if path.join("tokenizer.json").exists() {
+            Tokenizer::from_dir(path)?
         } else {
-            Tokenizer::from_gguf(&GgufFile::open(&self.model)?)?
+            return Err(file_error("has no tokenizer.json, which text needs; put the model's own there".into()));
         };
-        tokenizer.check_vocabulary(model.config().vocab_size)?;
+        tokenizer.check_vocabulary(model.config().vocab_size).map_err(|e| file_error(e.to_string()))?;
         Ok(tokenizer)
     }
+}
+
+/// Checks that there is something to load a model from, before anything is loaded.
+fn check_kind(path: &Path) -> Result<()> {
+    let file_error = |message: &str| Err(Error::File { path: path.into(), message: message.into() });
+    if path.is_dir() {
+        if path.join("config.json").exists() {
+            Ok(())
+        } else if path.join(peft::CONFIG).exists() {
+            file_error("is an adapter; give it as --adapter, and its base as --model")
+        } else {
+            Err(no_model(path, "it has no config.json"))
+        }
+    } else if is_gguf(path)? {
+        Ok(())
+    } else if path.extension().is_some_and(|extension| extension == "safetensors") {
+        file_error("has only tensors; give the directory that it is in, with its config.json")
+    } else {
+        file_error("is no GGUF file; give a .gguf file, or a directory with config.json and safetensors")
+    }
+}
+
+/// Whether a file is called a GGUF file, or begins as one.
+pub(super) fn is_gguf(path: &Path) -> Result<bool> {
+    let mut start = [0; 4];
+    let mut file = File::open(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+    let is_called = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    Ok(is_called || file.read_exact(&mut start).is_ok() && start == *b"GGUF")
+}
+
+fn read_adapter(path: &Path) -> Result<PeftAdapter> {
+    exists(path)?;
+    if !path.join(peft::CONFIG).exists() {
+        let message = format!("is no directory of a PEFT adapter: it has no {}", peft::CONFIG);
+        return Err(Error::File { path: path.into(), message });
+    }
+    PeftAdapter::read(path)
+}
+
+/// What is wrong with an adapter that was read, with its path and the model that it is for.
+fn misfit(path: &Path, adapter: &PeftAdapter, error: Error) -> Error {
+    if !matches!(error, Error::Shape { .. } | Error::Invalid { .. }) {
+        return error;
+    }
+    let base = match &adapter.config.base_model_name_or_path {
+        Some(base) => format!("; its base is {base}: give that as --model"),
+        None => String::new(),
+    };
+    Error::File { path: path.into(), message: format!("does not fit the model ({error}){base}") }
 }
 
 /// One sentence instead of the system's, for what people mistype most.
@@ -77,4 +144,15 @@ pub(super) fn exists(path: &Path) -> Result<()> {
         Ok(false) => Err(Error::Io { path: path.into(), message: "there is no such file or directory".into() }),
         Err(error) => Err(Error::Io { path: path.into(), message: error.to_string() }),
     }
+}
+
+/// An error for a directory that is not what was asked for, with the GGUF files in it, which may be what was meant.
+pub(super) fn no_model(folder: &Path, why: &str) -> Error {
+    let called_gguf = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "gguf");
+    let entries = folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
+    let hint = match entries.filter(called_gguf).min() {
+        Some(path) => format!("; name a GGUF file in it, such as {}", path.display()),
+        None => String::new(),
+    };
+    Error::File { path: folder.into(), message: format!("is no directory of a model: {why}{hint}") }
 }

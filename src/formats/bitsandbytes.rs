@@ -20,7 +20,7 @@ use serde::Deserialize;
 
 use super::safetensors::{OutData, OutTensor, TensorType, Tensors};
 use crate::error::{Error, Result};
-use crate::quant::{Codebook, DoubleScales, Format, Parts, QuantizedMatrix, Scales};
+use crate::quant::{Codebook, DoubleScales, Dtype, Format, Parts, QuantizedMatrix, Scales};
 
 const STATE: &str = "quant_state.";
 const SIDE_TENSORS: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"];
@@ -46,20 +46,7 @@ pub fn weight_of(key: &str) -> Option<&str> {
 /// more than one `quant_state`, or one whose JSON lacks a key, has an unknown one, or contradicts the
 /// tensors.
 pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
-    let (state_key, format) = find_state(tensors, weight)?;
-    let state = tensors.tensor(&state_key)?;
-    let state: QuantState = serde_json::from_slice(state.bytes)
-        .map_err(|e| tensors.tensor_error(&state_key, format!("is not a known quant_state: {e}")))?;
-    let contradiction = |message: String| tensors.tensor_error(&state_key, message);
-    if state.quant_type != format.to_string() {
-        return Err(contradiction(format!("quant_type {:?} is not {format}", state.quant_type)));
-    }
-    let [rows, cols] = state.shape[..] else {
-        return Err(contradiction(format!("shape {:?} is not that of a matrix", state.shape)));
-    };
-    let nested = state.nested().map_err(|e| contradiction(e.into()))?;
-    let dtype = state.dtype.parse().map_err(|e: Error| contradiction(e.to_string()))?;
-
+    let Header { format, rows, cols, block, nested, dtype } = read_header(tensors, weight)?;
     let absmax_key = format!("{weight}.absmax");
     let absmax = tensors.tensor(&absmax_key)?;
     let scales = match nested {
@@ -78,9 +65,70 @@ pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
     };
     let codebook = Codebook(table(tensors, &format!("{weight}.quant_map"))?);
     let codes = tensors.tensor(weight)?.bytes.to_vec();
-    let block = state.blocksize;
     QuantizedMatrix::from_parts(Parts { format, rows, cols, codes, codebook, block, scales, mins: None, dtype })
         .map_err(|e| tensors.tensor_error(weight, e))
+}
+
+/// How a 4-bit weight is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Storage {
+    /// NF4, FP4 or INT4.
+    pub format: Format,
+    /// [rows, cols] of the matrix.
+    pub shape: [usize; 2],
+    /// Weights per scale.
+    pub block: usize,
+    /// Scales per super-scale, if the scales are quantized too.
+    pub super_block: Option<usize>,
+    /// Bytes of all its tensors, tables and `quant_state` included.
+    pub bytes: usize,
+}
+
+/// How the 4-bit weight called `weight` is stored, by its `quant_state`; no values are read.
+///
+/// # Errors
+/// [`Error::Tensor`] with the key at fault: a `quant_state` that [`read`] would refuse, or codes of another length than
+/// its shape asks for.
+pub fn storage(tensors: &impl Tensors, weight: &str) -> Result<Storage> {
+    let Header { format, rows, cols, block, nested, .. } = read_header(tensors, weight)?;
+    let codes = tensors.tensor(weight)?.bytes.len();
+    if rows.checked_mul(cols).map(|values| values.div_ceil(2)) != Some(codes) {
+        return Err(tensors
+            .tensor_error(weight, format!("has {codes} bytes of codes, which are not those of [{rows}, {cols}]")));
+    }
+    let sides = SIDE_TENSORS.iter().map(|side| format!("{weight}.{side}"));
+    let state = state_name(format).map(|name| format!("{weight}.{STATE}{name}"));
+    let keys = [weight.to_owned()].into_iter().chain(sides).chain(state);
+    let bytes = keys.filter_map(|key| tensors.get(&key)).map(|tensor| tensor.bytes.len()).sum();
+    let super_block = nested.map(|nested| nested.super_block);
+    Ok(Storage { format, shape: [rows, cols], block, super_block, bytes })
+}
+
+/// What a `quant_state` says, checked.
+struct Header {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    block: usize,
+    nested: Option<Nested>,
+    dtype: Dtype,
+}
+
+fn read_header(tensors: &impl Tensors, weight: &str) -> Result<Header> {
+    let (state_key, format) = find_state(tensors, weight)?;
+    let state = tensors.tensor(&state_key)?;
+    let state: QuantState = serde_json::from_slice(state.bytes)
+        .map_err(|e| tensors.tensor_error(&state_key, format!("is not a known quant_state: {e}")))?;
+    let contradiction = |message: String| tensors.tensor_error(&state_key, message);
+    if state.quant_type != format.to_string() {
+        return Err(contradiction(format!("quant_type {:?} is not {format}", state.quant_type)));
+    }
+    let [rows, cols] = state.shape[..] else {
+        return Err(contradiction(format!("shape {:?} is not that of a matrix", state.shape)));
+    };
+    let nested = state.nested().map_err(|e| contradiction(e.into()))?;
+    let dtype = state.dtype.parse().map_err(|e: Error| contradiction(e.to_string()))?;
+    Ok(Header { format, rows, cols, block: state.blocksize, nested, dtype })
 }
 
 /// The tensors that store `matrix` under the name `weight`; the codes and scales are borrowed.
@@ -431,7 +479,16 @@ mod tests {
             double in prop_oneof![Just(DoubleQuant::None), Just(DoubleQuant::Dynamic), Just(DoubleQuant::Linear)],
         ) {
             let matrix = matrix(rows, cols, &QuantOptions { format, block: 1 << log, double });
-            prop_assert_eq!(reread(tensors("a.weight", &matrix).unwrap()).unwrap(), matrix);
+            let folder = TempDir::new().unwrap();
+            let path = folder.path().join("x.safetensors");
+            write(&path, tensors("a.weight", &matrix).unwrap(), BTreeMap::new()).unwrap();
+            let file = SafetensorsFile::open(&path).unwrap();
+            let found = storage(&file, "a.weight").unwrap();
+            prop_assert_eq!((found.format, found.shape, found.block), (format, [rows, cols], 1 << log));
+            prop_assert_eq!(found.super_block.is_some(), double != DoubleQuant::None);
+            let bytes: usize = file.names().iter().map(|name| file.tensor(name).unwrap().bytes.len()).sum();
+            prop_assert_eq!(found.bytes, bytes);
+            prop_assert_eq!(read(&file, "a.weight").unwrap(), matrix);
         }
     }
 }

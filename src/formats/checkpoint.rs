@@ -14,8 +14,10 @@ use crate::error::{Error, Result};
 use crate::kernels::HostMatrix;
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// The file of a checkpoint in one.
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// The list of a checkpoint's shards.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// What a matrix that is stored in 16 or 32 bits becomes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -194,6 +196,15 @@ impl Tensors for Checkpoint {
             None => Error::Tensor { path: self.folder.clone(), key: name.into(), message: message.to_string() },
         }
     }
+}
+
+/// Names of the shards that the index in `folder` lists.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::File`] if it cannot be read or is malformed.
+#[cfg(feature = "cli")]
+pub(crate) fn shards(folder: &Path) -> Result<BTreeSet<String>> {
+    Ok(weight_map(folder)?.into_values().collect())
 }
 
 /// The shard of every tensor that the index in `folder` lists.

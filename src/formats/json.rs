@@ -22,7 +22,10 @@ impl JsonObject {
     /// Reads the file at `path`, which must hold one object.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let text = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
-        let malformed = |e: serde_json::Error| Error::File { path: path.into(), message: format!("is malformed: {e}") };
+        let malformed = |e: serde_json::Error| {
+            let hint = if e.is_eof() { "; it is truncated: copy or download it again" } else { "" };
+            Error::File { path: path.into(), message: format!("is malformed: {e}{hint}") }
+        };
         Ok(JsonObject {
             path: path.into(),
             prefix: String::new(),

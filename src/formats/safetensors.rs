@@ -137,15 +137,16 @@ fn parse_header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
     if length > MAX_HEADER {
         return Err(format!("is no safetensors file: the header would take {length} bytes"));
     }
-    let header = rest
-        .get(..length)
-        .ok_or_else(|| format!("is truncated: the header takes {length} bytes, {} follow", rest.len()))?;
+    let header = rest.get(..length).ok_or_else(|| {
+        format!("is truncated: the header takes {length} bytes, {} follow; copy or download it again", rest.len())
+    })?;
     let header: Metadata =
         serde_json::from_slice(header).map_err(|e| format!("has a malformed safetensors header: {e}"))?;
     let (expected, got) = (header.data_len(), rest.len() - length);
     if got != expected {
         let what = if got < expected { "is truncated" } else { "has trailing bytes" };
-        return Err(format!("{what}: the header describes {expected} bytes of tensors, {got} follow it"));
+        let message = format!("{what}: the header describes {expected} bytes of tensors, {got} follow it");
+        return Err(format!("{message}; copy or download it again"));
     }
     Ok((LENGTH_BYTES + length, header))
 }

@@ -52,6 +52,12 @@ pub(super) fn matrix(
     base.matrix(floats, rows, cols).map(Some)
 }
 
+/// Whether [`matrix`] reads this type.
+pub(super) fn is_read(kind: TensorType) -> bool {
+    let dense = matches!(kind, TensorType::F32 | TensorType::F16 | TensorType::Bf16 | TensorType::Q8_0);
+    dense || four_bit_format(kind).is_some() || k_quants::decoder(kind).is_some()
+}
+
 /// The f16 at byte `at` of a block.
 pub(super) fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
@@ -196,6 +202,15 @@ mod tests {
             }
             let got = if let HostMatrix::Quantized(matrix) = &matrix { Some(matrix.format()) } else { None };
             assert_eq!(got, format, "{kind}");
+        }
+    }
+
+    #[test]
+    fn what_is_read_is_said() {
+        for kind in (0..64).filter_map(TensorType::from_id) {
+            let bytes = vec![0; kind.bytes(256).unwrap()];
+            let matrix = matrix(kind, &bytes, 1, 256, &BaseFormat::AsIs).unwrap();
+            assert_eq!(is_read(kind), matrix.is_some(), "{kind}");
         }
     }
 

@@ -302,7 +302,10 @@ impl Header {
         let data = bytes.len().saturating_sub(data_start);
         for (name, place) in &mut places {
             if place.bytes.end > data {
-                let message = format!("ends at byte {} of {data} bytes of data", place.bytes.end);
+                let message = format!(
+                    "ends at byte {} of {data} bytes of data; if the file is truncated, copy or download it again",
+                    place.bytes.end
+                );
                 return Err(Malformed { tensor: Some(name.clone()), message });
             }
             place.bytes = data_start + place.bytes.start..data_start + place.bytes.end;

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::blocks;
+
 /// The type of a tensor's values, as ggml numbers and names them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum TensorType {
@@ -94,6 +96,11 @@ impl TensorType {
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
         TYPES[self as usize].4
+    }
+
+    /// Whether tensors of this type can be loaded.
+    pub fn is_read(self) -> bool {
+        blocks::is_read(self)
     }
 
     /// Bytes of so many values, unless they are no whole number of blocks or overflow.

@@ -157,7 +157,11 @@ impl<'a> Reader<'a> {
     pub(super) fn take(&mut self, len: usize) -> Result<&'a [u8]> {
         let rest = &self.bytes[self.at..];
         let taken = rest.get(..len).ok_or_else(|| {
-            format!("is truncated: {len} bytes are wanted at byte {}, {} follow", self.at, rest.len())
+            format!(
+                "is truncated: {len} bytes are wanted at byte {}, {} follow; copy or download it again",
+                self.at,
+                rest.len()
+            )
         })?;
         self.at += len;
         Ok(taken)

@@ -4,12 +4,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::CONFIG;
 use super::targets::{ModulePatterns, TargetModules, Targets};
 use crate::error::{Error, Result};
 use crate::formats::json::JsonObject;
-
-/// The name of the file in an adapter's folder.
-pub(super) const FILE: &str = "adapter_config.json";
 
 /// Features of PEFT that change what an adapter computes and are not implemented.
 const UNSUPPORTED: [&str; 17] = [
@@ -141,7 +139,7 @@ impl PeftConfig {
     /// [`Error::Io`] if it cannot be read; [`Error::File`], naming the key, for a value that is malformed or out of range
     /// and for whatever is not supported.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
-        let json = JsonObject::read(&folder.as_ref().join(FILE))?;
+        let json = JsonObject::read(&folder.as_ref().join(CONFIG))?;
         refuse_unsupported(&json)?;
         let config = PeftConfig {
             base_model_name_or_path: json.get("base_model_name_or_path")?,
@@ -186,9 +184,14 @@ impl PeftConfig {
         }
     }
 
-    /// The text of the file: keys sorted and values printed as PEFT does. Keys that old versions of PEFT do not know are
-    /// there only where they matter.
+    /// The text of the file, printed as PEFT does.
     pub(super) fn text(&self) -> Result<String, serde_json::Error> {
+        serde_json::to_string_pretty(&self.json())
+    }
+
+    /// What is in the file: keys sorted, values as PEFT has them. Keys that old versions of PEFT do not know are there only
+    /// where they matter.
+    pub(crate) fn json(&self) -> Map<String, Value> {
         let mut map = Map::new();
         let mut set = |key: &str, value: Value| map.insert(key.into(), value);
         set("alpha_pattern", self.alpha_pattern.iter().map(|(key, alpha)| (key, number(alpha))).collect());
@@ -217,7 +220,7 @@ impl PeftConfig {
         set("task_type", json!(self.task_type));
         set("use_dora", json!(self.use_dora));
         set("use_rslora", json!(self.use_rslora));
-        serde_json::to_string_pretty(&map)
+        map
     }
 }
 

@@ -27,6 +27,8 @@ use crate::error::{Error, Result};
 pub use config::{InitLoraWeights, PeftConfig};
 pub use targets::{ModulePatterns, ModuleRegex, TargetModules, Targets};
 
+/// The name of the config in an adapter's folder.
+pub(crate) const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
@@ -41,6 +43,25 @@ const HEAD: &str = "lm_head";
 pub fn tensor_name(path: &str, kind: &str) -> String {
     let weight = if kind.starts_with("lora_magnitude") { "" } else { ".weight" };
     format!("{PREFIX}{path}.{kind}{weight}")
+}
+
+/// Maps the tensors of the adapter in `folder`.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::File`] for a file that is missing or malformed.
+pub fn open_tensors(folder: impl AsRef<Path>) -> Result<SafetensorsFile> {
+    let folder = folder.as_ref();
+    let path = folder.join(TENSORS);
+    if !path.exists() && folder.join("adapter_model.bin").exists() {
+        let message = format!("has adapter_model.bin, but no {TENSORS}; convert it to safetensors");
+        return Err(Error::File { path: folder.into(), message });
+    }
+    SafetensorsFile::open(path)
+}
+
+/// The path of the module that tensor `key` of an adapter's file is of; `None` if it is of no LoRA layer.
+pub fn module_of(key: &str) -> Option<&str> {
+    split_key(key).ok().map(|(path, _)| path)
 }
 
 /// A LoRA adapter in host memory.
@@ -75,12 +96,7 @@ impl PeftAdapter {
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let config = PeftConfig::read(folder)?;
-        let path = folder.join(TENSORS);
-        if !path.exists() && folder.join("adapter_model.bin").exists() {
-            let message = format!("has adapter_model.bin, but no {TENSORS}; convert it to safetensors");
-            return Err(Error::File { path: folder.into(), message });
-        }
-        let file = SafetensorsFile::open(path)?;
+        let file = open_tensors(folder)?;
         let mut modules = BTreeMap::new();
         for key in file.names() {
             let (path, suffix) = split_key(key).map_err(|message| file.tensor_error(key, message))?;
@@ -107,7 +123,7 @@ impl PeftAdapter {
     /// [`Error::Io`] if writing fails; [`Error::File`] or [`Error::Tensor`] for what [`read`](Self::read) would refuse.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
-        let (config_path, path) = (folder.join(config::FILE), folder.join(TENSORS));
+        let (config_path, path) = (folder.join(CONFIG), folder.join(TENSORS));
         let config_error = |message: String| Error::File { path: config_path.clone(), message };
         self.config.check().map_err(|(key, message)| config_error(format!("`{key}`: {message}")))?;
         let text = self.config.text().map_err(|e| config_error(e.to_string()))?;
@@ -159,15 +175,15 @@ impl PeftModule {
         let rank = config.rank(path);
         let ((a_rows, d_in), (d_out, b_cols)) = (self.a.dim(), self.b.dim());
         let vector = |suffix, values: &Option<Vec<f32>>, key: &str, wanted: bool| match values {
-            None if wanted => Err((suffix, format!("is missing, but `{key}` is set in {}", config::FILE))),
-            Some(_) if !wanted => Err((suffix, format!("is there, but `{key}` is not set in {}", config::FILE))),
+            None if wanted => Err((suffix, format!("is missing, but `{key}` is set in {CONFIG}"))),
+            Some(_) if !wanted => Err((suffix, format!("is there, but `{key}` is not set in {CONFIG}"))),
             Some(values) if values.len() != d_out => {
                 Err((suffix, format!("has shape [{}], expected [{d_out}], as many as B has rows", values.len())))
             }
             _ => Ok(()),
         };
         if !config.targets.matches(path, path == HEAD) {
-            Err((A, format!("is of a module that `target_modules` of {} leaves out", config::FILE)))
+            Err((A, format!("is of a module that `target_modules` of {CONFIG} leaves out")))
         } else if a_rows != rank {
             Err((A, format!("has shape [{a_rows}, {d_in}], expected [{rank}, {d_in}], the rank of the config")))
         } else if b_cols != rank {

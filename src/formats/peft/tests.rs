@@ -9,7 +9,7 @@ const PATH: &str = "model.layers.0.self_attn.q_proj";
 /// A folder with this config and these tensors.
 fn folder(config: Value, tensors: Vec<OutTensor<'_>>) -> TempDir {
     let folder = TempDir::new().unwrap();
-    fs::write(folder.path().join(config::FILE), config.to_string()).unwrap();
+    fs::write(folder.path().join(CONFIG), config.to_string()).unwrap();
     safetensors::write(&folder.path().join(TENSORS), tensors, BTreeMap::new()).unwrap();
     folder
 }
@@ -307,7 +307,7 @@ fn missing_files_are_errors() {
     assert!(error().contains("adapter_model.safetensors: "), "{}", error());
     fs::write(folder.path().join("adapter_model.bin"), "").unwrap();
     assert!(error().contains("convert it to safetensors"), "{}", error());
-    fs::remove_file(folder.path().join(config::FILE)).unwrap();
+    fs::remove_file(folder.path().join(CONFIG)).unwrap();
     assert!(error().contains("adapter_config.json: "), "{}", error());
 }
 

@@ -1,0 +1,283 @@
+//! `qlora inspect`: what is in a model or an adapter, by headers and configs alone.
+
+mod tensors;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use indicatif::{HumanBytes, HumanCount};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use self::tensors::{Size, TensorInfo, TotalInfo};
+use super::model::{exists, is_gguf, no_model};
+use super::{print_json, print_line, table};
+use crate::error::{Error, Result};
+use crate::formats::checkpoint::Checkpoint;
+use crate::formats::gguf::GgufFile;
+use crate::formats::json::JsonObject;
+use crate::formats::peft::{self, PeftConfig};
+use crate::formats::safetensors::SafetensorsFile;
+use crate::nn::ModelConfig;
+
+/// Shows what is in a model or an adapter: its config, and its tensors with formats and sizes.
+///
+/// Only headers and configs are read. Tensors that are alike in several layers share a row, as in
+/// `model.layers.{0-29}.mlp.up_proj.weight`. The parts of a 4-bit weight of bitsandbytes count as one tensor.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora inspect model.gguf\n  \
+    qlora inspect ADAPTER --json")]
+pub struct InspectArgs {
+    /// A .gguf or .safetensors file, a Hugging Face directory, or the directory of a PEFT adapter.
+    #[arg(value_name = "FILE|DIR")]
+    path: PathBuf,
+    /// Give every tensor a row.
+    #[arg(long)]
+    all: bool,
+    /// Print JSON, which has every tensor.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a path is.
+#[derive(Serialize, Clone, Copy)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Gguf,
+    Checkpoint,
+    Safetensors,
+    Adapter,
+}
+
+/// What is found, as JSON has it. Keys that do not apply are null.
+#[derive(Serialize)]
+struct Report {
+    path: String,
+    kind: Kind,
+    architecture: Option<String>,
+    name: Option<String>,
+    /// Why this program does not run it, if its config or types say so.
+    unsupported: Option<String>,
+    model: Option<ModelInfo>,
+    /// `adapter_config.json`, with PEFT's defaults for what it leaves out.
+    adapter: Option<Map<String, Value>>,
+    /// Linear layers with tensors of an adapter.
+    adapted_layers: Option<usize>,
+    #[serde(flatten)]
+    total: Size,
+    formats: Vec<TotalInfo>,
+    tensors: Vec<TensorInfo>,
+}
+
+/// Sizes of a model, called as in `config.json`.
+#[derive(Serialize)]
+struct ModelInfo {
+    num_hidden_layers: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    tie_word_embeddings: bool,
+}
+
+impl From<&ModelConfig> for ModelInfo {
+    fn from(config: &ModelConfig) -> Self {
+        ModelInfo {
+            num_hidden_layers: config.layers,
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            num_attention_heads: config.heads,
+            num_key_value_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            vocab_size: config.vocab_size,
+            max_position_embeddings: config.max_position_embeddings,
+            tie_word_embeddings: config.tie_word_embeddings,
+        }
+    }
+}
+
+pub fn run(args: &InspectArgs) -> Result<()> {
+    exists(&args.path)?;
+    let report = if args.path.is_dir() { folder(&args.path) } else { file(&args.path) }?;
+    if args.json { print_json(&report) } else { print(&report, args.all) }
+}
+
+fn folder(path: &Path) -> Result<Report> {
+    if path.join(peft::CONFIG).exists() {
+        adapter(path)
+    } else if path.join("config.json").exists() {
+        checkpoint(path)
+    } else {
+        Err(no_model(path, "it has neither config.json nor adapter_config.json"))
+    }
+}
+
+fn file(path: &Path) -> Result<Report> {
+    if is_gguf(path)? {
+        gguf(path)
+    } else if path.extension().is_some_and(|extension| extension == "safetensors") {
+        safetensors(path)
+    } else {
+        let message = "is neither a GGUF nor a .safetensors file; give one of those, or a directory".into();
+        Err(Error::File { path: path.into(), message })
+    }
+}
+
+impl Report {
+    fn new(path: &Path, kind: Kind, tensors: Vec<TensorInfo>) -> Self {
+        Report {
+            path: path.display().to_string(),
+            kind,
+            architecture: None,
+            name: None,
+            unsupported: None,
+            model: None,
+            adapter: None,
+            adapted_layers: None,
+            total: Size::sum(&tensors),
+            formats: tensors::totals(&tensors),
+            tensors,
+        }
+    }
+
+    /// With what the config says, or why it is not supported.
+    fn with_model(mut self, config: Result<ModelConfig>) -> Self {
+        match config {
+            Ok(config) => self.model = Some(ModelInfo::from(&config)),
+            Err(error) => self.unsupported = Some(error.to_string()),
+        }
+        self
+    }
+}
+
+fn gguf(path: &Path) -> Result<Report> {
+    let file = GgufFile::open(path)?;
+    let tensors = tensors::of_gguf(&file)?;
+    let mut report = Report::new(path, Kind::Gguf, tensors).with_model(ModelConfig::from_gguf(&file));
+    report.architecture = file.get::<&str>("general.architecture")?.map(String::from);
+    report.name = file.get::<&str>("general.name")?.map(String::from);
+    if report.unsupported.is_none() {
+        for name in file.names() {
+            let kind = file.tensor(name)?.kind;
+            if !kind.is_read() {
+                let error = file.tensor_error(name, format!("is {kind}, which is not supported"));
+                report.unsupported = Some(error.to_string());
+                break;
+            }
+        }
+    }
+    Ok(report)
+}
+
+fn checkpoint(path: &Path) -> Result<Report> {
+    let json = JsonObject::read(&path.join("config.json"))?;
+    let tensors = tensors::of_safetensors(&Checkpoint::open(path)?)?;
+    let mut report = Report::new(path, Kind::Checkpoint, tensors).with_model(ModelConfig::read(path));
+    report.architecture = json.get("model_type")?;
+    report.name = json.get("_name_or_path")?;
+    Ok(report)
+}
+
+fn safetensors(path: &Path) -> Result<Report> {
+    let tensors = tensors::of_safetensors(&SafetensorsFile::open(path)?)?;
+    Ok(Report::new(path, Kind::Safetensors, tensors))
+}
+
+fn adapter(path: &Path) -> Result<Report> {
+    // A file that is no JSON is an error; an adapter of another kind is shown.
+    JsonObject::read(&path.join(peft::CONFIG))?;
+    let file = peft::open_tensors(path)?;
+    let layers: BTreeSet<&str> = file.names().iter().filter_map(|key| peft::module_of(key)).collect();
+    let mut report = Report::new(path, Kind::Adapter, tensors::of_safetensors(&file)?);
+    report.adapted_layers = Some(layers.len());
+    match PeftConfig::read(path) {
+        Ok(config) => report.adapter = Some(config.json()),
+        Err(error) => report.unsupported = Some(error.to_string()),
+    }
+    Ok(report)
+}
+
+fn print(report: &Report, all: bool) -> Result<()> {
+    for (name, text) in facts(report) {
+        print_line(&format!("{name:<14}{text}"))?;
+    }
+    if report.tensors.is_empty() {
+        return Ok(());
+    }
+    let formats = tensors::format_rows(&report.formats, report.tensors.len(), &report.total);
+    print_line(&format!("\n{}", table(["format", "tensors", "parameters", "bytes", "bits/weight"], 1, formats)))?;
+    let header = ["tensor", "format", "count", "shape", "parameters", "bytes", "bits/weight"];
+    print_line(&format!("\n{}", table(header, 2, tensors::tensor_rows(&report.tensors, all))))
+}
+
+/// What a person wants to know first.
+fn facts(report: &Report) -> Vec<(&'static str, String)> {
+    let kind = match report.kind {
+        Kind::Gguf => "GGUF file",
+        Kind::Checkpoint => "Hugging Face directory",
+        Kind::Safetensors => "safetensors file",
+        Kind::Adapter => "PEFT adapter",
+    };
+    let mut facts = vec![("path", report.path.clone()), ("kind", kind.to_owned())];
+    facts.extend(report.architecture.clone().map(|text| ("architecture", text)));
+    facts.extend(report.name.clone().map(|text| ("name", text)));
+    facts.extend(report.unsupported.clone().map(|text| ("unsupported", text)));
+    if let Some(model) = &report.model {
+        let ModelInfo { num_hidden_layers: layers, hidden_size: hidden, intermediate_size: inner, .. } = model;
+        let head = if model.tie_word_embeddings { "the embedding" } else { "its own" };
+        facts.push(("layers", format!("{layers}, hidden {hidden}, MLP {inner}")));
+        let (heads, kv_heads) = (model.num_attention_heads, model.num_key_value_heads);
+        facts.push(("heads", format!("{heads} of {}, {kv_heads} of keys and values", model.head_dim)));
+        facts.push(("vocabulary", format!("{}, head: {head}", model.vocab_size)));
+        facts.push(("positions", model.max_position_embeddings.to_string()));
+    }
+    if let Some(config) = &report.adapter {
+        facts.extend(adapter_facts(config));
+    }
+    facts.extend(report.adapted_layers.map(|count| ("adapted", format!("{count} linear layers"))));
+    let Size { parameters, bytes, .. } = report.total;
+    facts.push(("parameters", HumanCount(parameters).to_string()));
+    facts.push(("size", format!("{}, {} bits per weight", HumanBytes(bytes), report.total.bits())));
+    facts
+}
+
+fn adapter_facts(config: &Map<String, Value>) -> Vec<(&'static str, String)> {
+    let text = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) => values
+            .iter()
+            .map(|value| value.as_str().map_or(value.to_string(), str::to_owned))
+            .collect::<Vec<_>>()
+            .join(", "),
+        Value::Object(map) => map.iter().map(|(key, value)| format!("{key}: {value}")).collect::<Vec<_>>().join(", "),
+        value => value.to_string(),
+    };
+    let unset = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Object(map) => map.is_empty(),
+        Value::Number(number) => number.as_f64() == Some(0.0),
+        _ => false,
+    };
+    let keys = [
+        ("base model", "base_model_name_or_path"),
+        ("revision", "revision"),
+        ("rank", "r"),
+        ("rank pattern", "rank_pattern"),
+        ("alpha", "lora_alpha"),
+        ("alpha pattern", "alpha_pattern"),
+        ("dropout", "lora_dropout"),
+        ("rsLoRA", "use_rslora"),
+        ("DoRA", "use_dora"),
+        ("bias of B", "lora_bias"),
+        ("targets", "target_modules"),
+        ("excluded", "exclude_modules"),
+        ("layers", "layers_to_transform"),
+    ];
+    let fact = |(name, key): (&'static str, &str)| Some((name, config.get(key).filter(|value| !unset(value))?));
+    keys.into_iter().filter_map(fact).map(|(name, value)| (name, text(value))).collect()
+}
