@@ -262,9 +262,9 @@ fn memory_does_not_grow_over_300_steps() {
     let text = fs::read_to_string(setup.output("run").join("metrics.jsonl")).unwrap();
     let peaks: Vec<u64> =
         text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["peak_bytes"].as_u64().unwrap()).collect();
-    // Every row was seen once by then.
-    assert_eq!(peaks[40], peaks[299], "{peaks:?}");
     assert!(peaks[0] > 0);
+    // Every row was seen by then. How the tasks of two threads meet in time is left: they decode tiles of their own.
+    assert!(peaks[299] as f64 <= 1.02 * peaks[40] as f64, "{} bytes became {}", peaks[40], peaks[299]);
 }
 
 #[test]
