@@ -20,7 +20,8 @@ use serde::Deserialize;
 
 use super::safetensors::{OutData, OutTensor, TensorType, Tensors};
 use crate::error::{Error, Result};
-use crate::quant::{Codebook, DoubleScales, Format, Parts, QuantizedMatrix, Scales};
+use crate::kernels::{MatrixKind, MatrixSpec, ScaleKind};
+use crate::quant::{Codebook, DoubleScales, Dtype, Format, Parts, QuantizedMatrix, Scales};
 
 const STATE: &str = "quant_state.";
 const SIDE_TENSORS: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"];
@@ -46,19 +47,7 @@ pub fn weight_of(key: &str) -> Option<&str> {
 /// more than one `quant_state`, or one whose JSON lacks a key, has an unknown one, or contradicts the
 /// tensors.
 pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
-    let (state_key, format) = find_state(tensors, weight)?;
-    let state = tensors.tensor(&state_key)?;
-    let state: QuantState = serde_json::from_slice(state.bytes)
-        .map_err(|e| tensors.tensor_error(&state_key, format!("is not a known quant_state: {e}")))?;
-    let contradiction = |message: String| tensors.tensor_error(&state_key, message);
-    if state.quant_type != format.to_string() {
-        return Err(contradiction(format!("quant_type {:?} is not {format}", state.quant_type)));
-    }
-    let [rows, cols] = state.shape[..] else {
-        return Err(contradiction(format!("shape {:?} is not that of a matrix", state.shape)));
-    };
-    let nested = state.nested().map_err(|e| contradiction(e.into()))?;
-    let dtype = state.dtype.parse().map_err(|e: Error| contradiction(e.to_string()))?;
+    let Described { format, rows, cols, block, dtype, nested } = describe(tensors, weight)?;
 
     let absmax_key = format!("{weight}.absmax");
     let absmax = tensors.tensor(&absmax_key)?;
@@ -78,9 +67,19 @@ pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
     };
     let codebook = Codebook(table(tensors, &format!("{weight}.quant_map"))?);
     let codes = tensors.tensor(weight)?.bytes.to_vec();
-    let block = state.blocksize;
     QuantizedMatrix::from_parts(Parts { format, rows, cols, codes, codebook, block, scales, mins: None, dtype })
         .map_err(|e| tensors.tensor_error(weight, e))
+}
+
+/// How the 4-bit weight called `weight` is stored, from its `quant_state` alone.
+///
+/// # Errors
+/// As [`read`], of what the `quant_state` says.
+pub fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
+    let Described { rows, cols, block, nested, .. } = describe(tensors, weight)?;
+    let double = |Nested { super_block, .. }| ScaleKind::Double { super_block };
+    let scales = nested.map_or(ScaleKind::Plain, double);
+    Ok(MatrixSpec { rows, cols, kind: MatrixKind::Quantized { block, scales, mins: None } })
 }
 
 /// The tensors that store `matrix` under the name `weight`; the codes and scales are borrowed.
@@ -128,6 +127,33 @@ pub fn tensors<'a>(weight: &str, matrix: &'a QuantizedMatrix) -> Result<Vec<OutT
         ]),
     }
     Ok(tensors)
+}
+
+/// What a `quant_state` says.
+struct Described {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    block: usize,
+    dtype: Dtype,
+    nested: Option<Nested>,
+}
+
+fn describe(tensors: &impl Tensors, weight: &str) -> Result<Described> {
+    let (state_key, format) = find_state(tensors, weight)?;
+    let state = tensors.tensor(&state_key)?;
+    let state: QuantState = serde_json::from_slice(state.bytes)
+        .map_err(|e| tensors.tensor_error(&state_key, format!("is not a known quant_state: {e}")))?;
+    let contradiction = |message: String| tensors.tensor_error(&state_key, message);
+    if state.quant_type != format.to_string() {
+        return Err(contradiction(format!("quant_type {:?} is not {format}", state.quant_type)));
+    }
+    let [rows, cols] = state.shape[..] else {
+        return Err(contradiction(format!("shape {:?} is not that of a matrix", state.shape)));
+    };
+    let nested = state.nested().map_err(|e| contradiction(e.into()))?;
+    let dtype = state.dtype.parse().map_err(|e: Error| contradiction(e.to_string()))?;
+    Ok(Described { format, rows, cols, block: state.blocksize, dtype, nested })
 }
 
 /// The JSON of a `quant_state`, without its tensors.

@@ -26,6 +26,7 @@ pub mod lora_dh;
 pub mod lora_down;
 pub mod lora_dw;
 pub mod matrix;
+mod matrix_spec;
 mod packing;
 mod product;
 pub mod qmatmul;
@@ -54,6 +55,7 @@ pub mod sum;
 pub mod visibility;
 
 pub use matrix::{DeviceMatrix, HostMatrix};
+pub use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
 
 /// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry test compares with
 /// the shader's.
