@@ -19,6 +19,7 @@ pub(crate) use gpu::{Buffer, MAX_PARAMS_BYTES};
 pub use gpu::{Gpu, GpuLimits};
 pub use list::{DeviceInfo, GpuOptions, Select, devices};
 pub use pool::MemoryCounters;
+pub(crate) use pool::{Pool, size_class};
 pub use shader::{Access, Define, Defines, Kernel, compose};
 pub use tier::Tier;
 

@@ -36,6 +36,7 @@
 //! ```
 
 pub mod data;
+pub mod plan;
 
 use crate::autograd::{Gradients, Tape};
 use crate::error::{Error, Result};
