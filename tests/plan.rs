@@ -2,9 +2,9 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use common::model::path;
+use common::model::{path, smollm2};
 use qlora_wgpu::Device;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
@@ -97,4 +97,33 @@ fn small_models_on_every_device() {
         check_all(&device, &path("qwen2"), &nf4(), &adapter, 1, 50);
         check_all(&device, &path("qwen3"), &BaseFormat::AsIs, &adapter, 3, 33);
     }
+}
+
+#[test]
+fn smollm2_on_the_cpu() {
+    let adapter = PeftConfig::new(16, 32.0);
+    let start = std::time::Instant::now();
+    check_all(&Device::cpu(), &smollm2(), &nf4(), &adapter, 1, 128);
+    println!("{:?} off", start.elapsed());
+    for checkpoint in [false, true] {
+        check(
+            &Device::cpu(),
+            &smollm2(),
+            &nf4(),
+            &adapter,
+            MicroBatches { count: 1, rows: 1, tokens: 512 },
+            checkpoint,
+        );
+    }
+    println!("{:?} off", start.elapsed());
+}
+
+#[test]
+fn smollm2_on_a_gpu() {
+    let adapter = PeftConfig { targets: names(["q_proj", "v_proj"]), ..PeftConfig::new(8, 16.0) };
+    let start = std::time::Instant::now();
+    if let Some(device) = common::gpus_with(|_| ()).first() {
+        check(device, &smollm2(), &nf4(), &adapter, MicroBatches { count: 1, rows: 1, tokens: 128 }, false);
+    }
+    println!("{:?} off", start.elapsed());
 }

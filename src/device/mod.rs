@@ -1,6 +1,7 @@
 //! Devices: the CPU, and whatever wgpu reaches. Choice of adapter, capability tiers, buffers and their pool,
 //! pipelines, command recording, readback, errors.
 
+mod capacity;
 mod commands;
 mod cpu;
 mod gpu;
