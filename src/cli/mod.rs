@@ -9,6 +9,7 @@ mod generate;
 mod hub;
 mod inspect;
 mod model;
+mod plan;
 mod progress;
 mod quantize;
 mod settings;
@@ -39,6 +40,7 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     Dequantize(quantize::DequantizeArgs),
     Finetune(finetune::FinetuneArgs),
+    Plan(plan::PlanArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
     Bench(bench::BenchArgs),
@@ -67,6 +69,7 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
         Command::Quantize(args) => quantize::quantize(args),
         Command::Dequantize(args) => quantize::dequantize(args),
         Command::Finetune(args) => return finetune::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Bench(args) => bench::run(args),
