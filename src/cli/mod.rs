@@ -8,6 +8,8 @@ mod generate;
 mod hub;
 mod inspect;
 mod model;
+#[allow(dead_code)]
+mod plot;
 mod quantize;
 
 use std::process::ExitCode;
