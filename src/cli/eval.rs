@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::model::{ModelArgs, exists};
+use super::model::{AdaptedArgs, exists};
 use super::{print_json, print_line};
 use crate::error::{Error, Result};
 use crate::eval::{PASS_TOKENS, evaluate};
@@ -23,7 +23,7 @@ use crate::train::data::{DataOptions, Dataset, Example};
     qlora eval --model DIR --adapter ADAPTER --data test.jsonl --json")]
 pub struct EvalArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: AdaptedArgs,
     /// The data; .jsonl for JSON lines, anything else is plain text.
     #[arg(long, value_name = "FILE")]
     data: PathBuf,
@@ -40,10 +40,11 @@ pub struct EvalArgs {
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     exists(&args.data)?;
-    let path = args.model.path()?;
+    let path = args.model.model.path()?;
     let model = args.model.load(&path)?;
     let options = DataOptions { skip_bad_lines: args.skip_bad_lines };
-    let data = Dataset::read(&args.data, args.model.tokenizer(&path, &model).as_ref(), &options)?;
+    let data =
+        Dataset::read(&args.data, args.model.model.tokenizer(&path, model.config().vocab_size).as_ref(), &options)?;
     if data.bad_lines > 0 {
         eprintln!("left out {} bad lines", data.bad_lines);
     }

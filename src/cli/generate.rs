@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use clap::Args;
 
-use super::model::ModelArgs;
+use super::model::AdaptedArgs;
 use crate::error::{Error, Result};
 use crate::generate::{Sampler, Sampling, generate};
 use crate::text::Message;
@@ -18,7 +18,7 @@ use crate::text::Message;
     qlora generate --model DIR --adapter ADAPTER --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95")]
 pub struct GenerateArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: AdaptedArgs,
     /// The text to continue; with --chat, the user's message.
     #[arg(long)]
     prompt: String,
@@ -54,9 +54,9 @@ pub struct GenerateArgs {
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let mut sampler = Sampler::new(sampling)?;
-    let path = args.model.path()?;
+    let path = args.model.model.path()?;
     let model = args.model.load(&path)?;
-    let tokenizer = args.model.tokenizer(&path, &model)?;
+    let tokenizer = args.model.model.tokenizer(&path, model.config().vocab_size)?;
     let prompt = if args.chat {
         let system = args.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<Message> = system.chain([Message::new("user", &args.prompt)]).collect();

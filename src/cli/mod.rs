@@ -4,17 +4,20 @@ mod bench;
 mod demo;
 mod devices;
 mod eval;
+mod finetune;
 mod generate;
 mod hub;
 mod inspect;
 mod model;
-#[allow(dead_code)]
 mod plot;
+mod progress;
 mod quantize;
+mod settings;
+mod training;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
 
@@ -24,7 +27,7 @@ use crate::error::Result;
 #[command(after_help = "Environment:\n  \
     QLORA_DEVICE  device where none is given: cpu, gpu, best, an index or a part of a name\n  \
     QLORA_TIER    kernels to use: software, plain, subgroup, f16 or subgroup-f16\n\n\
-    Exit status: 0 done, 1 an error that is printed on stderr, 2 wrong usage")]
+    Exit status: 0 done, 1 an error that is printed on stderr, 2 wrong usage, 130 a run that was interrupted and saved")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -36,6 +39,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Quantize(quantize::QuantizeArgs),
     Dequantize(quantize::DequantizeArgs),
+    Finetune(finetune::FinetuneArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
     Bench(bench::BenchArgs),
@@ -44,28 +48,32 @@ enum Command {
 
 /// Runs the command line; errors go to stderr, in one sentence.
 pub fn run() -> ExitCode {
-    let command = Cli::parse().command;
+    let fail = |error| {
+        eprintln!("error: {error}");
+        ExitCode::FAILURE
+    };
+    let arguments = match finetune::with_settings(std::env::args_os().collect(), &Cli::command()) {
+        Ok(arguments) => arguments,
+        Err(error) => return fail(error),
+    };
+    let command = Cli::parse_from(arguments).command;
     // On a thread of the pool: an operation of the CPU device then need not hand over to one and wait.
-    match rayon::scope(|_| dispatch(&command)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    rayon::scope(|_| dispatch(&command)).unwrap_or_else(fail)
 }
 
-fn dispatch(command: &Command) -> Result<()> {
+fn dispatch(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Devices(args) => devices::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Quantize(args) => quantize::quantize(args),
         Command::Dequantize(args) => quantize::dequantize(args),
+        Command::Finetune(args) => return finetune::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// A table for people: a header and rows, without borders, numbers to the right.

@@ -16,26 +16,33 @@ use crate::nn::Decoder;
 use crate::quant::QuantOptions;
 use crate::text::Tokenizer;
 
-/// A model, an adapter and a device.
+/// A model and a device.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
     /// A Hugging Face directory (config.json and safetensors), a .gguf file, or an id on the hub: org/name,
     /// org/name@revision, org/name/FILE.gguf.
     #[arg(long, value_name = "PATH|ID")]
     model: PathBuf,
-    /// A directory with a PEFT adapter.
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
     /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
     #[arg(long, default_value = "best")]
     device: String,
-    /// What becomes of linear layers that are not 4-bit in the file.
-    #[arg(long, value_enum, default_value_t = Base::AsIs)]
-    base_format: Base,
+    /// What becomes of linear layers that are not 4-bit in the file; by default nf4 to train, as-is otherwise.
+    #[arg(long, value_enum)]
+    base_format: Option<Base>,
+}
+
+/// A model with an adapter, if one is given.
+#[derive(Args, Debug)]
+pub struct AdaptedArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A directory with a PEFT adapter.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
-enum Base {
+pub(super) enum Base {
     /// They stay as they are.
     AsIs,
     /// NF4 with double-quantized scales.
@@ -56,25 +63,23 @@ impl ModelArgs {
         Ok(self.model.clone())
     }
 
-    /// Loads the model at `path`, and the adapter if there is one.
-    pub fn load(&self, path: &Path) -> Result<Decoder> {
-        let device = Device::named(&self.device)?;
-        let base = match self.base_format {
+    /// The model as it was given, a path or an id.
+    pub fn name(&self) -> String {
+        self.model.display().to_string()
+    }
+
+    /// Loads the model at `path`; `default` is its base's format where none was asked for.
+    pub fn load(&self, path: &Path, default: Base) -> Result<Decoder> {
+        let base = match self.base_format.unwrap_or(default) {
             Base::AsIs => BaseFormat::AsIs,
             Base::Nf4 => BaseFormat::Quantize(QuantOptions::nf4().double_quant()),
             Base::Nf4Plain => BaseFormat::Quantize(QuantOptions::nf4()),
         };
-        // First, as it is quick.
-        let adapter = self.adapter.as_ref().map(|path| Ok((path, read_adapter(path)?))).transpose()?;
-        let mut model = Decoder::load(&device, path, &base)?;
-        if let Some((path, adapter)) = adapter {
-            model.attach_peft("default", &adapter).map_err(|error| misfit(path, &adapter, error))?;
-        }
-        Ok(model)
+        Decoder::load(&Device::named(&self.device)?, path, &base)
     }
 
     /// The tokenizer that comes with the model at `path`.
-    pub fn tokenizer(&self, path: &Path, model: &Decoder) -> Result<Tokenizer> {
+    pub fn tokenizer(&self, path: &Path, vocabulary: usize) -> Result<Tokenizer> {
         let file_error = |message: String| Error::File { path: path.into(), message };
         let tokenizer = if !path.is_dir() {
             Tokenizer::from_gguf(&GgufFile::open(path)?)?
@@ -83,8 +88,21 @@ impl ModelArgs {
         } else {
             return Err(file_error("has no tokenizer.json, which text needs; put the model's own there".into()));
         };
-        tokenizer.check_vocabulary(model.config().vocab_size).map_err(|e| file_error(e.to_string()))?;
+        tokenizer.check_vocabulary(vocabulary).map_err(|e| file_error(e.to_string()))?;
         Ok(tokenizer)
+    }
+}
+
+impl AdaptedArgs {
+    /// Loads the model at `path`, and the adapter.
+    pub fn load(&self, path: &Path) -> Result<Decoder> {
+        // First, as it is quick.
+        let adapter = self.adapter.as_ref().map(|path| Ok((path, read_adapter(path)?))).transpose()?;
+        let mut model = self.model.load(path, Base::AsIs)?;
+        if let Some((path, adapter)) = adapter {
+            model.attach_peft("default", &adapter).map_err(|error| misfit(path, &adapter, error))?;
+        }
+        Ok(model)
     }
 }
 
@@ -116,7 +134,7 @@ pub(super) fn is_gguf(path: &Path) -> Result<bool> {
     Ok(is_called || file.read_exact(&mut start).is_ok() && start == *b"GGUF")
 }
 
-fn read_adapter(path: &Path) -> Result<PeftAdapter> {
+pub(super) fn read_adapter(path: &Path) -> Result<PeftAdapter> {
     exists(path)?;
     if !path.join(peft::CONFIG).exists() {
         let message = format!("is no directory of a PEFT adapter: it has no {}", peft::CONFIG);
@@ -126,7 +144,7 @@ fn read_adapter(path: &Path) -> Result<PeftAdapter> {
 }
 
 /// What is wrong with an adapter that was read, with its path and the model that it is for.
-fn misfit(path: &Path, adapter: &PeftAdapter, error: Error) -> Error {
+pub(super) fn misfit(path: &Path, adapter: &PeftAdapter, error: Error) -> Error {
     if !matches!(error, Error::Shape { .. } | Error::Invalid { .. }) {
         return error;
     }

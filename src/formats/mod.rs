@@ -2,6 +2,8 @@
 
 pub mod bitsandbytes;
 pub mod checkpoint;
+#[cfg(test)]
+mod fuzz_seeds;
 pub mod gguf;
 pub(crate) mod json;
 mod mapped;

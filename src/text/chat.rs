@@ -1,7 +1,9 @@
 //! Chat templates: Jinja, as `apply_chat_template` of Hugging Face's transformers renders it.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::LazyLock;
+use std::thread::{self, ScopedJoinHandle};
 
 use jiff::Zoned;
 use jiff::fmt::strtime;
@@ -17,6 +19,13 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 use crate::error::{Error, Result};
 
 const NAME: &str = "chat";
+
+/// The most bytes of a template, far more than those of models have. minijinja's time for a chain of operators grows with the
+/// square of its length.
+const MAX_SOURCE: usize = 1 << 16;
+
+/// Stack for each byte of a template, several times what one more level of its syntax tree takes.
+const STACK_PER_BYTE: usize = 4 << 10;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,8 +56,16 @@ impl ChatTemplate {
     /// Compiles a template.
     ///
     /// # Errors
-    /// [`Error::Template`] if it is malformed.
+    /// [`Error::Template`] if it is malformed, [`Error::Invalid`] if it is longer than 64 KiB.
     pub fn new(source: &str) -> Result<Self> {
+        if source.len() > MAX_SOURCE {
+            return Err(Error::Invalid {
+                op: "chat template",
+                what: "its length",
+                got: format!("{} bytes", source.len()),
+                expected: format!("at most {MAX_SOURCE} are supported"),
+            });
+        }
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
         environment.set_syntax(syntax);
@@ -56,7 +73,7 @@ impl ChatTemplate {
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
+        compile(&mut environment, without_generation_tags(source))?;
         Ok(ChatTemplate { environment })
     }
 
@@ -74,6 +91,18 @@ impl ChatTemplate {
         };
         self.environment.get_template(NAME).and_then(|template| template.render(context)).map_err(template_error)
     }
+}
+
+/// Compiles `source` on a stack of its own: minijinja walks syntax trees recursively, and a chain of operators, filters or
+/// `elif` is a tree as deep as it is long. What is compiled is flat.
+fn compile(environment: &mut Environment<'static>, source: String) -> Result<()> {
+    let stack = (2 << 20) + source.len() * STACK_PER_BYTE;
+    let compiled = thread::scope(|scope| {
+        let add = move || environment.add_template_owned(NAME, source);
+        thread::Builder::new().stack_size(stack).spawn_scoped(scope, add).map(ScopedJoinHandle::join)
+    });
+    let no_thread = |e: io::Error| Error::Template { line: 0, message: format!("no thread to compile it on: {e}") };
+    compiled.map_err(no_thread)?.unwrap_or_else(|panic| resume_unwind(panic)).map_err(template_error)
 }
 
 fn template_error(error: JinjaError) -> Error {
@@ -105,14 +134,14 @@ fn strftime_now(format: &str) -> Result<String, JinjaError> {
 /// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it: spaces after commas and colons, and
 /// nothing escaped for HTML.
 fn to_json(value: &Value, options: Kwargs) -> Result<Value, JinjaError> {
-    let indent: Option<usize> = options.get("indent")?;
+    let indent: Option<u8> = options.get("indent")?;
     // transformers' own defaults, which templates state now and then.
     let _: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     let mut text = Vec::new();
     let written = match indent {
         Some(indent) => {
-            let indent = " ".repeat(indent);
+            let indent = " ".repeat(indent.into());
             value.serialize(&mut Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(indent.as_bytes())))
         }
         None => value.serialize(&mut Serializer::with_formatter(&mut text, PythonFormatter)),
@@ -175,6 +204,31 @@ mod tests {
         }
         let year = render("{{ strftime_now('%Y') }}").unwrap();
         assert_eq!(year, Zoned::now().year().to_string());
+    }
+
+    #[test]
+    fn templates_exhaust_neither_stack_nor_memory() {
+        let fill = |before: &str, link: &str, after: &str| {
+            let room = MAX_SOURCE - before.len() - after.len();
+            format!("{before}{}{after}", link.repeat(room / link.len()))
+        };
+        for (before, link, after) in [
+            ("{{ 1", "+1", " }}"),
+            ("{{ ", "-", "1 }}"),
+            ("{{ ", "not ", "1 }}"),
+            ("{{ 1", "|e", " }}"),
+            ("{{ a", ".b", " }}"),
+            ("{{ a", "()", " }}"),
+            ("{{ ", "1 if b else ", "1 }}"),
+            ("{% if a %}", "{% elif b %}", "{% endif %}"),
+        ] {
+            ChatTemplate::new(&fill(before, link, after)).unwrap();
+        }
+        let nested = ChatTemplate::new(&fill("{{ ", "(", "")).unwrap_err();
+        assert!(nested.to_string().contains("recursion"), "{nested}");
+        let long = ChatTemplate::new(&"a".repeat(MAX_SOURCE + 1)).unwrap_err();
+        assert!(long.to_string().contains("65537 bytes"), "{long}");
+        assert!(render("{{ [1] | tojson(indent=255) }}").is_ok() && render("{{ [1] | tojson(indent=256) }}").is_err());
     }
 
     #[test]

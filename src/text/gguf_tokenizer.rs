@@ -35,6 +35,9 @@ const MERGES: &str = "tokenizer.ggml.merges";
 /// What SentencePiece writes for a space.
 const SPACE: &str = "▁";
 
+/// The most characters of a piece that SentencePiece's trainer can be asked for. All cuts of a piece are tried.
+const MAX_PIECE: usize = 512;
+
 /// Types of tokens, as `tokenizer.ggml.token_type` numbers them.
 mod kind {
     pub const NORMAL: i32 = 1;
@@ -151,6 +154,11 @@ impl<'a> Vocabulary<'a> {
     fn sentence_piece(&self) -> Result<Inner> {
         let scores: Vec<f32> = self.file.require(SCORES)?;
         self.check_len(SCORES, scores.len())?;
+        if let Some(id) = self.tokens.iter().position(|token| token.chars().nth(MAX_PIECE).is_some()) {
+            let message =
+                format!("token {id} has more than {MAX_PIECE} characters, which no piece of SentencePiece has");
+            return Err(self.file.metadata_error(TOKENS, message));
+        }
         let mut model = self.bpe(self.merges_by_score(&scores)).byte_fallback(true).fuse_unk(true);
         if let Some(unknown) = self.types.iter().position(|&kind| kind == kind::UNKNOWN) {
             model = model.unk_token(self.tokens[unknown].to_owned());

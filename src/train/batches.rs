@@ -126,6 +126,11 @@ impl Batches {
         self.examples.len()
     }
 
+    /// Tokens of all examples together.
+    pub fn tokens(&self) -> usize {
+        self.examples.iter().map(|example| example.ids.len()).sum()
+    }
+
     /// Tokens of the longest row.
     pub fn longest_row(&self) -> usize {
         self.rows.iter().map(|row| self.len_of(row)).max().unwrap_or(0)

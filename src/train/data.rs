@@ -14,6 +14,7 @@
 //! added where it is not written: these carry loss, or a model would not learn to stop. A file with another extension is
 //! one text.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::ops::Range;
 use std::path::Path;
@@ -24,6 +25,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::nn::IGNORE_LABEL;
+use crate::seed::mix;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 
 const ASSISTANT: &str = "assistant";
@@ -67,6 +69,19 @@ impl Dataset {
     /// of no known form, refused by the chat template, or without any token that carries loss, and for a file without
     /// examples.
     pub fn read(path: impl AsRef<Path>, tokenizer: Result<&Tokenizer, &Error>, options: &DataOptions) -> Result<Self> {
+        Dataset::read_with(path, tokenizer, options, |_| ())
+    }
+
+    /// As [`Dataset::read`]; `progress` is called after every line, with how many there are.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_with(
+        path: impl AsRef<Path>,
+        tokenizer: Result<&Tokenizer, &Error>,
+        options: &DataOptions,
+        progress: impl Fn(usize) + Sync,
+    ) -> Result<Self> {
         let path = path.as_ref();
         let bytes = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
         let file_error = |message: String| Error::File { path: path.into(), message };
@@ -81,8 +96,10 @@ impl Dataset {
         let chat = |tokenizer: &Tokenizer| tokenizer.chat_template().map(ChatTemplate::new);
         let reader = tokenizer.map(|tokenizer| Reader { tokenizer, chat: chat(tokenizer) }).map_err(needs_tokenizer);
         let lines: Vec<(usize, &[u8])> = (1..).zip(bytes.split(|&byte| byte == b'\n')).collect();
+        let count = lines.len();
         let read: Vec<_> = lines
             .into_par_iter()
+            .inspect(|_| progress(count))
             .filter(|(_, line)| !line.trim_ascii().is_empty())
             .map(|(number, line)| {
                 let object = || serde_json::from_slice(line).map_err(|e| format!("is no JSON object: {e}"));
@@ -108,6 +125,39 @@ impl Dataset {
             return Err(file_error(format!("has no examples{first}")));
         }
         Ok(dataset)
+    }
+}
+
+impl Dataset {
+    /// Takes this share of the examples out, at least one and not all, which ones the seed decides.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is only one example, or the share is not between 0 and 1.
+    pub fn split(&mut self, share: f64, seed: u64) -> Result<Vec<Example>> {
+        let count = self.examples.len();
+        let invalid = |what, got: String, expected: &str| Error::Invalid {
+            op: "data split",
+            what,
+            got,
+            expected: expected.into(),
+        };
+        if !(share > 0.0 && share < 1.0) {
+            return Err(invalid("the share", share.to_string(), "it must be between 0 and 1"));
+        }
+        if count < 2 {
+            let expected = "a part to train on and a part to evaluate on take two; name a file to evaluate on instead";
+            return Err(invalid("the number of examples", count.to_string(), expected));
+        }
+        let taken = ((share * count as f64).round() as usize).clamp(1, count - 1);
+        let mut order: Vec<usize> = (0..count).collect();
+        order.sort_by_key(|&index| mix(seed, index as u64));
+        let out: BTreeSet<usize> = order.into_iter().take(taken).collect();
+        let (mut kept, mut split) = (Vec::new(), Vec::new());
+        for (index, example) in std::mem::take(&mut self.examples).into_iter().enumerate() {
+            if out.contains(&index) { split.push(example) } else { kept.push(example) }
+        }
+        self.examples = kept;
+        Ok(split)
     }
 }
 

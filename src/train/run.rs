@@ -336,8 +336,11 @@ fn settings(options: &RunOptions, batches: &Batches) -> Map<String, Value> {
     values.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
 }
 
-/// A folder that holds a run is not overwritten.
-fn check_unused(output: &Path) -> Result<()> {
+/// Checks that a run can start in this folder: it holds no other, which is never overwritten.
+///
+/// # Errors
+/// [`Error::File`].
+pub fn check_unused(output: &Path) -> Result<()> {
     if !output.exists() {
         return Ok(());
     }

@@ -1,0 +1,11 @@
+//! GGUF files: metadata, tensors, configs, tokenizers, models.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+#[allow(dead_code, reason = "the other target uses the rest")]
+#[path = "../../tests/common/readers.rs"]
+mod readers;
+
+fuzz_target!(|bytes: &[u8]| drop(readers::gguf(bytes)));

@@ -1,0 +1,88 @@
+//! A run as people see it: a bar on a terminal, plain lines elsewhere.
+
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::train::metrics::Record;
+use crate::train::run::Event;
+
+/// Between plain lines, at least.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Shows the events of a run on stderr.
+pub(super) struct Progress {
+    bar: ProgressBar,
+    total: u32,
+    /// When it began, and with which step.
+    start: (Instant, u32),
+    last_line: Option<Instant>,
+    eval_loss: Option<f64>,
+}
+
+impl Progress {
+    /// For a run of `total` steps of which `done` are done.
+    pub(super) fn new(total: u32, done: u32) -> Progress {
+        let bar = ProgressBar::with_draw_target(Some(total.into()), ProgressDrawTarget::stderr());
+        bar.set_style(
+            ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").unwrap_or(ProgressStyle::default_bar()),
+        );
+        bar.set_position(done.into());
+        Progress { bar, total, start: (Instant::now(), done), last_line: None, eval_loss: None }
+    }
+
+    /// Shows one event.
+    pub(super) fn show(&mut self, event: Event<'_>) {
+        match event {
+            Event::Step(record) => self.step(record),
+            Event::Saved(path) if self.bar.is_hidden() => eprintln!("saved {}", path.display()),
+            Event::Saved(_) => {}
+        }
+    }
+
+    /// Takes the bar away.
+    pub(super) fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+
+    fn step(&mut self, record: &Record) {
+        self.eval_loss = record.eval_loss.or(self.eval_loss);
+        let message = self.message(record);
+        if !self.bar.is_hidden() {
+            self.bar.set_message(message);
+            self.bar.set_position(record.step.into());
+            return;
+        }
+        let is_due = self.last_line.is_none_or(|last| last.elapsed() >= PAUSE);
+        if is_due || record.eval_loss.is_some() || record.step == self.total {
+            self.last_line = Some(Instant::now());
+            eprintln!("step {}/{} {message}", record.step, self.total);
+        }
+    }
+
+    fn message(&self, record: &Record) -> String {
+        let mut parts = Vec::new();
+        if let Some(loss) = record.loss {
+            parts.push(format!("loss {loss:.4}"));
+        }
+        if let Some(loss) = self.eval_loss {
+            parts.push(format!("eval loss {loss:.4}"));
+        }
+        if let Some(rate) = record.tokens_per_second {
+            parts.push(format!("{rate:.0} tokens/s"));
+        }
+        let (start, done) = self.start;
+        if record.step > done {
+            let per_step = start.elapsed() / (record.step - done);
+            parts.push(format!("{} left", HumanDuration(per_step * (self.total - record.step.min(self.total)))));
+        }
+        parts.push(bytes(record.peak_bytes));
+        parts.join(", ")
+    }
+}
+
+/// Bytes in MiB or GiB.
+pub(super) fn bytes(bytes: u64) -> String {
+    let mib = bytes as f64 / f64::from(1 << 20);
+    if mib < 1024.0 { format!("{mib:.0} MiB") } else { format!("{:.1} GiB", mib / 1024.0) }
+}

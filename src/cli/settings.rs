@@ -1,0 +1,100 @@
+//! Settings files: a command's flags in TOML, with the same names.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::{ArgAction, Command};
+use toml::Value;
+
+use crate::error::{Error, Result};
+
+/// Flags of which only one can be given: one on the command line sends away another in the file.
+const ALTERNATIVES: [&[&str]; 3] = [
+    &["epochs", "max-steps"],
+    &["eval-data", "eval-split"],
+    &["init-adapter", "rank", "alpha", "dropout", "targets", "rslora", "dora"],
+];
+
+/// The flags in the file at `path` as arguments of `command`, to be put before those that were typed, which win. `typed` are
+/// the names of the latter.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::File`] for malformed TOML, a key that is no flag of the command, or a value that no flag can have.
+pub(super) fn arguments(path: &Path, command: &Command, typed: &[String]) -> Result<Vec<OsString>> {
+    let file_error = |message: String| Error::File { path: path.into(), message };
+    let text = std::fs::read_to_string(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+    let table: BTreeMap<String, Value> =
+        toml::from_str(&text).map_err(|e| file_error(e.to_string().trim_end().into()))?;
+    let mut arguments = Vec::new();
+    for (key, value) in table {
+        let name = key.replace('_', "-");
+        let flag = command.get_arguments().find(|flag| flag.get_long() == Some(&name) && name != "config");
+        let flag = flag.ok_or_else(|| file_error(format!("`{key}` is no setting of {}", command.get_name())))?;
+        let replaced = |group: &&&[&str]| {
+            group.contains(&name.as_str())
+                && typed.iter().any(|typed| *typed != name && group.contains(&typed.as_str()))
+        };
+        if typed.contains(&name) || ALTERNATIVES.iter().any(|group| replaced(&group)) {
+            continue;
+        }
+        let text = |value: &Value| match value {
+            Value::String(text) => Ok(text.clone()),
+            Value::Integer(number) => Ok(number.to_string()),
+            Value::Float(number) => Ok(number.to_string()),
+            other => Err(file_error(format!("`{key}` is {}, which no flag can be", other.type_str()))),
+        };
+        match (value, flag.get_action()) {
+            (Value::Boolean(true), ArgAction::SetTrue) => arguments.push(format!("--{name}").into()),
+            (Value::Boolean(false), ArgAction::SetTrue) => {}
+            (_, ArgAction::SetTrue) => return Err(file_error(format!("`{key}` must be true or false"))),
+            (Value::Array(values), _) => {
+                let values = values.iter().map(text).collect::<Result<Vec<_>>>()?;
+                arguments.push(format!("--{name}={}", values.join(",")).into());
+            }
+            (value, _) => arguments.push(format!("--{name}={}", text(&value)?).into()),
+        }
+    }
+    Ok(arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, Command};
+
+    use super::*;
+    use crate::cli::finetune::FinetuneArgs;
+
+    fn of(text: &str, typed: &[&str]) -> Result<Vec<String>> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.toml");
+        std::fs::write(&path, text).unwrap();
+        let command = FinetuneArgs::augment_args(Command::new("finetune"));
+        let typed: Vec<String> = typed.iter().map(|&name| name.to_owned()).collect();
+        Ok(arguments(&path, &command, &typed)?.into_iter().map(|a| a.into_string().unwrap()).collect())
+    }
+
+    #[test]
+    fn values_become_flags_in_either_spelling() {
+        let text = "lr = 1e-3\nmax_steps = 5\ntargets = [\"q_proj\", \"v_proj\"]\nno-packing = true\ndora = false\n";
+        let wanted = ["--lr=0.001", "--max-steps=5", "--no-packing", "--targets=q_proj,v_proj"];
+        assert_eq!(of(text, &[]).unwrap(), wanted);
+    }
+
+    #[test]
+    fn what_was_typed_wins_over_the_file_and_its_alternatives() {
+        let text = "epochs = 3\nrank = 8\nlr = 1\n";
+        assert_eq!(of(text, &["max-steps", "lr"]).unwrap(), ["--rank=8"]);
+        assert_eq!(of(text, &["init-adapter"]).unwrap(), ["--epochs=3", "--lr=1"]);
+    }
+
+    #[test]
+    fn what_is_no_setting_is_named() {
+        let error = |text| of(text, &[]).unwrap_err().to_string();
+        assert!(error("learning = 1").contains("`learning` is no setting of finetune"));
+        assert!(error("dora = 1").contains("true or false"));
+        assert!(error("lr = true").contains("`lr`"));
+        assert!(error("lr 1").contains("x.toml"));
+        assert!(error("config = \"y.toml\"").contains("`config`"));
+    }
+}

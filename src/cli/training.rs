@@ -1,0 +1,168 @@
+//! The flags of a training run, which `finetune` and `plan` share.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::error::{Error, Result};
+use crate::formats::peft::{PeftConfig, TargetModules, Targets};
+use crate::optim::{AdamW, Decay, Schedule};
+use crate::train::TrainOptions;
+use crate::train::batches::BatchOptions;
+
+/// What is trained, and how.
+#[derive(Args, Debug)]
+pub struct TrainingArgs {
+    #[command(flatten)]
+    pub adapter: NewAdapterArgs,
+    /// Rows of a micro-batch; by default the most of 1, 2, 4, 8 that fit into memory.
+    #[arg(long, value_name = "ROWS", value_parser = at_least::<1>, help_heading = "Batches")]
+    pub batch_size: Option<usize>,
+    /// Micro-batches of a step.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>, help_heading = "Batches")]
+    pub grad_accum: usize,
+    /// Tokens of a row, at most; longer examples are cut. By default 512, or the longest example if it is shorter.
+    #[arg(long, value_name = "TOKENS", value_parser = at_least::<2>, help_heading = "Batches")]
+    pub seq_len: Option<usize>,
+    /// One example a row, padded; otherwise several share a row and none sees another.
+    #[arg(long, help_heading = "Batches")]
+    pub no_packing: bool,
+    /// Keep the order of the file in every epoch.
+    #[arg(long, help_heading = "Batches")]
+    pub no_shuffle: bool,
+    /// The highest learning rate.
+    #[arg(long, default_value_t = 2e-4, value_parser = not_negative, help_heading = "Optimizer")]
+    pub lr: f64,
+    /// How the learning rate falls after warm-up.
+    #[arg(long, value_enum, default_value_t = DecayArg::Cosine, help_heading = "Optimizer")]
+    pub schedule: DecayArg,
+    /// Steps in which the learning rate rises, or below 1 their share of all steps.
+    #[arg(long, value_name = "STEPS|SHARE", default_value_t = 0.03, value_parser = not_negative, help_heading = "Optimizer")]
+    pub warmup: f64,
+    /// AdamW's weight decay.
+    #[arg(long, default_value_t = 0.0, value_parser = not_negative, help_heading = "Optimizer")]
+    pub weight_decay: f64,
+    /// The norm to which gradients are clipped; 0: not at all.
+    #[arg(long, value_name = "NORM", default_value_t = 1.0, value_parser = not_negative, help_heading = "Optimizer")]
+    pub clip: f64,
+    /// Of the adapter's start, the order of the data, and dropout.
+    #[arg(long, default_value_t = 0, help_heading = "Optimizer")]
+    pub seed: u64,
+    /// Less memory for more time: keep only every layer's input for the way back.
+    #[arg(long, help_heading = "Optimizer")]
+    pub checkpoint_activations: bool,
+}
+
+/// The adapter to be trained.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Adapter")]
+pub struct NewAdapterArgs {
+    /// Rank of the adapter.
+    #[arg(long, default_value_t = 16, value_parser = at_least::<1>)]
+    pub rank: usize,
+    /// alpha: the adapter counts times alpha / rank.
+    #[arg(long, default_value_t = 32.0)]
+    pub alpha: f32,
+    /// Probability that a value is dropped before A.
+    #[arg(long, default_value_t = 0.0)]
+    pub dropout: f32,
+    /// Linear layers with an adapter: all-linear, or names such as q_proj,v_proj.
+    #[arg(long, value_delimiter = ',', default_value = "all-linear")]
+    pub targets: Vec<String>,
+    /// Scale by alpha / sqrt(rank).
+    #[arg(long)]
+    pub rslora: bool,
+    /// Train magnitudes too (DoRA).
+    #[arg(long)]
+    pub dora: bool,
+    /// Go on training the PEFT adapter in this directory, with its own rank, alpha and targets.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "rslora", "dora"])]
+    pub init_adapter: Option<PathBuf>,
+}
+
+/// How the learning rate falls.
+#[derive(ValueEnum, Clone, Copy, Debug)]
+pub enum DecayArg {
+    /// It does not.
+    Constant,
+    /// On a line, to 0.
+    Linear,
+    /// On half a cosine, to 0.
+    Cosine,
+}
+
+impl NewAdapterArgs {
+    /// The configuration of a new adapter.
+    pub fn config(&self) -> PeftConfig {
+        let targets = match self.targets.as_slice() {
+            [all] if all == "all-linear" => TargetModules::AllLinear,
+            names => TargetModules::names(names.iter().map(|name| name.trim())),
+        };
+        PeftConfig {
+            lora_dropout: self.dropout,
+            use_rslora: self.rslora,
+            use_dora: self.dora,
+            targets: Targets::new(targets),
+            ..PeftConfig::new(self.rank, self.alpha)
+        }
+    }
+}
+
+impl TrainingArgs {
+    /// The options of a step in a run of `steps`.
+    pub fn options(&self, steps: u32) -> TrainOptions {
+        let warmup = if self.warmup < 1.0 { (self.warmup * f64::from(steps)).ceil() } else { self.warmup };
+        let decay = match self.schedule {
+            DecayArg::Constant => Decay::Constant,
+            DecayArg::Linear => Decay::Linear,
+            DecayArg::Cosine => Decay::Cosine,
+        };
+        TrainOptions {
+            optimizer: AdamW { lr: self.lr, weight_decay: self.weight_decay, ..AdamW::default() },
+            schedule: Schedule { decay, warmup: warmup as u32, total: steps },
+            max_norm: (self.clip > 0.0).then_some(self.clip as f32),
+            checkpoint_activations: self.checkpoint_activations,
+            seed: self.seed,
+        }
+    }
+
+    /// How data become batches, for examples of at most `longest` tokens and a model of so many positions.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for rows longer than the model's positions.
+    pub fn batches(&self, longest: usize, positions: usize) -> Result<BatchOptions> {
+        let seq_len = self.seq_len.unwrap_or(512.min(longest).min(positions).max(2));
+        if seq_len > positions {
+            return Err(Error::Invalid {
+                op: "finetune",
+                what: "--seq-len",
+                got: seq_len.to_string(),
+                expected: format!("the model has {positions} positions"),
+            });
+        }
+        Ok(BatchOptions {
+            batch_size: self.batch_size.unwrap_or(1),
+            grad_accum: self.grad_accum,
+            seq_len,
+            packing: !self.no_packing,
+            shuffle: !self.no_shuffle,
+            seed: self.seed,
+        })
+    }
+}
+
+fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(value) if value >= LEAST => Ok(value),
+        Ok(_) => Err(format!("it must be at least {LEAST}")),
+        Err(_) => Err("it must be a whole number".into()),
+    }
+}
+
+fn not_negative(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+        Ok(_) => Err("it must be at least 0".into()),
+        Err(_) => Err("it must be a number".into()),
+    }
+}

@@ -1,0 +1,370 @@
+//! `qlora finetune`: recorded runs of PEFT by the command alone, interruptions of every kind, and bad input.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use common::model::{i64s, path};
+use qlora_wgpu::formats::safetensors::SafetensorsFile;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+fn qlora(arguments: &[&str]) -> Command {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin("qlora"));
+    command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn succeed(mut command: Command) -> Output {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}", text(&output.stderr));
+    output
+}
+
+/// The message of a command that fails.
+fn fail(mut command: Command, code: i32) -> String {
+    let output = command.output().unwrap();
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {message}");
+    message
+}
+
+/// The records of a run, without what depends on the clock.
+fn metrics(folder: &Path) -> Vec<Value> {
+    let lines = fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let record = |line: &str| {
+        let mut record: Value = serde_json::from_str(line).unwrap();
+        let object = record.as_object_mut().unwrap();
+        object.remove("tokens_per_second");
+        object.remove("peak_bytes");
+        record
+    };
+    lines.lines().map(record).collect()
+}
+
+fn adapter(folder: &Path) -> Vec<u8> {
+    fs::read(folder.join("adapter_model.safetensors")).unwrap()
+}
+
+/// A small model and a text for it, of `count` lines.
+struct Setup {
+    folder: TempDir,
+    data: PathBuf,
+}
+
+impl Setup {
+    fn new(count: u32) -> Setup {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data.jsonl");
+        let line = |i: u32| json!({ "input_ids": (0..6 + i % 9).map(|j| (i * 7 + j * j) % 128).collect::<Vec<_>>() });
+        fs::write(&data, (0..count).map(|i| line(i).to_string() + "\n").collect::<String>()).unwrap();
+        Setup { folder, data }
+    }
+
+    fn output(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A run on the CPU in folder `name`.
+    fn finetune(&self, name: &str, arguments: &[&str]) -> Command {
+        let mut command = qlora(&["finetune", "--device", "cpu", "--model"]);
+        command.arg(path("llama")).arg("--data").arg(&self.data).arg("--output").arg(self.output(name));
+        command.args(["--batch-size", "2"]).args(arguments);
+        command
+    }
+}
+
+/// The lines of a recorded run's micro-batches, without their padding.
+fn recorded_lines(name: &str, micro_batches: usize) -> Vec<String> {
+    let file = SafetensorsFile::open(path(name).join("batches.safetensors")).unwrap();
+    let mut lines = Vec::new();
+    for index in 0..micro_batches {
+        let read = |what: &str| i64s(&file, &format!("batch{index}.{what}"));
+        let ((ids, [_, length]), (labels, _)) = (read("input_ids"), read("labels"));
+        let mask = file.get(&format!("batch{index}.attention_mask")).map(|_| read("attention_mask").0);
+        for row in 0..ids.len() / length {
+            let kept: Vec<usize> = (row * length..(row + 1) * length)
+                .filter(|&at| mask.as_ref().is_none_or(|mask| mask[at] != 0))
+                .collect();
+            let of = |values: &[i64]| kept.iter().map(|&at| values[at]).collect::<Vec<_>>();
+            lines.push(json!({ "input_ids": of(&ids), "labels": of(&labels) }).to_string());
+        }
+    }
+    lines
+}
+
+fn check_recorded(device: &str, name: &str, micro_batches: usize, arguments: &[&str]) {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, output) = (folder.path().join("data.jsonl"), folder.path().join("run"));
+    let lines = recorded_lines(name, micro_batches);
+    let rows = (lines.len() / micro_batches).to_string();
+    fs::write(&data, lines.join("\n")).unwrap();
+    let mut command = qlora(&["finetune", "--device", device, "--no-shuffle", "--no-packing", "--model"]);
+    command.arg(path("llama-bnb-nf4_dq")).arg("--data").arg(&data).arg("--output").arg(&output);
+    command.arg("--init-adapter").arg(path(name).join("adapter-init")).args(["--batch-size", &rows]).args(arguments);
+    succeed(command);
+
+    let curve: Value = serde_json::from_slice(&fs::read(path(name).join("curve.json")).unwrap()).unwrap();
+    let (got, wanted) = (metrics(&output), curve["records"].as_array().unwrap());
+    assert_eq!(got.len(), wanted.len());
+    for (got, wanted) in got.iter().zip(wanted) {
+        assert_eq!(got["step"].as_u64().unwrap(), wanted["step"].as_u64().unwrap() + 1);
+        for key in ["loss", "grad_norm", "lr"] {
+            let (got, wanted) = (got[key].as_f64().unwrap(), wanted[key].as_f64().unwrap());
+            assert!((got / wanted - 1.0).abs() < 1e-4, "{device} {name}: {key} {got} instead of {wanted}");
+        }
+    }
+}
+
+const BASIC20: (&str, usize, &[&str]) = (
+    "train-basic20",
+    1,
+    &["--max-steps", "20", "--lr", "5e-3", "--schedule", "constant", "--warmup", "0", "--clip", "0"],
+);
+const FULL: (&str, usize, &[&str]) = (
+    "train-full",
+    12,
+    &["--epochs", "1", "--grad-accum", "2", "--lr", "2e-3", "--warmup", "2", "--weight-decay", "0.1", "--clip", "0.5"],
+);
+
+#[test]
+fn recorded_runs_of_peft_on_the_cpu() {
+    for (name, micro_batches, arguments) in [BASIC20, FULL] {
+        check_recorded("cpu", name, micro_batches, arguments);
+    }
+}
+
+#[test]
+fn recorded_runs_of_peft_on_a_gpu() {
+    // In f32; other tiers are tested through the library.
+    if let Some(device) = common::gpus_with(|options| options.tier = Some(qlora_wgpu::Tier::Software)).first() {
+        for (name, micro_batches, arguments) in [BASIC20, FULL] {
+            check_recorded(device.name(), name, micro_batches, arguments);
+        }
+    }
+}
+
+/// What a run of 60 steps needs, with everything that has state.
+const WHOLE: [&str; 14] = [
+    "--max-steps",
+    "60",
+    "--lr",
+    "1e-2",
+    "--rank",
+    "4",
+    "--dropout",
+    "0.1",
+    "--eval-split",
+    "0.2",
+    "--eval-every",
+    "7",
+    "--save-every",
+    "1",
+];
+
+#[test]
+fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
+    let setup = Setup::new(40);
+    succeed(setup.finetune("whole", &WHOLE));
+    let (wanted, output) = (setup.output("whole"), setup.output("killed"));
+
+    let mut kills = 0;
+    let mut arguments = WHOLE.to_vec();
+    for attempt in 0.. {
+        assert!(attempt < 400, "no progress after {kills} kills");
+        if output.exists() && !has_checkpoint(&output) {
+            // Killed before its first checkpoint: there is nothing to go on from.
+            fs::remove_dir_all(&output).unwrap();
+        }
+        arguments.truncate(WHOLE.len());
+        if output.exists() {
+            arguments.push("--resume");
+        }
+        let mut child = setup.finetune("killed", &arguments).spawn().unwrap();
+        // Anywhere in a step, a checkpoint, or the start.
+        let enough = Duration::from_micros(15_000 + (attempt * 7919) % 40_000);
+        let start = Instant::now();
+        while start.elapsed() < enough && child.try_wait().unwrap().is_none() {
+            sleep(Duration::from_micros(500));
+        }
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            kills += 1;
+        }
+        let result = child.wait_with_output().unwrap();
+        if result.status.code() == Some(1) {
+            // Killed between the last checkpoint and the adapter? Then it is told.
+            panic!("{}", text(&result.stderr));
+        }
+        if result.status.success() {
+            break;
+        }
+    }
+    println!("{kills} kills");
+    assert!(kills >= 5, "only {kills} kills");
+    assert_eq!(metrics(&output), metrics(&wanted));
+    assert_eq!(adapter(&output), adapter(&wanted));
+    let left: Vec<_> = fs::read_dir(&output).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().starts_with(".qlora-")), "{left:?}");
+}
+
+fn has_checkpoint(folder: &Path) -> bool {
+    let entries = fs::read_dir(folder).unwrap();
+    entries.into_iter().any(|entry| entry.unwrap().file_name().to_string_lossy().starts_with("checkpoint-"))
+}
+
+#[cfg(unix)]
+fn interrupt(child: &Child) {
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+}
+
+#[test]
+#[cfg(unix)]
+fn ctrl_c_saves_and_resume_goes_on_to_the_bit() {
+    let setup = Setup::new(40);
+    let arguments =
+        ["--max-steps", "3000", "--rank", "4", "--save-every", "0", "--early-stop", "1000", "--eval-split", "0.1"];
+    let mut child = setup.finetune("run", &arguments).spawn().unwrap();
+    let start = Instant::now();
+    let output = setup.output("run");
+    while !fs::read_to_string(output.join("metrics.jsonl")).is_ok_and(|text| text.lines().count() > 20) {
+        assert!(start.elapsed() < Duration::from_secs(60), "no steps");
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        sleep(Duration::from_millis(1));
+    }
+    interrupt(&child);
+    let ended = child.wait_with_output().unwrap();
+    assert_eq!(ended.status.code(), Some(130), "{}", text(&ended.stderr));
+    assert!(text(&ended.stderr).contains("--resume goes on"), "{}", text(&ended.stderr));
+    assert!(has_checkpoint(&output) && !output.join("adapter_model.safetensors").exists());
+
+    succeed(setup.finetune("run", &[&arguments[..], &["--resume"]].concat()));
+    succeed(setup.finetune("whole", &arguments));
+    assert_eq!(metrics(&output), metrics(&setup.output("whole")));
+    assert_eq!(adapter(&output), adapter(&setup.output("whole")));
+    let message = fail(setup.finetune("run", &[&arguments[..], &["--resume"]].concat()), 1);
+    assert!(message.contains("finished, after 3000 steps"), "{message}");
+}
+
+#[test]
+fn memory_does_not_grow_over_300_steps() {
+    let setup = Setup::new(40);
+    succeed(setup.finetune("run", &["--max-steps", "300", "--no-shuffle", "--save-every", "0"]));
+    let text = fs::read_to_string(setup.output("run").join("metrics.jsonl")).unwrap();
+    let peaks: Vec<u64> =
+        text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["peak_bytes"].as_u64().unwrap()).collect();
+    assert!(peaks[0] > 0);
+    // Every row was seen by then. How the tasks of two threads meet in time is left: they decode tiles of their own.
+    assert!(peaks[299] as f64 <= 1.02 * peaks[40] as f64, "{} bytes became {}", peaks[40], peaks[299]);
+}
+
+#[test]
+fn early_stopping_keeps_the_best_adapter() {
+    let setup = Setup::new(20);
+    let arguments =
+        ["--max-steps", "400", "--lr", "0.05", "--eval-split", "0.3", "--eval-every", "2", "--early-stop", "3"];
+    let output = succeed(setup.finetune("run", &arguments));
+    assert!(text(&output.stdout).contains("ended after"), "{}", text(&output.stdout));
+    let run = setup.output("run");
+    let losses: Vec<f64> = metrics(&run).iter().filter_map(|record| record["eval_loss"].as_f64()).collect();
+    let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+    assert_eq!(losses[losses.len() - 4], best, "{losses:?}");
+    assert_eq!(adapter(&run), adapter(&run.join("best")));
+}
+
+#[test]
+fn settings_may_come_from_a_file() {
+    let setup = Setup::new(10);
+    let file = setup.output("run.toml");
+    let data = setup.data.display();
+    fs::write(&file, format!("data = '{data}'\nmax-steps = 3\nrank = 2\nlr = 1e-3\ntargets = ['q_proj', 'v_proj']\n"))
+        .unwrap();
+    let mut command = qlora(&["finetune", "--device", "cpu", "--lr", "2e-3", "--warmup", "0", "--model"]);
+    command.arg(path("llama")).arg("--output").arg(setup.output("run")).arg("--config").arg(&file);
+    succeed(command);
+    let run = setup.output("run");
+    let config: Value = serde_json::from_slice(&fs::read(run.join("adapter_config.json")).unwrap()).unwrap();
+    assert_eq!((config["r"].as_u64(), config["target_modules"].as_array().unwrap().len()), (Some(2), 2));
+    assert_eq!(config["base_model_name_or_path"], path("llama").to_str().unwrap());
+    let records = metrics(&run);
+    assert_eq!(records.len(), 3);
+    assert!((records[0]["lr"].as_f64().unwrap() - 2e-3).abs() < 1e-9, "{records:?}");
+
+    fs::write(&file, "rnak = 2\n").unwrap();
+    let mut command = qlora(&["finetune", "--config"]);
+    command.arg(&file);
+    let message = fail(command, 1);
+    assert!(message.contains("`rnak` is no setting of finetune"), "{message}");
+}
+
+#[test]
+fn what_cannot_work_is_one_sentence_and_leaves_nothing() {
+    let setup = Setup::new(10);
+    let one = |arguments: &[&str], code| {
+        let message = fail(setup.finetune("run", &[&["--max-steps", "2"][..], arguments].concat()), code);
+        assert!(!setup.output("run").exists(), "{arguments:?} left a folder");
+        message
+    };
+    assert!(one(&["--epochs", "2"], 2).contains("cannot be used with"));
+    assert!(one(&["--rank", "0"], 2).contains("at least 1"));
+    assert!(one(&["--eval-split", "1.5"], 2).contains("between 0 and 1"));
+    assert!(one(&["--targets", "nonsense"], 1).contains("no linear layer of the model matches"));
+    assert!(one(&["--seq-len", "100000"], 1).contains("positions"));
+    assert!(one(&["--early-stop", "3"], 1).contains("evaluation data"));
+    assert!(one(&["--resume"], 1).contains("no checkpoint"));
+    assert!(one(&["--eval-data", "missing.jsonl"], 1).contains("missing.jsonl: there is no such file"));
+    let other = path("adapter-lora");
+    fs::create_dir(setup.output("other")).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(other.join(file), setup.output("other").join(file)).unwrap();
+    }
+    let config = setup.output("other/adapter_config.json");
+    fs::write(&config, fs::read_to_string(&config).unwrap().replace("\"r\": ", "\"r\": 1")).unwrap();
+    assert!(one(&["--init-adapter", setup.output("other").to_str().unwrap()], 1).contains("other"));
+
+    let with_data = |lines: &str, arguments: &[&str], code| {
+        fs::write(&setup.data, lines).unwrap();
+        one(arguments, code)
+    };
+    assert!(with_data("", &[], 1).contains("data.jsonl: has no examples"));
+    let bad = "{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [1, 2\n";
+    assert!(with_data(bad, &[], 1).contains("data.jsonl: line 2"));
+    let late = json!({ "input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4] }).to_string();
+    let message = with_data(&late, &["--seq-len", "3"], 1);
+    assert!(message.contains("data.jsonl") && message.contains("cut to 3 tokens"), "{message}");
+
+    fs::write(&setup.data, bad).unwrap();
+    let output = succeed(setup.finetune("run", &["--max-steps", "2", "--skip-bad-lines"]));
+    assert!(text(&output.stderr).contains("left out 1 bad lines"), "{}", text(&output.stderr));
+    let before = adapter(&setup.output("run"));
+    let message = fail(setup.finetune("run", &["--max-steps", "2", "--skip-bad-lines"]), 1);
+    assert!(message.contains("holds another run"), "{message}");
+    assert_eq!(adapter(&setup.output("run")), before);
+    let message = fail(setup.finetune("run", &["--max-steps", "3", "--skip-bad-lines", "--resume"]), 1);
+    assert!(message.contains("steps 2, which is 3 now"), "{message}");
+}
+
+/// Files over 8 KiB cannot be written, as on a disk that is full.
+#[test]
+#[cfg(unix)]
+fn a_full_disk_is_an_error_and_leaves_no_half_checkpoint() {
+    let setup = Setup::new(10);
+    let finetune = setup.finetune("run", &["--max-steps", "2"]);
+    let mut command = Command::new("sh");
+    // Without the signal, the write fails.
+    command.args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""]).arg(finetune.get_program());
+    command.args(finetune.get_args()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let message = fail(command, 1);
+    assert!(message.contains("checkpoint-2"), "{message}");
+    let left: Vec<_> = fs::read_dir(setup.output("run")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["metrics.jsonl"]);
+}

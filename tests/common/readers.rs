@@ -1,0 +1,109 @@
+//! Everything that can be read from a file, be it whole or damaged: for the fuzz targets, and for tests of what they found.
+
+use std::fs;
+
+use qlora_wgpu::formats::bitsandbytes;
+use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
+use qlora_wgpu::formats::gguf::{GgufFile, RowOrder, Value};
+use qlora_wgpu::formats::safetensors::{SafetensorsFile, Tensors};
+use qlora_wgpu::kernels::HostMatrix;
+use qlora_wgpu::nn::{Decoder, ModelConfig};
+use qlora_wgpu::quant::QuantOptions;
+use qlora_wgpu::text::Tokenizer;
+use qlora_wgpu::{Device, Result};
+
+/// Reads `bytes` as a GGUF file: values, tensors in every order and base, config, tokenizer, model.
+///
+/// # Errors
+/// That of opening the file. What is wrong inside is an error of one of the readers, which are all called.
+///
+/// # Panics
+/// If a reader contradicts another.
+pub fn gguf(bytes: &[u8]) -> Result<()> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("x.gguf");
+    fs::write(&path, bytes).expect("a file in it");
+    let file = GgufFile::open(&path)?;
+
+    for key in file.keys() {
+        walk(file.metadata(key).expect("a value that was read when the file was opened"));
+        drop((file.get::<u32>(key), file.get::<i32>(key), file.get::<usize>(key), file.get::<f32>(key)));
+        drop((file.get::<bool>(key), file.get::<&str>(key), file.get::<Vec<&str>>(key), file.get::<Vec<f32>>(key)));
+    }
+    let orders = [RowOrder::Plain, RowOrder::Interleaved { head_dim: 2 }, RowOrder::Interleaved { head_dim: 6 }];
+    for name in file.names() {
+        let tensor = file.tensor(name)?;
+        for order in orders {
+            match *tensor.shape {
+                [len] => drop(file.vector(name, len, order).map(|values| assert_eq!(values.len(), len))),
+                [rows, cols] => {
+                    bases().for_each(|base| decode(file.matrix(name, rows, cols, order, &base), rows, cols))
+                }
+                _ => {}
+            }
+        }
+    }
+    drop(ModelConfig::from_gguf(&file));
+    if let Ok(tokenizer) = Tokenizer::from_gguf(&file) {
+        drop(tokenizer.chat());
+        let ids = tokenizer.encode("Hello, 123 wörlds\n</s>", true).unwrap_or_default();
+        tokenizer.decode(&ids, false).expect("ids of its own");
+    }
+    drop(Decoder::load(&Device::cpu(), &path, &BaseFormat::Quantize(QuantOptions::nf4())));
+    Ok(())
+}
+
+/// Reads `bytes` as a safetensors file and as a checkpoint: tensors as what they are, and 4-bit weights from their parts.
+///
+/// # Errors
+/// That of opening the file.
+///
+/// # Panics
+/// If a reader contradicts another.
+pub fn safetensors(bytes: &[u8]) -> Result<()> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("model.safetensors");
+    fs::write(&path, bytes).expect("a file in it");
+    let file = SafetensorsFile::open(&path)?;
+
+    drop(file.metadata());
+    for name in file.names() {
+        drop(file.tensor(name)?.floats().map(|floats| floats.into_f32()));
+    }
+    let checkpoint = Checkpoint::open(folder.path())?;
+    for name in checkpoint.names() {
+        match *checkpoint.tensor(name)?.shape {
+            [len] => drop(checkpoint.vector(name, len).map(|values| assert_eq!(values.len(), len))),
+            [rows, cols] => bases().for_each(|base| decode(checkpoint.matrix(name, rows, cols, &base), rows, cols)),
+            _ => {}
+        }
+    }
+    for weight in bitsandbytes::quantized_weights(&checkpoint) {
+        if let Ok(matrix) = bitsandbytes::read(&checkpoint, weight) {
+            let (rows, cols) = (matrix.rows(), matrix.cols());
+            decode(checkpoint.matrix(weight, rows, cols, &BaseFormat::AsIs), rows, cols);
+            drop(bitsandbytes::tensors(weight, &matrix).expect("parts of what was read from parts"));
+        }
+    }
+    Ok(())
+}
+
+fn bases() -> impl Iterator<Item = BaseFormat> {
+    let quantized = [QuantOptions::nf4(), QuantOptions::int4().double_quant()].map(BaseFormat::Quantize);
+    [BaseFormat::AsIs].into_iter().chain(quantized)
+}
+
+/// Decodes a matrix that was asked for with this shape.
+fn decode(matrix: Result<HostMatrix>, rows: usize, cols: usize) {
+    let Ok(matrix) = matrix else { return };
+    assert_eq!((matrix.rows(), matrix.cols()), (rows, cols));
+    matrix.dequantize_rows(0..rows, &mut vec![0.0; rows * cols]);
+}
+
+/// Visits every value in a value.
+fn walk(value: Value<'_>) {
+    if let Value::Array(array) = value {
+        assert_eq!(array.iter().count(), array.len());
+        array.iter().for_each(walk);
+    }
+}
