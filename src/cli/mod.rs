@@ -1,6 +1,8 @@
 //! The `qlora` command.
 
 mod bench;
+mod bundled;
+mod check;
 mod demo;
 mod devices;
 mod eval;
