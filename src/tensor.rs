@@ -17,7 +17,7 @@ pub struct Tensor {
 
 /// See [`Tensor::id`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct TensorId(u64);
+pub(crate) struct TensorId(pub(crate) u64);
 
 #[derive(Clone)]
 pub(crate) enum Storage {

@@ -6,7 +6,7 @@ mod common;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use common::model::{distance, f32s, i64s_flat, logits};
+use common::model::{distance, f32s, i64s_flat, logits, smollm2};
 use qlora_wgpu::Device;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder};
@@ -18,18 +18,8 @@ use qlora_wgpu::optim::{AdamW, Schedule};
 use qlora_wgpu::train::{TrainOptions, Trainer};
 use serde_json::Value;
 
-/// Where scripts/smollm2.sh puts the file.
-fn model_path() -> PathBuf {
-    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = || set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache"))).map(|c| c.join("qlora-wgpu"));
-    let folder = set("QLORA_CACHE").or_else(cache).expect("HOME, or QLORA_CACHE, is set");
-    let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
-    assert!(path.is_file(), "{} is missing: `make smollm2` fetches it", path.display());
-    path
-}
-
 fn load(device: &Device) -> Decoder {
-    Decoder::load(device, &model_path(), &BaseFormat::AsIs).unwrap()
+    Decoder::load(device, &smollm2(), &BaseFormat::AsIs).unwrap()
 }
 
 fn golden(name: &str) -> PathBuf {
@@ -59,7 +49,7 @@ fn labelled(model: &Decoder, ids: &Value) -> Batch {
 
 #[test]
 fn weights_are_those_of_the_reference_to_the_bit() {
-    let (file, golden) = (GgufFile::open(model_path()).unwrap(), tensors());
+    let (file, golden) = (GgufFile::open(smollm2()).unwrap(), tensors());
     let config = ModelConfig::from_gguf(&file).unwrap();
     assert_eq!((config.layers, config.hidden_size, config.heads, config.kv_heads), (30, 576, 9, 3));
     assert!(config.tie_word_embeddings);
@@ -147,7 +137,7 @@ fn answers(device: &Device) {
 fn the_command_answers_and_evaluates_as_the_reference_does() {
     let run = |arguments: &[&str]| {
         let mut command = assert_cmd::Command::cargo_bin("qlora").unwrap();
-        command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").arg(arguments[0]).arg("--model").arg(model_path());
+        command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").arg(arguments[0]).arg("--model").arg(smollm2());
         let output =
             command.args(["--device", "cpu"]).args(&arguments[1..]).assert().success().get_output().stdout.clone();
         String::from_utf8(output).unwrap()
@@ -172,7 +162,7 @@ fn the_command_answers_and_evaluates_as_the_reference_does() {
 #[cfg(target_os = "linux")]
 fn loading_takes_less_than_twice_the_file_in_memory() {
     let mut command = std::process::Command::new(assert_cmd::cargo::cargo_bin("qlora"));
-    command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").arg("generate").arg("--model").arg(model_path());
+    command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").arg("generate").arg("--model").arg(smollm2());
     command.args(["--device", "cpu", "--prompt", "Once", "--max-tokens", "2"]).stdout(std::process::Stdio::null());
     let mut child = command.spawn().unwrap();
     // The most that the process ever held: read as long as it is there.
@@ -185,7 +175,7 @@ fn loading_takes_less_than_twice_the_file_in_memory() {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     assert!(child.wait().unwrap().success());
-    let file = std::fs::metadata(model_path()).unwrap().len();
+    let file = std::fs::metadata(smollm2()).unwrap().len();
     println!("peak {} MiB, file {} MiB", peak_kib >> 10, file >> 20);
     assert!(peak_kib << 10 > file / 2, "the peak was not seen: {peak_kib} KiB");
     assert!(peak_kib << 10 < 2 * file, "{peak_kib} KiB at the peak for a file of {} KiB", file >> 10);

@@ -198,3 +198,26 @@ fn bad_lines_are_named_or_counted() {
     assert!(error.contains("line 1: line 2 of the chat template"), "{error}");
     assert_eq!(read(&broken, "a.jsonl", &good, false).unwrap().examples.len(), 1);
 }
+
+#[test]
+fn a_split_takes_every_example_once_and_depends_on_the_seed_alone() {
+    let example = |id: u32| Example { ids: vec![id, id], labels: vec![id.into(); 2] };
+    let whole = Dataset { examples: (0..40).map(example).collect(), ..Dataset::default() };
+    let split = |share, seed| {
+        let mut kept = whole.clone();
+        let taken = kept.split(share, seed).unwrap();
+        (kept.examples, taken)
+    };
+    let (kept, taken) = split(0.25, 1);
+    assert_eq!((kept.len(), taken.len()), (30, 10));
+    let mut all = [kept, taken.clone()].concat();
+    all.sort_by_key(|example| example.ids[0]);
+    assert_eq!(all, whole.examples);
+    assert_eq!(split(0.25, 1).1, taken);
+    assert_ne!(split(0.25, 2).1, taken);
+    // Never none, never all.
+    assert_eq!((split(0.001, 1).1.len(), split(0.999, 1).0.len()), (1, 1));
+    assert!(whole.clone().split(0.0, 1).is_err());
+    let mut one = Dataset { examples: vec![example(1)], ..Dataset::default() };
+    assert!(one.split(0.5, 1).unwrap_err().to_string().contains("two"));
+}

@@ -15,21 +15,51 @@ use crate::kernels::add::add;
 use crate::kernels::add_assign::add_assign;
 use crate::tensor::{Tensor, TensorId};
 
+/// What a tape asks of its values: a tensor, or in the plan of a run the memory of one. Clones share it.
+pub(crate) trait Value: Clone {
+    /// Equal for those that share their memory, and for no others that live.
+    fn id(&self) -> TensorId;
+    /// Whether others share the memory.
+    fn is_shared(&self) -> bool;
+    /// The sum, in memory of its own.
+    fn plus(&self, other: &Self) -> Result<Self>;
+    /// Adds to a value that is not shared.
+    fn add_in_place(&mut self, other: &Self) -> Result<()>;
+}
+
+impl Value for Tensor {
+    fn id(&self) -> TensorId {
+        self.id()
+    }
+
+    fn is_shared(&self) -> bool {
+        self.is_shared()
+    }
+
+    fn plus(&self, other: &Tensor) -> Result<Tensor> {
+        add(self, other)
+    }
+
+    fn add_in_place(&mut self, other: &Tensor) -> Result<()> {
+        add_assign(self, other)
+    }
+}
+
 /// A value that an op has made, and where the tape knows it, if a gradient may come back to it.
 #[derive(Clone, Debug)]
-pub struct Var {
-    value: Tensor,
+pub struct Var<V = Tensor> {
+    value: V,
     node: Option<usize>,
 }
 
-impl Var {
+impl<V> Var<V> {
     /// Where the tape knows it.
     pub(crate) fn node(&self) -> Option<usize> {
         self.node
     }
 
     /// The value.
-    pub fn value(&self) -> &Tensor {
+    pub fn value(&self) -> &V {
         &self.value
     }
 
@@ -40,34 +70,39 @@ impl Var {
 }
 
 /// The gradients of an op's inputs, in their order; `None` where none is wanted.
-pub(crate) type InputGrads = Vec<Option<Tensor>>;
+pub(crate) type InputGrads<V = Tensor> = Vec<Option<V>>;
 
 /// How the gradient of an op's result becomes those of its inputs; it may add to gradients of trainable tensors of its own
 /// (a checkpointed stretch does).
-type Backward<'a> = Box<dyn FnOnce(&Tensor, &mut Gradients) -> Result<InputGrads> + 'a>;
+type Backward<'a, V> = Box<dyn FnOnce(&V, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a>;
 
-enum Node<'a> {
+enum Node<'a, V> {
     /// A trainable tensor.
     Leaf(TensorId),
     /// The input of a stretch that runs again.
     Input,
     Op {
         inputs: Vec<Option<usize>>,
-        backward: Backward<'a>,
+        backward: Backward<'a, V>,
     },
 }
 
 /// What has been computed, in order. It borrows the layers whose ops it has recorded.
-#[derive(Default)]
-pub struct Tape<'a> {
-    nodes: Vec<Node<'a>>,
+pub struct Tape<'a, V = Tensor> {
+    nodes: Vec<Node<'a, V>>,
     inference: bool,
 }
 
 /// Gradients of trainable tensors. Those of several tapes add up: micro-batches of one step.
-#[derive(Default, Debug)]
-pub struct Gradients {
-    by_tensor: HashMap<TensorId, Tensor>,
+#[derive(Debug)]
+pub struct Gradients<V = Tensor> {
+    by_tensor: HashMap<TensorId, V>,
+}
+
+impl<V> Default for Gradients<V> {
+    fn default() -> Self {
+        Gradients { by_tensor: HashMap::new() }
+    }
 }
 
 impl Gradients {
@@ -80,9 +115,12 @@ impl Gradients {
     pub fn get(&self, tensor: &Tensor) -> Option<&Tensor> {
         self.by_tensor.get(&tensor.id())
     }
+}
 
+#[expect(private_bounds, reason = "only this crate has values other than tensors")]
+impl<V: Value> Gradients<V> {
     /// Adds to that of a trainable tensor.
-    fn add(&mut self, id: TensorId, gradient: Tensor) -> Result<()> {
+    fn add(&mut self, id: TensorId, gradient: V) -> Result<()> {
         match self.by_tensor.remove(&id) {
             Some(sum) => self.by_tensor.insert(id, accumulate(sum, &gradient)?),
             None => self.by_tensor.insert(id, gradient),
@@ -92,90 +130,35 @@ impl Gradients {
 }
 
 /// `sum + gradient`, in the memory of `sum` if nobody else has it.
-fn accumulate(mut sum: Tensor, gradient: &Tensor) -> Result<Tensor> {
+fn accumulate<V: Value>(mut sum: V, gradient: &V) -> Result<V> {
     if sum.is_shared() {
-        return add(&sum, gradient);
+        return sum.plus(gradient);
     }
-    add_assign(&mut sum, gradient)?;
+    sum.add_in_place(gradient)?;
     Ok(sum)
+}
+
+impl Default for Tape<'_> {
+    fn default() -> Self {
+        Tape::new()
+    }
 }
 
 impl<'a> Tape<'a> {
     /// An empty tape that records.
     pub fn new() -> Self {
-        Self::default()
+        Tape::empty(false)
     }
 
     /// A tape that records nothing: for evaluation.
     pub fn inference() -> Self {
-        Tape { inference: true, ..Self::default() }
-    }
-
-    /// Whether ops are recorded.
-    pub fn is_recording(&self) -> bool {
-        !self.inference
-    }
-
-    /// A value that gets no gradient.
-    pub fn constant(&self, value: Tensor) -> Var {
-        Var { value, node: None }
+        Tape::empty(true)
     }
 
     /// A trainable tensor. Its gradient is found under the tensor itself: [`Gradients::get`].
     pub fn parameter(&mut self, tensor: &Tensor) -> Var {
         let node = self.leaf(tensor);
         Var { value: tensor.clone(), node }
-    }
-
-    pub(crate) fn leaf(&mut self, tensor: &Tensor) -> Option<usize> {
-        self.push(Node::Leaf(tensor.id()))
-    }
-
-    fn push(&mut self, node: Node<'a>) -> Option<usize> {
-        if self.inference {
-            return None;
-        }
-        self.nodes.push(node);
-        Some(self.nodes.len() - 1)
-    }
-
-    /// The result of an op whose inputs are these nodes; recorded if one of them wants a gradient. `backward` is made only
-    /// then, so that nothing is saved in vain.
-    pub(crate) fn record(
-        &mut self,
-        value: Tensor,
-        inputs: Vec<Option<usize>>,
-        backward: impl FnOnce(&Tensor, &mut Gradients) -> Result<InputGrads> + 'a,
-    ) -> Var {
-        if inputs.iter().all(Option::is_none) {
-            return Var { value, node: None };
-        }
-        let node = self.push(Node::Op { inputs, backward: Box::new(backward) });
-        Var { value, node }
-    }
-
-    /// Runs `stretch` on `x` and saves only `x`: on the way back the stretch runs again. It has to do the same each time;
-    /// dropout does, given the same seed.
-    ///
-    /// # Errors
-    /// Those of the stretch.
-    pub fn checkpoint(&mut self, x: &Var, stretch: impl Fn(&mut Tape<'a>, &Var) -> Result<Var> + 'a) -> Result<Var> {
-        if self.inference {
-            return stretch(self, x);
-        }
-        let y = stretch(&mut Tape::inference(), &Var { value: x.value.clone(), node: None })?;
-        let (saved, wanted) = (x.value.clone(), x.needs_grad());
-        // The stretch's own trainable tensors are known only when it runs again, so it always counts as trainable.
-        let node = self.push(Node::Op {
-            inputs: vec![x.node],
-            backward: Box::new(move |dy, gradients| {
-                let mut tape = Tape::new();
-                let node = if wanted { tape.push(Node::Input) } else { None };
-                let y = stretch(&mut tape, &Var { value: saved, node })?;
-                Ok(vec![tape.run(&y, dy.clone(), gradients, node)?])
-            }),
-        });
-        Ok(Var { value: y.value, node })
     }
 
     /// Adds the gradients of `loss`, a single value, to those of the trainable tensors that it depends on.
@@ -199,11 +182,89 @@ impl<'a> Tape<'a> {
         }
         self.run(loss, one, gradients, None).map(|_| ())
     }
+}
+
+#[expect(private_bounds, reason = "only this crate has values other than tensors")]
+impl<'a, V: Value + 'a> Tape<'a, V> {
+    pub(crate) fn empty(inference: bool) -> Self {
+        Tape { nodes: Vec::new(), inference }
+    }
+
+    /// Whether ops are recorded.
+    pub fn is_recording(&self) -> bool {
+        !self.inference
+    }
+
+    /// A value that gets no gradient.
+    pub fn constant(&self, value: V) -> Var<V> {
+        Var { value, node: None }
+    }
+
+    pub(crate) fn leaf(&mut self, tensor: &V) -> Option<usize> {
+        self.push(Node::Leaf(tensor.id()))
+    }
+
+    fn push(&mut self, node: Node<'a, V>) -> Option<usize> {
+        if self.inference {
+            return None;
+        }
+        self.nodes.push(node);
+        Some(self.nodes.len() - 1)
+    }
+
+    /// The result of an op whose inputs are these nodes; recorded if one of them wants a gradient. `backward` is made only
+    /// then, so that nothing is saved in vain.
+    pub(crate) fn record(
+        &mut self,
+        value: V,
+        inputs: Vec<Option<usize>>,
+        backward: impl FnOnce(&V, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a,
+    ) -> Var<V> {
+        if inputs.iter().all(Option::is_none) {
+            return Var { value, node: None };
+        }
+        let node = self.push(Node::Op { inputs, backward: Box::new(backward) });
+        Var { value, node }
+    }
+
+    /// Runs `stretch` on `x` and saves only `x`: on the way back the stretch runs again. It has to do the same each time;
+    /// dropout does, given the same seed.
+    ///
+    /// # Errors
+    /// Those of the stretch.
+    pub fn checkpoint(
+        &mut self,
+        x: &Var<V>,
+        stretch: impl Fn(&mut Tape<'a, V>, &Var<V>) -> Result<Var<V>> + 'a,
+    ) -> Result<Var<V>> {
+        if self.inference {
+            return stretch(self, x);
+        }
+        let y = stretch(&mut Tape::empty(true), &Var { value: x.value.clone(), node: None })?;
+        let (saved, wanted) = (x.value.clone(), x.needs_grad());
+        // The stretch's own trainable tensors are known only when it runs again, so it always counts as trainable.
+        let node = self.push(Node::Op {
+            inputs: vec![x.node],
+            backward: Box::new(move |dy, gradients| {
+                let mut tape = Tape::empty(false);
+                let node = if wanted { tape.push(Node::Input) } else { None };
+                let y = stretch(&mut tape, &Var { value: saved, node })?;
+                Ok(vec![tape.run(&y, dy.clone(), gradients, node)?])
+            }),
+        });
+        Ok(Var { value: y.value, node })
+    }
 
     /// From `y` back to the start; returns the gradient of the node `wanted`.
-    fn run(self, y: &Var, dy: Tensor, gradients: &mut Gradients, wanted: Option<usize>) -> Result<Option<Tensor>> {
+    pub(crate) fn run(
+        self,
+        y: &Var<V>,
+        dy: V,
+        gradients: &mut Gradients<V>,
+        wanted: Option<usize>,
+    ) -> Result<Option<V>> {
         let Some(last) = y.node else { return Ok(None) };
-        let mut pending: Vec<Option<Tensor>> = vec![None; self.nodes.len()];
+        let mut pending: Vec<Option<V>> = vec![None; self.nodes.len()];
         pending[last] = Some(dy);
         let mut answer = None;
         for (index, node) in self.nodes.into_iter().enumerate().rev() {

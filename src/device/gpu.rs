@@ -355,15 +355,37 @@ impl Gpu {
         }
     }
 
+    /// Bytes that a buffer of `bytes` from the pool takes.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if they are over the binding limit.
+    pub(crate) fn pooled_bytes(&self, what: &str, bytes: u64) -> Result<u64> {
+        self.check_binding(what, bytes)?;
+        Ok(size_class(bytes).min(self.0.limits.max_binding_bytes))
+    }
+
+    fn check_binding(&self, what: &str, bytes: u64) -> Result<()> {
+        let limit = self.0.limits.max_binding_bytes;
+        if bytes > limit {
+            return Err(Error::TooLarge { device: self.0.name.clone(), what: what.to_owned(), bytes, limit });
+        }
+        Ok(())
+    }
+
+    /// Bytes that a buffer of so many words outside the pool takes.
+    pub(crate) fn exact_bytes(words: usize) -> u64 {
+        (words as u64 * 4).max(16).next_multiple_of(16)
+    }
+
     /// An uninitialized buffer of at least `bytes` (a multiple of 4) from the pool, for `what`.
     pub(crate) fn alloc(&self, what: &str, bytes: u64) -> Result<Buffer> {
-        let size = size_class(bytes).min(self.0.limits.max_binding_bytes).max(bytes);
-        self.create(what, bytes, size, true, |_| ())
+        self.create(what, bytes, self.pooled_bytes(what, bytes)?, true, |_| ())
     }
 
     /// A buffer of exactly these words, outside the pool: for what stays, such as weights.
     pub(crate) fn alloc_exact(&self, what: &str, words: &[u32]) -> Result<Buffer> {
-        let bytes = (words.len() as u64 * 4).max(16).next_multiple_of(16);
+        let bytes = Gpu::exact_bytes(words.len());
+        self.check_binding(what, bytes)?;
         self.create(what, bytes, bytes, false, |buffer| {
             // A buffer that could not be created has no mapping; its scope reports the reason.
             if let Ok(mut view) = buffer.get_mapped_range_mut(..) {
@@ -377,10 +399,6 @@ impl Gpu {
 
     fn create(&self, what: &str, bytes: u64, size: u64, pooled: bool, init: impl Fn(&wgpu::Buffer)) -> Result<Buffer> {
         self.check()?;
-        let limit = self.0.limits.max_binding_bytes;
-        if bytes > limit {
-            return Err(Error::TooLarge { device: self.0.name.clone(), what: what.to_owned(), bytes, limit });
-        }
         let home = self.0.buffers.clone();
         let out_of_memory = || Error::OutOfMemory { device: self.0.name.clone(), what: what.to_owned(), bytes: size };
         let (id, raw) = match home.pool.take(size, pooled) {

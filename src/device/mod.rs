@@ -1,6 +1,7 @@
 //! Devices: the CPU, and whatever wgpu reaches. Choice of adapter, capability tiers, buffers and their pool,
 //! pipelines, command recording, readback, errors.
 
+mod capacity;
 mod commands;
 mod cpu;
 mod gpu;
@@ -19,6 +20,7 @@ pub(crate) use gpu::{Buffer, MAX_PARAMS_BYTES};
 pub use gpu::{Gpu, GpuLimits};
 pub use list::{DeviceInfo, GpuOptions, Select, devices};
 pub use pool::MemoryCounters;
+pub(crate) use pool::{Pool, size_class};
 pub use shader::{Access, Define, Defines, Kernel, compose};
 pub use tier::Tier;
 

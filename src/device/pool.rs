@@ -12,10 +12,21 @@ pub struct MemoryCounters {
     pub peak_bytes: u64,
     /// Freed and kept for the next allocation of its size class.
     pub pooled_bytes: u64,
+    /// The most that `live_bytes` and `pooled_bytes` have been together, since then too: what was taken from the driver or
+    /// the system at the worst moment. A pool that is asked for more than there is gives its free memory back first.
+    pub peak_held_bytes: u64,
     /// Allocations that went to the driver (or the system's allocator).
     pub allocations: u64,
     /// Allocations that a pooled buffer served.
     pub reuses: u64,
+}
+
+impl MemoryCounters {
+    fn add_live(&mut self, bytes: u64) {
+        self.live_bytes += bytes;
+        self.peak_bytes = self.peak_bytes.max(self.live_bytes);
+        self.peak_held_bytes = self.peak_held_bytes.max(self.live_bytes + self.pooled_bytes);
+    }
 }
 
 /// Free memory beyond this, and beyond what is live, is given back when a new size is asked for.
@@ -84,16 +95,13 @@ impl<T> Pool<T> {
             }
             counters.allocations += 1;
         }
-        counters.live_bytes += size;
-        counters.peak_bytes = counters.peak_bytes.max(counters.live_bytes);
+        counters.add_live(size);
         reused.map_or(Taken::Allocate { trimmed }, Taken::Reused)
     }
 
     /// Counts `size` bytes that are held elsewhere as live.
     pub(crate) fn count(&self, size: u64) {
-        let counters = &mut self.state().counters;
-        counters.live_bytes += size;
-        counters.peak_bytes = counters.peak_bytes.max(counters.live_bytes);
+        self.state().counters.add_live(size);
     }
 
     /// Takes back an item of `size` bytes: kept for reuse.
@@ -124,6 +132,7 @@ impl<T> Pool<T> {
     pub(crate) fn reset_peak(&self) {
         let counters = &mut self.state().counters;
         counters.peak_bytes = counters.live_bytes;
+        counters.peak_held_bytes = counters.live_bytes + counters.pooled_bytes;
     }
 }
 
@@ -153,9 +162,11 @@ mod tests {
         let counters = pool.counters();
         assert_eq!((counters.live_bytes, counters.peak_bytes), (1536, 1536));
         assert_eq!((counters.allocations, counters.reuses, counters.pooled_bytes), (3, 1, 0));
-        pool.forget(1024);
+        assert_eq!(counters.peak_held_bytes, 512 + 1024);
+        pool.put(1024, "second");
         pool.reset_peak();
-        assert_eq!(pool.counters().peak_bytes, 512);
+        let counters = pool.counters();
+        assert_eq!((counters.peak_bytes, counters.peak_held_bytes), (512, 1536));
     }
 
     #[test]

@@ -20,6 +20,7 @@ use serde::Deserialize;
 
 use super::safetensors::{OutData, OutTensor, TensorType, Tensors};
 use crate::error::{Error, Result};
+use crate::kernels::{MatrixKind, MatrixSpec, ScaleKind};
 use crate::quant::{Codebook, DoubleScales, Dtype, Format, Parts, QuantizedMatrix, Scales};
 
 const STATE: &str = "quant_state.";
@@ -129,6 +130,17 @@ fn read_header(tensors: &impl Tensors, weight: &str) -> Result<Header> {
     let nested = state.nested().map_err(|e| contradiction(e.into()))?;
     let dtype = state.dtype.parse().map_err(|e: Error| contradiction(e.to_string()))?;
     Ok(Header { format, rows, cols, block: state.blocksize, nested, dtype })
+}
+
+/// How the 4-bit weight called `weight` is stored, from its `quant_state` alone.
+///
+/// # Errors
+/// As [`read`], of what the `quant_state` says.
+pub fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
+    let Header { rows, cols, block, nested, .. } = read_header(tensors, weight)?;
+    let double = |Nested { super_block, .. }| ScaleKind::Double { super_block };
+    let scales = nested.map_or(ScaleKind::Plain, double);
+    Ok(MatrixSpec { rows, cols, kind: MatrixKind::Quantized { block, scales, mins: None } })
 }
 
 /// The tensors that store `matrix` under the name `weight`; the codes and scales are borrowed.

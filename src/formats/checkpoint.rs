@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 
 use super::bitsandbytes;
 use super::json::JsonObject;
-use super::safetensors::{Floats, SafetensorsFile, Tensor, Tensors};
+use super::safetensors::{Floats, SafetensorsFile, Tensor, TensorType, Tensors};
 use crate::error::{Error, Result};
-use crate::kernels::HostMatrix;
+use crate::kernels::{HostMatrix, MatrixKind, MatrixSpec};
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 
 /// The file of a checkpoint in one.
@@ -30,6 +30,14 @@ pub enum BaseFormat {
 }
 
 impl BaseFormat {
+    /// How it stores what a file has as values of this kind.
+    pub(super) fn kind(&self, stored: MatrixKind) -> MatrixKind {
+        match self {
+            BaseFormat::Quantize(options) => MatrixKind::quantized(options),
+            BaseFormat::AsIs => stored,
+        }
+    }
+
     /// What it makes of a file's values.
     pub(super) fn matrix(&self, floats: Floats<'_>, rows: usize, cols: usize) -> Result<HostMatrix> {
         match self {
@@ -146,6 +154,26 @@ impl Checkpoint {
         Ok(matrix)
     }
 
+    /// How [`Checkpoint::matrix`] of the same arguments is stored, from headers alone.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if it is missing, or of another shape or type.
+    pub fn spec(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<MatrixSpec> {
+        if self.quantized.contains(name) {
+            let spec = bitsandbytes::spec(self, name)?;
+            self.check_shape(name, &[spec.rows, spec.cols], &[rows, cols])?;
+            return Ok(spec);
+        }
+        let tensor = self.tensor(name)?;
+        self.check_shape(name, tensor.shape, &[rows, cols])?;
+        let stored = match tensor.dtype {
+            TensorType::F32 => MatrixKind::F32,
+            TensorType::F16 | TensorType::BF16 => MatrixKind::Half,
+            _ => return Err(self.not_floats(name, &tensor)),
+        };
+        Ok(MatrixSpec { rows, cols, kind: base.kind(stored) })
+    }
+
     /// Checks that nothing was left out: every tensor is in `used`, belongs to a 4-bit weight in it, or is a buffer of
     /// rotary frequencies, which old checkpoints carry and which follow from the config.
     ///
@@ -168,8 +196,11 @@ impl Checkpoint {
     fn floats(&self, name: &str, shape: &[usize]) -> Result<Floats<'_>> {
         let tensor = self.tensor(name)?;
         self.check_shape(name, tensor.shape, shape)?;
-        let message = || format!("is {}, expected F32, F16 or BF16", tensor.dtype);
-        tensor.floats().ok_or_else(|| self.tensor_error(name, message()))
+        tensor.floats().ok_or_else(|| self.not_floats(name, &tensor))
+    }
+
+    fn not_floats(&self, name: &str, tensor: &Tensor<'_>) -> Error {
+        self.tensor_error(name, format!("is {}, expected F32, F16 or BF16", tensor.dtype))
     }
 
     fn check_shape(&self, name: &str, got: &[usize], expected: &[usize]) -> Result<()> {
@@ -248,7 +279,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
+    use crate::formats::safetensors::{OutData, OutTensor, write};
 
     fn values(n: usize) -> Vec<f32> {
         (0..n).map(|i| (i as f32 * 0.37).sin()).collect()
@@ -318,6 +349,10 @@ mod tests {
             let source = checkpoint.tensor(&name).unwrap().floats().unwrap();
             let expected = QuantizedMatrix::quantize(source.source(), 6, 32, &options).unwrap();
             assert_eq!(quantized, HostMatrix::Quantized(expected));
+            for base in [BaseFormat::AsIs, BaseFormat::Quantize(options), BaseFormat::Quantize(QuantOptions::fp4())] {
+                let matrix = checkpoint.matrix(&name, 6, 32, &base).unwrap();
+                assert_eq!(checkpoint.spec(&name, 6, 32, &base).unwrap(), MatrixSpec::of(&matrix));
+            }
         }
     }
 
@@ -335,6 +370,9 @@ mod tests {
         let matrix = |name: &str, rows, cols, base| error(checkpoint.matrix(name, rows, cols, &base).map(drop));
         let vector = |name: &str, len| error(checkpoint.vector(name, len).map(drop));
         let quantize = BaseFormat::Quantize(QuantOptions::nf4());
+        let spec = |name: &str, rows, cols| error(checkpoint.spec(name, rows, cols, &BaseFormat::AsIs).map(drop));
+        assert!(spec("w", 3, 2).contains("\"w\": has shape [2, 3], expected [3, 2]"));
+        assert!(spec("none", 3, 2).contains("\"none\": is missing"));
         assert!(matrix("w", 3, 2, BaseFormat::AsIs).contains("\"w\": has shape [2, 3], expected [3, 2]"));
         assert!(vector("w", 6).contains("\"w\": has shape [2, 3], expected [6]"));
         assert!(vector("ids", 4).contains("\"ids\": is I64, expected F32, F16 or BF16"));

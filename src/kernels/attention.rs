@@ -3,8 +3,8 @@
 //! 2023). The backward is in [`attention_backward`](super::attention_backward).
 
 use super::visibility::Visibility;
-use super::{Real, attention_cpu, expect_2d, expect_shape, kernel, params};
-use crate::device::{Defines, Dispatch, Gpu, Tier};
+use super::{Real, Scratch, attention_cpu, expect_2d, expect_shape, kernel, params};
+use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -108,6 +108,14 @@ pub fn attention(
             }
             Ok(Attended { o, lse })
         }
+    }
+}
+
+/// What [`attention`] takes beside its results.
+pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visibility) -> Scratch {
+    match device {
+        Device::Cpu(_) => attention_cpu::scratch(shape, visibility),
+        Device::Gpu(_) => Scratch::default(),
     }
 }
 
@@ -262,7 +270,6 @@ pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::device::Device;
     use crate::testing;
 
     /// Q, K and V, and who sees whom.

@@ -8,8 +8,8 @@
 
 use super::attention::{Attended, AttentionShape, expect_qkv};
 use super::visibility::Visibility;
-use super::{Real, attention_cpu, attention_delta, attention_dkv, attention_dq, expect_shape};
-use crate::device::{Buffer, Gpu};
+use super::{Real, Scratch, attention_cpu, attention_delta, attention_dkv, attention_dq, expect_shape};
+use crate::device::{Buffer, Device, Gpu};
 use crate::error::Result;
 use crate::tensor::{Storage, Tensor};
 
@@ -86,6 +86,20 @@ pub fn attention_backward(
     }
 }
 
+/// What [`attention_backward`] takes beside its results.
+pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visibility) -> Scratch {
+    let rows = visibility.queries() * shape.heads;
+    match device {
+        Device::Cpu(_) => {
+            let mut scratch = attention_cpu::backward_scratch(shape, visibility);
+            scratch.kept.push(rows);
+            scratch
+        }
+        // Log-sum-exp and delta.
+        Device::Gpu(_) => Scratch::kept([2 * rows]),
+    }
+}
+
 /// What both passes read on a GPU.
 pub(crate) struct GpuCall<'a> {
     pub op: &'static str,
@@ -144,7 +158,6 @@ mod tests {
     use super::super::attention::reference as forward_reference;
     use super::super::attention::tests::{Case, any_ranges, forms, widen};
     use super::*;
-    use crate::device::Device;
     use crate::testing;
 
     fn gradients(case: &Case, device: &Device, d_o: &[f32]) -> [Vec<f32>; 3] {

@@ -6,6 +6,7 @@ use std::ops::Range;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+use super::Scratch;
 use super::attention::AttentionShape;
 use super::exp::exp;
 use super::product::{Columns, View};
@@ -50,6 +51,35 @@ fn head_columns(data: &mut [f32], heads: usize, width: usize) -> impl Iterator<I
         let rows = chunk.len() / (heads * width);
         Columns::new(chunk, rows, heads * width).split(width)
     })
+}
+
+/// Rows of a span of queries, and the spans of `m` queries.
+fn spans(m: usize) -> (usize, Vec<Range<usize>>) {
+    let rows = m.div_ceil(SPANS).max(1).next_multiple_of(BLOCK);
+    (rows, (0..m).step_by(rows).map(|start| start..(start + rows).min(m)).collect())
+}
+
+/// Values of the gradients of K and V that a span has of its own.
+fn own_values(visibility: &Visibility, span: &Range<usize>, width: usize) -> usize {
+    2 * visibility.of_queries(span).len() * width
+}
+
+/// Scores of each task, of all heads of keys.
+fn scores(shape: &AttentionShape, visibility: &Visibility) -> Vec<usize> {
+    let of_block = |block: Range<usize>| block.len() * visibility.of_queries(&block).len();
+    blocks(visibility.queries()).flat_map(|block| vec![of_block(block); shape.kv_heads]).collect()
+}
+
+/// What [`forward`] takes.
+pub(crate) fn scratch(shape: &AttentionShape, visibility: &Visibility) -> Scratch {
+    Scratch::tasks(scores(shape, visibility))
+}
+
+/// What [`Backward::run`] takes.
+pub(crate) fn backward_scratch(shape: &AttentionShape, visibility: &Visibility) -> Scratch {
+    let width = shape.kv_heads * shape.head_dim;
+    let kept = spans(visibility.queries()).1.iter().map(|span| own_values(visibility, span, width)).collect();
+    Scratch { kept, tasks: scores(shape, visibility), of_task: 2 }
 }
 
 /// O and log-sum-exp of [Q, K, V]; the caller has checked the shapes, `o` and `lse` are zeros.
@@ -160,9 +190,8 @@ impl Backward<'_> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = *self.shape;
         let (group, width) = (self.shape.group(), kv_heads * head_dim);
         let m = self.visibility.queries();
-        let span_rows = m.div_ceil(SPANS).max(1).next_multiple_of(BLOCK);
-        let spans: Vec<_> = (0..m).step_by(span_rows).map(|start| start..(start + span_rows).min(m)).collect();
-        let own = |span: &Range<usize>| self.cpu.zeros(2 * self.visibility.of_queries(span).len() * width);
+        let (span_rows, spans) = spans(m);
+        let own = |span: &Range<usize>| self.cpu.zeros(own_values(self.visibility, span, width));
         let mut grads = spans.iter().map(own).collect::<Result<Vec<_>>>()?;
 
         let mut tasks = Vec::new();

@@ -4,8 +4,8 @@
 
 use rayon::prelude::*;
 
-use super::{Real, expect_2d, expect_shape, kernel, params};
-use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
+use super::{Real, Scratch, expect_2d, expect_shape, kernel, params};
+use crate::device::{Buffer, Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::tensor::{Storage, Tensor};
 
@@ -120,7 +120,7 @@ pub(super) fn dispatch(
         return Ok(());
     }
     let column_groups = (n as u32).div_ceil(threads(gpu.tier()));
-    let each = rows_each(gpu.tier(), column_groups as usize, m);
+    let each = each(gpu.tier(), m, n);
     let splits = m.div_ceil(each);
     let pass = |a: &Buffer, b: Option<&Buffer>, rows: usize, rows_each: usize, scale: f32, out: &Buffer| {
         let params = ColumnSumParams {
@@ -149,6 +149,18 @@ pub(super) fn dispatch(
     pass(&partial, None, splits, splits, scale, out)
 }
 
+/// What [`column_sum`] takes beside its result for A [M, N].
+pub(crate) fn scratch(device: &Device, m: usize, n: usize) -> Scratch {
+    let Device::Gpu(gpu) = device else { return Scratch::default() };
+    let splits = m.div_ceil(each(gpu.tier(), m, n));
+    Scratch::kept((splits > 1).then_some(splits * n))
+}
+
+/// Rows of A [M, N] that a sum of the first pass takes.
+fn each(tier: Tier, m: usize, n: usize) -> usize {
+    rows_each(tier, n.div_ceil(threads(tier) as usize), m)
+}
+
 /// The formula, for any real type.
 pub fn reference<T: Real>(a: &[T], b: Option<&[T]>, n: usize) -> Vec<T> {
     let value = |i: usize| b.map_or(a[i], |b| a[i] * b[i]);
@@ -160,7 +172,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::device::Device;
     use crate::testing;
 
     fn check(device: &Device, [m, n]: [usize; 2], product: bool, amplitude: f32, seed: u64) {

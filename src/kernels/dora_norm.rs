@@ -9,8 +9,8 @@ use rayon::prelude::*;
 use super::dequantize::{CPU_ROWS, Delta, host_rows};
 use super::matrix::DeviceMatrix;
 use super::packing::{MatrixLayout, Part};
-use super::{Real, kernel, params, simd};
-use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
+use super::{Real, Scratch, kernel, params, simd};
+use crate::device::{Buffer, Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
@@ -50,7 +50,7 @@ pub fn dora_norm(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Tensor> {
     }
     let (n, k) = (w.rows(), w.cols());
     match (w.device(), w.host(), w.gpu()) {
-        (crate::Device::Cpu(cpu), Some(matrix), _) => {
+        (Device::Cpu(cpu), Some(matrix), _) => {
             let mut norm = cpu.zeros(n)?;
             let delta = delta.map(|delta| delta.host(OP)).transpose()?;
             norm.par_chunks_mut(CPU_ROWS).enumerate().try_for_each(|(task, norm)| {
@@ -72,6 +72,14 @@ pub fn dora_norm(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Tensor> {
         }
         // A matrix on the CPU has its host form.
         (device, ..) => Err(Error::DeviceMismatch { op: OP, left: device.name().into(), right: "cpu".into() }),
+    }
+}
+
+/// What [`dora_norm`] takes beside its result for W [N, K].
+pub(crate) fn scratch(device: &Device, n: usize, k: usize) -> Scratch {
+    match device {
+        Device::Cpu(_) => Scratch::tasks((0..n).step_by(CPU_ROWS).map(|first| CPU_ROWS.min(n - first) * k)),
+        Device::Gpu(_) => Scratch::default(),
     }
 }
 
@@ -137,7 +145,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::device::Device;
     use crate::kernels::HostMatrix;
     use crate::testing;
 

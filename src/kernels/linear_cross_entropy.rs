@@ -74,7 +74,7 @@ pub fn linear_cross_entropy(
 }
 
 /// Rows of logits at a time, for a vocabulary of `v`: half of what a binding holds leaves room beside it.
-fn chunk_rows(device: &Device, v: usize) -> usize {
+pub(crate) fn chunk_rows(device: &Device, v: usize) -> usize {
     let bytes = match device {
         Device::Cpu(_) => CHUNK_BYTES,
         Device::Gpu(gpu) => CHUNK_BYTES.min(gpu.limits().max_binding_bytes / 2),

@@ -7,8 +7,8 @@ use rayon::prelude::*;
 
 use super::matrix::is_ragged;
 use super::product::{Columns, View, parallelism};
-use super::{Real, expect_2d, expect_shape, kernel, params};
-use crate::device::{Defines, Dispatch, Gpu, Tier};
+use super::{Real, Scratch, expect_2d, expect_shape, kernel, params};
+use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -170,6 +170,11 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
     }
 }
 
+/// What [`lora_down`] takes beside its result for X [M, K], with dropout or not.
+pub(crate) fn scratch(device: &Device, m: usize, k: usize, dropout: bool) -> Scratch {
+    Scratch::kept((dropout && matches!(device, Device::Cpu(_))).then_some(m * k))
+}
+
 /// Rows of X and of A a workgroup owns on hardware, and its threads.
 const TILE: (u32, u32, u32) = (8, 4, 64);
 /// The most rows of X that an invocation owns on a software driver, and the threads a workgroup.
@@ -245,7 +250,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::device::Device;
     use crate::testing;
 
     fn check(device: &Device, [m, rank, k]: [usize; 3], dropout: Option<Dropout>, seed: u64) {

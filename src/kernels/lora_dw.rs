@@ -11,8 +11,8 @@
 use super::column_sum::{self, rows_each};
 use super::lora_down::Dropout;
 use super::product::{Columns, View, parallelism};
-use super::{Real, expect_2d, kernel, params};
-use crate::device::{Defines, Dispatch, Gpu, Tier};
+use super::{Real, Scratch, expect_2d, kernel, params};
+use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -106,6 +106,44 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     ["none", "wide", "narrow"].map(|dropout| defines(tier, dropout)).into()
 }
 
+/// How the work is divided.
+struct Division {
+    /// Workgroups along the wider operand.
+    wide_groups: usize,
+    /// Workgroups along the other.
+    narrow_groups: usize,
+    /// Tokens of a part.
+    each: usize,
+    parts: usize,
+}
+
+impl Division {
+    /// Of an OUT [rows, cols], neither of them 0, from `m` tokens.
+    fn of(tier: Tier, m: usize, rows: usize, cols: usize) -> Division {
+        let (columns, ranks, threads) = tile(tier);
+        let wide_groups = rows.max(cols).div_ceil((columns * threads) as usize);
+        let narrow_groups = rows.min(cols).div_ceil(ranks as usize);
+        let most_parts = (MAX_PARTIAL_VALUES / (rows * cols)).max(1);
+        let each = rows_each(tier, wide_groups * narrow_groups, m).max(m.div_ceil(most_parts));
+        Division { wide_groups, narrow_groups, each, parts: m.div_ceil(each) }
+    }
+}
+
+/// What [`lora_dw`] takes beside OUT [rows, cols] for `m` tokens, with dropout on R or not.
+pub(crate) fn scratch(device: &Device, m: usize, rows: usize, cols: usize, dropout: bool) -> Scratch {
+    match device {
+        Device::Cpu(_) => Scratch::kept(dropout.then_some(m * cols)),
+        Device::Gpu(gpu) => {
+            let parts = Division::of(gpu.tier(), m, rows, cols).parts;
+            let mut scratch = Scratch::kept((parts > 1).then_some(parts * rows * cols));
+            if parts > 1 {
+                scratch.kept.extend(column_sum::scratch(device, parts, rows * cols).kept);
+            }
+            scratch
+        }
+    }
+}
+
 fn dispatch(gpu: &Gpu, l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
     let (m, rows, cols) = (l.shape()[0], l.shape()[1], r.shape()[1]);
     if m == 0 || rows == 0 || cols == 0 {
@@ -116,11 +154,7 @@ fn dispatch(gpu: &Gpu, l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropo
     let (wide, narrow) = if r_is_wide { (r, l) } else { (l, r) };
     let (wide_stride, narrow_stride) = if r_is_wide { (1, cols) } else { (cols, 1) };
     let (columns, ranks, threads) = tile(gpu.tier());
-    let wide_groups = rows.max(cols).div_ceil((columns * threads) as usize);
-    let narrow_groups = rows.min(cols).div_ceil(ranks as usize);
-    let most_parts = (MAX_PARTIAL_VALUES / (rows * cols)).max(1);
-    let each = rows_each(gpu.tier(), wide_groups * narrow_groups, m).max(m.div_ceil(most_parts));
-    let parts = m.div_ceil(each);
+    let Division { wide_groups, narrow_groups, each, parts } = Division::of(gpu.tier(), m, rows, cols);
     let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(dropout);
     let params = LoraDwParams {
         tokens: m as u32,
@@ -174,7 +208,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::device::Device;
     use crate::kernels::{lora_dh, lora_down};
     use crate::testing;
 

@@ -26,6 +26,7 @@ pub mod lora_dh;
 pub mod lora_down;
 pub mod lora_dw;
 pub mod matrix;
+mod matrix_spec;
 mod packing;
 mod product;
 pub mod qmatmul;
@@ -47,6 +48,7 @@ pub mod rope;
 mod row_factor;
 mod row_teams;
 pub mod scale_columns;
+mod scratch;
 pub mod silu_mul;
 pub mod silu_mul_backward;
 mod simd;
@@ -54,6 +56,8 @@ pub mod sum;
 pub mod visibility;
 
 pub use matrix::{DeviceMatrix, HostMatrix};
+pub use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
+pub(crate) use scratch::Scratch;
 
 /// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry test compares with
 /// the shader's.

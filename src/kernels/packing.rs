@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::host_matrix::HostMatrix;
+use super::matrix_spec::MatrixSpec;
 use super::params;
 use crate::device::{Buffer, Gpu};
 use crate::error::{Error, Result};
@@ -130,50 +131,20 @@ fn matrix_factor(matrix: &HostMatrix) -> f32 {
     })
 }
 
-/// Words that rows take in a part, for `cols` columns.
-fn row_words(matrix: &HostMatrix) -> usize {
-    let padded = matrix.cols().next_multiple_of(32);
-    match matrix {
-        HostMatrix::Quantized(_) => padded / 8,
-        HostMatrix::Dense(matrix) => match matrix.data() {
-            DenseData::F32(_) => matrix.cols().next_multiple_of(8),
-            DenseData::F16(_) | DenseData::Bf16(_) => matrix.cols().next_multiple_of(8) / 2,
-            DenseData::Q8_0 { .. } => padded / 4,
-        },
-    }
-}
-
 /// Packs a matrix into as many buffers as the binding limit asks for.
 pub(super) fn upload(gpu: &Gpu, matrix: &HostMatrix) -> Result<Vec<Part>> {
-    let (rows, cols) = (matrix.rows(), matrix.cols());
-    let what = format!("matrix {rows} x {cols}");
-    let limit = gpu.limits().max_binding_bytes;
-    // Tables, paddings and partly used super-blocks of a part, at most.
-    let overhead = 4096;
-    let scale_bytes = |scales: &Scales| scales.bytes() as f64 / rows as f64;
-    let row_bytes = 4.0 * row_words(matrix) as f64
-        + match matrix {
-            HostMatrix::Quantized(matrix) => scale_bytes(matrix.scales()) + matrix.mins().map_or(0.0, scale_bytes),
-            HostMatrix::Dense(_) => cols as f64 / 16.0,
-        };
-    // Shaders index weights of a part with u32.
-    let by_index = (u32::MAX as usize - 8192) / cols.next_multiple_of(32);
-    let by_bytes = (limit.saturating_sub(overhead) as f64 / row_bytes) as usize;
-    let rows_per_part = by_bytes.min(by_index);
-    if rows_per_part == 0 {
-        let bytes = row_bytes as u64 + overhead;
-        return Err(Error::TooLarge { device: gpu.name().to_owned(), what: format!("a row of {what}"), bytes, limit });
-    }
+    let spec = MatrixSpec::of(matrix);
+    let what = format!("matrix {} x {}", spec.rows, spec.cols);
     // Only f16 staging asks for it, and finding it reads every scale (or every dense value).
     let factor = if gpu.tier().f16() { matrix_factor(matrix) } else { 1.0 };
     let mut parts = Vec::new();
-    for start in (0..rows).step_by(rows_per_part) {
-        let range = start..(start + rows_per_part).min(rows);
-        let mut layout = MatrixLayout { row_words: row_words(matrix) as u32, factor, ..Default::default() };
+    for range in spec.part_rows(gpu)? {
+        let mut layout = MatrixLayout { row_words: spec.row_words() as u32, factor, ..Default::default() };
         let words = match matrix {
             HostMatrix::Quantized(matrix) => pack_quantized(matrix, range.clone(), &mut layout)?,
             HostMatrix::Dense(matrix) => pack_dense(matrix, range.clone(), &mut layout),
         };
+        debug_assert_eq!(words.len(), spec.part_words(&range));
         let buffer = gpu.alloc_exact(&what, &words)?;
         parts.push(Part { rows: range, buffer, layout });
     }

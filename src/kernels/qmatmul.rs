@@ -14,9 +14,9 @@
 use super::matrix::{DeviceMatrix, HostMatrix};
 use super::qmatmul_operands::{GEMV_ROWS, GpuCall, HostLora, OP};
 use super::{
-    LoraUp, Real, expect_2d, expect_shape, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor,
+    LoraUp, Real, Scratch, expect_2d, expect_shape, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor,
 };
-use crate::device::Tier;
+use crate::device::{Device, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -64,8 +64,7 @@ pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option
         (Storage::Gpu(gpu, x), _, Some((_, parts))) => {
             let y = Tensor::uninit(gpu, "y", &[m, n])?;
             let call = GpuCall { gpu, w, x, m, bias, lora, y: y.buffer(gpu, OP)? };
-            let staged = gpu.tier().f16() && m > GEMV_ROWS;
-            let factor = if staged { row_factor::dispatch(gpu, x, m, k)? } else { gpu.unused()?.clone() };
+            let factor = if stages(gpu, m) { row_factor::dispatch(gpu, x, m, k)? } else { gpu.unused()?.clone() };
             for part in parts {
                 match gpu.tier() {
                     _ if m == 0 => {}
@@ -79,6 +78,19 @@ pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option
         // `same` has made sure of one device.
         _ => Err(Error::DeviceMismatch { op: OP, left: x.device().name().into(), right: w.device().name().into() }),
     }
+}
+
+/// What [`qmatmul`] takes beside its result for `m` rows of X and W [N, K].
+pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch {
+    match device {
+        Device::Cpu(_) => qmatmul_cpu::scratch(m, n, k),
+        Device::Gpu(gpu) => Scratch::kept(stages(gpu, m).then_some(m)),
+    }
+}
+
+/// Whether X is staged as f16, with a factor a row.
+fn stages(gpu: &Gpu, m: usize) -> bool {
+    gpu.tier().f16() && m > GEMV_ROWS
 }
 
 /// The formula, for any real type: what every form is compared with. `x` is [M, K], `w` [N, K], `lora` (H [M, r],
@@ -129,7 +141,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::device::Device;
     use crate::kernels::matrix::HostMatrix;
     use crate::testing;
 

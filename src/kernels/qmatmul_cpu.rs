@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::matrix::HostMatrix;
 use super::product::{Columns, View, panels};
 use super::qmatmul_operands::{GEMV_ROWS, HostLora};
-use super::simd;
+use super::{Scratch, simd};
 use crate::device::Cpu;
 use crate::error::Result;
 
@@ -75,6 +75,23 @@ fn few_rows(
 /// packed by the GEMM crate once for so many rows.
 const PANEL: (usize, usize) = (512, 1024);
 
+/// Columns of W [N, K] that a task with `width` of its rows decodes at a time.
+fn depth(n: usize, k: usize, width: usize) -> usize {
+    // However many threads there are, their tiles together are at most a quarter of W.
+    let live = rayon::current_num_threads().min(n.div_ceil(width));
+    (n * k / 4 / (live * width)).clamp(64, PANEL.1).min(k)
+}
+
+/// What [`forward`] takes for `m` rows of X and W [N, K].
+pub(crate) fn scratch(m: usize, n: usize, k: usize) -> Scratch {
+    if m <= GEMV_ROWS {
+        return Scratch::kept([n * m]);
+    }
+    let (width, rows_of) = panels(n, PANEL.0);
+    let depth = depth(n, k, width);
+    Scratch::tasks((0..n.div_ceil(width)).map(|index| rows_of(index).len() * depth))
+}
+
 fn many_rows(
     cpu: &Cpu,
     x: &[f32],
@@ -86,9 +103,7 @@ fn many_rows(
     let (n, k) = (w.rows(), w.cols());
     let m = x.len() / k;
     let (width, rows_of) = panels(n, PANEL.0);
-    // However many threads there are, their tiles together are at most a quarter of W.
-    let live = rayon::current_num_threads().min(n.div_ceil(width));
-    let depth = (n * k / 4 / (live * width)).clamp(64, PANEL.1).min(k);
+    let depth = depth(n, k, width);
     Columns::new(y, m, n).split(width).into_par_iter().enumerate().try_for_each(|(index, mut y)| {
         let rows = rows_of(index);
         let mut tile = cpu.zeros(rows.len() * depth)?;

@@ -14,8 +14,8 @@
 use super::lora_down::Dropout;
 use super::matrix::DeviceMatrix;
 use super::qmatmul_dx_operands::{GpuDxCall, HostLoraDx, OP};
-use super::{Real, expect_2d, expect_shape, qmatmul_dx_cpu, qmatmul_dx_lanes, qmatmul_dx_tile, row_factor};
-use crate::device::Tier;
+use super::{Real, Scratch, expect_2d, expect_shape, qmatmul_dx_cpu, qmatmul_dx_lanes, qmatmul_dx_tile, row_factor};
+use crate::device::{Device, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -97,6 +97,15 @@ pub fn qmatmul_dx(dy: &Tensor, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Re
     }
 }
 
+/// What [`qmatmul_dx`] takes beside its result for `m` rows of dY and W [N, K].
+pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch {
+    match device {
+        Device::Cpu(_) => qmatmul_dx_cpu::scratch(n, k),
+        // A factor a row.
+        Device::Gpu(gpu) => Scratch::kept(gpu.tier().f16().then_some(m)),
+    }
+}
+
 /// The formula, for any real type: what every form is compared with. `dy` is [M, N], `w` [N, K], `lora` (G [M, r],
 /// A [r, K], dropout). Returns dX and, for tolerances, the sums of the terms' absolute values.
 pub fn reference<T: Real>(
@@ -135,7 +144,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::device::Device;
     use crate::kernels::HostMatrix;
     use crate::kernels::lora_down;
     use crate::kernels::qmatmul::{self, dense_of};

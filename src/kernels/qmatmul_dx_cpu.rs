@@ -4,6 +4,7 @@
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+use super::Scratch;
 use super::matrix::HostMatrix;
 use super::product::{Columns, View, panels};
 use super::qmatmul_dx_operands::HostLoraDx;
@@ -13,6 +14,20 @@ use crate::error::Result;
 /// Columns of W, and rows of it, that a task decodes at a time at most: 2 MiB of f32, so that it stays in the cache, and dY is
 /// packed by the GEMM crate once for so many columns.
 const PANEL: (usize, usize) = (512, 1024);
+
+/// Rows of W [N, K] that a task with `width` of its columns decodes at a time.
+fn depth(n: usize, k: usize, width: usize) -> usize {
+    // However many threads there are, their tiles together are at most a quarter of W.
+    let live = rayon::current_num_threads().min(k.div_ceil(width));
+    (n * k / 4 / (live * width)).clamp(64, PANEL.1).min(n)
+}
+
+/// What [`backward`] takes for W [N, K].
+pub(crate) fn scratch(n: usize, k: usize) -> Scratch {
+    let (width, cols_of) = panels(k, PANEL.0);
+    let depth = depth(n, k, width);
+    Scratch::tasks((0..k.div_ceil(width)).map(|index| depth * cols_of(index).len()))
+}
 
 /// dX [M, K] of `dy` [M, N]; the caller has checked the shapes.
 pub(crate) fn backward(
@@ -25,9 +40,7 @@ pub(crate) fn backward(
     let (n, k) = (w.rows(), w.cols());
     let m = dy.len() / n;
     let (width, cols_of) = panels(k, PANEL.0);
-    // However many threads there are, their tiles together are at most a quarter of W.
-    let live = rayon::current_num_threads().min(k.div_ceil(width));
-    let depth = (n * k / 4 / (live * width)).clamp(64, PANEL.1).min(n);
+    let depth = depth(n, k, width);
     Columns::new(dx, m, k).split(width).into_par_iter().enumerate().try_for_each(|(index, mut dx)| {
         let cols = cols_of(index);
         // The adapter comes first: its mask must not touch the rest.

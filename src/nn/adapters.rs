@@ -26,21 +26,11 @@ impl Decoder {
     /// name is there.
     pub fn attach(&mut self, name: &str, config: &PeftConfig, seed: u64) -> Result<usize> {
         self.check_new(name)?;
-        // PEFT would adapt these too; leaving them out in silence would train something else.
-        if let Some(path) =
-            ["lm_head", "model.embed_tokens"].into_iter().find(|path| config.targets.matches(path, true))
-        {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "target_modules",
-                got: format!("{:?}", config.targets.modules()),
-                expected: format!("it matches {path}, and only linear layers inside the decoder can have adapters"),
-            });
-        }
+        let targeted = targeted(config, self.linears().map(|(path, _)| path))?;
         let device = self.device.clone();
         let mut count = 0;
         for (path, linear) in self.linears_mut() {
-            if !config.targets.matches(&path, false) {
+            if !targeted.contains(&path) {
                 continue;
             }
             let lora = LoraConfig {
@@ -56,14 +46,6 @@ impl Decoder {
             linear.activate(name)?;
             count += 1;
         }
-        if count == 0 {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "target_modules",
-                got: format!("{:?}", config.targets.modules()),
-                expected: format!("no linear layer of the model matches; it has {}", self.paths_for_message()),
-            });
-        }
         Ok(count as usize)
     }
 
@@ -74,13 +56,13 @@ impl Decoder {
     /// another shape. The model is then as before.
     pub fn attach_peft(&mut self, name: &str, adapter: &PeftAdapter) -> Result<usize> {
         self.check_new(name)?;
-        let known: BTreeSet<String> = self.linears().map(|(path, _)| path).collect();
+        let known: Vec<String> = self.linears().map(|(path, _)| path).collect();
         if let Some(unknown) = adapter.modules.keys().find(|path| !known.contains(*path)) {
             return Err(Error::Invalid {
                 op: OP,
                 what: "a module of the adapter",
                 got: unknown.clone(),
-                expected: format!("the model's linear layers are {}", self.paths_for_message()),
+                expected: format!("the model's linear layers are {}", span(&known)),
             });
         }
         let device = self.device.clone();
@@ -181,10 +163,32 @@ impl Decoder {
             self.linears().flat_map(|(_, linear)| linear.adapter_names().collect::<Vec<_>>()).collect();
         if names.is_empty() { "none".into() } else { names.into_iter().collect::<Vec<_>>().join(", ") }
     }
+}
 
-    fn paths_for_message(&self) -> String {
-        let mut paths = self.linears().map(|(path, _)| path);
-        let (first, last) = (paths.next().unwrap_or_default(), paths.last().unwrap_or_default());
-        format!("{first} to {last}")
+/// Which of a model's linear layers the configuration targets.
+///
+/// # Errors
+/// [`Error::Invalid`] if there is none, or it targets what cannot have an adapter.
+pub(crate) fn targeted(config: &PeftConfig, paths: impl Iterator<Item = String>) -> Result<BTreeSet<String>> {
+    let error = |expected| {
+        let got = format!("{:?}", config.targets.modules());
+        Error::Invalid { op: OP, what: "target_modules", got, expected }
+    };
+    // PEFT would adapt these too; leaving them out in silence would train something else.
+    if let Some(path) = ["lm_head", "model.embed_tokens"].into_iter().find(|path| config.targets.matches(path, true)) {
+        return Err(error(format!("it matches {path}, and only linear layers inside the decoder can have adapters")));
     }
+    let paths: Vec<String> = paths.collect();
+    let known = span(&paths);
+    let found: BTreeSet<String> = paths.into_iter().filter(|path| config.targets.matches(path, false)).collect();
+    if found.is_empty() {
+        return Err(error(format!("no linear layer of the model matches; it has {known}")));
+    }
+    Ok(found)
+}
+
+/// The first and the last of some paths, for messages.
+fn span(paths: &[String]) -> String {
+    let end = |path: Option<&String>| path.cloned().unwrap_or_default();
+    format!("{} to {}", end(paths.first()), end(paths.last()))
 }

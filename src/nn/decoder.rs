@@ -10,7 +10,7 @@ use super::config::ModelConfig;
 use super::linear::Linear;
 use crate::autograd::{Tape, Var};
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::indices::Indices;
 use crate::kernels::DeviceMatrix;
 use crate::kernels::attention::AttentionShape;
@@ -256,24 +256,16 @@ impl Decoder {
 
     /// The rotations of at least so many positions.
     pub(super) fn rope_table(&self, positions: usize) -> Result<RopeTable> {
-        let most = self.config.max_position_embeddings;
-        if positions > most {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "the sequence length",
-                got: positions.to_string(),
-                expected: format!("the model's max_position_embeddings is {most}"),
-            });
-        }
+        self.config.check_positions(OP, positions)?;
         let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if table.positions() < positions {
-            let wanted = positions.next_power_of_two().min(most);
-            *table = RopeTable::new(&self.device, &self.config.rope, wanted)?;
+            *table = RopeTable::new(&self.device, &self.config.rope, self.config.rope_positions(positions))?;
         }
         Ok(table.clone())
     }
 }
 
-fn path(layer: usize, module: &str) -> String {
+/// The path of a layer's linear module.
+pub(super) fn path(layer: usize, module: &str) -> String {
     format!("model.layers.{layer}.{module}")
 }

@@ -11,8 +11,8 @@ use super::load::WeightSource;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::{FromValue, GgufFile, RowOrder, Value};
-use crate::kernels::HostMatrix;
 use crate::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
+use crate::kernels::{HostMatrix, MatrixSpec};
 
 const ARCHITECTURE: &str = "general.architecture";
 
@@ -271,6 +271,15 @@ impl<'a> GgufSource<'a> {
         self.used.insert(theirs.clone());
         let rotary = name.contains(".q_proj.") || name.contains(".k_proj.");
         Ok((theirs, if rotary { self.order } else { RowOrder::Plain }))
+    }
+}
+
+impl GgufSource<'_> {
+    /// How [`WeightSource::matrix`] of the same arguments is stored.
+    pub(super) fn spec(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<MatrixSpec> {
+        let (name, _) = self.place(name)?;
+        let base = if linear { self.base } else { BaseFormat::AsIs };
+        self.file.spec(&name, rows, cols, &base)
     }
 }
 

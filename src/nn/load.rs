@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::config::ModelConfig;
-use super::decoder::{Decoder, DecoderLayer, MODULES};
+use super::decoder::{Decoder, DecoderLayer, MODULES, path};
 use super::gguf::GgufSource;
 use super::linear::Linear;
 use crate::device::Device;
@@ -87,7 +87,7 @@ impl Decoder {
             layers.push(build_layer(device, &config, source, layer)?);
         }
         let norm = vector(device, source, "model.norm.weight", hidden)?;
-        let rope = RopeTable::new(device, &config.rope, config.max_position_embeddings.min(512))?;
+        let rope = RopeTable::new(device, &config.rope, config.rope_positions(0))?;
         Ok(Decoder { device: device.clone(), embedding, head, layers, norm, rope: Mutex::new(rope), config })
     }
 }
@@ -103,23 +103,18 @@ fn build_layer(
     layer: usize,
 ) -> Result<DecoderLayer> {
     let prefix = format!("model.layers.{layer}");
-    let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let (q_size, kv_size) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let mut linear = |module: usize, d_out: usize, d_in: usize, bias: bool| -> Result<Linear> {
-        let path = format!("{prefix}.{}", MODULES[module]);
+    let hidden = config.hidden_size;
+    let mut linear = |module: usize| -> Result<Linear> {
+        let (d_out, d_in, bias) = config.linears()[module];
+        let path = path(layer, MODULES[module]);
         let linear = Linear::new(device, source.matrix(&format!("{path}.weight"), d_out, d_in, true)?)?;
         if !bias {
             return Ok(linear);
         }
         linear.with_bias(&source.vector(&format!("{path}.bias"), d_out)?)
     };
-    let q = linear(0, q_size, hidden, config.qkv_bias)?;
-    let k = linear(1, kv_size, hidden, config.qkv_bias)?;
-    let v = linear(2, kv_size, hidden, config.qkv_bias)?;
-    let o = linear(3, hidden, q_size, config.o_bias)?;
-    let gate = linear(4, inner, hidden, config.mlp_bias)?;
-    let up = linear(5, inner, hidden, config.mlp_bias)?;
-    let down = linear(6, hidden, inner, config.mlp_bias)?;
+    let (q, k, v, o) = (linear(0)?, linear(1)?, linear(2)?, linear(3)?);
+    let (gate, up, down) = (linear(4)?, linear(5)?, linear(6)?);
     let mut norm = |name: &str, len: usize| vector(device, source, &format!("{prefix}.{name}.weight"), len);
     let qk_norm = if config.qk_norm {
         Some((norm("self_attn.q_norm", config.head_dim)?, norm("self_attn.k_norm", config.head_dim)?))

@@ -1,7 +1,7 @@
 //! Layers and models: LoRA adapters, linear layers that carry them on a dense or a 4-bit base, and the decoder.
 
 mod adapter;
-mod adapters;
+pub(crate) mod adapters;
 mod batch;
 mod cache;
 mod config;
@@ -10,6 +10,7 @@ mod gguf;
 mod linear;
 mod load;
 mod merge;
+mod spec;
 mod tape;
 mod train;
 
@@ -21,4 +22,5 @@ pub use decoder::{Decoder, Pass};
 pub use gguf::GgufSource;
 pub use linear::{AdaptedLinear, AnyBase, DenseBase, Linear, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase};
 pub use load::WeightSource;
+pub use spec::ModelSpec;
 pub use train::{LinearGrads, Saved};

@@ -89,7 +89,7 @@ pub struct DoubleScales {
 
 impl DoubleScales {
     /// Codes per super-scale that the quantizers here use.
-    const SUPER_BLOCK: usize = 256;
+    pub const SUPER_BLOCK: usize = 256;
 
     /// bitsandbytes' scheme: the mean is taken off, each group of 256 is divided by its largest
     /// magnitude, and the rest is rounded to the nearest entry of the signed dynamic map (the lower of

@@ -39,6 +39,7 @@ pub mod batches;
 mod checkpoint;
 pub mod data;
 pub mod metrics;
+pub mod plan;
 pub mod run;
 
 use crate::autograd::{Gradients, Tape};

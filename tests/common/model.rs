@@ -1,4 +1,4 @@
-//! The recorded models, adapters and runs of tests/golden/model.
+//! The recorded models, adapters and runs of tests/golden/model, and SmolLM2's file.
 
 use std::path::PathBuf;
 
@@ -70,4 +70,14 @@ pub fn distance(got: &[f32], wanted: &[f32]) -> f32 {
     // A NaN must not vanish in the maximum.
     let worse = |most: f32, next: f32| if most.is_nan() || next.is_nan() { f32::NAN } else { most.max(next) };
     got.iter().zip(wanted).map(|(got, wanted)| (got - wanted).abs()).fold(0.0, worse)
+}
+
+/// SmolLM2-135M-Instruct in Q4_1, where scripts/smollm2.sh puts it.
+pub fn smollm2() -> PathBuf {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = || set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache"))).map(|c| c.join("qlora-wgpu"));
+    let folder = set("QLORA_CACHE").or_else(cache).expect("HOME, or QLORA_CACHE, is set");
+    let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
+    assert!(path.is_file(), "{} is missing: `make smollm2` fetches it", path.display());
+    path
 }

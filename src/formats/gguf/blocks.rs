@@ -8,7 +8,7 @@ use super::k_quants;
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::safetensors::{Floats, values};
-use crate::kernels::HostMatrix;
+use crate::kernels::{HostMatrix, MatrixKind, ScaleKind};
 use crate::quant::{DenseData, DenseMatrix, DoubleScales, Dtype, Format, Parts, Q8_BLOCK, QuantizedMatrix, Scales};
 
 /// Weights per scale in all 4-bit types of ggml.
@@ -52,10 +52,25 @@ pub(super) fn matrix(
     base.matrix(floats, rows, cols).map(Some)
 }
 
-/// Whether [`matrix`] reads this type.
-pub(super) fn is_read(kind: TensorType) -> bool {
-    let dense = matches!(kind, TensorType::F32 | TensorType::F16 | TensorType::Bf16 | TensorType::Q8_0);
-    dense || four_bit_format(kind).is_some() || k_quants::decoder(kind).is_some()
+/// How [`matrix`] stores what is of this type.
+pub(super) fn matrix_kind(kind: TensorType, base: &BaseFormat) -> Option<MatrixKind> {
+    if four_bit_format(kind).is_some() {
+        let double = ScaleKind::Double { super_block: SUPER_BLOCK };
+        let (scales, mins) = match kind {
+            TensorType::Q4_1 => (ScaleKind::Plain, Some(ScaleKind::Plain)),
+            TensorType::Q4K => (double, Some(double)),
+            TensorType::Iq4Xs => (double, None),
+            _ => (ScaleKind::Plain, None),
+        };
+        return Some(MatrixKind::Quantized { block: BLOCK, scales, mins });
+    }
+    let stored = match kind {
+        TensorType::F16 | TensorType::Bf16 => MatrixKind::Half,
+        TensorType::Q8_0 => MatrixKind::Q8_0,
+        TensorType::F32 => MatrixKind::F32,
+        _ => k_quants::decoder(kind).map(|_| MatrixKind::F32)?,
+    };
+    Some(base.kind(stored))
 }
 
 /// The f16 at byte `at` of a block.
@@ -156,8 +171,8 @@ mod tests {
 
     use super::*;
     use crate::formats::safetensors::SafetensorsFile;
-    use crate::kernels::DeviceMatrix;
     use crate::kernels::dequantize::dequantize;
+    use crate::kernels::{DeviceMatrix, MatrixSpec};
     use crate::quant::QuantOptions;
     use crate::testing;
 
@@ -210,8 +225,20 @@ mod tests {
         for kind in (0..64).filter_map(TensorType::from_id) {
             let bytes = vec![0; kind.bytes(256).unwrap()];
             let matrix = matrix(kind, &bytes, 1, 256, &BaseFormat::AsIs).unwrap();
-            assert_eq!(is_read(kind), matrix.is_some(), "{kind}");
+            assert_eq!(matrix_kind(kind, &BaseFormat::AsIs).is_some(), matrix.is_some(), "{kind}");
         }
+    }
+
+    #[test]
+    fn how_a_type_is_stored_is_known_without_its_bytes() {
+        for (kind, _) in KINDS {
+            let bytes = vectors(kind).0;
+            for base in [BaseFormat::AsIs, BaseFormat::Quantize(QuantOptions::nf4().double_quant())] {
+                let matrix = matrix(kind, &bytes, 4, 256, &base).unwrap().unwrap();
+                assert_eq!(matrix_kind(kind, &base), Some(MatrixSpec::of(&matrix).kind), "{kind}");
+            }
+        }
+        assert_eq!(matrix_kind(TensorType::Iq2S, &BaseFormat::AsIs), None);
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub use value::{Array, FromValue, Value};
 use super::checkpoint::BaseFormat;
 use super::mapped::MappedFile;
 use crate::error::{Error, Result};
-use crate::kernels::HostMatrix;
+use crate::kernels::{HostMatrix, MatrixSpec};
 
 const MAGIC: &[u8] = b"GGUF";
 const ALIGNMENT: &str = "general.alignment";
@@ -205,12 +205,32 @@ impl GgufFile {
         Ok(values)
     }
 
-    /// A tensor of this shape; a vector as a matrix of one row.
-    fn decode(&self, name: &str, shape: &[usize], order: RowOrder, base: &BaseFormat) -> Result<HostMatrix> {
+    /// How [`matrix`](Self::matrix) of the same arguments is stored, from the header alone.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if it is missing, of another shape, or of a type that is not supported.
+    pub fn spec(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<MatrixSpec> {
+        let tensor = self.shaped(name, &[rows, cols])?;
+        let kind = blocks::matrix_kind(tensor.kind, base).ok_or_else(|| self.not_supported(name, tensor.kind))?;
+        Ok(MatrixSpec { rows, cols, kind })
+    }
+
+    /// The tensor called `name`, which must have this shape.
+    fn shaped(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
         let tensor = self.tensor(name)?;
         if tensor.shape != shape {
             return Err(self.tensor_error(name, format!("has shape {:?}, expected {shape:?}", tensor.shape)));
         }
+        Ok(tensor)
+    }
+
+    fn not_supported(&self, name: &str, kind: TensorType) -> Error {
+        self.tensor_error(name, format!("is {kind}, which is not supported"))
+    }
+
+    /// A tensor of this shape; a vector as a matrix of one row.
+    fn decode(&self, name: &str, shape: &[usize], order: RowOrder, base: &BaseFormat) -> Result<HostMatrix> {
+        let tensor = self.shaped(name, shape)?;
         let (spans, [rows, cols]) = match *shape {
             [rows, cols] => (rows, [rows, cols]),
             // A block cannot be taken apart.
@@ -221,9 +241,7 @@ impl GgufFile {
         })?;
         let matrix = blocks::matrix(tensor.kind, &bytes, rows, cols, base);
         self.map.release(tensor.bytes);
-        matrix
-            .map_err(|e| self.tensor_error(name, e))?
-            .ok_or_else(|| self.tensor_error(name, format!("is {}, which is not supported", tensor.kind)))
+        matrix.map_err(|e| self.tensor_error(name, e))?.ok_or_else(|| self.not_supported(name, tensor.kind))
     }
 
     /// An [`Error::Tensor`] about a tensor of this file.

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::blocks;
+use crate::formats::checkpoint::BaseFormat;
 
 /// The type of a tensor's values, as ggml numbers and names them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -100,7 +101,7 @@ impl TensorType {
 
     /// Whether tensors of this type can be loaded.
     pub fn is_read(self) -> bool {
-        blocks::is_read(self)
+        blocks::matrix_kind(self, &BaseFormat::AsIs).is_some()
     }
 
     /// Bytes of so many values, unless they are no whole number of blocks or overflow.

@@ -1,0 +1,69 @@
+//! How much memory a device has for a run.
+
+use sysinfo::{MemoryRefreshKind, RefreshKind, System};
+
+use super::{Device, Gpu};
+
+impl Device {
+    /// Bytes that there are for tensors and matrices: for the CPU device and software drivers what the host has available now,
+    /// for a GPU through Vulkan its largest heap of device memory, of which others may have taken some. `None` where it is not
+    /// known: Metal, DX12 and GL do not say through wgpu.
+    pub fn capacity(&self) -> Option<u64> {
+        match self {
+            Device::Gpu(gpu) if gpu.info().device_type != wgpu::DeviceType::Cpu => largest_heap(gpu),
+            Device::Cpu(_) | Device::Gpu(_) => host(),
+        }
+    }
+}
+
+/// What the host can give without swapping, within the limit of the process's control group.
+fn host() -> Option<u64> {
+    let refresh = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    let system = System::new_with_specifics(refresh);
+    // Of a group's memory, cached files do not count: they make room.
+    let of_group = system.cgroup_limits().map(|group| group.total_memory.saturating_sub(group.rss));
+    let available = system.available_memory();
+    Some(of_group.map_or(available, |bytes| bytes.min(available))).filter(|&bytes| bytes > 0)
+}
+
+#[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]
+fn largest_heap(gpu: &Gpu) -> Option<u64> {
+    /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`
+    const DEVICE_LOCAL: u32 = 1;
+    // SAFETY: the device is only asked, nothing of it is destroyed or changed.
+    let device = unsafe { gpu.wgpu_device().as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let instance = device.shared_instance().raw_instance();
+    // SAFETY: the physical device is of this instance, and both live as long as `device`.
+    let memory = unsafe { instance.get_physical_device_memory_properties(device.raw_physical_device()) };
+    let heaps = memory.memory_heaps.iter().take(memory.memory_heap_count as usize);
+    heaps.filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0).map(|heap| heap.size).max()
+}
+
+#[cfg(not(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd")))]
+fn largest_heap(_: &Gpu) -> Option<u64> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn hosts_and_vulkan_adapters_say_what_they_have() {
+        const MIB: u64 = 1 << 20;
+        let host = Device::cpu().capacity().unwrap();
+        assert!((MIB..1 << 50).contains(&host), "{host}");
+        for device in testing::gpus() {
+            let Device::Gpu(gpu) = &device else { continue };
+            let name = testing::name(&device);
+            match gpu.info().backend {
+                wgpu::Backend::Vulkan => assert!(largest_heap(gpu).unwrap() > MIB, "{name}"),
+                _ => assert_eq!(largest_heap(gpu), None, "{name}"),
+            }
+            if gpu.info().device_type == wgpu::DeviceType::Cpu {
+                assert!(device.capacity().unwrap() > MIB, "{name}");
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! What a matrix is but for its values: its shape and how it is stored. The bytes that it takes on a device follow from
+//! that, so that they are known from a file's header.
+
+use std::ops::Range;
+
+use super::host_matrix::HostMatrix;
+use crate::device::{Device, Gpu};
+use crate::error::{Error, Result};
+use crate::quant::{Codebook, DenseData, DoubleQuant, DoubleScales, Q8_BLOCK, QuantOptions, Scales};
+
+/// How the scales (or the minima) of a 4-bit matrix are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleKind {
+    /// One f32 a block.
+    Plain,
+    /// One byte a block, and one f32 for every `super_block` of them.
+    Double {
+        /// Codes per super-scale.
+        super_block: usize,
+    },
+}
+
+/// How the weights of a matrix are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MatrixKind {
+    /// The canonical 4-bit matrix.
+    Quantized {
+        /// Weights per scale.
+        block: usize,
+        /// One a block.
+        scales: ScaleKind,
+        /// One a block, where the format has them.
+        mins: Option<ScaleKind>,
+    },
+    /// 32-bit values.
+    F32,
+    /// 16-bit values, of either type.
+    Half,
+    /// A byte a weight, an f16 for every 32 of a row.
+    Q8_0,
+}
+
+/// A matrix W [N, K] without its values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MatrixSpec {
+    /// N.
+    pub rows: usize,
+    /// K.
+    pub cols: usize,
+    /// How its weights are stored.
+    pub kind: MatrixKind,
+}
+
+impl ScaleKind {
+    /// That of some scales.
+    pub fn of(scales: &Scales) -> ScaleKind {
+        match scales {
+            Scales::Plain(_) => ScaleKind::Plain,
+            Scales::Double(double) => ScaleKind::Double { super_block: double.super_block },
+        }
+    }
+
+    /// Bytes in host memory, of so many blocks.
+    fn host_bytes(self, blocks: usize) -> usize {
+        match self {
+            ScaleKind::Plain => 4 * blocks,
+            // With the offset and the table.
+            ScaleKind::Double { super_block } => blocks + 4 * (blocks.div_ceil(super_block) + 1 + 256),
+        }
+    }
+
+    /// Words in a part that has these blocks; see `pack_scales`.
+    fn part_words(self, blocks: &Range<usize>) -> usize {
+        match self {
+            ScaleKind::Plain => blocks.len() + 2,
+            ScaleKind::Double { super_block } => {
+                let supers = blocks.start / super_block..blocks.end.div_ceil(super_block);
+                blocks.len().div_ceil(4) + 1 + supers.len() + 1 + 256
+            }
+        }
+    }
+}
+
+impl MatrixKind {
+    /// What a quantizer makes with these options.
+    pub fn quantized(options: &QuantOptions) -> MatrixKind {
+        let scales = match options.double {
+            DoubleQuant::None => ScaleKind::Plain,
+            DoubleQuant::Dynamic | DoubleQuant::Linear => ScaleKind::Double { super_block: DoubleScales::SUPER_BLOCK },
+        };
+        MatrixKind::Quantized { block: options.block, scales, mins: None }
+    }
+
+    fn all_scales(self) -> impl Iterator<Item = ScaleKind> {
+        let (scales, mins) = match self {
+            MatrixKind::Quantized { scales, mins, .. } => (Some(scales), mins),
+            _ => (None, None),
+        };
+        scales.into_iter().chain(mins)
+    }
+}
+
+impl MatrixSpec {
+    /// That of a matrix.
+    pub fn of(matrix: &HostMatrix) -> MatrixSpec {
+        let kind = match matrix {
+            HostMatrix::Quantized(matrix) => MatrixKind::Quantized {
+                block: matrix.block(),
+                scales: ScaleKind::of(matrix.scales()),
+                mins: matrix.mins().map(ScaleKind::of),
+            },
+            HostMatrix::Dense(matrix) => match matrix.data() {
+                DenseData::F32(_) => MatrixKind::F32,
+                DenseData::F16(_) | DenseData::Bf16(_) => MatrixKind::Half,
+                DenseData::Q8_0 { .. } => MatrixKind::Q8_0,
+            },
+        };
+        MatrixSpec { rows: matrix.rows(), cols: matrix.cols(), kind }
+    }
+
+    /// Bytes that it takes on a device, as [`DeviceMatrix::resident_bytes`](super::DeviceMatrix::resident_bytes) of the matrix
+    /// itself.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if one row is over the binding limit, [`Error::Invalid`] for blocks or super-blocks of 0.
+    pub fn device_bytes(&self, device: &Device) -> Result<u64> {
+        let empty = |kind: ScaleKind| kind == ScaleKind::Double { super_block: 0 };
+        if matches!(self.kind, MatrixKind::Quantized { block: 0, .. }) || self.kind.all_scales().any(empty) {
+            let (what, got) = ("block", format!("0 in {:?}", self.kind));
+            return Err(Error::Invalid { op: "matrix", what, got, expected: "expected at least 1".into() });
+        }
+        match device {
+            Device::Cpu(_) => Ok(self.host_bytes() as u64),
+            Device::Gpu(gpu) => Ok(self.part_rows(gpu)?.map(|rows| Gpu::exact_bytes(self.part_words(&rows))).sum()),
+        }
+    }
+
+    /// Bytes in host memory; those of [`HostMatrix::bytes`].
+    fn host_bytes(&self) -> usize {
+        let n = self.rows * self.cols;
+        match self.kind {
+            MatrixKind::Quantized { block, .. } => {
+                let scales: usize = self.kind.all_scales().map(|kind| kind.host_bytes(n.div_ceil(block))).sum();
+                // With the codebook, and with both of its values for every byte.
+                n.div_ceil(2) + scales + size_of::<Codebook>() + 256 * size_of::<[f32; 2]>()
+            }
+            MatrixKind::F32 => 4 * n,
+            MatrixKind::Half => 2 * n,
+            MatrixKind::Q8_0 => n + 2 * (n / Q8_BLOCK),
+        }
+    }
+
+    /// Words that a row of codes or values takes in a part.
+    pub(super) fn row_words(&self) -> usize {
+        let padded = self.cols.next_multiple_of(32);
+        match self.kind {
+            MatrixKind::Quantized { .. } => padded / 8,
+            MatrixKind::F32 => self.cols.next_multiple_of(8),
+            MatrixKind::Half => self.cols.next_multiple_of(8) / 2,
+            MatrixKind::Q8_0 => padded / 4,
+        }
+    }
+
+    /// The rows of each part: as many as the binding limit allows.
+    pub(super) fn part_rows(&self, gpu: &Gpu) -> Result<impl Iterator<Item = Range<usize>> + use<>> {
+        let &MatrixSpec { rows, cols, kind } = self;
+        let limit = gpu.limits().max_binding_bytes;
+        // Tables, paddings and partly used super-blocks of a part, at most.
+        let overhead = 4096;
+        let scale_bytes = match kind {
+            MatrixKind::Quantized { block, .. } => {
+                let blocks = (rows * cols).div_ceil(block);
+                kind.all_scales().map(|kind| kind.host_bytes(blocks)).sum::<usize>() as f64 / rows as f64
+            }
+            _ => cols as f64 / 16.0,
+        };
+        let row_bytes = 4.0 * self.row_words() as f64 + scale_bytes;
+        // Shaders index weights of a part with u32.
+        let by_index = (u32::MAX as usize - 8192) / cols.next_multiple_of(32);
+        let by_bytes = (limit.saturating_sub(overhead) as f64 / row_bytes) as usize;
+        let rows_per_part = by_bytes.min(by_index);
+        if rows_per_part == 0 {
+            let (device, what) = (gpu.name().to_owned(), format!("a row of matrix {rows} x {cols}"));
+            return Err(Error::TooLarge { device, what, bytes: row_bytes as u64 + overhead, limit });
+        }
+        Ok((0..rows).step_by(rows_per_part).map(move |start| start..(start + rows_per_part).min(rows)))
+    }
+
+    /// Words of the part that has these rows.
+    pub(super) fn part_words(&self, rows: &Range<usize>) -> usize {
+        let codes = rows.len() * self.row_words();
+        match self.kind {
+            MatrixKind::Quantized { block, .. } => {
+                let blocks = rows.start * self.cols / block..(rows.end * self.cols).div_ceil(block);
+                codes + self.kind.all_scales().map(|kind| kind.part_words(&blocks)).sum::<usize>()
+            }
+            MatrixKind::F32 | MatrixKind::Half => codes,
+            MatrixKind::Q8_0 => codes + (rows.len() * self.cols / Q8_BLOCK).div_ceil(2),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::DeviceMatrix;
+    use crate::testing;
+
+    #[test]
+    fn bytes_are_those_of_the_matrix_whole_or_in_parts() {
+        let split = testing::gpus_with(|options| options.max_binding_bytes = Some(16 << 10));
+        for device in testing::devices().iter().chain(&split) {
+            for (rows, cols) in [(1, 32), (33, 70), (70, 96), (300, 1120)] {
+                for (kind, matrix) in testing::matrices(3, rows, cols, 1.0) {
+                    let spec = MatrixSpec::of(&matrix);
+                    let matrix = DeviceMatrix::new(device, matrix).unwrap();
+                    let context = format!("{} {kind} {rows} x {cols}", testing::name(device));
+                    assert_eq!(spec.device_bytes(device).unwrap(), matrix.resident_bytes(), "{context}");
+                }
+            }
+        }
+        for device in split {
+            let spec = MatrixSpec { rows: 3, cols: 1 << 20, kind: MatrixKind::Half };
+            assert!(matches!(spec.device_bytes(&device), Err(Error::TooLarge { .. })));
+        }
+        let scales = ScaleKind::Double { super_block: 0 };
+        for kind in [
+            MatrixKind::Quantized { block: 0, scales: ScaleKind::Plain, mins: None },
+            MatrixKind::Quantized { block: 64, scales, mins: None },
+        ] {
+            let error = MatrixSpec { rows: 3, cols: 5, kind }.device_bytes(&Device::cpu()).unwrap_err();
+            assert!(matches!(error, Error::Invalid { .. }), "{error}");
+        }
+    }
+}

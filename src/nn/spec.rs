@@ -1,0 +1,97 @@
+//! A model without its weights: what the headers of its files say.
+
+use std::path::Path;
+
+use super::config::ModelConfig;
+use super::decoder::{MODULES, path};
+use super::gguf::GgufSource;
+use crate::device::Device;
+use crate::error::Result;
+use crate::formats::checkpoint::{BaseFormat, Checkpoint};
+use crate::formats::gguf::GgufFile;
+use crate::kernels::MatrixSpec;
+
+/// What a [`Decoder`](super::Decoder) would be: its configuration, and how each of its matrices would be stored.
+#[derive(Clone, Debug)]
+pub struct ModelSpec {
+    config: ModelConfig,
+    embedding: MatrixSpec,
+    /// None where it is the embedding.
+    head: Option<MatrixSpec>,
+    /// Linear modules, layer after layer.
+    linears: Vec<MatrixSpec>,
+}
+
+impl ModelSpec {
+    /// That of a Hugging Face directory or a GGUF file, as [`Decoder::load`](super::Decoder::load) of the same arguments would
+    /// have it. Reads headers only.
+    ///
+    /// # Errors
+    /// As [`Decoder::load`](super::Decoder::load), of what headers show.
+    pub fn read(path: &Path, base: &BaseFormat) -> Result<ModelSpec> {
+        if path.is_file() || path.extension().is_some_and(|extension| extension == "gguf") {
+            let file = GgufFile::open(path)?;
+            let config = ModelConfig::from_gguf(&file)?;
+            let mut source = GgufSource::new(&file, &config, base);
+            return ModelSpec::new(config, |name, rows, cols, linear| source.spec(name, rows, cols, linear));
+        }
+        let config = ModelConfig::read(path)?;
+        let checkpoint = Checkpoint::open(path)?;
+        ModelSpec::new(config, |name, rows, cols, linear| {
+            checkpoint.spec(name, rows, cols, if linear { base } else { &BaseFormat::AsIs })
+        })
+    }
+
+    /// That of any source: `matrix` says how the one of this name, with so many rows and columns, would be stored, and is
+    /// told whether it is that of a linear layer.
+    ///
+    /// # Errors
+    /// Those of `matrix`.
+    pub fn new(
+        config: ModelConfig,
+        mut matrix: impl FnMut(&str, usize, usize, bool) -> Result<MatrixSpec>,
+    ) -> Result<ModelSpec> {
+        let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
+        let embedding = matrix("model.embed_tokens.weight", vocabulary, hidden, false)?;
+        let head = !config.tie_word_embeddings;
+        let head = head.then(|| matrix("lm_head.weight", vocabulary, hidden, false)).transpose()?;
+        let mut linears = Vec::with_capacity(MODULES.len() * config.layers);
+        for layer in 0..config.layers {
+            for (module, (d_out, d_in, _)) in MODULES.iter().zip(config.linears()) {
+                linears.push(matrix(&format!("{}.weight", path(layer, module)), d_out, d_in, true)?);
+            }
+        }
+        Ok(ModelSpec { config, embedding, head, linears })
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Path and matrix of every linear layer that can have an adapter, as [`Decoder::linears`](super::Decoder::linears).
+    pub fn linears(&self) -> impl Iterator<Item = (String, &MatrixSpec)> {
+        let paths = (0..self.config.layers).flat_map(|layer| MODULES.map(|module| path(layer, module)));
+        paths.zip(&self.linears)
+    }
+
+    /// Bytes of all matrices on a device.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for a row over the device's binding limit.
+    pub fn matrix_bytes(&self, device: &Device) -> Result<u64> {
+        let matrices = self.linears.iter().chain([&self.embedding]).chain(&self.head);
+        matrices.map(|matrix| matrix.device_bytes(device)).sum()
+    }
+
+    /// Values of every vector: norms, and biases of linear layers.
+    pub(crate) fn vectors(&self) -> Vec<usize> {
+        let config = &self.config;
+        let mut layer = vec![config.hidden_size; 2];
+        layer.extend(if config.qk_norm { vec![config.head_dim; 2] } else { vec![] });
+        layer.extend(config.linears().into_iter().filter(|&(_, _, bias)| bias).map(|(d_out, _, _)| d_out));
+        let mut all = layer.repeat(config.layers);
+        all.push(config.hidden_size);
+        all
+    }
+}

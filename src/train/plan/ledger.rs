@@ -1,0 +1,250 @@
+//! Memory that is taken and given back, and never there: a device's pool without its buffers.
+
+use std::cell::RefCell;
+use std::ops::{Index, IndexMut};
+use std::rc::Rc;
+
+use serde::Serialize;
+
+use crate::autograd::Value;
+use crate::device::{Device, Pool, size_class};
+use crate::error::Result;
+use crate::kernels::Scratch;
+use crate::tensor::{TensorId, element_count};
+
+/// What memory is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Base,
+    Adapters,
+    Gradients,
+    Optimizer,
+    Activations,
+    Logits,
+}
+
+/// Bytes on the device, by what they are for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Parts {
+    /// Matrices, norms, biases and the table of rotations.
+    pub base: u64,
+    /// A, B and DoRA's magnitudes.
+    pub adapters: u64,
+    /// Of the adapters.
+    pub gradients: u64,
+    /// AdamW's two moments of each value that is trained.
+    pub optimizer: u64,
+    /// Everything else that a step makes: what is saved for the way back, gradients that are on their way, what kernels take
+    /// beside their results, and the batches.
+    pub activations: u64,
+    /// Of as many tokens as are handled at a time.
+    pub logits: u64,
+}
+
+impl Parts {
+    /// All of them.
+    pub fn total(&self) -> u64 {
+        self.base + self.adapters + self.gradients + self.optimizer + self.activations + self.logits
+    }
+}
+
+impl Index<Part> for Parts {
+    type Output = u64;
+
+    fn index(&self, part: Part) -> &u64 {
+        match part {
+            Part::Base => &self.base,
+            Part::Adapters => &self.adapters,
+            Part::Gradients => &self.gradients,
+            Part::Optimizer => &self.optimizer,
+            Part::Activations => &self.activations,
+            Part::Logits => &self.logits,
+        }
+    }
+}
+
+impl IndexMut<Part> for Parts {
+    fn index_mut(&mut self, part: Part) -> &mut u64 {
+        match part {
+            Part::Base => &mut self.base,
+            Part::Adapters => &mut self.adapters,
+            Part::Gradients => &mut self.gradients,
+            Part::Optimizer => &mut self.optimizer,
+            Part::Activations => &mut self.activations,
+            Part::Logits => &mut self.logits,
+        }
+    }
+}
+
+/// What a training step is doing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Moment {
+    /// Nothing yet: the model is there.
+    #[default]
+    Loaded,
+    /// The decoder's layers.
+    Forward,
+    /// The head, whose gradient is found on the way.
+    Loss,
+    /// The way back, and in it layers that run again.
+    Backward,
+    /// The optimizer.
+    Update,
+}
+
+/// The memory of a device: its own pool, of nothing, asked for the same sizes in the same order.
+pub(super) struct Ledger {
+    pub device: Device,
+    pool: Pool<()>,
+    tally: RefCell<Tally>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Tally {
+    now: Moment,
+    live: Parts,
+    most: Parts,
+    at_peak: Parts,
+    moment: Moment,
+}
+
+/// What a ledger has seen.
+pub(super) struct Seen {
+    /// The most of each part.
+    pub most: Parts,
+    /// All parts when their sum was largest, and when that was.
+    pub at_peak: Parts,
+    pub moment: Moment,
+    /// The most of all, with what the pool kept.
+    pub held: u64,
+}
+
+/// Some memory; clones share it, and the last one gives it back.
+#[derive(Clone)]
+pub(super) struct Bytes(Rc<Held>);
+
+struct Held {
+    ledger: Rc<Ledger>,
+    part: Part,
+    size: u64,
+    pooled: bool,
+}
+
+impl Ledger {
+    pub fn new(device: &Device) -> Rc<Ledger> {
+        Rc::new(Ledger { device: device.clone(), pool: Pool::new(None), tally: RefCell::default() })
+    }
+
+    /// What happens from now on.
+    pub fn begin(&self, moment: Moment) {
+        self.tally.borrow_mut().now = moment;
+    }
+
+    /// A tensor of so many values.
+    ///
+    /// # Errors
+    /// Those of a tensor of that size on the device: [`Error::TooLarge`](crate::Error::TooLarge),
+    /// [`Error::Invalid`](crate::Error::Invalid).
+    pub fn tensor(self: &Rc<Self>, part: Part, shape: &[usize]) -> Result<Bytes> {
+        self.values(part, element_count(shape)?)
+    }
+
+    fn values(self: &Rc<Self>, part: Part, values: usize) -> Result<Bytes> {
+        let size = self.pooled_bytes(values)?;
+        Ok(self.take(part, size, true))
+    }
+
+    /// Bytes that so many 32-bit values take from the pool.
+    fn pooled_bytes(&self, values: usize) -> Result<u64> {
+        let bytes = 4 * values as u64;
+        match &self.device {
+            Device::Cpu(_) => Ok(size_class(bytes)),
+            Device::Gpu(gpu) => gpu.pooled_bytes("a tensor of the training step", bytes),
+        }
+    }
+
+    /// Bytes of u32 values.
+    pub fn index_bytes(&self, values: usize) -> Result<u64> {
+        match &self.device {
+            Device::Cpu(_) => Ok(4 * values as u64),
+            Device::Gpu(_) => self.pooled_bytes(values),
+        }
+    }
+
+    /// Bytes that stay.
+    pub fn fixed(self: &Rc<Self>, part: Part, size: u64) -> Bytes {
+        self.take(part, size, false)
+    }
+
+    /// What a kernel takes beside its result, and gives back.
+    pub fn scratch(self: &Rc<Self>, scratch: &Scratch) -> Result<()> {
+        let new = |&values: &usize| self.values(Part::Activations, values);
+        let _kept = scratch.kept.iter().map(new).collect::<Result<Vec<_>>>()?;
+        let mut tasks = scratch.tasks.clone();
+        tasks.sort_unstable_by(|a, b| b.cmp(a));
+        let alive = tasks.len().min(rayon::current_num_threads());
+        let largest = tasks[..alive].iter().flat_map(|values| std::iter::repeat_n(values, scratch.of_task));
+        drop(largest.map(new).collect::<Result<Vec<_>>>()?);
+        // The pool keeps one of every size that comes.
+        tasks.dedup();
+        tasks.iter().try_for_each(|values| new(values).map(drop))
+    }
+
+    fn take(self: &Rc<Self>, part: Part, size: u64, pooled: bool) -> Bytes {
+        if pooled {
+            // Nothing is behind it: what it answers does not matter.
+            self.pool.take(size, true);
+        } else {
+            self.pool.count(size);
+        }
+        let tally = &mut *self.tally.borrow_mut();
+        tally.live[part] += size;
+        tally.most[part] = tally.most[part].max(tally.live[part]);
+        if tally.live.total() > tally.at_peak.total() {
+            (tally.at_peak, tally.moment) = (tally.live, tally.now);
+        }
+        Bytes(Rc::new(Held { ledger: self.clone(), part, size, pooled }))
+    }
+
+    pub fn seen(&self) -> Seen {
+        let Tally { most, at_peak, moment, .. } = *self.tally.borrow();
+        Seen { most, at_peak, moment, held: self.pool.counters().peak_held_bytes }
+    }
+}
+
+impl Bytes {
+    /// As much for another part.
+    pub fn another(&self, part: Part) -> Bytes {
+        self.0.ledger.take(part, self.0.size, true)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.ledger.tally.borrow_mut().live[self.part] -= self.size;
+        if self.pooled {
+            self.ledger.pool.put(self.size, ());
+        } else {
+            self.ledger.pool.forget(self.size);
+        }
+    }
+}
+
+impl Value for Bytes {
+    fn id(&self) -> TensorId {
+        TensorId(Rc::as_ptr(&self.0).addr() as u64)
+    }
+
+    fn is_shared(&self) -> bool {
+        Rc::strong_count(&self.0) > 1
+    }
+
+    fn plus(&self, _: &Bytes) -> Result<Bytes> {
+        Ok(self.another(self.0.part))
+    }
+
+    fn add_in_place(&mut self, _: &Bytes) -> Result<()> {
+        Ok(())
+    }
+}

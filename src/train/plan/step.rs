@@ -1,0 +1,287 @@
+//! A training step in memory alone: `nn/decoder.rs`, `autograd/ops.rs` and [`Trainer::step`](crate::train::Trainer::step),
+//! allocation by allocation, on the very tape that a step records.
+
+use std::cell::OnceCell;
+use std::rc::Rc;
+
+use super::MicroBatches;
+use super::ledger::{Bytes, Ledger, Moment, Part};
+use super::linear::{Adapter, Linear};
+use crate::autograd::{Gradients, Tape, Var};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::formats::peft::PeftConfig;
+use crate::kernels::attention::{self, AttentionShape};
+use crate::kernels::linear_cross_entropy::chunk_rows;
+use crate::kernels::visibility::Visibility;
+use crate::kernels::{attention_backward, qmatmul, qmatmul_dx};
+use crate::nn::adapters::targeted;
+use crate::nn::{ModelConfig, ModelSpec};
+
+/// What every op of a micro-batch's passes asks.
+pub(super) struct Pass<'a> {
+    pub ledger: &'a Rc<Ledger>,
+    /// M.
+    pub tokens: usize,
+    /// Whether the adapters drop something.
+    pub dropout: bool,
+    heads: AttentionShape,
+    /// Without a window and with one, where that changes something.
+    visibility: &'a Visibility,
+    windowed: Option<&'a Visibility>,
+}
+
+impl Pass<'_> {
+    /// A tensor [M, `width`].
+    pub fn tensor(&self, width: usize) -> Result<Bytes> {
+        self.ledger.tensor(Part::Activations, &[self.tokens, width])
+    }
+
+    /// The result of an op that has one input, of a tensor [M, `width`]; what it saves is dropped with the way back.
+    fn map<'a>(
+        &'a self,
+        tape: &mut Tape<'a, Bytes>,
+        x: &Var<Bytes>,
+        width: usize,
+        saved: Option<Bytes>,
+    ) -> Result<Var<Bytes>> {
+        let y = self.tensor(width)?;
+        Ok(tape.record(y, vec![x.node()], move |_, _| {
+            let dx = self.tensor(width)?;
+            drop(saved);
+            Ok(vec![Some(dx)])
+        }))
+    }
+
+    fn rms_norm<'a>(&'a self, tape: &mut Tape<'a, Bytes>, x: &Var<Bytes>, width: usize) -> Result<Var<Bytes>> {
+        self.map(tape, x, width, Some(x.value().clone()))
+    }
+
+    fn add<'a>(
+        &'a self,
+        tape: &mut Tape<'a, Bytes>,
+        a: &Var<Bytes>,
+        b: &Var<Bytes>,
+        width: usize,
+    ) -> Result<Var<Bytes>> {
+        let y = self.tensor(width)?;
+        let both = |dy: &Bytes, _: &mut Gradients<Bytes>| Ok(vec![Some(dy.clone()), Some(dy.clone())]);
+        Ok(tape.record(y, vec![a.node(), b.node()], both))
+    }
+
+    fn silu_mul<'a>(
+        &'a self,
+        tape: &mut Tape<'a, Bytes>,
+        gate: &Var<Bytes>,
+        up: &Var<Bytes>,
+        width: usize,
+    ) -> Result<Var<Bytes>> {
+        let y = self.tensor(width)?;
+        let saved = [gate, up].map(|var| var.value().clone());
+        Ok(tape.record(y, vec![gate.node(), up.node()], move |_, _| {
+            let grads = vec![Some(self.tensor(width)?), Some(self.tensor(width)?)];
+            drop(saved);
+            Ok(grads)
+        }))
+    }
+
+    fn attention<'a>(
+        &'a self,
+        tape: &mut Tape<'a, Bytes>,
+        [q, k, v]: [&Var<Bytes>; 3],
+        windowed: bool,
+    ) -> Result<Var<Bytes>> {
+        let visibility = self.windowed.filter(|_| windowed).unwrap_or(self.visibility);
+        let heads = &self.heads;
+        let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+        let (o, lse) = (self.tensor(q_width)?, self.tensor(heads.heads)?);
+        self.ledger.scratch(&attention::scratch(&self.ledger.device, heads, visibility))?;
+        let saved = ([q, k, v].map(|var| var.value().clone()), o.clone(), lse);
+        Ok(tape.record(o, vec![q.node(), k.node(), v.node()], move |_, _| {
+            let grads = vec![Some(self.tensor(q_width)?), Some(self.tensor(kv_width)?), Some(self.tensor(kv_width)?)];
+            self.ledger.scratch(&attention_backward::scratch(&self.ledger.device, heads, visibility))?;
+            drop(saved);
+            Ok(grads)
+        }))
+    }
+
+    /// The loss of `hidden` [M, K] with a head [V, K].
+    fn loss<'a>(&'a self, tape: &mut Tape<'a, Bytes>, hidden: &Var<Bytes>, [v, k]: [usize; 2]) -> Result<Var<Bytes>> {
+        let (m, ledger) = (self.tokens, self.ledger);
+        let _token_losses = self.tensor(1)?;
+        let mut d_hidden = self.tensor(k)?;
+        let most = chunk_rows(&ledger.device, v);
+        for first in (0..m).step_by(most) {
+            let rows = most.min(m - first);
+            let new = |part, width: usize| ledger.tensor(part, &[rows, width]);
+            let chunk = if rows == m { hidden.value().clone() } else { new(Part::Activations, k)? };
+            let _logits = new(Part::Logits, v)?;
+            ledger.scratch(&qmatmul::scratch(&ledger.device, rows, v, k))?;
+            drop(chunk);
+            let d_chunk = new(Part::Activations, k)?;
+            ledger.scratch(&qmatmul_dx::scratch(&ledger.device, rows, v, k))?;
+            if rows == m {
+                d_hidden = d_chunk;
+            }
+        }
+        let loss = ledger.tensor(Part::Activations, &[1])?;
+        Ok(tape.record(loss, vec![hidden.node()], move |_, _| Ok(vec![Some(d_hidden)])))
+    }
+}
+
+/// A model with adapters, and the optimizer's moments once there are any.
+pub(super) struct Model {
+    ledger: Rc<Ledger>,
+    config: ModelConfig,
+    /// Layer after layer.
+    linears: Vec<Linear>,
+    dropout: bool,
+    moments: Vec<Bytes>,
+    _base: Vec<Bytes>,
+}
+
+impl Model {
+    /// The model as it is loaded, with new adapters, for sequences of `tokens`.
+    pub fn new(ledger: &Rc<Ledger>, spec: &ModelSpec, adapter: &PeftConfig, tokens: usize) -> Result<Model> {
+        let config = spec.config().clone();
+        let mut base = vec![ledger.fixed(Part::Base, spec.matrix_bytes(&ledger.device)?)];
+        for len in spec.vectors() {
+            base.push(ledger.tensor(Part::Base, &[len])?);
+        }
+        let rope = |needed: usize| {
+            let new = || ledger.tensor(Part::Base, &[config.rope_positions(needed), config.head_dim / 2]);
+            Ok::<_, Error>([new()?, new()?])
+        };
+        let first = rope(0)?;
+        let targeted = targeted(adapter, spec.linears().map(|(path, _)| path))?;
+        let mut linears = Vec::new();
+        for (path, matrix) in spec.linears() {
+            let (d_out, d_in, rank) = (matrix.rows, matrix.cols, adapter.rank(&path));
+            let new = |shape: &[usize]| ledger.tensor(Part::Adapters, shape);
+            if rank == 0 {
+                let expected = "it must be at least 1".into();
+                return Err(Error::Invalid { op: "plan", what: "the adapters' rank", got: "0".into(), expected });
+            }
+            let adapter = if targeted.contains(&path) {
+                let (a, b) = (new(&[rank, d_in])?, new(&[d_out, rank])?);
+                let magnitude = adapter.use_dora.then(|| new(&[d_out])).transpose()?;
+                Some(Adapter { rank, a, b, magnitude, factor: OnceCell::new() })
+            } else {
+                None
+            };
+            linears.push(Linear { d_out, d_in, adapter });
+        }
+        // A longer table takes the place of the first when a sequence asks for it.
+        let longer = config.rope_positions(tokens) > config.rope_positions(0);
+        base.extend(if longer { rope(tokens)? } else { first });
+        let dropout = adapter.lora_dropout > 0.0;
+        Ok(Model { ledger: ledger.clone(), config, linears, dropout, moments: Vec::new(), _base: base })
+    }
+
+    /// A step over `batches`, which are on the device already.
+    pub fn step(&mut self, batches: &MicroBatches, checkpoint: bool) -> Result<()> {
+        let found = self.gradients(batches, checkpoint)?;
+        self.ledger.begin(Moment::Update);
+        for adapter in self.linears.iter_mut().filter_map(|linear| linear.adapter.as_mut()) {
+            adapter.factor = OnceCell::new();
+        }
+        let parameters =
+            || self.linears.iter().filter_map(|linear| linear.adapter.as_ref()).flat_map(Adapter::parameters);
+        let count = parameters().count();
+        let new = |len: usize| self.ledger.tensor(Part::Activations, &[len]);
+        let _norms = new(2 + count)?;
+        if let Device::Gpu(_) = self.ledger.device {
+            let _squares = (new(count)?, new(1)?);
+        }
+        if self.moments.is_empty() {
+            let moments = parameters().flat_map(|parameter| [parameter; 2]);
+            self.moments = moments.map(|parameter| parameter.another(Part::Optimizer)).collect();
+        }
+        drop(found);
+        Ok(())
+    }
+
+    /// The loss, and the gradients.
+    fn gradients(&self, batches: &MicroBatches, checkpoint: bool) -> Result<(Option<Bytes>, Gradients<Bytes>)> {
+        let &MicroBatches { count, rows, tokens } = batches;
+        let config = &self.config;
+        let heads =
+            AttentionShape { heads: config.heads, kv_heads: config.kv_heads, head_dim: config.head_dim, scale: 1.0 };
+        heads.check("plan")?;
+        let segments = vec![1; rows * tokens];
+        let visibility = |window| Visibility::causal(&Device::cpu(), &segments, tokens, window);
+        let window = config.sliding_window().filter(|&window| window < tokens);
+        let (whole, windowed) = (visibility(None)?, window.map(|window| visibility(Some(window))).transpose()?);
+        let pass = Pass {
+            ledger: &self.ledger,
+            tokens: rows * tokens,
+            dropout: self.dropout,
+            heads,
+            visibility: &whole,
+            windowed: windowed.as_ref(),
+        };
+        let (mut total, mut gradients) = (None, Gradients::default());
+        // The third micro-batch and later ones find what the second does.
+        for _ in 0..count.min(2) {
+            let mut tape = Tape::empty(false);
+            self.ledger.begin(Moment::Forward);
+            let hidden = self.hidden(&pass, &mut tape, checkpoint)?;
+            self.ledger.begin(Moment::Loss);
+            let loss = pass.loss(&mut tape, &hidden, [config.vocab_size, config.hidden_size])?;
+            drop(hidden);
+            self.ledger.begin(Moment::Backward);
+            let one = self.ledger.tensor(Part::Activations, &[1])?;
+            tape.run(&loss, one, &mut gradients, None)?;
+            total.get_or_insert(loss.value().clone());
+        }
+        Ok((total, gradients))
+    }
+
+    fn hidden<'a>(&'a self, pass: &'a Pass<'a>, tape: &mut Tape<'a, Bytes>, checkpoint: bool) -> Result<Var<Bytes>> {
+        let width = self.config.hidden_size;
+        let mut h = tape.constant(pass.tensor(width)?);
+        for (index, linears) in self.linears.as_chunks::<7>().0.iter().enumerate() {
+            let windowed = self.config.window(index).is_some();
+            let stretch =
+                move |tape: &mut Tape<'a, Bytes>, h: &Var<Bytes>| layer(linears, &self.config, pass, tape, h, windowed);
+            h = if checkpoint { tape.checkpoint(&h, stretch)? } else { stretch(tape, &h)? };
+        }
+        pass.rms_norm(tape, &h, width)
+    }
+}
+
+/// As `DecoderLayer::forward`: what lives on there until the end does so here.
+fn layer<'a>(
+    [q, k, v, o, gate, up, down]: &'a [Linear; 7],
+    config: &ModelConfig,
+    pass: &'a Pass<'a>,
+    tape: &mut Tape<'a, Bytes>,
+    x: &Var<Bytes>,
+    windowed: bool,
+) -> Result<Var<Bytes>> {
+    let (hidden, inner, q_width, k_width) = (q.d_in, down.d_in, q.d_out, k.d_out);
+    let normed = pass.rms_norm(tape, x, hidden)?;
+    let mut q = q.record(pass, tape, &normed)?;
+    let mut k = k.record(pass, tape, &normed)?;
+    let v = v.record(pass, tape, &normed)?;
+    drop(normed);
+    if config.qk_norm {
+        q = pass.rms_norm(tape, &q, q_width)?;
+        k = pass.rms_norm(tape, &k, k_width)?;
+    }
+    let roped = [pass.map(tape, &q, q_width, None)?, pass.map(tape, &k, k_width, None)?, v];
+    let attended = pass.attention(tape, roped.each_ref(), windowed)?;
+    drop(roped);
+    let projected = o.record(pass, tape, &attended)?;
+    let h = pass.add(tape, x, &projected, hidden)?;
+    drop(projected);
+
+    let normed = pass.rms_norm(tape, &h, hidden)?;
+    let gate = gate.record(pass, tape, &normed)?;
+    let up = up.record(pass, tape, &normed)?;
+    drop(normed);
+    let product = pass.silu_mul(tape, &gate, &up, inner)?;
+    drop((gate, up));
+    let down = down.record(pass, tape, &product)?;
+    pass.add(tape, &h, &down, hidden)
+}
