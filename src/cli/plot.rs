@@ -68,7 +68,7 @@ impl Plot {
         };
         let training = finite(|record| record.loss.map(f64::from));
         let evaluation = finite(|record| record.eval_loss);
-        let window = if training.len() < SMOOTH_FROM { 1 } else { training.len() / 20 | 1 };
+        let window = if training.len() < SMOOTH_FROM { 1 } else { (training.len() / 20) | 1 };
         let all = || training.iter().chain(&evaluation);
         let Some(last_step) = all().map(|&(step, _)| step).max() else {
             return Err(Error::Invalid {
@@ -223,7 +223,7 @@ mod tests {
         let record = |step: u32| Record {
             step,
             loss: (step > 0).then(|| (loss(step) + 0.4 * f64::from(step * 7919 % 13) / 13.0 - 0.2) as f32),
-            eval_loss: every.filter(|every| step % every == 0).map(|_| loss(step)),
+            eval_loss: every.filter(|every| step.is_multiple_of(*every)).map(|_| loss(step)),
             ..Record::default()
         };
         (0..=steps).map(record).collect()
