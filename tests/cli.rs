@@ -98,12 +98,41 @@ fn bench_prints_a_row_a_case_with_every_field() {
 }
 
 #[test]
-fn the_demo_checks_every_device() {
-    let text = stdout(qlora().arg("demo"));
+fn every_device_is_checked_against_the_cpu() {
+    let text = stdout(qlora().args(["devices", "--check"]));
     assert!(text.contains("4.127 bits per weight") && text.contains("Every device agrees"), "{text}");
     for info in common::adapters() {
         assert!(text.matches(&info.name).count() >= 3, "listed, and measured twice: {text}");
     }
+}
+
+#[test]
+fn the_demo_trains_and_a_second_one_has_a_folder_of_its_own() {
+    let here = tempfile::tempdir().unwrap();
+    let demo = |arguments: &[&str]| stdout(qlora().arg("demo").args(arguments).current_dir(here.path()));
+    let text = demo(&["--device", "cpu", "--steps", "12"]);
+    let loss = |end: &str| -> f64 {
+        let before = &text[..text.find(end).unwrap_or_else(|| panic!("{end} in {text}"))];
+        before.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    assert!((loss(" before, ") - 3.876).abs() < 2e-3 && loss(" after\n") < 3.8, "{text}");
+    assert_eq!(text.matches("  before: ").count(), 4);
+    let run = here.path().join("qlora-demo/adapter");
+    for name in ["adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "loss.svg"] {
+        assert!(run.join(name).is_file(), "{name}");
+    }
+
+    assert!(demo(&["--device", "cpu", "--steps", "1"]).contains("qlora-demo-2/adapter"));
+    let mut again = qlora();
+    again.args(["demo", "--device", "cpu", "--output", "qlora-demo"]).current_dir(here.path());
+    let error = failure(&mut again, 1);
+    assert!(error.contains("qlora-demo") && error.contains("another run"), "{error}");
+
+    let mut command = qlora();
+    command.args(["demo", "--model", "no/such/folder/model.gguf"]).current_dir(here.path());
+    let error = failure(&mut command, 1);
+    assert!(error.contains("no such file"), "{error}");
+    assert_eq!(std::fs::read_dir(here.path()).unwrap().count(), 2, "a folder that is not needed");
 }
 
 #[test]

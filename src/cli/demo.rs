@@ -1,115 +1,173 @@
-//! `qlora demo`: a real weight, quantized and multiplied on every device, checked against the CPU reference.
+//! `qlora demo`: a small model learns the style of The Devil's Dictionary, in about a minute.
 
+use std::fs;
+use std::io::ErrorKind;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use ndarray::Array2;
 
-use super::{devices, print_line, table};
-use crate::bench::layer::{Case, Op, measure};
-use crate::device::{Device, GpuOptions, Select, devices as list_devices};
+use super::model::ModelArgs;
+use super::progress::Progress;
+use super::{bundled, plot, print_line};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::quant::{QuantOptions, QuantizedMatrix};
+use crate::formats::checkpoint::BaseFormat;
+use crate::formats::peft::PeftConfig;
+use crate::generate::{Sampler, Sampling, generate};
+use crate::nn::Decoder;
+use crate::optim::{AdamW, Decay, Schedule};
+use crate::quant::QuantOptions;
+use crate::text::Tokenizer;
+use crate::train::TrainOptions;
+use crate::train::batches::{BatchOptions, Batches};
+use crate::train::data::{DataOptions, Dataset};
+use crate::train::metrics;
+use crate::train::run::{Run, RunOptions};
 
-/// Quantizes a real weight, runs the fused layer on every device, and checks each against the CPU reference.
+/// Trains an adapter on definitions of The Devil's Dictionary, and shows what it changed.
+///
+/// The model is a small one that this program carries, or any other. The folder gets model and text, and in `adapter` what
+/// `qlora finetune` writes: the adapter as PEFT has it, metrics.jsonl, loss.svg and loss.png.
 #[derive(Args, Debug)]
-pub struct DemoArgs {}
-
-/// Weights of the bundled model's first layer; assets/README.md says where they are from.
-static LAYER: &[u8] = include_bytes!("../../assets/tiny-glossary-layer0.safetensors");
-/// The one that the demo takes.
-const WEIGHT: &str = "model.layers.0.mlp.gate_proj.weight";
-
-/// Rows of X: one as in decoding, many as in training.
-const ROWS: [usize; 2] = [1, 256];
-const RANK: usize = 16;
-
-/// Relative to the largest value of Y: f32 sums in another order, or f16 operands.
-fn allowed(tier: &str) -> f64 {
-    if tier.contains("f16") { 2e-3 } else { 1e-5 }
+#[command(after_help = "Examples:\n  \
+    qlora demo\n  \
+    qlora demo --model model.gguf --output my-demo")]
+pub struct DemoArgs {
+    /// Another model: a Hugging Face directory, a .gguf file, or an id on the hub.
+    #[arg(long, value_name = "PATH|ID")]
+    model: Option<PathBuf>,
+    /// The folder for what comes out; by default the first of qlora-demo, qlora-demo-2, ... that is not there.
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
+    #[arg(long, default_value = "best")]
+    device: String,
+    /// Updates; by default 100 of the small model, 30 of another.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    steps: Option<u32>,
 }
 
-pub fn run(_args: &DemoArgs) -> Result<()> {
-    print_line("Devices\n")?;
-    devices::run(&devices::DevicesArgs::default())?;
+/// Words to define, none of which is in the training text.
+const WORDS: [&str; 4] = ["auctioneer, n.", "language, n.", "hearse, n.", "oath, n."];
+/// Tokens of a definition, at most.
+const LENGTH: usize = 40;
+/// The likeliest definition of a small model is the same for many words.
+const SAMPLING: Sampling = Sampling { temperature: 0.7, top_k: 0, top_p: 0.9, seed: 2 };
 
-    let weight = load()?;
-    let (n, k) = weight.dim();
-    let quant = QuantOptions::nf4().double_quant();
-    let start = Instant::now();
-    let values = weight.as_slice().unwrap_or_default();
-    let packed = QuantizedMatrix::quantize(values.into(), n, k, &quant)?;
-    let elapsed = start.elapsed();
-    let restored = packed.dequantize();
-    let largest = values.iter().zip(&restored).map(|(wanted, got)| (wanted - got).abs()).fold(0.0, f32::max);
+const RANK: usize = 16;
+const BATCH_SIZE: usize = 8;
+/// Tokens of an example, at most; few are longer.
+const SEQ_LEN: usize = 256;
+
+pub fn run(args: &DemoArgs) -> Result<()> {
+    // Before there is a folder: these fail where something was mistyped.
+    let device = Device::named(&args.device)?;
+    let typed = args.model.clone().map(ModelArgs::of);
+    let found = typed.as_ref().map(ModelArgs::path).transpose()?;
+    let output = args.output.as_ref().map_or_else(fresh, |path| create(path).map(|()| path.clone()))?;
+    let (path, steps, lr) = match found {
+        Some(path) => (path, 30, 5e-4),
+        None => (bundled::write_model(&output)?, 100, 2e-3),
+    };
+    let steps = args.steps.unwrap_or(steps);
+    bundled::write_texts(&output)?;
+
+    let source = typed.unwrap_or_else(|| ModelArgs::of(path.clone()));
+    let mut model = Decoder::load(&device, &path, &BaseFormat::Quantize(QuantOptions::nf4().double_quant()))?;
+    let tokenizer = source.tokenizer(&path, model.config().vocab_size)?;
+    let read = |name: &str| Dataset::read(output.join(name), Ok(&tokenizer), &DataOptions::default());
+    let seq_len = SEQ_LEN.min(model.config().max_position_embeddings);
+    let options = BatchOptions { batch_size: BATCH_SIZE, seq_len, packing: false, ..BatchOptions::default() };
+    let batches = Batches::new(read(bundled::TRAIN)?, options)?;
+    let eval = read(bundled::VALID)?.examples;
     print_line(&format!(
-        "\nQuantized {WEIGHT} [{n}, {k}] to NF4 with double-quantized scales in {:.2} ms:\n\
-         {:.3} bits per weight, {} KiB instead of {} KiB, largest error {largest:.4}\n\n\
-         Fused forward, Y = X W^T + s (X A^T) B^T with rank {RANK}, against the CPU reference\n",
-        elapsed.as_secs_f64() * 1e3,
-        packed.bits_per_weight(),
-        packed.bytes() >> 10,
-        (4 * n * k) >> 10,
+        "device:  {}\n\
+         model:   {}, its linear layers in 4 bits and frozen\n\
+         adapter: LoRA of rank {RANK} on all of them\n\
+         text:    {} definitions of The Devil's Dictionary, and {} others to evaluate on\n",
+        device.name(),
+        source.name(),
+        batches.examples(),
+        eval.len(),
     ))?;
 
-    let best = Device::best()?;
-    let found = list_devices();
-    let mut rows = Vec::new();
-    let mut wrong = Vec::new();
-    for m in ROWS {
-        let operands = Case { op: Op::Forward, m, n, k, rank: RANK, quant }.operands_of(weight.view())?;
-        for info in &found {
-            let device = match info.index {
-                0 => Ok(Device::cpu()),
-                index => Device::gpu(&GpuOptions { select: Select::Index(index), ..GpuOptions::default() }),
-            };
-            let row = match device.and_then(|device| measure(&operands, &device)) {
-                Ok(row) => row,
-                Err(error) => {
-                    // The other devices still have their turn.
-                    wrong.push(format!("{} ({error})", info.name));
-                    continue;
-                }
-            };
-            // A NaN is wrong too.
-            let right = row.max_rel_err_vs_cpu <= allowed(&row.tier);
-            if !right {
-                wrong.push(format!("{} with M = {m} (error {:.1e})", row.adapter, row.max_rel_err_vs_cpu));
-            }
-            rows.push([
-                format!("{}{}", row.adapter, if row.adapter == best.name() { " (best)" } else { "" }),
-                row.tier,
-                m.to_string(),
-                format!("{:.3}", row.ms_median),
-                format!("{:.1}", row.gflops),
-                format!("{:.1e}", row.max_rel_err_vs_cpu),
-                if right { "yes" } else { "NO" }.to_owned(),
-            ]);
-        }
+    let define_all =
+        |model: &Decoder| -> Result<Vec<String>> { WORDS.iter().map(|word| define(model, &tokenizer, word)).collect() };
+    let before = define_all(&model)?;
+    let train = TrainOptions {
+        optimizer: AdamW { lr, weight_decay: 0.0, ..AdamW::default() },
+        schedule: Schedule { decay: Decay::Cosine, warmup: steps / 20, total: steps },
+        max_norm: Some(1.0),
+        checkpoint_activations: false,
+        seed: 0,
+    };
+    let options = RunOptions { train, steps, eval_every: steps.div_ceil(5), early_stop: None, save_every: 0, keep: 1 };
+    let config =
+        PeftConfig { base_model_name_or_path: Some(source.name()), ..PeftConfig::new(RANK, 2.0 * RANK as f32) };
+    let adapter = output.join("adapter");
+    let start = Instant::now();
+    let mut run = Run::start(&mut model, config, None, batches, eval, options, &adapter)?;
+    let mut progress = Progress::new(steps, 0);
+    let result = run.train(|event| {
+        progress.show(event);
+        ControlFlow::Continue(())
+    });
+    progress.finish();
+    result?;
+    let records = metrics::read(&adapter.join(metrics::FILE))?;
+    plot::write(&adapter, &records)?;
+
+    let mut losses = records.iter().filter_map(|record| record.eval_loss);
+    if let (Some(first), Some(last)) = (losses.next(), losses.next_back()) {
+        print_line(&format!(
+            "{steps} steps in {:.0} s; loss on definitions that it was not trained on: {first:.3} before, {last:.3} after\n",
+            start.elapsed().as_secs_f64()
+        ))?;
     }
-    let header = ["device", "tier", "M", "ms", "GFLOP/s", "rel. error", "as the CPU"];
-    print_line(&table(header, 2, rows).to_string())?;
-    if wrong.is_empty() {
-        return print_line("\nEvery device agrees. Next: qlora bench --help, qlora quantize --help");
+    for ((word, before), after) in WORDS.iter().zip(before).zip(define_all(&model)?) {
+        print_line(&format!("{word}\n  before: {before}\n  after:  {after}"))?;
     }
-    Err(Error::Device {
-        device: wrong.join(", "),
-        op: "the demo's forward pass".into(),
-        message: "no result, or one that differs from the CPU reference by more than rounding".into(),
-    })
+    // As it can be typed here, installed or not.
+    let program = std::env::args().next().unwrap_or_else(|| "qlora".into());
+    let (name, adapter, data) = (source.name(), adapter.display(), output.join(bundled::TRAIN));
+    let Sampling { temperature, top_p, seed, .. } = SAMPLING;
+    print_line(&format!(
+        "\nloss plot: {adapter}/loss.png\n\
+         adapter:   {adapter}\n\n\
+         next, another word, and a model of your own:\n  \
+         {program} generate --model {name} --adapter {adapter} --temperature {temperature} --top-p {top_p} --seed {seed} \
+         --prompt $'Define: opera, n.\\n'\n  \
+         {program} finetune --model Qwen/Qwen2.5-0.5B --data {} --output my-adapter",
+        data.display(),
+    ))
 }
 
-fn load() -> Result<Array2<f32>> {
-    let error = |message: String| Error::Tensor { path: "assets".into(), key: WEIGHT.into(), message };
-    let file = safetensors::SafeTensors::deserialize(LAYER).map_err(|e| error(e.to_string()))?;
-    let tensor = file.tensor(WEIGHT).map_err(|e| error(e.to_string()))?;
-    let values: Vec<f32> = match tensor.dtype() {
-        safetensors::Dtype::F32 => bytemuck::pod_collect_to_vec(tensor.data()),
-        other => return Err(error(format!("is {other:?}, expected F32"))),
-    };
-    let shape = match *tensor.shape() {
-        [rows, cols] => (rows, cols),
-        _ => return Err(error("is not 2-D".into())),
-    };
-    Array2::from_shape_vec(shape, values).map_err(|e| error(e.to_string()))
+/// A definition in one line.
+fn define(model: &Decoder, tokenizer: &Tokenizer, word: &str) -> Result<String> {
+    let prompt = tokenizer.encode(&format!("Define: {word}\n"), true)?;
+    let mut sampler = Sampler::new(SAMPLING)?;
+    let tokens = generate(model, &prompt, LENGTH, &mut sampler, tokenizer.eos_ids(), |_| ControlFlow::Continue(()))?;
+    let text = tokenizer.decode(&tokens, true)?;
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    Ok(if tokens.len() == LENGTH { format!("{line} ...") } else { line })
+}
+
+fn create(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })
+}
+
+/// Makes a folder with a name that none has here.
+fn fresh() -> Result<PathBuf> {
+    const NAME: &str = "qlora-demo";
+    let mut path = PathBuf::from(NAME);
+    for number in 2.. {
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => path = format!("{NAME}-{number}").into(),
+            Err(error) => return Err(Error::Io { path, message: error.to_string() }),
+            Ok(()) => break,
+        }
+    }
+    Ok(path)
 }

@@ -2,16 +2,19 @@
 
 use clap::Args;
 
-use super::{print_json, print_line, table};
+use super::{check, print_json, print_line, table};
 use crate::device::devices;
 use crate::error::Result;
 
 /// Lists the devices that `--device` and QLORA_DEVICE can name.
-#[derive(Args, Debug, Default)]
+#[derive(Args, Debug)]
 pub struct DevicesArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Also run the fused layer on each of them, and compare the result with the CPU's.
+    #[arg(long, conflicts_with = "json")]
+    check: bool,
 }
 
 pub fn run(args: &DevicesArgs) -> Result<()> {
@@ -35,5 +38,6 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
         ]
     });
     let header = ["index", "name", "kind", "driver", "tier", "can run", "largest binding"];
-    print_line(&table(header, 6, rows.collect()).to_string())
+    print_line(&table(header, 6, rows.collect()).to_string())?;
+    if args.check { check::run(&found) } else { Ok(()) }
 }

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::model::{Base, ModelArgs, exists, misfit};
 use super::progress::{Progress, bytes};
 use super::training::TrainingArgs;
-use super::{print_line, settings};
+use super::{plot, print_line, settings};
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
 use crate::nn::{Decoder, ModelSpec};
@@ -191,6 +191,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         return Ok(ExitCode::from(INTERRUPTED));
     }
     let records = metrics::read(&args.output.join(metrics::FILE))?;
+    plot::write(&args.output, &records)?;
     if summary.end == End::EarlyStop {
         print_line(&format!("ended after {} steps, as evaluations got no better", summary.steps))?;
     }

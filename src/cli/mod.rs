@@ -1,6 +1,8 @@
 //! The `qlora` command.
 
 mod bench;
+mod bundled;
+mod check;
 mod demo;
 mod devices;
 mod eval;
@@ -10,6 +12,7 @@ mod hub;
 mod inspect;
 mod model;
 mod plan;
+mod plot;
 mod progress;
 mod quantize;
 mod settings;

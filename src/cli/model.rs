@@ -52,6 +52,11 @@ pub(super) enum Base {
 }
 
 impl ModelArgs {
+    /// As if this model alone was typed.
+    pub(super) fn of(model: PathBuf) -> ModelArgs {
+        ModelArgs { model, device: "best".into(), base_format: None }
+    }
+
     /// Where the model is; one of the hub is fetched.
     pub fn path(&self) -> Result<PathBuf> {
         let id = self.model.to_str().and_then(HubId::parse);

@@ -1,0 +1,299 @@
+//! `loss.svg` and `loss.png`: the losses of a run over its steps.
+
+use std::io::Write;
+use std::path::Path;
+
+use plotters::prelude::*;
+use plotters::style::{FontStyle, register_font};
+
+use crate::error::{Error, Result};
+use crate::formats::staged::StagedFile;
+use crate::train::metrics::Record;
+
+/// Pixels.
+const SIZE: (u32, u32) = (1000, 600);
+/// The PNG is drawn so many times larger and scaled down, as its lines have hard edges.
+const OVERSAMPLING: u32 = 3;
+
+/// Two colours that differ for every kind of sight (of Okabe and Ito's palette), one for text, one for lines behind.
+const TRAINING: RGBColor = RGBColor(0, 114, 178);
+const EVALUATION: RGBColor = RGBColor(213, 94, 0);
+const TEXT: RGBColor = RGBColor(51, 51, 51);
+const GRID: RGBColor = RGBColor(224, 224, 224);
+
+/// Of the PNG's text; an SVG names a family, and its viewer has one.
+static FONT: &[u8] = include_bytes!("../../assets/DejaVuSans-ascii.ttf");
+const FAMILY: &str = "sans-serif";
+
+/// From so many steps on, single ones are noise around the line that is of interest.
+const SMOOTH_FROM: usize = 40;
+
+/// Draws the losses of `records` into `folder`; files of these names are replaced. A loss that is not finite is left out.
+///
+/// # Errors
+/// [`Error::Invalid`] if no record has a loss; [`Error::Io`] if a file cannot be written.
+pub(super) fn write(folder: &Path, records: &[Record]) -> Result<()> {
+    let plot = Plot::new(records)?;
+    let (svg, png) = (folder.join("loss.svg"), folder.join("loss.png"));
+    let text = plot.svg().map_err(|message| Error::File { path: svg.clone(), message })?;
+    let pixels = plot.pixels().map_err(|message| Error::File { path: png.clone(), message })?;
+    let svg = StagedFile::new(&svg, |out| {
+        out.write_all(text.as_bytes()).map_err(|e| Error::Io { path: svg.clone(), message: e.to_string() })
+    })?;
+    let png = StagedFile::new(&png, |out| {
+        encode(out, &pixels).map_err(|e| Error::Io { path: png.clone(), message: e.to_string() })
+    })?;
+    svg.commit()?;
+    png.commit()
+}
+
+type Points = Vec<(u32, f64)>;
+
+struct Plot {
+    training: Points,
+    /// The mean of so many steps around each; of 1, nothing to draw.
+    window: usize,
+    smoothed: Points,
+    evaluation: Points,
+    last_step: u32,
+    /// From the lowest loss to the highest, with some room.
+    losses: (f64, f64),
+}
+
+impl Plot {
+    fn new(records: &[Record]) -> Result<Plot> {
+        let finite = |of: fn(&Record) -> Option<f64>| -> Points {
+            let point = |record: &Record| Some((record.step, of(record)?)).filter(|(_, loss)| loss.is_finite());
+            records.iter().filter_map(point).collect()
+        };
+        let training = finite(|record| record.loss.map(f64::from));
+        let evaluation = finite(|record| record.eval_loss);
+        let window = if training.len() < SMOOTH_FROM { 1 } else { (training.len() / 20) | 1 };
+        let all = || training.iter().chain(&evaluation);
+        let Some(last_step) = all().map(|&(step, _)| step).max() else {
+            return Err(Error::Invalid {
+                op: "loss plot",
+                what: "the number of losses",
+                got: "0".into(),
+                expected: "a run that did a step has one".into(),
+            });
+        };
+        let (low, high) = all().fold((f64::MAX, f64::MIN), |(low, high), &(_, loss)| (low.min(loss), high.max(loss)));
+        // Also where all are equal, however large.
+        let room = (0.05 * (high - low)).max(1e-3 * high.abs()).max(1e-6);
+        Ok(Plot {
+            window,
+            smoothed: if window > 1 { smooth(&training, window) } else { Points::new() },
+            last_step: last_step.max(1),
+            losses: (low - room, high + room),
+            training,
+            evaluation,
+        })
+    }
+
+    fn svg(&self) -> Result<String, String> {
+        let mut svg = String::new();
+        self.draw(&SVGBackend::with_string(&mut svg, SIZE).into_drawing_area(), 1).map_err(|e| e.to_string())?;
+        Ok(svg)
+    }
+
+    /// Red, green and blue of every pixel, rows from the top.
+    fn pixels(&self) -> Result<Vec<u8>, String> {
+        let (width, height) = (SIZE.0 * OVERSAMPLING, SIZE.1 * OVERSAMPLING);
+        let mut large = vec![0; (3 * width * height) as usize];
+        let area = BitMapBackend::with_buffer(&mut large, (width, height)).into_drawing_area();
+        self.draw(&area, OVERSAMPLING).map_err(|e| e.to_string())?;
+        drop(area);
+        Ok(scale_down(&large, SIZE, OVERSAMPLING as usize))
+    }
+
+    /// Draws on an area that is `scale` times [`SIZE`].
+    fn draw<B: DrawingBackend>(
+        &self,
+        area: &DrawingArea<B, plotters::coord::Shift>,
+        scale: u32,
+    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+        // Only a font that is none is refused.
+        let _ = register_font(FAMILY, FontStyle::Normal, FONT);
+        let font = |size: u32| (FAMILY, size * scale).into_font().color(&TEXT);
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(area)
+            .margin(16 * scale)
+            .margin_right(32 * scale)
+            .caption("Loss", font(26))
+            .x_label_area_size(52 * scale)
+            .y_label_area_size(76 * scale)
+            .build_cartesian_2d(0..self.last_step, self.losses.0..self.losses.1)?;
+        // Enough digits to tell ticks apart.
+        let digits = (1.0 - (self.losses.1 - self.losses.0).log10().floor()).clamp(0.0, 8.0) as usize;
+        chart
+            .configure_mesh()
+            .x_desc("step")
+            .y_desc("loss (nats per token)")
+            .x_labels(10)
+            .y_labels(10)
+            .y_label_formatter(&|loss| format!("{loss:.digits$}"))
+            .label_style(font(16))
+            .axis_desc_style(font(18))
+            .axis_style(TEXT.stroke_width(scale))
+            .bold_line_style(GRID.stroke_width(scale))
+            .light_line_style(TRANSPARENT)
+            .set_all_tick_mark_size(5 * scale as i32)
+            .draw()?;
+
+        let sample = move |style: ShapeStyle| {
+            move |(x, y): (i32, i32)| PathElement::new([(x, y), (x + 28 * scale as i32, y)], style)
+        };
+        let smooth = self.window > 1;
+        let strong = TRAINING.stroke_width(2 * scale);
+        let raw = if smooth { TRAINING.mix(0.5).stroke_width(scale) } else { strong };
+        if !self.training.is_empty() {
+            // A line of one point would not be seen.
+            let size = if self.training.len() == 1 { 4 * scale } else { 0 };
+            let line = LineSeries::new(self.training.iter().copied(), raw).point_size(size);
+            chart.draw_series(line)?.label("training").legend(sample(raw));
+        }
+        if smooth {
+            let label = format!("training, mean of {} steps", self.window);
+            let line = LineSeries::new(self.smoothed.iter().copied(), strong);
+            chart.draw_series(line)?.label(label).legend(sample(strong));
+        }
+        if !self.evaluation.is_empty() {
+            let style = EVALUATION.stroke_width(2 * scale).filled();
+            let line = LineSeries::new(self.evaluation.iter().copied(), style).point_size(4 * scale);
+            chart.draw_series(line)?.label("evaluation").legend(sample(style));
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .margin(12 * scale)
+            .legend_area_size(40 * scale)
+            .label_font(font(16))
+            .background_style(WHITE.mix(0.85))
+            .border_style(GRID.stroke_width(scale))
+            .draw()?;
+        area.present()
+    }
+}
+
+/// The mean of the `window` points around each (an odd number), fewer at the ends.
+fn smooth(points: &Points, window: usize) -> Points {
+    let reach = window / 2;
+    let mean = |at: usize| {
+        let around = &points[at.saturating_sub(reach)..points.len().min(at + reach + 1)];
+        (points[at].0, around.iter().map(|&(_, loss)| loss).sum::<f64>() / around.len() as f64)
+    };
+    (0..points.len()).map(mean).collect()
+}
+
+/// An image of `size` whose pixels are the means of `by` x `by` ones.
+fn scale_down(large: &[u8], (width, height): (u32, u32), by: usize) -> Vec<u8> {
+    let (width, height) = (width as usize, height as usize);
+    let mut small = Vec::with_capacity(3 * width * height);
+    for y in 0..height {
+        for x in 0..width {
+            for channel in 0..3 {
+                let at = |dy: usize, dx: usize| large[3 * ((y * by + dy) * width * by + x * by + dx) + channel];
+                let sum: usize = (0..by * by).map(|i| usize::from(at(i / by, i % by))).sum();
+                small.push((sum / (by * by)) as u8);
+            }
+        }
+    }
+    small
+}
+
+fn encode(out: impl Write, pixels: &[u8]) -> Result<(), png::EncodingError> {
+    let mut encoder = png::Encoder::new(out, SIZE.0, SIZE.1);
+    encoder.set_color(png::ColorType::Rgb);
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(pixels)?;
+    writer.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::io::BufReader;
+
+    use super::*;
+
+    /// A falling loss with noise, evaluated every `every` steps and before the first.
+    fn records(steps: u32, every: Option<u32>) -> Vec<Record> {
+        let loss = |step: u32| 3.5 + 0.5 * (-f64::from(step) / 30.0).exp();
+        let record = |step: u32| Record {
+            step,
+            loss: (step > 0).then(|| (loss(step) + 0.4 * f64::from(step * 7919 % 13) / 13.0 - 0.2) as f32),
+            eval_loss: every.filter(|every| step.is_multiple_of(*every)).map(|_| loss(step)),
+            ..Record::default()
+        };
+        (0..=steps).map(record).collect()
+    }
+
+    /// Draws, checks both files, and returns the SVG and the PNG's pixels.
+    fn drawn(records: &[Record]) -> (String, Vec<u8>) {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), records).unwrap();
+        let decoder = png::Decoder::new(BufReader::new(File::open(folder.path().join("loss.png")).unwrap()));
+        let mut reader = decoder.read_info().unwrap();
+        assert_eq!((reader.info().width, reader.info().height), SIZE);
+        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+        reader.next_frame(&mut pixels).unwrap();
+        let svg = fs::read_to_string(folder.path().join("loss.svg")).unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+        assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
+        (svg, pixels)
+    }
+
+    /// Pixels of exactly this colour.
+    fn count(pixels: &[u8], color: RGBColor) -> usize {
+        pixels.chunks_exact(3).filter(|pixel| **pixel == [color.0, color.1, color.2]).count()
+    }
+
+    #[test]
+    fn both_series_are_there() {
+        let (svg, pixels) = drawn(&records(30, Some(10)));
+        for text in ["Loss", "step", "loss (nats per token)", "training", "evaluation", "#0072B2", "#D55E00"] {
+            assert!(svg.contains(text), "{text} in {svg}");
+        }
+        // Four evaluations.
+        assert_eq!(svg.matches("<circle").count(), 4);
+        assert!(!svg.contains("mean of"));
+        assert!(count(&pixels, TRAINING) > 200 && count(&pixels, EVALUATION) > 200);
+        assert_eq!(pixels[..3], [255; 3]);
+    }
+
+    #[test]
+    fn many_steps_are_smoothed_too() {
+        let (svg, _) = drawn(&records(200, Some(50)));
+        assert!(svg.contains("mean of 11 steps"), "{svg}");
+        let (svg, pixels) = drawn(&records(10_000, None));
+        assert!(svg.contains("mean of 501 steps") && !svg.contains("evaluation"));
+        assert!(count(&pixels, EVALUATION) == 0);
+    }
+
+    #[test]
+    fn one_step_or_one_evaluation_is_a_dot() {
+        let (svg, pixels) = drawn(&records(1, None));
+        assert_eq!(svg.matches("<circle").count(), 1);
+        assert!(count(&pixels, TRAINING) > 20);
+        let (svg, _) = drawn(&records(1, Some(5))[..1]);
+        assert!(svg.contains("evaluation") && !svg.contains("training"), "{svg}");
+    }
+
+    #[test]
+    fn what_is_not_finite_is_left_out_and_equal_losses_have_an_axis() {
+        let record = |step, loss| Record { step, loss: Some(loss), ..Record::default() };
+        drawn(&[record(1, 2.0), record(2, f32::NAN), record(3, f32::INFINITY), record(4, 2.0)]);
+        drawn(&[record(1, 0.0), record(2, 0.0)]);
+        let folder = tempfile::tempdir().unwrap();
+        let error = write(folder.path(), &[record(1, f32::NAN)]).unwrap_err().to_string();
+        assert!(error.contains("number of losses"), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn smoothing_takes_the_mean_around() {
+        let points = [1.0, 2.0, 6.0, 4.0, 5.0].map(|loss| (loss as u32, loss)).to_vec();
+        assert_eq!(smooth(&points, 3), [(1, 1.5), (2, 3.0), (6, 4.0), (4, 5.0), (5, 4.5)]);
+    }
+}
