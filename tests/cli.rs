@@ -24,11 +24,12 @@ fn failure(command: &mut Command, code: i32) -> String {
 #[test]
 fn help_names_every_command_and_variable() {
     let help = stdout(qlora().arg("--help"));
-    for word in ["devices", "quantize", "dequantize", "eval", "generate", "bench", "demo", "QLORA_DEVICE", "QLORA_TIER"]
+    for word in
+        ["devices", "quantize", "dequantize", "eval", "generate", "plan", "bench", "demo", "QLORA_DEVICE", "QLORA_TIER"]
     {
         assert!(help.contains(word), "{word} in:\n{help}");
     }
-    for command in ["devices", "quantize", "dequantize", "eval", "generate", "bench", "demo"] {
+    for command in ["devices", "quantize", "dequantize", "eval", "generate", "plan", "bench", "demo"] {
         assert!(!stdout(qlora().args([command, "--help"])).is_empty());
     }
     assert!(stdout(qlora().arg("--version")).contains(env!("CARGO_PKG_VERSION")));

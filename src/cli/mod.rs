@@ -6,7 +6,9 @@ mod devices;
 mod eval;
 mod generate;
 mod model;
+mod plan;
 mod quantize;
+mod training;
 
 use std::process::ExitCode;
 
@@ -33,6 +35,7 @@ enum Command {
     Dequantize(quantize::DequantizeArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
+    Plan(plan::PlanArgs),
     Bench(bench::BenchArgs),
     Demo(demo::DemoArgs),
 }
@@ -55,6 +58,7 @@ fn dispatch(command: &Command) -> Result<()> {
         Command::Dequantize(args) => quantize::dequantize(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
     }

@@ -30,8 +30,9 @@ pub struct ModelArgs {
     base_format: Base,
 }
 
+/// `--base-format`
 #[derive(ValueEnum, Clone, Copy, Debug)]
-enum Base {
+pub(super) enum Base {
     /// They stay as they are.
     AsIs,
     /// NF4 with double-quantized scales.
@@ -40,17 +41,22 @@ enum Base {
     Nf4Plain,
 }
 
+impl From<Base> for BaseFormat {
+    fn from(base: Base) -> BaseFormat {
+        match base {
+            Base::AsIs => BaseFormat::AsIs,
+            Base::Nf4 => BaseFormat::Quantize(QuantOptions::nf4().double_quant()),
+            Base::Nf4Plain => BaseFormat::Quantize(QuantOptions::nf4()),
+        }
+    }
+}
+
 impl ModelArgs {
     /// Loads the model, and the adapter if there is one.
     pub fn load(&self) -> Result<Decoder> {
         let device = Device::named(&self.device)?;
-        let base = match self.base_format {
-            Base::AsIs => BaseFormat::AsIs,
-            Base::Nf4 => BaseFormat::Quantize(QuantOptions::nf4().double_quant()),
-            Base::Nf4Plain => BaseFormat::Quantize(QuantOptions::nf4()),
-        };
         exists(&self.model)?;
-        let mut model = Decoder::load(&device, &self.model, &base)?;
+        let mut model = Decoder::load(&device, &self.model, &self.base_format.into())?;
         if let Some(path) = &self.adapter {
             exists(path)?;
             model.attach_peft("default", &PeftAdapter::read(path)?)?;

@@ -1,0 +1,121 @@
+//! `qlora plan`: whether a training run fits, before it starts.
+
+use std::path::PathBuf;
+
+use bytesize::ByteSize;
+use clap::Args;
+use serde::Serialize;
+
+use super::model::exists;
+use super::training::TrainingArgs;
+use super::{print_json, print_line, table};
+use crate::device::Device;
+use crate::error::Result;
+use crate::nn::ModelSpec;
+use crate::train::plan::{MEMORY_PERCENT, Moment, Parts, Plan};
+
+/// What a training run takes in memory, from the headers of the model's files, and whether a device has it.
+///
+/// Two steps are gone through without values: what is counted is what a run allocates.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora plan --model model.gguf\n  \
+    qlora plan --model DIR --rank 64 --batch-size 4 --seq-len 1024 --checkpoint-activations\n  \
+    qlora plan --model DIR --memory 8GiB --json")]
+pub struct PlanArgs {
+    /// A Hugging Face directory (config.json and safetensors) or a .gguf file.
+    #[arg(long, value_name = "PATH")]
+    model: PathBuf,
+    /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
+    #[arg(long, default_value = "best")]
+    device: String,
+    /// The device's memory, such as 8GiB; by default what it says that it has.
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<ByteSize>,
+    #[command(flatten)]
+    training: TrainingArgs,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    device: String,
+    /// None where it is not known.
+    memory_bytes: Option<u64>,
+    /// Whether the run holds at most 90 % of it.
+    fits: Option<bool>,
+    #[serde(flatten)]
+    plan: Plan,
+}
+
+pub fn run(args: &PlanArgs) -> Result<()> {
+    exists(&args.model)?;
+    let device = Device::named(&args.device)?;
+    let training = &args.training;
+    let model = ModelSpec::read(&args.model, &training.base())?;
+    let (adapter, options, batches) = (training.adapter(), training.options(), training.batches(model.config()));
+    let memory = args.memory.map(|size| size.as_u64()).or_else(|| device.capacity());
+    let plan = match (training.batch_size(), memory) {
+        (None, Some(memory)) => Plan::fit(&model, &adapter, batches, &options, &device, memory)?,
+        _ => Plan::new(&model, &adapter, batches, &options, &device)?,
+    };
+    let fits = memory.map(|memory| plan.fits(memory));
+    let report = Report { device: device.name().to_owned(), memory_bytes: memory, fits, plan };
+    if args.json {
+        return print_json(&report);
+    }
+    print_line(&report.describe(training.batch_size().is_none()))
+}
+
+impl Report {
+    fn describe(&self, chosen: bool) -> String {
+        let Plan { batches, most, at_peak, moment, peak_bytes, held_bytes } = self.plan;
+        let parts = |parts: Parts| {
+            [parts.base, parts.adapters, parts.gradients, parts.optimizer, parts.activations, parts.logits]
+        };
+        let size = |bytes: u64| ByteSize(bytes).to_string();
+        let names = ["base", "adapters", "gradients", "optimizer", "activations", "logits"];
+        let both = parts(most).into_iter().zip(parts(at_peak));
+        let mut rows: Vec<[String; 3]> =
+            names.iter().zip(both).map(|(name, (most, then))| [(*name).to_owned(), size(most), size(then)]).collect();
+        rows.push(["peak".into(), String::new(), size(peak_bytes)]);
+        rows.push(["held, with what is kept for reuse".into(), String::new(), size(held_bytes)]);
+        let rows = table(["", "at most", moment_heading(moment)], 1, rows);
+        let by_default = if chosen && self.fits == Some(true) { " (the most that fit, of 1, 2, 4, 8)" } else { "" };
+        let step = format!(
+            "{} micro-batch{} of {} x {} tokens{by_default}",
+            batches.count,
+            if batches.count == 1 { "" } else { "es" },
+            batches.rows,
+            batches.tokens
+        );
+        format!("{}: {step}\n{rows}\n{}", self.device, self.verdict())
+    }
+
+    fn verdict(&self) -> String {
+        let of = |memory: u64| format!("{MEMORY_PERCENT} % of {}", ByteSize(memory));
+        match (self.memory_bytes, self.fits) {
+            (Some(memory), Some(true)) => format!("It fits: within {}.", of(memory)),
+            (Some(memory), _) => format!(
+                "It does not fit: it holds more than {}. --checkpoint-activations, a smaller --batch-size or a shorter \
+                 --seq-len take less",
+                of(memory)
+            ),
+            (None, _) => {
+                "How much memory the device has is unknown: --memory SIZE says it, such as --memory 8GiB".into()
+            }
+        }
+    }
+}
+
+fn moment_heading(moment: Moment) -> &'static str {
+    match moment {
+        Moment::Loaded => "when loaded",
+        Moment::Forward => "at the peak, forward",
+        Moment::Loss => "at the peak, the loss",
+        Moment::Backward => "at the peak, backward",
+        Moment::Update => "at the peak, the update",
+    }
+}
