@@ -184,14 +184,14 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     progress.finish();
     let summary = result?;
 
+    let records = metrics::read(&args.output.join(metrics::FILE))?;
+    plot::write(&args.output, &records)?;
     let output = args.output.display();
     if summary.end == End::Interrupted {
         let how = if summary.steps > 0 { "; the same command with --resume goes on" } else { "" };
         eprintln!("interrupted after {} of {steps} steps{how}", summary.steps);
         return Ok(ExitCode::from(INTERRUPTED));
     }
-    let records = metrics::read(&args.output.join(metrics::FILE))?;
-    plot::write(&args.output, &records)?;
     if summary.end == End::EarlyStop {
         print_line(&format!("ended after {} steps, as evaluations got no better", summary.steps))?;
     }
