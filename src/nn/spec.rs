@@ -15,8 +15,7 @@ use crate::kernels::MatrixSpec;
 const ROPE_POSITIONS: usize = 512;
 
 impl ModelConfig {
-    /// The linear modules of every layer, in the order of [`MODULES`]: d_out, d_in, and whether there
-    /// is a bias.
+    /// The linear modules of every layer, in the order of [`MODULES`]: d_out, d_in, and whether there is a bias.
     pub(crate) fn linears(&self) -> [(usize, usize, bool); 7] {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let (q_size, kv_size) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
