@@ -24,7 +24,8 @@ fn failure(command: &mut Command, code: i32) -> String {
 #[test]
 fn help_names_every_command_and_variable() {
     let help = stdout(qlora().arg("--help"));
-    let commands = ["devices", "inspect", "quantize", "dequantize", "eval", "generate", "bench", "demo"];
+    let commands =
+        ["devices", "inspect", "quantize", "dequantize", "finetune", "plan", "eval", "generate", "bench", "demo"];
     for word in commands.into_iter().chain(["QLORA_DEVICE", "QLORA_TIER"]) {
         assert!(help.contains(word), "{word} in:\n{help}");
     }

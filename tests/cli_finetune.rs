@@ -78,7 +78,10 @@ impl Setup {
     fn finetune(&self, name: &str, arguments: &[&str]) -> Command {
         let mut command = qlora(&["finetune", "--device", "cpu", "--model"]);
         command.arg(path("llama")).arg("--data").arg(&self.data).arg("--output").arg(self.output(name));
-        command.args(["--batch-size", "2"]).args(arguments);
+        if !arguments.contains(&"--batch-size") {
+            command.args(["--batch-size", "2"]);
+        }
+        command.args(arguments);
         command
     }
 }
@@ -265,6 +268,31 @@ fn memory_does_not_grow_over_300_steps() {
     assert!(peaks[0] > 0);
     // Every row was seen by then. How the tasks of two threads meet in time is left: they decode tiles of their own.
     assert!(peaks[299] as f64 <= 1.02 * peaks[40] as f64, "{} bytes became {}", peaks[40], peaks[299]);
+}
+
+/// The most bytes that a run reports, of three configurations: of rows of one length, so that every step is as large.
+#[test]
+fn the_plan_says_what_the_run_then_takes() {
+    let setup = Setup::new(0);
+    let line = |i: u32| json!({ "input_ids": (0..48).map(|j| (i * 7 + j * j) % 128).collect::<Vec<u32>>() });
+    fs::write(&setup.data, (0..24).map(|i| line(i).to_string() + "\n").collect::<String>()).unwrap();
+    let cases: [&[&str]; 3] =
+        [&["--rank", "4"], &["--rank", "8", "--dora", "--grad-accum", "2"], &["--targets", "q_proj,down_proj"]];
+    for (index, case) in cases.into_iter().enumerate() {
+        for checkpoint in [&[][..], &["--checkpoint-activations"]] {
+            let flags = [case, checkpoint, &["--seq-len", "48", "--batch-size", "2"]].concat();
+            let name = format!("run{index}{}", checkpoint.len());
+            succeed(setup.finetune(&name, &[&flags[..], &["--max-steps", "3"]].concat()));
+            let text = fs::read_to_string(setup.output(&name).join("metrics.jsonl")).unwrap();
+            let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+            let mut plan = qlora(&["plan", "--json", "--device", "cpu", "--model"]);
+            plan.arg(path("llama")).args(&flags);
+            let plan: Value = serde_json::from_slice(&succeed(plan).stdout).unwrap();
+            let (got, planned) = (last["peak_bytes"].as_f64().unwrap(), plan["peak_bytes"].as_f64().unwrap());
+            println!("{flags:?}: {got} of {planned}");
+            assert!((got / planned - 1.0).abs() <= 0.05, "{flags:?}: {got} bytes, planned {planned}");
+        }
+    }
 }
 
 #[test]

@@ -3,16 +3,19 @@
 mod common;
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use common::model::{path, smollm2};
-use qlora_wgpu::Device;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
-use qlora_wgpu::nn::{Batch, Decoder, ModelSpec, Tokens, shifted_labels};
+use qlora_wgpu::kernels::{MatrixKind, MatrixSpec};
+use qlora_wgpu::nn::{Batch, Decoder, ModelConfig, ModelSpec, Tokens, shifted_labels};
 use qlora_wgpu::optim::{AdamW, Schedule};
 use qlora_wgpu::quant::QuantOptions;
-use qlora_wgpu::train::plan::{MicroBatches, Plan};
+use qlora_wgpu::train::plan::{MEMORY_PERCENT, MicroBatches, Parts, Plan};
 use qlora_wgpu::train::{TrainOptions, Trainer};
+use qlora_wgpu::{Device, Error};
+use serde_json::Value;
 
 fn options(checkpoint_activations: bool) -> TrainOptions {
     let (optimizer, schedule) = (AdamW::default(), Schedule::constant());
@@ -45,31 +48,33 @@ fn check(
             device
         }
     };
+    // How many tiles there are at a time is a matter of luck where threads are many and matrices small.
+    let _set_once = rayon::ThreadPoolBuilder::new().num_threads(2).build_global();
     device.reset_peak();
     let options = options(checkpoint);
     let plan = Plan::new(&ModelSpec::read(model, base).unwrap(), adapter, batches, &options, device).unwrap();
     let (peak, held) = {
         let mut model = Decoder::load(device, model, base).unwrap();
         model.attach("default", adapter, 0).unwrap();
-        let batches: Vec<Batch> = (0..batches.count).map(|_| batch(&model, &batches)).collect();
         let mut trainer = Trainer::new(options);
-        for _ in 0..2 {
-            trainer.step(&mut model, &batches).unwrap();
-        }
+        // The optimizer's moments come with the first step, whose size does not matter.
+        let first = batch(&model, &MicroBatches { count: 1, rows: 1, tokens: 9 });
+        trainer.step(&mut model, &[first]).unwrap();
+        let batches: Vec<Batch> = (0..batches.count).map(|_| batch(&model, &batches)).collect();
+        trainer.step(&mut model, &batches).unwrap();
         (device.memory().peak_bytes, device.memory().peak_held_bytes)
     };
-    let context = format!(
-        "{} {} {batches:?}{}{}: ",
-        common::name(device),
-        model.file_name().unwrap().display(),
-        if checkpoint { " checkpointed" } else { "" },
-        if adapter.use_dora { " DoRA" } else { "" }
-    );
-    for (what, got, wanted) in [("peak", peak, plan.peak_bytes), ("held", held, plan.held_bytes)] {
-        let off = wanted as f64 / got as f64 - 1.0;
-        println!("{context}{what} {got}, planned {wanted}, off by {:.3} %", 100.0 * off);
-        //assert!(off.abs() <= 0.05, "{context}{what} {got}, planned {wanted}");
+    let mut context = format!("{} {} {batches:?}", common::name(device), model.file_name().unwrap().display());
+    context.push_str(if checkpoint { ", checkpoints" } else { "" });
+    context.push_str(if adapter.use_dora { ", DoRA: " } else { ": " });
+    // Which sizes of tiles a pool on the CPU ends up with depends on how threads meet.
+    let luck = if matches!(device, Device::Cpu(_)) { 128 << 10 } else { 0 };
+    for (what, got, wanted, slack) in [("peak", peak, plan.peak_bytes, 0), ("held", held, plan.held_bytes, luck)] {
+        println!("{context}{what} {got}, planned {wanted}, off by {:.3} %", 100.0 * (wanted as f64 / got as f64 - 1.0));
+        assert!(wanted.abs_diff(got) <= got / 20 + slack, "{context}{what} {got}, planned {wanted}");
     }
+    assert_eq!(plan.at_peak.total(), plan.peak_bytes, "{context}");
+    assert!(plan.held_bytes >= plan.peak_bytes, "{context}");
 }
 
 /// With and without checkpoints, DoRA and accumulation.
@@ -84,46 +89,159 @@ fn nf4() -> BaseFormat {
     BaseFormat::Quantize(QuantOptions::nf4().double_quant())
 }
 
-fn names(names: [&str; 2]) -> Targets {
-    Targets::new(TargetModules::names(names))
+/// Of some layers only, with dropout.
+fn sparse_adapter() -> PeftConfig {
+    let targets = Targets::new(TargetModules::names(["q_proj", "down_proj"]));
+    PeftConfig { targets, lora_dropout: 0.1, ..PeftConfig::new(3, 6.0) }
 }
 
 #[test]
-fn small_models_on_every_device() {
-    for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
+fn small_models_on_the_cpu() {
+    let cpu = Device::cpu();
+    check_all(&cpu, &path("llama-bnb-nf4_dq"), &nf4(), &PeftConfig::new(8, 16.0), 2, 96);
+    check_all(&cpu, &path("qwen2"), &nf4(), &sparse_adapter(), 1, 50);
+    check_all(&cpu, &path("qwen3"), &BaseFormat::AsIs, &sparse_adapter(), 3, 33);
+}
+
+#[test]
+fn small_models_on_every_gpu() {
+    for device in common::gpus_with(|_| ()) {
         check_all(&device, &path("llama-bnb-nf4_dq"), &nf4(), &PeftConfig::new(8, 16.0), 2, 96);
-        let adapter =
-            PeftConfig { targets: names(["q_proj", "down_proj"]), lora_dropout: 0.1, ..PeftConfig::new(3, 6.0) };
-        check_all(&device, &path("qwen2"), &nf4(), &adapter, 1, 50);
-        check_all(&device, &path("qwen3"), &BaseFormat::AsIs, &adapter, 3, 33);
+        check_all(&device, &path("qwen2"), &nf4(), &sparse_adapter(), 1, 50);
     }
 }
 
 #[test]
 fn smollm2_on_the_cpu() {
     let adapter = PeftConfig::new(16, 32.0);
-    let start = std::time::Instant::now();
-    check_all(&Device::cpu(), &smollm2(), &nf4(), &adapter, 1, 128);
-    println!("{:?} off", start.elapsed());
-    for checkpoint in [false, true] {
-        check(
-            &Device::cpu(),
-            &smollm2(),
-            &nf4(),
-            &adapter,
-            MicroBatches { count: 1, rows: 1, tokens: 512 },
-            checkpoint,
-        );
+    for (count, checkpoint, use_dora) in [(1, false, false), (2, true, false), (1, true, true), (2, false, true)] {
+        let adapter = PeftConfig { use_dora, ..adapter.clone() };
+        let batches = MicroBatches { count, rows: 1, tokens: 128 };
+        check(&Device::cpu(), &smollm2(), &nf4(), &adapter, batches, checkpoint);
     }
-    println!("{:?} off", start.elapsed());
+    for checkpoint in [false, true] {
+        let batches = MicroBatches { count: 1, rows: 1, tokens: 512 };
+        check(&Device::cpu(), &smollm2(), &nf4(), &adapter, batches, checkpoint);
+    }
 }
 
 #[test]
 fn smollm2_on_a_gpu() {
-    let adapter = PeftConfig { targets: names(["q_proj", "v_proj"]), ..PeftConfig::new(8, 16.0) };
-    let start = std::time::Instant::now();
+    let targets = Targets::new(TargetModules::names(["q_proj", "v_proj"]));
+    let adapter = PeftConfig { targets, ..PeftConfig::new(8, 16.0) };
     if let Some(device) = common::gpus_with(|_| ()).first() {
-        check(device, &smollm2(), &nf4(), &adapter, MicroBatches { count: 1, rows: 1, tokens: 128 }, false);
+        let batches = MicroBatches { count: 1, rows: 1, tokens: 128 };
+        check(device, &smollm2(), &nf4(), &adapter, batches, false);
     }
-    println!("{:?} off", start.elapsed());
+}
+
+/// The shape of Mistral 7B, its linear layers in NF4, the rest in 16 bits.
+fn seven_billion() -> ModelSpec {
+    let llama = ModelSpec::read(&path("llama"), &nf4()).unwrap().config().clone();
+    let config = ModelConfig {
+        vocab_size: 32_000,
+        hidden_size: 4096,
+        intermediate_size: 14_336,
+        layers: 32,
+        windows: vec![None; 32],
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        max_position_embeddings: 32_768,
+        tie_word_embeddings: false,
+        ..llama
+    };
+    let kind = |linear| match linear {
+        true => MatrixKind::quantized(&QuantOptions::nf4().double_quant()),
+        false => MatrixKind::Half,
+    };
+    ModelSpec::new(config, |_, rows, cols, linear| Ok(MatrixSpec { rows, cols, kind: kind(linear) })).unwrap()
+}
+
+#[test]
+fn a_model_of_seven_billion_weights_and_what_fits() {
+    let (model, device, adapter) = (seven_billion(), Device::cpu(), PeftConfig::new(16, 32.0));
+    let batches = MicroBatches { count: 1, rows: 1, tokens: 512 };
+    let plan = |checkpoint| Plan::new(&model, &adapter, batches, &options(checkpoint), &device).unwrap();
+    let (whole, checkpointed) = (plan(false), plan(true));
+    let linears: usize = model.linears().map(|(_, matrix)| matrix.rows * matrix.cols).sum();
+    let dense = 2 * 2 * 32_000 * 4096 + 4 * 65 * 4096;
+    let formula = 4.127 / 8.0 * linears as f64 + f64::from(dense);
+    assert!((whole.most.base as f64 / formula - 1.0).abs() < 1e-3, "{} {formula}", whole.most.base);
+    let trained: usize = model.linears().map(|(_, matrix)| 16 * (matrix.rows + matrix.cols)).sum();
+    for plan in [whole, checkpointed] {
+        let Parts { base, adapters, gradients, optimizer, .. } = plan.most;
+        assert_eq!((base, adapters, optimizer), (whole.most.base, 4 * trained as u64, 8 * trained as u64));
+        assert!(gradients >= adapters);
+        println!("{plan:?}");
+    }
+    assert!(checkpointed.most.activations < whole.most.activations / 4, "{checkpointed:?} {whole:?}");
+
+    let fit = |memory| Plan::fit(&model, &adapter, batches, &options(true), &device, memory).unwrap();
+    let mut last = 0;
+    for rows in [1, 2, 4, 8] {
+        let batches = MicroBatches { rows, ..batches };
+        let plan = Plan::new(&model, &adapter, batches, &options(true), &device).unwrap();
+        let memory = plan.held_bytes * 100 / MEMORY_PERCENT + 1;
+        assert!(plan.fits(memory) && !plan.fits(memory - 2), "{plan:?}");
+        assert_eq!(fit(memory), plan);
+        assert_eq!(fit(memory - 2).batches.rows, if rows == 1 { 1 } else { last });
+        last = rows;
+    }
+}
+
+#[test]
+fn what_cannot_be_trained_is_an_error() {
+    let model = ModelSpec::read(&path("llama"), &nf4()).unwrap();
+    let message = |adapter: PeftConfig, [count, rows, tokens]: [usize; 3]| {
+        let batches = MicroBatches { count, rows, tokens };
+        Plan::new(&model, &adapter, batches, &options(false), &Device::cpu()).unwrap_err().to_string()
+    };
+    let adapter = || PeftConfig::new(4, 8.0);
+    assert!(message(adapter(), [1, 1, 129]).contains("max_position_embeddings is 128"));
+    assert!(message(adapter(), [1, 0, 8]).contains("0 rows"));
+    assert!(message(PeftConfig { r: 0, ..adapter() }, [1, 1, 8]).contains("rank is 0"));
+    let targets = Targets::new(TargetModules::names(["nothing"]));
+    assert!(message(PeftConfig { targets, ..adapter() }, [1, 1, 8]).contains("no linear layer"));
+    assert!(message(adapter(), [1, 1 << 30, 128]).contains("2^32"));
+    for device in common::gpus_with(|options| options.max_binding_bytes = Some(64 << 10)) {
+        let batches = MicroBatches { count: 1, rows: 8, tokens: 128 };
+        let plan = |batches| Plan::new(&model, &adapter(), batches, &options(false), &device);
+        assert!(matches!(plan(batches), Err(Error::TooLarge { .. })));
+        let fit = Plan::fit(&model, &adapter(), batches, &options(false), &device, 1 << 40).unwrap();
+        assert!(fit.batches.rows < 8 && plan(fit.batches).unwrap() == fit, "{fit:?}");
+    }
+}
+
+fn command(model: &Path, arguments: &[&str]) -> String {
+    let mut command = assert_cmd::Command::cargo_bin("qlora").unwrap();
+    command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").args(["plan", "--device", "cpu", "--model"]).arg(model);
+    String::from_utf8(command.args(arguments).assert().success().get_output().stdout.clone()).unwrap()
+}
+
+#[test]
+fn the_command_prints_the_plan() {
+    for (model, tokens) in [(path("llama"), 128), (smollm2(), 512)] {
+        let start = Instant::now();
+        let json = command(&model, &["--json", "--batch-size", "2", "--dora", "--checkpoint-activations"]);
+        assert!(start.elapsed() < Duration::from_secs(10), "headers only: {:?}", start.elapsed());
+        let found: Value = serde_json::from_str(&json).unwrap();
+        let spec = ModelSpec::read(&model, &nf4()).unwrap();
+        let adapter = PeftConfig { use_dora: true, ..PeftConfig::new(16, 32.0) };
+        let batches = MicroBatches { count: 1, rows: 2, tokens };
+        // Its threads are not those of this process, and so are the tiles.
+        let wanted = Plan::new(&spec, &adapter, batches, &options(true), &Device::cpu()).unwrap();
+        assert_eq!(found["batches"], serde_json::to_value(batches).unwrap());
+        for part in ["base", "adapters", "gradients", "optimizer", "logits"] {
+            assert_eq!(found["most"][part], serde_json::to_value(wanted).unwrap()["most"][part], "{part}");
+        }
+        let peak = found["peak_bytes"].as_u64().unwrap();
+        assert!(peak.abs_diff(wanted.peak_bytes) <= wanted.peak_bytes / 20, "{found} {wanted:?}");
+        assert_eq!(found["device"], "cpu");
+        assert!(found["memory_bytes"].as_u64().unwrap() > 1 << 20 && found["fits"].is_boolean());
+    }
+    let tight = command(&smollm2(), &["--memory", "300MiB"]);
+    assert!(tight.contains("1 x 512 tokens\n") && tight.contains("does not fit: it holds more than 90 %"), "{tight}");
+    let roomy = command(&smollm2(), &["--memory", "1TB", "--targets", "q_proj,v_proj"]);
+    assert!(roomy.contains("8 x 512 tokens (the most that fit") && roomy.contains("It fits"), "{roomy}");
 }

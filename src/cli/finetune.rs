@@ -10,13 +10,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::model::{Base, ModelArgs, exists, misfit, read_adapter};
+use super::model::{Base, ModelArgs, exists, misfit};
 use super::progress::{Progress, bytes};
 use super::training::TrainingArgs;
 use super::{plot, print_line, settings};
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
-use crate::nn::Decoder;
+use crate::nn::{Decoder, ModelSpec};
 use crate::text::Tokenizer;
 use crate::train::batches::Batches;
 use crate::train::data::{DataOptions, Dataset};
@@ -122,12 +122,11 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         check_unused(&args.output)?;
     }
     let path = args.model.path()?;
-    let initial = args.training.adapter.init_adapter.as_ref().map(|path| Ok((path, read_adapter(path)?)));
-    let initial = initial.transpose()?;
+    let initial = args.training.adapter.initial()?;
+    let (device, base) = (args.model.device()?, args.model.base(Base::Nf4));
 
-    let mut model = args.model.load(&path, Base::Nf4)?;
-    let positions = model.config().max_position_embeddings;
-    let tokenizer = args.model.tokenizer(&path, model.config().vocab_size);
+    let spec = ModelSpec::read(&path, &base)?;
+    let tokenizer = args.model.tokenizer(&path, spec.config().vocab_size);
     let mut data = args.read(&args.data, tokenizer.as_ref())?;
     let eval = match (&args.eval_data, args.eval_split) {
         (Some(path), _) => args.read(path, tokenizer.as_ref())?.examples,
@@ -141,7 +140,11 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         }
         other => other,
     };
-    let batches = Batches::new(data, args.training.batches(longest, positions)?).map_err(data_error)?;
+    let tokens = args.training.row_tokens(longest, spec.config().max_position_embeddings)?;
+    let config = args.training.adapter.config(initial.as_ref());
+    let config = PeftConfig { base_model_name_or_path: Some(args.model.name()), ..config };
+    let plan = args.training.plan(&spec, &config, tokens, &device)?;
+    let batches = Batches::new(data, args.training.batches(&plan.batches)).map_err(data_error)?;
     let steps = args.max_steps.unwrap_or_else(|| batches.steps_per_epoch().saturating_mul(args.epochs.unwrap_or(1)));
     let options = RunOptions {
         train: args.training.options(steps),
@@ -151,11 +154,16 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         save_every: args.save_every,
         keep: args.keep,
     };
-    let config = PeftConfig {
-        base_model_name_or_path: Some(args.model.name()),
-        ..initial.as_ref().map_or_else(|| args.training.adapter.config(), |(_, adapter)| adapter.config.clone())
-    };
-    describe(&model, &batches, eval.len(), &options);
+    eprintln!("device: {}", device.name());
+    describe(&batches, eval.len(), &options);
+    eprintln!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes));
+    if args.training.memory(&device).is_some_and(|memory| !plan.fits(memory)) {
+        eprintln!(
+            "warning: that is more than the device has free; `qlora plan` with the same flags says what takes it"
+        );
+    }
+
+    let mut model = Decoder::load(&device, &path, &base)?;
 
     let mut run = if args.resume {
         Run::resume(&mut model, &config, batches, eval, options, &args.output)?
@@ -176,14 +184,14 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     progress.finish();
     let summary = result?;
 
+    let records = metrics::read(&args.output.join(metrics::FILE))?;
+    plot::write(&args.output, &records)?;
     let output = args.output.display();
     if summary.end == End::Interrupted {
         let how = if summary.steps > 0 { "; the same command with --resume goes on" } else { "" };
         eprintln!("interrupted after {} of {steps} steps{how}", summary.steps);
         return Ok(ExitCode::from(INTERRUPTED));
     }
-    let records = metrics::read(&args.output.join(metrics::FILE))?;
-    plot::write(&args.output, &records)?;
     if summary.end == End::EarlyStop {
         print_line(&format!("ended after {} steps, as evaluations got no better", summary.steps))?;
     }
@@ -219,9 +227,8 @@ impl FinetuneArgs {
 }
 
 /// Says on stderr what is going to happen.
-fn describe(model: &Decoder, batches: &Batches, eval: usize, options: &RunOptions) {
+fn describe(batches: &Batches, eval: usize, options: &RunOptions) {
     let (data, cut) = (batches.options(), batches.cut);
-    eprintln!("device: {}; base: {}", model.device().name(), bytes(model.resident_bytes().0));
     let packing = if data.packing { ", packed" } else { "" };
     eprintln!(
         "data: {} examples, {} tokens{packing} in rows of at most {}; {eval} examples to evaluate on",

@@ -11,6 +11,7 @@ mod generate;
 mod hub;
 mod inspect;
 mod model;
+mod plan;
 mod plot;
 mod progress;
 mod quantize;
@@ -42,6 +43,7 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     Dequantize(quantize::DequantizeArgs),
     Finetune(finetune::FinetuneArgs),
+    Plan(plan::PlanArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
     Bench(bench::BenchArgs),
@@ -70,6 +72,7 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
         Command::Quantize(args) => quantize::quantize(args),
         Command::Dequantize(args) => quantize::dequantize(args),
         Command::Finetune(args) => return finetune::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Bench(args) => bench::run(args),

@@ -73,14 +73,18 @@ impl ModelArgs {
         self.model.display().to_string()
     }
 
-    /// Loads the model at `path`; `default` is its base's format where none was asked for.
-    pub fn load(&self, path: &Path, default: Base) -> Result<Decoder> {
-        let base = match self.base_format.unwrap_or(default) {
+    /// Where it goes.
+    pub fn device(&self) -> Result<Device> {
+        Device::named(&self.device)
+    }
+
+    /// What becomes of its linear layers; as `default` says if nothing was asked for.
+    pub fn base(&self, default: Base) -> BaseFormat {
+        match self.base_format.unwrap_or(default) {
             Base::AsIs => BaseFormat::AsIs,
             Base::Nf4 => BaseFormat::Quantize(QuantOptions::nf4().double_quant()),
             Base::Nf4Plain => BaseFormat::Quantize(QuantOptions::nf4()),
-        };
-        Decoder::load(&Device::named(&self.device)?, path, &base)
+        }
     }
 
     /// The tokenizer that comes with the model at `path`.
@@ -103,7 +107,7 @@ impl AdaptedArgs {
     pub fn load(&self, path: &Path) -> Result<Decoder> {
         // First, as it is quick.
         let adapter = self.adapter.as_ref().map(|path| Ok((path, read_adapter(path)?))).transpose()?;
-        let mut model = self.model.load(path, Base::AsIs)?;
+        let mut model = Decoder::load(&self.model.device()?, path, &self.model.base(Base::AsIs))?;
         if let Some((path, adapter)) = adapter {
             model.attach_peft("default", &adapter).map_err(|error| misfit(path, &adapter, error))?;
         }

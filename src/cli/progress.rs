@@ -14,8 +14,8 @@ const PAUSE: Duration = Duration::from_secs(5);
 pub(super) struct Progress {
     bar: ProgressBar,
     total: u32,
-    /// When it began, and with which step.
-    start: (Instant, u32),
+    /// When the first step that was shown ended, and which it was: what came before (an evaluation) tells nothing about steps.
+    start: Option<(Instant, u32)>,
     last_line: Option<Instant>,
     eval_loss: Option<f64>,
 }
@@ -28,7 +28,7 @@ impl Progress {
             ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").unwrap_or(ProgressStyle::default_bar()),
         );
         bar.set_position(done.into());
-        Progress { bar, total, start: (Instant::now(), done), last_line: None, eval_loss: None }
+        Progress { bar, total, start: None, last_line: None, eval_loss: None }
     }
 
     /// Shows one event.
@@ -47,6 +47,9 @@ impl Progress {
 
     fn step(&mut self, record: &Record) {
         self.eval_loss = record.eval_loss.or(self.eval_loss);
+        if record.step > 0 {
+            self.start.get_or_insert((Instant::now(), record.step));
+        }
         let message = self.message(record);
         if !self.bar.is_hidden() {
             self.bar.set_message(message);
@@ -71,9 +74,8 @@ impl Progress {
         if let Some(rate) = record.tokens_per_second {
             parts.push(format!("{rate:.0} tokens/s"));
         }
-        let (start, done) = self.start;
-        if record.step > done {
-            let per_step = start.elapsed() / (record.step - done);
+        if let Some((start, first)) = self.start.filter(|(_, first)| record.step > *first) {
+            let per_step = start.elapsed() / (record.step - first);
             parts.push(format!("{} left", HumanDuration(per_step * (self.total - record.step.min(self.total)))));
         }
         parts.push(bytes(record.peak_bytes));

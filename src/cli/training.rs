@@ -1,14 +1,22 @@
 //! The flags of a training run, which `finetune` and `plan` share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use bytesize::ByteSize;
 use clap::{Args, ValueEnum};
 
+use super::model::read_adapter;
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::formats::peft::{PeftConfig, TargetModules, Targets};
+use crate::formats::peft::{PeftAdapter, PeftConfig, TargetModules, Targets};
+use crate::nn::ModelSpec;
 use crate::optim::{AdamW, Decay, Schedule};
 use crate::train::TrainOptions;
 use crate::train::batches::BatchOptions;
+use crate::train::plan::{MicroBatches, Plan};
+
+/// Tokens of a row where neither the data nor the user says otherwise.
+const SEQ_LEN: usize = 512;
 
 /// What is trained, and how.
 #[derive(Args, Debug)]
@@ -18,6 +26,9 @@ pub struct TrainingArgs {
     /// Rows of a micro-batch; by default the most of 1, 2, 4, 8 that fit into memory.
     #[arg(long, value_name = "ROWS", value_parser = at_least::<1>, help_heading = "Batches")]
     pub batch_size: Option<usize>,
+    /// The device's memory, such as 8GiB, by which the batch size is chosen; by default what it says that it has.
+    #[arg(long, value_name = "SIZE", help_heading = "Batches")]
+    pub memory: Option<ByteSize>,
     /// Micro-batches of a step.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>, help_heading = "Batches")]
     pub grad_accum: usize,
@@ -92,8 +103,16 @@ pub enum DecayArg {
 }
 
 impl NewAdapterArgs {
-    /// The configuration of a new adapter.
-    pub fn config(&self) -> PeftConfig {
+    /// The adapter to go on with, if there is one, and where it was.
+    pub fn initial(&self) -> Result<Option<(&Path, PeftAdapter)>> {
+        self.init_adapter.as_deref().map(|path| Ok((path, read_adapter(path)?))).transpose()
+    }
+
+    /// The configuration of a new adapter, or of the one to go on with.
+    pub fn config(&self, initial: Option<&(&Path, PeftAdapter)>) -> PeftConfig {
+        if let Some((_, adapter)) = initial {
+            return adapter.config.clone();
+        }
         let targets = match self.targets.as_slice() {
             [all] if all == "all-linear" => TargetModules::AllLinear,
             names => TargetModules::names(names.iter().map(|name| name.trim())),
@@ -126,28 +145,44 @@ impl TrainingArgs {
         }
     }
 
-    /// How data become batches, for examples of at most `longest` tokens and a model of so many positions.
+    /// Tokens of a row, for examples of at most `longest` tokens and a model of so many positions.
     ///
     /// # Errors
     /// [`Error::Invalid`] for rows longer than the model's positions.
-    pub fn batches(&self, longest: usize, positions: usize) -> Result<BatchOptions> {
-        let seq_len = self.seq_len.unwrap_or(512.min(longest).min(positions).max(2));
-        if seq_len > positions {
-            return Err(Error::Invalid {
-                op: "finetune",
-                what: "--seq-len",
-                got: seq_len.to_string(),
-                expected: format!("the model has {positions} positions"),
-            });
+    pub fn row_tokens(&self, longest: usize, positions: usize) -> Result<usize> {
+        let tokens = self.seq_len.unwrap_or(SEQ_LEN.min(longest).min(positions).max(2));
+        if tokens <= positions {
+            return Ok(tokens);
         }
-        Ok(BatchOptions {
-            batch_size: self.batch_size.unwrap_or(1),
-            grad_accum: self.grad_accum,
-            seq_len,
+        let expected = format!("the model has {positions} positions");
+        Err(Error::Invalid { op: "training", what: "--seq-len", got: tokens.to_string(), expected })
+    }
+
+    /// What a step with rows of `tokens` takes on a device, with the most rows that fit if their number is not given.
+    pub fn plan(&self, model: &ModelSpec, adapter: &PeftConfig, tokens: usize, device: &Device) -> Result<Plan> {
+        let options = self.options(1);
+        let batches = MicroBatches { count: self.grad_accum, rows: self.batch_size.unwrap_or(1), tokens };
+        match (self.batch_size, self.memory(device)) {
+            (None, Some(memory)) => Plan::fit(model, adapter, batches, &options, device, memory),
+            _ => Plan::new(model, adapter, batches, &options, device),
+        }
+    }
+
+    /// The device's memory in bytes, where it is known.
+    pub fn memory(&self, device: &Device) -> Option<u64> {
+        self.memory.map(|size| size.as_u64()).or_else(|| device.capacity())
+    }
+
+    /// How data become batches of this shape.
+    pub fn batches(&self, shape: &MicroBatches) -> BatchOptions {
+        BatchOptions {
+            batch_size: shape.rows,
+            grad_accum: shape.count,
+            seq_len: shape.tokens,
             packing: !self.no_packing,
             shuffle: !self.no_shuffle,
             seed: self.seed,
-        })
+        }
     }
 }
 

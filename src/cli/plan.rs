@@ -1,0 +1,108 @@
+//! `qlora plan`: whether a training run fits, before it starts.
+
+use bytesize::ByteSize;
+use clap::Args;
+use serde::Serialize;
+
+use super::model::{Base, ModelArgs};
+use super::training::TrainingArgs;
+use super::{print_json, print_line, table};
+use crate::error::Result;
+use crate::nn::ModelSpec;
+use crate::train::plan::{MEMORY_PERCENT, Moment, Parts, Plan};
+
+/// What a training run takes in memory, from the headers of the model's files, and whether a device has it.
+///
+/// Two steps are gone through without values: what is counted is what a run allocates.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora plan --model model.gguf\n  \
+    qlora plan --model DIR --rank 64 --batch-size 4 --seq-len 1024 --checkpoint-activations\n  \
+    qlora plan --model DIR --memory 8GiB --json")]
+pub struct PlanArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    training: TrainingArgs,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    device: String,
+    /// None where it is not known.
+    memory_bytes: Option<u64>,
+    /// Whether the run holds at most 90 % of it.
+    fits: Option<bool>,
+    #[serde(flatten)]
+    plan: Plan,
+}
+
+pub fn run(args: &PlanArgs) -> Result<()> {
+    let (path, device, training) = (args.model.path()?, args.model.device()?, &args.training);
+    let initial = training.adapter.initial()?;
+    let model = ModelSpec::read(&path, &args.model.base(Base::Nf4))?;
+    let tokens = training.row_tokens(usize::MAX, model.config().max_position_embeddings)?;
+    let adapter = training.adapter.config(initial.as_ref());
+    let plan = training.plan(&model, &adapter, tokens, &device)?;
+    let memory = training.memory(&device);
+    let fits = memory.map(|memory| plan.fits(memory));
+    let report = Report { device: device.name().to_owned(), memory_bytes: memory, fits, plan };
+    if args.json {
+        return print_json(&report);
+    }
+    print_line(&report.describe(training.batch_size.is_none()))
+}
+
+impl Report {
+    fn describe(&self, chosen: bool) -> String {
+        let Plan { batches, most, at_peak, moment, peak_bytes, held_bytes } = self.plan;
+        let parts = |parts: Parts| {
+            [parts.base, parts.adapters, parts.gradients, parts.optimizer, parts.activations, parts.logits]
+        };
+        let size = |bytes: u64| ByteSize(bytes).to_string();
+        let names = ["base", "adapters", "gradients", "optimizer", "activations", "logits"];
+        let both = parts(most).into_iter().zip(parts(at_peak));
+        let mut rows: Vec<[String; 3]> =
+            names.iter().zip(both).map(|(name, (most, then))| [(*name).to_owned(), size(most), size(then)]).collect();
+        rows.push(["peak".into(), String::new(), size(peak_bytes)]);
+        rows.push(["held, with what is kept for reuse".into(), String::new(), size(held_bytes)]);
+        let rows = table(["", "at most", moment_heading(moment)], 1, rows);
+        let by_default = if chosen && self.fits == Some(true) { " (the most that fit, of 1, 2, 4, 8)" } else { "" };
+        let step = format!(
+            "{} micro-batch{} of {} x {} tokens{by_default}",
+            batches.count,
+            if batches.count == 1 { "" } else { "es" },
+            batches.rows,
+            batches.tokens
+        );
+        format!("{}: {step}\n{rows}\n{}", self.device, self.verdict())
+    }
+
+    fn verdict(&self) -> String {
+        let of = |memory: u64| format!("{MEMORY_PERCENT} % of {}", ByteSize(memory));
+        match (self.memory_bytes, self.fits) {
+            (Some(memory), Some(true)) => format!("It fits: within {}.", of(memory)),
+            (Some(memory), _) => format!(
+                "It does not fit: it holds more than {}. --checkpoint-activations, a smaller --batch-size or a shorter \
+                 --seq-len take less",
+                of(memory)
+            ),
+            (None, _) => {
+                "How much memory the device has is unknown: --memory SIZE says it, such as --memory 8GiB".into()
+            }
+        }
+    }
+}
+
+fn moment_heading(moment: Moment) -> &'static str {
+    match moment {
+        Moment::Loaded => "when loaded",
+        Moment::Forward => "at the peak, forward",
+        Moment::Loss => "at the peak, the loss",
+        Moment::Backward => "at the peak, backward",
+        Moment::Update => "at the peak, the update",
+    }
+}
