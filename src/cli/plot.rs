@@ -68,7 +68,7 @@ impl Plot {
         };
         let training = finite(|record| record.loss.map(f64::from));
         let evaluation = finite(|record| record.eval_loss);
-        let window = if training.len() < SMOOTH_FROM { 1 } else { (training.len() / 20) | 1 };
+        let window = if training.len() < SMOOTH_FROM { 1 } else { (training.len() / 10).min(100) | 1 };
         let all = || training.iter().chain(&evaluation);
         let Some(last_step) = all().map(|&(step, _)| step).max() else {
             return Err(Error::Invalid {
@@ -265,9 +265,9 @@ mod tests {
     #[test]
     fn many_steps_are_smoothed_too() {
         let (svg, _) = drawn(&records(200, Some(50)));
-        assert!(svg.contains("mean of 11 steps"), "{svg}");
+        assert!(svg.contains("mean of 21 steps"), "{svg}");
         let (svg, pixels) = drawn(&records(10_000, None));
-        assert!(svg.contains("mean of 501 steps") && !svg.contains("evaluation"));
+        assert!(svg.contains("mean of 101 steps") && !svg.contains("evaluation"));
         assert!(count(&pixels, EVALUATION) == 0);
     }
 
