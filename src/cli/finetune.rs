@@ -2,25 +2,22 @@
 
 use std::ffi::OsString;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory};
 
-use super::model::{Base, ModelArgs, exists, misfit};
+use super::model::misfit;
 use super::progress::{Progress, bytes};
-use super::training::TrainingArgs;
-use super::{plot, print_line, settings};
+use super::run::{Data, Prepared, RunArgs};
+use super::{Cli, plot, print_line, settings};
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
-use crate::formats::peft::PeftConfig;
 use crate::nn::{Decoder, ModelSpec};
-use crate::text::Tokenizer;
 use crate::train::batches::Batches;
-use crate::train::data::{DataOptions, Dataset};
 use crate::train::metrics;
 use crate::train::run::{End, Run, RunOptions, check_unused};
 
@@ -34,65 +31,27 @@ const INTERRUPTED: u8 = 130;
 /// loss.svg and loss.png, checkpoints, and in the end the adapter as PEFT has it. Ctrl-C saves a checkpoint and ends with status 130;
 /// --resume goes on from there.
 #[derive(Args, Debug)]
+#[command(override_usage = "qlora finetune --model PATH|ID --data FILE --output DIR [OPTIONS]")]
 #[command(after_help = "Examples:\n  \
     qlora finetune --model model.gguf --data train.jsonl --output my-adapter\n  \
     qlora finetune --model DIR --data train.jsonl --eval-split 0.1 --epochs 3 --rank 32 --output my-adapter\n  \
     qlora finetune --config run.toml --resume")]
 pub struct FinetuneArgs {
     #[command(flatten)]
-    model: ModelArgs,
-    /// What to train on; .jsonl for JSON lines, anything else is plain text.
-    #[arg(long, value_name = "FILE")]
-    data: PathBuf,
-    /// The directory of the run, which must not hold another.
-    #[arg(long, value_name = "DIR")]
-    output: PathBuf,
-    /// Leave out lines that cannot be read, and count them.
-    #[arg(long)]
-    skip_bad_lines: bool,
-    /// How often every example is seen; 1 if --max-steps is not given either.
-    #[arg(long, value_name = "N", conflicts_with = "max_steps", value_parser = clap::value_parser!(u32).range(1..))]
-    epochs: Option<u32>,
-    /// Updates in all; the data are repeated as needed.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    max_steps: Option<u32>,
-    #[command(flatten)]
-    training: TrainingArgs,
-    /// What to evaluate on.
-    #[arg(long, value_name = "FILE", conflicts_with = "eval_split", help_heading = "Evaluation and checkpoints")]
-    eval_data: Option<PathBuf>,
-    /// Evaluate on this share of the examples instead of training on them.
-    #[arg(long, value_name = "SHARE", value_parser = share, help_heading = "Evaluation and checkpoints")]
-    eval_split: Option<f64>,
-    /// Steps between evaluations; by default a tenth of the run. 0: only before the first step and after the last.
-    #[arg(long, value_name = "STEPS", help_heading = "Evaluation and checkpoints")]
-    eval_every: Option<u32>,
-    /// End after so many evaluations that were no better than the best, whose adapter is then the result.
-    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
-    early_stop: Option<u32>,
-    /// Steps between checkpoints; 0: only at the end.
-    #[arg(long, value_name = "STEPS", default_value_t = 100, help_heading = "Evaluation and checkpoints")]
-    save_every: u32,
-    /// Checkpoints to keep.
-    #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Evaluation and checkpoints")]
-    keep: usize,
-    /// Go on from the newest checkpoint in --output; the other flags are to be as they were.
-    #[arg(long, help_heading = "Evaluation and checkpoints")]
-    resume: bool,
-    /// A TOML file with any of these flags (max-steps = 100); those that are typed win.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    run: RunArgs,
 }
 
 /// Arguments with those of a settings file before them, if `typed` names one.
 pub(super) fn with_settings(arguments: Vec<OsString>, command: &clap::Command) -> Result<Vec<OsString>> {
     // Required flags may be in the file, so that only the path can be looked for.
     let Some(path) = config_path(&arguments) else { return Ok(arguments) };
-    let Some(finetune) = command.find_subcommand("finetune") else { return Ok(arguments) };
+    let Some(command) = arguments[1].to_str().and_then(|name| command.find_subcommand(name)) else {
+        return Ok(arguments);
+    };
     let typed: Vec<String> = arguments.iter().filter_map(|argument| long_name(argument)).collect();
     let mut all = arguments;
     // After the program's name and the command's.
-    all.splice(2..2, settings::arguments(&path, finetune, &typed)?);
+    all.splice(2..2, settings::arguments(&path, command, &typed)?);
     Ok(all)
 }
 
@@ -103,7 +62,7 @@ fn long_name(argument: &OsString) -> Option<String> {
 }
 
 fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
-    if arguments.get(1)? != "finetune" {
+    if !["finetune", "plan"].iter().any(|name| arguments.get(1).is_some_and(|argument| argument == name)) {
         return None;
     }
     arguments.iter().enumerate().find_map(|(at, argument)| match argument.to_str()? {
@@ -112,49 +71,19 @@ fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
     })
 }
 
-fn share(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|share| *share > 0.0 && *share < 1.0).ok_or_else(|| "it must be between 0 and 1".into())
-}
-
 pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
-    let inputs = [Some(&args.data), args.eval_data.as_ref()];
-    inputs.into_iter().flatten().try_for_each(|path| exists(path))?;
+    let args = &args.run;
+    // Not required in clap's words, as `plan` can do without.
+    let (Some(_), Some(output)) = (&args.data, &args.output) else {
+        return Err(missing("--data FILE and --output DIR"));
+    };
     if !args.resume {
-        check_unused(&args.output)?;
+        check_unused(output)?;
     }
-    let path = args.model.path()?;
-    let initial = args.training.adapter.initial()?;
-    let (device, base) = (args.model.device()?, args.model.base(Base::Nf4));
+    let Prepared { path, device, base, spec, initial, config, plan, data } = args.prepare()?;
+    let Some(Data { batches, eval, options }) = data else { return Err(missing("--data FILE")) };
+    let steps = options.steps;
 
-    let spec = ModelSpec::read(&path, &base)?;
-    let tokenizer = args.model.tokenizer(&path, spec.config().vocab_size);
-    let mut data = args.read(&args.data, tokenizer.as_ref())?;
-    let eval = match (&args.eval_data, args.eval_split) {
-        (Some(path), _) => args.read(path, tokenizer.as_ref())?.examples,
-        (None, Some(share)) => data.split(share, args.training.seed)?,
-        (None, None) => Vec::new(),
-    };
-    let longest = data.examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
-    let data_error = |e: Error| match e {
-        Error::Invalid { what, got, expected, .. } => {
-            Error::File { path: args.data.clone(), message: format!("{what} is {got}: {expected}") }
-        }
-        other => other,
-    };
-    let tokens = args.training.row_tokens(longest, spec.config().max_position_embeddings)?;
-    let config = args.training.adapter.config(initial.as_ref());
-    let config = PeftConfig { base_model_name_or_path: Some(args.model.name()), ..config };
-    let plan = args.training.plan(&spec, &config, tokens, &device)?;
-    let batches = Batches::new(data, args.training.batches(&plan.batches)).map_err(data_error)?;
-    let steps = args.max_steps.unwrap_or_else(|| batches.steps_per_epoch().saturating_mul(args.epochs.unwrap_or(1)));
-    let options = RunOptions {
-        train: args.training.options(steps),
-        steps,
-        eval_every: args.eval_every.unwrap_or(steps.div_ceil(10)),
-        early_stop: args.early_stop,
-        save_every: args.save_every,
-        keep: args.keep,
-    };
     eprintln!("device: {}", device.name());
     describe(&batches, eval.len(), &options);
     eprintln!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes));
@@ -167,10 +96,10 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let mut model = Decoder::load(&device, &path, &base)?;
 
     let mut run = if args.resume {
-        Run::resume(&mut model, &config, batches, eval, options, &args.output)?
+        Run::resume(&mut model, &config, batches, eval, options, output)?
     } else {
         let adapter = initial.as_ref().map(|(_, adapter)| adapter);
-        let started = Run::start(&mut model, config, adapter, batches, eval, options, &args.output);
+        let started = Run::start(&mut model, config, adapter, batches, eval, options, output);
         started.map_err(|error| match &initial {
             Some((path, adapter)) => misfit(path, adapter, error),
             None => error,
@@ -185,11 +114,11 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     progress.finish();
     let summary = result?;
 
-    let records = metrics::read(&args.output.join(metrics::FILE))?;
+    let records = metrics::read(&output.join(metrics::FILE))?;
     if !records.is_empty() {
-        plot::write(&args.output, &records)?;
+        plot::write(output, &records)?;
     }
-    let output = args.output.display();
+    let output = output.display();
     if summary.end == End::Interrupted {
         let how = if summary.steps > 0 { "; the same command with --resume goes on" } else { "" };
         eprintln!("interrupted after {} of {steps} steps{how}", summary.steps);
@@ -212,25 +141,8 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-impl FinetuneArgs {
-    /// Reads and tokenizes a file, with a bar.
-    fn read(&self, path: &Path, tokenizer: Result<&Tokenizer, &Error>) -> Result<Dataset> {
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        bar.set_style(
-            ProgressStyle::with_template("tokenizing {bar:30} {pos}/{len} lines")
-                .unwrap_or(ProgressStyle::default_bar()),
-        );
-        let options = DataOptions { skip_bad_lines: self.skip_bad_lines };
-        let data = Dataset::read_with(path, tokenizer, &options, |lines| {
-            bar.set_length(lines as u64);
-            bar.inc(1);
-        })?;
-        bar.finish_and_clear();
-        if data.bad_lines > 0 {
-            eprintln!("{}: left out {} bad lines", path.display(), data.bad_lines);
-        }
-        Ok(data)
-    }
+fn missing(flag: &str) -> Error {
+    Cli::command().error(ErrorKind::MissingRequiredArgument, format!("finetune needs {flag}")).exit()
 }
 
 /// Says on stderr what is going to happen.

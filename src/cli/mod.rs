@@ -15,6 +15,7 @@ mod plan;
 mod plot;
 mod progress;
 mod quantize;
+mod run;
 mod settings;
 mod training;
 

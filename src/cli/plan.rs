@@ -4,26 +4,23 @@ use bytesize::ByteSize;
 use clap::Args;
 use serde::Serialize;
 
-use super::model::{Base, ModelArgs};
-use super::training::TrainingArgs;
+use super::run::{Prepared, RunArgs};
 use super::{print_json, print_line, table};
 use crate::error::Result;
-use crate::nn::ModelSpec;
 use crate::train::plan::{MEMORY_PERCENT, Moment, Parts, Plan};
 
 /// What a training run takes in memory, from the headers of the model's files, and whether a device has it.
 ///
 /// Two steps are gone through without values: what is counted is what a run allocates.
 #[derive(Args, Debug)]
+#[command(override_usage = "qlora plan --model PATH|ID [OPTIONS of qlora finetune]")]
 #[command(after_help = "Examples:\n  \
     qlora plan --model model.gguf\n  \
     qlora plan --model DIR --rank 64 --batch-size 4 --seq-len 1024 --checkpoint-activations\n  \
     qlora plan --model DIR --memory 8GiB --json")]
 pub struct PlanArgs {
     #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    training: TrainingArgs,
+    run: RunArgs,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -41,12 +38,8 @@ struct Report {
 }
 
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let (path, device, training) = (args.model.path()?, args.model.device()?, &args.training);
-    let initial = training.adapter.initial()?;
-    let model = ModelSpec::read(&path, &args.model.base(Base::Nf4))?;
-    let tokens = training.row_tokens(usize::MAX, model.config().max_position_embeddings)?;
-    let adapter = training.adapter.config(initial.as_ref());
-    let plan = training.plan(&model, &adapter, tokens, &device)?;
+    let Prepared { device, plan, .. } = args.run.prepare()?;
+    let training = &args.run.training;
     let memory = training.memory(&device);
     let fits = memory.map(|memory| plan.fits(memory));
     let report = Report { device: device.name().to_owned(), memory_bytes: memory, fits, plan };

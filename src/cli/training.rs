@@ -158,11 +158,18 @@ impl TrainingArgs {
         Err(Error::Invalid { op: "training", what: "--seq-len", got: tokens.to_string(), expected })
     }
 
-    /// What a step with rows of `tokens` takes on a device, with the most rows that fit if their number is not given.
-    pub fn plan(&self, model: &ModelSpec, adapter: &PeftConfig, tokens: usize, device: &Device) -> Result<Plan> {
+    /// What a step with so many rows of `tokens` takes on a device; with the most rows that fit if there is no number.
+    pub fn plan(
+        &self,
+        model: &ModelSpec,
+        adapter: &PeftConfig,
+        rows: Option<usize>,
+        tokens: usize,
+        device: &Device,
+    ) -> Result<Plan> {
         let options = self.options(1);
-        let batches = MicroBatches { count: self.grad_accum, rows: self.batch_size.unwrap_or(1), tokens };
-        match (self.batch_size, self.memory(device)) {
+        let batches = MicroBatches { count: self.grad_accum, rows: rows.unwrap_or(1), tokens };
+        match (rows, self.memory(device)) {
             (None, Some(memory)) => Plan::fit(model, adapter, batches, &options, device, memory),
             _ => Plan::new(model, adapter, batches, &options, device),
         }

@@ -149,12 +149,16 @@ pub(super) fn clean(output: &Path, keep: usize) -> Result<()> {
     Ok(())
 }
 
-/// Reads the checkpoint in `folder`; `config` is the optimizer's.
-pub(super) fn load(folder: &Path, device: &Device, config: AdamW) -> Result<Checkpoint> {
+/// Where the run was that wrote the checkpoint in `folder`.
+pub(super) fn state(folder: &Path) -> Result<State> {
     let path = folder.join(STATE);
     let text = fs::read(&path).map_err(|e| Error::Io { path: path.clone(), message: e.to_string() })?;
-    let state: State =
-        serde_json::from_slice(&text).map_err(|e| Error::File { path: path.clone(), message: e.to_string() })?;
+    serde_json::from_slice(&text).map_err(|e| Error::File { path, message: e.to_string() })
+}
+
+/// Reads the checkpoint in `folder`; `config` is the optimizer's.
+pub(super) fn load(folder: &Path, device: &Device, config: AdamW) -> Result<Checkpoint> {
+    let state = state(folder)?;
     let adapter = PeftAdapter::read(folder)?;
 
     let file = SafetensorsFile::open(folder.join(OPTIMIZER))?;

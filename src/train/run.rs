@@ -23,6 +23,9 @@ const OP: &str = "training run";
 /// The adapter's name in the model.
 const NAME: &str = "default";
 
+/// A setting's name in a checkpoint.
+const BATCH_SIZE: &str = "batch size";
+
 /// Where the adapter of the best evaluation is, within the run's folder.
 const BEST: &str = "best";
 
@@ -138,12 +141,8 @@ impl<'a> Run<'a> {
     ) -> Result<Run<'a>> {
         check(&options, &eval)?;
         let file_error = |message: String| Error::File { path: output.into(), message };
-        let found = if output.is_dir() { checkpoint::list(output)? } else { Default::default() };
-        let (_, folder) = found
-            .last_key_value()
-            .ok_or_else(|| file_error("holds no checkpoint to resume from; start a run in an empty folder".into()))?;
         let Checkpoint { adapter, optimizer, state } =
-            checkpoint::load(folder, model.device(), options.train.optimizer)?;
+            checkpoint::load(&newest(output)?, model.device(), options.train.optimizer)?;
         let settings = settings(&options, &batches);
         for (key, value) in &settings {
             let before = state.settings.get(key).unwrap_or(&Value::Null);
@@ -326,7 +325,7 @@ fn settings(options: &RunOptions, batches: &Batches) -> Map<String, Value> {
         ("warm-up", json!(schedule.warmup)),
         ("clipping", json!(train.max_norm)),
         ("seed", json!(train.seed)),
-        ("batch size", json!(data.batch_size)),
+        (BATCH_SIZE, json!(data.batch_size)),
         ("micro-batches", json!(data.grad_accum)),
         ("sequence length", json!(data.seq_len)),
         ("packing", json!(data.packing)),
@@ -334,6 +333,24 @@ fn settings(options: &RunOptions, batches: &Batches) -> Map<String, Value> {
         ("data of fingerprint", json!(batches.fingerprint())),
     ];
     values.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+}
+
+/// The batch size of the run in a folder, by its newest checkpoint.
+///
+/// # Errors
+/// [`Error::File`] if there is none; those of reading it.
+pub fn saved_batch_size(output: &Path) -> Result<usize> {
+    let state = checkpoint::state(&newest(output)?)?;
+    let rows = state.settings.get(BATCH_SIZE).and_then(Value::as_u64).and_then(|rows| usize::try_from(rows).ok());
+    let message = format!("holds a checkpoint without {BATCH_SIZE}");
+    rows.ok_or(Error::File { path: output.into(), message })
+}
+
+/// The newest checkpoint in a folder.
+fn newest(output: &Path) -> Result<PathBuf> {
+    let found = if output.is_dir() { checkpoint::list(output)? } else { Default::default() };
+    let message = "holds no checkpoint to resume from; start a run in an empty folder".to_owned();
+    found.into_values().next_back().ok_or(Error::File { path: output.into(), message })
 }
 
 /// Checks that a run can start in this folder: it holds no other, which is never overwritten.

@@ -1,0 +1,166 @@
+//! A training run as it is asked for: its flags, which `finetune` and `plan` share, and what they come to.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::model::{Base, ModelArgs, exists};
+use super::training::TrainingArgs;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::formats::checkpoint::BaseFormat;
+use crate::formats::peft::{PeftAdapter, PeftConfig};
+use crate::nn::ModelSpec;
+use crate::text::Tokenizer;
+use crate::train::batches::Batches;
+use crate::train::data::{DataOptions, Dataset, Example};
+use crate::train::plan::Plan;
+use crate::train::run::{RunOptions, saved_batch_size};
+
+// No doc comment here: clap would show it for the commands.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What to train on; .jsonl for JSON lines, anything else is plain text.
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// The directory of the run, which must not hold another.
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+    /// Leave out lines that cannot be read, and count them.
+    #[arg(long)]
+    pub skip_bad_lines: bool,
+    /// How often every example is seen; 1 if --max-steps is not given either.
+    #[arg(long, value_name = "N", conflicts_with = "max_steps", value_parser = clap::value_parser!(u32).range(1..))]
+    pub epochs: Option<u32>,
+    /// Updates in all; the data are repeated as needed.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_steps: Option<u32>,
+    #[command(flatten)]
+    pub training: TrainingArgs,
+    /// What to evaluate on.
+    #[arg(long, value_name = "FILE", conflicts_with = "eval_split", help_heading = "Evaluation and checkpoints")]
+    pub eval_data: Option<PathBuf>,
+    /// Evaluate on this share of the examples instead of training on them.
+    #[arg(long, value_name = "SHARE", value_parser = share, help_heading = "Evaluation and checkpoints")]
+    pub eval_split: Option<f64>,
+    /// Steps between evaluations; by default a tenth of the run. 0: only before the first step and after the last.
+    #[arg(long, value_name = "STEPS", help_heading = "Evaluation and checkpoints")]
+    pub eval_every: Option<u32>,
+    /// End after so many evaluations that were no better than the best, whose adapter is then the result.
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    pub early_stop: Option<u32>,
+    /// Steps between checkpoints; 0: only at the end.
+    #[arg(long, value_name = "STEPS", default_value_t = 100, help_heading = "Evaluation and checkpoints")]
+    pub save_every: u32,
+    /// Checkpoints to keep.
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Evaluation and checkpoints")]
+    pub keep: usize,
+    /// Go on from the newest checkpoint in --output; the other flags are to be as they were.
+    #[arg(long, help_heading = "Evaluation and checkpoints")]
+    pub resume: bool,
+    /// A TOML file with any of these flags (max-steps = 100); those that are typed win.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// A run that could start: nothing but the weights is read.
+pub(super) struct Prepared<'a> {
+    /// Where the model is.
+    pub path: PathBuf,
+    pub device: Device,
+    pub base: BaseFormat,
+    pub spec: ModelSpec,
+    /// The adapter to go on with.
+    pub initial: Option<(&'a Path, PeftAdapter)>,
+    pub config: PeftConfig,
+    pub plan: Plan,
+    /// The data, if they are given.
+    pub data: Option<Data>,
+}
+
+/// What is trained and evaluated on.
+pub(super) struct Data {
+    pub batches: Batches,
+    pub eval: Vec<Example>,
+    pub options: RunOptions,
+}
+
+impl RunArgs {
+    /// Checks everything that can be checked before the weights are loaded.
+    pub(super) fn prepare(&self) -> Result<Prepared<'_>> {
+        [&self.data, &self.eval_data].into_iter().flatten().try_for_each(|path| exists(path))?;
+        let path = self.model.path()?;
+        let initial = self.training.adapter.initial()?;
+        let (device, base) = (self.model.device()?, self.model.base(Base::Nf4));
+        let spec = ModelSpec::read(&path, &base)?;
+
+        let tokenizer = self.model.tokenizer(&path, spec.config().vocab_size);
+        let read = |path: &Path| self.read(path, tokenizer.as_ref());
+        let mut data = self.data.as_deref().map(read).transpose()?;
+        let eval = match (&self.eval_data, self.eval_split, &mut data) {
+            (Some(path), _, _) => read(path)?.examples,
+            (None, Some(share), Some(data)) => data.split(share, self.training.seed)?,
+            _ => Vec::new(),
+        };
+        let lengths = data.iter().flat_map(|data| &data.examples).map(|example| example.ids.len());
+        let tokens =
+            self.training.row_tokens(lengths.max().unwrap_or(usize::MAX), spec.config().max_position_embeddings)?;
+        let config = self.training.adapter.config(initial.as_ref());
+        let config = PeftConfig { base_model_name_or_path: Some(self.model.name()), ..config };
+        let rows = match (self.training.batch_size, &self.output) {
+            // The memory that is free may have changed.
+            (None, Some(output)) if self.resume => Some(saved_batch_size(output)?),
+            (given, _) => given,
+        };
+        let plan = self.training.plan(&spec, &config, rows, tokens, &device)?;
+        let data = data.map(|data| self.arrange(data, eval, &plan)).transpose()?;
+        Ok(Prepared { path, device, base, spec, initial, config, plan, data })
+    }
+
+    fn arrange(&self, data: Dataset, eval: Vec<Example>, plan: &Plan) -> Result<Data> {
+        let batches =
+            Batches::new(data, self.training.batches(&plan.batches)).map_err(|error| match (error, &self.data) {
+                (Error::Invalid { what, got, expected, .. }, Some(path)) => {
+                    Error::File { path: path.clone(), message: format!("{what} is {got}: {expected}") }
+                }
+                (error, _) => error,
+            })?;
+        let epochs = self.epochs.unwrap_or(1);
+        let steps = self.max_steps.unwrap_or_else(|| batches.steps_per_epoch().saturating_mul(epochs));
+        let options = RunOptions {
+            train: self.training.options(steps),
+            steps,
+            eval_every: self.eval_every.unwrap_or(steps.div_ceil(10)),
+            early_stop: self.early_stop,
+            save_every: self.save_every,
+            keep: self.keep,
+        };
+        Ok(Data { batches, eval, options })
+    }
+
+    /// Reads and tokenizes a file, with a bar.
+    fn read(&self, path: &Path, tokenizer: Result<&Tokenizer, &Error>) -> Result<Dataset> {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+        bar.set_style(
+            ProgressStyle::with_template("tokenizing {bar:30} {pos}/{len} lines")
+                .unwrap_or(ProgressStyle::default_bar()),
+        );
+        let options = DataOptions { skip_bad_lines: self.skip_bad_lines };
+        let data = Dataset::read_with(path, tokenizer, &options, |lines| {
+            bar.set_length(lines as u64);
+            bar.inc(1);
+        })?;
+        bar.finish_and_clear();
+        if data.bad_lines > 0 {
+            eprintln!("{}: left out {} bad lines", path.display(), data.bad_lines);
+        }
+        Ok(data)
+    }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|share| *share > 0.0 && *share < 1.0).ok_or_else(|| "it must be between 0 and 1".into())
+}
