@@ -78,10 +78,7 @@ impl Setup {
     fn finetune(&self, name: &str, arguments: &[&str]) -> Command {
         let mut command = qlora(&["finetune", "--device", "cpu", "--model"]);
         command.arg(path("llama")).arg("--data").arg(&self.data).arg("--output").arg(self.output(name));
-        if !arguments.contains(&"--batch-size") {
-            command.args(["--batch-size", "2"]);
-        }
-        command.args(arguments);
+        command.args(["--batch-size", "2"]).args(arguments);
         command
     }
 }
@@ -280,13 +277,14 @@ fn the_plan_says_what_the_run_then_takes() {
         [&["--rank", "4"], &["--rank", "8", "--dora", "--grad-accum", "2"], &["--targets", "q_proj,down_proj"]];
     for (index, case) in cases.into_iter().enumerate() {
         for checkpoint in [&[][..], &["--checkpoint-activations"]] {
-            let flags = [case, checkpoint, &["--seq-len", "48", "--batch-size", "2"]].concat();
+            let flags = [case, checkpoint, &["--seq-len", "48"]].concat();
             let name = format!("run{index}{}", checkpoint.len());
             succeed(setup.finetune(&name, &[&flags[..], &["--max-steps", "3"]].concat()));
             let text = fs::read_to_string(setup.output(&name).join("metrics.jsonl")).unwrap();
             let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
-            let mut plan = qlora(&["plan", "--json", "--device", "cpu", "--model"]);
-            plan.arg(path("llama")).args(&flags);
+            // With the very flags of the run.
+            let mut plan = qlora(&["plan", "--json"]);
+            plan.args(setup.finetune(&name, &flags).get_args().skip(1));
             let plan: Value = serde_json::from_slice(&succeed(plan).stdout).unwrap();
             let (got, planned) = (last["peak_bytes"].as_f64().unwrap(), plan["peak_bytes"].as_f64().unwrap());
             println!("{flags:?}: {got} of {planned}");
@@ -327,6 +325,18 @@ fn settings_may_come_from_a_file() {
     assert_eq!(records.len(), 3);
     assert!((records[0]["lr"].as_f64().unwrap() - 2e-3).abs() < 1e-9, "{records:?}");
 
+    // A resumed run keeps its batch size, however much memory is free by then.
+    let mut command = qlora(&["finetune", "--device", "cpu", "--lr", "2e-3", "--warmup", "0", "--model"]);
+    command
+        .arg(path("llama"))
+        .arg("--output")
+        .arg(&run)
+        .arg("--config")
+        .arg(&file)
+        .args(["--resume", "--memory", "1KiB"]);
+    let message = fail(command, 1);
+    assert!(message.contains("finished, after 3 steps"), "{message}");
+
     fs::write(&file, "rnak = 2\n").unwrap();
     let mut command = qlora(&["finetune", "--config"]);
     command.arg(&file);
@@ -342,6 +352,7 @@ fn what_cannot_work_is_one_sentence_and_leaves_nothing() {
         assert!(!setup.output("run").exists(), "{arguments:?} left a folder");
         message
     };
+    assert!(fail(qlora(&["finetune", "--model", "x"]), 2).contains("--data FILE and --output DIR"));
     assert!(one(&["--epochs", "2"], 2).contains("cannot be used with"));
     assert!(one(&["--rank", "0"], 2).contains("at least 1"));
     assert!(one(&["--eval-split", "1.5"], 2).contains("between 0 and 1"));
