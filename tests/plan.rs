@@ -67,9 +67,8 @@ fn check(
     let mut context = format!("{} {} {batches:?}", common::name(device), model.file_name().unwrap().display());
     context.push_str(if checkpoint { ", checkpoints" } else { "" });
     context.push_str(if adapter.use_dora { ", DoRA: " } else { ": " });
-    // Which sizes of tiles a pool on the CPU ends up with depends on how threads meet.
-    let luck = if matches!(device, Device::Cpu(_)) { 128 << 10 } else { 0 };
-    for (what, got, wanted, slack) in [("peak", peak, plan.peak_bytes, 0), ("held", held, plan.held_bytes, luck)] {
+    // The pool keeps a few sizes of the shorter step too, and of tiles on the CPU those that threads happened to need.
+    for (what, got, wanted, slack) in [("peak", peak, plan.peak_bytes, 0), ("held", held, plan.held_bytes, 128 << 10)] {
         println!("{context}{what} {got}, planned {wanted}, off by {:.3} %", 100.0 * (wanted as f64 / got as f64 - 1.0));
         assert!(wanted.abs_diff(got) <= got / 20 + slack, "{context}{what} {got}, planned {wanted}");
     }
@@ -204,7 +203,7 @@ fn what_cannot_be_trained_is_an_error() {
     let targets = Targets::new(TargetModules::names(["nothing"]));
     assert!(message(PeftConfig { targets, ..adapter() }, [1, 1, 8]).contains("no linear layer"));
     assert!(message(adapter(), [1, 1 << 30, 128]).contains("2^32"));
-    for device in common::gpus_with(|options| options.max_binding_bytes = Some(64 << 10)) {
+    for device in common::gpus_with(|options| options.max_binding_bytes = Some(256 << 10)) {
         let batches = MicroBatches { count: 1, rows: 8, tokens: 128 };
         let plan = |batches| Plan::new(&model, &adapter(), batches, &options(false), &device);
         assert!(matches!(plan(batches), Err(Error::TooLarge { .. })));

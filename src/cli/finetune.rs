@@ -15,6 +15,7 @@ use super::progress::{Progress, bytes};
 use super::training::TrainingArgs;
 use super::{plot, print_line, settings};
 use crate::error::{Error, Result};
+use crate::formats::checkpoint::BaseFormat;
 use crate::formats::peft::PeftConfig;
 use crate::nn::{Decoder, ModelSpec};
 use crate::text::Tokenizer;
@@ -185,7 +186,9 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let summary = result?;
 
     let records = metrics::read(&args.output.join(metrics::FILE))?;
-    plot::write(&args.output, &records)?;
+    if !records.is_empty() {
+        plot::write(&args.output, &records)?;
+    }
     let output = args.output.display();
     if summary.end == End::Interrupted {
         let how = if summary.steps > 0 { "; the same command with --resume goes on" } else { "" };
@@ -201,7 +204,11 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         print_line(&format!("evaluation loss: {first:.4} before, {last:.4} after, {best:.4} at its best"))?;
     }
     print_line(&format!("loss plot: {output}/loss.png\nadapter:   {output}"))?;
-    print_line(&format!("next: qlora generate --model {} --adapter {output} --prompt TEXT", args.model.name()))?;
+    // The base that it was trained on, where the file has another.
+    let as_is = ModelSpec::read(&path, &BaseFormat::AsIs)?;
+    let base = if as_is.matrix_bytes(&device)? == spec.matrix_bytes(&device)? { "" } else { args.model.base_flag() };
+    let name = args.model.name();
+    print_line(&format!("next: qlora generate --model {name}{base} --adapter {output} --prompt TEXT"))?;
     Ok(ExitCode::SUCCESS)
 }
 

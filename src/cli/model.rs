@@ -87,6 +87,14 @@ impl ModelArgs {
         }
     }
 
+    /// The flag that asks for a quantized base in other commands too.
+    pub fn base_flag(&self) -> &'static str {
+        match self.base_format {
+            Some(Base::Nf4Plain) => " --base-format nf4-plain",
+            _ => " --base-format nf4",
+        }
+    }
+
     /// The tokenizer that comes with the model at `path`.
     pub fn tokenizer(&self, path: &Path, vocabulary: usize) -> Result<Tokenizer> {
         let file_error = |message: String| Error::File { path: path.into(), message };

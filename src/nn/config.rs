@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formats::json::JsonObject;
 use crate::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
 use crate::quant::Dtype;
@@ -41,9 +41,6 @@ const NEUTRAL: &[(&str, f64)] = &[
 
 /// A bound for what is made per layer.
 pub(super) const MAX_LAYERS: usize = 10_000;
-
-/// Positions that a model's first table of rotations has, where it has so many.
-const ROPE_POSITIONS: usize = 512;
 
 /// A family of decoders, by the `model_type` of its config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -199,42 +196,6 @@ impl ModelConfig {
     /// If there is no such layer.
     pub fn window(&self, layer: usize) -> Option<usize> {
         self.windows[layer]
-    }
-
-    /// The linear modules of every layer, in the order of [`MODULES`](super::decoder::MODULES): d_out, d_in, and whether there
-    /// is a bias.
-    pub(crate) fn linears(&self) -> [(usize, usize, bool); 7] {
-        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        let (q_size, kv_size) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        [
-            (q_size, hidden, self.qkv_bias),
-            (kv_size, hidden, self.qkv_bias),
-            (kv_size, hidden, self.qkv_bias),
-            (hidden, q_size, self.o_bias),
-            (inner, hidden, self.mlp_bias),
-            (inner, hidden, self.mlp_bias),
-            (hidden, inner, self.mlp_bias),
-        ]
-    }
-
-    /// Positions that a table of rotations has, of which so many are needed; at first none.
-    pub(crate) fn rope_positions(&self, needed: usize) -> usize {
-        let positions = if needed <= ROPE_POSITIONS { ROPE_POSITIONS } else { needed.next_power_of_two() };
-        positions.min(self.max_position_embeddings)
-    }
-
-    /// An error unless the model has so many positions.
-    pub(crate) fn check_positions(&self, op: &'static str, positions: usize) -> Result<()> {
-        let most = self.max_position_embeddings;
-        if positions <= most {
-            return Ok(());
-        }
-        Err(Error::Invalid {
-            op,
-            what: "the sequence length",
-            got: positions.to_string(),
-            expected: format!("the model's max_position_embeddings is {most}"),
-        })
     }
 
     /// The window of the layers that have one: a model has one size of it.

@@ -205,7 +205,8 @@ impl Decoder {
     /// The hidden states after the last norm, [M, hidden].
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a sequence is longer than the model allows; [`Error::DeviceMismatch`]; the device's own.
+    /// [`Error::Invalid`](crate::Error::Invalid) if a sequence is longer than the model allows;
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch); the device's own.
     pub fn hidden<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, pass: Pass) -> Result<Var> {
         let rope = self.rope_table(batch.positions_end)?;
         let mut h = tape.constant(embedding(&self.embedding, &batch.ids)?);
@@ -226,7 +227,7 @@ impl Decoder {
     /// `scale` times the summed cross-entropy of the batch's labels.
     ///
     /// # Errors
-    /// As [`Decoder::hidden`]; [`Error::Invalid`] for a batch without labels.
+    /// As [`Decoder::hidden`]; [`Error::Invalid`](crate::Error::Invalid) for a batch without labels.
     pub fn loss<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, scale: f32, pass: Pass) -> Result<Var> {
         let labels = batch.labels()?;
         let hidden = self.hidden(tape, batch, pass)?;
@@ -248,7 +249,7 @@ impl Decoder {
     /// All logits, [M, vocabulary]: for small batches.
     ///
     /// # Errors
-    /// As [`Decoder::hidden`]; [`Error::TooLarge`] where they do not fit one tensor.
+    /// As [`Decoder::hidden`]; [`Error::TooLarge`](crate::Error::TooLarge) where they do not fit one tensor.
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
         let hidden = self.hidden(&mut Tape::inference(), batch, Pass::default())?;
         qmatmul(hidden.value(), &self.head, None, None)

@@ -6,10 +6,50 @@ use super::config::ModelConfig;
 use super::decoder::{MODULES, path};
 use super::gguf::GgufSource;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::formats::checkpoint::{BaseFormat, Checkpoint};
 use crate::formats::gguf::GgufFile;
 use crate::kernels::MatrixSpec;
+
+/// Positions that a model's first table of rotations has, where it has so many.
+const ROPE_POSITIONS: usize = 512;
+
+impl ModelConfig {
+    /// The linear modules of every layer, in the order of [`MODULES`]: d_out, d_in, and whether there is a bias.
+    pub(crate) fn linears(&self) -> [(usize, usize, bool); 7] {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let (q_size, kv_size) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        [
+            (q_size, hidden, self.qkv_bias),
+            (kv_size, hidden, self.qkv_bias),
+            (kv_size, hidden, self.qkv_bias),
+            (hidden, q_size, self.o_bias),
+            (inner, hidden, self.mlp_bias),
+            (inner, hidden, self.mlp_bias),
+            (hidden, inner, self.mlp_bias),
+        ]
+    }
+
+    /// Positions that a table of rotations has, of which so many are needed; at first none.
+    pub(crate) fn rope_positions(&self, needed: usize) -> usize {
+        let positions = if needed <= ROPE_POSITIONS { ROPE_POSITIONS } else { needed.next_power_of_two() };
+        positions.min(self.max_position_embeddings)
+    }
+
+    /// An error unless the model has so many positions.
+    pub(crate) fn check_positions(&self, op: &'static str, positions: usize) -> Result<()> {
+        let most = self.max_position_embeddings;
+        if positions <= most {
+            return Ok(());
+        }
+        Err(Error::Invalid {
+            op,
+            what: "the sequence length",
+            got: positions.to_string(),
+            expected: format!("the model's max_position_embeddings is {most}"),
+        })
+    }
+}
 
 /// What a [`Decoder`](super::Decoder) would be: its configuration, and how each of its matrices would be stored.
 #[derive(Clone, Debug)]
@@ -78,7 +118,7 @@ impl ModelSpec {
     /// Bytes of all matrices on a device.
     ///
     /// # Errors
-    /// [`Error::TooLarge`](crate::Error::TooLarge) for a row over the device's binding limit.
+    /// [`Error::TooLarge`] for a row over the device's binding limit.
     pub fn matrix_bytes(&self, device: &Device) -> Result<u64> {
         let matrices = self.linears.iter().chain([&self.embedding]).chain(&self.head);
         matrices.map(|matrix| matrix.device_bytes(device)).sum()
