@@ -89,7 +89,7 @@ pub(super) fn with_settings(arguments: Vec<OsString>, command: &clap::Command) -
     // Required flags may be in the file, so that only the path can be looked for.
     let Some(path) = config_path(&arguments) else { return Ok(arguments) };
     let Some(finetune) = command.find_subcommand("finetune") else { return Ok(arguments) };
-    let typed: Vec<String> = arguments.iter().filter_map(|argument| long_name(argument)).collect();
+    let typed: Vec<String> = arguments.iter().filter_map(long_name).collect();
     let mut all = arguments;
     // After the program's name and the command's.
     all.splice(2..2, settings::arguments(&path, finetune, &typed)?);
