@@ -130,7 +130,7 @@ fn the_demo_trains_and_a_second_one_has_a_folder_of_its_own() {
     assert!(error.contains("qlora-demo") && error.contains("another run"), "{error}");
 
     let mut command = qlora();
-    command.args(["demo", "--model", "no/such/folder/model.gguf"]).current_dir(here.path());
+    command.args(["demo", "--model", "./no/such/model.gguf"]).current_dir(here.path());
     let error = failure(&mut command, 1);
     assert!(error.contains("no such file"), "{error}");
     assert_eq!(std::fs::read_dir(here.path()).unwrap().count(), 2, "a folder that is not needed");

@@ -69,7 +69,12 @@ mod packed {
     #[target_feature(enable = "avx2,fma,f16c")]
     fn rows_of<const M: usize>(w: &HostMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
         // No slice below may end before its last load.
-        assert!(w.cols() % 8 == 0 && x.len() == M * w.cols() && out.len() == rows.len() * M && rows.end <= w.rows());
+        assert!(
+            w.cols().is_multiple_of(8)
+                && x.len() == M * w.cols()
+                && out.len() == rows.len() * M
+                && rows.end <= w.rows()
+        );
         match w {
             HostMatrix::Quantized(w) => {
                 if w.cols() % 16 == 0 && w.block() % 16 == 0 && is_x86_feature_detected!("avx512f") {
