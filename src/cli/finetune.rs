@@ -48,7 +48,7 @@ pub(super) fn with_settings(arguments: Vec<OsString>, command: &clap::Command) -
     let Some(command) = arguments[1].to_str().and_then(|name| command.find_subcommand(name)) else {
         return Ok(arguments);
     };
-    let typed: Vec<String> = arguments.iter().filter_map(|argument| long_name(argument)).collect();
+    let typed: Vec<String> = arguments.iter().filter_map(long_name).collect();
     let mut all = arguments;
     // After the program's name and the command's.
     all.splice(2..2, settings::arguments(&path, command, &typed)?);
