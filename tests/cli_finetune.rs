@@ -202,7 +202,6 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
         }
         let result = child.wait_with_output().unwrap();
         if result.status.code() == Some(1) {
-            // Killed between the last checkpoint and the adapter? Then it is told.
             panic!("{}", text(&result.stderr));
         }
         if result.status.success() {
@@ -210,6 +209,9 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
         }
     }
     println!("{kills} kills");
+    // As if killed after the last checkpoint and before the adapter.
+    fs::remove_file(output.join("adapter_config.json")).unwrap();
+    succeed(setup.finetune("killed", &[&WHOLE[..], &["--resume"]].concat()));
     assert!(kills >= 5, "only {kills} kills");
     assert_eq!(metrics(&output), metrics(&wanted));
     assert_eq!(adapter(&output), adapter(&wanted));

@@ -155,7 +155,8 @@ impl<'a> Run<'a> {
         if &adapter.config != config {
             return Err(file_error("is a run of an adapter with other settings; resume it with those".into()));
         }
-        if state.step >= options.steps || options.early_stop.is_some_and(|most| state.evaluations_since_best >= most) {
+        // A run that was killed after its last checkpoint and before its adapter was whole has that still to do.
+        if end_of(&state, &options).is_some() && PeftAdapter::read(output).is_ok() {
             return Err(file_error(format!("is a run that is finished, after {} steps", state.step)));
         }
         model.attach_peft(NAME, &adapter)?;
@@ -185,11 +186,12 @@ impl<'a> Run<'a> {
             self.metrics.push(&record)?;
             wanted = each(Event::Step(&record));
         }
-        let mut end = End::Finished;
-        while self.state.step < self.options.steps {
+        let end = loop {
+            if let Some(end) = end_of(&self.state, &self.options) {
+                break end;
+            }
             if wanted.is_break() {
-                end = End::Interrupted;
-                break;
+                break End::Interrupted;
             }
             let mut record = self.one_step()?;
             let last = record.step == self.options.steps;
@@ -199,14 +201,10 @@ impl<'a> Run<'a> {
             }
             self.metrics.push(&record)?;
             wanted = each(Event::Step(&record));
-            if self.options.early_stop.is_some_and(|most| self.state.evaluations_since_best >= most) {
-                end = End::EarlyStop;
-                break;
-            }
             if !last && wanted.is_continue() && is_due(record.step, self.options.save_every) {
                 wanted = each(Event::Saved(&self.save()?));
             }
-        }
+        };
         if self.state.step > 0 {
             let _ = each(Event::Saved(&self.save()?));
         }
@@ -275,6 +273,17 @@ impl<'a> Run<'a> {
             None => self.adapter()?,
         };
         adapter.write(&self.output)
+    }
+}
+
+/// How a run has come to its end, if it has.
+fn end_of(state: &State, options: &RunOptions) -> Option<End> {
+    if state.step >= options.steps {
+        Some(End::Finished)
+    } else if options.early_stop.is_some_and(|most| state.evaluations_since_best >= most) {
+        Some(End::EarlyStop)
+    } else {
+        None
     }
 }
 
