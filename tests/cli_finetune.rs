@@ -201,10 +201,10 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
             kills += 1;
         }
         let result = child.wait_with_output().unwrap();
-        if result.status.code() == Some(1) {
-            panic!("{}", text(&result.stderr));
-        }
-        if result.status.success() {
+        // The kill before may have come when all was done but the exit.
+        let message = text(&result.stderr);
+        assert!(result.status.code() != Some(1) || message.contains("finished, after 60 steps"), "{message}");
+        if result.status.code().is_some() {
             break;
         }
     }
