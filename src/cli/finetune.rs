@@ -7,14 +7,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::error::ErrorKind;
+use clap::error::ErrorKind::MissingRequiredArgument;
 use clap::{Args, CommandFactory};
 
 use super::model::misfit;
 use super::progress::{Progress, bytes};
 use super::run::{Data, Prepared, RunArgs};
 use super::{Cli, plot, print_line, settings};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
 use crate::train::batches::Batches;
@@ -75,13 +75,13 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let args = &args.run;
     // Not required in clap's words, as `plan` can do without.
     let (Some(_), Some(output)) = (&args.data, &args.output) else {
-        return Err(missing("--data FILE and --output DIR"));
+        missing("--data FILE and --output DIR");
     };
     if !args.resume {
         check_unused(output)?;
     }
     let Prepared { path, device, base, spec, initial, config, plan, data } = args.prepare()?;
-    let Some(Data { batches, eval, options }) = data else { return Err(missing("--data FILE")) };
+    let Some(Data { batches, eval, options }) = data else { missing("--data FILE") };
     let steps = options.steps;
 
     eprintln!("device: {}", device.name());
@@ -141,8 +141,14 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn missing(flag: &str) -> Error {
-    Cli::command().error(ErrorKind::MissingRequiredArgument, format!("finetune needs {flag}")).exit()
+/// Ends as clap does where a flag is missing.
+fn missing(flag: &str) -> ! {
+    let mut command = Cli::command();
+    command.build();
+    let message = format!("{flag} must be given");
+    let finetune =
+        command.find_subcommand_mut("finetune").map(|finetune| finetune.error(MissingRequiredArgument, &message));
+    finetune.unwrap_or_else(|| Cli::command().error(MissingRequiredArgument, &message)).exit()
 }
 
 /// Says on stderr what is going to happen.

@@ -1,8 +1,11 @@
 //! `loss.svg` and `loss.png`: the losses of a run over its steps.
 
 use std::io::Write;
+use std::ops::Range;
 use std::path::Path;
 
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
@@ -117,15 +120,15 @@ impl Plot {
         let _ = register_font(FAMILY, FontStyle::Normal, FONT);
         let font = |size: u32| (FAMILY, size * scale).into_font().color(&TEXT);
         area.fill(&WHITE)?;
+        let (low, high) = self.losses;
+        let (ticks, digits) = ticks(low, high);
         let mut chart = ChartBuilder::on(area)
             .margin(16 * scale)
             .margin_right(32 * scale)
             .caption("Loss", font(26))
             .x_label_area_size(52 * scale)
             .y_label_area_size(76 * scale)
-            .build_cartesian_2d(0..self.last_step, self.losses.0..self.losses.1)?;
-        // Enough digits to tell ticks apart.
-        let digits = (1.0 - (self.losses.1 - self.losses.0).log10().floor()).clamp(0.0, 8.0) as usize;
+            .build_cartesian_2d(0..self.last_step, LossAxis { range: (low..high).into(), ticks })?;
         chart
             .configure_mesh()
             .x_desc("step")
@@ -210,6 +213,42 @@ fn encode(out: impl Write, pixels: &[u8]) -> Result<(), png::EncodingError> {
     writer.finish()
 }
 
+/// An axis with ticks of our own.
+struct LossAxis {
+    range: RangedCoordf64,
+    ticks: Vec<f64>,
+}
+
+impl Ranged for LossAxis {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        self.range.map(value, limit)
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.range.range()
+    }
+}
+
+/// The multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at most ten of them, and the digits after the point
+/// that they take. The library's own choice leaves some out.
+fn ticks(low: f64, high: f64) -> (Vec<f64>, usize) {
+    let least = (high - low) / 9.0;
+    let power = 10f64.powf(least.log10().floor());
+    let step =
+        [1.0, 2.0, 5.0, 10.0].map(|times| times * power).into_iter().find(|step| *step >= least).unwrap_or(least);
+    // A hair of room, as quotients are not exact.
+    let multiples = (low / step - 1e-9).ceil() as i64..=(high / step + 1e-9).floor() as i64;
+    let digits = (-(step * 1.001).log10().floor()).clamp(0.0, 8.0) as usize;
+    (multiples.map(|multiple| multiple as f64 * step).collect(), digits)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs::{self, File};
@@ -289,6 +328,18 @@ mod tests {
         let error = write(folder.path(), &[record(1, f32::NAN)]).unwrap_err().to_string();
         assert!(error.contains("number of losses"), "{error}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn ticks_are_round_and_all_there() {
+        let rounded = |low, high| {
+            let (ticks, digits) = ticks(low, high);
+            ticks.iter().map(|tick| format!("{tick:.digits$}")).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(rounded(3.88, 4.61), "3.9 4.0 4.1 4.2 4.3 4.4 4.5 4.6");
+        assert_eq!(rounded(1.99, 2.01), "1.990 1.995 2.000 2.005 2.010");
+        assert_eq!(rounded(-3.0, 40.0), "0 5 10 15 20 25 30 35 40");
+        assert_eq!(rounded(0.5, 8.7), "1 2 3 4 5 6 7 8");
     }
 
     #[test]
