@@ -9,6 +9,13 @@ pub(crate) fn mix(seed: u64, index: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// 0..`count` in an order that the seed decides.
+pub(crate) fn shuffled(seed: u64, count: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..count).collect();
+    order.sort_by_key(|&index| mix(seed, index as u64));
+    order
+}
+
 #[cfg(test)]
 mod tests {
     use super::mix;

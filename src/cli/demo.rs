@@ -9,8 +9,8 @@ use std::time::Instant;
 use clap::Args;
 
 use super::model::ModelArgs;
-use super::progress::Progress;
-use super::{bundled, plot, print_line};
+use super::progress;
+use super::{bundled, print_line};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
@@ -23,7 +23,6 @@ use crate::text::Tokenizer;
 use crate::train::TrainOptions;
 use crate::train::batches::{BatchOptions, Batches};
 use crate::train::data::{DataOptions, Dataset};
-use crate::train::metrics;
 use crate::train::run::{Run, RunOptions};
 
 /// Trains an adapter on definitions of The Devil's Dictionary, and shows what it changed.
@@ -109,15 +108,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let adapter = output.join("adapter");
     let start = Instant::now();
     let mut run = Run::start(&mut model, config, None, batches, eval, options, &adapter)?;
-    let mut progress = Progress::new(steps, 0);
-    let result = run.train(|event| {
-        progress.show(event);
-        ControlFlow::Continue(())
-    });
-    progress.finish();
-    result?;
-    let records = metrics::read(&adapter.join(metrics::FILE))?;
-    plot::write(&adapter, &records)?;
+    let (_, records) = progress::train(&mut run, steps, &adapter, || false)?;
 
     let mut losses = records.iter().filter_map(|record| record.eval_loss);
     if let (Some(first), Some(last)) = (losses.next(), losses.next_back()) {

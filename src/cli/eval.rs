@@ -58,7 +58,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     );
     // A text longer than the model's positions counts piece by piece, each without what was before.
     let most = model.config().max_position_embeddings;
-    let pieces = data.examples.iter().flat_map(|example| example.ids.chunks(most).zip(example.labels.chunks(most)));
+    let pieces = data.examples.iter().flat_map(|example| example.pieces(most));
     let found =
         evaluate(&model, pieces, PASS_TOKENS, |done| bar.set_position(done as u64)).map_err(|error| match error {
             Error::Invalid { .. } => Error::File { path: args.data.clone(), message: error.to_string() },

@@ -1,7 +1,6 @@
 //! `qlora finetune`: from a model and a text to a trained adapter.
 
 use std::ffi::OsString;
-use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,14 +10,13 @@ use clap::error::ErrorKind::MissingRequiredArgument;
 use clap::{Args, CommandFactory};
 
 use super::model::misfit;
-use super::progress::{Progress, bytes};
+use super::progress::{bytes, train};
 use super::run::{Data, Prepared, RunArgs};
-use super::{Cli, plot, print_line, settings};
+use super::{Cli, print_line, settings};
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
 use crate::train::batches::Batches;
-use crate::train::metrics;
 use crate::train::run::{End, Run, RunOptions, check_unused};
 
 /// The status of a run that was interrupted, as shells have it for Ctrl-C.
@@ -42,9 +40,13 @@ pub struct FinetuneArgs {
 }
 
 /// Arguments with those of a settings file before them, if `typed` names one.
-pub(super) fn with_settings(arguments: Vec<OsString>, command: &clap::Command) -> Result<Vec<OsString>> {
+pub(super) fn with_settings(
+    arguments: Vec<OsString>,
+    command: impl FnOnce() -> clap::Command,
+) -> Result<Vec<OsString>> {
     // Required flags may be in the file, so that only the path can be looked for.
     let Some(path) = config_path(&arguments) else { return Ok(arguments) };
+    let command = command();
     let Some(command) = arguments[1].to_str().and_then(|name| command.find_subcommand(name)) else {
         return Ok(arguments);
     };
@@ -106,18 +108,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         })?
     };
     let interrupted = interrupts();
-    let mut progress = Progress::new(steps, run.step());
-    let result = run.train(|event| {
-        progress.show(event);
-        if interrupted.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    });
-    progress.finish();
-    let summary = result?;
-
-    let records = metrics::read(&output.join(metrics::FILE))?;
-    if !records.is_empty() {
-        plot::write(output, &records)?;
-    }
+    let (summary, records) = train(&mut run, steps, output, || interrupted.load(Ordering::Relaxed))?;
     let output = output.display();
     if summary.end == End::Interrupted {
         let how = if summary.steps > 0 { "; the same command with --resume goes on" } else { "" };

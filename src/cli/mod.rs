@@ -57,7 +57,7 @@ pub fn run() -> ExitCode {
         eprintln!("error: {error}");
         ExitCode::FAILURE
     };
-    let arguments = match finetune::with_settings(std::env::args_os().collect(), &Cli::command()) {
+    let arguments = match finetune::with_settings(std::env::args_os().collect(), Cli::command) {
         Ok(arguments) => arguments,
         Err(error) => return fail(error),
     };

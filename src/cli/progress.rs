@@ -1,17 +1,21 @@
 //! A run as people see it: a bar on a terminal, plain lines elsewhere.
 
+use std::ops::ControlFlow;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::train::metrics::Record;
-use crate::train::run::Event;
+use super::plot;
+use crate::error::Result;
+use crate::train::metrics::{self, Record};
+use crate::train::run::{Event, Run, Summary};
 
 /// Between plain lines, at least.
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// Shows the events of a run on stderr.
-pub(super) struct Progress {
+struct Progress {
     bar: ProgressBar,
     total: u32,
     /// When the first step that was shown ended, and which it was: what came before (an evaluation) tells nothing about steps.
@@ -22,7 +26,7 @@ pub(super) struct Progress {
 
 impl Progress {
     /// For a run of `total` steps of which `done` are done.
-    pub(super) fn new(total: u32, done: u32) -> Progress {
+    fn new(total: u32, done: u32) -> Progress {
         let bar = ProgressBar::with_draw_target(Some(total.into()), ProgressDrawTarget::stderr());
         bar.set_style(
             ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").unwrap_or(ProgressStyle::default_bar()),
@@ -32,17 +36,12 @@ impl Progress {
     }
 
     /// Shows one event.
-    pub(super) fn show(&mut self, event: Event<'_>) {
+    fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Step(record) => self.step(record),
             Event::Saved(path) if self.bar.is_hidden() => eprintln!("saved {}", path.display()),
             Event::Saved(_) => {}
         }
-    }
-
-    /// Takes the bar away.
-    pub(super) fn finish(&self) {
-        self.bar.finish_and_clear();
     }
 
     fn step(&mut self, record: &Record) {
@@ -81,6 +80,29 @@ impl Progress {
         parts.push(bytes(record.peak_bytes));
         parts.join(", ")
     }
+}
+
+/// Trains to the end, or until `stop` is true, with its progress on stderr, and draws the losses into the run's folder `output`.
+/// The records of all steps come back too.
+pub(super) fn train(
+    run: &mut Run<'_>,
+    steps: u32,
+    output: &Path,
+    stop: impl Fn() -> bool,
+) -> Result<(Summary, Vec<Record>)> {
+    let mut progress = Progress::new(steps, run.step());
+    let result = run.train(|event| {
+        progress.show(event);
+        if stop() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    progress.bar.finish_and_clear();
+    let summary = result?;
+    let records = metrics::read(&output.join(metrics::FILE))?;
+    // There are none of a run that was interrupted before its first step.
+    if !records.is_empty() {
+        plot::write(output, &records)?;
+    }
+    Ok((summary, records))
 }
 
 /// Bytes in MiB or GiB.

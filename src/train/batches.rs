@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::data::{Dataset, Example};
 use crate::error::{Error, Result};
 use crate::nn::{IGNORE_LABEL, PADDING, Tokens};
-use crate::seed::mix;
+use crate::seed::{mix, shuffled};
 
 /// How examples become batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,12 +158,11 @@ impl Batches {
     }
 
     fn order_of(&self, epoch: u32) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.rows.len()).collect();
         if self.options.shuffle {
-            let seed = mix(self.options.seed, epoch.into());
-            order.sort_by_key(|&row| mix(seed, row as u64));
+            shuffled(mix(self.options.seed, epoch.into()), self.rows.len())
+        } else {
+            (0..self.rows.len()).collect()
         }
-        order
     }
 
     fn len_of(&self, row: &[usize]) -> usize {
@@ -195,8 +194,8 @@ fn cut(dataset: Dataset, seq_len: usize) -> (Vec<Example>, Cut) {
     let mut examples = Vec::with_capacity(dataset.examples.len());
     for mut example in dataset.examples {
         if dataset.continuous {
-            let pieces = example.ids.chunks(seq_len).zip(example.labels.chunks(seq_len));
-            examples.extend(pieces.map(|(ids, labels)| Example { ids: ids.into(), labels: labels.into() }));
+            let piece = |(ids, labels): (&[u32], &[i64])| Example { ids: ids.into(), labels: labels.into() };
+            examples.extend(example.pieces(seq_len).map(piece));
             continue;
         }
         if example.ids.len() > seq_len {

@@ -25,7 +25,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::nn::IGNORE_LABEL;
-use crate::seed::mix;
+use crate::seed::shuffled;
 use crate::text::{ChatTemplate, Message, Tokenizer};
 
 const ASSISTANT: &str = "assistant";
@@ -149,9 +149,7 @@ impl Dataset {
             return Err(invalid("the number of examples", count.to_string(), expected));
         }
         let taken = ((share * count as f64).round() as usize).clamp(1, count - 1);
-        let mut order: Vec<usize> = (0..count).collect();
-        order.sort_by_key(|&index| mix(seed, index as u64));
-        let out: BTreeSet<usize> = order.into_iter().take(taken).collect();
+        let out: BTreeSet<usize> = shuffled(seed, count).into_iter().take(taken).collect();
         let (mut kept, mut split) = (Vec::new(), Vec::new());
         for (index, example) in std::mem::take(&mut self.examples).into_iter().enumerate() {
             if out.contains(&index) { split.push(example) } else { kept.push(example) }
@@ -327,6 +325,11 @@ impl Reader<'_> {
 }
 
 impl Example {
+    /// Its ids and labels in pieces of at most `most` tokens, each without what was before.
+    pub fn pieces(&self, most: usize) -> impl Iterator<Item = (&[u32], &[i64])> {
+        self.ids.chunks(most).zip(self.labels.chunks(most))
+    }
+
     fn push(&mut self, id: u32, loss: bool) {
         self.ids.push(id);
         self.labels.push(if loss { id.into() } else { IGNORE_LABEL });

@@ -242,7 +242,7 @@ impl<'a> Run<'a> {
     /// The loss of the evaluation data; keeps the adapter if it is the best.
     fn evaluate(&mut self) -> Result<f64> {
         let most = self.model.config().max_position_embeddings.min(self.batches.options().seq_len);
-        let pieces = self.eval.iter().flat_map(|example| example.ids.chunks(most).zip(example.labels.chunks(most)));
+        let pieces = self.eval.iter().flat_map(|example| example.pieces(most));
         let pass = self.batches.options().batch_size * self.batches.longest_row();
         let loss = evaluate(self.model, pieces, pass, |_| ())?.loss;
         if self.state.best_eval_loss.is_none_or(|best| loss < best) {
