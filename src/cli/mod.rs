@@ -16,6 +16,7 @@ mod plot;
 mod progress;
 mod quantize;
 mod run;
+mod say;
 mod settings;
 mod training;
 
@@ -54,7 +55,7 @@ enum Command {
 /// Runs the command line; errors go to stderr, in one sentence.
 pub fn run() -> ExitCode {
     let fail = |error| {
-        eprintln!("error: {error}");
+        say::error(&error);
         ExitCode::FAILURE
     };
     let arguments = match finetune::with_settings(std::env::args_os().collect(), Cli::command) {

@@ -18,14 +18,15 @@ fn scaling(config: &PeftConfig) -> Scaling {
 }
 
 impl Decoder {
-    /// Gives every layer that the configuration targets a new adapter of this name, active from now on: A random by PEFT's
-    /// rule (the same for the same seed), B zero. Returns how many.
+    /// Gives every layer that the configuration targets a new adapter of this name, and activates it as
+    /// [`Decoder::activate`] does: A random by PEFT's rule (the same for the same seed), B zero. Returns how many.
     ///
     /// # Errors
     /// [`Error::Invalid`] if no layer matches, or what the configuration asks for is not supported, or an adapter of this
     /// name is there.
     pub fn attach(&mut self, name: &str, config: &PeftConfig, seed: u64) -> Result<usize> {
         self.check_new(name)?;
+        check_supported(config)?;
         let targeted = targeted(config, self.linears().map(|(path, _)| path))?;
         let device = self.device.clone();
         let mut count = 0;
@@ -43,19 +44,20 @@ impl Decoder {
             };
             let adapter = LoraAdapter::new(&device, linear.d_out(), linear.d_in(), &lora)?;
             linear.add_adapter(name, adapter)?;
-            linear.activate(name)?;
             count += 1;
         }
+        self.activate(name)?;
         Ok(count as usize)
     }
 
-    /// Gives layers the adapters of a PEFT directory under this name, active from now on.
+    /// Gives layers the adapters of a PEFT directory under this name, and activates them as [`Decoder::activate`] does.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a module is not in the model, or an adapter of this name is there; [`Error::Shape`] for tensors of
-    /// another shape. The model is then as before.
+    /// [`Error::Invalid`] if a module is not in the model, what the configuration asks for is not supported, or an adapter of
+    /// this name is there; [`Error::Shape`] for tensors of another shape. The model is then as before.
     pub fn attach_peft(&mut self, name: &str, adapter: &PeftAdapter) -> Result<usize> {
         self.check_new(name)?;
+        check_supported(&adapter.config)?;
         let known: Vec<String> = self.linears().map(|(path, _)| path).collect();
         if let Some(unknown) = adapter.modules.keys().find(|path| !known.contains(*path)) {
             return Err(Error::Invalid {
@@ -93,9 +95,9 @@ impl Decoder {
                 && let Some(lora) = made.next()
             {
                 linear.add_adapter(name, lora)?;
-                linear.activate(name)?;
             }
         }
+        self.activate(name)?;
         Ok(adapter.modules.len())
     }
 
@@ -124,25 +126,19 @@ impl Decoder {
         Ok(adapter)
     }
 
-    /// Uses the adapter of this name from now on, in the layers that have it; the others use their base alone.
+    /// Uses the adapter of this name from now on, in the layers that have it; the others use their base alone. Nothing is
+    /// loaded again.
     ///
     /// # Errors
-    /// [`Error::NoSuchAdapter`] if no layer has it.
+    /// [`Error::NoSuchAdapter`] if no layer has it; the model is then as before.
     pub fn activate(&mut self, name: &str) -> Result<()> {
-        let mut found = false;
-        for (_, linear) in self.linears_mut() {
-            if linear.adapter(name).is_ok() {
-                linear.activate(name)?;
-                found = true;
-            } else {
-                linear.deactivate()?;
-            }
+        if self.linears().all(|(_, linear)| linear.adapter(name).is_err()) {
+            return Err(Error::NoSuchAdapter { name: name.to_owned(), loaded: self.adapters_for_message() });
         }
-        if found {
-            Ok(())
-        } else {
-            Err(Error::NoSuchAdapter { name: name.to_owned(), loaded: self.adapters_for_message() })
-        }
+        self.linears_mut().try_for_each(|(_, linear)| match linear.adapter(name) {
+            Ok(_) => linear.activate(name),
+            Err(_) => linear.deactivate(),
+        })
     }
 
     /// Uses the base alone from now on.
@@ -163,6 +159,14 @@ impl Decoder {
             self.linears().flat_map(|(_, linear)| linear.adapter_names().collect::<Vec<_>>()).collect();
         if names.is_empty() { "none".into() } else { names.into_iter().collect::<Vec<_>>().join(", ") }
     }
+}
+
+fn check_supported(config: &PeftConfig) -> Result<()> {
+    if !config.lora_bias {
+        return Ok(());
+    }
+    let expected = "layers here have no bias of B; only an adapter without one can be used".into();
+    Err(Error::Invalid { op: OP, what: "lora_bias", got: "true".into(), expected })
 }
 
 /// Which of a model's linear layers the configuration targets.
