@@ -252,7 +252,7 @@ pub fn write(path: &Path, tensors: Vec<OutTensor<'_>>, metadata: BTreeMap<String
 }
 
 /// Does what [`write`] does, but for the renaming.
-pub(super) fn stage(
+pub(crate) fn stage(
     path: &Path,
     mut tensors: Vec<OutTensor<'_>>,
     mut metadata: BTreeMap<String, String>,

@@ -6,6 +6,8 @@ use ndarray::Array2;
 
 use super::adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
 use super::decoder::Decoder;
+use super::spec::ModelSpec;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
 use crate::seed::mix;
@@ -57,37 +59,13 @@ impl Decoder {
     /// this name is there; [`Error::Shape`] for tensors of another shape. The model is then as before.
     pub fn attach_peft(&mut self, name: &str, adapter: &PeftAdapter) -> Result<usize> {
         self.check_new(name)?;
-        check_supported(&adapter.config)?;
-        let known: Vec<String> = self.linears().map(|(path, _)| path).collect();
-        if let Some(unknown) = adapter.modules.keys().find(|path| !known.contains(*path)) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "a module of the adapter",
-                got: unknown.clone(),
-                expected: format!("the model's linear layers are {}", span(&known)),
-            });
-        }
+        check_modules(adapter, self.linears().map(|(path, _)| path))?;
         let device = self.device.clone();
         let mut made = Vec::new();
         for (path, linear) in self.linears_mut() {
-            let Some(module) = adapter.modules.get(&path) else { continue };
-            let a = Tensor::from_array(&device, &module.a)?;
-            let b = Tensor::from_array(&device, &module.b)?;
-            let config = &adapter.config;
-            let mut lora = LoraAdapter::from_tensors(a, b, config.alpha(&path), scaling(config))?
-                .with_dropout(config.lora_dropout)?;
-            if let Some(magnitude) = &module.magnitude {
-                lora = lora.with_magnitude(Tensor::from_slice(&device, &[magnitude.len()], magnitude)?)?;
+            if adapter.modules.contains_key(&path) {
+                made.push(LoraAdapter::from_peft(&device, adapter, &path, (linear.d_out(), linear.d_in()))?);
             }
-            if (lora.d_out(), lora.d_in()) != (linear.d_out(), linear.d_in()) {
-                return Err(Error::Shape {
-                    op: OP,
-                    what: "adapter's layer [d_out, d_in]",
-                    expected: format!("[{}, {}] for {path}", linear.d_out(), linear.d_in()),
-                    got: format!("[{}, {}]", lora.d_out(), lora.d_in()),
-                });
-            }
-            made.push(lora);
         }
         let mut made = made.into_iter();
         for (path, linear) in self.linears_mut() {
@@ -158,6 +136,72 @@ impl Decoder {
         let names: BTreeSet<&str> =
             self.linears().flat_map(|(_, linear)| linear.adapter_names().collect::<Vec<_>>()).collect();
         if names.is_empty() { "none".into() } else { names.into_iter().collect::<Vec<_>>().join(", ") }
+    }
+}
+
+impl LoraAdapter {
+    /// What a PEFT adapter has for the module at `path`, a layer [d_out, d_in].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it has nothing, [`Error::Shape`] if it is for a layer of another shape.
+    pub(crate) fn from_peft(
+        device: &Device,
+        adapter: &PeftAdapter,
+        path: &str,
+        (d_out, d_in): (usize, usize),
+    ) -> Result<LoraAdapter> {
+        let Some(module) = adapter.modules.get(path) else {
+            let expected = "the adapter has no such module".into();
+            return Err(Error::Invalid { op: OP, what: "a module", got: path.into(), expected });
+        };
+        let config = &adapter.config;
+        let a = Tensor::from_array(device, &module.a)?;
+        let b = Tensor::from_array(device, &module.b)?;
+        let mut lora =
+            LoraAdapter::from_tensors(a, b, config.alpha(path), scaling(config))?.with_dropout(config.lora_dropout)?;
+        if let Some(magnitude) = &module.magnitude {
+            lora = lora.with_magnitude(Tensor::from_slice(device, &[magnitude.len()], magnitude)?)?;
+        }
+        if (lora.d_out(), lora.d_in()) != (d_out, d_in) {
+            return Err(Error::Shape {
+                op: OP,
+                what: "adapter's layer [d_out, d_in]",
+                expected: format!("[{d_out}, {d_in}] for {path}"),
+                got: format!("[{}, {}]", lora.d_out(), lora.d_in()),
+            });
+        }
+        Ok(lora)
+    }
+}
+
+/// Checks that an adapter is one of such a model.
+///
+/// # Errors
+/// As [`Decoder::attach_peft`].
+pub(crate) fn check_fits(adapter: &PeftAdapter, model: &ModelSpec) -> Result<()> {
+    check_modules(adapter, model.linears().map(|(path, _)| path))?;
+    let cpu = Device::cpu();
+    let mut adapted = model.linears().filter(|(path, _)| adapter.modules.contains_key(path));
+    adapted.try_for_each(|(path, matrix)| {
+        LoraAdapter::from_peft(&cpu, adapter, &path, (matrix.rows, matrix.cols)).map(drop)
+    })
+}
+
+/// Checks that an adapter is one of a model with these linear layers.
+///
+/// # Errors
+/// [`Error::Invalid`] for what is not supported, and with the first module that the model does not have.
+fn check_modules(adapter: &PeftAdapter, linears: impl Iterator<Item = String>) -> Result<()> {
+    check_supported(&adapter.config)?;
+    let known: Vec<String> = linears.collect();
+    match adapter.modules.keys().find(|path| !known.contains(*path)) {
+        None => Ok(()),
+        Some(unknown) => Err(Error::Invalid {
+            op: OP,
+            what: "a module of the adapter",
+            got: unknown.clone(),
+            expected: format!("the model's linear layers are {}", span(&known)),
+        }),
     }
 }
 

@@ -71,11 +71,6 @@ pub enum RowOrder {
 }
 
 impl RowOrder {
-    /// That of the modules q_proj and k_proj in a file of this architecture, `general.architecture`; others are plain.
-    pub fn of_q_and_k(architecture: &str, head_dim: usize) -> RowOrder {
-        if architecture == "llama" { RowOrder::Interleaved { head_dim } } else { RowOrder::Plain }
-    }
-
     /// Where each of so many rows of a file is in Hugging Face's order; `None` if they are no whole number of heads.
     pub(crate) fn sources(self, rows: usize) -> Option<Vec<usize>> {
         match self {
