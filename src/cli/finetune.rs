@@ -13,16 +13,13 @@ use serde::Serialize;
 use super::model::{misfit, warn_other_base};
 use super::progress::{bytes, train};
 use super::run::{Data, Prepared, RunArgs};
-use super::{Cli, print_json, say, settings};
+use super::{Cli, INTERRUPTED, print_json, say, settings};
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
 use crate::train::batches::Batches;
 use crate::train::metrics::Record;
 use crate::train::run::{End, Run, RunOptions, Summary, check_unused};
-
-/// The status of a run that was interrupted, as shells have it for Ctrl-C.
-const INTERRUPTED: u8 = 130;
 
 /// Trains an adapter of a model on a text.
 ///
