@@ -57,7 +57,8 @@ fn model(name: &str) -> TempDir {
         ("tokenizer.json", tokenizer_json().to_string()),
         (
             "tokenizer_config.json",
-            json!({"eos_token": "<|end|>", "chat_template": "{{ messages[0].content }}"}).to_string(),
+            json!({"bos_token": "<|end|>", "eos_token": "<|end|>", "chat_template": "{{ messages[0].content }}"})
+                .to_string(),
         ),
         ("LICENSE", "as you like".into()),
         ("weights.bin", "not these".into()),
