@@ -216,7 +216,8 @@ fn gguf_files_are_the_same_models() {
             assert_eq!(file.tensor("output_norm.weight").unwrap().kind, TensorType::F32);
             let config = ModelConfig::from_gguf(&file).unwrap();
             let ours = merged.config().clone();
-            let same = ModelConfig { dtype: ours.dtype, eos_token_ids: ours.eos_token_ids.clone(), ..config };
+            let (dtype, bos_token_id, eos_token_ids) = (ours.dtype, ours.bos_token_id, ours.eos_token_ids.clone());
+            let same = ModelConfig { dtype, bos_token_id, eos_token_ids, ..config };
             assert_eq!(same, ModelConfig { quantized: false, ..ours }, "{name}");
             let got = logits(&open(&output), &some_tokens());
             assert!(distance(&got, &expected) <= tolerance, "{name} {kind}: {}", distance(&got, &expected));
