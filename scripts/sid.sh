@@ -63,12 +63,17 @@ CONF
     printf '%s\n' "$*" >"$sid_folder/packages"
 }
 
+# Prints the loader of FOLDER/root.
+sid_loader() {
+    find "$1/root" -type f -name 'ld-linux*.so.*' | head -n 1
+}
+
 # sid_run FOLDER PROGRAM [ARGUMENT...]: runs a program of FOLDER/root with its own loader and libraries; PROGRAM is a path in there.
 sid_run() {
     sid_root=$1/root
+    sid_loader=$(sid_loader "$1")
     sid_program=$2
     shift 2
-    sid_loader=$(find "$sid_root" -name 'ld-linux*.so.*' | head -n 1)
     sid_libraries=$(find "$sid_root/usr/lib" -name '*.so*' -exec dirname {} + | sort -u | tr '\n' ':')
     "$sid_loader" --library-path "$sid_libraries" "$sid_root/$sid_program" "$@"
 }

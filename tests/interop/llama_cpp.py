@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import ASSETS, check, qlora, versions, work
+from common import ASSETS, ROOT, check, qlora, versions, work
 
 folder = work()
 MODEL = Path(os.environ["SMOLLM2"])
@@ -15,7 +15,7 @@ PROMPTS = ["The capital of France is", "Once upon a time, there was a little gir
 
 def llama(*arguments):
     """Runs llama-completion; returns what it prints."""
-    command = ["sh", "-c", '. "$1"; shift; sid_run "$@"', "sh", os.environ["SID_SH"], os.environ["SID"]]
+    command = ["sh", "-c", '. "$0"; sid_run "$@"', ROOT / "scripts/sid.sh", os.environ["SID"]]
     done = subprocess.run([*command, "usr/bin/llama-completion", *map(str, arguments)], stdin=subprocess.DEVNULL,
                           capture_output=True, text=True)
     if done.returncode != 0:
