@@ -25,6 +25,10 @@ pub enum Error {
     #[error("step {step}: {what} is {value}; nothing was updated. A lower learning rate, or clipping, may help")]
     Diverged { step: u32, what: String, value: f32 },
 
+    /// Whoever asked for it has ended it before it was done.
+    #[error("{op}: interrupted; nothing was written")]
+    Interrupted { op: &'static str },
+
     /// No adapter of this name is loaded in the layer.
     #[error("no adapter named {name:?}; loaded: {loaded}")]
     NoSuchAdapter { name: String, loaded: String },

@@ -53,6 +53,7 @@
 //! |---|---|
 //! | [`train`] | runs, steps, data and metrics |
 //! | [`eval`] | the loss of a model on given tokens |
+//! | [`export`] | files for other programs: merged models, adapters in GGUF |
 //! | [`generate`] | text from a model, a token at a time |
 //! | [`optim`] | AdamW, schedules |
 //! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters; model configs |
@@ -73,6 +74,7 @@ pub mod cli;
 pub mod device;
 pub mod error;
 pub mod eval;
+pub mod export;
 pub mod formats;
 pub mod generate;
 pub mod indices;

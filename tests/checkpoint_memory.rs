@@ -46,10 +46,10 @@ fn quantizing_holds_the_packed_matrices_only() {
             let values = move || {
                 let value = |j: usize| (j as f32 * 0.37 + i as f32).sin();
                 let values = (0..SIDE * SIDE).map(value);
-                match dtype {
+                Ok(match dtype {
                     TensorType::BF16 => values.flat_map(|v| bf16::from_f32(v).to_le_bytes()).collect(),
                     _ => values.flat_map(f32::to_le_bytes).collect(),
-                }
+                })
             };
             OutTensor { name: name(i), dtype, shape: vec![SIDE, SIDE], data: OutData::Lazy(Box::new(values)) }
         });

@@ -117,6 +117,52 @@ fn adapters_have_the_logits_of_peft() {
 }
 
 #[test]
+fn adapters_of_different_layers_and_ranks_switch_to_the_bit_in_any_order() {
+    let golden = file("llama.golden_adapter_logits.safetensors");
+    let tokens = tokens(&golden, "input_ids", None);
+    // All linear layers; q_proj and v_proj; magnitudes too; ranks that differ from layer to layer.
+    let names = ["lora", "rslora_qv", "dora", "pattern"];
+    for device in common::all() {
+        let alone = |name: Option<&str>| {
+            let mut model = load(&device, "llama-bnb-nf4_dq");
+            if let Some(name) = name {
+                model.attach_peft(name, &adapter(&format!("adapter-{name}"))).unwrap();
+            }
+            logits(&model, &tokens)
+        };
+        let mut wanted: Vec<_> = names.iter().map(|&name| (Some(name), alone(Some(name)))).collect();
+        wanted.push((None, alone(None)));
+        let mut model = load(&device, "llama-bnb-nf4_dq");
+        // Attached in an order in which layers of the one before must go back to their base.
+        for (name, wanted) in &wanted[..names.len()] {
+            let name = name.unwrap();
+            model.attach_peft(name, &adapter(&format!("adapter-{name}"))).unwrap();
+            assert!(&logits(&model, &tokens) == wanted, "{} {name}, just attached", common::name(&device));
+        }
+        let check = |model: &Decoder, at: usize, before: usize| {
+            let equal = logits(model, &tokens) == wanted[at].1;
+            assert!(equal, "{} {:?} after {:?}", common::name(&device), wanted[at].0, wanted[before].0);
+        };
+        // Every one after every other.
+        for before in 0..wanted.len() {
+            for at in 0..wanted.len() {
+                for index in [before, at] {
+                    match wanted[index].0 {
+                        Some(name) => model.activate(name).unwrap(),
+                        None => model.deactivate().unwrap(),
+                    }
+                }
+                check(&model, at, before);
+            }
+        }
+        model.activate("dora").unwrap();
+        let error = model.activate("none").unwrap_err().to_string();
+        assert!(error.contains("dora, lora, pattern, rslora_qv"), "{error}");
+        check(&model, 2, 2);
+    }
+}
+
+#[test]
 fn merged_models_have_the_logits_of_peft() {
     let golden = file("llama.golden_adapter_logits.safetensors");
     let tokens = tokens(&golden, "input_ids", None);
@@ -183,6 +229,12 @@ fn what_does_not_fit_is_an_error_and_changes_nothing() {
     wrong.modules.insert("model.layers.1.self_attn.q_proj".into(), module);
     let error = model.attach_peft("wrong", &wrong).unwrap_err().to_string();
     assert!(error.contains("model.layers.1.self_attn.q_proj") && error.contains("[64, 64]"), "{error}");
+
+    let mut biased = adapter("adapter-lora");
+    biased.config.lora_bias = true;
+    let error = model.attach_peft("biased", &biased).unwrap_err().to_string();
+    assert!(error.contains("lora_bias is true"), "{error}");
+    assert!(model.attach("biased", &biased.config, 0).unwrap_err().to_string().contains("lora_bias"));
 
     assert!(matches!(model.activate("wrong"), Err(Error::NoSuchAdapter { .. })));
     assert_eq!(logits(&model, &tokens), before);

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::error::ErrorKind::MissingRequiredArgument;
 use clap::{Args, CommandFactory};
 
-use super::model::misfit;
+use super::model::{misfit, warn_other_base};
 use super::progress::{bytes, train};
 use super::run::{Data, Prepared, RunArgs};
-use super::{Cli, print_line, settings};
+use super::{Cli, print_line, say, settings};
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
@@ -90,9 +90,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     describe(&batches, eval.len(), &options);
     eprintln!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes));
     if args.training.memory(&device).is_some_and(|memory| !plan.fits(memory)) {
-        eprintln!(
-            "warning: that is more than the device has free; `qlora plan` with the same flags says what takes it"
-        );
+        say::warning("that is more than the device has free; `qlora plan` with the same flags says what takes it");
     }
 
     let mut model = Decoder::load(&device, &path, &base)?;
@@ -107,6 +105,9 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
             None => error,
         })?
     };
+    if let Some((path, adapter)) = &initial {
+        warn_other_base(path, &adapter.config, &args.model.name());
+    }
     let interrupted = interrupts();
     let (summary, records) = train(&mut run, steps, output, || interrupted.load(Ordering::Relaxed))?;
     let output = output.display();

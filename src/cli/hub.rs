@@ -12,6 +12,7 @@ use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{Api, ApiBuilder};
 use hf_hub::{Cache, Repo, RepoType};
 
+use super::say;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint;
 
@@ -86,7 +87,7 @@ impl HubId {
             Err(Refusal::Final(message)) => Err(self.error(message)),
             Err(Refusal::Unreachable(message)) => match self.cached(&hub) {
                 Ok(path) => {
-                    eprintln!("{self}: {message}; using the copy in {}", hub.cache.path().display());
+                    say::warning(format!("{self}: {message}; using the copy in {}", hub.cache.path().display()));
                     Ok(path)
                 }
                 Err(lacks) => Err(self.error(format!("is no path here, {message}, and {lacks}; {HINT}"))),
@@ -130,7 +131,7 @@ impl HubId {
                 return Ok(path);
             }
             if !told {
-                eprintln!("{self}: downloading to {}", hub.cache.path().display());
+                say::progress(format!("{self}: downloading to {}", hub.cache.path().display()));
                 told = true;
             }
             let failed = |e| {
@@ -210,6 +211,12 @@ impl HubId {
             "main" => self.repo.clone(),
             revision => format!("{}@{revision}", self.repo),
         }
+    }
+
+    /// The last part of the file, or of the model's name.
+    pub(super) fn last(&self) -> &str {
+        let whole = self.file.as_ref().unwrap_or(&self.repo);
+        whole.rsplit_once('/').map_or(whole, |(_, last)| last)
     }
 
     fn error(&self, message: impl fmt::Display) -> Error {

@@ -6,16 +6,19 @@ mod check;
 mod demo;
 mod devices;
 mod eval;
+mod export;
 mod finetune;
 mod generate;
 mod hub;
 mod inspect;
+mod merge;
 mod model;
 mod plan;
 mod plot;
 mod progress;
 mod quantize;
 mod run;
+mod say;
 mod settings;
 mod training;
 
@@ -24,6 +27,9 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::error::Result;
+
+/// The exit status of a command that Ctrl-C has ended: 128 and the number of the signal, as shells have it.
+const INTERRUPTED: u8 = 130;
 
 /// QLoRA for every GPU: 4-bit weights and LoRA adapters through wgpu.
 #[derive(Parser, Debug)]
@@ -47,6 +53,8 @@ enum Command {
     Plan(plan::PlanArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
+    Merge(merge::MergeArgs),
+    Export(export::ExportArgs),
     Bench(bench::BenchArgs),
     Demo(demo::DemoArgs),
 }
@@ -54,7 +62,7 @@ enum Command {
 /// Runs the command line; errors go to stderr, in one sentence.
 pub fn run() -> ExitCode {
     let fail = |error| {
-        eprintln!("error: {error}");
+        say::error(&error);
         ExitCode::FAILURE
     };
     let arguments = match finetune::with_settings(std::env::args_os().collect(), Cli::command) {
@@ -76,6 +84,8 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
         Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Merge(args) => return merge::run(args),
+        Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
     }?;

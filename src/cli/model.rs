@@ -3,15 +3,18 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use clap::{Args, ValueEnum};
+use regex::Regex;
 
 use super::hub::HubId;
+use super::say;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::GgufFile;
-use crate::formats::peft::{self, PeftAdapter};
+use crate::formats::peft::{self, PeftAdapter, PeftConfig};
 use crate::nn::Decoder;
 use crate::quant::QuantOptions;
 use crate::text::Tokenizer;
@@ -118,6 +121,7 @@ impl AdaptedArgs {
         let mut model = Decoder::load(&self.model.device()?, path, &self.model.base(Base::AsIs))?;
         if let Some((path, adapter)) = adapter {
             model.attach_peft("default", &adapter).map_err(|error| misfit(path, &adapter, error))?;
+            warn_other_base(path, &adapter.config, &self.model.name());
         }
         Ok(model)
     }
@@ -172,6 +176,43 @@ pub(super) fn misfit(path: &Path, adapter: &PeftAdapter, error: Error) -> Error 
     Error::File { path: path.into(), message: format!("does not fit the model ({error}){base}") }
 }
 
+/// Warns of an adapter, read from `path`, whose config names another base than `model`, a path or an id as it was typed. To be
+/// called once the adapter fits, as [`misfit`] says so too.
+pub(super) fn warn_other_base(path: &Path, config: &PeftConfig, model: &str) {
+    if let Some(base) = config.base_model_name_or_path.as_deref().filter(|base| !is_same_base(base, model)) {
+        say::warning(format!("{}: was trained on {base}, which is not {model} by its name", path.display()));
+    }
+}
+
+/// Whether two paths or ids may mean the same weights: they are one path, or of one name, whoever packed it and in whatever format.
+fn is_same_base(one: &str, other: &str) -> bool {
+    let canonical = |text: &str| Path::new(text).canonicalize().ok();
+    one == other
+        || canonical(one).is_some_and(|path| Some(path) == canonical(other))
+        || base_name(one) == base_name(other)
+}
+
+/// The last part of a path or id, in lower case, without what tells formats apart.
+fn base_name(text: &str) -> String {
+    // What packers append: llama.cpp's types, bitsandbytes' bits, plain types; after a point, a dash or an underscore.
+    static FORMAT: LazyLock<Regex> = LazyLock::new(|| {
+        let types = r"[it]?q\d\w*|(mx|n|b)?fp?(4|16|32)\w*|int[48]|[48]-?bit";
+        let expression = format!(r"([-._](gguf|safetensors|bnb|unsloth|ud|{types}))+$");
+        Regex::new(&expression).unwrap_or_else(|error| unreachable!("{error}"))
+    });
+    let name = match HubId::parse(text) {
+        Some(id) => id.last().to_owned(),
+        None => {
+            let path = Path::new(text);
+            // Of `.` and the like, the folder's own.
+            let path =
+                if path.file_name().is_some() { path.into() } else { path.canonicalize().unwrap_or(path.into()) };
+            path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        }
+    };
+    FORMAT.replace(&name.to_lowercase(), "").into_owned()
+}
+
 /// One sentence instead of the system's, for what people mistype most.
 pub(super) fn exists(path: &Path) -> Result<()> {
     match path.try_exists() {
@@ -190,4 +231,37 @@ pub(super) fn no_model(folder: &Path, why: &str) -> Error {
         None => String::new(),
     };
     Error::File { path: folder.into(), message: format!("is no directory of a model: {why}{hint}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bases_are_the_same_by_path_or_by_name_without_the_format() {
+        let folder = tempfile::tempdir().unwrap();
+        let (inside, folder) = (folder.path().join("x/.."), folder.path().display().to_string());
+        std::fs::create_dir(format!("{folder}/x")).unwrap();
+        for (one, other) in [
+            ("llama", "llama"),
+            (&folder, inside.to_str().unwrap()),
+            ("org/SmolLM2-135M-Instruct", "/models/SmolLM2-135M-Instruct.Q4_1.gguf"),
+            ("unsloth/qwen2.5-0.5b-instruct-unsloth-bnb-4bit", "Qwen/Qwen2.5-0.5B-Instruct"),
+            ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B@v1.0"),
+            ("Qwen/Qwen2.5-0.5B", "packer/Qwen2.5-0.5B-GGUF/qwen2.5-0.5b-iq4_xs.gguf"),
+            ("a/b/tiny-llama/", "tiny-llama-bnb-nf4_dq"),
+            ("x-BF16", "x.fp16.safetensors"),
+        ] {
+            assert!(is_same_base(one, other) && is_same_base(other, one), "{one} and {other}");
+        }
+        for (one, other) in [
+            ("llama", "tiny-llama"),
+            ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"),
+            ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B"),
+            ("q4_0.gguf", "model.gguf"),
+            (".", "/"),
+        ] {
+            assert!(!is_same_base(one, other) && !is_same_base(other, one), "{one} and {other}");
+        }
+    }
 }

@@ -197,7 +197,7 @@ fn dequantized<'a>(name: &str, matrix: &'a QuantizedMatrix, bar: &'a ProgressBar
         bar.set_message(message.clone());
         let bytes = dense_bytes(matrix);
         bar.inc(1);
-        bytes
+        Ok(bytes)
     };
     OutTensor { name, dtype, shape: vec![matrix.rows(), matrix.cols()], data: OutData::Lazy(Box::new(make)) }
 }

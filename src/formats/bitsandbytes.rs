@@ -21,7 +21,7 @@ use serde::Deserialize;
 use super::safetensors::{OutData, OutTensor, TensorType, Tensors};
 use crate::error::{Error, Result};
 use crate::kernels::{MatrixKind, MatrixSpec, ScaleKind};
-use crate::quant::{Codebook, DoubleScales, Dtype, Format, Parts, QuantizedMatrix, Scales};
+use crate::quant::{Codebook, DoubleQuant, DoubleScales, Dtype, Format, Parts, QuantOptions, QuantizedMatrix, Scales};
 
 const STATE: &str = "quant_state.";
 const SIDE_TENSORS: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"];
@@ -188,6 +188,20 @@ pub fn tensors<'a>(weight: &str, matrix: &'a QuantizedMatrix) -> Result<Vec<OutT
         ]),
     }
     Ok(tensors)
+}
+
+/// What `config.json` of a checkpoint with such weights says under `quantization_config`, for transformers; `dtype` is the type
+/// that it computes in.
+pub(crate) fn quantization_config(options: &QuantOptions, dtype: Dtype) -> serde_json::Value {
+    serde_json::json!({
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": true,
+        "load_in_8bit": false,
+        "bnb_4bit_quant_type": options.format.to_string(),
+        "bnb_4bit_use_double_quant": (options.double != DoubleQuant::None),
+        "bnb_4bit_compute_dtype": dtype.to_string(),
+        "bnb_4bit_quant_storage": "uint8",
+    })
 }
 
 /// The JSON of a `quant_state`, without its tensors.

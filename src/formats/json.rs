@@ -33,6 +33,11 @@ impl JsonObject {
         })
     }
 
+    /// Keys and values.
+    pub(crate) fn into_map(self) -> Map<String, Value> {
+        self.map
+    }
+
     /// Whether `key` is there, be it null.
     pub(crate) fn contains(&self, key: &str) -> bool {
         self.map.contains_key(key)

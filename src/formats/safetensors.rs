@@ -235,7 +235,7 @@ pub enum OutData<'a> {
     /// At hand.
     Bytes(Cow<'a, [u8]>),
     /// Made when their turn to be written comes, and dropped after.
-    Lazy(Box<dyn Fn() -> Vec<u8> + 'a>),
+    Lazy(Box<dyn Fn() -> Result<Vec<u8>> + 'a>),
 }
 
 /// Writes a safetensors file: tensors ordered by falling type size, then name, as the reference
@@ -246,13 +246,13 @@ pub enum OutData<'a> {
 ///
 /// # Errors
 /// [`Error::Io`] if writing fails, [`Error::Tensor`] for a name that appears twice or bytes that do
-/// not fit the shape.
+/// not fit the shape; those of bytes that are made.
 pub fn write(path: &Path, tensors: Vec<OutTensor<'_>>, metadata: BTreeMap<String, String>) -> Result<()> {
     stage(path, tensors, metadata)?.commit()
 }
 
 /// Does what [`write`] does, but for the renaming.
-pub(super) fn stage(
+pub(crate) fn stage(
     path: &Path,
     mut tensors: Vec<OutTensor<'_>>,
     mut metadata: BTreeMap<String, String>,
@@ -283,7 +283,7 @@ pub(super) fn stage(
         for tensor in &tensors {
             let bytes = match &tensor.data {
                 OutData::Bytes(bytes) => Cow::Borrowed(&**bytes),
-                OutData::Lazy(make) => Cow::Owned(make()),
+                OutData::Lazy(make) => Cow::Owned(make()?),
             };
             if byte_len(tensor) != Some(bytes.len()) {
                 let message = format!("{} bytes do not fill {} {:?}", bytes.len(), tensor.dtype, tensor.shape);
@@ -335,7 +335,7 @@ mod tests {
             name: "a".into(),
             dtype: TensorType::U8,
             shape: vec![3],
-            data: OutData::Lazy(Box::new(|| vec![1, 2, 3])),
+            data: OutData::Lazy(Box::new(|| Ok(vec![1, 2, 3]))),
         };
         let tensors = vec![bytes, tensor("c", &[2, 1], &[0.5, -1.0]), tensor("b", &[0], &[])];
         write(&path, tensors, BTreeMap::from([("made by".into(), "a test".into())])).unwrap();

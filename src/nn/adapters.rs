@@ -6,6 +6,8 @@ use ndarray::Array2;
 
 use super::adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
 use super::decoder::Decoder;
+use super::spec::ModelSpec;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
 use crate::seed::mix;
@@ -18,14 +20,15 @@ fn scaling(config: &PeftConfig) -> Scaling {
 }
 
 impl Decoder {
-    /// Gives every layer that the configuration targets a new adapter of this name, active from now on: A random by PEFT's
-    /// rule (the same for the same seed), B zero. Returns how many.
+    /// Gives every layer that the configuration targets a new adapter of this name, and activates it as
+    /// [`Decoder::activate`] does: A random by PEFT's rule (the same for the same seed), B zero. Returns how many.
     ///
     /// # Errors
     /// [`Error::Invalid`] if no layer matches, or what the configuration asks for is not supported, or an adapter of this
     /// name is there.
     pub fn attach(&mut self, name: &str, config: &PeftConfig, seed: u64) -> Result<usize> {
         self.check_new(name)?;
+        check_supported(config)?;
         let targeted = targeted(config, self.linears().map(|(path, _)| path))?;
         let device = self.device.clone();
         let mut count = 0;
@@ -43,49 +46,26 @@ impl Decoder {
             };
             let adapter = LoraAdapter::new(&device, linear.d_out(), linear.d_in(), &lora)?;
             linear.add_adapter(name, adapter)?;
-            linear.activate(name)?;
             count += 1;
         }
+        self.activate(name)?;
         Ok(count as usize)
     }
 
-    /// Gives layers the adapters of a PEFT directory under this name, active from now on.
+    /// Gives layers the adapters of a PEFT directory under this name, and activates them as [`Decoder::activate`] does.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a module is not in the model, or an adapter of this name is there; [`Error::Shape`] for tensors of
-    /// another shape. The model is then as before.
+    /// [`Error::Invalid`] if a module is not in the model, what the configuration asks for is not supported, or an adapter of
+    /// this name is there; [`Error::Shape`] for tensors of another shape. The model is then as before.
     pub fn attach_peft(&mut self, name: &str, adapter: &PeftAdapter) -> Result<usize> {
         self.check_new(name)?;
-        let known: Vec<String> = self.linears().map(|(path, _)| path).collect();
-        if let Some(unknown) = adapter.modules.keys().find(|path| !known.contains(*path)) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "a module of the adapter",
-                got: unknown.clone(),
-                expected: format!("the model's linear layers are {}", span(&known)),
-            });
-        }
+        check_modules(adapter, self.linears().map(|(path, _)| path))?;
         let device = self.device.clone();
         let mut made = Vec::new();
         for (path, linear) in self.linears_mut() {
-            let Some(module) = adapter.modules.get(&path) else { continue };
-            let a = Tensor::from_array(&device, &module.a)?;
-            let b = Tensor::from_array(&device, &module.b)?;
-            let config = &adapter.config;
-            let mut lora = LoraAdapter::from_tensors(a, b, config.alpha(&path), scaling(config))?
-                .with_dropout(config.lora_dropout)?;
-            if let Some(magnitude) = &module.magnitude {
-                lora = lora.with_magnitude(Tensor::from_slice(&device, &[magnitude.len()], magnitude)?)?;
+            if adapter.modules.contains_key(&path) {
+                made.push(LoraAdapter::from_peft(&device, adapter, &path, (linear.d_out(), linear.d_in()))?);
             }
-            if (lora.d_out(), lora.d_in()) != (linear.d_out(), linear.d_in()) {
-                return Err(Error::Shape {
-                    op: OP,
-                    what: "adapter's layer [d_out, d_in]",
-                    expected: format!("[{}, {}] for {path}", linear.d_out(), linear.d_in()),
-                    got: format!("[{}, {}]", lora.d_out(), lora.d_in()),
-                });
-            }
-            made.push(lora);
         }
         let mut made = made.into_iter();
         for (path, linear) in self.linears_mut() {
@@ -93,9 +73,9 @@ impl Decoder {
                 && let Some(lora) = made.next()
             {
                 linear.add_adapter(name, lora)?;
-                linear.activate(name)?;
             }
         }
+        self.activate(name)?;
         Ok(adapter.modules.len())
     }
 
@@ -124,25 +104,19 @@ impl Decoder {
         Ok(adapter)
     }
 
-    /// Uses the adapter of this name from now on, in the layers that have it; the others use their base alone.
+    /// Uses the adapter of this name from now on, in the layers that have it; the others use their base alone. Nothing is
+    /// loaded again.
     ///
     /// # Errors
-    /// [`Error::NoSuchAdapter`] if no layer has it.
+    /// [`Error::NoSuchAdapter`] if no layer has it; the model is then as before.
     pub fn activate(&mut self, name: &str) -> Result<()> {
-        let mut found = false;
-        for (_, linear) in self.linears_mut() {
-            if linear.adapter(name).is_ok() {
-                linear.activate(name)?;
-                found = true;
-            } else {
-                linear.deactivate()?;
-            }
+        if self.linears().all(|(_, linear)| linear.adapter(name).is_err()) {
+            return Err(Error::NoSuchAdapter { name: name.to_owned(), loaded: self.adapters_for_message() });
         }
-        if found {
-            Ok(())
-        } else {
-            Err(Error::NoSuchAdapter { name: name.to_owned(), loaded: self.adapters_for_message() })
-        }
+        self.linears_mut().try_for_each(|(_, linear)| match linear.adapter(name) {
+            Ok(_) => linear.activate(name),
+            Err(_) => linear.deactivate(),
+        })
     }
 
     /// Uses the base alone from now on.
@@ -163,6 +137,80 @@ impl Decoder {
             self.linears().flat_map(|(_, linear)| linear.adapter_names().collect::<Vec<_>>()).collect();
         if names.is_empty() { "none".into() } else { names.into_iter().collect::<Vec<_>>().join(", ") }
     }
+}
+
+impl LoraAdapter {
+    /// What a PEFT adapter has for the module at `path`, a layer [d_out, d_in].
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if it has nothing, [`Error::Shape`] if it is for a layer of another shape.
+    pub(crate) fn from_peft(
+        device: &Device,
+        adapter: &PeftAdapter,
+        path: &str,
+        (d_out, d_in): (usize, usize),
+    ) -> Result<LoraAdapter> {
+        let Some(module) = adapter.modules.get(path) else {
+            let expected = "the adapter has no such module".into();
+            return Err(Error::Invalid { op: OP, what: "a module", got: path.into(), expected });
+        };
+        let config = &adapter.config;
+        let a = Tensor::from_array(device, &module.a)?;
+        let b = Tensor::from_array(device, &module.b)?;
+        let mut lora =
+            LoraAdapter::from_tensors(a, b, config.alpha(path), scaling(config))?.with_dropout(config.lora_dropout)?;
+        if let Some(magnitude) = &module.magnitude {
+            lora = lora.with_magnitude(Tensor::from_slice(device, &[magnitude.len()], magnitude)?)?;
+        }
+        if (lora.d_out(), lora.d_in()) != (d_out, d_in) {
+            return Err(Error::Shape {
+                op: OP,
+                what: "adapter's layer [d_out, d_in]",
+                expected: format!("[{d_out}, {d_in}] for {path}"),
+                got: format!("[{}, {}]", lora.d_out(), lora.d_in()),
+            });
+        }
+        Ok(lora)
+    }
+}
+
+/// Checks that an adapter is one of such a model.
+///
+/// # Errors
+/// As [`Decoder::attach_peft`].
+pub(crate) fn check_fits(adapter: &PeftAdapter, model: &ModelSpec) -> Result<()> {
+    check_modules(adapter, model.linears().map(|(path, _)| path))?;
+    let cpu = Device::cpu();
+    let mut adapted = model.linears().filter(|(path, _)| adapter.modules.contains_key(path));
+    adapted.try_for_each(|(path, matrix)| {
+        LoraAdapter::from_peft(&cpu, adapter, &path, (matrix.rows, matrix.cols)).map(drop)
+    })
+}
+
+/// Checks that an adapter is one of a model with these linear layers.
+///
+/// # Errors
+/// [`Error::Invalid`] for what is not supported, and with the first module that the model does not have.
+fn check_modules(adapter: &PeftAdapter, linears: impl Iterator<Item = String>) -> Result<()> {
+    check_supported(&adapter.config)?;
+    let known: Vec<String> = linears.collect();
+    match adapter.modules.keys().find(|path| !known.contains(*path)) {
+        None => Ok(()),
+        Some(unknown) => Err(Error::Invalid {
+            op: OP,
+            what: "a module of the adapter",
+            got: unknown.clone(),
+            expected: format!("the model's linear layers are {}", span(&known)),
+        }),
+    }
+}
+
+fn check_supported(config: &PeftConfig) -> Result<()> {
+    if !config.lora_bias {
+        return Ok(());
+    }
+    let expected = "layers here have no bias of B; only an adapter without one can be used".into();
+    Err(Error::Invalid { op: OP, what: "lora_bias", got: "true".into(), expected })
 }
 
 /// Which of a model's linear layers the configuration targets.

@@ -4,6 +4,8 @@
 //! `rope_parameters` or `rope_scaling` beside `rope_theta`. A key that would change the arithmetic in a way that is not
 //! implemented is an error that names it.
 
+mod write;
+
 use std::fmt;
 use std::path::Path;
 

@@ -3,6 +3,8 @@
 //! Files of the llama architecture have the rows of q and k permuted for interleaved rotary pairs. They are put back as
 //! they are loaded, so that a model is the same from either kind of file and adapters of PEFT fit.
 
+mod metadata;
+
 use std::collections::BTreeSet;
 use std::fmt::Display;
 
@@ -17,7 +19,7 @@ use crate::kernels::{HostMatrix, MatrixSpec};
 const ARCHITECTURE: &str = "general.architecture";
 
 /// Divisors of the frequencies of Llama 3.1 and later.
-const ROPE_FREQS: &str = "rope_freqs.weight";
+pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
 
 /// Keys after the architecture's name that change the arithmetic, and the number that leaves it as it is (true is 1).
 const NEUTRAL: &[(&str, f64)] = &[
@@ -243,10 +245,7 @@ pub struct GgufSource<'a> {
 impl<'a> GgufSource<'a> {
     /// The tensors of a file whose config this is.
     pub fn new(file: &'a GgufFile, config: &ModelConfig, base: &BaseFormat) -> Self {
-        let order = match config.architecture {
-            Architecture::Llama | Architecture::Mistral => RowOrder::Interleaved { head_dim: config.head_dim },
-            Architecture::Qwen2 | Architecture::Qwen3 => RowOrder::Plain,
-        };
+        let order = row_order(config, "self_attn.q_proj.weight");
         // The config follows from the frequencies.
         GgufSource { file, base: *base, order, used: BTreeSet::from([ROPE_FREQS.into()]) }
     }
@@ -269,8 +268,7 @@ impl<'a> GgufSource<'a> {
         let theirs =
             gguf_name(name).ok_or_else(|| self.file.tensor_error(name, "has no counterpart in a GGUF file"))?;
         self.used.insert(theirs.clone());
-        let rotary = name.contains(".q_proj.") || name.contains(".k_proj.");
-        Ok((theirs, if rotary { self.order } else { RowOrder::Plain }))
+        Ok((theirs, if is_rotated(name) { self.order } else { RowOrder::Plain }))
     }
 }
 
@@ -296,31 +294,56 @@ impl WeightSource for GgufSource<'_> {
     }
 }
 
-/// What a GGUF file calls the tensor that Hugging Face calls `name`.
-fn gguf_name(name: &str) -> Option<String> {
-    match name {
-        "model.embed_tokens.weight" => return Some("token_embd.weight".into()),
-        "model.norm.weight" => return Some("output_norm.weight".into()),
-        "lm_head.weight" => return Some("output.weight".into()),
-        _ => {}
+/// Whether a tensor by its Hugging Face name, weight or bias, makes what rotary embeddings rotate.
+fn is_rotated(name: &str) -> bool {
+    name.contains(".q_proj.") || name.contains(".k_proj.")
+}
+
+/// The order of a tensor's rows in a GGUF file of this model, by its Hugging Face name.
+pub(crate) fn row_order(config: &ModelConfig, name: &str) -> RowOrder {
+    match config.architecture {
+        Architecture::Llama | Architecture::Mistral if is_rotated(name) => {
+            RowOrder::Interleaved { head_dim: config.head_dim }
+        }
+        _ => RowOrder::Plain,
     }
-    let (layer, tensor) = name.strip_prefix("model.layers.")?.split_once('.')?;
-    let (module, kind) = tensor.rsplit_once('.')?;
-    let module = match module {
-        "input_layernorm" => "attn_norm",
-        "self_attn.q_proj" => "attn_q",
-        "self_attn.k_proj" => "attn_k",
-        "self_attn.v_proj" => "attn_v",
-        "self_attn.o_proj" => "attn_output",
-        "self_attn.q_norm" => "attn_q_norm",
-        "self_attn.k_norm" => "attn_k_norm",
-        "post_attention_layernorm" => "ffn_norm",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        _ => return None,
-    };
-    Some(format!("blk.{layer}.{module}.{kind}"))
+}
+
+/// What GGUF files call such a model.
+pub(crate) fn gguf_architecture(architecture: Architecture) -> &'static str {
+    match architecture {
+        Architecture::Llama | Architecture::Mistral => "llama",
+        Architecture::Qwen2 => "qwen2",
+        Architecture::Qwen3 => "qwen3",
+    }
+}
+
+/// Modules outside the layers and those of a layer, as Hugging Face and as GGUF files call them.
+const NAMES: [(&str, &str); 3] =
+    [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
+const LAYER_NAMES: [(&str, &str); 11] = [
+    ("input_layernorm", "attn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// What a GGUF file calls the tensor that Hugging Face calls `name`.
+pub(crate) fn gguf_name(name: &str) -> Option<String> {
+    let (module, kind) = name.rsplit_once('.')?;
+    if let Some((_, theirs)) = NAMES.iter().find(|(ours, _)| *ours == module) {
+        return Some(format!("{theirs}.{kind}"));
+    }
+    let (layer, module) = module.strip_prefix("model.layers.")?.split_once('.')?;
+    let (_, theirs) = LAYER_NAMES.iter().find(|(ours, _)| *ours == module)?;
+    Some(format!("blk.{layer}.{theirs}.{kind}"))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ mod batch;
 mod cache;
 mod config;
 mod decoder;
-mod gguf;
+pub(crate) mod gguf;
 mod linear;
 mod load;
 mod merge;

@@ -30,6 +30,29 @@ impl ModelConfig {
         ]
     }
 
+    /// Name and shape of every tensor of such a model, in the order in which it uses them.
+    pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (vocabulary, hidden) = (self.vocab_size, self.hidden_size);
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocabulary, hidden])];
+        for layer in 0..self.layers {
+            let prefix = format!("model.layers.{layer}");
+            let mut norm = |name: &str, len| tensors.push((format!("{prefix}.{name}.weight"), vec![len]));
+            norm("input_layernorm", hidden);
+            if self.qk_norm {
+                norm("self_attn.q_norm", self.head_dim);
+                norm("self_attn.k_norm", self.head_dim);
+            }
+            norm("post_attention_layernorm", hidden);
+            for (module, (d_out, d_in, bias)) in MODULES.iter().zip(self.linears()) {
+                tensors.push((format!("{prefix}.{module}.weight"), vec![d_out, d_in]));
+                tensors.extend(bias.then(|| (format!("{prefix}.{module}.bias"), vec![d_out])));
+            }
+        }
+        tensors.push(("model.norm.weight".into(), vec![hidden]));
+        tensors.extend((!self.tie_word_embeddings).then(|| ("lm_head.weight".into(), vec![vocabulary, hidden])));
+        tensors
+    }
+
     /// Positions that a table of rotations has, of which so many are needed; at first none.
     pub(crate) fn rope_positions(&self, needed: usize) -> usize {
         let positions = if needed <= ROPE_POSITIONS { ROPE_POSITIONS } else { needed.next_power_of_two() };

@@ -176,7 +176,7 @@ impl DenseMatrix {
 }
 
 /// Encodes one block of finite weights and returns its scale.
-fn encode_q8_0(weights: &[f32], codes: &mut [i8]) -> f16 {
+pub(crate) fn encode_q8_0(weights: &[f32], codes: &mut [i8]) -> f16 {
     let d = weights.iter().fold(0.0_f32, |max, w| max.max(w.abs())) / 127.0;
     let reciprocal = if d == 0.0 { 0.0 } else { 1.0 / d };
     for (code, w) in codes.iter_mut().zip(weights) {

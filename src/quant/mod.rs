@@ -21,6 +21,7 @@ mod scales;
 mod source;
 
 pub use codebook::{Codebook, Format};
+pub(crate) use dense::encode_q8_0;
 pub use dense::{DenseData, DenseMatrix, Q8_BLOCK};
 pub use dtype::Dtype;
 pub use encode::{DoubleQuant, QuantOptions};

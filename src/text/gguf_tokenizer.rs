@@ -25,26 +25,27 @@ use super::tokenizer::{EOS_TOKENS, Parts, Tokenizer};
 use crate::error::Result;
 use crate::formats::gguf::GgufFile;
 
-const MODEL: &str = "tokenizer.ggml.model";
-const PRE: &str = "tokenizer.ggml.pre";
-const TOKENS: &str = "tokenizer.ggml.tokens";
-const SCORES: &str = "tokenizer.ggml.scores";
-const TYPES: &str = "tokenizer.ggml.token_type";
-const MERGES: &str = "tokenizer.ggml.merges";
+pub(super) const MODEL: &str = "tokenizer.ggml.model";
+pub(super) const PRE: &str = "tokenizer.ggml.pre";
+pub(super) const TOKENS: &str = "tokenizer.ggml.tokens";
+pub(super) const SCORES: &str = "tokenizer.ggml.scores";
+pub(super) const TYPES: &str = "tokenizer.ggml.token_type";
+pub(super) const MERGES: &str = "tokenizer.ggml.merges";
 
 /// What SentencePiece writes for a space.
-const SPACE: &str = "▁";
+pub(super) const SPACE: &str = "▁";
 
 /// The most characters of a piece that SentencePiece's trainer can be asked for. All cuts of a piece are tried.
 const MAX_PIECE: usize = 512;
 
 /// Types of tokens, as `tokenizer.ggml.token_type` numbers them.
-mod kind {
+pub(super) mod kind {
     pub const NORMAL: i32 = 1;
     pub const UNKNOWN: i32 = 2;
     pub const CONTROL: i32 = 3;
     pub const USER_DEFINED: i32 = 4;
     pub const UNUSED: i32 = 5;
+    pub const BYTE: i32 = 6;
 }
 
 /// Tokens by id.

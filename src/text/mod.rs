@@ -17,8 +17,10 @@
 
 mod chat;
 mod gguf_tokenizer;
+mod gguf_write;
 mod pretokenizer;
 mod tokenizer;
+mod tokenizer_write;
 
 pub use chat::{ChatTemplate, Message};
 pub use tokenizer::{DecodeStream, Tokenizer};

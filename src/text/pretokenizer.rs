@@ -13,7 +13,7 @@ pub(super) struct PreTokenizer {
     pub(super) add_bos: bool,
 }
 
-const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(super) const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -46,5 +46,27 @@ pub(super) fn by_name(name: &str) -> Option<PreTokenizer> {
         "deepseek-coder" => plain(&[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"]),
         "deepseek-v3" | "hunyuan-dense" => plain(&[r"\p{N}{1,3}", "[一-龥\u{3040}-ゟ゠-ヿ]+", DEEPSEEK3]),
         _ => return None,
+    })
+}
+
+/// The name of the pre-tokenizer with these expressions, if there is one.
+pub(super) fn name_of(splits: &[String], whole_words: bool) -> Option<&'static str> {
+    // Of names that mean the same, the one of the first or best known model.
+    const NAMES: [&str; 12] = [
+        "gpt-2",
+        "smollm",
+        "llama-bpe",
+        "qwen2",
+        "qwen35",
+        "tekken",
+        "gpt-4o",
+        "deepseek-v3",
+        "deepseek-coder",
+        "dbrx",
+        "falcon",
+        "default",
+    ];
+    NAMES.into_iter().find(|name| {
+        by_name(name).is_some_and(|known| known.whole_words == whole_words && known.splits.iter().eq(splits))
     })
 }

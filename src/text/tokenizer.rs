@@ -201,6 +201,15 @@ impl Tokenizer {
         })
     }
 
+    pub(super) fn inner(&self) -> &Inner {
+        &self.inner
+    }
+
+    /// Whether texts get a begin token, and an end token.
+    pub(super) fn adds(&self) -> (bool, bool) {
+        (self.add_bos, self.add_eos)
+    }
+
     /// The token that begins a text.
     pub fn bos(&self) -> Option<u32> {
         self.bos

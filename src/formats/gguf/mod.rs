@@ -11,9 +11,11 @@
 //! Spec: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
 mod blocks;
+mod encode;
 mod k_quants;
 mod types;
 mod value;
+mod write;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -21,9 +23,11 @@ use std::fmt::Display;
 use std::ops::Range;
 use std::path::Path;
 
+pub(crate) use encode::encode;
 pub use types::TensorType;
 use value::Reader;
 pub use value::{Array, FromValue, Value};
+pub use write::{MakeBytes, Metadata, OutTensor, OutValue, write};
 
 use super::checkpoint::BaseFormat;
 use super::mapped::MappedFile;
@@ -67,6 +71,18 @@ pub enum RowOrder {
 }
 
 impl RowOrder {
+    /// Where each of so many rows of a file is in Hugging Face's order; `None` if they are no whole number of heads.
+    pub(crate) fn sources(self, rows: usize) -> Option<Vec<usize>> {
+        match self {
+            RowOrder::Plain => Some((0..rows).collect()),
+            RowOrder::Interleaved { head_dim } => {
+                let heads = head_dim > 0 && head_dim.is_multiple_of(2) && rows.is_multiple_of(head_dim);
+                let source = |row| row / head_dim * head_dim + row % 2 * (head_dim / 2) + row % head_dim / 2;
+                heads.then(|| (0..rows).map(source).collect())
+            }
+        }
+    }
+
     /// Equal spans of bytes, `rows` of them, in Hugging Face's order; `None` if they are no whole number of heads.
     fn restore<'a>(self, bytes: &'a [u8], rows: usize) -> Option<Cow<'a, [u8]>> {
         let RowOrder::Interleaved { head_dim } = self else { return Some(bytes.into()) };
@@ -132,6 +148,17 @@ impl GgufFile {
         Reader::new(&self.map[start..]).value(kind, 0).ok()
     }
 
+    /// Key, number of the type and bytes of every value, in the file's order.
+    fn raw_metadata(&self) -> impl Iterator<Item = (&str, u32, &[u8])> {
+        let mut entries: Vec<_> = self.header.metadata.iter().collect();
+        entries.sort_by_key(|(_, (_, start))| *start);
+        entries.into_iter().filter_map(|(key, &(kind, start))| {
+            let mut reader = Reader::new(&self.map[start..]);
+            reader.value(kind, 0).ok()?;
+            Some((key.as_str(), kind, &self.map[start..start + reader.at]))
+        })
+    }
+
     /// The value of `key` as a `T` (`u32`, `i32`, `usize`, `f32`, `bool`, `&str`, or a `Vec` of one), if there is one.
     ///
     /// # Errors
@@ -158,6 +185,13 @@ impl GgufFile {
     /// Names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.header.tensors.keys().map(String::as_str)
+    }
+
+    /// Names of all tensors, in the order of their data.
+    pub fn names_in_order(&self) -> Vec<&str> {
+        let mut places: Vec<_> = self.header.tensors.iter().collect();
+        places.sort_by_key(|(_, place)| place.bytes.start);
+        places.into_iter().map(|(name, _)| name.as_str()).collect()
     }
 
     /// Whether there is a tensor called `name`.

@@ -34,7 +34,7 @@ pub struct Array<'a> {
 }
 
 /// Numbers of the types in a file.
-mod kind {
+pub(super) mod kind {
     pub const U8: u32 = 0;
     pub const I8: u32 = 1;
     pub const U16: u32 = 2;

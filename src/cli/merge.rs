@@ -1,0 +1,251 @@
+//! `qlora merge`: an adapter in its model, as files for other programs.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytesize::ByteSize;
+use clap::{Args, ValueEnum};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::model::{ModelArgs, misfit, read_adapter, warn_other_base};
+use super::{INTERRUPTED, print_json, print_line, say};
+use crate::error::{Error, Result};
+use crate::export::{DirectoryOptions, Merged};
+use crate::formats::gguf::TensorType;
+use crate::quant::{Dtype, QuantOptions};
+
+/// Merges an adapter into its model: a directory that transformers loads, or a GGUF file.
+///
+/// W of every linear layer with an adapter becomes W + s B A, with DoRA's row lengths where it is DoRA. A dense model's own
+/// weights are W; of a 4-bit model, W is what its codes stand for, as the adapter was trained beside these values. Everything
+/// else of the model comes along. Needs memory for about one matrix.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora merge --model MODEL_DIR --adapter my-adapter --output merged --dtype bf16\n  \
+    qlora merge --model model.gguf --adapter my-adapter --output merged.gguf --dtype q8_0\n  \
+    qlora merge --model MODEL_DIR --adapter my-adapter --output merged-nf4 --requantize nf4")]
+pub struct MergeArgs {
+    /// The model that the adapter was trained on, or the one that it was quantized from: a Hugging Face directory, a .gguf
+    /// file, or an id on the hub.
+    #[arg(long, value_name = "PATH|ID")]
+    model: PathBuf,
+    /// A directory with a PEFT adapter.
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// A directory to write, or a file whose name ends in .gguf.
+    #[arg(long, value_name = "DIR|FILE.gguf")]
+    output: PathBuf,
+    /// Type of the result; by default the model's own in a directory, f16 in a GGUF file.
+    #[arg(long, value_enum)]
+    dtype: Option<MergeType>,
+    /// Make linear layers 4-bit again, in bitsandbytes' serialization. Loses a part of what the adapter learned.
+    #[arg(long, value_enum)]
+    requantize: Option<Requantize>,
+    /// Most bytes of tensors in a file of a directory.
+    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    max_shard_size: ByteSize,
+    /// Replace what is there.
+    #[arg(long)]
+    force: bool,
+    /// Print what was written as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum MergeType {
+    F32,
+    F16,
+    Bf16,
+    /// In a GGUF file only: 8.5 bits a weight.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// In a GGUF file only: 4.5 bits a weight, embedding and head as q8_0.
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug)]
+enum Requantize {
+    /// NF4 with double-quantized scales.
+    Nf4,
+    /// NF4 with plain scales.
+    Nf4Plain,
+    /// FP4 with double-quantized scales.
+    Fp4,
+}
+
+impl MergeType {
+    fn gguf(self) -> TensorType {
+        match self {
+            MergeType::F32 => TensorType::F32,
+            MergeType::F16 => TensorType::F16,
+            MergeType::Bf16 => TensorType::Bf16,
+            MergeType::Q8_0 => TensorType::Q8_0,
+            MergeType::Q4_0 => TensorType::Q4_0,
+        }
+    }
+
+    /// The type of tensors in safetensors, where there is one.
+    fn dtype(self) -> Option<Dtype> {
+        match self {
+            MergeType::F32 => Some(Dtype::F32),
+            MergeType::F16 => Some(Dtype::F16),
+            MergeType::Bf16 => Some(Dtype::Bf16),
+            MergeType::Q8_0 | MergeType::Q4_0 => None,
+        }
+    }
+}
+
+/// What was written.
+#[derive(Serialize)]
+struct Report<'a> {
+    output: String,
+    dtype: String,
+    tensors: usize,
+    merged: usize,
+    bytes: u64,
+    requantized: Option<&'a str>,
+}
+
+/// Runs `qlora merge`.
+///
+/// # Errors
+/// Whatever reading, merging or writing gives; [`Error::File`] for an output that exists, [`Error::Invalid`] for options that
+/// do not go together.
+pub fn run(args: &MergeArgs) -> Result<ExitCode> {
+    let to_gguf = is_gguf_name(&args.output);
+    check_options(args, to_gguf)?;
+    check_output(&args.output, &args.model, &args.adapter, args.force)?;
+    let path = ModelArgs::of(args.model.clone()).path()?;
+    let adapter = read_adapter(&args.adapter)?;
+    let merged = Merged::open(&path, &adapter).map_err(|error| misfit(&args.adapter, &adapter, error))?;
+    warn_other_base(&args.adapter, &adapter.config, &args.model.display().to_string());
+
+    let (bar, watch) = watched(merged.tensor_count())?;
+    let (dtype, requantized, written);
+    if to_gguf {
+        let kind = args.dtype.unwrap_or(MergeType::F16).gguf();
+        (dtype, requantized) = (kind.to_string(), None);
+        written = merged.write_gguf(&args.output, kind, &watch);
+    } else {
+        let stored = args.dtype.and_then(MergeType::dtype).or(merged.config().dtype).unwrap_or(Dtype::F16);
+        let max_shard_bytes = args.max_shard_size.as_u64();
+        let options =
+            DirectoryOptions { requantize: args.quant_options(), max_shard_bytes, ..DirectoryOptions::new(stored) };
+        (dtype, requantized) = (stored.to_string(), options.requantize.map(|quant| quant.format.to_string()));
+        if let Some(format) = &requantized {
+            say::warning(format!(
+                "quantizing merged weights to {format} again loses a part of what the adapter learned; evaluate the result"
+            ));
+        }
+        written = merged.write_directory(&args.output, &options, &watch);
+    }
+    bar.finish_and_clear();
+    match written {
+        Err(error @ Error::Interrupted { .. }) => {
+            say::error(error);
+            return Ok(ExitCode::from(INTERRUPTED));
+        }
+        written => written?,
+    }
+    let report = Report {
+        output: args.output.display().to_string(),
+        dtype,
+        tensors: merged.tensor_count(),
+        merged: merged.merged_count(),
+        bytes: size(&args.output),
+        requantized: requantized.as_deref(),
+    };
+    if args.json {
+        print_json(&report)?;
+    } else {
+        let Report { output, dtype, tensors, merged, bytes, .. } = &report;
+        let format = report.requantized.map(|format| format!(", linear layers {format}")).unwrap_or_default();
+        let bytes = HumanBytes(*bytes);
+        print_line(&format!("{output}: {tensors} tensors as {dtype}{format}, {merged} of them merged, {bytes}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl MergeArgs {
+    fn quant_options(&self) -> Option<QuantOptions> {
+        self.requantize.map(|requantize| match requantize {
+            Requantize::Nf4 => QuantOptions::nf4().double_quant(),
+            Requantize::Nf4Plain => QuantOptions::nf4(),
+            Requantize::Fp4 => QuantOptions::fp4().double_quant(),
+        })
+    }
+}
+
+pub(super) fn is_gguf_name(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+fn check_options(args: &MergeArgs, to_gguf: bool) -> Result<()> {
+    let invalid = |what, got: &str, expected: &str| {
+        Err(Error::Invalid { op: "merge", what, got: got.into(), expected: expected.into() })
+    };
+    match args.dtype {
+        _ if to_gguf && args.requantize.is_some() => invalid(
+            "--requantize",
+            "given",
+            "a GGUF file has no such type; give --dtype q4_0, or a directory as --output",
+        ),
+        Some(dtype) if !to_gguf && dtype.dtype().is_none() => {
+            let name = dtype.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+            invalid("--dtype", &name, "only GGUF files have it; give --output a name that ends in .gguf")
+        }
+        _ if args.max_shard_size.as_u64() == 0 => invalid("--max-shard-size", "0", "it must be at least 1 byte"),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses to replace an output unasked, and to replace what is read at all.
+pub(super) fn check_output(output: &Path, model: &Path, adapter: &Path, force: bool) -> Result<()> {
+    let refuse = |message: &str| Err(Error::File { path: output.into(), message: message.into() });
+    let Ok(place) = fs::canonicalize(output) else { return Ok(()) };
+    for (input, what) in [(model, "the model"), (adapter, "the adapter")] {
+        if fs::canonicalize(input).is_ok_and(|input| input == place) {
+            return refuse(&format!("is {what} too; choose another output"));
+        }
+    }
+    let empty = place.read_dir().is_ok_and(|mut entries| entries.next().is_none());
+    match (is_gguf_name(output), place.is_dir()) {
+        (true, true) => refuse("is a directory; a GGUF file is wanted there"),
+        (false, false) => refuse("is a file; name a directory, or a file that ends in .gguf"),
+        _ if !force && !empty => refuse("exists; pass --force to replace what is there"),
+        _ => Ok(()),
+    }
+}
+
+/// A bar, and what is told of every tensor: it shows it, and ends the work after Ctrl-C.
+fn watched(total: usize) -> Result<(ProgressBar, impl Fn(crate::export::Progress<'_>) -> ControlFlow<()>)> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let set = stop.clone();
+    // One that is there already, of a program that calls this as a library, stays.
+    let _ = ctrlc::set_handler(move || set.store(true, Ordering::Relaxed));
+    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}");
+    let bar = ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let shown = bar.clone();
+    let watch = move |progress: crate::export::Progress<'_>| {
+        shown.set_length(progress.total as u64);
+        shown.set_position(progress.done as u64);
+        shown.set_message(progress.name.to_owned());
+        if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    Ok((bar, watch))
+}
+
+/// Bytes of a file, or of all files in a folder.
+fn size(path: &Path) -> u64 {
+    match path.read_dir() {
+        Ok(entries) => entries.flatten().filter_map(|entry| entry.metadata().ok()).map(|data| data.len()).sum(),
+        Err(_) => fs::metadata(path).map_or(0, |data| data.len()),
+    }
+}

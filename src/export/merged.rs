@@ -1,0 +1,168 @@
+//! A model with an adapter added, tensor after tensor.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::formats::checkpoint::{BaseFormat, Checkpoint};
+use crate::formats::gguf::{GgufFile, TensorType};
+use crate::formats::peft::PeftAdapter;
+use crate::kernels::HostMatrix;
+use crate::nn::adapters::check_fits;
+use crate::nn::gguf::{ROPE_FREQS, gguf_name, row_order};
+use crate::nn::{Linear, LoraAdapter, ModelConfig, ModelSpec};
+
+/// What is being written.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// The tensor, by its name in the output.
+    pub name: &'a str,
+    /// Tensors that were written before it.
+    pub done: usize,
+    /// All tensors.
+    pub total: usize,
+}
+
+/// Told of every tensor before it is made; may end the work, which then leaves nothing.
+pub(super) type Watch<'a> = dyn Fn(Progress<'_>) -> ControlFlow<()> + 'a;
+
+/// Asks whether to go on.
+pub(super) fn proceed(watch: &Watch<'_>, progress: Progress<'_>) -> Result<()> {
+    match watch(progress) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Interrupted { op: "merge" }),
+    }
+}
+
+/// A model and an adapter that fits it. Nothing of them is in memory but the adapter; tensors are read, merged and dropped
+/// one by one.
+///
+/// W of a linear layer with an adapter becomes W + s * B * A, with DoRA's row lengths where it is DoRA, computed in f32. Where
+/// W is 4-bit it is its dequantized values, which the adapter was trained beside.
+pub struct Merged<'a> {
+    pub(super) path: PathBuf,
+    pub(super) config: ModelConfig,
+    pub(super) source: Source,
+    pub(super) adapter: &'a PeftAdapter,
+    /// Name and shape of every tensor of the model, by Hugging Face's names.
+    pub(super) tensors: BTreeMap<String, Vec<usize>>,
+    cpu: Device,
+}
+
+pub(super) enum Source {
+    Checkpoint(Checkpoint),
+    Gguf(GgufFile),
+}
+
+impl<'a> Merged<'a> {
+    /// A Hugging Face directory or a GGUF file, and an adapter for it. Reads headers only.
+    ///
+    /// # Errors
+    /// [`Error::File`], [`Error::Tensor`] and [`Error::Io`] for a model that cannot be loaded, or has tensors that such a
+    /// model does not have; [`Error::Invalid`] and [`Error::Shape`] for an adapter of another model.
+    pub fn open(path: &Path, adapter: &'a PeftAdapter) -> Result<Merged<'a>> {
+        let spec = ModelSpec::read(path, &BaseFormat::AsIs)?;
+        let config = spec.config().clone();
+        let source = if path.is_dir() {
+            Source::Checkpoint(Checkpoint::open(path)?)
+        } else {
+            Source::Gguf(GgufFile::open(path)?)
+        };
+        check_fits(adapter, &spec)?;
+        let tensors: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
+        match &source {
+            Source::Checkpoint(checkpoint) => {
+                checkpoint.check_all_used(&tensors.keys().cloned().collect())?;
+            }
+            Source::Gguf(file) => check_all_known(file, &tensors)?,
+        }
+        Ok(Merged { path: path.into(), config, source, adapter, tensors, cpu: Device::cpu() })
+    }
+
+    /// What the model is.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Tensors that the adapter changes.
+    pub fn merged_count(&self) -> usize {
+        self.adapter.modules.len()
+    }
+
+    /// Tensors of the model.
+    pub fn tensor_count(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether the adapter changes the tensor of this Hugging Face name.
+    pub(super) fn is_changed(&self, name: &str) -> bool {
+        self.module(name).is_some()
+    }
+
+    /// The path of the module whose weight this is, if it has an adapter.
+    fn module<'n>(&self, name: &'n str) -> Option<&'n str> {
+        name.strip_suffix(".weight").filter(|module| self.adapter.modules.contains_key(*module))
+    }
+
+    /// The values of a tensor of the model, the adapter's added; rows in Hugging Face's order.
+    pub(super) fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let shape = self.tensors.get(name).map_or(&[][..], Vec::as_slice);
+        let &[rows, cols] = shape else {
+            let len = shape.iter().product();
+            return match &self.source {
+                Source::Checkpoint(checkpoint) => checkpoint.vector(name, len),
+                Source::Gguf(file) => file.vector(&theirs(name), len, row_order(&self.config, name)),
+            };
+        };
+        let matrix = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint.matrix(name, rows, cols, &BaseFormat::AsIs)?,
+            Source::Gguf(file) => {
+                file.matrix(&theirs(name), rows, cols, row_order(&self.config, name), &BaseFormat::AsIs)?
+            }
+        };
+        match self.module(name) {
+            None => Ok(dequantized(&matrix)),
+            Some(module) => {
+                let lora = LoraAdapter::from_peft(&self.cpu, self.adapter, module, (rows, cols))?;
+                let layer = Linear::new(&self.cpu, matrix)?.with_adapter("merged", lora)?;
+                Ok(layer.merge_to_f32()?.into_raw_vec_and_offset().0)
+            }
+        }
+    }
+
+    /// The bytes of a tensor of the source, if the adapter leaves it alone and it is of this type there already.
+    pub(super) fn unchanged(&self, name: &str, kind: TensorType) -> Option<&[u8]> {
+        let Source::Gguf(file) = &self.source else { return None };
+        let tensor = file.tensor(&theirs(name)).ok()?;
+        (tensor.kind == kind && !self.is_changed(name)).then_some(tensor.bytes)
+    }
+
+    /// An error about a tensor of the result.
+    pub(super) fn tensor_error(&self, output: &Path, name: &str, message: impl ToString) -> Error {
+        Error::Tensor { path: output.into(), key: name.into(), message: message.to_string() }
+    }
+}
+
+/// The name of a model's tensor in a GGUF file; every tensor of a supported model has one.
+fn theirs(name: &str) -> String {
+    gguf_name(name).unwrap_or_else(|| name.to_owned())
+}
+
+fn dequantized(matrix: &HostMatrix) -> Vec<f32> {
+    let mut values = vec![0.0; matrix.rows() * matrix.cols()];
+    matrix.dequantize_rows(0..matrix.rows(), &mut values);
+    values
+}
+
+/// An error for tensors that a model does not have: they would be lost.
+fn check_all_known(file: &GgufFile, tensors: &BTreeMap<String, Vec<usize>>) -> Result<()> {
+    let known: BTreeSet<String> = tensors.keys().map(|name| theirs(name)).collect();
+    let unknown: Vec<&str> = file.names().filter(|name| !known.contains(*name) && *name != ROPE_FREQS).collect();
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let message = format!("has tensors that the model does not use: {}", unknown.join(", "));
+    Err(Error::File { path: file.path().into(), message })
+}

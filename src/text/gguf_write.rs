@@ -1,0 +1,189 @@
+//! A tokenizer as the metadata of a GGUF file: what [`Tokenizer::from_gguf`] reads.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::gguf_tokenizer::{MERGES, MODEL, PRE, SCORES, SPACE, TOKENS, TYPES, kind};
+use super::pretokenizer;
+use super::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+use crate::formats::gguf::{Metadata, OutValue};
+use crate::nn::ModelConfig;
+
+/// The score of pieces that no merge makes: below that of every merge.
+const NO_MERGE: f32 = -1e6;
+
+/// What matters of a `tokenizer.json`.
+#[derive(Deserialize)]
+struct Spec {
+    normalizer: Option<Value>,
+    pre_tokenizer: Option<Value>,
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    #[serde(rename = "type")]
+    kind: String,
+    vocab: BTreeMap<String, u32>,
+    merges: Vec<(String, String)>,
+    #[serde(default)]
+    byte_fallback: bool,
+    #[serde(default)]
+    ignore_merges: bool,
+    unk_token: Option<String>,
+}
+
+/// The steps of a normalizer or pre-tokenizer: those of a sequence, or the one.
+fn steps(value: &Option<Value>, list: &str) -> Vec<Value> {
+    match value {
+        None => vec![],
+        Some(value) => match value.get(list).and_then(Value::as_array) {
+            Some(steps) => steps.clone(),
+            None => vec![value.clone()],
+        },
+    }
+}
+
+fn is_type(step: &Value, kind: &str) -> bool {
+    step["type"] == kind
+}
+
+impl Tokenizer {
+    /// Adds the tokenizer of the model in `folder` to the metadata of a GGUF file: tokens, as many as the model has rows in its
+    /// embedding, merges or scores, special tokens, and the chat template.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a tokenizer that is neither byte-level BPE, with a pre-tokenizer that GGUF files have a name for, nor
+    /// SentencePiece's BPE.
+    pub(crate) fn write_gguf(&self, folder: &Path, config: &ModelConfig, metadata: &mut Metadata) -> Result<()> {
+        let path = folder.join("tokenizer.json");
+        let refuse = |message: String| Error::File { path: path.clone(), message };
+        let value = serde_json::to_value(self.inner()).map_err(|e| refuse(e.to_string()))?;
+        let spec: Spec = serde_json::from_value(value)
+            .map_err(|e| refuse(format!("is no BPE tokenizer, which a GGUF file is made with ({e})")))?;
+        if spec.model.kind != "BPE" {
+            return Err(refuse(format!("is a {} tokenizer; a GGUF file is made with BPE only", spec.model.kind)));
+        }
+        self.check_vocabulary(config.vocab_size).map_err(|e| refuse(e.to_string()))?;
+
+        let (tokens, mut types) = self.tokens(config.vocab_size);
+        if spec.model.byte_fallback {
+            for (id, token) in tokens.iter().enumerate() {
+                if token.len() == 6 && token.starts_with("<0x") && types[id] == kind::NORMAL {
+                    types[id] = kind::BYTE;
+                }
+                if spec.model.unk_token.as_ref() == Some(token) {
+                    types[id] = kind::UNKNOWN;
+                }
+            }
+            sentence_piece(&spec, &tokens, metadata).map_err(refuse)?;
+        } else {
+            byte_level(&spec, metadata).map_err(refuse)?;
+        }
+        metadata.set(TOKENS, OutValue::Strings(tokens));
+        metadata.set(TYPES, OutValue::I32s(types));
+
+        let mut id = |name: &str, id: Option<u32>| {
+            if let Some(id) = id {
+                metadata.set(format!("tokenizer.ggml.{name}_token_id"), OutValue::U32(id));
+            }
+        };
+        id("bos", self.bos().or(config.bos_token_id));
+        id("eos", self.eos().or(config.eos_token_ids.first().copied()));
+        id("unknown", spec.model.unk_token.and_then(|token| self.token_id(&token)));
+        id("padding", config.pad_token_id);
+        let (add_bos, add_eos) = self.adds();
+        metadata.set("tokenizer.ggml.add_bos_token", OutValue::Bool(add_bos));
+        metadata.set("tokenizer.ggml.add_eos_token", OutValue::Bool(add_eos));
+        if let Some(template) = self.chat_template() {
+            metadata.set("tokenizer.chat_template", OutValue::String(template.into()));
+        }
+        Ok(())
+    }
+
+    /// Every token by its id, and its type; ids without one get a name that no text has.
+    fn tokens(&self, count: usize) -> (Vec<String>, Vec<i32>) {
+        let mut tokens: Vec<String> = (0..count).map(|id| format!("[PAD{id}]")).collect();
+        let mut types = vec![kind::UNUSED; count];
+        for (token, id) in self.inner().get_vocab(false) {
+            (tokens[id as usize], types[id as usize]) = (token, kind::NORMAL);
+        }
+        for (&id, token) in &self.inner().get_added_tokens_decoder() {
+            tokens[id as usize] = token.content.clone();
+            types[id as usize] = if token.special { kind::CONTROL } else { kind::USER_DEFINED };
+        }
+        (tokens, types)
+    }
+}
+
+/// What byte-level BPE adds to the metadata. The error says what no GGUF file can say.
+fn byte_level(spec: &Spec, metadata: &mut Metadata) -> Result<(), String> {
+    // Files are read without normalization of Unicode, by llama.cpp too, which is what NFC does to nearly all text.
+    if let Some(step) = steps(&spec.normalizer, "normalizers").iter().find(|step| !is_type(step, "NFC")) {
+        return Err(format!("has a normalizer {}, which a GGUF file of byte-level BPE cannot have", step["type"]));
+    }
+    let mut patterns: Vec<String> = Vec::new();
+    let mut bytes = false;
+    for step in steps(&spec.pre_tokenizer, "pretokenizers") {
+        let cannot = || format!("has a pre-tokenizer that no GGUF file can have: {step}");
+        if is_type(&step, "ByteLevel") {
+            if step["add_prefix_space"] == true {
+                return Err(cannot());
+            }
+            bytes = true;
+            patterns.extend((step["use_regex"] != false).then(|| pretokenizer::GPT2.to_owned()));
+        } else if is_type(&step, "Digits") {
+            patterns.push(if step["individual_digits"] == true { r"\p{N}" } else { r"\p{N}+" }.into());
+        } else if is_type(&step, "Split") && step["behavior"] == "Isolated" && step["invert"] != true {
+            patterns.push(step["pattern"]["Regex"].as_str().ok_or_else(cannot)?.to_owned());
+        } else {
+            return Err(cannot());
+        }
+    }
+    let name = pretokenizer::name_of(&patterns, spec.model.ignore_merges).filter(|_| bytes);
+    let name = name.ok_or_else(|| format!("cuts words by {patterns:?}, which GGUF files have no name for"))?;
+    let merges = spec.model.merges.iter().map(|(a, b)| format!("{a} {b}")).collect();
+    metadata.set(MODEL, OutValue::String("gpt2".into()));
+    metadata.set(PRE, OutValue::String(name.into()));
+    metadata.set("tokenizer.ggml.add_space_prefix", OutValue::Bool(false));
+    metadata.set(MERGES, OutValue::Strings(merges));
+    Ok(())
+}
+
+/// What SentencePiece's BPE adds to the metadata. A piece's score is minus the rank of the first merge that makes it, so that
+/// merges go by scores as they went by rank.
+fn sentence_piece(spec: &Spec, tokens: &[String], metadata: &mut Metadata) -> Result<(), String> {
+    let normalizers = steps(&spec.normalizer, "normalizers");
+    let pre_tokenizers = steps(&spec.pre_tokenizer, "pretokenizers");
+    let known = |step: &Value| {
+        is_type(step, "Prepend") && step["prepend"] == SPACE
+            || is_type(step, "Replace") && step["pattern"]["String"] == " " && step["content"] == SPACE
+    };
+    let is_metaspace = |step: &&Value| is_type(step, "Metaspace") && step["replacement"] == SPACE;
+    if let Some(step) = normalizers.iter().find(|step| !known(step)) {
+        return Err(format!("has a normalizer {step}, which a GGUF file of SentencePiece cannot have"));
+    }
+    if let Some(step) = pre_tokenizers.iter().find(|step| !is_metaspace(step)) {
+        return Err(format!("has a pre-tokenizer {step}, which a GGUF file of SentencePiece cannot have"));
+    }
+    let prefix = normalizers.iter().any(|step| is_type(step, "Prepend"))
+        || pre_tokenizers.iter().any(|step| step["prepend_scheme"] != "never");
+    let mut ranks: BTreeMap<String, usize> = BTreeMap::new();
+    for (rank, (a, b)) in spec.model.merges.iter().enumerate() {
+        ranks.entry(format!("{a}{b}")).or_insert(rank);
+    }
+    let score = |token: &String| match ranks.get(token) {
+        Some(&rank) => -(rank as f32),
+        None if spec.model.vocab.contains_key(token) && token.chars().nth(1).is_some() => NO_MERGE,
+        None => 0.0,
+    };
+    metadata.set(MODEL, OutValue::String("llama".into()));
+    metadata.set(PRE, OutValue::String("default".into()));
+    metadata.set("tokenizer.ggml.add_space_prefix", OutValue::Bool(prefix));
+    metadata.set(SCORES, OutValue::F32s(tokens.iter().map(score).collect()));
+    Ok(())
+}

@@ -1,0 +1,53 @@
+//! A tokenizer as the files of Hugging Face that [`Tokenizer::from_dir`] reads.
+
+use std::path::Path;
+
+use serde_json::json;
+use tokenizers::processors::template::TemplateProcessing;
+
+use super::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+
+impl Tokenizer {
+    /// Names and contents of `tokenizer.json` and `tokenizer_config.json`, with `chat_template.jinja` where there is a
+    /// template. `path` is where the tokenizer is from, for errors.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the library that reads them cannot write them.
+    pub(crate) fn files(&self, path: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+        let failed = |message: String| Error::File { path: path.into(), message };
+        let mut inner = self.inner().clone();
+        // What is put around a text, which `Tokenizer` does by itself.
+        let (add_bos, add_eos) = self.adds();
+        let around =
+            [(self.bos().filter(|_| add_bos), self.bos_text()), (self.eos().filter(|_| add_eos), self.eos_text())];
+        if around.iter().any(|(id, _)| id.is_some()) {
+            let piece = |(id, text): &(Option<u32>, &str)| id.map(|_| format!("{text}:0 ")).unwrap_or_default();
+            let single = format!("{}$A:0 {}", piece(&around[0]), piece(&around[1]));
+            let special = around.iter().filter_map(|(id, text)| Some((text.to_string(), (*id)?))).collect::<Vec<_>>();
+            let template = TemplateProcessing::builder()
+                .try_single(single.trim())
+                .map_err(|e| failed(e.to_string()))?
+                .special_tokens(special)
+                .build()
+                .map_err(|e| failed(e.to_string()))?;
+            inner.with_post_processor(Some(template));
+        }
+        let text = inner.to_string(true).map_err(|e| failed(e.to_string()))?;
+        let named = |id: Option<u32>, text: &str| id.map(|_| text.to_owned());
+        let config = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": named(self.bos(), self.bos_text()),
+            "eos_token": named(self.eos(), self.eos_text()),
+            "add_bos_token": add_bos,
+            "add_eos_token": add_eos,
+            "clean_up_tokenization_spaces": false,
+        });
+        let mut files = vec![
+            ("tokenizer.json".to_owned(), text.into_bytes()),
+            ("tokenizer_config.json".to_owned(), format!("{config:#}\n").into_bytes()),
+        ];
+        files.extend(self.chat_template().map(|text| ("chat_template.jinja".to_owned(), text.as_bytes().to_vec())));
+        Ok(files)
+    }
+}
