@@ -1,15 +1,18 @@
 """Merged GGUF models and GGUF adapters of SmolLM2 in llama.cpp: the tokens that ours take, always the likeliest."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-from common import ASSETS, ROOT, check, qlora, versions, work
+from common import ASSETS, ROOT, check, digest, qlora, versions, work
 
 folder = work()
 MODEL = Path(os.environ["SMOLLM2"])
-TOKENS = 48
+TOKENS = 32
 PROMPTS = ["The capital of France is", "Once upon a time, there was a little girl who", "oath, n.\n"]
 
 
@@ -23,6 +26,7 @@ def llama(*arguments):
     return done.stdout if done.stdout.strip() else done.stderr
 
 
+@cache
 def theirs(prompt, *arguments):
     # Keys, values and attention in f32, as ours are.
     exact = ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", 2]
@@ -30,6 +34,7 @@ def theirs(prompt, *arguments):
     return text.replace("[end of text]", "").strip()
 
 
+@cache
 def ours(prompt, *arguments):
     return qlora("generate", "--device", "cpu", "--prompt", prompt, "--max-tokens", TOKENS, *arguments).strip()
 
@@ -42,11 +47,42 @@ def compare(name, ours_with, theirs_with, exact=True):
         check(our and (our == their or not exact), f"{name}: after {prompt!r}\nours   {our!r}\ntheirs {their!r}")
         same += our == their
     check(same > 0, f"{name}: no text is the same")
-    print(f"{name}: {same} of {len(PROMPTS)} texts of {TOKENS} tokens are the same")
+    print(f"{name}: {same} of {len(PROMPTS)} texts of {TOKENS} tokens are the same", flush=True)
 
 
 print(llama("--version").splitlines()[0])
 versions()
+# From a directory: the metadata and the tokenizer of the file are made from its config.json and tokenizer.json.
+source, trained = ASSETS / "tiny-glossary", folder / "glossary-adapter"
+qlora("finetune", "--model", source, "--data", ASSETS / "devil_valid.jsonl", "--output", trained, "--device", "cpu",
+      "--max-steps", 8, "--lr", 0.002, "--rank", 8)
+merged = folder / "glossary.gguf"
+qlora("merge", "--model", source, "--adapter", trained, "--output", merged, "--dtype", "f32")
+compare("merged from a directory, f32", ["--model", source, "--adapter", trained], ["-m", merged])
+
+# An adapter that learned nothing leaves the model as it is: a file that is the same on every machine.
+qlora("finetune", "--model", source, "--data", ASSETS / "devil_valid.jsonl", "--output", folder / "idle", "--device", "cpu",
+      "--max-steps", 1, "--lr", 0, "--rank", 1, "--batch-size", 1, "--seq-len", 8)
+idle = folder / "idle.gguf"
+qlora("merge", "--model", source, "--adapter", folder / "idle", "--output", idle, "--dtype", "f32")
+compare("the directory as it is, f32", ["--model", source], ["-m", idle])
+print(f"    file {digest(idle)}")
+
+# On that file adapters are exact too. rsLoRA's scale and those of single modules are folded into what is exported.
+exported = folder / "glossary-adapter.gguf"
+qlora("export", "--model", source, "--adapter", trained, "--output", exported)
+compare("adapter, LoRA, on an f32 base", ["--model", source, "--adapter", trained], ["-m", idle, "--lora", exported])
+patterned = folder / "patterned"
+shutil.copytree(trained, patterned, ignore=shutil.ignore_patterns("checkpoint*"))
+config = json.loads((patterned / "adapter_config.json").read_text())
+config.update(use_rslora=True, alpha_pattern={"q_proj": 3, r"layers\.1\.mlp.*": 24})
+(patterned / "adapter_config.json").write_text(json.dumps(config))
+exported = folder / "patterned.gguf"
+qlora("export", "--model", source, "--adapter", patterned, "--output", exported)
+compare("adapter, rsLoRA with patterns, on an f32 base", ["--model", source, "--adapter", patterned],
+        ["-m", idle, "--lora", exported])
+
+# SmolLM2, from its GGUF file.
 adapter = folder / "adapter"
 qlora("finetune", "--model", MODEL, "--data", ASSETS / "devil_valid.jsonl", "--output", adapter, "--device", "cpu",
       "--max-steps", 6, "--batch-size", 4, "--seq-len", 64, "--no-packing", "--lr", 0.002, "--rank", 8, "--alpha", 16)
@@ -63,6 +99,6 @@ for dtype in ["f32", "f16", "bf16", "q8_0", "q4_0"]:
         compare("merged, f32, and ours not merged", adapted, ["-m", merged])
     merged.unlink()
 
-exported = folder / "adapter.gguf"
+exported = folder / "smollm2-adapter.gguf"
 qlora("export", "--adapter", adapter, "--model", MODEL, "--output", exported)
 compare("adapter on the Q4_1 base", adapted, ["-m", MODEL, "--lora", exported], exact=False)

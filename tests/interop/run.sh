@@ -25,7 +25,7 @@ export QLORA
 # Nothing here is on the hub, and a GPU would compute in other precisions.
 export HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES='' QLORA_DEVICE=cpu
 
-# llama.cpp of Debian sid, and the model for it.
+# llama.cpp of Debian sid.
 prepare_llama_cpp() {
     # shellcheck source=../../scripts/sid.sh
     . "$root/scripts/sid.sh"
@@ -33,13 +33,18 @@ prepare_llama_cpp() {
     sid_unpack "$SID" llama.cpp
     # It looks for its code for CPUs beside the program, which is the loader here.
     find "$SID/root" -path '*/ggml/*' -name 'libggml-cpu-*.so' -exec cp -n {} "$(dirname -- "$(sid_loader "$SID")")" \;
-    SMOLLM2=$(sh "$root/scripts/smollm2.sh")
-    export SID SMOLLM2
+    export SID
 }
 
 failed=
 for check; do
     echo "== $check"
+    case $check in
+    merged_models | llama_cpp)
+        SMOLLM2=$(sh "$root/scripts/smollm2.sh")
+        export SMOLLM2
+        ;;
+    esac
     if [ "$check" = llama_cpp ]; then
         prepare_llama_cpp
     fi
