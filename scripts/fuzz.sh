@@ -1,5 +1,6 @@
 #!/bin/sh
-# Fuzzes the readers of files. Usage: fuzz.sh [TARGET...]: gguf, safetensors; both by default, one after the other.
+# Fuzzes the readers of files. Usage: fuzz.sh [TARGET...]: gguf, safetensors, tokenizer, jsonl, adapter_config; all by default,
+# one after the other.
 #
 # FUZZ_SECONDS  how long for each; by default half an hour.
 #
@@ -9,7 +10,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 seconds=${FUZZ_SECONDS:-1800}
-[ $# -gt 0 ] || set -- gguf safetensors
+[ $# -gt 0 ] || set -- gguf safetensors tokenizer jsonl adapter_config
 
 complain() { printf 'fuzz: %s\n' "$*" >&2; }
 

@@ -109,10 +109,19 @@ fn model(folder: &Path) {
     for layer in 0..6 {
         let mut add =
             |module: &str, shape: &[usize]| shapes.push((format!("model.layers.{layer}.{module}"), shape.into()));
-        ["input_layernorm", "post_attention_layernorm"].map(|norm| add(norm, &[HIDDEN]));
-        ["q_proj", "k_proj", "v_proj", "o_proj"].map(|module| add(&format!("self_attn.{module}"), &[HIDDEN, HIDDEN]));
-        ["gate_proj", "up_proj"].map(|module| add(&format!("mlp.{module}"), &[INNER, HIDDEN]));
-        add("mlp.down_proj", &[HIDDEN, INNER]);
+        for (module, shape) in [
+            ("input_layernorm", &[HIDDEN][..]),
+            ("post_attention_layernorm", &[HIDDEN]),
+            ("self_attn.q_proj", &[HIDDEN, HIDDEN]),
+            ("self_attn.k_proj", &[HIDDEN, HIDDEN]),
+            ("self_attn.v_proj", &[HIDDEN, HIDDEN]),
+            ("self_attn.o_proj", &[HIDDEN, HIDDEN]),
+            ("mlp.gate_proj", &[INNER, HIDDEN]),
+            ("mlp.up_proj", &[INNER, HIDDEN]),
+            ("mlp.down_proj", &[HIDDEN, INNER]),
+        ] {
+            add(module, shape);
+        }
     }
     let tensors = shapes.into_iter().map(|(module, shape)| {
         let count = shape.iter().product();
@@ -143,7 +152,7 @@ fn merging_holds_one_matrix() {
     // The threads of the pool start here.
     merged.write_gguf(&folder.path().join("a.gguf"), gguf::TensorType::Q8_0, &go_on).unwrap();
     let largest = 512 * 1024 * 4;
-    let mut check = |what: &str, write: &dyn Fn()| {
+    let check = |what: &str, write: &dyn Fn()| {
         let before = NOW.load(Relaxed);
         PEAK.store(before, Relaxed);
         write();

@@ -9,6 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use common::model::{i64s, path};
+use qlora_wgpu::formats::peft::PeftConfig;
 use qlora_wgpu::formats::safetensors::SafetensorsFile;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -296,6 +297,20 @@ fn the_plan_says_what_the_run_then_takes() {
             assert!((got / planned - 1.0).abs() <= 0.05, "{flags:?}: {got} bytes, planned {planned}");
         }
     }
+}
+
+#[test]
+fn an_adapter_to_go_on_with_becomes_one_of_this_model() {
+    let setup = Setup::new(4);
+    let initial = path("train-full/adapter-init");
+    let arguments = ["--max-steps", "1", "--init-adapter", initial.to_str().unwrap()];
+    succeed(setup.finetune("run", &arguments));
+    let config = PeftConfig::read(setup.output("run")).unwrap();
+    let base = Some(path("llama").display().to_string());
+    assert_eq!(config, PeftConfig { base_model_name_or_path: base, ..PeftConfig::read(&initial).unwrap() });
+    // It is the run that it was, too: nothing is left to do.
+    let message = fail(setup.finetune("run", &[&arguments[..], &["--resume"]].concat()), 1);
+    assert!(message.contains("finished"), "{message}");
 }
 
 #[test]

@@ -10,6 +10,8 @@ use std::path::Path;
 use proptest::prelude::*;
 use qlora_wgpu::Result;
 
+type Read = fn(&[u8]) -> Result<()>;
+
 /// The files from which fuzzing starts.
 fn seeds(kind: &str) -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(kind);
@@ -67,7 +69,7 @@ fn damage() -> impl Strategy<Value = Damage> {
 }
 
 /// Damages every seed and reads it. A reader that panics fails the test.
-fn check(kind: &str, read: fn(&[u8]) -> Result<()>, damages: &[Damage]) {
+fn check(kind: &str, read: Read, damages: &[Damage]) {
     for mut bytes in seeds(kind) {
         damages.iter().for_each(|damage| damage.apply(&mut bytes));
         drop(read(&bytes));
@@ -86,13 +88,41 @@ proptest! {
     fn damaged_safetensors_files_are_errors_or_other_files(damages in prop::collection::vec(damage(), 1..4)) {
         check("safetensors", readers::safetensors, &damages);
     }
+
+    #[test]
+    fn damaged_tokenizers_are_errors_or_other_tokenizers(damages in prop::collection::vec(damage(), 1..4)) {
+        check("tokenizer", readers::tokenizer, &damages);
+    }
+
+    #[test]
+    fn damaged_training_data_are_errors_or_other_data(damages in prop::collection::vec(damage(), 1..4)) {
+        check("jsonl", readers::jsonl, &damages);
+    }
+
+    #[test]
+    fn damaged_adapter_configs_are_errors_or_other_adapters(damages in prop::collection::vec(damage(), 1..4)) {
+        check("adapter_config", readers::adapter_config, &damages);
+    }
+}
+
+#[test]
+fn whole_files_are_read() {
+    let kinds: [(&str, Read); 5] = [
+        ("gguf", readers::gguf),
+        ("safetensors", readers::safetensors),
+        ("tokenizer", readers::tokenizer),
+        ("jsonl", readers::jsonl),
+        ("adapter_config", readers::adapter_config),
+    ];
+    for (kind, read) in kinds {
+        seeds(kind).iter().for_each(|bytes| read(bytes).unwrap());
+    }
 }
 
 #[test]
 fn files_cut_short_are_errors() {
-    for (kind, read) in [("gguf", readers::gguf as fn(&[u8]) -> Result<()>), ("safetensors", readers::safetensors)] {
+    for (kind, read) in [("gguf", readers::gguf as Read), ("safetensors", readers::safetensors)] {
         for bytes in seeds(kind) {
-            read(&bytes).unwrap();
             // A file without tensors may lack the up to 31 bytes of padding at its end.
             for cut in (0..bytes.len() - 31).step_by(7) {
                 assert!(read(&bytes[..cut]).is_err(), "{kind} cut at {cut} of {}", bytes.len());

@@ -5,7 +5,7 @@
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use serde_json::Value;
 
-#[allow(dead_code, reason = "the other target uses the rest")]
+#[allow(dead_code, unused_imports, reason = "the other targets use the rest")]
 #[path = "../../tests/common/readers.rs"]
 mod readers;
 

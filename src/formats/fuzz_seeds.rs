@@ -1,4 +1,5 @@
-//! The files from which fuzzing starts, `fuzz/seeds`: small ones with something of everything that the readers know.
+//! The binary files from which fuzzing starts, `fuzz/seeds`: small ones with something of everything that the readers know.
+//! Those that are text are not made here.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -168,6 +169,8 @@ fn they_are_what_is_made_here_and_whole() {
         gguf("model-qwen3", model("qwen3")),
         gguf("tokenizer-gpt2", tokenizer("gpt2")),
         gguf("tokenizer-llama", tokenizer("llama")),
+        ("tokenizer/gguf-gpt2".into(), tokenizer("gpt2").bytes()),
+        ("tokenizer/gguf-llama".into(), tokenizer("llama").bytes()),
         ("safetensors/plain".into(), plain()),
         ("safetensors/nf4".into(), four_bit(QuantOptions::nf4())),
         ("safetensors/nf4-double".into(), four_bit(QuantOptions::nf4().double_quant())),
@@ -183,7 +186,7 @@ fn they_are_what_is_made_here_and_whole() {
         assert!(fs::read(&path).unwrap() == bytes, "{name} is another file");
         if name.contains("/model") {
             Decoder::load(&Device::cpu(), &path, &BaseFormat::AsIs).unwrap();
-        } else if name.contains("/tokenizer") {
+        } else if name.contains("tokenizer") {
             let tokenizer = Tokenizer::from_gguf(&GgufFile::open(&path).unwrap()).unwrap();
             assert_eq!(tokenizer.encode("Hello", false).unwrap().last(), Some(&13));
         } else if name.starts_with("gguf") {

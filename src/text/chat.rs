@@ -1,6 +1,6 @@
 //! Chat templates: Jinja, as `apply_chat_template` of Hugging Face's transformers renders it.
 
-use std::io;
+use std::io::{self, Write};
 use std::panic::resume_unwind;
 use std::sync::LazyLock;
 use std::thread::{self, ScopedJoinHandle};
@@ -8,8 +8,8 @@ use std::thread::{self, ScopedJoinHandle};
 use jiff::Zoned;
 use jiff::fmt::strtime;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, Error as JinjaError, ErrorKind, Value, context};
+use minijinja::value::{Kwargs, Rest, Serde};
+use minijinja::{Environment, Error as JinjaError, ErrorKind, State, Value, context, filters};
 use minijinja_contrib::pycompat;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,16 @@ const MAX_SOURCE: usize = 1 << 16;
 
 /// Stack for each byte of a template, several times what one more level of its syntax tree takes.
 const STACK_PER_BYTE: usize = 4 << 10;
+
+/// Steps that a template may take: about a hundred a message are usual. minijinja counts every 64 bytes that are made or looked
+/// through as a step too, so that this bounds memory (32 MiB) as well as time.
+const MAX_STEPS: u64 = 1 << 19;
+
+/// Bytes that are one step.
+const BYTES_PER_STEP: usize = 64;
+
+/// Bytes that are all of them.
+const MAX_BYTES: usize = MAX_STEPS as usize * BYTES_PER_STEP;
 
 /// One turn of a conversation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -69,7 +79,10 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
         environment.set_syntax(syntax);
-        environment.set_unknown_method_callback(pycompat::unknown_method_callback);
+        environment.set_fuel(Some(MAX_STEPS));
+        environment.set_unknown_method_callback(method);
+        environment.add_filter(JOIN, filters::join);
+        environment.add_filter("join", join);
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
@@ -106,7 +119,10 @@ fn compile(environment: &mut Environment<'static>, source: String) -> Result<()>
 }
 
 fn template_error(error: JinjaError) -> Error {
-    let message = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    let message = match error.kind() {
+        ErrorKind::OutOfFuel => format!("takes more than {MAX_STEPS} steps, or the memory that goes with them"),
+        kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
+    };
     Error::Template { line: error.line().unwrap_or(0), message }
 }
 
@@ -121,6 +137,75 @@ fn without_generation_tags(source: &str) -> String {
         .map(|(tag, block)| (Regex::new(tag).unwrap_or_else(|error| unreachable!("{error}")), block))
     });
     TAGS.iter().fold(source.to_owned(), |text, (tag, block)| tag.replace_all(&text, *block).into_owned())
+}
+
+/// minijinja's own `join`.
+const JOIN: &str = "join of minijinja";
+
+/// Joins texts. minijinja counts those that are many times in a list only once, so that the result is paid for here.
+fn join(state: &mut State, values: &Value, rest: Rest<Value>) -> Result<Value, JinjaError> {
+    let joiner = rest.first().map_or(0, |joiner| joiner.as_str().map_or(0, str::len));
+    for value in values.try_iter()? {
+        pay(state, length(&value).saturating_add(joiner))?;
+    }
+    let args: Vec<Value> = [values.clone()].into_iter().chain(rest.0).collect();
+    state.apply_filter(JOIN, &args)
+}
+
+/// A method of Python's. What it looks through is paid for, and what it may make before it is made.
+fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, JinjaError> {
+    let text = value.as_str().unwrap_or_default();
+    let given = args.iter().fold(text.len(), |sum, arg| sum.saturating_add(arg.as_str().map_or(0, str::len)));
+    pay(state, given)?;
+    match (name, args) {
+        ("join", [values]) if value.as_str().is_some() => state.apply_filter("join", &[values.clone(), value.clone()]),
+        ("replace", [old, new, ..]) => {
+            let (old, new) = (old.as_str().unwrap_or_default(), new.as_str().unwrap_or_default());
+            pay(state, text.matches(old).count().saturating_mul(new.len()))?;
+            pycompat::unknown_method_callback(state, value, name, args)
+        }
+        ("format", _) => {
+            // Any field may ask for any argument, and for any width.
+            let widest = text.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().unwrap_or(0)).max();
+            let longest = args.iter().map(length).fold(widest.unwrap_or(0), usize::max);
+            pay(state, text.matches('{').count().saturating_mul(longest))?;
+            pycompat::unknown_method_callback(state, value, name, args)
+        }
+        _ => pycompat::unknown_method_callback(state, value, name, args),
+    }
+}
+
+fn pay(state: &State, bytes: usize) -> Result<(), JinjaError> {
+    state.consume_fuel((bytes / BYTES_PER_STEP + 1) as u64)
+}
+
+/// Bytes of a value as text; where they are more than a template may make, as many as are too many.
+fn length(value: &Value) -> usize {
+    if let Some(text) = value.as_str() {
+        return text.len();
+    }
+    let mut text = Bounded::default();
+    match write!(text, "{value}") {
+        Ok(()) => text.0.len(),
+        Err(_) => MAX_BYTES,
+    }
+}
+
+/// Text of at most as many bytes as a template may make.
+#[derive(Default)]
+struct Bounded(Vec<u8>);
+
+impl io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > MAX_BYTES - self.0.len() {
+            return Err(io::Error::other("the text is too long"));
+        }
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn raise_exception(message: String) -> Result<Value, JinjaError> {
@@ -138,7 +223,7 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, JinjaError> {
     // transformers' own defaults, which templates state now and then.
     let _: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
-    let mut text = Vec::new();
+    let mut text = Bounded::default();
     let written = match indent {
         Some(indent) => {
             let indent = " ".repeat(indent.into());
@@ -148,7 +233,7 @@ fn to_json(value: &Value, options: Kwargs) -> Result<Value, JinjaError> {
     };
     let failed = |message: String| JinjaError::new(ErrorKind::BadSerialization, message);
     written.map_err(|e| failed(e.to_string()))?;
-    Ok(Value::from_safe_string(String::from_utf8(text).map_err(|e| failed(e.to_string()))?))
+    Ok(Value::from_safe_string(String::from_utf8(text.0).map_err(|e| failed(e.to_string()))?))
 }
 
 struct PythonFormatter;
@@ -229,6 +314,36 @@ mod tests {
         let long = ChatTemplate::new(&"a".repeat(MAX_SOURCE + 1)).unwrap_err();
         assert!(long.to_string().contains("65537 bytes"), "{long}");
         assert!(render("{{ [1] | tojson(indent=255) }}").is_ok() && render("{{ [1] | tojson(indent=256) }}").is_err());
+    }
+
+    #[test]
+    fn rendering_takes_bounded_time_and_memory() {
+        for source in [
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "{{ 'a' * 99999999 }}",
+            "{% set n = namespace(x='a') %}{% for i in range(64) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "{{ (['a' * 999999] * 99999) | join }}",
+            "{{ ''.join(['a' * 999999] * 99999) }}",
+            "{{ [['a' * 999999] * 99999] | join }}",
+            "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+            "{{ ('a' * 99999).replace('', 'b' * 99999, 99999) }}",
+            "{{ '{:999999999999}'.format(1) }}",
+            "{{ ('{0}' * 99999).format('a' * 99999) }}",
+            "{{ '%99999999d' | format(1) }}",
+            "{{ 'a' | indent(999999999, true) }}",
+            "{% set s = 'a' * 999999 %}{% for i in range(99999) %}{{ s.count('b') }}{% endfor %}",
+            "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+            "{{ [['a' * 999999] * 99999] | tojson }}",
+            "{{ [['a' * 999999] * 99999] | tojson(indent=2) }}",
+        ] {
+            let error = render(source).expect_err(source).to_string();
+            let bounds = ["steps", "recursion", "too long"];
+            assert!(bounds.iter().any(|bound| error.contains(bound)), "{source}: {error}");
+        }
+        let methods = [("{{ ', '.join(['a', 1]) }}", "a, 1"), ("{{ 'aba'.replace('a', 'c', 1) }}", "cba")];
+        for (source, wanted) in methods.into_iter().chain([("{{ '{:>3}|{}'.format('a', 2) }}", "  a|2")]) {
+            assert_eq!(render(source).unwrap(), wanted, "{source}");
+        }
     }
 
     #[test]

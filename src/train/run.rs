@@ -95,7 +95,7 @@ pub struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Starts a run in the folder `output`, which is made if need be. The model gets a new adapter as `config` says, or `initial`
-    /// with its own configuration. `eval` may be empty.
+    /// with its own configuration, of which only the base's name is that of `config`. `eval` may be empty.
     ///
     /// # Errors
     /// [`Error::File`] if the folder holds a run; those of [`Decoder::attach`], [`Decoder::attach_peft`].
@@ -113,7 +113,8 @@ impl<'a> Run<'a> {
         let config = match initial {
             Some(adapter) => {
                 model.attach_peft(NAME, adapter)?;
-                adapter.config.clone()
+                let base = config.base_model_name_or_path.or_else(|| adapter.config.base_model_name_or_path.clone());
+                PeftConfig { base_model_name_or_path: base, ..adapter.config.clone() }
             }
             None => {
                 model.attach(NAME, &config, options.train.seed)?;

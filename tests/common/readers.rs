@@ -1,6 +1,11 @@
 //! Everything that can be read from a file, be it whole or damaged: for the fuzz targets, and for tests of what they found.
 
+mod adapters;
+mod text;
+mod vocabulary;
+
 use std::fs;
+use std::path::PathBuf;
 
 use qlora_wgpu::formats::bitsandbytes;
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
@@ -11,6 +16,10 @@ use qlora_wgpu::nn::{Decoder, ModelConfig};
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::text::Tokenizer;
 use qlora_wgpu::{Device, Result};
+use tempfile::TempDir;
+
+pub use adapters::adapter_config;
+pub use text::{jsonl, tokenizer};
 
 /// Reads `bytes` as a GGUF file: values, tensors in every order and base, config, tokenizer, model.
 ///
@@ -20,9 +29,7 @@ use qlora_wgpu::{Device, Result};
 /// # Panics
 /// If a reader contradicts another.
 pub fn gguf(bytes: &[u8]) -> Result<()> {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("x.gguf");
-    fs::write(&path, bytes).expect("a file in it");
+    let (_folder, path) = file("x.gguf", bytes);
     let file = GgufFile::open(&path)?;
 
     for key in file.keys() {
@@ -61,9 +68,7 @@ pub fn gguf(bytes: &[u8]) -> Result<()> {
 /// # Panics
 /// If a reader contradicts another.
 pub fn safetensors(bytes: &[u8]) -> Result<()> {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("model.safetensors");
-    fs::write(&path, bytes).expect("a file in it");
+    let (folder, path) = file("model.safetensors", bytes);
     let file = SafetensorsFile::open(&path)?;
 
     drop(file.metadata());
@@ -86,6 +91,14 @@ pub fn safetensors(bytes: &[u8]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A file of this name in a folder of its own, which goes with it.
+fn file(name: &str, bytes: &[u8]) -> (TempDir, PathBuf) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join(name);
+    fs::write(&path, bytes).expect("a file in it");
+    (folder, path)
 }
 
 fn bases() -> impl Iterator<Item = BaseFormat> {

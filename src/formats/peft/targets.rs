@@ -2,9 +2,15 @@
 
 use std::fmt;
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 
 use crate::error::{Error, Result};
+
+/// The most bytes that an expression may take once it is compiled; those of models take less than a tenth, but `\w{99}{99}` has no end.
+const MAX_COMPILED: usize = 1 << 20;
+
+/// The most bytes that those of a list may take together.
+const MAX_ALL_COMPILED: usize = 16 << 20;
 
 /// `target_modules`, or `exclude_modules`.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,7 +32,7 @@ impl TargetModules {
     /// Modules whose whole path `expression` matches.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an expression that is malformed or looks around.
+    /// [`Error::Invalid`] for an expression that is malformed, looks around or takes too much memory.
     pub fn regex(expression: &str) -> Result<Self> {
         ModuleRegex::new(expression).map(TargetModules::Regex)
     }
@@ -60,19 +66,28 @@ impl ModuleRegex {
     /// # Errors
     /// [`Error::Invalid`] if it is malformed or not supported.
     pub fn new(text: &str) -> Result<Self> {
-        Self::within(text, "^(?:", ")$")
+        Self::within(text, "^(?:", ")$", 1)
     }
 
-    /// The expression `text` between `before` and `after`, checked by itself first.
-    fn within(text: &str, before: &str, after: &str) -> Result<Self> {
+    /// The expression `text`, one of a list of `count`, between `before` and `after`; checked by itself first.
+    fn within(text: &str, before: &str, after: &str, count: usize) -> Result<Self> {
+        let limit = MAX_COMPILED.min(MAX_ALL_COMPILED / count);
+        let compile = |text: &str| RegexBuilder::new(text).size_limit(limit).build();
         let invalid = |e: regex::Error| Error::Invalid {
             op: "target modules",
             what: "regular expression",
             got: format!("{text:?}"),
-            expected: format!("it is malformed, or looks around, which is not supported: {e}"),
+            expected: match e {
+                regex::Error::CompiledTooBig(_) => {
+                    format!(
+                        "compiled it takes more than {limit} bytes, which is this one's share of {count}; simplify it"
+                    )
+                }
+                e => format!("it is malformed, or looks around, which is not supported: {e}"),
+            },
         };
-        Regex::new(text).map_err(invalid)?;
-        Ok(ModuleRegex { text: text.into(), regex: Regex::new(&format!("{before}{text}{after}")).map_err(invalid)? })
+        compile(text).map_err(invalid)?;
+        Ok(ModuleRegex { text: text.into(), regex: compile(&format!("{before}{text}{after}")).map_err(invalid)? })
     }
 
     /// The expression as it was given.
@@ -140,7 +155,8 @@ impl Targets {
         let patterns = if containers.is_empty() {
             vec![ModuleRegex::new(r".*?\.[^.]*\.(?P<idx>\d+)\..*")?]
         } else {
-            let pattern = |text: &String| ModuleRegex::within(text, r"^(?:(?:^|.*?\.)", r"\.(?P<idx>\d+)\.)");
+            let count = containers.len();
+            let pattern = |text: &String| ModuleRegex::within(text, r"^(?:(?:^|.*?\.)", r"\.(?P<idx>\d+)\.)", count);
             containers.iter().map(pattern).collect::<Result<_>>()?
         };
         Ok(Targets { layers: Some(Layers { indices, containers, patterns }), ..self })
@@ -203,9 +219,11 @@ impl<T: Copy> ModulePatterns<T> {
     /// The values of these keys, in this order.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a key that is malformed or looks around.
+    /// [`Error::Invalid`] for a key that is malformed or looks around, or if the keys take too much memory.
     pub fn new<K: AsRef<str>>(entries: impl IntoIterator<Item = (K, T)>) -> Result<Self> {
-        let entry = |(key, value): (K, T)| Ok((ModuleRegex::within(key.as_ref(), r"^(.*\.)?(", ")$")?, value));
+        let entries: Vec<(K, T)> = entries.into_iter().collect();
+        let count = entries.len();
+        let entry = |(key, value): (K, T)| Ok((ModuleRegex::within(key.as_ref(), r"^(.*\.)?(", ")$", count)?, value));
         entries.into_iter().map(entry).collect::<Result<_>>().map(ModulePatterns)
     }
 
@@ -290,6 +308,21 @@ mod tests {
         let error = Targets::new(TargetModules::AllLinear).layers(vec![1], vec![]).unwrap_err();
         assert!(error.to_string().contains("layers_to_transform"), "{error}");
         assert!(Targets::new(TargetModules::names(["x"])).layers(vec![1], vec!["(".into()]).is_err());
+    }
+
+    #[test]
+    fn expressions_take_bounded_memory() {
+        let error = TargetModules::regex(r"\w{200}").unwrap_err().to_string();
+        assert!(error.contains("1048576 bytes"), "{error}");
+        let hostile = (0..500).map(|i| (format!(r"\w{{9}}{i}"), 1));
+        let error = ModulePatterns::new(hostile).unwrap_err().to_string();
+        assert!(error.contains("share of 500"), "{error}");
+        // A rank for every module of a large model.
+        let modules = ["self_attn.q_proj", "mlp.down_proj", r"(gate|up)_proj"];
+        let large = (0..800).map(|i| (format!("model.layers.{i}.{}", modules[i % 3]), i));
+        assert_eq!(ModulePatterns::new(large).unwrap().get("model.layers.799.self_attn.q_proj"), None);
+        let containers = vec![r"\w{5}".to_owned(); 100];
+        assert!(Targets::new(TargetModules::names(["x"])).layers(vec![1], containers).is_err());
     }
 
     #[test]

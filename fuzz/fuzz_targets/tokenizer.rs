@@ -1,0 +1,11 @@
+//! Tokenizers: those of GGUF files, and made-up ones; chat templates.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+#[allow(dead_code, unused_imports, reason = "the other targets use the rest")]
+#[path = "../../tests/common/readers.rs"]
+mod readers;
+
+fuzz_target!(|bytes: &[u8]| drop(readers::tokenizer(bytes)));
