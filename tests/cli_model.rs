@@ -126,7 +126,7 @@ fn one_of_several_adapters_is_chosen_by_its_name() {
     let report = |uses: &[&str]| -> Value {
         let mut command = qlora("eval", "llama-bnb-nf4_dq");
         command.arg("--data").arg(&data).arg("--json").args(&named);
-        uses.iter().for_each(|name| drop(command.args(["--use", *name])));
+        command.args(uses.iter().flat_map(|name| ["--use", *name]));
         serde_json::from_slice(&command.assert().success().get_output().stdout).unwrap()
     };
     let together = report(&["dora", "base", "lora", "dora"]);
