@@ -20,8 +20,7 @@ use crate::train::data::{DataOptions, Dataset, Example};
 #[command(after_help = "Examples:\n  \
     qlora eval --model model.gguf --data text.txt\n  \
     qlora eval --model DIR --adapter ADAPTER --data test.jsonl --json\n  \
-    qlora eval --model DIR --adapter old=DIR1 --adapter new=DIR2 --use new --data test.jsonl\n  \
-    qlora eval --model DIR --adapter ADAPTER --use default --use base --data test.jsonl")]
+    qlora eval --model DIR --adapter old=DIR1 --adapter new=DIR2 --use old --use new --data test.jsonl")]
 pub struct EvalArgs {
     #[command(flatten)]
     model: AdaptedArgs,

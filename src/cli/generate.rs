@@ -18,8 +18,7 @@ use crate::text::{Message, Tokenizer};
 #[command(after_help = "Examples:\n  \
     qlora generate --model model.gguf --chat --prompt 'What is the capital of France?'\n  \
     qlora generate --model DIR --adapter ADAPTER --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95\n  \
-    qlora generate --model DIR --adapter formal=DIR1 --adapter brief=DIR2 --use brief --prompt 'Dear Sir'\n  \
-    qlora generate --model DIR --adapter ADAPTER --use default --use base --prompt 'Dear Sir' --json")]
+    qlora generate --model DIR --adapter formal=DIR1 --adapter brief=DIR2 --use formal --use brief --prompt 'Dear Sir'")]
 pub struct GenerateArgs {
     #[command(flatten)]
     model: AdaptedArgs,
