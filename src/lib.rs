@@ -65,6 +65,9 @@
 //! | [`text`] | tokenizers and chat templates |
 //! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face checkpoints, GGUF, PEFT adapters |
 //!
+//! What a subscriber of [`tracing`] hears, under the target `qlora_wgpu`: at info the device with its tier and limits, models
+//! with sizes and times, chosen micro-batches, checkpoints; at debug compiled pipelines and growing memory.
+//!
 //! Functions do not panic on bad input: they return an [`Error`] that names the operation and the shapes, file or key.
 
 pub mod autograd;

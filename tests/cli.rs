@@ -24,9 +24,21 @@ fn failure(command: &mut Command, code: i32) -> String {
 #[test]
 fn help_names_every_command_and_variable() {
     let help = stdout(qlora().arg("--help"));
-    let commands =
-        ["devices", "inspect", "quantize", "dequantize", "finetune", "plan", "eval", "generate", "bench", "demo"];
-    for word in commands.into_iter().chain(["QLORA_DEVICE", "QLORA_TIER"]) {
+    let commands = [
+        "devices",
+        "inspect",
+        "quantize",
+        "dequantize",
+        "finetune",
+        "plan",
+        "eval",
+        "generate",
+        "bench",
+        "demo",
+        "completions",
+    ];
+    let others = ["QLORA_DEVICE", "QLORA_TIER", "QLORA_LOG", "NO_COLOR", "Exit status: 0 done, 1", "130"];
+    for word in commands.into_iter().chain(others) {
         assert!(help.contains(word), "{word} in:\n{help}");
     }
     for command in commands {
@@ -100,6 +112,18 @@ fn bench_prints_a_row_a_case_with_every_field() {
 
 #[test]
 fn every_device_is_checked_against_the_cpu() {
+    let found: Value = serde_json::from_str(&stdout(qlora().args(["devices", "--check", "--json"]))).unwrap();
+    for device in found.as_array().unwrap() {
+        let check = device["check"].as_array().unwrap();
+        assert_eq!(check.iter().map(|row| row["m"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 256], "{device}");
+        for row in check {
+            assert!(
+                row["agrees"] == true && row["error"].is_null() && row["ms_median"].as_f64().unwrap() > 0.0,
+                "{row}"
+            );
+            assert!(row["max_rel_err_vs_cpu"].as_f64().unwrap() <= 2e-3, "{row}");
+        }
+    }
     let text = stdout(qlora().args(["devices", "--check"]));
     assert!(text.contains("4.127 bits per weight") && text.contains("Every device agrees"), "{text}");
     for info in common::adapters() {
@@ -123,7 +147,10 @@ fn the_demo_trains_and_a_second_one_has_a_folder_of_its_own() {
         assert!(run.join(name).is_file(), "{name}");
     }
 
-    assert!(demo(&["--device", "cpu", "--steps", "1"]).contains("qlora-demo-2/adapter"));
+    let report: Value = serde_json::from_str(&demo(&["--device", "cpu", "--steps", "1", "--json"])).unwrap();
+    assert_eq!((&report["output"], &report["steps"]), (&"qlora-demo-2/adapter".into(), &1.into()));
+    assert!((report["eval_loss_before"].as_f64().unwrap() - 3.876).abs() < 2e-3, "{report}");
+    assert_eq!(report["definitions"].as_array().unwrap().len(), 4);
     let mut again = qlora();
     again.args(["demo", "--device", "cpu", "--output", "qlora-demo"]).current_dir(here.path());
     let error = failure(&mut again, 1);

@@ -6,26 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use common::model::path;
-use serde_json::{Value, json};
-use tempfile::TempDir;
-
-/// A tokenizer of the words w0, w1 and so on.
-fn tokenizer(words: usize) -> String {
-    let vocabulary: serde_json::Map<String, Value> = (0..words).map(|i| (format!("w{i}"), json!(i))).collect();
-    let model = json!({"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"});
-    json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}).to_string()
-}
-
-/// A folder with the recorded Llama model, which has 128 tokens and as many positions, and a tokenizer.
-fn model() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for name in ["config.json", "generation_config.json", "model.safetensors"] {
-        fs::copy(path("llama").join(name), folder.path().join(name)).unwrap();
-    }
-    fs::write(folder.path().join("tokenizer.json"), tokenizer(128)).unwrap();
-    folder
-}
+use common::model::{path, tokenizer, with_tokenizer};
 
 fn qlora(command: &str, model: &Path) -> Command {
     let mut qlora = Command::cargo_bin("qlora").unwrap();
@@ -49,7 +30,7 @@ fn generate(model: &Path, arguments: &[&str], parts: &[&str]) {
 
 #[test]
 fn prompts_and_settings() {
-    let folder = model();
+    let folder = with_tokenizer("llama");
     let model = folder.path();
     let text = qlora("generate", model)
         .args(["--prompt", "w1 w2", "--max-tokens", "2"])
@@ -72,7 +53,7 @@ fn prompts_and_settings() {
 
 #[test]
 fn folders_and_files_of_another_kind() {
-    let folder = model();
+    let folder = with_tokenizer("llama");
     let text = folder.path().join("notes.txt");
     fs::write(&text, "Some text.").unwrap();
     generate(&text, &["--prompt", "w1"], &["notes.txt", "give a .gguf file, or a directory"]);
@@ -90,7 +71,7 @@ fn folders_and_files_of_another_kind() {
 #[test]
 fn damaged_models() {
     let cut = |name: &str, len: usize, parts: &[&str]| {
-        let folder = model();
+        let folder = with_tokenizer("llama");
         let file = folder.path().join(name);
         let bytes = fs::read(&file).unwrap();
         fs::write(&file, &bytes[..len]).unwrap();
@@ -102,7 +83,7 @@ fn damaged_models() {
     cut("generation_config.json", 5, &["malformed", "download it again"]);
     cut("tokenizer.json", 100, &["malformed"]);
 
-    let folder = model();
+    let folder = with_tokenizer("llama");
     fs::write(folder.path().join("tokenizer.json"), tokenizer(200)).unwrap();
     let name = folder.path().to_str().unwrap();
     generate(folder.path(), &["--prompt", "w1"], &[name, "200 tokens", "128", "another model's"]);
@@ -117,7 +98,7 @@ fn damaged_models() {
 
 #[test]
 fn adapters() {
-    let folder = model();
+    let folder = with_tokenizer("llama");
     let with = |adapter: PathBuf, parts: &[&str]| {
         generate(folder.path(), &["--prompt", "w1", "--adapter", adapter.to_str().unwrap()], parts);
     };
@@ -141,7 +122,7 @@ fn adapters() {
 
 #[test]
 fn data() {
-    let folder = model();
+    let folder = with_tokenizer("llama");
     let with = |name: &str, text: &[u8], parts: &[&str]| {
         let data = folder.path().join(name);
         fs::write(&data, text).unwrap();

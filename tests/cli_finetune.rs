@@ -236,7 +236,7 @@ fn ctrl_c_saves_and_resume_goes_on_to_the_bit() {
     let setup = Setup::new(40);
     let arguments =
         ["--max-steps", "3000", "--rank", "4", "--save-every", "0", "--early-stop", "1000", "--eval-split", "0.1"];
-    let mut child = setup.finetune("run", &arguments).spawn().unwrap();
+    let mut child = setup.finetune("run", &[&arguments[..], &["--json"]].concat()).spawn().unwrap();
     let start = Instant::now();
     let output = setup.output("run");
     while !fs::read_to_string(output.join("metrics.jsonl")).is_ok_and(|text| text.lines().count() > 20) {
@@ -249,6 +249,9 @@ fn ctrl_c_saves_and_resume_goes_on_to_the_bit() {
     assert_eq!(ended.status.code(), Some(130), "{}", text(&ended.stderr));
     assert!(text(&ended.stderr).contains("--resume goes on"), "{}", text(&ended.stderr));
     assert!(has_checkpoint(&output) && !output.join("adapter_model.safetensors").exists());
+    let report: Value = serde_json::from_slice(&ended.stdout).unwrap();
+    assert_eq!(report["end"], "interrupted");
+    assert_eq!(report["steps"], metrics(&output).last().unwrap()["step"]);
 
     succeed(setup.finetune("run", &[&arguments[..], &["--resume"]].concat()));
     succeed(setup.finetune("whole", &arguments));
@@ -325,13 +328,46 @@ fn early_stopping_keeps_the_best_adapter() {
 }
 
 #[test]
+fn json_sums_up_the_metrics_and_quiet_leaves_only_that() {
+    let setup = Setup::new(20);
+    let arguments = ["--max-steps", "6", "--eval-split", "0.3", "--eval-every", "2", "--json", "--quiet"];
+    let run = setup.output("run");
+    let output = succeed(setup.finetune("run", &arguments));
+    assert_eq!(chatter_left_out(&output), "");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let lines = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let records: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let evals: Vec<&Value> = records.iter().map(|record| &record["eval_loss"]).filter(|loss| !loss.is_null()).collect();
+    let last = records.last().unwrap();
+    assert_eq!((&report["end"], &report["output"]), (&json!("finished"), &json!(run)));
+    assert_eq!((&report["steps"], &report["loss"], &report["tokens"]), (&json!(6), &last["loss"], &last["tokens"]));
+    assert_eq!((&report["eval_loss_before"], &report["eval_loss"]), (evals[0], evals[evals.len() - 1]));
+    assert!(evals.contains(&&report["best_eval_loss"]) && report["peak_bytes"] == last["peak_bytes"], "{report}");
+    let rates: Vec<f64> = records.iter().filter_map(|record| record["tokens_per_second"].as_f64()).collect();
+    let (least, most) = rates.iter().fold((f64::MAX, 0.0_f64), |(a, b), &rate| (a.min(rate), b.max(rate)));
+    let rate = report["tokens_per_second"].as_f64().unwrap();
+    assert!(rates.len() == 6 && least * 0.999 <= rate && rate <= most * 1.001, "{rate} of {rates:?}");
+
+    let output = succeed(setup.finetune("silent", &["--max-steps", "1", "-q"]));
+    assert_eq!((text(&output.stdout), chatter_left_out(&output)), (String::new(), String::new()));
+    assert!(!adapter(&setup.output("silent")).is_empty());
+}
+
+/// Standard error without what drivers write there.
+fn chatter_left_out(output: &Output) -> String {
+    text(&output.stderr).lines().filter(|line| !line.contains("XDG_RUNTIME_DIR")).collect()
+}
+
+#[test]
 fn settings_may_come_from_a_file() {
     let setup = Setup::new(10);
     let file = setup.output("run.toml");
     let data = setup.data.display();
     fs::write(&file, format!("data = '{data}'\nmax-steps = 3\nrank = 2\nlr = 1e-3\ntargets = ['q_proj', 'v_proj']\n"))
         .unwrap();
-    let mut command = qlora(&["finetune", "--device", "cpu", "--lr", "2e-3", "--warmup", "0", "--model"]);
+    // Flags of all commands may come before the command's name.
+    let mut command =
+        qlora(&["--color", "never", "-q", "finetune", "--device", "cpu", "--lr", "2e-3", "--warmup", "0", "--model"]);
     command.arg(path("llama")).arg("--output").arg(setup.output("run")).arg("--config").arg(&file);
     succeed(command);
     let run = setup.output("run");

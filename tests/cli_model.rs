@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::path::{Path, PathBuf};
+
 use assert_cmd::Command;
 use common::model::{distance, f32s, file, i64s, path};
 use qlora_wgpu::formats::safetensors::SafetensorsFile;
@@ -80,4 +82,77 @@ fn what_is_missing_is_named_in_one_sentence() {
     skipping.arg("--data").arg(&bad).arg("--skip-bad-lines");
     let stdout = String::from_utf8(skipping.assert().success().get_output().stdout.clone()).unwrap();
     assert!(stdout.contains("2 tokens"), "{stdout}");
+}
+
+/// Data of the ids that adapters' logits are recorded for, and where to dump.
+fn adapter_data(folder: &Path) -> (PathBuf, PathBuf) {
+    let (ids, [_, length]) = i64s(&file("llama.golden_adapter_logits.safetensors"), "input_ids");
+    let (data, out) = (folder.join("data.jsonl"), folder.join("logits.safetensors"));
+    let lines: Vec<String> =
+        ids.chunks(length).map(|ids| json!({"input_ids": ids, "labels": ids}).to_string()).collect();
+    std::fs::write(&data, lines.join("\n")).unwrap();
+    (data, out)
+}
+
+#[test]
+fn one_of_several_adapters_is_chosen_by_its_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, out) = adapter_data(folder.path());
+    let golden = file("llama.golden_adapter_logits.safetensors");
+    let run = |arguments: &[&str]| {
+        let mut command = qlora("eval", "llama-bnb-nf4_dq");
+        command.arg("--data").arg(&data).arg("--dump-logits").arg(&out).args(arguments);
+        command.assert().success();
+        f32s(&SafetensorsFile::open(&out).unwrap(), "logits")
+    };
+    let base = run(&[]);
+    // Of other targets and ranks, and with magnitudes.
+    let adapters = ["lora", "dora", "rslora_qv"];
+    let named: Vec<String> = adapters
+        .iter()
+        .map(|name| format!("--adapter={name}={}", path(&format!("adapter-{name}")).display()))
+        .collect();
+    let all = |name: &'static str| -> Vec<&str> { named.iter().map(String::as_str).chain(["--use", name]).collect() };
+    for name in adapters {
+        let got = run(&all(name));
+        assert!(distance(&got, &f32s(&golden, &format!("logits.{name}"))) < 1e-4, "{name}");
+        let directory = path(&format!("adapter-{name}"));
+        assert!(got == run(&["--adapter", directory.to_str().unwrap()]), "{name} alone has no other logits");
+        assert!(distance(&got, &base) > 1e-3, "{name} changes something");
+    }
+    assert!(run(&all("base")) == base && run(&all("none")) == base);
+
+    let fails = |arguments: &[&str], parts: &[&str]| {
+        let error = failure(qlora("eval", "llama").arg("--data").arg(&data).args(arguments));
+        for part in parts {
+            assert!(error.contains(part), "{part} in {error}");
+        }
+    };
+    fails(&all("other"), &["no adapter named \"other\"", "loaded: lora, dora, rslora_qv"]);
+    fails(&["--use", "lora"], &["no adapter named \"lora\"", "loaded: none"]);
+    fails(&[&named[0], &named[1]], &["--use is not given", "lora, dora, or base"]);
+    fails(&[&named[0], &named[0], "--use", "lora"], &["the name of two adapters is lora", "NAME=DIR"]);
+    fails(&["--adapter", "a=nowhere"], &["error: nowhere: there is no such file or directory"]);
+    let model = format!("a={}", path("llama").display());
+    fails(&["--adapter", &model], &["llama: is no directory of a PEFT adapter"]);
+}
+
+#[test]
+fn an_adapter_of_another_base_is_used_with_a_warning_that_names_both() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, _) = adapter_data(folder.path());
+    let named = folder.path().join("Tiny-Llama-NF4");
+    std::fs::create_dir(&named).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        std::fs::copy(path("llama").join(name), named.join(name)).unwrap();
+    }
+    let stderr = |model: &str| {
+        let mut command = qlora("eval", model);
+        command.arg("--data").arg(&data).arg("--adapter").arg(path("adapter-lora")).arg("--quiet");
+        String::from_utf8(command.assert().success().get_output().stderr.clone()).unwrap()
+    };
+    let warning = stderr("qwen2/../llama");
+    let parts = ["warning: ", "adapter-lora: was trained on tiny-llama, which is not ", "qwen2/../llama"];
+    assert!(parts.iter().all(|part| warning.contains(part)) && warning.lines().count() == 1, "{warning}");
+    assert_eq!(stderr(named.to_str().unwrap()), "", "a name in other letters, and with a format at its end");
 }

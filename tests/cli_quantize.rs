@@ -100,9 +100,27 @@ fn mistakes_are_explained() {
 }
 
 #[test]
-fn quiet_prints_nothing() {
+fn quiet_prints_nothing_and_json_prints_numbers() {
     let folder = TempDir::new().unwrap();
-    let output = folder.path().join("out.safetensors");
-    qlora().arg("quantize").args([&original(&folder), &output]).arg("--quiet").assert().success().stdout("").stderr("");
+    let (input, output, back) = (original(&folder), folder.path().join("out"), folder.path().join("back"));
+    let json = |command: &str, paths: [&PathBuf; 2]| -> serde_json::Value {
+        let text = stdout(qlora().arg(command).args(paths).args(["--json", "--quiet"]));
+        serde_json::from_str(&text).unwrap()
+    };
+    qlora().arg("quantize").args([&input, &output]).arg("--quiet").assert().success().stdout("").stderr("");
     assert!(output.exists());
+    fs::remove_file(&output).unwrap();
+    let size = |path: &PathBuf| fs::metadata(path).unwrap().len();
+    let packed = json("quantize", [&input, &output]);
+    let wanted = serde_json::json!({
+        "output": output, "format": "nf4", "bits_per_weight": packed["bits_per_weight"], "tensors": 1, "copied": 0,
+        "input_bytes": size(&input), "output_bytes": size(&output),
+    });
+    assert_eq!(packed, wanted);
+    assert!((packed["bits_per_weight"].as_f64().unwrap() - 4.5).abs() < 0.1, "{packed}");
+    let unpacked = json("dequantize", [&output, &back]);
+    let wanted = serde_json::json!({
+        "output": back, "tensors": 1, "copied": 0, "input_bytes": size(&output), "output_bytes": size(&back),
+    });
+    assert_eq!(unpacked, wanted);
 }

@@ -52,7 +52,7 @@ pub struct Row {
     pub max_rel_err_vs_cpu: f64,
     /// Tokens per second at the median, of a step.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub tokens_per_s: Option<f64>,
+    pub tokens_per_second: Option<f64>,
     /// The most device memory that was live, of a step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
@@ -95,7 +95,7 @@ impl Row {
             gflops: flops / median / 1e9,
             weight_gb_per_s: weight_bytes as f64 / median / 1e9,
             max_rel_err_vs_cpu,
-            tokens_per_s: None,
+            tokens_per_second: None,
             peak_bytes: None,
             shape: None,
         }

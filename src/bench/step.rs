@@ -196,7 +196,7 @@ pub fn measure_step(case: &StepCase, device: &Device) -> Result<Row> {
         n: case.shape.ffn,
         k: case.shape.hidden,
         rank: case.rank,
-        tokens_per_s: Some(case.shape.tokens as f64 / (row.ms_median / 1e3)),
+        tokens_per_second: Some(case.shape.tokens as f64 / (row.ms_median / 1e3)),
         peak_bytes: Some(peak_bytes),
         shape: Some(case.shape),
         ..row
@@ -225,7 +225,7 @@ mod tests {
             let row = measure_step(&case, &device).unwrap();
             let allowed = if crate::testing::is_f16(&device) { 1e-2 } else { 1e-4 };
             assert!(row.max_rel_err_vs_cpu < allowed, "{row:?}");
-            assert!(row.tokens_per_s.unwrap() > 0.0 && row.peak_bytes.unwrap() > 0, "{row:?}");
+            assert!(row.tokens_per_second.unwrap() > 0.0 && row.peak_bytes.unwrap() > 0, "{row:?}");
         }
     }
 

@@ -46,7 +46,8 @@ pub struct BenchArgs {
     double_quant: bool,
     #[command(flatten)]
     step: StepArgs,
-    /// Print JSON.
+    /// Print JSON, an object a case: op, device (cpu or gpu), adapter (its name), tier, format, double_quant, m, n, k, rank,
+    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes and its shape.
     #[arg(long)]
     json: bool,
 }
@@ -164,7 +165,7 @@ fn describe(rows: &[Row]) -> String {
         "" => row.adapter.clone(),
         tier => format!("{}, tier {tier}", row.adapter),
     });
-    let step = rows.iter().find_map(|row| Some((row.tokens_per_s?, row.peak_bytes?)));
+    let step = rows.iter().find_map(|row| Some((row.tokens_per_second?, row.peak_bytes?)));
     let step = step.map_or(String::new(), |(rate, peak)| {
         format!("\n{rate:.0} tokens/s, {:.0} MiB of device memory at the peak", peak as f64 / f64::from(1 << 20))
     });

@@ -4,8 +4,10 @@ use std::time::Instant;
 
 use half::f16;
 use ndarray::Array2;
+use serde::Serialize;
 
-use super::{bundled, print_line, table};
+use super::{bundled, table};
+use crate::bench::Row;
 use crate::bench::layer::{Case, Op, measure};
 use crate::device::{Device, DeviceInfo, GpuOptions, Select};
 use crate::error::{Error, Result};
@@ -23,74 +25,140 @@ fn allowed(tier: &str) -> f64 {
     if tier.contains("f16") { 2e-3 } else { 1e-5 }
 }
 
-/// Runs the fused layer on each of these devices, and prints how far it is from the CPU's.
-///
-/// # Errors
-/// [`Error::Device`] with every device that fails or differs.
-pub(super) fn run(found: &[DeviceInfo]) -> Result<()> {
-    let weight = load()?;
-    let (n, k) = weight.dim();
-    let quant = QuantOptions::nf4().double_quant();
-    let start = Instant::now();
-    let values = weight.as_slice().unwrap_or_default();
-    let packed = QuantizedMatrix::quantize(values.into(), n, k, &quant)?;
-    let elapsed = start.elapsed();
-    let restored = packed.dequantize();
-    let largest = values.iter().zip(&restored).map(|(wanted, got)| (wanted - got).abs()).fold(0.0, f32::max);
-    print_line(&format!(
-        "\nQuantized {WEIGHT} [{n}, {k}] to NF4 with double-quantized scales in {:.2} ms:\n\
-         {:.3} bits per weight, {} KiB instead of {} KiB, largest error {largest:.4}\n\n\
-         Fused forward, Y = X W^T + s (X A^T) B^T with rank {RANK}, against the CPU reference\n",
-        elapsed.as_secs_f64() * 1e3,
-        packed.bits_per_weight(),
-        packed.bytes() >> 10,
-        (4 * n * k) >> 10,
-    ))?;
+/// A result of one device.
+#[derive(Serialize)]
+pub(super) struct Checked {
+    #[serde(skip)]
+    index: usize,
+    #[serde(skip)]
+    device: String,
+    /// Rows of X.
+    m: usize,
+    tier: Option<String>,
+    ms_median: Option<f64>,
+    gflops: Option<f64>,
+    max_rel_err_vs_cpu: Option<f64>,
+    agrees: bool,
+    /// Why there is no result.
+    error: Option<String>,
+}
 
-    let best = Device::best()?;
-    let mut rows = Vec::new();
-    let mut wrong = Vec::new();
-    for m in ROWS {
-        let operands = Case { op: Op::Forward, m, n, k, rank: RANK, quant }.operands_of(weight.view())?;
-        for info in found {
-            let device = match info.index {
-                0 => Ok(Device::cpu()),
-                index => Device::gpu(&GpuOptions { select: Select::Index(index), ..GpuOptions::default() }),
-            };
-            let row = match device.and_then(|device| measure(&operands, &device)) {
-                Ok(row) => row,
-                Err(error) => {
-                    // The other devices still have their turn.
-                    wrong.push(format!("{} ({error})", info.name));
-                    continue;
-                }
-            };
-            // A NaN is wrong too.
-            let right = row.max_rel_err_vs_cpu <= allowed(&row.tier);
-            if !right {
-                wrong.push(format!("{} with M = {m} (error {:.1e})", row.adapter, row.max_rel_err_vs_cpu));
+/// The results of all devices, and what was packed for them.
+pub(super) struct Check {
+    packing: String,
+    checked: Vec<Checked>,
+    /// The name of the device that is chosen by default.
+    best: String,
+}
+
+impl Check {
+    /// Runs the fused layer on each of these devices. One that fails leaves the others their turn.
+    pub(super) fn run(found: &[DeviceInfo]) -> Result<Check> {
+        let weight = load()?;
+        let (n, k) = weight.dim();
+        let quant = QuantOptions::nf4().double_quant();
+        let start = Instant::now();
+        let values = weight.as_slice().unwrap_or_default();
+        let packed = QuantizedMatrix::quantize(values.into(), n, k, &quant)?;
+        let elapsed = start.elapsed();
+        let restored = packed.dequantize();
+        let largest = values.iter().zip(&restored).map(|(wanted, got)| (wanted - got).abs()).fold(0.0, f32::max);
+        let packing = format!(
+            "Quantized {WEIGHT} [{n}, {k}] to NF4 with double-quantized scales in {:.2} ms:\n\
+             {:.3} bits per weight, {} KiB instead of {} KiB, largest error {largest:.4}",
+            elapsed.as_secs_f64() * 1e3,
+            packed.bits_per_weight(),
+            packed.bytes() >> 10,
+            (4 * n * k) >> 10,
+        );
+        let mut checked = Vec::new();
+        for m in ROWS {
+            let operands = Case { op: Op::Forward, m, n, k, rank: RANK, quant }.operands_of(weight.view())?;
+            for info in found {
+                let device = match info.index {
+                    0 => Ok(Device::cpu()),
+                    index => Device::gpu(&GpuOptions { select: Select::Index(index), ..GpuOptions::default() }),
+                };
+                let row = device.and_then(|device| measure(&operands, &device));
+                checked.push(Checked::new(info, m, row));
             }
-            rows.push([
-                format!("{}{}", row.adapter, if row.adapter == best.name() { " (best)" } else { "" }),
-                row.tier,
-                m.to_string(),
-                format!("{:.3}", row.ms_median),
-                format!("{:.1}", row.gflops),
-                format!("{:.1e}", row.max_rel_err_vs_cpu),
-                if right { "yes" } else { "NO" }.to_owned(),
-            ]);
+        }
+        Ok(Check { packing, checked, best: Device::best()?.name().to_owned() })
+    }
+
+    /// Those of one device.
+    pub(super) fn of(&self, info: &DeviceInfo) -> impl Iterator<Item = &Checked> {
+        self.checked.iter().filter(move |checked| checked.index == info.index)
+    }
+
+    /// A table for people.
+    pub(super) fn describe(&self) -> String {
+        let rows = self.checked.iter().filter(|checked| checked.error.is_none()).map(|checked| {
+            let best = if checked.device == self.best { " (best)" } else { "" };
+            let number = |value: Option<f64>, text: fn(f64) -> String| value.map_or(String::new(), text);
+            [
+                format!("{}{best}", checked.device),
+                checked.tier.clone().unwrap_or_default(),
+                checked.m.to_string(),
+                number(checked.ms_median, |ms| format!("{ms:.3}")),
+                number(checked.gflops, |gflops| format!("{gflops:.1}")),
+                number(checked.max_rel_err_vs_cpu, |error| format!("{error:.1e}")),
+                if checked.agrees { "yes" } else { "NO" }.to_owned(),
+            ]
+        });
+        let header = ["device", "tier", "M", "ms", "GFLOP/s", "rel. error", "as the CPU"];
+        let what = format!("Fused forward, Y = X W^T + s (X A^T) B^T with rank {RANK}, against the CPU reference");
+        format!("\n{}\n\n{what}\n\n{}", self.packing, table(header, 2, rows.collect()))
+    }
+
+    /// # Errors
+    /// [`Error::Device`] with every device that fails or differs.
+    pub(super) fn verdict(&self) -> Result<()> {
+        let wrong: Vec<String> = self.checked.iter().filter(|checked| !checked.agrees).map(Checked::fault).collect();
+        if wrong.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Device {
+            device: wrong.join(", "),
+            op: "the fused forward pass".into(),
+            message: "no result, or one that differs from the CPU reference by more than rounding".into(),
+        })
+    }
+}
+
+impl Checked {
+    fn new(info: &DeviceInfo, m: usize, row: Result<Row>) -> Checked {
+        let none = Checked {
+            index: info.index,
+            device: info.name.clone(),
+            m,
+            tier: None,
+            ms_median: None,
+            gflops: None,
+            max_rel_err_vs_cpu: None,
+            agrees: false,
+            error: None,
+        };
+        match row {
+            // A NaN does not agree.
+            Ok(row) => Checked {
+                agrees: row.max_rel_err_vs_cpu <= allowed(&row.tier),
+                tier: Some(row.tier),
+                ms_median: Some(row.ms_median),
+                gflops: Some(row.gflops),
+                max_rel_err_vs_cpu: Some(row.max_rel_err_vs_cpu),
+                ..none
+            },
+            Err(error) => Checked { error: Some(error.to_string()), ..none },
         }
     }
-    let header = ["device", "tier", "M", "ms", "GFLOP/s", "rel. error", "as the CPU"];
-    print_line(&table(header, 2, rows).to_string())?;
-    if wrong.is_empty() {
-        return print_line("\nEvery device agrees.");
+
+    fn fault(&self) -> String {
+        match (&self.error, self.max_rel_err_vs_cpu) {
+            (None, Some(error)) => format!("{} with M = {} (error {error:.1e})", self.device, self.m),
+            (error, _) => format!("{} with M = {} ({})", self.device, self.m, error.as_deref().unwrap_or_default()),
+        }
     }
-    Err(Error::Device {
-        device: wrong.join(", "),
-        op: "the fused forward pass".into(),
-        message: "no result, or one that differs from the CPU reference by more than rounding".into(),
-    })
 }
 
 fn load() -> Result<Array2<f32>> {

@@ -6,11 +6,12 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueHint};
+use serde::Serialize;
 
 use super::model::ModelArgs;
 use super::progress;
-use super::{bundled, print_line};
+use super::{bundled, print_json, print_line, say};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
@@ -35,10 +36,10 @@ use crate::train::run::{Run, RunOptions};
     qlora demo --model model.gguf --output my-demo")]
 pub struct DemoArgs {
     /// Another model: a Hugging Face directory, a .gguf file, or an id on the hub.
-    #[arg(long, value_name = "PATH|ID")]
+    #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: Option<PathBuf>,
     /// The folder for what comes out; by default the first of qlora-demo, qlora-demo-2, ... that is not there.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     output: Option<PathBuf>,
     /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
     #[arg(long, default_value = "best")]
@@ -46,6 +47,32 @@ pub struct DemoArgs {
     /// Updates; by default 100 of the small model, 30 of another.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     steps: Option<u32>,
+    /// Print JSON: device, model, output, steps, seconds, eval_loss_before, eval_loss, definitions (word, before, after).
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a demo came to.
+#[derive(Serialize)]
+struct Report<'a> {
+    device: &'a str,
+    model: String,
+    /// The folder of the adapter.
+    output: &'a Path,
+    steps: u32,
+    seconds: f64,
+    /// On definitions that it was not trained on.
+    eval_loss_before: Option<f64>,
+    eval_loss: Option<f64>,
+    definitions: Vec<Definition>,
+}
+
+/// A word, as the model defines it without and with the adapter.
+#[derive(Serialize)]
+struct Definition {
+    word: &'static str,
+    before: String,
+    after: String,
 }
 
 /// Words to define, none of which is in the training text.
@@ -81,7 +108,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let options = BatchOptions { batch_size: BATCH_SIZE, seq_len, packing: false, ..BatchOptions::default() };
     let batches = Batches::new(read(bundled::TRAIN)?, options)?;
     let eval = read(bundled::VALID)?.examples;
-    print_line(&format!(
+    let introduction = format!(
         "device:  {}\n\
          model:   {}, its linear layers in 4 bits and frozen\n\
          adapter: LoRA of rank {RANK} on all of them\n\
@@ -90,7 +117,10 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         source.name(),
         batches.examples(),
         eval.len(),
-    ))?;
+    );
+    if !args.json {
+        say::summary(introduction)?;
+    }
 
     let define_all =
         |model: &Decoder| -> Result<Vec<String>> { WORDS.iter().map(|word| define(model, &tokenizer, word)).collect() };
@@ -109,22 +139,36 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let start = Instant::now();
     let mut run = Run::start(&mut model, config, None, batches, eval, options, &adapter)?;
     let (_, records) = progress::train(&mut run, steps, &adapter, || false)?;
+    let seconds = start.elapsed().as_secs_f64();
 
     let mut losses = records.iter().filter_map(|record| record.eval_loss);
-    if let (Some(first), Some(last)) = (losses.next(), losses.next_back()) {
+    let both = WORDS.into_iter().zip(before).zip(define_all(&model)?);
+    let report = Report {
+        device: device.name(),
+        model: source.name(),
+        output: &adapter,
+        steps,
+        seconds,
+        eval_loss_before: losses.next(),
+        eval_loss: losses.next_back(),
+        definitions: both.map(|((word, before), after)| Definition { word, before, after }).collect(),
+    };
+    if args.json {
+        return print_json(&report);
+    }
+    if let (Some(first), Some(last)) = (report.eval_loss_before, report.eval_loss) {
         print_line(&format!(
-            "{steps} steps in {:.0} s; loss on definitions that it was not trained on: {first:.3} before, {last:.3} after\n",
-            start.elapsed().as_secs_f64()
+            "{steps} steps in {seconds:.0} s; loss on definitions that it was not trained on: {first:.3} before, {last:.3} after\n",
         ))?;
     }
-    for ((word, before), after) in WORDS.iter().zip(before).zip(define_all(&model)?) {
+    for Definition { word, before, after } in &report.definitions {
         print_line(&format!("{word}\n  before: {before}\n  after:  {after}"))?;
     }
     // As it can be typed here, installed or not.
     let program = std::env::args().next().unwrap_or_else(|| "qlora".into());
     let (name, adapter, data) = (source.name(), adapter.display(), output.join(bundled::TRAIN));
     let Sampling { temperature, top_p, seed, .. } = SAMPLING;
-    print_line(&format!(
+    say::summary(format!(
         "\nloss plot: {adapter}/loss.png\n\
          adapter:   {adapter}\n\n\
          next, another word, and a model of your own:\n  \

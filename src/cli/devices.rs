@@ -1,26 +1,44 @@
 //! `qlora devices`: what there is to run on.
 
 use clap::Args;
+use serde::Serialize;
 
-use super::{check, print_json, print_line, table};
-use crate::device::devices;
+use super::check::{Check, Checked};
+use super::{print_json, print_line, table};
+use crate::device::{DeviceInfo, devices};
 use crate::error::Result;
 
 /// Lists the devices that `--device` and QLORA_DEVICE can name.
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora devices\n  \
+    qlora devices --check")]
 pub struct DevicesArgs {
-    /// Print JSON.
+    /// Print JSON, an object a device: index, name, kind, backend, driver, tier, tiers, max_binding_bytes, subgroup_sizes; with
+    /// --check also `check`: m, tier, ms_median, gflops, max_rel_err_vs_cpu, agrees, and error (null where there is a result).
     #[arg(long)]
     json: bool,
-    /// Also run the fused layer on each of them, and compare the result with the CPU's.
-    #[arg(long, conflicts_with = "json")]
+    /// Also run the fused layer on each of them, and compare the result with the CPU's; status 1 if one differs.
+    #[arg(long)]
     check: bool,
+}
+
+/// A device, with what the check found where it was asked for.
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    info: &'a DeviceInfo,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<Vec<&'a Checked>>,
 }
 
 pub fn run(args: &DevicesArgs) -> Result<()> {
     let found = devices();
     if args.json {
-        return print_json(&found);
+        let check = args.check.then(|| Check::run(&found)).transpose()?;
+        let of = |info: &DeviceInfo| check.as_ref().map(|check| check.of(info).collect());
+        print_json(&found.iter().map(|info| Report { info, check: of(info) }).collect::<Vec<_>>())?;
+        return check.map_or(Ok(()), |check| check.verdict());
     }
     let rows = found.iter().map(|info| {
         let binding = match info.max_binding_bytes {
@@ -39,5 +57,11 @@ pub fn run(args: &DevicesArgs) -> Result<()> {
     });
     let header = ["index", "name", "kind", "driver", "tier", "can run", "largest binding"];
     print_line(&table(header, 6, rows.collect()).to_string())?;
-    if args.check { check::run(&found) } else { Ok(()) }
+    if !args.check {
+        return Ok(());
+    }
+    let check = Check::run(&found)?;
+    print_line(&check.describe())?;
+    check.verdict()?;
+    print_line("\nEvery device agrees.")
 }

@@ -2,11 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
+use clap::{Args, ValueHint};
 
 use super::model::{AdaptedArgs, exists};
-use super::{print_json, print_line};
+use super::{print_json, print_line, say};
 use crate::error::{Error, Result};
 use crate::eval::{PASS_TOKENS, evaluate};
 use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
@@ -20,18 +19,19 @@ use crate::train::data::{DataOptions, Dataset, Example};
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora eval --model model.gguf --data text.txt\n  \
-    qlora eval --model DIR --adapter ADAPTER --data test.jsonl --json")]
+    qlora eval --model DIR --adapter ADAPTER --data test.jsonl --json\n  \
+    qlora eval --model DIR --adapter old=DIR1 --adapter new=DIR2 --use new --data test.jsonl")]
 pub struct EvalArgs {
     #[command(flatten)]
     model: AdaptedArgs,
     /// The data; .jsonl for JSON lines, anything else is plain text.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     data: PathBuf,
     /// Leave out lines that cannot be read, and count them.
     #[arg(long)]
     skip_bad_lines: bool,
     /// Also write `input_ids` and f32 `logits` [rows, length, vocabulary]; all sequences must be of one length.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     dump_logits: Option<PathBuf>,
     /// Print JSON: loss, perplexity, tokens.
     #[arg(long)]
@@ -46,16 +46,12 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let data =
         Dataset::read(&args.data, args.model.model.tokenizer(&path, model.config().vocab_size).as_ref(), &options)?;
     if data.bad_lines > 0 {
-        eprintln!("left out {} bad lines", data.bad_lines);
+        say::warning(format!("{}: left out {} bad lines", args.data.display(), data.bad_lines));
     }
     if let Some(path) = &args.dump_logits {
         dump_logits(&model, &data.examples, path)?;
     }
-    let bar = ProgressBar::new(data.examples.len() as u64);
-    bar.set_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} sequences, {eta} left")
-            .unwrap_or(ProgressStyle::default_bar()),
-    );
+    let bar = say::bar(data.examples.len(), "{bar:40} {pos}/{len} sequences, {eta} left");
     // A text longer than the model's positions counts piece by piece, each without what was before.
     let most = model.config().max_position_embeddings;
     let pieces = data.examples.iter().flat_map(|example| example.pieces(most));

@@ -3,13 +3,13 @@
 use std::fs;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
 use super::merge::{check_output, is_gguf_name};
 use super::model::{ModelArgs, misfit, read_adapter, warn_other_base};
-use super::{print_json, print_line};
+use super::{print_json, say};
 use crate::error::{Error, Result};
 use crate::export::write_gguf_adapter;
 use crate::formats::checkpoint::BaseFormat;
@@ -25,13 +25,13 @@ use crate::nn::ModelSpec;
 pub struct ExportArgs {
     /// The model that the adapter is for: a Hugging Face directory, a .gguf file, or an id on the hub. Only its headers are
     /// read.
-    #[arg(long, value_name = "PATH|ID")]
+    #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: PathBuf,
     /// A directory with a PEFT adapter.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     adapter: PathBuf,
     /// The file to write; its name ends in .gguf.
-    #[arg(long, value_name = "FILE.gguf")]
+    #[arg(long, value_name = "FILE.gguf", value_hint = ValueHint::FilePath)]
     output: PathBuf,
     /// Replace the output if it exists.
     #[arg(long)]
@@ -72,5 +72,5 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     if args.json {
         return print_json(&report);
     }
-    print_line(&format!("{}: an adapter of {} modules, {}", report.output, report.modules, HumanBytes(bytes)))
+    say::summary(format!("{}: an adapter of {} modules, {}", report.output, report.modules, HumanBytes(bytes)))
 }

@@ -1,26 +1,25 @@
 //! `qlora finetune`: from a model and a text to a trained adapter.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::error::ErrorKind::MissingRequiredArgument;
 use clap::{Args, CommandFactory};
+use serde::Serialize;
 
 use super::model::{misfit, warn_other_base};
 use super::progress::{bytes, train};
 use super::run::{Data, Prepared, RunArgs};
-use super::{Cli, print_line, say, settings};
+use super::{Cli, INTERRUPTED, print_json, say, settings};
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
 use crate::train::batches::Batches;
-use crate::train::run::{End, Run, RunOptions, check_unused};
-
-/// The status of a run that was interrupted, as shells have it for Ctrl-C.
-const INTERRUPTED: u8 = 130;
+use crate::train::metrics::Record;
+use crate::train::run::{End, Run, RunOptions, Summary, check_unused};
 
 /// Trains an adapter of a model on a text.
 ///
@@ -37,6 +36,50 @@ const INTERRUPTED: u8 = 130;
 pub struct FinetuneArgs {
     #[command(flatten)]
     run: RunArgs,
+    /// Print JSON at the end: output, end (finished, early_stop or interrupted), steps, loss, eval_loss_before, eval_loss,
+    /// best_eval_loss, tokens, tokens_per_second, peak_bytes; null is what there was none of.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What a run came to. Losses are those of the last step and the last evaluation.
+#[derive(Serialize)]
+struct Report<'a> {
+    output: &'a Path,
+    end: End,
+    steps: u32,
+    loss: Option<f32>,
+    eval_loss_before: Option<f64>,
+    eval_loss: Option<f64>,
+    best_eval_loss: Option<f64>,
+    tokens: u64,
+    /// Of all steps, evaluations and checkpoints left out.
+    tokens_per_second: Option<f64>,
+    peak_bytes: u64,
+}
+
+impl<'a> Report<'a> {
+    fn new(output: &'a Path, summary: &Summary, records: &[Record]) -> Report<'a> {
+        let evals = || records.iter().filter_map(|record| record.eval_loss);
+        let before = std::iter::once(0).chain(records.iter().map(|record| record.tokens));
+        let seconds: f64 = before
+            .zip(records)
+            .filter_map(|(before, record)| Some((record.tokens - before) as f64 / record.tokens_per_second?))
+            .sum();
+        let tokens = records.last().map_or(0, |record| record.tokens);
+        Report {
+            output,
+            end: summary.end,
+            steps: summary.steps,
+            loss: records.iter().rev().find_map(|record| record.loss),
+            eval_loss_before: evals().next(),
+            eval_loss: evals().next_back(),
+            best_eval_loss: summary.best_eval_loss,
+            tokens,
+            tokens_per_second: (seconds > 0.0).then(|| tokens as f64 / seconds),
+            peak_bytes: records.iter().map(|record| record.peak_bytes).max().unwrap_or(0),
+        }
+    }
 }
 
 /// Arguments with those of a settings file before them, if `typed` names one.
@@ -44,16 +87,18 @@ pub(super) fn with_settings(
     arguments: Vec<OsString>,
     command: impl FnOnce() -> clap::Command,
 ) -> Result<Vec<OsString>> {
-    // Required flags may be in the file, so that only the path can be looked for.
+    // Required flags may be in the file, so that only the path and the command can be looked for.
     let Some(path) = config_path(&arguments) else { return Ok(arguments) };
     let command = command();
-    let Some(command) = arguments[1].to_str().and_then(|name| command.find_subcommand(name)) else {
+    let named = |word: &OsString| command.find_subcommand(word.to_str()?);
+    let found = arguments.iter().enumerate().skip(1).find_map(|(at, word)| Some((at, named(word)?)));
+    let Some((at, command)) = found.filter(|(_, command)| ["finetune", "plan"].contains(&command.get_name())) else {
         return Ok(arguments);
     };
     let typed: Vec<String> = arguments.iter().filter_map(long_name).collect();
     let mut all = arguments;
-    // After the program's name and the command's.
-    all.splice(2..2, settings::arguments(&path, command, &typed)?);
+    // After the command's name.
+    all.splice(at + 1..at + 1, settings::arguments(&path, command, &typed)?);
     Ok(all)
 }
 
@@ -64,9 +109,6 @@ fn long_name(argument: &OsString) -> Option<String> {
 }
 
 fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
-    if !["finetune", "plan"].iter().any(|name| arguments.get(1).is_some_and(|argument| argument == name)) {
-        return None;
-    }
     arguments.iter().enumerate().find_map(|(at, argument)| match argument.to_str()? {
         "--config" => arguments.get(at + 1).map(PathBuf::from),
         other => other.strip_prefix("--config=").map(PathBuf::from),
@@ -74,7 +116,7 @@ fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
 }
 
 pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
-    let args = &args.run;
+    let (args, json) = (&args.run, args.json);
     // Not required in clap's words, as `plan` can do without.
     let (Some(_), Some(output)) = (&args.data, &args.output) else {
         missing("--data FILE and --output DIR");
@@ -86,9 +128,9 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let Some(Data { batches, eval, options }) = data else { missing("--data FILE") };
     let steps = options.steps;
 
-    eprintln!("device: {}", device.name());
+    say::progress(format!("device: {}", device.name()));
     describe(&batches, eval.len(), &options);
-    eprintln!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes));
+    say::progress(format!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes)));
     if args.training.memory(&device).is_some_and(|memory| !plan.fits(memory)) {
         say::warning("that is more than the device has free; `qlora plan` with the same flags says what takes it");
     }
@@ -110,26 +152,31 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     }
     let interrupted = interrupts();
     let (summary, records) = train(&mut run, steps, output, || interrupted.load(Ordering::Relaxed))?;
+    let report = Report::new(output, &summary, &records);
+    if json {
+        print_json(&report)?;
+    }
     let output = output.display();
     if summary.end == End::Interrupted {
         let how = if summary.steps > 0 { "; the same command with --resume goes on" } else { "" };
-        eprintln!("interrupted after {} of {steps} steps{how}", summary.steps);
+        say::progress(format!("interrupted after {} of {steps} steps{how}", summary.steps));
         return Ok(ExitCode::from(INTERRUPTED));
     }
+    if json {
+        return Ok(ExitCode::SUCCESS);
+    }
     if summary.end == End::EarlyStop {
-        print_line(&format!("ended after {} steps, as evaluations got no better", summary.steps))?;
+        say::summary(format!("ended after {} steps, as evaluations got no better", summary.steps))?;
     }
-    let first = records.iter().find_map(|record| record.eval_loss);
-    if let (Some(first), Some(best)) = (first, summary.best_eval_loss) {
-        let last = records.iter().rev().find_map(|record| record.eval_loss).unwrap_or(best);
-        print_line(&format!("evaluation loss: {first:.4} before, {last:.4} after, {best:.4} at its best"))?;
+    if let (Some(first), Some(last), Some(best)) = (report.eval_loss_before, report.eval_loss, report.best_eval_loss) {
+        say::summary(format!("evaluation loss: {first:.4} before, {last:.4} after, {best:.4} at its best"))?;
     }
-    print_line(&format!("loss plot: {output}/loss.png\nadapter:   {output}"))?;
     // The base that it was trained on, where the file has another.
     let as_is = ModelSpec::read(&path, &BaseFormat::AsIs)?;
     let base = if as_is.matrix_bytes(&device)? == spec.matrix_bytes(&device)? { "" } else { args.model.base_flag() };
     let name = args.model.name();
-    print_line(&format!("next: qlora generate --model {name}{base} --adapter {output} --prompt TEXT"))?;
+    say::summary(format!("loss plot: {output}/loss.png\nadapter:   {output}"))?;
+    say::summary(format!("next: qlora generate --model {name}{base} --adapter {output} --prompt TEXT"))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -147,25 +194,25 @@ fn missing(flag: &str) -> ! {
 fn describe(batches: &Batches, eval: usize, options: &RunOptions) {
     let (data, cut) = (batches.options(), batches.cut);
     let packing = if data.packing { ", packed" } else { "" };
-    eprintln!(
+    say::progress(format!(
         "data: {} examples, {} tokens{packing} in rows of at most {}; {eval} examples to evaluate on",
         batches.examples(),
         batches.tokens(),
         data.seq_len
-    );
+    ));
     if cut.truncated > 0 {
-        eprintln!(
-            "cut: {} examples were longer and lost {} tokens; {} of them lost every label and are left out",
+        say::warning(format!(
+            "{} examples were longer than a row and lost {} tokens; {} of them lost every label and are left out",
             cut.truncated, cut.tokens, cut.dropped
-        );
+        ));
     }
-    eprintln!(
+    say::progress(format!(
         "run: {} steps of {} x {} rows, an epoch has {}",
         options.steps,
         data.grad_accum,
         data.batch_size,
         batches.steps_per_epoch()
-    );
+    ));
 }
 
 /// Becomes true with Ctrl-C (or a wish to terminate); the second one ends the process, which leaves nothing half-written.
@@ -177,7 +224,7 @@ fn interrupts() -> Arc<AtomicBool> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(INTERRUPTED.into());
         }
-        eprintln!("ending after this step; once more ends at once");
+        say::progress("ending after this step; once more ends at once");
     });
     interrupted
 }

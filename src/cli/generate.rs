@@ -1,13 +1,14 @@
 //! `qlora generate`: text from a model.
 
-use std::io::{IsTerminal, Write, stdout};
 use std::ops::ControlFlow;
 use std::time::Instant;
 
 use clap::Args;
+use serde::Serialize;
 
 use super::model::AdaptedArgs;
-use crate::error::{Error, Result};
+use super::{print_json, put, say};
+use crate::error::Result;
 use crate::generate::{Sampler, Sampling, generate};
 use crate::text::Message;
 
@@ -15,7 +16,8 @@ use crate::text::Message;
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora generate --model model.gguf --chat --prompt 'What is the capital of France?'\n  \
-    qlora generate --model DIR --adapter ADAPTER --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95")]
+    qlora generate --model DIR --adapter ADAPTER --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95\n  \
+    qlora generate --model DIR --adapter formal=DIR1 --adapter brief=DIR2 --use brief --prompt 'Dear Sir' --json")]
 pub struct GenerateArgs {
     #[command(flatten)]
     model: AdaptedArgs,
@@ -49,6 +51,35 @@ pub struct GenerateArgs {
     /// Print tokens per second to stderr at the end.
     #[arg(long)]
     stats: bool,
+    /// Print JSON, when all is there: text, end (eos, stop or length), prompt_tokens, tokens, prompt_tokens_per_second,
+    /// tokens_per_second.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was generated, and how fast.
+#[derive(Serialize)]
+struct Report {
+    text: String,
+    end: End,
+    prompt_tokens: usize,
+    /// Of the answer.
+    tokens: usize,
+    prompt_tokens_per_second: f64,
+    /// After the first token, which the prompt's pass makes.
+    tokens_per_second: f64,
+}
+
+/// Why an answer ended.
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum End {
+    /// By a token of the model that says so.
+    Eos,
+    /// By `--stop`, or because nobody reads on.
+    Stop,
+    /// It has all the tokens that it may have.
+    Length,
 }
 
 pub fn run(args: &GenerateArgs) -> Result<()> {
@@ -68,7 +99,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     };
 
     let mut stream = tokenizer.decode_stream(true);
-    let mut text = Printer { held: String::new(), stopped: false, stop: &args.stop };
+    let mut text = Printer { held: String::new(), stopped: false, stop: &args.stop, kept: args.json.then(String::new) };
     let mut failed = None;
     let start = Instant::now();
     let mut first = None;
@@ -85,40 +116,50 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if let Some(error) = failed {
         return Err(error);
     }
-    text.finish(&stream.finish()?)?;
+    let (first, all) = (first.unwrap_or_default().as_secs_f64(), start.elapsed().as_secs_f64());
+    let most = args.max_tokens.min(model.config().max_position_embeddings - prompt.len());
+    let (stopped, text) = text.finish(&stream.finish()?)?;
+    let report = Report {
+        text: text.unwrap_or_default(),
+        end: match stopped {
+            true => End::Stop,
+            false if answer.len() < most => End::Eos,
+            false => End::Length,
+        },
+        prompt_tokens: prompt.len(),
+        tokens: answer.len(),
+        prompt_tokens_per_second: prompt.len() as f64 / first.max(f64::MIN_POSITIVE),
+        tokens_per_second: answer.len().saturating_sub(1) as f64 / (all - first).max(f64::MIN_POSITIVE),
+    };
     if args.stats {
-        let (first, all) = (first.unwrap_or_default().as_secs_f64(), start.elapsed().as_secs_f64());
-        eprintln!(
+        say::fact(format!(
             "prompt: {} tokens, {:.1} tokens/s; answer: {} tokens, {:.1} tokens/s",
-            prompt.len(),
-            prompt.len() as f64 / first,
-            answer.len(),
-            answer.len().saturating_sub(1) as f64 / (all - first).max(f64::MIN_POSITIVE),
-        );
+            report.prompt_tokens, report.prompt_tokens_per_second, report.tokens, report.tokens_per_second
+        ));
     }
-    Ok(())
+    if args.json { print_json(&report) } else { Ok(()) }
 }
 
-/// Prints text as it comes, but holds back what may become a stop string.
+/// Prints text as it comes, or keeps it, but holds back what may become a stop string.
 struct Printer<'a> {
     held: String,
-    /// A stop string came.
+    /// A stop string came, or nobody reads on.
     stopped: bool,
     stop: &'a [String],
+    /// All of it, if it is not to be printed.
+    kept: Option<String>,
 }
 
 impl Printer<'_> {
     fn push(&mut self, piece: &str) -> Result<ControlFlow<()>> {
         self.held.push_str(piece);
         if let Some(at) = self.stop.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
-            print(&self.held[..at])?;
+            self.held.truncate(at);
+            let _ = self.release(at)?;
             self.stopped = true;
             return Ok(ControlFlow::Break(()));
         }
-        let safe = self.held.len() - self.pending();
-        let rest = self.held.split_off(safe);
-        print(&std::mem::replace(&mut self.held, rest))?;
-        Ok(ControlFlow::Continue(()))
+        self.release(self.held.len() - self.pending())
     }
 
     /// Bytes at the end that are the start of a stop string.
@@ -129,23 +170,26 @@ impl Printer<'_> {
         self.stop.iter().filter_map(start_of).max().unwrap_or(0)
     }
 
-    /// Prints what was held back, and what came last.
-    fn finish(mut self, piece: &str) -> Result<()> {
-        if !self.stopped && self.push(piece)?.is_continue() {
-            print(&self.held)?;
+    /// Lets the first `len` bytes of what is held go.
+    fn release(&mut self, len: usize) -> Result<ControlFlow<()>> {
+        let rest = self.held.split_off(len);
+        let text = std::mem::replace(&mut self.held, rest);
+        match &mut self.kept {
+            Some(kept) => kept.push_str(&text),
+            None => self.stopped = put(&text)?.is_break(),
         }
-        print("\n")
+        Ok(if self.stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
-}
 
-fn print(text: &str) -> Result<()> {
-    let mut out = stdout();
-    let written = out.write_all(text.as_bytes()).and_then(|()| if out.is_terminal() { out.flush() } else { Ok(()) });
-    match written {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Error::Io { path: "standard output".into(), message: error.to_string() })
+    /// Lets go what was held back, and what came last. Whether it was stopped, and the text if it was kept.
+    fn finish(mut self, piece: &str) -> Result<(bool, Option<String>)> {
+        if !self.stopped && self.push(piece)?.is_continue() {
+            let _ = self.release(self.held.len())?;
         }
-        _ => Ok(()),
+        if self.kept.is_none() {
+            let _ = put("\n")?;
+        }
+        Ok((self.stopped, self.kept))
     }
 }
 
@@ -156,12 +200,12 @@ mod tests {
     #[test]
     fn what_may_become_a_stop_string_is_held_back() {
         let stop = ["END".to_owned(), "stop".to_owned()];
-        let mut printer = Printer { held: String::new(), stopped: false, stop: &stop };
+        let mut printer = Printer { held: String::new(), stopped: false, stop: &stop, kept: Some(String::new()) };
         assert!(printer.push("a EN").unwrap().is_continue());
         assert_eq!(printer.held, "EN");
         assert!(printer.push("X sto").unwrap().is_continue());
         assert_eq!(printer.held, "sto");
         assert!(printer.push("p and on").unwrap().is_break());
-        assert!(printer.stopped);
+        assert_eq!(printer.finish("").unwrap(), (true, Some("a ENX ".into())));
     }
 }

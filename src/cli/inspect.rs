@@ -5,7 +5,7 @@ mod tensors;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use indicatif::{HumanBytes, HumanCount};
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -31,12 +31,13 @@ use crate::nn::ModelConfig;
     qlora inspect ADAPTER --json")]
 pub struct InspectArgs {
     /// A .gguf or .safetensors file, a Hugging Face directory, or the directory of a PEFT adapter.
-    #[arg(value_name = "FILE|DIR")]
+    #[arg(value_name = "FILE|DIR", value_hint = ValueHint::AnyPath)]
     path: PathBuf,
     /// Give every tensor a row.
     #[arg(long)]
     all: bool,
-    /// Print JSON, which has every tensor.
+    /// Print JSON, which has every tensor: path, kind, architecture, name, unsupported (why, or null), model, adapter,
+    /// adapted_layers, parameters, bytes, bits_per_weight, formats, tensors.
     #[arg(long)]
     json: bool,
 }

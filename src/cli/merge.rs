@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytesize::ByteSize;
-use clap::{Args, ValueEnum};
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use clap::{Args, ValueEnum, ValueHint};
+use indicatif::{HumanBytes, ProgressBar};
 use serde::Serialize;
 
 use super::model::{ModelArgs, misfit, read_adapter, warn_other_base};
-use super::{INTERRUPTED, print_json, print_line, say};
+use super::{INTERRUPTED, print_json, say};
 use crate::error::{Error, Result};
-use crate::export::{DirectoryOptions, Merged};
+use crate::export::{DirectoryOptions, Merged, Progress};
 use crate::formats::gguf::TensorType;
 use crate::quant::{Dtype, QuantOptions};
 
@@ -32,13 +32,13 @@ use crate::quant::{Dtype, QuantOptions};
 pub struct MergeArgs {
     /// The model that the adapter was trained on, or the one that it was quantized from: a Hugging Face directory, a .gguf
     /// file, or an id on the hub.
-    #[arg(long, value_name = "PATH|ID")]
+    #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: PathBuf,
     /// A directory with a PEFT adapter.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     adapter: PathBuf,
     /// A directory to write, or a file whose name ends in .gguf.
-    #[arg(long, value_name = "DIR|FILE.gguf")]
+    #[arg(long, value_name = "DIR|FILE.gguf", value_hint = ValueHint::AnyPath)]
     output: PathBuf,
     /// Type of the result; by default the model's own in a directory, f16 in a GGUF file.
     #[arg(long, value_enum)]
@@ -127,7 +127,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
     let merged = Merged::open(&path, &adapter).map_err(|error| misfit(&args.adapter, &adapter, error))?;
     warn_other_base(&args.adapter, &adapter.config, &args.model.display().to_string());
 
-    let (bar, watch) = watched(merged.tensor_count())?;
+    let (bar, watch) = watched(merged.tensor_count());
     let (dtype, requantized, written);
     if to_gguf {
         let kind = args.dtype.unwrap_or(MergeType::F16).gguf();
@@ -168,7 +168,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
         let Report { output, dtype, tensors, merged, bytes, .. } = &report;
         let format = report.requantized.map(|format| format!(", linear layers {format}")).unwrap_or_default();
         let bytes = HumanBytes(*bytes);
-        print_line(&format!("{output}: {tensors} tensors as {dtype}{format}, {merged} of them merged, {bytes}"))?;
+        say::summary(format!("{output}: {tensors} tensors as {dtype}{format}, {merged} of them merged, {bytes}"))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -225,21 +225,20 @@ pub(super) fn check_output(output: &Path, model: &Path, adapter: &Path, force: b
 }
 
 /// A bar, and what is told of every tensor: it shows it, and ends the work after Ctrl-C.
-fn watched(total: usize) -> Result<(ProgressBar, impl Fn(crate::export::Progress<'_>) -> ControlFlow<()>)> {
+fn watched(total: usize) -> (ProgressBar, impl Fn(Progress<'_>) -> ControlFlow<()>) {
     let stop = Arc::new(AtomicBool::new(false));
     let set = stop.clone();
     // One that is there already, of a program that calls this as a library, stays.
     let _ = ctrlc::set_handler(move || set.store(true, Ordering::Relaxed));
-    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}");
-    let bar = ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let bar = say::bar(total, "{wide_bar} {pos}/{len} {msg}");
     let shown = bar.clone();
-    let watch = move |progress: crate::export::Progress<'_>| {
+    let watch = move |progress: Progress<'_>| {
         shown.set_length(progress.total as u64);
         shown.set_position(progress.done as u64);
         shown.set_message(progress.name.to_owned());
         if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
-    Ok((bar, watch))
+    (bar, watch)
 }
 
 /// Bytes of a file, or of all files in a folder.

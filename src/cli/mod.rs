@@ -3,6 +3,7 @@
 mod bench;
 mod bundled;
 mod check;
+mod completions;
 mod demo;
 mod devices;
 mod eval;
@@ -22,6 +23,9 @@ mod say;
 mod settings;
 mod training;
 
+use std::ffi::OsString;
+use std::io::{ErrorKind, IsTerminal, Write, stdout};
+use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
@@ -34,13 +38,22 @@ const INTERRUPTED: u8 = 130;
 /// QLoRA for every GPU: 4-bit weights and LoRA adapters through wgpu.
 #[derive(Parser, Debug)]
 #[command(name = "qlora", version, about, propagate_version = true, arg_required_else_help = true)]
-#[command(after_help = "Environment:\n  \
+#[command(after_help = "Examples:\n  \
+    qlora demo\n  \
+    qlora finetune --model model.gguf --data train.jsonl --output my-adapter\n  \
+    qlora generate --model model.gguf --adapter my-adapter --chat --prompt 'Who are you?'\n\n\
+    Environment:\n  \
     QLORA_DEVICE  device where none is given: cpu, gpu, best, an index or a part of a name\n  \
-    QLORA_TIER    kernels to use: software, plain, subgroup, f16 or subgroup-f16\n\n\
+    QLORA_TIER    kernels to use: software, plain, subgroup, f16 or subgroup-f16\n  \
+    QLORA_LOG     what is told of what is done, instead of -v: debug, or qlora_wgpu::train=info\n  \
+    NO_COLOR      no colours; CLICOLOR_FORCE=1: colours, terminal or not\n\n\
+    Results are printed on stdout, everything else on stderr; --json makes the result one JSON value.\n\n\
     Exit status: 0 done, 1 an error that is printed on stderr, 2 wrong usage, 130 a run that was interrupted and saved")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    #[command(flatten)]
+    say: say::SayArgs,
 }
 
 #[derive(Subcommand, Debug)]
@@ -57,6 +70,7 @@ enum Command {
     Export(export::ExportArgs),
     Bench(bench::BenchArgs),
     Demo(demo::DemoArgs),
+    Completions(completions::CompletionsArgs),
 }
 
 /// Runs the command line; errors go to stderr, in one sentence.
@@ -65,11 +79,16 @@ pub fn run() -> ExitCode {
         say::error(&error);
         ExitCode::FAILURE
     };
-    let arguments = match finetune::with_settings(std::env::args_os().collect(), Cli::command) {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    say::color(arguments.iter().map(|argument| argument.to_str()));
+    let arguments = match finetune::with_settings(arguments, Cli::command) {
         Ok(arguments) => arguments,
         Err(error) => return fail(error),
     };
-    let command = Cli::parse_from(arguments).command;
+    let Cli { command, say } = Cli::parse_from(arguments);
+    if let Err(error) = say::begin(&say) {
+        return fail(error);
+    }
     // On a thread of the pool: an operation of the CPU device then need not hand over to one and wait.
     rayon::scope(|_| dispatch(&command)).unwrap_or_else(fail)
 }
@@ -88,6 +107,7 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
         Command::Export(args) => export::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Demo(args) => demo::run(args),
+        Command::Completions(args) => completions::run(args),
     }?;
     Ok(ExitCode::SUCCESS)
 }
@@ -112,13 +132,59 @@ fn print_json(value: &impl serde::Serialize) -> Result<()> {
     print_line(&text)
 }
 
-/// Prints a line on stdout; a reader that has gone away (as `head` does) is no error.
+/// Prints a line on stdout.
 fn print_line(text: &str) -> Result<()> {
-    use std::io::{ErrorKind, Write};
-    match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(crate::Error::Io { path: "standard output".into(), message: error.to_string() })
+    put(&format!("{text}\n")).map(drop)
+}
+
+/// Prints on stdout, at once on a terminal. A reader that has gone away (as `head` does) is no error, but a reason to end.
+fn put(text: &str) -> Result<ControlFlow<()>> {
+    let mut out = stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| if out.is_terminal() { out.flush() } else { Ok(()) }) {
+        Ok(()) => Ok(ControlFlow::Continue(())),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
+        Err(error) => Err(crate::Error::Io { path: "standard output".into(), message: error.to_string() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Parses a line of a shell, as it is run: flags of a settings file, which is here `settings`, come first.
+    fn parse(line: &str, settings: &str) {
+        let words = shlex::split(line).unwrap_or_else(|| panic!("quotes in: {line}"));
+        let words = words.into_iter().take_while(|word| ![">", "|"].contains(&word.as_str()));
+        let words = words.map(|word| if word == "run.toml" { settings.into() } else { word.into() }).collect();
+        let arguments = finetune::with_settings(words, Cli::command).unwrap_or_else(|error| panic!("{line}: {error}"));
+        Cli::try_parse_from(arguments).unwrap_or_else(|error| panic!("{line}: {error}"));
+    }
+
+    #[test]
+    fn every_command_has_examples_and_they_parse_as_those_of_the_readme_do() {
+        Cli::command().debug_assert();
+        let folder = tempfile::tempdir().unwrap();
+        let settings = folder.path().join("run.toml").display().to_string();
+        std::fs::write(&settings, "model = 'model.gguf'\ndata = 'train.jsonl'\noutput = 'run'\n").unwrap();
+        let mut cli = Cli::command();
+        let all: Vec<clap::Command> = cli.get_subcommands().cloned().chain([cli.clone()]).collect();
+        for mut command in all {
+            let name = command.get_name().to_owned();
+            assert!(command.render_long_help().to_string().contains("Examples:\n"), "{name}");
+            let text = command.get_after_help().unwrap_or_else(|| panic!("{name}: no examples")).to_string();
+            let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| line.starts_with("qlora ")).collect();
+            assert!((1..=3).contains(&lines.len()), "{name}: {lines:?}");
+            assert!(name == "qlora" || lines.iter().all(|line| line.split(' ').nth(1) == Some(&name)), "{lines:?}");
+            lines.iter().for_each(|line| parse(line, &settings));
         }
-        _ => Ok(()),
+        let readme = include_str!("../../README.md").lines().filter(|line| line.starts_with("qlora "));
+        let mut named = std::collections::BTreeSet::new();
+        for line in readme {
+            parse(line, &settings);
+            named.extend(line.split(' ').nth(1));
+        }
+        for command in cli.get_subcommands_mut() {
+            assert!(named.contains(command.get_name()), "the README shows no {}", command.get_name());
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, ValueHint};
 use regex::Regex;
 
 use super::hub::HubId;
@@ -24,7 +24,7 @@ use crate::text::Tokenizer;
 pub struct ModelArgs {
     /// A Hugging Face directory (config.json and safetensors), a .gguf file, or an id on the hub: org/name,
     /// org/name@revision, org/name/FILE.gguf.
-    #[arg(long, value_name = "PATH|ID")]
+    #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: PathBuf,
     /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
     #[arg(long, default_value = "best")]
@@ -34,15 +34,24 @@ pub struct ModelArgs {
     base_format: Option<Base>,
 }
 
-/// A model with an adapter, if one is given.
+/// A model with adapters, if any are given.
 #[derive(Args, Debug)]
 pub struct AdaptedArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// A directory with a PEFT adapter.
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    /// A directory with a PEFT adapter. It may have a name, and there may be several then: NAME=DIR.
+    #[arg(long, value_name = "[NAME=]DIR", value_hint = ValueHint::DirPath)]
+    adapter: Vec<PathBuf>,
+    /// The adapter to use, of several; base: the model without one.
+    #[arg(long = "use", value_name = "NAME")]
+    chosen: Option<String>,
 }
+
+/// The name of an adapter that was given none.
+const UNNAMED: &str = "default";
+
+/// What `--use` calls the model without adapters, where none has such a name.
+const BASE: [&str; 2] = ["base", "none"];
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
 pub(super) enum Base {
@@ -114,16 +123,57 @@ impl ModelArgs {
 }
 
 impl AdaptedArgs {
-    /// Loads the model at `path`, and the adapter.
+    /// Loads the model at `path` with its adapters, and activates the one to use.
     pub fn load(&self, path: &Path) -> Result<Decoder> {
         // First, as it is quick.
-        let adapter = self.adapter.as_ref().map(|path| Ok((path, read_adapter(path)?))).transpose()?;
+        let named: Vec<(&str, &Path)> = self.adapter.iter().map(|given| split_name(given)).collect();
+        let chosen = choose(&named, self.chosen.as_deref())?;
+        let read = |(name, path): (_, _)| Ok((name, path, read_adapter(path)?));
+        let adapters = named.into_iter().map(read).collect::<Result<Vec<_>>>()?;
         let mut model = Decoder::load(&self.model.device()?, path, &self.model.base(Base::AsIs))?;
-        if let Some((path, adapter)) = adapter {
-            model.attach_peft("default", &adapter).map_err(|error| misfit(path, &adapter, error))?;
+        for (name, path, adapter) in &adapters {
+            model.attach_peft(name, adapter).map_err(|error| misfit(path, adapter, error))?;
             warn_other_base(path, &adapter.config, &self.model.name());
         }
+        match chosen {
+            Some(name) => model.activate(name)?,
+            None => model.deactivate()?,
+        }
         Ok(model)
+    }
+}
+
+/// The name and directory of `NAME=DIR`, unless all of it is a directory that is there.
+fn split_name(given: &Path) -> (&str, &Path) {
+    let split = given.to_str().and_then(|text| text.split_once('=')).filter(|(name, _)| !name.is_empty());
+    match split {
+        Some((name, path)) if !given.exists() => (name, Path::new(path)),
+        _ => (UNNAMED, given),
+    }
+}
+
+/// The name of the adapter to use, of those given; `None`: the base alone.
+fn choose<'a>(given: &[(&'a str, &Path)], chosen: Option<&'a str>) -> Result<Option<&'a str>> {
+    const OP: &str = "adapters";
+    let names: Vec<&str> = given.iter().map(|(name, _)| *name).collect();
+    let twice = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name));
+    if let Some((_, name)) = twice {
+        let expected = "give each a name of its own, as in --adapter NAME=DIR".into();
+        return Err(Error::Invalid { op: OP, what: "the name of two adapters", got: (*name).into(), expected });
+    }
+    match (chosen, names.as_slice()) {
+        (Some(name), _) if names.contains(&name) => Ok(Some(name)),
+        (Some(name), _) if BASE.contains(&name) => Ok(None),
+        (Some(name), []) => Err(Error::NoSuchAdapter { name: name.into(), loaded: "none".into() }),
+        (Some(name), _) => Err(Error::NoSuchAdapter { name: name.into(), loaded: names.join(", ") }),
+        (None, []) => Ok(None),
+        (None, [only]) => Ok(Some(only)),
+        (None, _) => Err(Error::Invalid {
+            op: OP,
+            what: "--use",
+            got: "not given".into(),
+            expected: format!("choose one of {}, or base for the model without one", names.join(", ")),
+        }),
     }
 }
 
@@ -236,6 +286,40 @@ pub(super) fn no_model(folder: &Path, why: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_adapter_has_the_name_before_the_first_equals_sign() {
+        let folder = tempfile::tempdir().unwrap();
+        let there = folder.path().join("x=y");
+        std::fs::create_dir(&there).unwrap();
+        let there = there.to_str().unwrap();
+        for (given, wanted) in [
+            ("some/dir", (UNNAMED, "some/dir")),
+            ("a=some/dir", ("a", "some/dir")),
+            ("a=b=c", ("a", "b=c")),
+            ("=dir", (UNNAMED, "=dir")),
+            (there, (UNNAMED, there)),
+            (&format!("a={there}"), ("a", there)),
+        ] {
+            assert_eq!(split_name(Path::new(given)), (wanted.0, Path::new(wanted.1)), "{given}");
+        }
+    }
+
+    #[test]
+    fn the_adapter_to_use_is_the_only_one_or_named() {
+        let given = |names: &[&'static str]| names.iter().map(|&name| (name, Path::new("dir"))).collect::<Vec<_>>();
+        let chosen = |names, chosen| choose(&given(names), chosen).map_err(|error| error.to_string());
+        assert_eq!(chosen(&[], None), Ok(None));
+        assert_eq!(chosen(&["a"], None), Ok(Some("a")));
+        assert_eq!(chosen(&["a", "b"], Some("b")), Ok(Some("b")));
+        assert_eq!(chosen(&["a", "b"], Some("base")), Ok(None));
+        assert_eq!(chosen(&["a"], Some("none")), Ok(None));
+        assert_eq!(chosen(&["a", "base"], Some("base")), Ok(Some("base")), "one that has the name");
+        assert!(chosen(&["a", "b"], None).unwrap_err().contains("choose one of a, b, or base"));
+        assert!(chosen(&["a", "b"], Some("c")).unwrap_err().contains("loaded: a, b"));
+        assert!(chosen(&[], Some("c")).unwrap_err().contains("loaded: none"));
+        assert!(chosen(&["a", "b", "a"], Some("b")).unwrap_err().contains("the name of two adapters is a"));
+    }
 
     #[test]
     fn bases_are_the_same_by_path_or_by_name_without_the_format() {

@@ -21,7 +21,7 @@ use crate::train::plan::{MEMORY_PERCENT, Moment, Parts, Plan};
 pub struct PlanArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// Print JSON.
+    /// Print JSON: device, memory_bytes, fits, batches, the bytes of each part (most, at_peak), moment, peak_bytes, held_bytes.
     #[arg(long)]
     json: bool,
 }

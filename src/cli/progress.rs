@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar};
 
-use super::plot;
+use super::{plot, say};
 use crate::error::Result;
 use crate::train::metrics::{self, Record};
 use crate::train::run::{Event, Run, Summary};
@@ -27,10 +27,7 @@ struct Progress {
 impl Progress {
     /// For a run of `total` steps of which `done` are done.
     fn new(total: u32, done: u32) -> Progress {
-        let bar = ProgressBar::with_draw_target(Some(total.into()), ProgressDrawTarget::stderr());
-        bar.set_style(
-            ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}").unwrap_or(ProgressStyle::default_bar()),
-        );
+        let bar = say::bar(total as usize, "{bar:30} {pos}/{len} {msg}");
         bar.set_position(done.into());
         Progress { bar, total, start: None, last_line: None, eval_loss: None }
     }
@@ -39,7 +36,7 @@ impl Progress {
     fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Step(record) => self.step(record),
-            Event::Saved(path) if self.bar.is_hidden() => eprintln!("saved {}", path.display()),
+            Event::Saved(path) if self.bar.is_hidden() => say::progress(format!("saved {}", path.display())),
             Event::Saved(_) => {}
         }
     }
@@ -58,7 +55,7 @@ impl Progress {
         let is_due = self.last_line.is_none_or(|last| last.elapsed() >= PAUSE);
         if is_due || record.eval_loss.is_some() || record.step == self.total {
             self.last_line = Some(Instant::now());
-            eprintln!("step {}/{} {message}", record.step, self.total);
+            say::progress(format!("step {}/{} {message}", record.step, self.total));
         }
     }
 

@@ -3,27 +3,35 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{Args, ValueHint};
 use half::{bf16, f16};
-use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar};
 use rayon::prelude::*;
 use regex::Regex;
+use serde::Serialize;
 
-use super::print_line;
+use super::{print_json, say};
 use crate::error::{Error, Result};
 use crate::formats::bitsandbytes;
 use crate::formats::safetensors::{self, OutData, OutTensor, SafetensorsFile, TensorType};
 use crate::quant::{Dtype, Format, QuantOptions, QuantizedMatrix};
+
+const BAR: &str = "{wide_bar} {pos}/{len} {msg}";
 
 /// Quantizes the weights of a safetensors file to 4 bits, in the serialization of bitsandbytes.
 ///
 /// Takes every 2-D tensor of type F32, F16 or BF16 that is named `weight` or `*.weight`. All other
 /// tensors are copied as they are, weights that are 4-bit already included.
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora quantize model.safetensors model-nf4.safetensors --double-quant\n  \
+    qlora quantize model.safetensors out.safetensors --format fp4 --exclude embed_tokens --exclude '^lm_head'")]
 pub struct QuantizeArgs {
     /// The safetensors file to read.
+    #[arg(value_hint = ValueHint::FilePath)]
     pub input: PathBuf,
     /// The safetensors file to write.
+    #[arg(value_hint = ValueHint::FilePath)]
     pub output: PathBuf,
     /// 4-bit format: nf4, fp4, or int4 (which only this program reads).
     #[arg(long, default_value_t = Format::Nf4)]
@@ -43,23 +51,70 @@ pub struct QuantizeArgs {
     /// Replace the output if it exists.
     #[arg(long)]
     pub force: bool,
-    /// Print nothing but errors.
+    /// Print JSON: output, format, bits_per_weight, tensors (quantized), copied, input_bytes, output_bytes.
     #[arg(long)]
-    pub quiet: bool,
+    pub json: bool,
 }
 
 /// Writes the 4-bit weights of a safetensors file in the type and shape that they had.
 ///
 /// All other tensors are copied as they are.
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora dequantize model-nf4.safetensors back.safetensors\n  \
+    qlora dequantize model-nf4.safetensors back.safetensors --force --json")]
 pub struct DequantizeArgs {
     /// The safetensors file to read, as written by `qlora quantize` or bitsandbytes.
+    #[arg(value_hint = ValueHint::FilePath)]
     pub input: PathBuf,
     /// The safetensors file to write.
+    #[arg(value_hint = ValueHint::FilePath)]
     pub output: PathBuf,
     /// Replace the output if it exists.
     #[arg(long)]
     pub force: bool,
+    /// Print JSON: output, tensors (dequantized), copied, input_bytes, output_bytes.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What was done to the 4-bit weights of a file.
+#[derive(Serialize)]
+struct Report<'a> {
+    output: &'a Path,
+    /// Of the weights that were quantized, as is the next.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bits_per_weight: Option<f64>,
+    /// How many were quantized or dequantized.
+    tensors: usize,
+    copied: usize,
+    input_bytes: u64,
+    output_bytes: u64,
+}
+
+impl<'a> Report<'a> {
+    fn new(input: &Path, output: &'a Path, tensors: usize, copied: usize) -> Report<'a> {
+        let size = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
+        let (input_bytes, output_bytes) = (size(input), size(output));
+        Report { output, format: None, bits_per_weight: None, tensors, copied, input_bytes, output_bytes }
+    }
+
+    /// One value or one line on standard output.
+    fn print(&self, json: bool) -> Result<()> {
+        if json {
+            return print_json(self);
+        }
+        let done = match (&self.format, self.bits_per_weight) {
+            (Some(format), Some(bits)) => format!("quantized to {format} ({bits:.3} bits per weight)"),
+            _ => "dequantized".into(),
+        };
+        let (tensors, plural) = (self.tensors, if self.tensors == 1 { "" } else { "s" });
+        let [before, after] = [self.input_bytes, self.output_bytes].map(HumanBytes);
+        let (output, copied) = (self.output.display(), self.copied);
+        say::summary(format!("{output}: {tensors} tensor{plural} {done}, {copied} copied, {before} -> {after}"))
+    }
 }
 
 /// Runs `qlora quantize`.
@@ -84,7 +139,7 @@ pub fn quantize(args: &QuantizeArgs) -> Result<()> {
             message: "no 2-D float tensor named `weight` or `*.weight` matches; nothing to quantize".into(),
         });
     }
-    let bar = progress(chosen.len(), args.quiet);
+    let bar = say::bar(chosen.len(), BAR);
     let mut matrices = Vec::with_capacity(chosen.len());
     for name in chosen {
         bar.set_message(name.clone());
@@ -98,19 +153,14 @@ pub fn quantize(args: &QuantizeArgs) -> Result<()> {
         out.extend(bitsandbytes::tensors(name, matrix)?);
     }
     safetensors::write(&args.output, out, file.metadata())?;
-    if args.quiet {
-        return Ok(());
-    }
     let weights: usize = matrices.iter().map(|(_, m)| m.len()).sum();
     let bits: f64 = matrices.iter().map(|(_, m)| m.bits_per_weight() * m.len() as f64).sum();
-    let summary = format!(
-        "{} quantized to {} ({:.3} bits per weight), {} copied",
-        tensors(matrices.len()),
-        args.format,
-        bits / weights.max(1) as f64,
-        copied.len(),
-    );
-    report(&args.input, &args.output, &summary)
+    let report = Report {
+        format: Some(args.format.to_string()),
+        bits_per_weight: Some(bits / weights.max(1) as f64),
+        ..Report::new(&args.input, &args.output, matrices.len(), copied.len())
+    };
+    report.print(args.json)
 }
 
 /// Runs `qlora dequantize`.
@@ -129,7 +179,7 @@ pub fn dequantize(args: &DequantizeArgs) -> Result<()> {
     }
     let matrices =
         packed.iter().map(|name| Ok((*name, bitsandbytes::read(&file, name)?))).collect::<Result<Vec<_>>>()?;
-    let bar = progress(matrices.len(), false);
+    let bar = say::bar(matrices.len(), BAR);
     let copied = file.names().iter().filter(|name| {
         let weight = bitsandbytes::weight_of(name).unwrap_or(name);
         !packed.contains(weight)
@@ -139,8 +189,7 @@ pub fn dequantize(args: &DequantizeArgs) -> Result<()> {
     out.extend(matrices.iter().map(|(name, matrix)| dequantized(name, matrix, &bar)));
     safetensors::write(&args.output, out, file.metadata())?;
     bar.finish_and_clear();
-    let summary = format!("{} dequantized, {copied} copied", tensors(matrices.len()));
-    report(&args.input, &args.output, &summary)
+    Report::new(&args.input, &args.output, matrices.len(), copied).print(args.json)
 }
 
 impl QuantizeArgs {
@@ -222,26 +271,6 @@ fn dense_bytes(matrix: &QuantizedMatrix) -> Vec<u8> {
     out
 }
 
-/// A progress bar on standard error, which hides itself where that is no terminal.
-fn progress(len: usize, quiet: bool) -> ProgressBar {
-    if quiet {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}");
-    ProgressBar::new(len as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
-fn tensors(count: usize) -> String {
-    if count == 1 { "1 tensor".into() } else { format!("{count} tensors") }
-}
-
-/// The one line on standard output.
-fn report(input: &Path, output: &Path, summary: &str) -> Result<()> {
-    let size = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
-    let (before, after) = (HumanBytes(size(input)), HumanBytes(size(output)));
-    print_line(&format!("{}: {summary}, {before} -> {after}", output.display()))
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -299,7 +328,7 @@ mod tests {
     #[test]
     fn there_and_back() {
         let folder = folder();
-        for (format, flags) in [("nf4", "--double-quant"), ("fp4", "--block 128"), ("int4", "--double-quant --quiet")] {
+        for (format, flags) in [("nf4", "--double-quant"), ("fp4", "--block 128"), ("int4", "--double-quant --json")] {
             run(&folder, &format!("quantize @in @packed --force --format {format} {flags}")).unwrap();
             run(&folder, "dequantize @packed @out --force").unwrap();
             let (input, packed, out) = (open(&folder, "in"), open(&folder, "packed"), open(&folder, "out"));

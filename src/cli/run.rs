@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::Args;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use clap::{Args, ValueHint};
 
 use super::model::{Base, ModelArgs, exists};
+use super::say;
 use super::training::TrainingArgs;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -24,10 +24,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// What to train on; .jsonl for JSON lines, anything else is plain text.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub data: Option<PathBuf>,
     /// The directory of the run, which must not hold another.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub output: Option<PathBuf>,
     /// Leave out lines that cannot be read, and count them.
     #[arg(long)]
@@ -41,7 +41,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub training: TrainingArgs,
     /// What to evaluate on.
-    #[arg(long, value_name = "FILE", conflicts_with = "eval_split", help_heading = "Evaluation and checkpoints")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "eval_split", help_heading = "Evaluation and checkpoints")]
     pub eval_data: Option<PathBuf>,
     /// Evaluate on this share of the examples instead of training on them.
     #[arg(long, value_name = "SHARE", value_parser = share, help_heading = "Evaluation and checkpoints")]
@@ -62,7 +62,7 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Evaluation and checkpoints")]
     pub resume: bool,
     /// A TOML file with any of these flags (max-steps = 100); those that are typed win.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub config: Option<PathBuf>,
 }
 
@@ -143,11 +143,7 @@ impl RunArgs {
 
     /// Reads and tokenizes a file, with a bar.
     fn read(&self, path: &Path, tokenizer: Result<&Tokenizer, &Error>) -> Result<Dataset> {
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
-        bar.set_style(
-            ProgressStyle::with_template("tokenizing {bar:30} {pos}/{len} lines")
-                .unwrap_or(ProgressStyle::default_bar()),
-        );
+        let bar = say::bar(0, "tokenizing {bar:30} {pos}/{len} lines");
         let options = DataOptions { skip_bad_lines: self.skip_bad_lines };
         let data = Dataset::read_with(path, tokenizer, &options, |lines| {
             bar.set_length(lines as u64);
@@ -155,7 +151,7 @@ impl RunArgs {
         })?;
         bar.finish_and_clear();
         if data.bad_lines > 0 {
-            eprintln!("{}: left out {} bad lines", path.display(), data.bad_lines);
+            say::warning(format!("{}: left out {} bad lines", path.display(), data.bad_lines));
         }
         Ok(data)
     }

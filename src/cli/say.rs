@@ -1,10 +1,107 @@
-//! What the command says on stderr: errors, warnings, and how things go. Who reads it may be gone, which is no error.
+//! What the command says on stderr: errors, warnings, how things go, and with -v what the library tells of itself. Who reads it
+//! may be gone, which is no error.
 
 use std::fmt::Display;
 use std::io::Write;
+use std::sync::OnceLock;
 
 use anstream::stderr;
 use clap::builder::styling::{AnsiColor, Style};
+use clap::{ArgAction, Args, ColorChoice};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tracing::Level;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::time::uptime;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use super::print_line;
+use crate::error::{Error, Result};
+
+/// The variable with filters of the log, such as `debug` or `qlora_wgpu::train=info`.
+const LOG: &str = "QLORA_LOG";
+
+/// Flags of every command.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Global options")]
+pub struct SayArgs {
+    /// Say nothing but errors, warnings and the result that was asked for.
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    quiet: bool,
+    /// Tell on stderr what is done: devices, models, checkpoints; -vv: compiled kernels and memory too.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+    /// Colours of messages: auto has them on a terminal, unless NO_COLOR is set.
+    // Read by `color` before the rest, as the parser's own messages have colours too.
+    #[arg(long, global = true, value_name = "WHEN", default_value_t = ColorChoice::Auto)]
+    color: ColorChoice,
+}
+
+/// What becomes of [`progress`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    /// Bars where stderr is a terminal, lines otherwise.
+    Bars,
+    /// Lines: bars and a log do not go together.
+    Lines,
+    /// Nothing.
+    Silent,
+}
+
+static PROGRESS: OnceLock<Progress> = OnceLock::new();
+
+/// Begins as the flags and `QLORA_LOG` say; before that, progress is shown.
+///
+/// # Errors
+/// [`Error::Invalid`] for a filter that is none.
+pub(super) fn begin(args: &SayArgs) -> Result<()> {
+    let filter = match std::env::var(LOG) {
+        Ok(text) if !text.is_empty() => Some(text.parse::<Targets>().map_err(|error| Error::Invalid {
+            op: "the environment",
+            what: LOG,
+            got: text,
+            expected: format!("{error}; give a level such as debug, or qlora_wgpu::train=info"),
+        })?),
+        _ => level(args.verbose).map(|level| Targets::new().with_target("qlora_wgpu", level)),
+    };
+    let progress = match &filter {
+        _ if args.quiet => Progress::Silent,
+        Some(_) => Progress::Lines,
+        None => Progress::Bars,
+    };
+    // A program that calls this as a library may have begun, or have a subscriber of its own.
+    let _ = PROGRESS.set(progress);
+    if let Some(filter) = filter {
+        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_timer(uptime()).with_ansi(false);
+        let _ = tracing_subscriber::registry().with(lines.with_target(false)).with(filter).try_init();
+    }
+    Ok(())
+}
+
+fn level(verbose: u8) -> Option<Level> {
+    match verbose {
+        0 => None,
+        1 => Some(Level::INFO),
+        _ => Some(Level::DEBUG),
+    }
+}
+
+/// Takes `--color` from the arguments; what is no such choice is left to the parser.
+pub(super) fn color<'a>(arguments: impl IntoIterator<Item = Option<&'a str>>) {
+    let mut arguments = arguments.into_iter().flatten();
+    while let Some(argument) = arguments.next() {
+        let value = match argument.strip_prefix("--color") {
+            Some("") => arguments.next(),
+            Some(value) => value.strip_prefix('='),
+            None => None,
+        };
+        match value {
+            Some("always") => anstream::ColorChoice::Always.write_global(),
+            Some("never") => anstream::ColorChoice::Never.write_global(),
+            _ => {}
+        }
+    }
+}
 
 /// What went wrong, in one sentence.
 pub(super) fn error(message: impl Display) {
@@ -16,9 +113,34 @@ pub(super) fn warning(message: impl Display) {
     labelled("warning", AnsiColor::Yellow, message);
 }
 
-/// What is going on.
+/// How things go.
 pub(super) fn progress(message: impl Display) {
+    if PROGRESS.get() != Some(&Progress::Silent) {
+        fact(message);
+    }
+}
+
+/// What was asked for and is no part of the result.
+pub(super) fn fact(message: impl Display) {
     let _ = writeln!(stderr(), "{message}");
+}
+
+/// A line on stdout that sums up what is in files: --quiet leaves it out.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn summary(line: impl Display) -> Result<()> {
+    if PROGRESS.get() == Some(&Progress::Silent) { Ok(()) } else { print_line(&line.to_string()) }
+}
+
+/// A bar, hidden where stderr is no terminal or bars are not wanted.
+pub(super) fn bar(len: usize, template: &str) -> ProgressBar {
+    let target = match PROGRESS.get() {
+        Some(Progress::Lines | Progress::Silent) => ProgressDrawTarget::hidden(),
+        Some(Progress::Bars) | None => ProgressDrawTarget::stderr(),
+    };
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::with_draw_target(Some(len as u64), target).with_style(style)
 }
 
 /// The stream leaves the colours out where they are not shown or not wanted.

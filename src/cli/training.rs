@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, ValueHint};
 
 use super::model::read_adapter;
 use crate::device::Device;
@@ -87,7 +87,7 @@ pub struct NewAdapterArgs {
     #[arg(long)]
     pub dora: bool,
     /// Go on training the PEFT adapter in this directory, with its own rank, alpha and targets.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "dropout", "targets", "rslora", "dora"])]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with_all = ["rank", "alpha", "dropout", "targets", "rslora", "dora"])]
     pub init_adapter: Option<PathBuf>,
 }
 

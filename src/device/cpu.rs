@@ -55,6 +55,7 @@ impl Cpu {
                     return Err(Error::OutOfMemory { device: "cpu".into(), what: "a tensor".into(), bytes: size });
                 }
                 values.resize(len, 0.0);
+                self.0.tell_growth("cpu");
                 values
             }
         };
@@ -71,6 +72,7 @@ impl Cpu {
     /// Counts memory that something else holds, such as packed weights, for as long as the answer lives.
     pub(crate) fn count(&self, bytes: u64) -> Counted {
         self.0.count(bytes);
+        self.0.tell_growth("cpu");
         Counted { bytes, pool: self.0.clone() }
     }
 }

@@ -184,6 +184,13 @@ impl Gpu {
                 && device_limits.max_immediate_size >= MAX_PARAMS_BYTES,
             uniform_alignment: device_limits.min_uniform_buffer_offset_alignment.max(MAX_PARAMS_BYTES),
         };
+        tracing::info!(
+            tier = %wrap.tier,
+            max_binding_bytes = limits.max_binding_bytes,
+            max_workgroups = limits.max_workgroups,
+            immediates = limits.immediates,
+            "device: {name}"
+        );
         let turn = (info.backend == wgpu::Backend::Gl).then(Mutex::default);
         let buffers =
             Buffers { pool: Pool::new(wrap.memory_limit), next_id: AtomicU64::new(1), retired: Mutex::default() };
@@ -431,7 +438,10 @@ impl Gpu {
                     other => other,
                 };
                 match created {
-                    Ok(raw) => (id, raw),
+                    Ok(raw) => {
+                        home.pool.tell_growth(&self.0.name);
+                        (id, raw)
+                    }
                     Err(error) => {
                         home.pool.forget(size);
                         return Err(error);

@@ -69,6 +69,8 @@ pub struct DeviceInfo {
     pub max_binding_bytes: u64,
     /// Sizes of its subgroups, smallest and largest; 0 for the CPU device.
     pub subgroup_sizes: [u32; 2],
+    /// Whether it multiplies cooperative matrices; no tier uses them yet.
+    pub cooperative_matrix: bool,
 }
 
 /// Every device: the CPU first, then the adapters of every backend in wgpu's order.
@@ -83,6 +85,7 @@ pub fn devices() -> Vec<DeviceInfo> {
         tiers: Vec::new(),
         max_binding_bytes: 0,
         subgroup_sizes: [0; 2],
+        cooperative_matrix: false,
     };
     let adapters = adapters();
     let found = (1..).zip(&adapters).map(|(index, adapter)| describe(index, adapter));
@@ -108,6 +111,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
         tiers: Tier::runnable(features).map(|tier| tier.to_string()).collect(),
         max_binding_bytes: adapter.limits().max_storage_buffer_binding_size,
         subgroup_sizes: [info.subgroup_min_size, info.subgroup_max_size],
+        cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
     }
 }
 

@@ -58,7 +58,7 @@ impl Device {
             Ok(name) if !name.is_empty() && name != "best" => Device::named(&name),
             _ => match list::hardware()? {
                 Some(gpu) => Ok(Device::Gpu(gpu)),
-                None => Ok(Device::cpu()),
+                None => Ok(Device::chosen_cpu()),
             },
         }
     }
@@ -67,7 +67,7 @@ impl Device {
     /// part of an adapter's name or backend.
     pub fn named(name: &str) -> Result<Device> {
         match name {
-            "cpu" | "0" => Ok(Device::cpu()),
+            "cpu" | "0" => Ok(Device::chosen_cpu()),
             "best" => Device::best(),
             // Said in so many words: QLORA_DEVICE does not count.
             "gpu" => list::open_selected(&GpuOptions::default(), Select::HighPerformance).map(Device::Gpu),
@@ -76,6 +76,11 @@ impl Device {
                 Device::gpu(&GpuOptions { select, ..GpuOptions::default() })
             }
         }
+    }
+
+    fn chosen_cpu() -> Device {
+        tracing::info!(threads = rayon::current_num_threads(), "device: cpu");
+        Device::cpu()
     }
 
     /// Shares a device that the caller made. Its error and loss handlers stay the caller's; features that it was

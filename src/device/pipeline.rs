@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use super::gpu::Gpu;
 use super::shader::{Access, Defines, Kernel, compose};
@@ -57,6 +58,7 @@ impl Pipelines {
 
 impl Pipeline {
     fn compile(gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Pipeline> {
+        let start = Instant::now();
         let label = format!("{} {}", kernel.name, defines.label());
         let immediates = gpu.immediates();
         let source = compose(kernel, defines, immediates).map_err(|message| gpu.error(&label, message))?;
@@ -102,6 +104,7 @@ impl Pipeline {
             });
             (raw, layout)
         })?;
+        tracing::debug!(ms = start.elapsed().as_secs_f64() * 1e3, "compiled {label}");
         Ok(Pipeline { raw, layout, label, bind_groups: Mutex::default() })
     }
 

@@ -48,6 +48,8 @@ pub(crate) struct Pool<T> {
 struct State<T> {
     free: BTreeMap<u64, Vec<T>>,
     counters: MemoryCounters,
+    /// What was held when it was last told.
+    told: u64,
 }
 
 /// What [`Pool::take`] answers.
@@ -63,7 +65,8 @@ pub(crate) enum Taken<T> {
 impl<T> Pool<T> {
     /// An empty pool; `limit` bounds live and pooled bytes together.
     pub(crate) fn new(limit: Option<u64>) -> Self {
-        Pool { limit, state: Mutex::new(State { free: BTreeMap::new(), counters: MemoryCounters::default() }) }
+        let state = State { free: BTreeMap::new(), counters: MemoryCounters::default(), told: 1 << 20 };
+        Pool { limit, state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State<T>> {
@@ -122,6 +125,20 @@ impl<T> Pool<T> {
         let state = &mut *self.state();
         state.counters.pooled_bytes = 0;
         std::mem::take(&mut state.free).into_values().flatten().collect()
+    }
+
+    /// Tells who listens that more is held than ever, where it has doubled.
+    pub(crate) fn tell_growth(&self, device: &str) {
+        if !tracing::enabled!(tracing::Level::DEBUG) {
+            return;
+        }
+        let state = &mut *self.state();
+        let MemoryCounters { live_bytes, pooled_bytes, .. } = state.counters;
+        let held_bytes = live_bytes + pooled_bytes;
+        if held_bytes >= state.told.saturating_mul(2) {
+            state.told = held_bytes;
+            tracing::debug!(held_bytes, live_bytes, "memory of {device} has grown");
+        }
     }
 
     pub(crate) fn counters(&self) -> MemoryCounters {

@@ -116,7 +116,9 @@ impl Decoder {
         self.linears_mut().try_for_each(|(_, linear)| match linear.adapter(name) {
             Ok(_) => linear.activate(name),
             Err(_) => linear.deactivate(),
-        })
+        })?;
+        tracing::debug!("active adapter: {name}");
+        Ok(())
     }
 
     /// Uses the base alone from now on.

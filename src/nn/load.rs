@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use super::config::ModelConfig;
 use super::decoder::{Decoder, DecoderLayer, MODULES, path};
@@ -55,6 +56,23 @@ impl Decoder {
     /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io) with
     /// file and key; the device's own.
     pub fn load(device: &Device, path: &Path, base: &BaseFormat) -> Result<Decoder> {
+        let start = Instant::now();
+        let decoder = Decoder::read(device, path, base)?;
+        let config = decoder.config();
+        tracing::info!(
+            architecture = ?config.architecture,
+            layers = config.layers,
+            hidden = config.hidden_size,
+            vocabulary = config.vocab_size,
+            bytes = decoder.resident_bytes().0,
+            seconds = start.elapsed().as_secs_f64(),
+            "loaded {}",
+            path.display()
+        );
+        Ok(decoder)
+    }
+
+    fn read(device: &Device, path: &Path, base: &BaseFormat) -> Result<Decoder> {
         if path.is_file() || path.extension().is_some_and(|extension| extension == "gguf") {
             let file = GgufFile::open(path)?;
             let config = ModelConfig::from_gguf(&file)?;

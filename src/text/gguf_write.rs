@@ -187,3 +187,74 @@ fn sentence_piece(spec: &Spec, tokens: &[String], metadata: &mut Metadata) -> Re
     metadata.set(SCORES, OutValue::F32s(tokens.iter().map(score).collect()));
     Ok(())
 }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::formats::gguf::{self, GgufFile, OutTensor};
+
+    /// The tokenizer of a GGUF file as Hugging Face's files, and these in a GGUF file again.
+    fn there_and_back(file: &GgufFile, vocab_size: usize) -> (Tokenizer, GgufFile, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let original = Tokenizer::from_gguf(file).unwrap();
+        for (name, bytes) in original.files(file.path()).unwrap() {
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        let tokenizer = Tokenizer::from_dir(folder.path()).unwrap();
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model/llama");
+        let config = ModelConfig { vocab_size, ..ModelConfig::read(golden).unwrap() };
+        let mut metadata = config.gguf_metadata("a").unwrap();
+        tokenizer.write_gguf(folder.path(), &config, &mut metadata).unwrap();
+        let path = folder.path().join("again.gguf");
+        gguf::write(&path, &metadata, &[] as &[OutTensor<'_>]).unwrap();
+        (tokenizer, GgufFile::open(path).unwrap(), folder)
+    }
+
+    #[test]
+    fn a_byte_level_tokenizer_is_the_same_afterwards() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer/smollm2.gguf");
+        let file = GgufFile::open(golden).unwrap();
+        let (_, again, _folder) = there_and_back(&file, 49152);
+        let names = ["tokens", "token_type", "merges", "model", "pre", "bos_token_id", "eos_token_id", "add_bos_token"];
+        let keys =
+            names.map(|name| format!("tokenizer.ggml.{name}")).into_iter().chain(["tokenizer.chat_template".into()]);
+        for key in keys {
+            assert_eq!(again.metadata(&key), file.metadata(&key), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_sentence_piece_tokenizer_encodes_the_same_afterwards() {
+        let pieces = ["▁", "t", "h", "e", "n", "▁t", "he", "▁the", "en", "▁then", "hen"];
+        let scores = [-20.0, -21.0, -22.0, -23.0, -24.0, -1.0, -2.0, -5.0, -3.0, -7.0, -4.0];
+        let mut tokens = vec!["<unk>".to_owned(), "<s>".into(), "</s>".into()];
+        tokens.extend((0..=255_u8).map(|byte| format!("<0x{byte:02X}>")));
+        let mut all_scores = vec![0.0; tokens.len()];
+        let mut types = vec![kind::UNKNOWN, kind::CONTROL, kind::CONTROL];
+        types.resize(tokens.len(), kind::BYTE);
+        tokens.extend(pieces.map(String::from));
+        all_scores.extend(scores);
+        types.resize(tokens.len(), kind::NORMAL);
+
+        let (folder, vocab_size) = (tempfile::tempdir().unwrap(), tokens.len());
+        let mut metadata = Metadata::default();
+        metadata.set(MODEL, OutValue::String("llama".into()));
+        metadata.set(TOKENS, OutValue::Strings(tokens));
+        metadata.set(SCORES, OutValue::F32s(all_scores));
+        metadata.set(TYPES, OutValue::I32s(types));
+        metadata.set("tokenizer.ggml.bos_token_id", OutValue::U32(1));
+        metadata.set("tokenizer.ggml.eos_token_id", OutValue::U32(2));
+        let path = folder.path().join("first.gguf");
+        gguf::write(&path, &metadata, &[] as &[OutTensor<'_>]).unwrap();
+        let file = GgufFile::open(path).unwrap();
+        let (between, again, _folder) = there_and_back(&file, vocab_size);
+        for key in [TOKENS, TYPES, MODEL, "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"] {
+            assert_eq!(again.metadata(key), file.metadata(key), "{key}");
+        }
+        let [first, last] = [&file, &again].map(|file| Tokenizer::from_gguf(file).unwrap());
+        for text in ["then the hen", "the then", "é ten", "  net", ""] {
+            let ids = first.encode(text, true).unwrap();
+            assert_eq!(between.encode(text, true).unwrap(), ids, "{text}");
+            assert_eq!(last.encode(text, true).unwrap(), ids, "{text}");
+        }
+    }
+}

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -60,6 +61,7 @@ pub(super) fn save(output: &Path, adapter: &PeftAdapter, optimizer: &Optimizer, 
     if folder.exists() {
         return Ok(folder);
     }
+    let start = Instant::now();
     let io_error = |e: io::Error| Error::Io { path: folder.clone(), message: e.to_string() };
     // Removed again if anything below fails.
     let hidden = tempfile::Builder::new().prefix(HIDDEN).tempdir_in(output).map_err(io_error)?;
@@ -84,6 +86,7 @@ pub(super) fn save(output: &Path, adapter: &PeftAdapter, optimizer: &Optimizer, 
     sync_folder(output).map_err(io_error)?;
     // Nothing is left under its name to be removed.
     let _ = hidden.keep();
+    tracing::info!(step = state.step, seconds = start.elapsed().as_secs_f64(), "wrote {}", folder.display());
     Ok(folder)
 }
 

@@ -6,6 +6,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::batches::{Batches, MicroBatch};
@@ -56,7 +57,8 @@ pub enum Event<'a> {
 }
 
 /// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum End {
     /// All steps are done.
     Finished,
@@ -273,7 +275,9 @@ impl<'a> Run<'a> {
             Some(_) => PeftAdapter::read(self.output.join(BEST))?,
             None => self.adapter()?,
         };
-        adapter.write(&self.output)
+        adapter.write(&self.output)?;
+        tracing::info!(steps = self.state.step, "wrote the adapter to {}", self.output.display());
+        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! The recorded models, adapters and runs of tests/golden/model, and SmolLM2's file.
 
+use std::fs;
 use std::path::PathBuf;
 
 use qlora_wgpu::Device;
@@ -7,6 +8,8 @@ use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::PeftAdapter;
 use qlora_wgpu::formats::safetensors::SafetensorsFile;
 use qlora_wgpu::nn::{Batch, Decoder, Tokens, shifted_labels};
+use serde_json::{Value, json};
+use tempfile::TempDir;
 
 /// A file or folder of tests/golden/model.
 pub fn path(name: &str) -> PathBuf {
@@ -80,4 +83,21 @@ pub fn smollm2() -> PathBuf {
     let path = folder.join("SmolLM2-135M-Instruct.Q4_1.gguf");
     assert!(path.is_file(), "{} is missing: `make smollm2` fetches it", path.display());
     path
+}
+
+/// A tokenizer of the words w0, w1 and so on.
+pub fn tokenizer(words: usize) -> String {
+    let vocabulary: serde_json::Map<String, Value> = (0..words).map(|i| (format!("w{i}"), json!(i))).collect();
+    let model = json!({"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"});
+    json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}).to_string()
+}
+
+/// A folder with a recorded model, which has 128 tokens and as many positions, and a tokenizer.
+pub fn with_tokenizer(name: &str) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "generation_config.json", "model.safetensors"] {
+        fs::copy(path(name).join(file), folder.path().join(file)).unwrap();
+    }
+    fs::write(folder.path().join("tokenizer.json"), tokenizer(128)).unwrap();
+    folder
 }

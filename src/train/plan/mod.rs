@@ -119,6 +119,15 @@ impl Plan {
                 Err(error) => return Err(error),
             }
         }
+        let MicroBatches { count, rows, tokens } = best.batches;
+        tracing::info!(
+            rows,
+            count,
+            tokens,
+            held_bytes = best.held_bytes,
+            memory_bytes = memory,
+            "micro-batches chosen"
+        );
         Ok(best)
     }
 

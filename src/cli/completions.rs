@@ -1,0 +1,32 @@
+//! `qlora completions`: commands, flags and paths for a shell to complete.
+
+use clap::{Args, CommandFactory};
+use clap_complete::Shell;
+
+use super::{Cli, put};
+use crate::error::Result;
+
+/// Prints a script that completes commands, flags and paths in a shell
+///
+/// Put it where the shell looks for such scripts, and start a new shell:
+///   bash        ~/.local/share/bash-completion/completions/qlora
+///   zsh         _qlora in a folder of $fpath, before compinit
+///   fish        ~/.config/fish/completions/qlora.fish
+///   powershell  qlora completions powershell | Out-String | Invoke-Expression, in $PROFILE
+///   elvish      eval (qlora completions elvish | slurp), in ~/.config/elvish/rc.elv
+#[derive(Args, Debug)]
+#[command(verbatim_doc_comment)]
+#[command(after_help = "Examples:\n  \
+    qlora completions bash > ~/.local/share/bash-completion/completions/qlora\n  \
+    qlora completions fish > ~/.config/fish/completions/qlora.fish")]
+pub struct CompletionsArgs {
+    /// The shell.
+    #[arg(value_enum)]
+    shell: Shell,
+}
+
+pub fn run(args: &CompletionsArgs) -> Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "qlora", &mut script);
+    put(&String::from_utf8_lossy(&script)).map(drop)
+}
