@@ -1,7 +1,7 @@
 //! Other programs that time the same cases, in the same run: what a machine does in one minute says little about the next.
 //!
 //! A peer is a program that prints a line of JSON, `{"name"}`, and then answers every line that it reads, a case as
-//! [`Row`](super::Row) has it (op, format, double_quant, m, n, k, rank, of a step its shape), with one of its own:
+//! [`Row`] has it (op, format, double_quant, m, n, k, rank, of a step its shape), with one of its own:
 //! `{"ms_min", "ms_median"}`, or `{"skipped"}` with the reason. `benches/peers` has some.
 
 use std::io::{BufRead, BufReader, Lines, Write};
