@@ -30,6 +30,7 @@ mod matrix_spec;
 mod packing;
 mod product;
 pub mod qmatmul;
+mod qmatmul_coop;
 mod qmatmul_cpu;
 pub mod qmatmul_dx;
 mod qmatmul_dx_cpu;
