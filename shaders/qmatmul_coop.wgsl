@@ -6,10 +6,9 @@ enable wgpu_cooperative_matrix;
 //
 // The adapter's part is f32: it is small beside the rest, and may be much smaller or larger in value.
 {{ "" }}
-{% from "coop.wgsl" import depth, enter, accumulators, multiply, store %}
+{% from "coop.wgsl" import depth, sum_stride, enter, accumulators, multiply, finish_tile %}
 {# Rows of a tile are padded by 8 values, which spreads the banks. #}
 {% set stride = depth + 8 %}
-{% set sum_stride = 64 + 4 %}
 
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row
@@ -22,7 +21,6 @@ enable wgpu_cooperative_matrix;
 // [row][k]
 var<workgroup> x_tile: array<f16, {{ 64 * stride }}>;
 var<workgroup> w_tile: array<f16, {{ 64 * stride }}>;
-// Half of the rows of Y at a time: 16 of each piece.
 var<workgroup> sums: array<f32, {{ 32 * sum_stride }}>;
 
 @compute @workgroup_size({{ 4 * lanes }})
@@ -34,7 +32,7 @@ fn main(
 ) {
 {{ enter() }}
     let row_group = group / p.column_groups;
-    let n_base = (group - row_group * p.column_groups) * 64u;
+    let column_base = (group - row_group * p.column_groups) * 64u;
     let row_base = row_group * 64u;
     // Of this subgroup's piece.
     let half_row = subgroup / 2u;
@@ -58,7 +56,7 @@ fn main(
 {% endfor %}
         }
         for (var i = thread; i < {{ 64 * depth // 8 }}u; i = i + {{ 4 * lanes }}u) {
-            let n = min(n_base + i / {{ depth // 8 }}u, p.n - 1u);
+            let n = min(column_base + i / {{ depth // 8 }}u, p.n - 1u);
             let word = start / 2u + i % {{ depth // 8 }}u;
             var weights = W8(vec4<f32>(0.0), vec4<f32>(0.0));
             if (2u * word < quads) { weights = weights8(n, word); }
@@ -73,24 +71,16 @@ fn main(
     {"name": "w_tile", "begin": "w_begin", "stride": stride, "along": true}) }}
     }
 
-{% for half in range(2) %}
-    workgroupBarrier();
-    {
-        let begin = half_row * {{ 16 * sum_stride }}u + half_column * 32u;
-{{ store(edge, 32, 16 * half, 16 * half + 16, "sums", "begin", sum_stride) }}
-    }
-    workgroupBarrier();
-    finish(row_base + {{ 16 * half }}u, n_base, thread);
-{% endfor %}
+{{ finish_tile(edge) }}
 }
 
-// From `sums` to Y: rows `first` to `first + 15` and 32 rows after those, 64 columns from `n_base` on; four by four a thread.
-fn finish(first: u32, n_base: u32, thread: u32) {
+// Four by four results a thread.
+fn finish(first: u32, column_base: u32, thread: u32) {
     for (var i = thread; i < 128u; i = i + {{ 4 * lanes }}u) {
         let local = i / 16u * 4u;
         let column = i % 16u * 4u;
         let row_base = first + local + local / 16u * 16u;
-        let n = n_base + column;
+        let n = column_base + column;
 {% for j in range(4) %}
         let n{{ j }} = p.column + min(n + {{ j }}u, p.n - 1u);
         let row{{ j }} = p.row + min(row_base + {{ j }}u, p.rows - 1u);

@@ -42,6 +42,24 @@
 coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(&{{ tile.name }}[{{ tile.begin }} + {{ at ~ "u * " ~ tile.stride ~ "u + k" if tile.along else at ~ "u + k * " ~ tile.stride ~ "u" }}], {{ tile.stride }}u);
 {%- endmacro %}
 
+{# Tiles of 64 x 64 results by four subgroups of 32 x 32. #}
+{# Of `sums`, an array of f32 with half of the tile's rows: 16 of each subgroup's. Padding spreads the banks. #}
+{% set sum_stride = 64 + 4 %}
+
+{# Has `finish(first, column_base, thread)` take the results from `sums`: rows `first` to `first + 15` of the whole result, then 16
+   that are 32 further on. #}
+{% macro finish_tile(edge) %}
+{% for half in range(2) %}
+    workgroupBarrier();
+    {
+        let begin = half_row * {{ 16 * sum_stride }}u + half_column * 32u;
+{{ store(edge, 32, 16 * half, 16 * half + 16, "sums", "begin", sum_stride) }}
+    }
+    workgroupBarrier();
+    finish(row_base + {{ 16 * half }}u, column_base, thread);
+{% endfor %}
+{% endmacro %}
+
 {# Stores the rows of accumulators from `first` to `end` into an array of f32, from `begin` on. #}
 {% macro store(edge, columns, first, end, array, begin, stride) %}
 {% for i in range(first // edge, end // edge) %}{% for j in range(columns // edge) %}

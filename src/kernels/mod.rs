@@ -33,6 +33,7 @@ pub mod qmatmul;
 mod qmatmul_coop;
 mod qmatmul_cpu;
 pub mod qmatmul_dx;
+mod qmatmul_dx_coop;
 mod qmatmul_dx_cpu;
 mod qmatmul_dx_lanes;
 mod qmatmul_dx_operands;

@@ -4,8 +4,8 @@ use super::matrix::{dense_defines, quant_defines};
 use super::{
     adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dq, column_sum, cross_entropy,
     dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_coop,
-    qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward,
-    rope, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
+    qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm,
+    rms_norm_backward, rope, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -52,6 +52,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
     Entry { kernel: &qmatmul_coop::KERNEL, variants: coop_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &qmatmul_dx_coop::KERNEL, variants: dx_coop_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_dx_lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_dx_tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
@@ -73,6 +74,10 @@ pub static KERNELS: &[Entry] = &[
 
 fn coop_variants(tier: Tier) -> Vec<Defines> {
     if tier.cooperative() { qmatmul_coop::variants(&matrices()) } else { Vec::new() }
+}
+
+fn dx_coop_variants(tier: Tier) -> Vec<Defines> {
+    if tier.cooperative() { qmatmul_dx_coop::variants(&matrices()) } else { Vec::new() }
 }
 
 fn dx_lanes_variants(tier: Tier) -> Vec<Defines> {
