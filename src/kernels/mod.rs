@@ -22,6 +22,7 @@ mod exp;
 pub mod grad_norm;
 mod host_matrix;
 pub mod linear_cross_entropy;
+mod lora_coop;
 pub mod lora_dh;
 pub mod lora_down;
 pub mod lora_dw;

@@ -3,7 +3,7 @@
 use super::matrix::{dense_defines, quant_defines};
 use super::{
     adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dq, column_sum, cross_entropy,
-    dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_coop,
+    dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop,
     qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm,
     rms_norm_backward, rope, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
 };
@@ -48,6 +48,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &dropout_mix::KERNEL, variants: |_| dropout_mix::variants(), twin: "dropout_mix::reference" },
     Entry { kernel: &embedding::KERNEL, variants: |_| embedding::variants(&matrices()), twin: "embedding::reference" },
     Entry { kernel: &grad_norm::KERNEL, variants: |_| vec![grad_norm::defines()], twin: "grad_norm::reference" },
+    Entry { kernel: &lora_coop::KERNEL, variants: lora_coop_variants, twin: "lora_dw::reference" },
     Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
@@ -90,6 +91,10 @@ fn dx_tile_variants(tier: Tier) -> Vec<Defines> {
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { Vec::new() } else { qmatmul_gemv::variants(&matrices(), tier.subgroups()) }
+}
+
+fn lora_coop_variants(tier: Tier) -> Vec<Defines> {
+    if tier.cooperative() { lora_coop::variants() } else { Vec::new() }
 }
 
 fn lanes_variants(tier: Tier) -> Vec<Defines> {
