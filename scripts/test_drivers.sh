@@ -1,18 +1,19 @@
 #!/bin/sh
 # Runs the tests of kernels, layers, models and training on software drivers, one after the other.
-# Usage: test_drivers.sh [STACK...]; all of them by default.
+# Usage: test_drivers.sh [STACK...]; all of them but `coop` by default.
 #
 # lavapipe      the system's Mesa through Vulkan
 # llvmpipe-gl   the system's Mesa through OpenGL
 # swiftshader   SwiftShader through Vulkan, out of Debian's package chromium-common
 # lavapipe-sid  the Mesa of Debian's unstable release through Vulkan, with every library that it needs, libc included
+# coop          that in the tier cooperative-matrix alone, and only the tests of what this tier changes: some minutes
 #
 # The first two are installed where they are missing, with apt-get. The packages of the others come from the mirror of
 # the system's own sources, checked with Debian's keys; they are unpacked in target/drivers and not installed. What is
 # there already is used again: remove that folder for newer ones.
 #
-# A stack that cannot be set up is skipped, and the reason said. Fails if a test did, or if there was nothing but skipped
-# ones. On two cores all four take about half an hour. tests/smollm2.rs runs where `make smollm2` has fetched its model.
+# A stack that cannot be set up is skipped, and the reason said. Fails if a test did, with status 3 if there was nothing but
+# skipped ones. On two cores the first four take about half an hour. tests/smollm2.rs runs where `make smollm2` has fetched its model.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -24,9 +25,9 @@ cache=$root/target/drivers
 [ $# -gt 0 ] || set -- lavapipe llvmpipe-gl swiftshader lavapipe-sid
 for stack; do
     case $stack in
-    lavapipe | llvmpipe-gl | swiftshader | lavapipe-sid) ;;
+    lavapipe | llvmpipe-gl | swiftshader | lavapipe-sid | coop) ;;
     *)
-        complain "no stack $stack; usage: test_drivers.sh [lavapipe] [llvmpipe-gl] [swiftshader] [lavapipe-sid]"
+        complain "no stack $stack; usage: test_drivers.sh [lavapipe] [llvmpipe-gl] [swiftshader] [lavapipe-sid] [coop]"
         exit 2
         ;;
     esac
@@ -224,7 +225,11 @@ run_tests() {
 
 # Sets up the stack and tests on it; in a process of its own, for the environment. Status 3: skipped.
 run_stack() {
-    loader="" origin="" reason="" passed=0 failed=0
+    loader="" origin="" reason="" tier="" passed=0 failed=0
+    if [ "$stack" = coop ]; then
+        # The same packages.
+        stack=lavapipe-sid tier=cooperative-matrix
+    fi
     case $stack in
     lavapipe) set_up_lavapipe ;;
     llvmpipe-gl) set_up_llvmpipe_gl ;;
@@ -237,19 +242,27 @@ run_stack() {
     fi
     mkdir -p "$cache/logs"
     start=$(date +%s)
-    for name in device layers layer_backward seed_parity_layer model_golden train_golden; do
-        run_tests "$name"
-    done
-    # Of the real model's tests those on an adapter; the others ask the CPU.
-    if [ -f "${QLORA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/qlora-wgpu}/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
-        run_tests smollm2 a_gpu
+    if [ -n "$tier" ]; then
+        export QLORA_TIER="$tier"
+        for name in layers layer_backward model_golden train_golden; do
+            run_tests "$name"
+        done
+        run_tests qlora_wgpu kernels::qmatmul kernels::lora_ kernels::linear_cross_entropy kernels::row_factor bench::
+    else
+        for name in device layers layer_backward seed_parity_layer model_golden train_golden; do
+            run_tests "$name"
+        done
+        # Of the real model's tests those on an adapter; the others ask the CPU.
+        if [ -f "${QLORA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/qlora-wgpu}/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
+            run_tests smollm2 a_gpu
+        fi
+        run_tests qlora_wgpu kernels:: autograd:: nn:: optim:: train:: generate:: tensor:: device:: bench:: formats::gguf::
     fi
-    run_tests qlora_wgpu kernels:: autograd:: nn:: optim:: train:: generate:: tensor:: device:: bench:: formats::gguf::
     # shellcheck disable=SC2046 # two numbers
     set -- $(printf '%s\n' "$adapter" | sed -n '/"subgroup_sizes"/,/]/p' | tr -cs '0-9' ' ')
     sizes=$1
     [ "$1" -eq "$2" ] || sizes="$1 to $2"
-    say "$stack: $(field name), driver $(field driver)$origin;" \
+    say "$stack: ${tier:+tier $tier alone, }$(field name), driver $(field driver)$origin;" \
         "$(has '"subgroup"' "subgroups of $sizes" subgroups), $(has '"f16"' f16)," \
         "$(has '"cooperative_matrix": true' 'cooperative matrices');" \
         "$passed passed, $failed failed; $(($(date +%s) - start)) s"
@@ -271,7 +284,7 @@ for stack; do
     esac
 done
 if [ "$tested" -eq 0 ]; then
-    complain "no stack could be set up: nothing was tested"
-    exit 1
+    [ $# -eq 1 ] || complain "no stack could be set up: nothing was tested"
+    exit 3
 fi
 exit "$status"

@@ -1,5 +1,5 @@
 // factor[m] = the power of two that brings the largest |X[m, :]| into [2^13, 2^14), where f16 is most exact and a
-// product with W (near 2^8) stays far from overflow in f32. 1 for a row of zeros and subnormals, which a driver may flush.
+// product with W (near 2^8) stays far from overflow in f32. 2^126 for a row of zeros and subnormals, which a driver may flush.
 
 struct Params {
     first_group: u32,
@@ -40,6 +40,6 @@ fn main(
         // Biased exponents: that of the largest value, and that of the factor, kept within the normal numbers.
         let exponent = i32(bitcast<u32>(partial[0]) >> 23u) & 255;
         let wanted = clamp(127 + 13 + 127 - exponent, 1, 253);
-        factor[row] = select(1.0, bitcast<f32>(u32(wanted) << 23u), exponent > 0);
+        factor[row] = bitcast<f32>(u32(wanted) << 23u);
     }
 }

@@ -10,11 +10,11 @@ use crate::quant::{
     Scales,
 };
 
-/// The devices that tests run on: the CPU, and every adapter in every tier that it can run. `QLORA_TEST_DEVICES` is
-/// `cpu` for the CPU alone, or a part of the names of the adapters wanted.
+/// The devices that tests run on: the CPU, and every adapter in every tier that it can run, or in that of `QLORA_TIER`.
+/// `QLORA_TEST_DEVICES` is `cpu` for the CPU alone, or a part of the names of the adapters wanted.
 ///
 /// # Panics
-/// If no adapter is found and `QLORA_TEST_DEVICES=cpu` does not say that none is wanted: a test that silently runs
+/// If no adapter is found, or one cannot run that tier, and `QLORA_TEST_DEVICES=cpu` does not say that none is wanted: a test that silently runs
 /// on less than it should proves nothing.
 pub fn devices() -> Vec<Device> {
     static DEVICES: LazyLock<Vec<Device>> =
@@ -56,7 +56,8 @@ pub fn adapters() -> Vec<DeviceInfo> {
 fn open_gpus() -> Vec<Device> {
     let mut gpus = Vec::new();
     for info in adapters() {
-        for tier in &info.tiers {
+        let only = std::env::var("QLORA_TIER").ok().filter(|tier| !tier.is_empty());
+        for tier in only.map_or_else(|| info.tiers.clone(), |tier| vec![tier]) {
             let tier: Tier = tier.parse().unwrap();
             let options = GpuOptions { select: Select::Index(info.index), tier: Some(tier), ..GpuOptions::default() };
             gpus.push(Device::gpu(&options).unwrap_or_else(|error| panic!("{} tier {tier}: {error}", info.name)));

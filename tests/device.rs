@@ -223,9 +223,19 @@ fn a_tier_that_the_device_cannot_run_is_an_error() {
     // Opened without features: only the tiers that need none.
     let (adapter, raw, queue) = callers_own();
     let options = |tier| GpuOptions { tier: Some(tier), ..GpuOptions::default() };
-    let error = Device::from_wgpu(&adapter, raw.clone(), queue.clone(), &options(Tier::SubgroupF16)).unwrap_err();
-    assert!(error.to_string().contains("subgroup-f16") && error.to_string().contains("plain"), "{error}");
+    for tier in [Tier::SubgroupF16, Tier::CooperativeMatrix] {
+        let error = Device::from_wgpu(&adapter, raw.clone(), queue.clone(), &options(tier)).unwrap_err().to_string();
+        assert!(error.contains(&tier.to_string()) && error.contains("plain"), "{error}");
+    }
     Device::from_wgpu(&adapter, raw, queue, &options(Tier::Plain)).unwrap();
+    // Every adapter opens in exactly the tiers that it is listed with.
+    for info in common::adapters() {
+        for tier in Tier::ALL {
+            let options = GpuOptions { select: Select::Index(info.index), ..options(tier) };
+            let opened = Device::gpu(&options);
+            assert_eq!(opened.is_ok(), info.tiers.contains(&tier.to_string()), "{} {tier}: {opened:?}", info.name);
+        }
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::commands::Recorder;
+use super::cooperative::{Cooperative, usable};
 use super::pipeline::Pipelines;
 use super::pool::{MemoryCounters, Pool, Taken, size_class};
 use super::tier::Tier;
@@ -19,6 +20,7 @@ struct Inner {
     queue: wgpu::Queue,
     info: wgpu::AdapterInfo,
     tier: Tier,
+    cooperative: Option<Cooperative>,
     limits: GpuLimits,
     fault: Arc<Fault>,
     buffers: Arc<Buffers>,
@@ -45,6 +47,8 @@ pub struct GpuLimits {
 /// Options of [`Gpu::wrap`] that [`GpuOptions`](super::GpuOptions) passes on.
 pub(super) struct Wrap {
     pub tier: Tier,
+    /// What the adapter has of them.
+    pub cooperative: Option<Cooperative>,
     pub max_binding_bytes: Option<u64>,
     pub memory_limit: Option<u64>,
     pub immediates: bool,
@@ -129,15 +133,25 @@ const STORAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
 impl Gpu {
-    /// Opens an adapter with every feature that a kernel can use. Installs handlers for errors and loss.
+    /// Opens an adapter with every feature that a kernel of the tier can use. Installs handlers for errors and loss.
     pub(super) async fn open(adapter: &wgpu::Adapter, wrap: Wrap) -> Result<Gpu> {
         use wgpu::Features as F;
         let wanted =
             F::SUBGROUP | F::SHADER_F16 | F::IMMEDIATES | F::TIMESTAMP_QUERY | F::TIMESTAMP_QUERY_INSIDE_ENCODERS;
         let info = adapter.get_info();
+        let required_features = usable(adapter.features(), wrap.cooperative) & (wanted | wrap.tier.features());
+        let experimental = required_features.intersects(F::all_experimental_mask());
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("qlora-wgpu"),
-            required_features: adapter.features() & wanted,
+            required_features,
+            experimental_features: if experimental {
+                // SAFETY: cooperative matrices are the only experimental feature asked for, and only in the tier that uses
+                // them. Their loads and stores are not checked against bounds: the kernels let them touch whole tiles in
+                // workgroup memory and nothing else. All of a workgroup runs them together, with subgroups of one size.
+                unsafe { wgpu::ExperimentalFeatures::enabled() }
+            } else {
+                wgpu::ExperimentalFeatures::disabled()
+            },
             required_limits: adapter.limits(),
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..Default::default()
@@ -162,7 +176,7 @@ impl Gpu {
     /// Wraps a device that the caller made; leaves its error and loss handlers as they are.
     pub(super) fn wrap(info: wgpu::AdapterInfo, raw: wgpu::Device, queue: wgpu::Queue, wrap: Wrap) -> Result<Gpu> {
         let name = device_name(&info);
-        let features = raw.features();
+        let features = usable(raw.features(), wrap.cooperative);
         if !features.contains(wrap.tier.features()) {
             return Err(Error::Unsupported {
                 device: name,
@@ -200,6 +214,7 @@ impl Gpu {
             queue,
             info,
             tier: wrap.tier,
+            cooperative: wrap.cooperative.filter(|_| wrap.tier.cooperative()),
             limits,
             fault: Arc::default(),
             buffers: Arc::new(buffers),
@@ -218,6 +233,11 @@ impl Gpu {
     /// The capability tier that chooses kernels.
     pub fn tier(&self) -> Tier {
         self.0.tier
+    }
+
+    /// The cooperative matrices of its kernels; none in tiers that use none.
+    pub(crate) fn cooperative(&self) -> Option<Cooperative> {
+        self.0.cooperative
     }
 
     /// The limits that tensors and matrices must respect.

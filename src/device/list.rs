@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::cooperative::{Cooperative, usable};
 use super::gpu::{Gpu, Wrap, device_name};
 use super::tier::Tier;
 use crate::error::{Error, Result};
@@ -69,7 +70,7 @@ pub struct DeviceInfo {
     pub max_binding_bytes: u64,
     /// Sizes of its subgroups, smallest and largest; 0 for the CPU device.
     pub subgroup_sizes: [u32; 2],
-    /// Whether it multiplies cooperative matrices; no tier uses them yet.
+    /// Whether it multiplies cooperative matrices of any shape; those with the tier's shapes run `cooperative-matrix`.
     pub cooperative_matrix: bool,
 }
 
@@ -95,6 +96,7 @@ pub fn devices() -> Vec<DeviceInfo> {
 fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
     let info = adapter.get_info();
     let features = adapter.features();
+    let runnable = usable(features, Cooperative::of(adapter));
     DeviceInfo {
         index,
         name: device_name(&info),
@@ -108,7 +110,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
         backend: info.backend.to_string(),
         driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
         tier: Tier::best(info.device_type, features).to_string(),
-        tiers: Tier::runnable(features).map(|tier| tier.to_string()).collect(),
+        tiers: Tier::runnable(runnable).map(|tier| tier.to_string()).collect(),
         max_binding_bytes: adapter.limits().max_storage_buffer_binding_size,
         subgroup_sizes: [info.subgroup_min_size, info.subgroup_max_size],
         cooperative_matrix: features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
@@ -198,18 +200,19 @@ fn ranked(mut adapters: Vec<wgpu::Adapter>, low_power: bool) -> Vec<wgpu::Adapte
 
 fn open_adapter(adapter: &wgpu::Adapter, options: &GpuOptions) -> Result<Gpu> {
     let tier = tier(options, &adapter.get_info(), adapter.features())?;
-    pollster::block_on(Gpu::open(adapter, settings(options, tier)))
+    pollster::block_on(Gpu::open(adapter, settings(options, tier, adapter)))
 }
 
 /// Wraps the caller's device.
 pub(super) fn wrap(
-    info: wgpu::AdapterInfo,
+    adapter: &wgpu::Adapter,
     device: wgpu::Device,
     queue: wgpu::Queue,
     options: &GpuOptions,
 ) -> Result<Gpu> {
+    let info = adapter.get_info();
     let tier = tier(options, &info, device.features())?;
-    Gpu::wrap(info, device, queue, settings(options, tier))
+    Gpu::wrap(info, device, queue, settings(options, tier, adapter))
 }
 
 fn tier(options: &GpuOptions, info: &wgpu::AdapterInfo, features: wgpu::Features) -> Result<Tier> {
@@ -220,9 +223,10 @@ fn tier(options: &GpuOptions, info: &wgpu::AdapterInfo, features: wgpu::Features
     }
 }
 
-fn settings(options: &GpuOptions, tier: Tier) -> Wrap {
+fn settings(options: &GpuOptions, tier: Tier, adapter: &wgpu::Adapter) -> Wrap {
     Wrap {
         tier,
+        cooperative: Cooperative::of(adapter),
         max_binding_bytes: options.max_binding_bytes,
         memory_limit: options.memory_limit,
         immediates: options.immediates,

@@ -3,6 +3,7 @@
 
 mod capacity;
 mod commands;
+mod cooperative;
 mod cpu;
 mod gpu;
 mod list;
@@ -14,6 +15,7 @@ mod tier;
 use std::fmt;
 
 pub(crate) use commands::Dispatch;
+pub(crate) use cooperative::Cooperative;
 pub(crate) use cpu::Counted;
 pub use cpu::{Cpu, HostBuffer};
 pub(crate) use gpu::{Buffer, MAX_PARAMS_BYTES};
@@ -84,14 +86,15 @@ impl Device {
     }
 
     /// Shares a device that the caller made. Its error and loss handlers stay the caller's; features that it was
-    /// opened with decide the tier, unless `options` or `QLORA_TIER` forces one. `options.select` is not used.
+    /// opened with decide the tier, unless `options` or `QLORA_TIER` forces one; for `cooperative-matrix` they must include
+    /// `EXPERIMENTAL_COOPERATIVE_MATRIX`. `options.select` is not used.
     pub fn from_wgpu(
         adapter: &wgpu::Adapter,
         device: wgpu::Device,
         queue: wgpu::Queue,
         options: &GpuOptions,
     ) -> Result<Device> {
-        list::wrap(adapter.get_info(), device, queue, options).map(Device::Gpu)
+        list::wrap(adapter, device, queue, options).map(Device::Gpu)
     }
 
     /// What messages and tables call it.

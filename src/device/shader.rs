@@ -122,6 +122,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     for (name, source) in shared![
         "attention_rows.wgsl",
+        "coop.wgsl",
         "dot_quads.wgsl",
         "dropout.wgsl",
         "groups.wgsl",

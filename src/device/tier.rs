@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 /// Which form of the kernels a device runs; chosen once per device, best first.
 ///
 /// `QLORA_TIER` or [`GpuOptions::tier`](super::GpuOptions::tier) forces one, so that every form that a driver
-/// can run is tested on it. Cooperative-matrix tiers will stand above these.
+/// can run is tested on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tier {
     /// Software drivers (`DeviceType::Cpu`): no shared memory and no barriers, which cost more there than they save.
@@ -21,20 +21,30 @@ pub enum Tier {
     F16,
     /// Subgroup reductions and f16 staging.
     SubgroupF16,
+    /// As `SubgroupF16`, with the large products by cooperative matrices (tensor cores) of f16 that add up in f32, 16 x 16
+    /// or 8 x 8 as the adapter has them. Never the default: wgpu counts them as experimental, and no hardware has been
+    /// measured yet.
+    CooperativeMatrix,
 }
 
 impl Tier {
     /// Every tier, least capable first.
-    pub const ALL: [Tier; 5] = [Tier::Software, Tier::Plain, Tier::Subgroup, Tier::F16, Tier::SubgroupF16];
+    pub const ALL: [Tier; 6] =
+        [Tier::Software, Tier::Plain, Tier::Subgroup, Tier::F16, Tier::SubgroupF16, Tier::CooperativeMatrix];
 
     /// Reductions use subgroup operations.
     pub fn subgroups(self) -> bool {
-        matches!(self, Tier::Subgroup | Tier::SubgroupF16)
+        matches!(self, Tier::Subgroup | Tier::SubgroupF16 | Tier::CooperativeMatrix)
     }
 
     /// Operands are staged as f16, so results carry f16 rounding of the operands.
     pub fn f16(self) -> bool {
-        matches!(self, Tier::F16 | Tier::SubgroupF16)
+        matches!(self, Tier::F16 | Tier::SubgroupF16 | Tier::CooperativeMatrix)
+    }
+
+    /// Large products are those of cooperative matrices.
+    pub fn cooperative(self) -> bool {
+        self == Tier::CooperativeMatrix
     }
 
     /// The wgpu features that this tier needs.
@@ -42,15 +52,16 @@ impl Tier {
         let mut features = wgpu::Features::empty();
         features.set(wgpu::Features::SUBGROUP, self.subgroups());
         features.set(wgpu::Features::SHADER_F16, self.f16());
+        features.set(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, self.cooperative());
         features
     }
 
-    /// The best tier for an adapter of this type and these features.
+    /// The best tier for an adapter of this type and these features, without those that are only on demand.
     pub fn best(device_type: wgpu::DeviceType, features: wgpu::Features) -> Tier {
         if device_type == wgpu::DeviceType::Cpu {
             return Tier::Software;
         }
-        let runs = |tier: &&Tier| features.contains(tier.features());
+        let runs = |tier: &&Tier| features.contains(tier.features()) && !tier.cooperative();
         Tier::ALL.iter().rev().find(runs).copied().unwrap_or(Tier::Plain)
     }
 
@@ -66,6 +77,7 @@ impl Tier {
             Tier::Subgroup => "subgroup",
             Tier::F16 => "f16",
             Tier::SubgroupF16 => "subgroup-f16",
+            Tier::CooperativeMatrix => "cooperative-matrix",
         }
     }
 }
@@ -108,6 +120,10 @@ mod tests {
         let all = Features::SUBGROUP | Features::SHADER_F16;
         assert_eq!(Tier::best(DeviceType::Cpu, all), Tier::Software);
         assert_eq!(Tier::best(DeviceType::DiscreteGpu, all), Tier::SubgroupF16);
+        let cooperative = all | Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+        assert_eq!(Tier::best(DeviceType::DiscreteGpu, cooperative), Tier::SubgroupF16);
+        assert_eq!(Tier::runnable(cooperative).last(), Some(Tier::CooperativeMatrix));
+        assert_eq!(Tier::runnable(all).last(), Some(Tier::SubgroupF16));
         assert_eq!(Tier::best(DeviceType::DiscreteGpu, Features::SHADER_F16), Tier::F16);
         assert_eq!(Tier::best(DeviceType::IntegratedGpu, Features::SUBGROUP), Tier::Subgroup);
         assert_eq!(Tier::best(DeviceType::Other, Features::empty()), Tier::Plain);

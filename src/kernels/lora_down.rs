@@ -5,6 +5,7 @@
 
 use rayon::prelude::*;
 
+use super::lora_coop::{self, Operand};
 use super::matrix::is_ragged;
 use super::product::{Columns, View, parallelism};
 use super::{Real, Scratch, expect_2d, expect_shape, kernel, params};
@@ -170,9 +171,13 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
     }
 }
 
-/// What [`lora_down`] takes beside its result for X [M, K], with dropout or not.
-pub(crate) fn scratch(device: &Device, m: usize, k: usize, dropout: bool) -> Scratch {
-    Scratch::kept((dropout && matches!(device, Device::Cpu(_))).then_some(m * k))
+/// What [`lora_down`] takes beside its result for X [M, K] and a rank, with dropout or not.
+pub(crate) fn scratch(device: &Device, [m, k, rank]: [usize; 3], dropout: bool) -> Scratch {
+    match device {
+        Device::Cpu(_) => Scratch::kept(dropout.then_some(m * k)),
+        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, k], [m, rank]),
+        Device::Gpu(_) => Scratch::default(),
+    }
 }
 
 /// Rows of X and of A a workgroup owns on hardware, and its threads.
@@ -208,6 +213,10 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
 }
 
 fn dispatch(gpu: &Gpu, x: &Tensor, a: &Tensor, [m, k, rank]: [usize; 3], dropout: Option<Dropout>) -> Result<Tensor> {
+    if let Some(cooperative) = lora_coop::of(gpu, m).filter(|_| k > 0 && rank > 0) {
+        let [x, a] = [(x, dropout), (a, None)].map(|(tensor, dropout)| Operand { tensor, along: true, dropout });
+        return lora_coop::product(gpu, cooperative, "h", [x, a], 1.0);
+    }
     let h = Tensor::uninit(gpu, "h", &[m, rank])?;
     if m == 0 || rank == 0 {
         return Ok(h);
@@ -261,7 +270,8 @@ mod tests {
         let wide = |values: &[f32], f: fn(f32) -> f32| values.iter().map(|&v| f64::from(f(v))).collect::<Vec<_>>();
         let wanted = reference(&wide(&x, |v| v), &wide(&a, |v| v), [m, rank, k], dropout);
         let terms = reference(&wide(&x, f32::abs), &wide(&a, f32::abs), [m, rank, k], dropout);
-        let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
+        let relative = lora_coop::tolerance(device, m);
+        let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + 1e-30).collect();
         let context = format!("{} M={m} r={rank} K={k} {dropout:?}", testing::name(device));
         testing::assert_close(&context, &h.to_vec().unwrap(), &wanted, &bounds);
     }
@@ -279,6 +289,24 @@ mod tests {
             for device in testing::devices() {
                 check(&device, [m, rank, k], Some(Dropout { probability, seed }), seed % 1000);
             }
+        }
+    }
+
+    #[test]
+    fn rows_of_any_size_survive_beside_each_other() {
+        let (m, rank, k) = (20, 5, 700);
+        let x: Vec<f32> = testing::values(1, m * k, 1.0);
+        let sizes = [1e5, 1e-8, 0.0, 1.0];
+        let x: Vec<f32> = x.iter().enumerate().map(|(i, x)| x * sizes[i / k % 4]).collect();
+        let a: Vec<f32> = testing::values(2, rank * k, 1.0);
+        let a: Vec<f32> = a.iter().enumerate().map(|(i, a)| a * sizes[i / k % 4]).collect();
+        let (wanted, terms) = testing::with_terms([&x, &a], |[x, a]| reference(x, a, [m, rank, k], None));
+        for device in testing::devices() {
+            let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(&device, shape, values).unwrap();
+            let h = lora_down(&tensor(&[m, k], &x), &tensor(&[rank, k], &a), None).unwrap();
+            let relative = lora_coop::tolerance(&device, m);
+            let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms).collect();
+            testing::assert_close(&testing::name(&device), &h.to_vec().unwrap(), &wanted, &bounds);
         }
     }
 

@@ -8,13 +8,14 @@
 //! | H, B, s | adapter: H = X * A^T ([`lora_down`](super::lora_down)), B and its scale | [M, r], [N, r] |
 //!
 //! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, equation 5. W counts with its
-//! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, a register tile, and one for
-//! software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
+//! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, a register tile, one by cooperative
+//! matrices, and one for software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
 
 use super::matrix::{DeviceMatrix, HostMatrix};
 use super::qmatmul_operands::{GEMV_ROWS, GpuCall, HostLora, OP};
 use super::{
-    LoraUp, Real, Scratch, expect_2d, expect_shape, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, row_factor,
+    LoraUp, Real, Scratch, expect_2d, expect_shape, qmatmul_coop, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes,
+    qmatmul_tile, row_factor,
 };
 use crate::device::{Device, Gpu, Tier};
 use crate::error::{Error, Result};
@@ -66,10 +67,11 @@ pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option
             let call = GpuCall { gpu, w, x, m, bias, lora, y: y.buffer(gpu, OP)? };
             let factor = if stages(gpu, m) { row_factor::dispatch(gpu, x, m, k)? } else { gpu.unused()?.clone() };
             for part in parts {
-                match gpu.tier() {
+                match (gpu.tier(), gpu.cooperative()) {
                     _ if m == 0 => {}
-                    Tier::Software => qmatmul_lanes::dispatch(&call, part)?,
+                    (Tier::Software, _) => qmatmul_lanes::dispatch(&call, part)?,
                     _ if m <= GEMV_ROWS => qmatmul_gemv::dispatch(&call, part)?,
+                    (_, Some(cooperative)) => qmatmul_coop::dispatch(&call, part, &factor, cooperative)?,
                     _ => qmatmul_tile::dispatch(&call, part, &factor)?,
                 }
             }

@@ -8,13 +8,16 @@
 //! | mask | elementwise, what the dropout of [`lora_down`](super::lora_down) multiplied X by; 1 without | [M, K] |
 //!
 //! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3. W counts with its
-//! dequantized f32 values; sums are f32. Forms: a register tile, and one for software drivers; on the CPU a GEMM crate over
-//! decoded tiles. Where W is in several parts, by rows, they add to dX one after another.
+//! dequantized f32 values; sums are f32. Forms: a register tile, one by cooperative matrices, and one for software drivers; on
+//! the CPU a GEMM crate over decoded tiles. Where W is in several parts, by rows, they add to dX one after another.
 
 use super::lora_down::Dropout;
 use super::matrix::DeviceMatrix;
 use super::qmatmul_dx_operands::{GpuDxCall, HostLoraDx, OP};
-use super::{Real, Scratch, expect_2d, expect_shape, qmatmul_dx_cpu, qmatmul_dx_lanes, qmatmul_dx_tile, row_factor};
+use super::{
+    Real, Scratch, expect_2d, expect_shape, qmatmul_dx_coop, qmatmul_dx_cpu, qmatmul_dx_lanes, qmatmul_dx_tile,
+    row_factor,
+};
 use crate::device::{Device, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
@@ -85,8 +88,9 @@ pub fn qmatmul_dx(dy: &Tensor, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Re
             let call = GpuDxCall { gpu, w, dy, m, lora: adapter, dx: dx.buffer(gpu, OP)? };
             let factor = if gpu.tier().f16() { row_factor::dispatch(gpu, dy, m, n)? } else { gpu.unused()?.clone() };
             for part in parts {
-                match gpu.tier() {
-                    Tier::Software => qmatmul_dx_lanes::dispatch(&call, part)?,
+                match (gpu.tier(), gpu.cooperative()) {
+                    (Tier::Software, _) => qmatmul_dx_lanes::dispatch(&call, part)?,
+                    (_, Some(cooperative)) => qmatmul_dx_coop::dispatch(&call, part, &factor, cooperative)?,
                     _ => qmatmul_dx_tile::dispatch(&call, part, &factor)?,
                 }
             }
@@ -190,8 +194,9 @@ mod tests {
 
     /// Only software drivers' form uses subgroups: the tiers that differ in nothing else are left to the smaller tests.
     fn devices() -> impl Iterator<Item = Device> {
-        let subgroups = |device: &Device| matches!(device, Device::Gpu(gpu) if gpu.tier().subgroups());
-        testing::devices().into_iter().filter(move |device| !subgroups(device))
+        let same = |tier: Tier| tier.subgroups() && !tier.cooperative();
+        let differs = move |device: &Device| !matches!(device, Device::Gpu(gpu) if same(gpu.tier()));
+        testing::devices().into_iter().filter(differs)
     }
 
     fn check_everywhere(case: &Case, kinds: impl Fn(usize) -> bool) {

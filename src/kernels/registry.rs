@@ -3,9 +3,9 @@
 use super::matrix::{dense_defines, quant_defines};
 use super::{
     adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dq, column_sum, cross_entropy,
-    dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_dh, lora_down, lora_dw, qmatmul_dx_lanes,
-    qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor,
-    scale_columns, silu_mul, silu_mul_backward, sum,
+    dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop,
+    qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm,
+    rms_norm_backward, rope, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -48,9 +48,12 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &dropout_mix::KERNEL, variants: |_| dropout_mix::variants(), twin: "dropout_mix::reference" },
     Entry { kernel: &embedding::KERNEL, variants: |_| embedding::variants(&matrices()), twin: "embedding::reference" },
     Entry { kernel: &grad_norm::KERNEL, variants: |_| vec![grad_norm::defines()], twin: "grad_norm::reference" },
+    Entry { kernel: &lora_coop::KERNEL, variants: lora_coop_variants, twin: "lora_dw::reference" },
     Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
+    Entry { kernel: &qmatmul_coop::KERNEL, variants: coop_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &qmatmul_dx_coop::KERNEL, variants: dx_coop_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_dx_lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_dx_tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
@@ -70,6 +73,14 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &sum::KERNEL, variants: sum::variants, twin: "sum::reference" },
 ];
 
+fn coop_variants(tier: Tier) -> Vec<Defines> {
+    if tier.cooperative() { qmatmul_coop::variants(&matrices()) } else { Vec::new() }
+}
+
+fn dx_coop_variants(tier: Tier) -> Vec<Defines> {
+    if tier.cooperative() { qmatmul_dx_coop::variants(&matrices()) } else { Vec::new() }
+}
+
 fn dx_lanes_variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { qmatmul_dx_lanes::variants(&matrices()) } else { Vec::new() }
 }
@@ -80,6 +91,10 @@ fn dx_tile_variants(tier: Tier) -> Vec<Defines> {
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { Vec::new() } else { qmatmul_gemv::variants(&matrices(), tier.subgroups()) }
+}
+
+fn lora_coop_variants(tier: Tier) -> Vec<Defines> {
+    if tier.cooperative() { lora_coop::variants() } else { Vec::new() }
 }
 
 fn lanes_variants(tier: Tier) -> Vec<Defines> {
@@ -127,7 +142,8 @@ mod tests {
             | Capabilities::SUBGROUP
             | Capabilities::SUBGROUP_BARRIER
             | Capabilities::SHADER_FLOAT16
-            | Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+            | Capabilities::SHADER_FLOAT16_IN_FLOAT32
+            | Capabilities::COOPERATIVE_MATRIX;
         let info = Validator::new(ValidationFlags::all(), capabilities)
             .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
             .subgroup_operations(naga::valid::SubgroupOperationSet::all())
@@ -220,9 +236,15 @@ mod tests {
             if let Err(error) = spv::write_vec(&module, &info, &spv::Options::default(), None) {
                 fail("SPIR-V", &error);
             }
+            // Cooperative matrices: Metal has those of 8 x 8, DX12 and GL have none.
+            let (cooperative, large) = (label.contains("edge="), label.contains("edge=16"));
             let options = msl::Options { fake_missing_bindings: true, lang_version: (2, 4), ..Default::default() };
-            if let Err(error) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default()) {
+            let text = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default());
+            if let (Err(error), false) = (text, large) {
                 fail("MSL", &error);
+            }
+            if cooperative {
+                return;
             }
             let options = hlsl::Options {
                 shader_model: hlsl::ShaderModel::V6_2,

@@ -47,7 +47,8 @@ pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
     adapters().iter().map(open).collect()
 }
 
-/// The CPU, and every adapter in every tier that it can run; opened once, so that tests share compiled kernels.
+/// The CPU, and every adapter in every tier that it can run, or in that of `QLORA_TIER`; opened once, so that tests share
+/// compiled kernels.
 pub fn all() -> Vec<Device> {
     static DEVICES: LazyLock<Vec<Device>> = LazyLock::new(open_all);
     DEVICES.clone()
@@ -56,7 +57,8 @@ pub fn all() -> Vec<Device> {
 fn open_all() -> Vec<Device> {
     let mut found = vec![Device::cpu()];
     for info in adapters() {
-        for tier in &info.tiers {
+        let only = std::env::var("QLORA_TIER").ok().filter(|tier| !tier.is_empty());
+        for tier in only.map_or_else(|| info.tiers.clone(), |tier| vec![tier]) {
             let tier = Some(tier.parse().unwrap());
             let options = GpuOptions { select: Select::Index(info.index), tier, ..GpuOptions::default() };
             found.push(Device::gpu(&options).unwrap_or_else(|error| panic!("{}: {error}", info.name)));

@@ -6,7 +6,7 @@ use super::ledger::{Bytes, Part};
 use super::step::Pass;
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
-use crate::kernels::{column_sum, dora_norm, lora_down, lora_dw, qmatmul, qmatmul_dx};
+use crate::kernels::{column_sum, dora_norm, lora_dh, lora_down, lora_dw, qmatmul, qmatmul_dx};
 
 /// A linear layer [d_out, d_in].
 pub(super) struct Linear {
@@ -76,7 +76,11 @@ impl Linear {
         let Some(adapter) = &self.adapter else { return Ok((self.product(pass)?, None)) };
         let down = |dropout| {
             let h = pass.tensor(adapter.rank)?;
-            pass.ledger.scratch(&lora_down::scratch(&pass.ledger.device, pass.tokens, self.d_in, dropout))?;
+            pass.ledger.scratch(&lora_down::scratch(
+                &pass.ledger.device,
+                [pass.tokens, self.d_in, adapter.rank],
+                dropout,
+            ))?;
             Ok(h)
         };
         if adapter.magnitude.is_none() {
@@ -119,6 +123,7 @@ impl Linear {
         let dora = adapter.magnitude.is_some();
         let _du = dora.then(|| pass.tensor(self.d_out)).transpose()?;
         let _g = pass.tensor(adapter.rank)?;
+        pass.ledger.scratch(&lora_dh::scratch(&pass.ledger.device, [pass.tokens, self.d_out, adapter.rank]))?;
         let dx = if !need_dx {
             None
         } else if dora && pass.dropout {

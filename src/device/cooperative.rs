@@ -1,0 +1,80 @@
+//! Cooperative matrices: products of small matrices by a whole subgroup, which hardware has units for. This says whether an
+//! adapter has those that the kernels are written for.
+
+use wgpu::CooperativeScalarType as Scalar;
+
+use super::shader::Defines;
+
+/// The cooperative matrices that a device's kernels use, and the subgroups that hold them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Cooperative {
+    /// Rows and columns of a matrix: 16 or 8.
+    pub edge: u32,
+    /// Invocations a subgroup.
+    pub lanes: u32,
+}
+
+impl Cooperative {
+    /// One of each size, with subgroups as drivers have them with it: for the registry test.
+    pub(crate) const ALL: [Cooperative; 2] = [Cooperative { edge: 8, lanes: 8 }, Cooperative { edge: 16, lanes: 32 }];
+
+    /// Adds the text constants of `shaders/shared/coop.wgsl`.
+    pub(crate) fn defines(self, defines: Defines) -> Defines {
+        defines.with("edge", self.edge).with("lanes", self.lanes)
+    }
+
+    /// Square matrices of f16 whose products add up in f32, the larger ones first. None where there are none, or where
+    /// subgroups may come in several sizes: a workgroup must have a known number of them.
+    pub(super) fn of(adapter: &wgpu::Adapter) -> Option<Cooperative> {
+        let info = adapter.get_info();
+        let sizes = [info.subgroup_min_size, info.subgroup_max_size];
+        Cooperative::among(&adapter.cooperative_matrix_properties(), sizes)
+    }
+
+    fn among(shapes: &[wgpu::CooperativeMatrixProperties], [min_lanes, max_lanes]: [u32; 2]) -> Option<Cooperative> {
+        let has = |edge: &u32| {
+            shapes.iter().any(|shape| {
+                [shape.m_size, shape.n_size, shape.k_size] == [*edge; 3]
+                    && (shape.ab_type, shape.cr_type) == (Scalar::F16, Scalar::F32)
+            })
+        };
+        let one_size = min_lanes == max_lanes && min_lanes > 0;
+        [16, 8].into_iter().find(has).filter(|_| one_size).map(|edge| Cooperative { edge, lanes: min_lanes })
+    }
+}
+
+/// Features as tiers count them: cooperative matrices only where there are those that the kernels are written for.
+pub(super) fn usable(mut features: wgpu::Features, cooperative: Option<Cooperative>) -> wgpu::Features {
+    if cooperative.is_none() {
+        features.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
+    }
+    features
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(sizes: [u32; 3], ab_type: Scalar, cr_type: Scalar) -> wgpu::CooperativeMatrixProperties {
+        let [m_size, n_size, k_size] = sizes;
+        wgpu::CooperativeMatrixProperties { m_size, n_size, k_size, ab_type, cr_type, saturating_accumulation: false }
+    }
+
+    #[test]
+    fn the_larger_square_shape_is_taken_and_others_are_not() {
+        let small = shape([8; 3], Scalar::F16, Scalar::F32);
+        let large = shape([16; 3], Scalar::F16, Scalar::F32);
+        let found = |shapes: &[_], lanes| Cooperative::among(shapes, lanes).map(|found| (found.edge, found.lanes));
+        assert_eq!(found(&[small], [8, 8]), Some((8, 8)));
+        assert_eq!(found(&[small, large], [32, 32]), Some((16, 32)));
+        // Not of one size, or of none that is known.
+        assert_eq!(found(&[large], [32, 64]), None);
+        assert_eq!(found(&[large], [0, 0]), None);
+        let others = [
+            shape([16, 8, 16], Scalar::F16, Scalar::F32),
+            shape([16; 3], Scalar::F16, Scalar::F16),
+            shape([8; 3], Scalar::F32, Scalar::F32),
+        ];
+        assert_eq!(found(&others, [32, 32]), None);
+    }
+}
