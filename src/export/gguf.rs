@@ -65,16 +65,9 @@ impl Merged<'_> {
                 let name = folder.file_name().unwrap_or_default().to_string_lossy();
                 let mut metadata = self.config.gguf_metadata(&name)?;
                 let tokenizer = Tokenizer::from_dir(&self.path)?;
-                tokenizer.write_gguf(&self.path, self.config.vocab_size, &mut metadata)?;
-                // What the tokenizer's own files leave open.
-                let config = &self.config;
-                let eos = config.eos_token_ids.first().copied();
-                for (name, id) in [("bos", config.bos_token_id), ("eos", eos), ("padding", config.pad_token_id)] {
-                    let key = format!("tokenizer.ggml.{name}_token_id");
-                    if let Some(id) = id.filter(|_| !metadata.contains(&key)) {
-                        metadata.set(key, OutValue::U32(id));
-                    }
-                }
+                let ids = &self.config;
+                let stated = [ids.bos_token_id, ids.eos_token_ids.first().copied(), ids.pad_token_id];
+                tokenizer.write_gguf(&self.path, ids.vocab_size, stated, &mut metadata)?;
                 (metadata, self.config.tensors().into_iter().map(|(name, _)| name).collect())
             }
         };

@@ -53,12 +53,19 @@ fn is_type(step: &Value, kind: &str) -> bool {
 
 impl Tokenizer {
     /// Adds the tokenizer of the model in `folder` to the metadata of a GGUF file: `vocab_size` tokens, as many as the model has rows
-    /// in its embedding, merges or scores, special tokens, and the chat template.
+    /// in its embedding, merges or scores, special tokens, and the chat template. `stated` are the begin, end and padding tokens of the
+    /// model's config, for what the tokenizer leaves open.
     ///
     /// # Errors
     /// [`Error::File`] for a tokenizer that is neither byte-level BPE, with a pre-tokenizer that GGUF files have a name for, nor
     /// SentencePiece's BPE.
-    pub(crate) fn write_gguf(&self, folder: &Path, vocab_size: usize, metadata: &mut Metadata) -> Result<()> {
+    pub(crate) fn write_gguf(
+        &self,
+        folder: &Path,
+        vocab_size: usize,
+        stated: [Option<u32>; 3],
+        metadata: &mut Metadata,
+    ) -> Result<()> {
         let path = folder.join("tokenizer.json");
         let refuse = |message: String| Error::File { path: path.clone(), message };
         let value = serde_json::to_value(self.inner()).map_err(|e| refuse(e.to_string()))?;
@@ -91,9 +98,11 @@ impl Tokenizer {
                 metadata.set(format!("tokenizer.ggml.{name}_token_id"), OutValue::U32(id));
             }
         };
-        id("bos", self.bos());
-        id("eos", self.eos());
+        let [bos, eos, padding] = stated;
+        id("bos", self.bos().or(bos));
+        id("eos", self.eos().or(eos));
         id("unknown", spec.model.unk_token.and_then(|token| self.token_id(&token)));
+        id("padding", padding);
         let (add_bos, add_eos) = self.adds();
         metadata.set("tokenizer.ggml.add_bos_token", OutValue::Bool(add_bos));
         metadata.set("tokenizer.ggml.add_eos_token", OutValue::Bool(add_eos));
@@ -199,7 +208,7 @@ mod tests {
         }
         let tokenizer = Tokenizer::from_dir(folder.path()).unwrap();
         let mut metadata = Metadata::default();
-        tokenizer.write_gguf(folder.path(), vocab_size, &mut metadata).unwrap();
+        tokenizer.write_gguf(folder.path(), vocab_size, [None; 3], &mut metadata).unwrap();
         let path = folder.path().join("again.gguf");
         gguf::write(&path, &metadata, &[] as &[OutTensor<'_>]).unwrap();
         (tokenizer, GgufFile::open(path).unwrap(), folder)
