@@ -46,6 +46,11 @@ impl Setup {
         setup
     }
 
+    /// That of one command.
+    fn line(&self, tag: &str, command: &str) -> String {
+        self.lines(tag).into_iter().find(|line| line.starts_with(command)).unwrap()
+    }
+
     /// A short run of every command; those that write do so into files named after `tag`.
     fn lines(&self, tag: &str) -> Vec<String> {
         let (model, folder) = (self.model.path().display(), self.folder.path().display());
@@ -56,6 +61,8 @@ impl Setup {
             format!("dequantize {folder}/{tag}-nf4 {folder}/{tag}-f32"),
             format!("plan --model {model} --device cpu"),
             format!("finetune --model {model} --device cpu --data {folder}/data.txt --output {folder}/{tag}-run"),
+            format!("merge --model {model} --adapter {folder}/{tag}-run --output {folder}/{tag}-merged"),
+            format!("export --model {model} --adapter {folder}/{tag}-run --output {folder}/{tag}.gguf"),
             format!("eval --model {model} --device cpu --data {folder}/data.txt"),
             format!("generate --model {model} --device cpu --prompt 'w1 w2' --max-tokens 4"),
             "bench --device cpu --m 1 --n 32 --k 32".into(),
@@ -124,7 +131,7 @@ fn generate_tells_the_text_its_end_and_its_speed() {
 #[test]
 fn verbose_tells_of_device_model_and_checkpoints_on_stderr() {
     let setup = Setup::new();
-    let eval = setup.lines("x").remove(6);
+    let eval = setup.line("x", "eval");
     let (wanted, silent) = run(qlora(&eval), 0);
     assert_eq!(silent, "");
     let (stdout, stderr) = run(qlora(&format!("-v {eval}")), 0);
@@ -132,7 +139,7 @@ fn verbose_tells_of_device_model_and_checkpoints_on_stderr() {
     for part in [" INFO ", "device: cpu", "loaded ", "layers=2"] {
         assert!(stderr.contains(part), "{part} in {stderr}");
     }
-    let mut finetune = qlora(&setup.lines("v").remove(5));
+    let mut finetune = qlora(&setup.line("v", "finetune"));
     finetune.arg("-vv");
     let (_, stderr) = run(finetune, 0);
     for part in

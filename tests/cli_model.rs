@@ -122,6 +122,20 @@ fn one_of_several_adapters_is_chosen_by_its_name() {
     }
     assert!(run(&all("base")) == base && run(&all("none")) == base);
 
+    // One after the other, as if each had been asked for alone.
+    let report = |uses: &[&str]| -> Value {
+        let mut command = qlora("eval", "llama-bnb-nf4_dq");
+        command.arg("--data").arg(&data).arg("--json").args(&named);
+        command.args(uses.iter().flat_map(|name| ["--use", *name]));
+        serde_json::from_slice(&command.assert().success().get_output().stdout).unwrap()
+    };
+    let together = report(&["dora", "base", "lora", "dora"]);
+    for (at, name) in ["dora", "base", "lora", "dora"].into_iter().enumerate() {
+        assert_eq!(together[at], report(&[name]), "{name}");
+        assert_eq!(together[at]["adapter"], if name == "base" { Value::Null } else { name.into() });
+    }
+    assert!(together[0]["loss"] != together[1]["loss"] && together.as_array().unwrap().len() == 4);
+
     let fails = |arguments: &[&str], parts: &[&str]| {
         let error = failure(qlora("eval", "llama").arg("--data").arg(&data).args(arguments));
         for part in parts {
@@ -132,6 +146,8 @@ fn one_of_several_adapters_is_chosen_by_its_name() {
     fails(&["--use", "lora"], &["no adapter named \"lora\"", "loaded: none"]);
     fails(&[&named[0], &named[1]], &["--use is not given", "lora, dora, or base"]);
     fails(&[&named[0], &named[0], "--use", "lora"], &["the name of two adapters is lora", "NAME=DIR"]);
+    let dump = out.display().to_string();
+    fails(&[&named[0], "--use=lora", "--use=base", "--dump-logits", &dump], &["--use is 2 times", "of one adapter"]);
     fails(&["--adapter", "a=nowhere"], &["error: nowhere: there is no such file or directory"]);
     let model = format!("a={}", path("llama").display());
     fails(&["--adapter", &model], &["llama: is no directory of a PEFT adapter"]);

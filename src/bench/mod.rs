@@ -1,7 +1,8 @@
 //! What `qlora bench`, `cargo bench` and `qlora demo` measure, timed alike: a layer ([`layer`]), and a whole training step
-//! ([`step`]).
+//! ([`step`]); and what other programs take for the same ([`peer`]).
 
 pub mod layer;
+pub mod peer;
 pub mod step;
 
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::quant::{DoubleQuant, QuantOptions};
 use crate::seed::mix;
+use peer::PeerTime;
 use step::StepShape;
 
 /// What was measured; the fields of `qlora bench --json`.
@@ -59,6 +61,9 @@ pub struct Row {
     /// The decoder of a step.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub shape: Option<StepShape>,
+    /// What others took for the same.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<PeerTime>,
 }
 
 impl Row {
@@ -98,6 +103,7 @@ impl Row {
             tokens_per_second: None,
             peak_bytes: None,
             shape: None,
+            peers: Vec::new(),
         }
     }
 }

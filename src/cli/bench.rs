@@ -5,6 +5,7 @@ use clap::{Args, ValueEnum};
 use super::{print_json, print_line, table};
 use crate::bench::Row;
 use crate::bench::layer::{self, Case, measure};
+use crate::bench::peer::Peer;
 use crate::bench::step::{StepCase, StepShape, measure_step};
 use crate::device::Device;
 use crate::error::Result;
@@ -44,10 +45,15 @@ pub struct BenchArgs {
     /// Quantize the scales too.
     #[arg(long)]
     double_quant: bool,
+    /// A program that times each case too, right after it: benches/peers has one for bitsandbytes with PEFT. May be given several
+    /// times.
+    #[arg(long, value_name = "COMMAND")]
+    against: Vec<String>,
     #[command(flatten)]
     step: StepArgs,
     /// Print JSON, an object a case: op, device (cpu or gpu), adapter (its name), tier, format, double_quant, m, n, k, rank,
-    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes and its shape.
+    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes and its shape; with --against peers: name, ms_min, ms_median, ratio (theirs to ours)
+    /// or skipped.
     #[arg(long)]
     json: bool,
 }
@@ -119,24 +125,35 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let device = Device::named(&args.device)?;
     let quant = QuantOptions { format: args.format, ..QuantOptions::default() };
     let quant = if args.double_quant { quant.double_quant() } else { quant };
+    let mut peers = args.against.iter().map(|command| Peer::start(command)).collect::<Result<Vec<_>>>()?;
+    let mut compare = |mut row: Row| {
+        row.peers = peers.iter_mut().map(|peer| peer.measure(&row)).collect::<Result<_>>()?;
+        Ok(row)
+    };
     let rows = match args.op {
-        Op::Forward => layers(args, layer::Op::Forward, quant, &device)?,
-        Op::Backward => layers(args, layer::Op::Backward, quant, &device)?,
+        Op::Forward => layers(args, layer::Op::Forward, quant, &device, &mut compare)?,
+        Op::Backward => layers(args, layer::Op::Backward, quant, &device, &mut compare)?,
         Op::Step => {
             let case = StepCase { shape: args.step.shape(), rank: args.rank, quant };
-            vec![measure_step(&case, &device)?]
+            vec![compare(measure_step(&case, &device)?)?]
         }
     };
     if args.json { print_json(&rows) } else { print_line(&describe(&rows)) }
 }
 
 /// Every case of a layer that the sizes make.
-fn layers(args: &BenchArgs, op: layer::Op, quant: QuantOptions, device: &Device) -> Result<Vec<Row>> {
+fn layers(
+    args: &BenchArgs,
+    op: layer::Op,
+    quant: QuantOptions,
+    device: &Device,
+    compare: &mut impl FnMut(Row) -> Result<Row>,
+) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for &n in &args.n {
         for &k in &args.k {
             for &m in &args.m {
-                rows.push(measure(&Case { op, m, n, k, rank: args.rank, quant }.operands()?, device)?);
+                rows.push(compare(measure(&Case { op, m, n, k, rank: args.rank, quant }.operands()?, device)?)?);
             }
         }
     }
@@ -169,5 +186,29 @@ fn describe(rows: &[Row]) -> String {
     let step = step.map_or(String::new(), |(rate, peak)| {
         format!("\n{rate:.0} tokens/s, {:.0} MiB of device memory at the peak", peak as f64 / f64::from(1 << 20))
     });
-    format!("{device}\n{}{step}", table(header, 2, cells.collect()))
+    format!("{device}\n{}{step}{}", table(header, 2, cells.collect()), against(rows))
+}
+
+/// What peers took, a line for each case and peer.
+fn against(rows: &[Row]) -> String {
+    let header = ["m", "n", "k", "ms median", "theirs", "ratio", "peer"];
+    let cells = rows.iter().flat_map(|row| {
+        row.peers.iter().map(|peer| {
+            let number = |value: Option<f64>, digits| value.map_or("-".into(), |value| format!("{value:.digits$}"));
+            [
+                row.m.to_string(),
+                row.n.to_string(),
+                row.k.to_string(),
+                format!("{:.3}", row.ms_median),
+                number(peer.ms_median, 3),
+                number(peer.ratio, 2),
+                match &peer.skipped {
+                    Some(reason) => format!("{}: skipped, {reason}", peer.name),
+                    None => peer.name.clone(),
+                },
+            ]
+        })
+    });
+    let cells: Vec<_> = cells.collect();
+    if cells.is_empty() { String::new() } else { format!("\n\n{}", table(header, 0, cells)) }
 }

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
-use super::model::{AdaptedArgs, exists};
-use super::{print_json, print_line, say};
+use super::model::{AdaptedArgs, With, exists, label, print_all, switch};
+use super::{print_line, say};
 use crate::error::{Error, Result};
-use crate::eval::{PASS_TOKENS, evaluate};
+use crate::eval::{Evaluation, PASS_TOKENS, evaluate};
 use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
 use crate::nn::{Decoder, Tokens};
 use crate::train::data::{DataOptions, Dataset, Example};
@@ -20,7 +20,7 @@ use crate::train::data::{DataOptions, Dataset, Example};
 #[command(after_help = "Examples:\n  \
     qlora eval --model model.gguf --data text.txt\n  \
     qlora eval --model DIR --adapter ADAPTER --data test.jsonl --json\n  \
-    qlora eval --model DIR --adapter old=DIR1 --adapter new=DIR2 --use new --data test.jsonl")]
+    qlora eval --model DIR --adapter old=DIR1 --adapter new=DIR2 --use old --use new --data test.jsonl")]
 pub struct EvalArgs {
     #[command(flatten)]
     model: AdaptedArgs,
@@ -33,7 +33,7 @@ pub struct EvalArgs {
     /// Also write `input_ids` and f32 `logits` [rows, length, vocabulary]; all sequences must be of one length.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     dump_logits: Option<PathBuf>,
-    /// Print JSON: loss, perplexity, tokens.
+    /// Print JSON: adapter, loss, perplexity, tokens; an array of these where there are several --use.
     #[arg(long)]
     json: bool,
 }
@@ -41,30 +41,49 @@ pub struct EvalArgs {
 pub fn run(args: &EvalArgs) -> Result<()> {
     exists(&args.data)?;
     let path = args.model.model.path()?;
-    let model = args.model.load(&path)?;
+    let (mut model, uses) = args.model.load(&path)?;
     let options = DataOptions { skip_bad_lines: args.skip_bad_lines };
     let data =
         Dataset::read(&args.data, args.model.model.tokenizer(&path, model.config().vocab_size).as_ref(), &options)?;
     if data.bad_lines > 0 {
         say::warning(format!("{}: left out {} bad lines", args.data.display(), data.bad_lines));
     }
-    if let Some(path) = &args.dump_logits {
-        dump_logits(&model, &data.examples, path)?;
+    if args.dump_logits.is_some() && uses.len() > 1 {
+        let (got, expected) = (format!("{} times", uses.len()), "--dump-logits writes those of one adapter".into());
+        return Err(Error::Invalid { op: "dumping logits", what: "--use", got, expected });
     }
+    let mut found = Vec::with_capacity(uses.len());
+    for adapter in uses {
+        switch(&mut model, adapter)?;
+        if let Some(path) = &args.dump_logits {
+            dump_logits(&model, &data.examples, path)?;
+        }
+        found.push(With::new(adapter, evaluated(args, &model, &data)?));
+    }
+    if args.json {
+        return print_all(&found);
+    }
+    let several = found.len() > 1;
+    found.iter().try_for_each(|With { adapter, result }| {
+        let name = if several { format!("{}: ", label(*adapter)) } else { String::new() };
+        let Evaluation { loss, perplexity, tokens } = result;
+        print_line(&format!("{name}loss {loss:.6}, perplexity {perplexity:.4}, {tokens} tokens"))
+    })
+}
+
+/// The loss of the data, with the adapter that is active.
+fn evaluated(args: &EvalArgs, model: &Decoder, data: &Dataset) -> Result<Evaluation> {
     let bar = say::bar(data.examples.len(), "{bar:40} {pos}/{len} sequences, {eta} left");
     // A text longer than the model's positions counts piece by piece, each without what was before.
     let most = model.config().max_position_embeddings;
     let pieces = data.examples.iter().flat_map(|example| example.pieces(most));
     let found =
-        evaluate(&model, pieces, PASS_TOKENS, |done| bar.set_position(done as u64)).map_err(|error| match error {
+        evaluate(model, pieces, PASS_TOKENS, |done| bar.set_position(done as u64)).map_err(|error| match error {
             Error::Invalid { .. } => Error::File { path: args.data.clone(), message: error.to_string() },
             error => error,
-        })?;
+        });
     bar.finish_and_clear();
-    if args.json {
-        return print_json(&found);
-    }
-    print_line(&format!("loss {:.6}, perplexity {:.4}, {} tokens", found.loss, found.perplexity, found.tokens))
+    found
 }
 
 fn dump_logits(model: &Decoder, examples: &[Example], path: &std::path::Path) -> Result<()> {

@@ -6,18 +6,19 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::model::AdaptedArgs;
-use super::{print_json, put, say};
+use super::model::{AdaptedArgs, With, label, print_all, switch};
+use super::{put, say};
 use crate::error::Result;
 use crate::generate::{Sampler, Sampling, generate};
-use crate::text::Message;
+use crate::nn::Decoder;
+use crate::text::{Message, Tokenizer};
 
 /// Continues a prompt, token by token.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora generate --model model.gguf --chat --prompt 'What is the capital of France?'\n  \
     qlora generate --model DIR --adapter ADAPTER --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95\n  \
-    qlora generate --model DIR --adapter formal=DIR1 --adapter brief=DIR2 --use brief --prompt 'Dear Sir' --json")]
+    qlora generate --model DIR --adapter formal=DIR1 --adapter brief=DIR2 --use formal --use brief --prompt 'Dear Sir'")]
 pub struct GenerateArgs {
     #[command(flatten)]
     model: AdaptedArgs,
@@ -51,8 +52,8 @@ pub struct GenerateArgs {
     /// Print tokens per second to stderr at the end.
     #[arg(long)]
     stats: bool,
-    /// Print JSON, when all is there: text, end (eos, stop or length), prompt_tokens, tokens, prompt_tokens_per_second,
-    /// tokens_per_second.
+    /// Print JSON, when all is there: adapter, text, end (eos, stop or length), prompt_tokens, tokens, prompt_tokens_per_second,
+    /// tokens_per_second; an array of these where there are several --use.
     #[arg(long)]
     json: bool,
 }
@@ -84,9 +85,9 @@ enum End {
 
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
-    let mut sampler = Sampler::new(sampling)?;
+    let sampler = Sampler::new(sampling)?;
     let path = args.model.model.path()?;
-    let model = args.model.load(&path)?;
+    let (mut model, uses) = args.model.load(&path)?;
     let tokenizer = args.model.model.tokenizer(&path, model.config().vocab_size)?;
     let prompt = if args.chat {
         let system = args.system.iter().map(|text| Message::new("system", text));
@@ -98,12 +99,31 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         tokenizer.encode(&args.prompt, true)?
     };
 
+    let mut reports = Vec::with_capacity(uses.len());
+    for &adapter in &uses {
+        switch(&mut model, adapter)?;
+        if uses.len() > 1 && !args.json && put(&format!("{}: ", label(adapter)))?.is_break() {
+            break;
+        }
+        reports.push(With::new(adapter, answer(args, &model, &tokenizer, &prompt, sampler.clone())?));
+    }
+    if args.json { print_all(&reports) } else { Ok(()) }
+}
+
+/// Continues the prompt with the adapter that is active; printed as it comes, unless JSON is wanted.
+fn answer(
+    args: &GenerateArgs,
+    model: &Decoder,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    mut sampler: Sampler,
+) -> Result<Report> {
     let mut stream = tokenizer.decode_stream(true);
     let mut text = Printer { held: String::new(), stopped: false, stop: &args.stop, kept: args.json.then(String::new) };
     let mut failed = None;
     let start = Instant::now();
     let mut first = None;
-    let answer = generate(&model, &prompt, args.max_tokens, &mut sampler, tokenizer.eos_ids(), |token| {
+    let answer = generate(model, prompt, args.max_tokens, &mut sampler, tokenizer.eos_ids(), |token| {
         first.get_or_insert_with(|| start.elapsed());
         match stream.push(token).and_then(|piece| text.push(&piece)) {
             Ok(flow) => flow,
@@ -137,7 +157,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
             report.prompt_tokens, report.prompt_tokens_per_second, report.tokens, report.tokens_per_second
         ));
     }
-    if args.json { print_json(&report) } else { Ok(()) }
+    Ok(report)
 }
 
 /// Prints text as it comes, or keeps it, but holds back what may become a stop string.

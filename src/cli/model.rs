@@ -7,9 +7,10 @@ use std::sync::LazyLock;
 
 use clap::{Args, ValueEnum, ValueHint};
 use regex::Regex;
+use serde::Serialize;
 
 use super::hub::HubId;
-use super::say;
+use super::{print_json, say};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
@@ -42,9 +43,10 @@ pub struct AdaptedArgs {
     /// A directory with a PEFT adapter. It may have a name, and there may be several then: NAME=DIR.
     #[arg(long, value_name = "[NAME=]DIR", value_hint = ValueHint::DirPath)]
     adapter: Vec<PathBuf>,
-    /// The adapter to use, of several; base: the model without one.
+    /// The adapter to use, of several; base: the model without one. May be given several times: one after the other, with the
+    /// model loaded once.
     #[arg(long = "use", value_name = "NAME")]
-    chosen: Option<String>,
+    chosen: Vec<String>,
 }
 
 /// The name of an adapter that was given none.
@@ -123,11 +125,11 @@ impl ModelArgs {
 }
 
 impl AdaptedArgs {
-    /// Loads the model at `path` with its adapters, and activates the one to use.
-    pub fn load(&self, path: &Path) -> Result<Decoder> {
+    /// Loads the model at `path` with its adapters, none of them active. Also which to use, one after the other.
+    pub fn load(&self, path: &Path) -> Result<(Decoder, Vec<Option<&str>>)> {
         // First, as it is quick.
         let named: Vec<(&str, &Path)> = self.adapter.iter().map(|given| split_name(given)).collect();
-        let chosen = choose(&named, self.chosen.as_deref())?;
+        let chosen = choose(&named, &self.chosen)?;
         let read = |(name, path): (_, _)| Ok((name, path, read_adapter(path)?));
         let adapters = named.into_iter().map(read).collect::<Result<Vec<_>>>()?;
         let mut model = Decoder::load(&self.model.device()?, path, &self.model.base(Base::AsIs))?;
@@ -135,12 +137,44 @@ impl AdaptedArgs {
             model.attach_peft(name, adapter).map_err(|error| misfit(path, adapter, error))?;
             warn_other_base(path, &adapter.config, &self.model.name());
         }
-        match chosen {
-            Some(name) => model.activate(name)?,
-            None => model.deactivate()?,
-        }
-        Ok(model)
+        model.deactivate()?;
+        Ok((model, chosen))
     }
+}
+
+/// Uses an adapter of the model from now on, or none.
+pub(super) fn switch(model: &mut Decoder, adapter: Option<&str>) -> Result<()> {
+    match adapter {
+        Some(name) => model.activate(name),
+        None => model.deactivate(),
+    }
+}
+
+/// A result with an adapter, or without one.
+#[derive(Serialize)]
+pub(super) struct With<'a, T> {
+    pub adapter: Option<&'a str>,
+    #[serde(flatten)]
+    pub result: T,
+}
+
+impl<'a, T> With<'a, T> {
+    pub(super) fn new(adapter: Option<&'a str>, result: T) -> Self {
+        With { adapter, result }
+    }
+}
+
+/// Prints results as JSON: one as it is, several as an array.
+pub(super) fn print_all(results: &[With<'_, impl Serialize>]) -> Result<()> {
+    match results {
+        [one] => print_json(one),
+        all => print_json(&all),
+    }
+}
+
+/// What to call the use of an adapter, or of none.
+pub(super) fn label(adapter: Option<&str>) -> &str {
+    adapter.unwrap_or(BASE[0])
 }
 
 /// The name and directory of `NAME=DIR`, unless all of it is a directory that is there.
@@ -152,8 +186,8 @@ fn split_name(given: &Path) -> (&str, &Path) {
     }
 }
 
-/// The name of the adapter to use, of those given; `None`: the base alone.
-fn choose<'a>(given: &[(&'a str, &Path)], chosen: Option<&'a str>) -> Result<Option<&'a str>> {
+/// The names of the adapters to use, of those given; `None`: the base alone.
+fn choose<'a>(given: &[(&'a str, &Path)], chosen: &'a [String]) -> Result<Vec<Option<&'a str>>> {
     const OP: &str = "adapters";
     let names: Vec<&str> = given.iter().map(|(name, _)| *name).collect();
     let twice = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name));
@@ -161,19 +195,24 @@ fn choose<'a>(given: &[(&'a str, &Path)], chosen: Option<&'a str>) -> Result<Opt
         let expected = "give each a name of its own, as in --adapter NAME=DIR".into();
         return Err(Error::Invalid { op: OP, what: "the name of two adapters", got: (*name).into(), expected });
     }
+    let one = |name: &'a String| match name.as_str() {
+        name if names.contains(&name) => Ok(Some(name)),
+        name if BASE.contains(&name) => Ok(None),
+        name => {
+            let loaded = if names.is_empty() { "none".into() } else { names.join(", ") };
+            Err(Error::NoSuchAdapter { name: name.into(), loaded })
+        }
+    };
     match (chosen, names.as_slice()) {
-        (Some(name), _) if names.contains(&name) => Ok(Some(name)),
-        (Some(name), _) if BASE.contains(&name) => Ok(None),
-        (Some(name), []) => Err(Error::NoSuchAdapter { name: name.into(), loaded: "none".into() }),
-        (Some(name), _) => Err(Error::NoSuchAdapter { name: name.into(), loaded: names.join(", ") }),
-        (None, []) => Ok(None),
-        (None, [only]) => Ok(Some(only)),
-        (None, _) => Err(Error::Invalid {
+        ([], []) => Ok(vec![None]),
+        ([], [only]) => Ok(vec![Some(only)]),
+        ([], _) => Err(Error::Invalid {
             op: OP,
             what: "--use",
             got: "not given".into(),
             expected: format!("choose one of {}, or base for the model without one", names.join(", ")),
         }),
+        (chosen, _) => chosen.iter().map(one).collect(),
     }
 }
 
@@ -308,17 +347,22 @@ mod tests {
     #[test]
     fn the_adapter_to_use_is_the_only_one_or_named() {
         let given = |names: &[&'static str]| names.iter().map(|&name| (name, Path::new("dir"))).collect::<Vec<_>>();
-        let chosen = |names, chosen| choose(&given(names), chosen).map_err(|error| error.to_string());
-        assert_eq!(chosen(&[], None), Ok(None));
-        assert_eq!(chosen(&["a"], None), Ok(Some("a")));
-        assert_eq!(chosen(&["a", "b"], Some("b")), Ok(Some("b")));
-        assert_eq!(chosen(&["a", "b"], Some("base")), Ok(None));
-        assert_eq!(chosen(&["a"], Some("none")), Ok(None));
-        assert_eq!(chosen(&["a", "base"], Some("base")), Ok(Some("base")), "one that has the name");
-        assert!(chosen(&["a", "b"], None).unwrap_err().contains("choose one of a, b, or base"));
-        assert!(chosen(&["a", "b"], Some("c")).unwrap_err().contains("loaded: a, b"));
-        assert!(chosen(&[], Some("c")).unwrap_err().contains("loaded: none"));
-        assert!(chosen(&["a", "b", "a"], Some("b")).unwrap_err().contains("the name of two adapters is a"));
+        let chosen = |names: &[&'static str], chosen: &[&str]| {
+            let chosen: Vec<String> = chosen.iter().map(|name| name.to_string()).collect();
+            let found = choose(&given(names), &chosen).map_err(|error| error.to_string())?;
+            Ok::<_, String>(found.into_iter().map(|name| name.map(str::to_owned)).collect::<Vec<_>>())
+        };
+        let name = |name: &str| Some(name.to_owned());
+        assert_eq!(chosen(&[], &[]), Ok(vec![None]));
+        assert_eq!(chosen(&["a"], &[]), Ok(vec![name("a")]));
+        assert_eq!(chosen(&["a", "b"], &["b"]), Ok(vec![name("b")]));
+        assert_eq!(chosen(&["a", "b"], &["b", "base", "a"]), Ok(vec![name("b"), None, name("a")]));
+        assert_eq!(chosen(&["a"], &["none"]), Ok(vec![None]));
+        assert_eq!(chosen(&["a", "base"], &["base"]), Ok(vec![name("base")]), "one that has the name");
+        assert!(chosen(&["a", "b"], &[]).unwrap_err().contains("choose one of a, b, or base"));
+        assert!(chosen(&["a", "b"], &["a", "c"]).unwrap_err().contains("loaded: a, b"));
+        assert!(chosen(&[], &["c"]).unwrap_err().contains("loaded: none"));
+        assert!(chosen(&["a", "b", "a"], &["b"]).unwrap_err().contains("the name of two adapters is a"));
     }
 
     #[test]

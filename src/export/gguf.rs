@@ -65,7 +65,16 @@ impl Merged<'_> {
                 let name = folder.file_name().unwrap_or_default().to_string_lossy();
                 let mut metadata = self.config.gguf_metadata(&name)?;
                 let tokenizer = Tokenizer::from_dir(&self.path)?;
-                tokenizer.write_gguf(&self.path, &self.config, &mut metadata)?;
+                tokenizer.write_gguf(&self.path, self.config.vocab_size, &mut metadata)?;
+                // What the tokenizer's own files leave open.
+                let config = &self.config;
+                let eos = config.eos_token_ids.first().copied();
+                for (name, id) in [("bos", config.bos_token_id), ("eos", eos), ("padding", config.pad_token_id)] {
+                    let key = format!("tokenizer.ggml.{name}_token_id");
+                    if let Some(id) = id.filter(|_| !metadata.contains(&key)) {
+                        metadata.set(key, OutValue::U32(id));
+                    }
+                }
                 (metadata, self.config.tensors().into_iter().map(|(name, _)| name).collect())
             }
         };
@@ -129,6 +138,8 @@ impl Merged<'_> {
         let rows = self.tensors[name][0];
         let sources = order.sources(rows).ok_or_else(|| error("has rows of which no heads can be made".into()))?;
         let row_bytes = bytes.len() / rows.max(1);
-        Ok(sources.into_iter().flat_map(|row| &bytes[row * row_bytes..][..row_bytes]).copied().collect())
+        let mut ordered = Vec::with_capacity(bytes.len());
+        sources.into_iter().for_each(|row| ordered.extend_from_slice(&bytes[row * row_bytes..][..row_bytes]));
+        Ok(ordered)
     }
 }

@@ -11,7 +11,6 @@ use super::pretokenizer;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::formats::gguf::{Metadata, OutValue};
-use crate::nn::ModelConfig;
 
 /// The score of pieces that no merge makes: below that of every merge.
 const NO_MERGE: f32 = -1e6;
@@ -53,13 +52,13 @@ fn is_type(step: &Value, kind: &str) -> bool {
 }
 
 impl Tokenizer {
-    /// Adds the tokenizer of the model in `folder` to the metadata of a GGUF file: tokens, as many as the model has rows in its
-    /// embedding, merges or scores, special tokens, and the chat template.
+    /// Adds the tokenizer of the model in `folder` to the metadata of a GGUF file: `vocab_size` tokens, as many as the model has rows
+    /// in its embedding, merges or scores, special tokens, and the chat template.
     ///
     /// # Errors
     /// [`Error::File`] for a tokenizer that is neither byte-level BPE, with a pre-tokenizer that GGUF files have a name for, nor
     /// SentencePiece's BPE.
-    pub(crate) fn write_gguf(&self, folder: &Path, config: &ModelConfig, metadata: &mut Metadata) -> Result<()> {
+    pub(crate) fn write_gguf(&self, folder: &Path, vocab_size: usize, metadata: &mut Metadata) -> Result<()> {
         let path = folder.join("tokenizer.json");
         let refuse = |message: String| Error::File { path: path.clone(), message };
         let value = serde_json::to_value(self.inner()).map_err(|e| refuse(e.to_string()))?;
@@ -68,9 +67,9 @@ impl Tokenizer {
         if spec.model.kind != "BPE" {
             return Err(refuse(format!("is a {} tokenizer; a GGUF file is made with BPE only", spec.model.kind)));
         }
-        self.check_vocabulary(config.vocab_size).map_err(|e| refuse(e.to_string()))?;
+        self.check_vocabulary(vocab_size).map_err(|e| refuse(e.to_string()))?;
 
-        let (tokens, mut types) = self.tokens(config.vocab_size);
+        let (tokens, mut types) = self.tokens(vocab_size);
         if spec.model.byte_fallback {
             for (id, token) in tokens.iter().enumerate() {
                 if token.len() == 6 && token.starts_with("<0x") && types[id] == kind::NORMAL {
@@ -92,10 +91,9 @@ impl Tokenizer {
                 metadata.set(format!("tokenizer.ggml.{name}_token_id"), OutValue::U32(id));
             }
         };
-        id("bos", self.bos().or(config.bos_token_id));
-        id("eos", self.eos().or(config.eos_token_ids.first().copied()));
+        id("bos", self.bos());
+        id("eos", self.eos());
         id("unknown", spec.model.unk_token.and_then(|token| self.token_id(&token)));
-        id("padding", config.pad_token_id);
         let (add_bos, add_eos) = self.adds();
         metadata.set("tokenizer.ggml.add_bos_token", OutValue::Bool(add_bos));
         metadata.set("tokenizer.ggml.add_eos_token", OutValue::Bool(add_eos));
@@ -200,10 +198,8 @@ mod tests {
             std::fs::write(folder.path().join(name), bytes).unwrap();
         }
         let tokenizer = Tokenizer::from_dir(folder.path()).unwrap();
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model/llama");
-        let config = ModelConfig { vocab_size, ..ModelConfig::read(golden).unwrap() };
-        let mut metadata = config.gguf_metadata("a").unwrap();
-        tokenizer.write_gguf(folder.path(), &config, &mut metadata).unwrap();
+        let mut metadata = Metadata::default();
+        tokenizer.write_gguf(folder.path(), vocab_size, &mut metadata).unwrap();
         let path = folder.path().join("again.gguf");
         gguf::write(&path, &metadata, &[] as &[OutTensor<'_>]).unwrap();
         (tokenizer, GgufFile::open(path).unwrap(), folder)

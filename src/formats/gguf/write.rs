@@ -97,6 +97,11 @@ impl Metadata {
         }
     }
 
+    /// Whether `key` has a value.
+    pub fn contains(&self, key: &str) -> bool {
+        self.0.iter().any(|(known, _)| known == key)
+    }
+
     /// Takes `key` out.
     pub fn remove(&mut self, key: &str) {
         self.0.retain(|(known, _)| known != key);
