@@ -57,7 +57,7 @@ def compare(name, ours_with, theirs_with, exact=True):
     print(f"{name}: {same} of {len(PROMPTS)} texts of {TOKENS} tokens are the same{how}", flush=True)
 
 
-print(llama("--version").splitlines()[0])
+print("llama.cpp", llama("--version").splitlines()[0])
 versions()
 # From a directory: the metadata and the tokenizer of the file are made from its config.json and tokenizer.json.
 source, trained = ASSETS / "tiny-glossary", folder / "glossary-adapter"
