@@ -243,6 +243,8 @@ run_stack() {
     mkdir -p "$cache/logs"
     start=$(date +%s)
     if [ -n "$tier" ]; then
+        # Which asks for tiers itself.
+        run_tests device
         export QLORA_TIER="$tier"
         for name in layers layer_backward model_golden train_golden; do
             run_tests "$name"

@@ -118,7 +118,7 @@ fn main(
     }
 
     let sums_begin = subgroup * {{ 16 if wide else 16 * sum_stride }}u;
-{{ store(edge, 16, 0, 16, "sums", "sums_begin", sum_stride) }}
+{{ store(edge, 0, 0, "sums", "sums_begin", sum_stride) }}
     workgroupBarrier();
     for (var i = thread; i < {{ rows * columns }}u; i = i + {{ 4 * lanes }}u) {
         let row = row_base + i / {{ columns }}u;

@@ -70,25 +70,25 @@ fn main(
 {{ finish_tile(edge) }}
 }
 
-// Four by four results a thread.
-fn finish(first: u32, column_base: u32, thread: u32) {
+// Two by four results a thread.
+fn finish(row_first: u32, column_first: u32, thread: u32) {
     for (var i = thread; i < 128u; i = i + {{ 4 * lanes }}u) {
-        let local = i / 16u * 4u;
-        let column = i % 16u * 4u;
-        let row_base = first + local + local / 16u * 16u;
-        let q = (column_base + column) / 4u;
+        let local = i / 8u * 2u;
+        let column = i % 8u * 4u;
+        let row_base = row_first + local + local / 16u * 16u;
+        let q = (column_first + column + column / 16u * 16u) / 4u;
         if (4u * q < p.k) {
-{% for j in range(4) %}
+{% for j in range(2) %}
             let row{{ j }} = p.row + min(row_base + {{ j }}u, p.rows - 1u);
             var down{{ j }} = vec4<f32>(0.0);
 {% endfor %}
             for (var j = 0u; j < p.rank; j = j + 1u) {
                 let right = a4(j, q);
-{% for j in range(4) %}
+{% for j in range(2) %}
                 down{{ j }} = down{{ j }} + g[row{{ j }} * p.rank + j] * right;
 {% endfor %}
             }
-{% for j in range(4) %}
+{% for j in range(2) %}
             if (row_base + {{ j }}u < p.rows) {
                 let at = (local + {{ j }}u) * {{ sum_stride }}u + column;
                 let sum = vec4<f32>(sums[at], sums[at + 1u], sums[at + 2u], sums[at + 3u]);

@@ -78,7 +78,12 @@ fn a_callers_device_with_default_limits_runs_every_tier_of_its_features() {
         let adapter = adapters.iter().find(named).unwrap();
         // The limits that every WebGPU device has: 16 KiB of workgroup memory, eight storage buffers.
         let descriptor = wgpu::DeviceDescriptor {
-            required_features: adapter.features() & (wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16),
+            required_features: adapter.features()
+                & (wgpu::Features::SUBGROUP
+                    | wgpu::Features::SHADER_F16
+                    | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
+            // SAFETY: of experimental features it asks for cooperative matrices alone, which only the crate's kernels use.
+            experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
             ..Default::default()
         };
         let (raw, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();

@@ -43,29 +43,30 @@ coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(
 {%- endmacro %}
 
 {# Tiles of 64 x 64 results by four subgroups of 32 x 32. #}
-{# Of `sums`, an array of f32 with half of the tile's rows: 16 of each subgroup's. Padding spreads the banks. #}
-{% set sum_stride = 64 + 4 %}
+{# Of `sums`, an array of f32 with a quarter of the tile, 16 x 16 of each subgroup's: with the operands' tiles under the 16 KiB that
+   every device has. Padding spreads the banks. #}
+{% set sum_stride = 32 + 4 %}
 
-{# Has `finish(first, column_base, thread)` take the results from `sums`: rows `first` to `first + 15` of the whole result, then 16
-   that are 32 further on. #}
+{# Has `finish(row_first, column_first, thread)` take the results from `sums`, in both directions 16 from the first on and 16 that are
+   32 further on. #}
 {% macro finish_tile(edge) %}
-{% for half in range(2) %}
+{% for down in [0, 16] %}{% for right in [0, 16] %}
     workgroupBarrier();
     {
-        let begin = half_row * {{ 16 * sum_stride }}u + half_column * 32u;
-{{ store(edge, 32, 16 * half, 16 * half + 16, "sums", "begin", sum_stride) }}
+        let begin = half_row * {{ 16 * sum_stride }}u + half_column * 16u;
+{{ store(edge, down, right, "sums", "begin", sum_stride) }}
     }
     workgroupBarrier();
-    finish(row_base + {{ 16 * half }}u, column_base, thread);
-{% endfor %}
+    finish(row_base + {{ down }}u, column_base + {{ right }}u, thread);
+{% endfor %}{% endfor %}
 {% endmacro %}
 
-{# Stores the rows of accumulators from `first` to `end` into an array of f32, from `begin` on. #}
-{% macro store(edge, columns, first, end, array, begin, stride) %}
-{% for i in range(first // edge, end // edge) %}{% for j in range(columns // edge) %}
+{# Stores 16 x 16 of a subgroup's results, from row `down` and column `right` on, into an array of f32. #}
+{% macro store(edge, down, right, array, begin, stride) %}
+{% for i in range(16 // edge) %}{% for j in range(16 // edge) %}
         {
-            let at = {{ begin }} + {{ (edge * i - first) * stride + edge * j }}u;
-            let value = sum{{ i }}_{{ j }};
+            let at = {{ begin }} + {{ edge * i * stride + edge * j }}u;
+            let value = sum{{ down // edge + i }}_{{ right // edge + j }};
             coopStoreT(value, &{{ array }}[at], {{ stride }}u);
         }
 {% endfor %}{% endfor %}

@@ -200,7 +200,7 @@ mod tests {
                 "{label}: the recorder's fields"
             );
             let mut found = Vec::new();
-            let mut params = 0;
+            let (mut params, mut memory) = (0, 0);
             for (_, variable) in module.global_variables.iter() {
                 match variable.space {
                     AddressSpace::Storage { access } => {
@@ -215,9 +215,11 @@ mod tests {
                         assert_eq!(variable.binding.as_ref().unwrap().binding as usize, kernel.bindings.len());
                         params += usize::from(!immediates);
                     }
+                    AddressSpace::WorkGroup => memory += module.types[variable.ty].inner.size(module.to_ctx()),
                     _ => {}
                 }
             }
+            assert!(memory <= 16 << 10, "{label}: {memory} bytes of workgroup memory, and every device has 16 KiB");
             assert_eq!(params, 1, "{label}: one variable holds the parameters");
             found.sort_by_key(|(binding, ..)| *binding);
             let wanted: Vec<_> = (0..)
