@@ -19,6 +19,8 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 # shellcheck source=common.sh
 . "$root/scripts/common.sh"
+# shellcheck source=packages.sh
+. "$root/scripts/packages.sh"
 cd "$root"
 cache=$root/target/drivers
 
@@ -40,36 +42,6 @@ export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
 
 # ---- Packages ----
 
-# apt-get on the sources of $1 (`system`, or a release) with lists and locks of its own, so that anyone may run it.
-apt_of() {
-    apt=$cache/apt/$1
-    shift
-    mkdir -p "$apt/state/lists/partial" "$apt/cache/archives/partial"
-    : >>"$apt/status"
-    if [ -f "$apt/sources" ]; then
-        set -- -o Dir::Etc::sourcelist="$apt/sources" -o Dir::Etc::sourceparts=/dev/null \
-            -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null -o APT::Default-Release= "$@"
-    fi
-    apt-get -qq -o Dir::State="$apt/state" -o Dir::State::status="$apt/status" -o Dir::Cache="$apt/cache" \
-        -o APT::Sandbox::User=root "$@"
-}
-
-# Unpacks the packages $2 of $1 (`system`, or a release) in the stack's folder, with a list of them.
-unpack() {
-    staging=$cache/$stack.partial
-    rm -rf "$staging"
-    mkdir -p "$staging"
-    # shellcheck disable=SC2086 # one word a package
-    (cd "$staging" && apt_of "$1" download $2) || return
-    for package in "$staging"/*.deb; do
-        dpkg-deb -x "$package" "$staging" || return
-        # shellcheck disable=SC2016 # names of dpkg's
-        dpkg-deb -W --showformat='${Package} ${Version}\n' "$package" >>"$staging/packages" || return
-        rm "$package"
-    done
-    mv "$staging" "$cache/$stack"
-}
-
 # Fetches the stack; what apt-get says goes to a file.
 fetch() {
     if ! command -v apt-get >/dev/null 2>&1 || ! command -v dpkg-deb >/dev/null 2>&1; then
@@ -88,25 +60,11 @@ fetch() {
 }
 
 fetch_swiftshader() {
-    apt_of system update && unpack system chromium-common
+    apt_of system update && unpack "$cache/$stack" system chromium-common
 }
 
 fetch_lavapipe_sid() {
-    apt_of system update || return
-    # shellcheck disable=SC2016 # a name of apt's
-    mirror=$(apt_of system indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
-        head -n 1)
-    set -- /usr/share/keyrings/debian-archive-keyring.*
-    if [ -z "$mirror" ] || [ ! -f "$1" ]; then
-        echo "the system's sources name no mirror of Debian, or there are no keys of Debian's in /usr/share/keyrings"
-        return 1
-    fi
-    mkdir -p "$cache/apt/sid"
-    echo "deb [signed-by=$1] $mirror sid main" >"$cache/apt/sid/sources"
-    apt_of sid update || return
-    # All of them, for nothing is installed as far as these lists know.
-    unpack sid "$(apt_of sid -s --no-install-recommends install mesa-vulkan-drivers libvulkan1 |
-        sed -n 's/^Inst \([^ ]*\).*/\1/p')"
+    unpack_sid "$cache/$stack" "mesa-vulkan-drivers libvulkan1"
 }
 
 # ---- Stacks: each sets the environment, `loader` and `origin` where it needs them, or `reason` and fails ----
@@ -153,9 +111,8 @@ set_up_swiftshader() {
 
 set_up_lavapipe_sid() {
     [ -d "$cache/$stack" ] || fetch || return
-    for loader in "$cache/$stack"/usr/lib/*/ld-linux-*.so.*; do
-        libraries=$(dirname -- "$loader")
-    done
+    loader=$(loader_of "$cache/$stack")
+    libraries=$(dirname -- "$loader")
     # The library by its path: by its name the system's own might be found.
     manifest=$cache/$stack/lvp_icd.json
     sed "s|\"library_path\": *\"[^\"]*\"|\"library_path\": \"$libraries/libvulkan_lvp.so\"|" \

@@ -8,7 +8,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from common import ASSETS, ROOT, check, digest, qlora, versions, work
+from common import ASSETS, check, digest, qlora, versions, work
 
 folder = work()
 MODEL = Path(os.environ["SMOLLM2"])
@@ -18,9 +18,9 @@ PROMPTS = ["The capital of France is", "Once upon a time, there was a little gir
 
 def llama(*arguments):
     """Runs llama-completion; returns what it prints."""
-    command = ["sh", "-c", '. "$0"; sid_run "$@"', ROOT / "scripts/sid.sh", os.environ["SID"]]
-    done = subprocess.run([*command, "usr/bin/llama-completion", *map(str, arguments)], stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True)
+    loader = [os.environ["SID_LOADER"], "--library-path", os.environ["SID_LIBRARIES"]]
+    program = Path(os.environ["SID"]) / "usr/bin/llama-completion"
+    done = subprocess.run([*loader, program, *map(str, arguments)], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"llama-completion {arguments}\n{done.stderr[-2000:]}")
     return done.stdout if done.stdout.strip() else done.stderr

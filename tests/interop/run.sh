@@ -25,15 +25,18 @@ export QLORA
 # Nothing here is on the hub, and a GPU would compute in other precisions.
 export HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES='' QLORA_DEVICE=cpu
 
-# llama.cpp of Debian sid.
+# llama.cpp of Debian sid, which runs through the dynamic linker that comes with it.
 prepare_llama_cpp() {
-    # shellcheck source=../../scripts/sid.sh
-    . "$root/scripts/sid.sh"
+    cache=$work
+    # shellcheck source=../../scripts/packages.sh
+    . "$root/scripts/packages.sh"
     SID=$work/sid
-    sid_unpack "$SID" llama.cpp
+    [ -d "$SID" ] || unpack_sid "$SID" llama.cpp
+    SID_LOADER=$(loader_of "$SID")
+    SID_LIBRARIES=$(find "$SID/usr/lib" -name '*.so*' -exec dirname {} + | sort -u | tr '\n' ':')
     # It looks for its code for CPUs beside the program, which is the loader here.
-    find "$SID/root" -path '*/ggml/*' -name 'libggml-cpu-*.so' -exec cp -n {} "$(dirname -- "$(sid_loader "$SID")")" \;
-    export SID
+    find "$SID" -path '*/ggml/*' -name 'libggml-cpu-*.so' -exec cp -n {} "$(dirname -- "$SID_LOADER")" \;
+    export SID SID_LOADER SID_LIBRARIES
 }
 
 failed=

@@ -1,0 +1,61 @@
+# shellcheck shell=sh disable=SC2154
+# Packages of Debian in folders, unpacked and not installed: for scripts that set `cache`, a folder for apt's lists, and source
+# this. Anyone may run it; signatures are checked with the system's keys.
+
+# apt-get on the sources of $1 (`system`, or a release) with lists and locks of its own.
+apt_of() {
+    apt=$cache/apt/$1
+    shift
+    mkdir -p "$apt/state/lists/partial" "$apt/cache/archives/partial"
+    : >>"$apt/status"
+    if [ -f "$apt/sources" ]; then
+        set -- -o Dir::Etc::sourcelist="$apt/sources" -o Dir::Etc::sourceparts=/dev/null \
+            -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts=/dev/null -o APT::Default-Release= "$@"
+    fi
+    apt-get -qq -o Dir::State="$apt/state" -o Dir::State::status="$apt/status" -o Dir::Cache="$apt/cache" \
+        -o APT::Sandbox::User=root "$@"
+}
+
+# Unpacks the packages $3 of $2 (`system`, or a release) in the folder $1, with a list of them.
+unpack() {
+    staging=$1.partial
+    rm -rf "$staging"
+    mkdir -p "$staging"
+    # shellcheck disable=SC2086 # one word a package
+    (cd "$staging" && apt_of "$2" download $3) || return
+    for package in "$staging"/*.deb; do
+        dpkg-deb -x "$package" "$staging" || return
+        # shellcheck disable=SC2016 # names of dpkg's
+        dpkg-deb -W --showformat='${Package} ${Version}\n' "$package" >>"$staging/packages" || return
+        rm "$package"
+    done
+    mv "$staging" "$1"
+}
+
+# Unpacks the packages $2 of Debian's unstable release, and all that they need, libc included, in the folder $1.
+unpack_sid() {
+    folder=$1 wanted=$2
+    apt_of system update || return
+    # shellcheck disable=SC2016 # a name of apt's
+    mirror=$(apt_of system indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
+        head -n 1)
+    set -- /usr/share/keyrings/debian-archive-keyring.*
+    if [ -z "$mirror" ] || [ ! -f "$1" ]; then
+        echo "the system's sources name no mirror of Debian, or there are no keys of Debian's in /usr/share/keyrings"
+        return 1
+    fi
+    mkdir -p "$cache/apt/sid"
+    echo "deb [signed-by=$1] $mirror sid main" >"$cache/apt/sid/sources"
+    apt_of sid update || return
+    # All of them, for nothing is installed as far as these lists know.
+    # shellcheck disable=SC2086 # one word a package
+    unpack "$folder" sid "$(apt_of sid -s --no-install-recommends install $wanted | sed -n 's/^Inst \([^ ]*\).*/\1/p')"
+}
+
+# Prints the dynamic linker of the packages in the folder $1: their programs, and those that load their libraries, run through it.
+loader_of() {
+    for loader in "$1"/usr/lib/*/ld-linux-*.so.*; do
+        printf '%s\n' "$loader"
+        return
+    done
+}
