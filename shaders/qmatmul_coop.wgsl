@@ -6,7 +6,7 @@ enable wgpu_cooperative_matrix;
 //
 // The adapter's part is f32: it is small beside the rest, and may be much smaller or larger in value.
 {{ "" }}
-{% from "coop.wgsl" import depth, sum_stride, enter, accumulators, multiply, finish_tile %}
+{% from "coop.wgsl" import depth, sum_stride, enter, begin_tile, accumulators, stage_weights, multiply, finish_tile %}
 {# Rows of a tile are padded by 8 values, which spreads the banks. #}
 {% set stride = depth + 8 %}
 
@@ -31,12 +31,7 @@ fn main(
     @builtin(subgroup_id) subgroup: u32,
 ) {
 {{ enter() }}
-    let row_group = group / p.column_groups;
-    let column_base = (group - row_group * p.column_groups) * 64u;
-    let row_base = row_group * 64u;
-    // Of this subgroup's piece.
-    let half_row = subgroup / 2u;
-    let half_column = subgroup % 2u;
+{{ begin_tile() }}
     let x_begin = half_row * {{ 32 * stride }}u;
     let w_begin = half_column * {{ 32 * stride }}u;
 {{ accumulators(edge, 32, 32) }}
@@ -61,9 +56,7 @@ fn main(
             var weights = W8(vec4<f32>(0.0), vec4<f32>(0.0));
             if (2u * word < quads) { weights = weights8(n, word); }
             let at = i / {{ depth // 8 }}u * {{ stride }}u + i % {{ depth // 8 }}u * 8u;
-{% for e in range(8) %}
-            w_tile[at + {{ e }}u] = f16(weights.{{ "lo" if e < 4 else "hi" }}.{{ "xyzw"[e % 4] }} * p.m.factor);
-{% endfor %}
+{{ stage_weights() }}
         }
         workgroupBarrier();
 {{ multiply(edge, 32, 32,

@@ -6,7 +6,7 @@ enable wgpu_cooperative_matrix;
 //
 // The adapter's part is f32, as in the forward.
 {{ "" }}
-{% from "coop.wgsl" import depth, sum_stride, enter, accumulators, multiply, finish_tile %}
+{% from "coop.wgsl" import depth, sum_stride, enter, begin_tile, accumulators, stage_weights, multiply, finish_tile %}
 {# Rows of a tile are padded by 8 values, which spreads the banks. #}
 {% set dy_stride = depth + 8 %}
 {% set w_stride = 64 + 8 %}
@@ -31,12 +31,7 @@ fn main(
     @builtin(subgroup_id) subgroup: u32,
 ) {
 {{ enter() }}
-    let row_group = group / p.column_groups;
-    let column_base = (group - row_group * p.column_groups) * 64u;
-    let row_base = row_group * 64u;
-    // Of this subgroup's piece.
-    let half_row = subgroup / 2u;
-    let half_column = subgroup % 2u;
+{{ begin_tile() }}
     let dy_begin = half_row * {{ 32 * dy_stride }}u;
     let w_begin = half_column * 32u;
 {{ accumulators(edge, 32, 32) }}
@@ -57,9 +52,7 @@ fn main(
             var weights = W8(vec4<f32>(0.0), vec4<f32>(0.0));
             if (n < p.n) { weights = weights8(n, word); }
             let at = i / 8u * {{ w_stride }}u + i % 8u * 8u;
-{% for e in range(8) %}
-            w_tile[at + {{ e }}u] = f16(weights.{{ "lo" if e < 4 else "hi" }}.{{ "xyzw"[e % 4] }} * p.m.factor);
-{% endfor %}
+{{ stage_weights() }}
         }
         workgroupBarrier();
 {{ multiply(edge, 32, 32,

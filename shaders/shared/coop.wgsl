@@ -42,12 +42,28 @@
 coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(&{{ tile.name }}[{{ tile.begin }} + {{ at ~ "u * " ~ tile.stride ~ "u + k" if tile.along else at ~ "u + k * " ~ tile.stride ~ "u" }}], {{ tile.stride }}u);
 {%- endmacro %}
 
-{# Tiles of 64 x 64 results by four subgroups of 32 x 32. #}
+{# Tiles of 64 x 64 results by four subgroups of 32 x 32. Where the workgroup's tile begins, and which piece of it is this
+   subgroup's. #}
+{% macro begin_tile() %}
+    let row_group = group / p.column_groups;
+    let column_base = (group - row_group * p.column_groups) * 64u;
+    let row_base = row_group * 64u;
+    let half_row = subgroup / 2u;
+    let half_column = subgroup % 2u;
+{% endmacro %}
+
+{# Stages `weights`, eight of W, at `at` of `w_tile`. #}
+{% macro stage_weights() %}
+{% for e in range(8) %}
+            w_tile[at + {{ e }}u] = f16(weights.{{ "lo" if e < 4 else "hi" }}.{{ "xyzw"[e % 4] }} * p.m.factor);
+{% endfor %}
+{% endmacro %}
+
 {# Of `sums`, an array of f32 with a quarter of the tile, 16 x 16 of each subgroup's: with the operands' tiles under the 16 KiB that
    every device has. Padding spreads the banks. #}
 {% set sum_stride = 32 + 4 %}
 
-{# Has `finish(row_first, column_first, thread)` take the results from `sums`, in both directions 16 from the first on and 16 that are
+{# After `begin_tile`: has `finish(row_first, column_first, thread)` take the results from `sums`, in both directions 16 from the first on and 16 that are
    32 further on. #}
 {% macro finish_tile(edge) %}
 {% for down in [0, 16] %}{% for right in [0, 16] %}
