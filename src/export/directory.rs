@@ -112,8 +112,8 @@ impl Merged<'_> {
             staged.push(StagedFile::new(&path, |out| out.write_all(bytes).map_err(error))?);
         }
         let files: Vec<String> = weight_map.into_values().chain(texts.into_iter().map(|(name, _)| name)).collect();
-        remove_old(output, &files)?;
-        staged.into_iter().try_for_each(StagedFile::commit)
+        staged.into_iter().try_for_each(StagedFile::commit)?;
+        remove_old(output, &files)
     }
 
     /// Which tensors go into which file, in the model's order.
@@ -225,7 +225,7 @@ fn small_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     paths.into_iter().map(read).collect()
 }
 
-/// Removes the tensor files of a model that was in the folder, but for those of these names, which are replaced.
+/// Removes the tensor files of a model that was in the folder, but for those of these names, which have replaced them.
 fn remove_old(folder: &Path, files: &[String]) -> Result<()> {
     let error = |e: io::Error| Error::Io { path: folder.into(), message: e.to_string() };
     for entry in fs::read_dir(folder).map_err(error)? {
