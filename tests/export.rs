@@ -13,6 +13,7 @@ use qlora_wgpu::export::{DirectoryOptions, Merged, Progress, write_gguf_adapter}
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder, TensorType};
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig, PeftModule, TargetModules, Targets};
+use qlora_wgpu::kernels::{HostMatrix, MatrixSpec};
 use qlora_wgpu::nn::{Decoder, ModelConfig, ModelSpec, Tokens};
 use qlora_wgpu::quant::{Dtype, QuantOptions};
 use qlora_wgpu::text::Tokenizer;
@@ -77,7 +78,7 @@ fn made(model: &Path) -> PeftAdapter {
     let values = |rows: usize, cols: usize, seed: f32| {
         Array2::from_shape_fn((rows, cols), |(i, j)| 0.05 * ((i * cols + j) as f32 * 0.7 + seed).sin())
     };
-    let module = |(i, (path, matrix)): (usize, (String, &qlora_wgpu::kernels::MatrixSpec))| {
+    let module = |(i, (path, matrix)): (usize, (String, &MatrixSpec))| {
         let (a, b) = (values(4, matrix.cols, i as f32), values(matrix.rows, 4, 0.5 + i as f32));
         (path, PeftModule { a, b, magnitude: None, bias: None })
     };
@@ -86,6 +87,13 @@ fn made(model: &Path) -> PeftAdapter {
 
 fn open(path: &Path) -> Decoder {
     Decoder::load(&Device::cpu(), path, &BaseFormat::AsIs).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The values of a matrix, row by row.
+fn values(matrix: &HostMatrix) -> Vec<f32> {
+    let mut values = vec![0.0; matrix.rows() * matrix.cols()];
+    matrix.dequantize_rows(0..matrix.rows(), &mut values);
+    values
 }
 
 fn some_tokens() -> Tokens {
@@ -112,9 +120,7 @@ fn merged_directories_are_pefts() {
         let distance = |got: &[f32], key: &str| distance(got, &f32s(&golden, key));
         let weight = "model.layers.0.self_attn.q_proj.weight";
         let got = Checkpoint::open(&output).unwrap().matrix(weight, 64, 64, &BaseFormat::AsIs).unwrap();
-        let mut values = vec![0.0; 64 * 64];
-        got.dequantize_rows(0..64, &mut values);
-        assert!(distance(&values, &format!("merged.{name}.{weight}")) <= 1e-6, "{name}");
+        assert!(distance(&values(&got), &format!("merged.{name}.{weight}")) <= 1e-6, "{name}");
         assert!(distance(&logits(&open(&output), &tokens), &format!("logits.{name}.merged")) <= 1e-4, "{name}");
     }
 }
@@ -175,14 +181,9 @@ fn requantized_directories_are_bitsandbytes() {
         [("self_attn.q_proj", (64, config.hidden_size)), ("mlp.down_proj", (64, config.intermediate_size))]
     {
         let name = format!("model.layers.1.{module}.weight");
-        let values = |checkpoint: &Checkpoint| {
-            let matrix = checkpoint.matrix(&name, d_out, d_in, &BaseFormat::AsIs).unwrap();
-            let mut values = vec![0.0; d_out * d_in];
-            matrix.dequantize_rows(0..d_out, &mut values);
-            values
-        };
+        let read = |checkpoint: &Checkpoint| values(&checkpoint.matrix(&name, d_out, d_in, &BaseFormat::AsIs).unwrap());
         // Codes of scales may differ by one from bitsandbytes', whose own are not always the nearest.
-        assert!(distance(&values(&ours), &values(&golden)) < 1e-3, "{name}");
+        assert!(distance(&read(&ours), &read(&golden)) < 1e-3, "{name}");
     }
     let (got, wanted) = (
         logits(&open(folder.path()), &some_tokens()),
@@ -229,11 +230,6 @@ fn gguf_files_are_the_same_models() {
                 TensorType::Q4_0 => 1.0 / 8.0,
                 _ => 1.0 / 256.0,
             };
-            let values = |matrix: qlora_wgpu::kernels::HostMatrix| {
-                let mut values = vec![0.0; matrix.rows() * matrix.cols()];
-                matrix.dequantize_rows(0..matrix.rows(), &mut values);
-                values
-            };
             let q_order = if name == "llama" { RowOrder::Interleaved { head_dim } } else { RowOrder::Plain };
             for (theirs, module, order) in
                 [("attn_q", "self_attn.q_proj", q_order), ("ffn_down", "mlp.down_proj", RowOrder::Plain)]
@@ -242,7 +238,7 @@ fn gguf_files_are_the_same_models() {
                 let linear = adapted.linears().find(|(known, _)| *known == path).unwrap().1;
                 let wanted = linear.merge_to_f32().unwrap().into_raw_vec_and_offset().0;
                 let key = format!("blk.1.{theirs}.weight");
-                let got = values(file.matrix(&key, linear.d_out(), linear.d_in(), order, &BaseFormat::AsIs).unwrap());
+                let got = values(&file.matrix(&key, linear.d_out(), linear.d_in(), order, &BaseFormat::AsIs).unwrap());
                 for (got, wanted) in got.chunks(32).zip(wanted.chunks(32)) {
                     let most = wanted.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
                     assert!(distance(got, wanted) <= (step + 1.0 / 2048.0) * most, "{name} {kind} {key}");
@@ -333,9 +329,7 @@ fn scales_are_folded_into_an_exported_adapter() {
                 let name = format!("blk.{layer}.{theirs}.weight.lora_{end}");
                 let &[rows, cols] = file.tensor(&name).unwrap().shape else { panic!("{name}") };
                 let matrix = file.matrix(&name, rows, cols, order, &BaseFormat::AsIs).unwrap();
-                let mut out = vec![0.0; rows * cols];
-                matrix.dequantize_rows(0..rows, &mut out);
-                Array2::from_shape_vec((rows, cols), out).unwrap()
+                Array2::from_shape_vec((rows, cols), self::values(&matrix)).unwrap()
             };
             let (a, b) = (read("a", RowOrder::Plain), read("b", order));
             let rank = a.nrows() as f32;

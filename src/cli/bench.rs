@@ -52,8 +52,8 @@ pub struct BenchArgs {
     #[command(flatten)]
     step: StepArgs,
     /// Print JSON, an object a case: op, device (cpu or gpu), adapter (its name), tier, format, double_quant, m, n, k, rank,
-    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes and its shape; with --against peers: name, ms_min, ms_median, ratio (theirs to ours)
-    /// or skipped.
+    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes and its shape; with
+    /// --against peers: name, ms_min, ms_median, ratio (theirs to ours) or skipped.
     #[arg(long)]
     json: bool,
 }

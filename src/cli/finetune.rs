@@ -3,8 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use clap::error::ErrorKind::MissingRequiredArgument;
 use clap::{Args, CommandFactory};
@@ -13,7 +12,7 @@ use serde::Serialize;
 use super::model::{misfit, warn_other_base};
 use super::progress::{bytes, train};
 use super::run::{Data, Prepared, RunArgs};
-use super::{Cli, INTERRUPTED, print_json, say, settings};
+use super::{Cli, INTERRUPTED, interrupts, print_json, say, settings};
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
@@ -150,7 +149,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     if let Some((path, adapter)) = &initial {
         warn_other_base(path, &adapter.config, &args.model.name());
     }
-    let interrupted = interrupts();
+    let interrupted = interrupts("ending after this step; once more ends at once");
     let (summary, records) = train(&mut run, steps, output, || interrupted.load(Ordering::Relaxed))?;
     let report = Report::new(output, &summary, &records);
     if json {
@@ -213,18 +212,4 @@ fn describe(batches: &Batches, eval: usize, options: &RunOptions) {
         data.batch_size,
         batches.steps_per_epoch()
     ));
-}
-
-/// Becomes true with Ctrl-C (or a wish to terminate); the second one ends the process, which leaves nothing half-written.
-fn interrupts() -> Arc<AtomicBool> {
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = interrupted.clone();
-    // A handler that is there already (of a program that calls this as a library) stays.
-    let _ = ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED.into());
-        }
-        say::progress("ending after this step; once more ends at once");
-    });
-    interrupted
 }

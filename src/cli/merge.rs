@@ -4,8 +4,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use bytesize::ByteSize;
 use clap::{Args, ValueEnum, ValueHint};
@@ -13,7 +12,7 @@ use indicatif::{HumanBytes, ProgressBar};
 use serde::Serialize;
 
 use super::model::{ModelArgs, misfit, read_adapter, warn_other_base};
-use super::{INTERRUPTED, print_json, say};
+use super::{INTERRUPTED, existing, interrupts, print_json, say};
 use crate::error::{Error, Result};
 use crate::export::{DirectoryOptions, Merged, Progress};
 use crate::formats::gguf::TensorType;
@@ -209,12 +208,7 @@ fn check_options(args: &MergeArgs, to_gguf: bool) -> Result<()> {
 /// Refuses to replace an output unasked, and to replace what is read at all.
 pub(super) fn check_output(output: &Path, model: &Path, adapter: &Path, force: bool) -> Result<()> {
     let refuse = |message: &str| Err(Error::File { path: output.into(), message: message.into() });
-    let Ok(place) = fs::canonicalize(output) else { return Ok(()) };
-    for (input, what) in [(model, "the model"), (adapter, "the adapter")] {
-        if fs::canonicalize(input).is_ok_and(|input| input == place) {
-            return refuse(&format!("is {what} too; choose another output"));
-        }
-    }
+    let Some(place) = existing(output, &[(model, "the model"), (adapter, "the adapter")])? else { return Ok(()) };
     let empty = place.read_dir().is_ok_and(|mut entries| entries.next().is_none());
     match (is_gguf_name(output), place.is_dir()) {
         (true, true) => refuse("is a directory; a GGUF file is wanted there"),
@@ -226,10 +220,7 @@ pub(super) fn check_output(output: &Path, model: &Path, adapter: &Path, force: b
 
 /// A bar, and what is told of every tensor: it shows it, and ends the work after Ctrl-C.
 fn watched(total: usize) -> (ProgressBar, impl Fn(Progress<'_>) -> ControlFlow<()>) {
-    let stop = Arc::new(AtomicBool::new(false));
-    let set = stop.clone();
-    // One that is there already, of a program that calls this as a library, stays.
-    let _ = ctrlc::set_handler(move || set.store(true, Ordering::Relaxed));
+    let stop = interrupts("ending after this tensor; once more ends at once");
     let bar = say::bar(total, "{wide_bar} {pos}/{len} {msg}");
     let shown = bar.clone();
     let watch = move |progress: Progress<'_>| {

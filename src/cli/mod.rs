@@ -24,9 +24,13 @@ mod settings;
 mod training;
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{ErrorKind, IsTerminal, Write, stdout};
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{CommandFactory, Parser, Subcommand};
 
@@ -110,6 +114,33 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
         Command::Completions(args) => completions::run(args),
     }?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Becomes true with Ctrl-C (or a wish to terminate), and says so; the second one ends the process, which leaves nothing
+/// half-written.
+fn interrupts(told: &'static str) -> Arc<AtomicBool> {
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = interrupted.clone();
+    // A handler that is there already (of a program that calls this as a library) stays.
+    let _ = ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED.into());
+        }
+        say::progress(told);
+    });
+    interrupted
+}
+
+/// Where a command's output is already, if it is; an error if that is what it reads. `inputs`: a path and what it is.
+fn existing(output: &Path, inputs: &[(&Path, &str)]) -> Result<Option<PathBuf>> {
+    let Ok(place) = fs::canonicalize(output) else { return Ok(None) };
+    for (input, what) in inputs {
+        if fs::canonicalize(input).is_ok_and(|input| input == place) {
+            let message = format!("is {what} too; choose another output");
+            return Err(crate::Error::File { path: output.into(), message });
+        }
+    }
+    Ok(Some(place))
 }
 
 /// A table for people: a header and rows, without borders, numbers to the right.

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use regex::Regex;
 use serde::Serialize;
 
-use super::{print_json, say};
+use super::{existing, print_json, say};
 use crate::error::{Error, Result};
 use crate::formats::bitsandbytes;
 use crate::formats::safetensors::{self, OutData, OutTensor, SafetensorsFile, TensorType};
@@ -204,9 +204,8 @@ impl QuantizeArgs {
 /// Refuses to replace a file unasked, and to replace the input at all.
 fn check_output(input: &Path, output: &Path, force: bool) -> Result<()> {
     let refuse = |message: &str| Err(Error::File { path: output.into(), message: message.into() });
-    match (fs::canonicalize(input), fs::canonicalize(output)) {
-        (Ok(input), Ok(output)) if input == output => refuse("is the input too; choose another output"),
-        (_, Ok(_)) if !force => refuse("exists; pass --force to replace it"),
+    match existing(output, &[(input, "the input")])? {
+        Some(_) if !force => refuse("exists; pass --force to replace it"),
         _ => Ok(()),
     }
 }

@@ -124,15 +124,7 @@ impl Merged<'_> {
     fn encoded(&self, output: &Path, name: &str, kind: TensorType) -> Result<Vec<u8>> {
         let error = |message: String| self.tensor_error(output, name, message);
         let bytes = gguf::encode(kind, &self.values(name)?).map_err(error)?;
-        let order = row_order(&self.config, name);
-        if order == gguf::RowOrder::Plain {
-            return Ok(bytes);
-        }
-        let rows = self.tensors[name][0];
-        let sources = order.sources(rows).ok_or_else(|| error("has rows of which no heads can be made".into()))?;
-        let row_bytes = bytes.len() / rows.max(1);
-        let mut ordered = Vec::with_capacity(bytes.len());
-        sources.into_iter().for_each(|row| ordered.extend_from_slice(&bytes[row * row_bytes..][..row_bytes]));
-        Ok(ordered)
+        let ordered = row_order(&self.config, name).arrange(bytes, self.tensors[name][0]);
+        ordered.ok_or_else(|| error("has rows of which no heads can be made".into()))
     }
 }

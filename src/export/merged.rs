@@ -11,7 +11,7 @@ use crate::formats::gguf::{GgufFile, TensorType};
 use crate::formats::peft::PeftAdapter;
 use crate::kernels::HostMatrix;
 use crate::nn::adapters::check_fits;
-use crate::nn::gguf::{ROPE_FREQS, gguf_name, row_order};
+use crate::nn::gguf::{ROPE_FREQS, gguf_name, is_gguf, row_order};
 use crate::nn::{Linear, LoraAdapter, ModelConfig, ModelSpec};
 
 /// What is being written.
@@ -63,14 +63,18 @@ impl<'a> Merged<'a> {
     /// [`Error::File`], [`Error::Tensor`] and [`Error::Io`] for a model that cannot be loaded, or has tensors that such a
     /// model does not have; [`Error::Invalid`] and [`Error::Shape`] for an adapter of another model.
     pub fn open(path: &Path, adapter: &'a PeftAdapter) -> Result<Merged<'a>> {
-        let spec = ModelSpec::read(path, &BaseFormat::AsIs)?;
-        let config = spec.config().clone();
-        let source = if path.is_dir() {
-            Source::Checkpoint(Checkpoint::open(path)?)
+        let (source, spec) = if is_gguf(path) {
+            let file = GgufFile::open(path)?;
+            let spec = ModelSpec::of_gguf(&file, &BaseFormat::AsIs)?;
+            (Source::Gguf(file), spec)
         } else {
-            Source::Gguf(GgufFile::open(path)?)
+            let config = ModelConfig::read(path)?;
+            let checkpoint = Checkpoint::open(path)?;
+            let spec = ModelSpec::of_checkpoint(config, &checkpoint, &BaseFormat::AsIs)?;
+            (Source::Checkpoint(checkpoint), spec)
         };
         check_fits(adapter, &spec)?;
+        let config = spec.config().clone();
         let tensors: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
         match &source {
             Source::Checkpoint(checkpoint) => {

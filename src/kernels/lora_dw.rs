@@ -5,8 +5,8 @@
 //! | dA [r, K] | G = s * dY * B, [M, r] | X [M, K], with the forward's dropout | 1 |
 //! | dB [N, r] | dY [M, N] | H = dropout(X) * A^T, [M, r] | s |
 //!
-//! f32, or f16 with powers of two and f32 sums where cooperative matrices multiply. Many tokens are summed in parts that a second pass adds up, in a fixed order: the same bits on every
-//! run.
+//! f32, or f16 with powers of two and f32 sums where cooperative matrices multiply. Many tokens are summed in parts that a second
+//! pass adds up, in a fixed order: the same bits on every run.
 
 use super::column_sum::{self, rows_each};
 use super::lora_coop::{self, Operand};

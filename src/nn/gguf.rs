@@ -7,6 +7,7 @@ mod metadata;
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
+use std::path::Path;
 
 use super::config::{Architecture, MAX_LAYERS, ModelConfig};
 use super::load::WeightSource;
@@ -292,6 +293,11 @@ impl WeightSource for GgufSource<'_> {
         let base = if linear { self.base } else { BaseFormat::AsIs };
         self.file.matrix(&name, rows, cols, order, &base)
     }
+}
+
+/// Whether a model's path is that of a GGUF file; else it is that of a directory.
+pub(crate) fn is_gguf(path: &Path) -> bool {
+    path.is_file() || path.extension().is_some_and(|extension| extension == "gguf")
 }
 
 /// Whether a tensor by its Hugging Face name, weight or bias, makes what rotary embeddings rotate.

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::config::ModelConfig;
 use super::decoder::{Decoder, DecoderLayer, MODULES, path};
-use super::gguf::GgufSource;
+use super::gguf::{GgufSource, is_gguf};
 use super::linear::Linear;
 use crate::device::Device;
 use crate::error::Result;
@@ -73,7 +73,7 @@ impl Decoder {
     }
 
     fn read(device: &Device, path: &Path, base: &BaseFormat) -> Result<Decoder> {
-        if path.is_file() || path.extension().is_some_and(|extension| extension == "gguf") {
+        if is_gguf(path) {
             let file = GgufFile::open(path)?;
             let config = ModelConfig::from_gguf(&file)?;
             let mut source = GgufSource::new(&file, &config, base);

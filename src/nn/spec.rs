@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::config::ModelConfig;
 use super::decoder::{MODULES, path};
-use super::gguf::GgufSource;
+use super::gguf::{GgufSource, is_gguf};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::{BaseFormat, Checkpoint};
@@ -92,14 +92,21 @@ impl ModelSpec {
     /// # Errors
     /// As [`Decoder::load`](super::Decoder::load), of what headers show.
     pub fn read(path: &Path, base: &BaseFormat) -> Result<ModelSpec> {
-        if path.is_file() || path.extension().is_some_and(|extension| extension == "gguf") {
-            let file = GgufFile::open(path)?;
-            let config = ModelConfig::from_gguf(&file)?;
-            let mut source = GgufSource::new(&file, &config, base);
-            return ModelSpec::new(config, |name, rows, cols, linear| source.spec(name, rows, cols, linear));
+        if is_gguf(path) {
+            return ModelSpec::of_gguf(&GgufFile::open(path)?, base);
         }
-        let config = ModelConfig::read(path)?;
-        let checkpoint = Checkpoint::open(path)?;
+        ModelSpec::of_checkpoint(ModelConfig::read(path)?, &Checkpoint::open(path)?, base)
+    }
+
+    /// That of an open GGUF file.
+    pub(crate) fn of_gguf(file: &GgufFile, base: &BaseFormat) -> Result<ModelSpec> {
+        let config = ModelConfig::from_gguf(file)?;
+        let mut source = GgufSource::new(file, &config, base);
+        ModelSpec::new(config, |name, rows, cols, linear| source.spec(name, rows, cols, linear))
+    }
+
+    /// That of an open checkpoint.
+    pub(crate) fn of_checkpoint(config: ModelConfig, checkpoint: &Checkpoint, base: &BaseFormat) -> Result<ModelSpec> {
         ModelSpec::new(config, |name, rows, cols, linear| {
             checkpoint.spec(name, rows, cols, if linear { base } else { &BaseFormat::AsIs })
         })

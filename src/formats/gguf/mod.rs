@@ -83,21 +83,28 @@ impl RowOrder {
         }
     }
 
-    /// Equal spans of bytes, `rows` of them, in Hugging Face's order; `None` if they are no whole number of heads.
+    /// Equal spans of bytes, `rows` of them, brought into Hugging Face's order; `None` if they are no whole number of heads.
     fn restore<'a>(self, bytes: &'a [u8], rows: usize) -> Option<Cow<'a, [u8]>> {
-        let RowOrder::Interleaved { head_dim } = self else { return Some(bytes.into()) };
-        if head_dim == 0 || !head_dim.is_multiple_of(2) || !rows.is_multiple_of(head_dim) {
-            return None;
+        if self == RowOrder::Plain {
+            return Some(bytes.into());
         }
-        let row_bytes = bytes.len() / rows.max(1);
-        let mut out = Vec::with_capacity(bytes.len());
-        for head in bytes.chunks_exact((head_dim * row_bytes).max(1)) {
-            for parity in 0..2 {
-                let of_half = head.chunks_exact(row_bytes).skip(parity).step_by(2);
-                of_half.for_each(|row| out.extend_from_slice(row));
-            }
+        let (sources, row_bytes) = (self.sources(rows)?, bytes.len() / rows.max(1));
+        let mut out = vec![0; bytes.len()];
+        for (row, source) in sources.into_iter().enumerate() {
+            out[source * row_bytes..][..row_bytes].copy_from_slice(&bytes[row * row_bytes..][..row_bytes]);
         }
         Some(out.into())
+    }
+
+    /// The reverse of [`restore`](Self::restore): bytes in Hugging Face's order, brought into this one.
+    pub(crate) fn arrange(self, bytes: Vec<u8>, rows: usize) -> Option<Vec<u8>> {
+        if self == RowOrder::Plain {
+            return Some(bytes);
+        }
+        let (sources, row_bytes) = (self.sources(rows)?, bytes.len() / rows.max(1));
+        let mut out = Vec::with_capacity(bytes.len());
+        sources.into_iter().for_each(|source| out.extend_from_slice(&bytes[source * row_bytes..][..row_bytes]));
+        Some(out)
     }
 }
 

@@ -66,11 +66,12 @@ impl OutValue {
 }
 
 /// A string as a file has it.
-pub(super) fn text(text: &str) -> Vec<u8> {
+pub(crate) fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
 
-fn array<T, B: AsRef<[u8]>>(kind: u32, values: &[T], bytes: impl Fn(&T) -> B) -> Vec<u8> {
+/// An array of this type as a file has it.
+pub(super) fn array<T, B: AsRef<[u8]>>(kind: u32, values: &[T], bytes: impl Fn(&T) -> B) -> Vec<u8> {
     let mut out = [&kind.to_le_bytes()[..], &(values.len() as u64).to_le_bytes()].concat();
     values.iter().for_each(|value| out.extend_from_slice(bytes(value).as_ref()));
     out

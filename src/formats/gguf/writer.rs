@@ -4,6 +4,7 @@ use std::fs;
 
 use tempfile::TempDir;
 
+pub(crate) use super::write::text;
 use super::{GgufFile, TensorType};
 use crate::error::Result;
 
@@ -17,14 +18,9 @@ pub struct Writer {
     pub seams: Vec<usize>,
 }
 
-/// A string as a file has it.
-pub fn text(text: &str) -> Vec<u8> {
-    [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
-}
-
 /// An array of a type.
 pub fn array(kind: u32, elements: &[Vec<u8>]) -> Vec<u8> {
-    [&kind.to_le_bytes()[..], &(elements.len() as u64).to_le_bytes(), &elements.concat()].concat()
+    super::write::array(kind, elements, Vec::clone)
 }
 
 impl Writer {
