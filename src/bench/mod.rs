@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::quant::{DoubleQuant, QuantOptions};
 use crate::seed::mix;
 use peer::PeerTime;
-use step::StepShape;
+use step::{StepProfile, StepShape};
 
 /// What was measured; the fields of `qlora bench --json`.
 #[derive(Clone, Debug, Serialize)]
@@ -61,6 +61,9 @@ pub struct Row {
     /// The decoder of a step.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub shape: Option<StepShape>,
+    /// Where the time of a step went.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub profile: Option<StepProfile>,
     /// What others took for the same.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerTime>,
@@ -103,6 +106,7 @@ impl Row {
             tokens_per_second: None,
             peak_bytes: None,
             shape: None,
+            profile: None,
             peers: Vec::new(),
         }
     }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use super::{Row, repeat, uniform};
-use crate::device::Device;
+use crate::device::{Device, KernelTime, Profile};
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
 use crate::kernels::HostMatrix;
@@ -46,6 +46,49 @@ pub struct StepCase {
     pub rank: usize,
     /// How the base is quantized.
     pub quant: QuantOptions,
+    /// Whether one more step is made for the time of each kernel.
+    pub profile: bool,
+}
+
+/// Where the time of a step went.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepProfile {
+    /// The whole step, in milliseconds.
+    pub ms: f64,
+    /// Between kernels, and while the device waited for the host, as a share of the step.
+    pub outside_kernels: f64,
+    /// Kernels, the one that took longest first.
+    pub kernels: Vec<KernelRow>,
+}
+
+/// A kernel of a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct KernelRow {
+    /// Its name, which is its shader's.
+    pub kernel: &'static str,
+    /// How often it was dispatched.
+    pub dispatches: usize,
+    /// All of its dispatches together, in milliseconds.
+    pub ms: f64,
+    /// As a share of the step.
+    pub share: f64,
+}
+
+impl From<Profile> for StepProfile {
+    fn from(profile: Profile) -> StepProfile {
+        let wall = profile.wall.as_secs_f64();
+        let row = |kernel: &KernelTime| KernelRow {
+            kernel: kernel.kernel,
+            dispatches: kernel.dispatches,
+            ms: kernel.time.as_secs_f64() * 1e3,
+            share: kernel.time.as_secs_f64() / wall,
+        };
+        StepProfile {
+            ms: wall * 1e3,
+            outside_kernels: 1.0 - profile.in_kernels().as_secs_f64() / wall,
+            kernels: profile.kernels.iter().map(row).collect(),
+        }
+    }
 }
 
 /// Weights by their names' hash: the same on every device.
@@ -190,6 +233,14 @@ pub fn measure_step(case: &StepCase, device: &Device) -> Result<Row> {
     };
     let peak_bytes = device.memory().peak_bytes;
     let times = repeat(|| Ok(prepared.step()?.1))?;
+    let profile = match (case.profile, device) {
+        (false, _) => None,
+        (true, Device::Gpu(gpu)) => Some(gpu.profile(|| prepared.step().map(drop))?.into()),
+        (true, Device::Cpu(_)) => {
+            let (what, hint) = ("time of each kernel".into(), "a system's profiler, such as perf, shows it".into());
+            return Err(Error::Unsupported { device: device.name().to_owned(), what, hint });
+        }
+    };
     let row = Row::new("step", device, &case.quant, times, case.flops(), prepared.weight_bytes, error);
     Ok(Row {
         m: case.shape.tokens,
@@ -199,6 +250,7 @@ pub fn measure_step(case: &StepCase, device: &Device) -> Result<Row> {
         tokens_per_second: Some(case.shape.tokens as f64 / (row.ms_median / 1e3)),
         peak_bytes: Some(peak_bytes),
         shape: Some(case.shape),
+        profile,
         ..row
     })
 }
@@ -220,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_step_is_measured_and_right_on_every_device() {
-        let case = StepCase { shape: SHAPE, rank: 4, quant: QuantOptions::nf4().double_quant() };
+        let case = StepCase { shape: SHAPE, rank: 4, quant: QuantOptions::nf4().double_quant(), profile: false };
         for device in crate::testing::devices() {
             let row = measure_step(&case, &device).unwrap();
             let allowed = if crate::testing::is_f16(&device) { 1e-2 } else { 1e-4 };
@@ -230,9 +282,35 @@ mod tests {
     }
 
     #[test]
+    fn a_profile_has_every_kernel_and_less_than_the_step() {
+        let case = StepCase { shape: SHAPE, rank: 4, quant: QuantOptions::nf4(), profile: true };
+        for device in crate::testing::devices() {
+            let profile = match (measure_step(&case, &device), &device) {
+                (Ok(row), Device::Gpu(_)) => row.profile.unwrap(),
+                // The CPU device, and backends without timestamps.
+                (Err(error @ Error::Unsupported { .. }), _) => {
+                    assert!(error.to_string().contains("time of each kernel"), "{error}");
+                    continue;
+                }
+                (other, _) => panic!("{}: {other:?}", device.name()),
+            };
+            for kernel in ["attention", "attention_dkv", "adamw", "rms_norm", "silu_mul"] {
+                let row = profile.kernels.iter().find(|row| row.kernel == kernel);
+                assert!(row.is_some_and(|row| row.dispatches >= 1 && row.ms > 0.0), "{kernel}: {profile:?}");
+            }
+            let adds = profile.kernels.iter().find(|row| row.kernel == "silu_mul").unwrap();
+            // Forward, and again on the way back, in each of two layers.
+            assert_eq!(adds.dispatches, 4, "{profile:?}");
+            assert!((0.0..1.0).contains(&profile.outside_kernels), "{profile:?}");
+            let shares: f64 = profile.kernels.iter().map(|row| row.share).sum();
+            assert!((shares + profile.outside_kernels - 1.0).abs() < 1e-9, "{profile:?}");
+        }
+    }
+
+    #[test]
     fn heads_that_do_not_divide_are_an_error() {
         let shape = StepShape { heads: 3, ..SHAPE };
-        let case = StepCase { shape, rank: 4, quant: QuantOptions::nf4() };
+        let case = StepCase { shape, rank: 4, quant: QuantOptions::nf4(), profile: false };
         assert!(measure_step(&case, &Device::cpu()).unwrap_err().to_string().contains("3 heads"));
     }
 }

@@ -6,9 +6,9 @@ use super::{print_json, print_line, table};
 use crate::bench::Row;
 use crate::bench::layer::{self, Case, measure};
 use crate::bench::peer::Peer;
-use crate::bench::step::{StepCase, StepShape, measure_step};
+use crate::bench::step::{StepCase, StepProfile, StepShape, measure_step};
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::quant::{Format, QuantOptions};
 
 /// Times the fused QLoRA layer, or a whole training step, on a device and checks the result against the CPU.
@@ -52,8 +52,8 @@ pub struct BenchArgs {
     #[command(flatten)]
     step: StepArgs,
     /// Print JSON, an object a case: op, device (cpu or gpu), adapter (its name), tier, format, double_quant, m, n, k, rank,
-    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes and its shape; with
-    /// --against peers: name, ms_min, ms_median, ratio (theirs to ours) or skipped.
+    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes, its shape and its
+    /// profile; with --against peers: name, ms_min, ms_median, ratio (theirs to ours) or skipped.
     #[arg(long)]
     json: bool,
 }
@@ -86,11 +86,15 @@ struct StepArgs {
     /// Keep only layer inputs for the way back.
     #[arg(long)]
     checkpoint_activations: bool,
+    /// Make one more step and show the time of each kernel in it (on a GPU with timestamp queries), and how much of the step is
+    /// none of theirs.
+    #[arg(long)]
+    profile: bool,
 }
 
 impl StepArgs {
     fn shape(&self) -> StepShape {
-        let &StepArgs { tokens, hidden, ffn, layers, heads, kv_heads, vocabulary, checkpoint_activations } = self;
+        let &StepArgs { tokens, hidden, ffn, layers, heads, kv_heads, vocabulary, checkpoint_activations, .. } = self;
         StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, checkpoint_activations }
     }
 }
@@ -125,6 +129,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let device = Device::named(&args.device)?;
     let quant = QuantOptions { format: args.format, ..QuantOptions::default() };
     let quant = if args.double_quant { quant.double_quant() } else { quant };
+    if args.step.profile && !matches!(args.op, Op::Step) {
+        return Err(Error::Invalid {
+            op: "bench",
+            what: "--profile",
+            got: "with one layer".into(),
+            expected: "it is of a whole step; give --op step".into(),
+        });
+    }
     let mut peers = args.against.iter().map(|command| Peer::start(command)).collect::<Result<Vec<_>>>()?;
     let mut compare = |mut row: Row| {
         row.peers = peers.iter_mut().map(|peer| peer.measure(&row)).collect::<Result<_>>()?;
@@ -134,7 +146,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         Op::Forward => layers(args, layer::Op::Forward, quant, &device, &mut compare)?,
         Op::Backward => layers(args, layer::Op::Backward, quant, &device, &mut compare)?,
         Op::Step => {
-            let case = StepCase { shape: args.step.shape(), rank: args.rank, quant };
+            let case = StepCase { shape: args.step.shape(), rank: args.rank, quant, profile: args.step.profile };
             vec![compare(measure_step(&case, &device)?)?]
         }
     };
@@ -186,7 +198,20 @@ fn describe(rows: &[Row]) -> String {
     let step = step.map_or(String::new(), |(rate, peak)| {
         format!("\n{rate:.0} tokens/s, {:.0} MiB of device memory at the peak", peak as f64 / f64::from(1 << 20))
     });
-    format!("{device}\n{}{step}{}", table(header, 2, cells.collect()), against(rows))
+    let profile = rows.iter().find_map(|row| row.profile.as_ref()).map_or(String::new(), profile);
+    format!("{device}\n{}{step}{profile}{}", table(header, 2, cells.collect()), against(rows))
+}
+
+/// Where the time of a step went, a line for each kernel.
+fn profile(profile: &StepProfile) -> String {
+    let percent = |share: f64| format!("{:.1} %", share * 100.0);
+    let cells = profile.kernels.iter().map(|row| {
+        [row.kernel.to_owned(), row.dispatches.to_string(), format!("{:.2}", row.ms), percent(row.share)]
+    });
+    let outside = profile.outside_kernels;
+    let outside = ["(no kernel)".to_owned(), String::new(), format!("{:.2}", profile.ms * outside), percent(outside)];
+    let header = ["kernel", "dispatches", "ms", "of the step"];
+    format!("\n\n{}", table(header, 1, cells.chain([outside]).collect()))
 }
 
 /// What peers took, a line for each case and peer.

@@ -6,12 +6,13 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::gpu::{Buffer, Gpu, MAX_PARAMS_BYTES};
+use super::profile::{self, Stamps};
 use super::shader::{Defines, Kernel};
 use super::tier::Tier;
 use crate::error::Result;
 
 /// Dispatches in one submission.
-const BATCH: usize = 256;
+pub(super) const BATCH: usize = 256;
 /// The most floating-point operations of one dispatch: about 0.2 s at 100 GFLOP/s, so that no desktop watchdog ends it.
 const MAX_FLOPS: u64 = 20_000_000_000;
 /// The same for software drivers, which run at a tenth of that; nothing watches them, but others want the cores.
@@ -27,6 +28,8 @@ pub(super) struct Recorder {
     /// Parameters of the batch where there are no immediates: one slot of `uniform_alignment` bytes a dispatch.
     uniforms: Vec<u8>,
     uniform_buffer: Option<wgpu::Buffer>,
+    /// While a profile is made.
+    stamps: Option<Stamps>,
 }
 
 /// How long a thread waits before it asks again whether a buffer is mapped.
@@ -82,7 +85,7 @@ impl Gpu {
                 self.submit(recorder)?;
             }
             let offset = recorder.stage_uniform(self, &params);
-            let pass = recorder.pass(self)?;
+            let pass = recorder.pass(self, call.kernel.name)?;
             pass.set_pipeline(&pipeline.raw);
             match offset {
                 Some(offset) => pass.set_bind_group(0, &bind_group, &[offset]),
@@ -113,8 +116,7 @@ impl Gpu {
     /// A buffer of `bytes` zero bytes (a multiple of 4) from the pool.
     pub(crate) fn zeroed(&self, what: &str, bytes: u64) -> Result<Buffer> {
         let buffer = self.alloc(what, bytes)?;
-        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-        recorder.encoder(self)?.clear_buffer(buffer.raw(), 0, None);
+        self.record(|encoder| encoder.clear_buffer(buffer.raw(), 0, None))?;
         Ok(buffer)
     }
 
@@ -127,9 +129,7 @@ impl Gpu {
 
     /// Copies `bytes` from one place to another, of different buffers; all are multiples of 4.
     pub(crate) fn copy(&self, from: &Buffer, at: u64, to: &Buffer, to_at: u64, bytes: u64) -> Result<()> {
-        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-        recorder.encoder(self)?.copy_buffer_to_buffer(from.raw(), at, to.raw(), to_at, bytes);
-        Ok(())
+        self.record(|encoder| encoder.copy_buffer_to_buffer(from.raw(), at, to.raw(), to_at, bytes))
     }
 
     fn poll(&self, how: wgpu::PollType) -> Result<()> {
@@ -153,8 +153,11 @@ impl Gpu {
         // An earlier error must not cost the batch.
         self.check()?;
         recorder.pass = None;
-        let Some(encoder) = recorder.encoder.take() else { return Ok(()) };
+        let Some(mut encoder) = recorder.encoder.take() else { return Ok(()) };
         recorder.dispatches = 0;
+        if let Some(stamps) = &mut recorder.stamps {
+            stamps.close(self, &mut encoder)?;
+        }
         let uniforms = std::mem::take(&mut recorder.uniforms);
         let submitted = self.scoped("submitting commands", |_| {
             if let (Some(buffer), false) = (&recorder.uniform_buffer, uniforms.is_empty()) {
@@ -247,48 +250,30 @@ impl Gpu {
     /// submission until it is done.
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
         self.wait()?;
-        let features = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
-        if !self.wgpu_device().features().contains(features) {
+        if !self.has_timestamps() {
             let start = Instant::now();
             work()?;
             self.wait()?;
             return Ok(start.elapsed());
         }
-        let queries = self.scoped("timestamp queries", |device| {
-            device.create_query_set(&wgpu::QuerySetDescriptor {
-                label: Some("time"),
-                ty: wgpu::QueryType::Timestamp,
-                count: 2,
-            })
-        })?;
-        let resolved = self.scoped("timestamps", |device| {
-            device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("timestamps"),
-                size: 16,
-                usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
-                mapped_at_creation: false,
-            })
-        })?;
-        let ticks = self.alloc("timestamps", 16)?;
-        let stamp = |index| -> Result<()> {
-            let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-            recorder.encoder(self)?.write_timestamp(&queries, index);
-            Ok(())
-        };
-        stamp(0)?;
+        let queries = profile::query_set(self, 2)?;
+        self.record(|encoder| encoder.write_timestamp(&queries, 0))?;
         work()?;
-        stamp(1)?;
-        {
-            let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-            let encoder = recorder.encoder(self)?;
-            encoder.resolve_query_set(&queries, 0..2, &resolved, 0);
-            encoder.copy_buffer_to_buffer(&resolved, 0, ticks.raw(), 0, 16);
-        }
-        let bytes = self.read(&ticks, 16)?;
-        let [start, end]: [u64; 2] =
-            [0, 8].map(|at| bytes[at..at + 8].iter().rev().fold(0u64, |value, &byte| value << 8 | u64::from(byte)));
-        let nanoseconds = end.saturating_sub(start) as f64 * f64::from(self.wgpu_queue().get_timestamp_period());
-        Ok(Duration::from_nanos(nanoseconds as u64))
+        self.record(|encoder| encoder.write_timestamp(&queries, 1))?;
+        let resolved = self.record(|encoder| profile::resolve(self, encoder, &queries, 2))??;
+        let times = self.timestamps(&resolved)?;
+        Ok(Duration::from_nanos((times[1] - times[0]).max(0.0) as u64))
+    }
+
+    /// Records something else than a dispatch.
+    pub(super) fn record<T>(&self, command: impl FnOnce(&mut wgpu::CommandEncoder) -> T) -> Result<T> {
+        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(command(recorder.encoder(self)?))
+    }
+
+    /// Takes timestamps of dispatches from now on, or no more; what was taken before.
+    pub(super) fn stamp(&self, stamps: Option<Stamps>) -> Option<Stamps> {
+        std::mem::replace(&mut self.recorder().lock().unwrap_or_else(PoisonError::into_inner).stamps, stamps)
     }
 }
 
@@ -308,11 +293,17 @@ impl Recorder {
         Ok(self.encoder.insert(encoder))
     }
 
-    /// The open pass of the encoder.
-    fn pass(&mut self, gpu: &Gpu) -> Result<&mut wgpu::ComputePass<'static>> {
-        let pass = match self.pass.take() {
-            Some(pass) => pass,
-            None => self.any_encoder(gpu)?.begin_compute_pass(&Default::default()).forget_lifetime(),
+    /// The pass of the encoder for a dispatch of `kernel`: the open one, or its own while a profile is made.
+    fn pass(&mut self, gpu: &Gpu, kernel: &'static str) -> Result<&mut wgpu::ComputePass<'static>> {
+        let pass = match (self.pass.take(), self.stamps.take()) {
+            (open, Some(mut stamps)) => {
+                drop(open);
+                let pass = stamps.pass(gpu, self.any_encoder(gpu)?, kernel);
+                self.stamps = Some(stamps);
+                pass?
+            }
+            (Some(pass), None) => pass,
+            (None, None) => self.any_encoder(gpu)?.begin_compute_pass(&Default::default()).forget_lifetime(),
         };
         Ok(self.pass.insert(pass))
     }

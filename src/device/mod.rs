@@ -9,6 +9,7 @@ mod gpu;
 mod list;
 mod pipeline;
 mod pool;
+mod profile;
 mod shader;
 mod tier;
 
@@ -23,6 +24,7 @@ pub use gpu::{Gpu, GpuLimits};
 pub use list::{DeviceInfo, GpuOptions, Select, devices};
 pub use pool::MemoryCounters;
 pub(crate) use pool::{Pool, size_class};
+pub use profile::{KernelTime, Profile};
 pub use shader::{Access, Define, Defines, Kernel, compose};
 pub use tier::Tier;
 
