@@ -205,9 +205,10 @@ fn describe(rows: &[Row]) -> String {
 /// Where the time of a step went, a line for each kernel.
 fn profile(profile: &StepProfile) -> String {
     let percent = |share: f64| format!("{:.1} %", share * 100.0);
-    let cells = profile.kernels.iter().map(|row| {
-        [row.kernel.to_owned(), row.dispatches.to_string(), format!("{:.2}", row.ms), percent(row.share)]
-    });
+    let cells = profile
+        .kernels
+        .iter()
+        .map(|row| [row.kernel.to_owned(), row.dispatches.to_string(), format!("{:.2}", row.ms), percent(row.share)]);
     let outside = profile.outside_kernels;
     let outside = ["(no kernel)".to_owned(), String::new(), format!("{:.2}", profile.ms * outside), percent(outside)];
     let header = ["kernel", "dispatches", "ms", "of the step"];

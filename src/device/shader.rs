@@ -121,6 +121,8 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     for (name, source) in shared![
+        "attention_lanes.wgsl",
+        "attention_params.wgsl",
         "attention_rows.wgsl",
         "coop.wgsl",
         "dot_quads.wgsl",

@@ -3,7 +3,7 @@
 //! 2023). The backward is in [`attention_backward`](super::attention_backward).
 
 use super::visibility::Visibility;
-use super::{Real, Scratch, attention_cpu, expect_2d, expect_shape, kernel, params};
+use super::{Real, Scratch, attention_cpu, attention_lanes, expect_2d, expect_shape, kernel, params};
 use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
@@ -103,7 +103,9 @@ pub fn attention(
         }
         Storage::Gpu(gpu, _) => {
             let (o, lse) = (Tensor::uninit(gpu, "o", &o_shape)?, Tensor::uninit(gpu, "lse", &lse_shape)?);
-            if m > 0 {
+            if m > 0 && attention_lanes::fits(gpu, shape.head_dim) {
+                attention_lanes::dispatch(gpu, OP, [q, k, v], shape, visibility, [&o, &lse])?;
+            } else if m > 0 {
                 dispatch(gpu, [q, k, v], shape, visibility, [&o, &lse])?;
             }
             Ok(Attended { o, lse })

@@ -8,7 +8,10 @@
 
 use super::attention::{Attended, AttentionShape, expect_qkv};
 use super::visibility::Visibility;
-use super::{Real, Scratch, attention_cpu, attention_delta, attention_dkv, attention_dq, expect_shape};
+use super::{
+    Real, Scratch, attention_cpu, attention_delta, attention_dkv, attention_dkv_lanes, attention_dq,
+    attention_dq_lanes, attention_lanes, expect_shape,
+};
 use crate::device::{Buffer, Device, Gpu};
 use crate::error::Result;
 use crate::tensor::{Storage, Tensor};
@@ -79,8 +82,13 @@ pub fn attention_backward(
             let grads = AttentionGrads { dq: uninit("dq", q)?, dk: uninit("dk", k)?, dv: uninit("dv", v)? };
             let stats = attention_delta::dispatch(gpu, d_o, o, lse, shape.head_dim)?;
             let call = GpuCall { op: OP, gpu, tensors: [q, k, v, d_o], stats: &stats, shape, visibility };
-            attention_dq::dispatch(&call, &grads.dq)?;
-            attention_dkv::dispatch(&call, &grads.dk, &grads.dv)?;
+            if attention_lanes::fits(gpu, shape.head_dim) {
+                attention_dq_lanes::dispatch(&call, &grads.dq)?;
+                attention_dkv_lanes::dispatch(&call, &grads.dk, &grads.dv)?;
+            } else {
+                attention_dq::dispatch(&call, &grads.dq)?;
+                attention_dkv::dispatch(&call, &grads.dk, &grads.dv)?;
+            }
             Ok(grads)
         }
     }

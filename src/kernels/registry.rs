@@ -2,10 +2,11 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dq, column_sum, cross_entropy,
-    dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop,
-    qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm,
-    rms_norm_backward, rope, row_factor, scale_columns, silu_mul, silu_mul_backward, sum,
+    adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dkv_lanes, attention_dq,
+    attention_dq_lanes, attention_lanes, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding,
+    grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop, qmatmul_dx_coop, qmatmul_dx_lanes,
+    qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor,
+    scale_columns, silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -32,7 +33,18 @@ pub static KERNELS: &[Entry] = &[
         twin: "attention_delta::reference",
     },
     Entry { kernel: &attention_dkv::KERNEL, variants: attention_dkv::variants, twin: "attention_backward::reference" },
+    Entry {
+        kernel: &attention_dkv_lanes::KERNEL,
+        variants: attention_dkv_lanes::variants,
+        twin: "attention_backward::reference",
+    },
     Entry { kernel: &attention_dq::KERNEL, variants: attention_dq::variants, twin: "attention_backward::reference" },
+    Entry {
+        kernel: &attention_dq_lanes::KERNEL,
+        variants: attention_dq_lanes::variants,
+        twin: "attention_backward::reference",
+    },
+    Entry { kernel: &attention_lanes::KERNEL, variants: attention_lanes::variants, twin: "attention::reference" },
     Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
     Entry { kernel: &cross_entropy::KERNEL, variants: cross_entropy::variants, twin: "cross_entropy::reference" },
     Entry {

@@ -1,0 +1,38 @@
+//! [`attention_dkv`](super::attention_dkv) for software drivers; see [`attention_lanes`](super::attention_lanes).
+
+use super::attention::{AttentionParams, flops_per_group};
+use super::attention_backward::GpuCall;
+use super::attention_lanes::{defines, rows, variants_of};
+use super::kernel;
+use crate::device::{Defines, Dispatch, Tier};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention_dkv_lanes.wgsl`
+    KERNEL = "attention_dkv_lanes", AttentionParams,
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
+}
+
+/// dK and dV.
+const SUMS: usize = 2;
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    variants_of(tier, SUMS)
+}
+
+pub(super) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<()> {
+    let GpuCall { op, gpu, shape, visibility, .. } = *call;
+    let rows = rows(visibility.keys(), shape.head_dim, SUMS);
+    let groups = (visibility.keys().div_ceil(rows) * shape.kv_heads) as u64;
+    let own = [visibility.query_ranges()?.buffer(gpu, op)?, dk.buffer(gpu, op)?, dv.buffer(gpu, op)?];
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &defines(rows, shape.head_dim),
+        buffers: &[&call.operands()?[..], &own].concat(),
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 4, groups),
+    })
+}

@@ -1,0 +1,34 @@
+//! [`attention_dq`](super::attention_dq) for software drivers; see [`attention_lanes`](super::attention_lanes).
+
+use super::attention::{AttentionParams, flops_per_group};
+use super::attention_backward::GpuCall;
+use super::attention_lanes::{defines, rows, variants_of};
+use super::kernel;
+use crate::device::{Defines, Dispatch, Tier};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention_dq_lanes.wgsl`
+    KERNEL = "attention_dq_lanes", AttentionParams,
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write]
+}
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    variants_of(tier, 1)
+}
+
+pub(super) fn dispatch(call: &GpuCall<'_>, dq: &Tensor) -> Result<()> {
+    let GpuCall { op, gpu, shape, visibility, .. } = *call;
+    let rows = rows(visibility.queries(), shape.head_dim, 1);
+    let groups = (visibility.queries().div_ceil(rows) * shape.heads) as u64;
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &defines(rows, shape.head_dim),
+        buffers: &[&call.operands()?[..], &[visibility.key_ranges().buffer(gpu, op)?, dq.buffer(gpu, op)?]].concat(),
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 3, groups),
+    })
+}
