@@ -135,7 +135,7 @@ fn main(
             let d{{ i }} = {{ "subgroupBroadcast(mine, " ~ i ~ "u)" if share else "select(0.0, dy[at + n" ~ i ~ "], n + " ~ i ~ "u <= last)" }};
 {% endfor %}
 {% for c in range(words) %}{% for half in ["lo", "hi"] %}
-            {{ half }}_sum{{ t }}_{{ c }} = {{ half }}_sum{{ t }}_{{ c }} + ({% for i in range(8) %}d{{ i }} * {{ half }}{{ i }}_{{ c }}{{ " + " if not loop.last }}{% endfor %});
+            {{ half }}_sum{{ t }}_{{ c }} = {% for i in range(8) %}fma(vec4<f32>(d{{ 7 - i }}), {{ half }}{{ 7 - i }}_{{ c }}, {% endfor %}{{ half }}_sum{{ t }}_{{ c }}{% for i in range(8) %}){% endfor %};
 {% endfor %}{% endfor %}
         }
 {% endfor %}

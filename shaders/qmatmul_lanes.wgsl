@@ -68,7 +68,7 @@ fn main(
 {% endif %}
 {% endmacro %}
 {% macro multiply(t, c) %}
-            y{{ t }}_{{ c }} = y{{ t }}_{{ c }} + (dot(lo_x{{ t }}, lo_w{{ c }}) + dot(hi_x{{ t }}, hi_w{{ c }}));
+            y{{ t }}_{{ c }} = {% for half in ["hi", "lo"] %}{% for e in "wzyx" %}fma({{ half }}_x{{ t }}.{{ e }}, {{ half }}_w{{ c }}.{{ e }}, {% endfor %}{% endfor %}y{{ t }}_{{ c }}{% for i in range(8) %}){% endfor %};
 {% endmacro %}
 {% if kind == "quant" and not ragged %}
     // {{ words_per_scale }} words in a row share a scale: it is fetched once.
