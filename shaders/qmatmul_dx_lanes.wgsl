@@ -37,6 +37,9 @@ fn main(
     @builtin(subgroup_invocation_id) sharer: u32,
 {% endif %}
 ) {
+{% if share and kind == "quant" and decoder == "select" %}
+    fill_table(sharer);
+{% endif %}
     let group = group_index(workgroup, count);
     if (group >= p.groups) {
         return;

@@ -2,7 +2,7 @@
 //
 // Lanes run along N. One invocation owns {{ tokens }} rows of X by {{ columns }} columns of Y: a word of codes is decoded once and
 // feeds {{ tokens }} rows.
-{% if share_x %}
+{% if share %}
 // The workgroup is one subgroup of eight: each lane loads one x of eight, and broadcasts hand them round. Drivers that do
 // not see that an address is the same in all lanes would load it eight times.
 {% endif %}
@@ -12,7 +12,7 @@
 
 {% include "groups.wgsl" %}
 {% include "matrix.wgsl" %}
-{% if not share_x %}
+{% if not share %}
 {% set operand = "x" %}
 {% include "rows.wgsl" %}
 {% endif %}
@@ -22,10 +22,13 @@ fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
-{% if share_x %}
+{% if share %}
     @builtin(subgroup_invocation_id) sharer: u32,
 {% endif %}
 ) {
+{% if share and kind == "quant" and decoder == "select" %}
+    fill_table(sharer);
+{% endif %}
     let group = group_index(workgroup, count);
     if (group >= p.groups) {
         return;
@@ -47,7 +50,7 @@ fn main(
 
     let words = (p.k + 7u) >> 3u;
 {% macro load_x(t) %}
-{% if share_x %}
+{% if share %}
             let x{{ t }} = x[row{{ t }} * p.k + 8u * g + sharer];
             let lo_x{{ t }} = vec4<f32>({% for e in range(4) %}subgroupBroadcast(x{{ t }}, {{ e }}u){{ ", " if not loop.last }}{% endfor %});
             let hi_x{{ t }} = vec4<f32>({% for e in range(4, 8) %}subgroupBroadcast(x{{ t }}, {{ e }}u){{ ", " if not loop.last }}{% endfor %});

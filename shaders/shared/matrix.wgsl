@@ -37,7 +37,37 @@ fn {{ name }}_of(block: u32) -> f32 {
 {{ block_value("min", mins, "p.m.mins", "p.m.min_supers", "p.m.min_table", "p.m.min_offset") }}
 {% endif %}
 
-{% if decoder == "select" %}
+{% if decoder == "select" and share is defined and share %}
+// The codebook, half of it in each of two registers of eight lanes, from which shuffles take what a code names.
+var<private> table_lo: f32;
+var<private> table_hi: f32;
+
+// To be called before anything is decoded.
+fn fill_table(lane: u32) {
+    table_lo = {{ codebook[0] }};
+    table_hi = {{ codebook[8] }};
+{% for i in range(1, 8) %}
+    table_lo = select(table_lo, {{ codebook[i] }}, lane == {{ i }}u);
+    table_hi = select(table_hi, {{ codebook[8 + i] }}, lane == {{ i }}u);
+{% endfor %}
+}
+
+// The codebook's value of the code of a word that starts at this bit.
+fn decode(word: u32, start: u32) -> f32 {
+    let code = (word >> start) & 7u;
+    return select(subgroupShuffle(table_lo, code), subgroupShuffle(table_hi, code), (word & (8u << start)) != 0u);
+}
+
+// Codes 0 to 3 of a word, in its low half.
+fn decode_low(word: u32) -> vec4<f32> {
+    return vec4<f32>(decode(word, 0u), decode(word, 4u), decode(word, 8u), decode(word, 12u));
+}
+
+// Codes 4 to 7.
+fn decode_high(word: u32) -> vec4<f32> {
+    return vec4<f32>(decode(word, 16u), decode(word, 20u), decode(word, 24u), decode(word, 28u));
+}
+{% elif decoder == "select" %}
 // The codebook's values of four codes of a word, whose bits are under the masks: a tree of selects, which on every device
 // tried is no slower than a table in workgroup memory, and on software drivers takes half the time.
 fn decode(word: u32, bit0: vec4<u32>, bit1: vec4<u32>, bit2: vec4<u32>, bit3: vec4<u32>) -> vec4<f32> {

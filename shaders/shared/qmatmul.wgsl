@@ -17,7 +17,7 @@ struct Params {
 {% include "matrix_params.wgsl" %}
 
 {{ param_space }} p: Params;
-@group(0) @binding(0) var<storage, read> x: array<{{ "f32" if ragged or share_x else "vec4<f32>" }}>;
+@group(0) @binding(0) var<storage, read> x: array<{{ "f32" if ragged or share else "vec4<f32>" }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
 @group(0) @binding(2) var<storage, read> bias: array<f32>;
 @group(0) @binding(3) var<storage, read> h: array<f32>;

@@ -17,7 +17,7 @@ const TILE: u32 = 64;
 
 /// Text constants beside the matrix's.
 fn defines(matrix: Defines, cooperative: Cooperative) -> Defines {
-    cooperative.defines(matrix).with("share_x", false)
+    cooperative.defines(matrix).with("share", false)
 }
 
 /// Every variant's text constants, for the registry test.

@@ -27,7 +27,7 @@ pub(crate) fn defines(matrix: Defines, tokens: u32, subgroups: bool) -> Defines 
         .with("threads", THREADS)
         .with("team", TEAM)
         .with("subgroups", subgroups)
-        .with("share_x", false)
+        .with("share", false)
 }
 
 /// Every variant's text constants, for the registry test.

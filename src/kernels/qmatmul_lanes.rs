@@ -21,26 +21,26 @@ pub(super) const THREADS: u32 = 8;
 const SHAPES: [(u32, u32); 6] = [(32, 16), (16, 16), (8, 16), (4, 8), (2, 8), (1, 8)];
 
 /// The shapes that a kernel comes in.
-fn shapes(share_x: bool) -> impl Iterator<Item = (u32, u32)> {
-    SHAPES.into_iter().filter(move |(tokens, _)| share_x || *tokens <= 8)
+fn shapes(share: bool) -> impl Iterator<Item = (u32, u32)> {
+    SHAPES.into_iter().filter(move |(tokens, _)| share || *tokens <= 8)
 }
 
 /// Text constants beside the matrix's.
-pub(crate) fn defines(matrix: Defines, words_per_scale: u32, (tokens, columns): (u32, u32), share_x: bool) -> Defines {
+pub(crate) fn defines(matrix: Defines, words_per_scale: u32, (tokens, columns): (u32, u32), share: bool) -> Defines {
     matrix
         .with("threads", THREADS)
         .with("tokens", tokens)
         .with("columns", columns)
         .with("words_per_scale", words_per_scale)
-        .with("share_x", share_x)
+        .with("share", share)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
-    let shapes = [false, true].into_iter().flat_map(|share_x| shapes(share_x).map(move |shape| (shape, share_x)));
-    let variant = |(shape, share_x): ((u32, u32), bool)| {
-        let fits = move |matrix: &&Defines| !share_x || !matrix.flag("ragged");
-        matrices.iter().filter(fits).map(move |matrix| defines(matrix.clone(), 2, shape, share_x))
+    let shapes = [false, true].into_iter().flat_map(|share| shapes(share).map(move |shape| (shape, share)));
+    let variant = |(shape, share): ((u32, u32), bool)| {
+        let fits = move |matrix: &&Defines| !share || !matrix.flag("ragged");
+        matrices.iter().filter(fits).map(move |matrix| defines(matrix.clone(), 2, shape, share))
     };
     shapes.flat_map(variant).collect()
 }
@@ -57,18 +57,18 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
     let n = part.rows.len() as u32;
     let k = call.w.cols();
     let words_per_scale = if is_ragged(k) { 1 } else { call.w.words_per_scale() };
-    let share_x = !is_ragged(k) && one_subgroup(call.gpu);
+    let share = !is_ragged(k) && one_subgroup(call.gpu);
     let (mut row, m) = (0, call.m as u32);
     while row < m {
         // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
         let left = m - row;
-        let (tokens, columns) = shapes(share_x).find(|(tokens, _)| *tokens <= left).unwrap_or(SHAPES[5]);
+        let (tokens, columns) = shapes(share).find(|(tokens, _)| *tokens <= left).unwrap_or(SHAPES[5]);
         let rows = left / tokens * tokens;
         let column_groups = n.div_ceil(THREADS * columns);
         let params = QmatmulParams { row, rows, column_groups, ..call.params(part) };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
-            defines: &defines(call.w.defines(), words_per_scale, (tokens, columns), share_x),
+            defines: &defines(call.w.defines(), words_per_scale, (tokens, columns), share),
             buffers: &[&operands[..], &[call.y]].concat(),
             params: bytemuck::bytes_of(&params),
             groups: u64::from(rows / tokens) * u64::from(column_groups),

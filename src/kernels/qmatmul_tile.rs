@@ -17,7 +17,7 @@ const TILE: u32 = 64;
 
 /// Text constants beside the matrix's.
 pub(crate) fn defines(matrix: Defines, f16: bool) -> Defines {
-    matrix.with("f16", f16).with("share_x", false)
+    matrix.with("f16", f16).with("share", false)
 }
 
 /// Every variant's text constants, for the registry test.

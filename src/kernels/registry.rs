@@ -272,7 +272,7 @@ mod tests {
                 fail("HLSL", &error);
             }
             // GLSL of this version has neither f16 nor subgroups of the wanted kind; the GL tiers do without.
-            if !["f16", "subgroups", "share_x", "share"].iter().any(|flag| defines.flag(flag)) {
+            if !["f16", "subgroups", "share"].iter().any(|flag| defines.flag(flag)) {
                 let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
                 let pipeline = glsl::PipelineOptions {
                     shader_stage: naga::ShaderStage::Compute,
