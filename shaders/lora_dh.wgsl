@@ -11,19 +11,26 @@ struct Params {
 }
 
 {{ param_space }} p: Params;
-@group(0) @binding(0) var<storage, read> dy: array<{{ "f32" if ragged else "vec4<f32>" }}>;
+@group(0) @binding(0) var<storage, read> dy: array<{{ "f32" if ragged or share else "vec4<f32>" }}>;
 @group(0) @binding(1) var<storage, read> b: array<f32>;
 @group(0) @binding(2) var<storage, read_write> g: array<f32>;
 
 {% include "groups.wgsl" %}
+{% if share %}
+
+fn left1(row: u32, n: u32) -> f32 {
+    return dy[row * p.k + n];
+}
+{% else %}
 {% set operand = "dy" %}
 {% include "rows.wgsl" %}
 
 fn left4(row: u32, q: u32) -> vec4<f32> {
     return dy4(row, q);
 }
+{% endif %}
 
-fn right4(j: u32, q: u32) -> vec4<f32> {
+fn right4_0(j: u32, q: u32) -> vec4<f32> {
     let n = 4u * q;
 {% if ragged %}
     // Past the end: the last row of B, which meets a zero.
@@ -34,6 +41,6 @@ fn right4(j: u32, q: u32) -> vec4<f32> {
     return vec4<f32>(b[row.x], b[row.y], b[row.z], b[row.w]);
 }
 
-{% set result = "g" %}
+{% set results = ["g"] %}
 {% set scale = "p.scale * " %}
 {% include "skinny.wgsl" %}

@@ -3,7 +3,7 @@
 //! f32, or f16 with powers of two and f32 sums where cooperative matrices multiply: a gradient of 1e-8 is as good as any other.
 
 use super::lora_coop::{self, Operand};
-use super::lora_down::{defines as lora_defines, tile};
+use super::lora_down::Tile;
 use super::matrix::is_ragged;
 use super::product::{Columns, View, parallelism};
 use super::{Real, Scratch, expect_2d, expect_shape, kernel, params};
@@ -63,14 +63,9 @@ pub(crate) fn scratch(device: &Device, [m, n, rank]: [usize; 3]) -> Scratch {
     }
 }
 
-fn defines(tier: Tier, tile: (u32, u32, u32), ragged: bool) -> Defines {
-    lora_defines(tier, tile, ragged, false)
-}
-
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    let each = |m: usize| [false, true].map(|ragged| defines(tier, tile(tier, m), ragged));
-    [1, 2, 4, 8].into_iter().flat_map(each).collect()
+    Tile::variants(tier, 1, &[false])
 }
 
 fn dispatch(gpu: &Gpu, dy: &Tensor, b: &Tensor, [m, n, rank]: [usize; 3], scale: f32) -> Result<Tensor> {
@@ -82,18 +77,17 @@ fn dispatch(gpu: &Gpu, dy: &Tensor, b: &Tensor, [m, n, rank]: [usize; 3], scale:
         return lora_coop::product(gpu, cooperative, "g", [dy, b], scale);
     }
     let g = Tensor::uninit(gpu, "g", &[m, rank])?;
-    let tile = tile(gpu.tier(), m);
-    let (tokens, ranks, _) = tile;
-    let rank_groups = (rank as u32).div_ceil(ranks);
+    let tile = Tile::of(gpu, [m, n], 1);
+    let rank_groups = (rank as u32).div_ceil(tile.ranks);
     let params =
         LoraDhParams { k: n as u32, rows: m as u32, rank: rank as u32, rank_groups, scale, ..Default::default() };
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(gpu.tier(), tile, is_ragged(n)),
+        defines: &tile.defines(gpu.tier(), 1, is_ragged(n), false),
         buffers: &[dy.buffer(gpu, OP)?, b.buffer(gpu, OP)?, g.buffer(gpu, OP)?],
         params: bytemuck::bytes_of(&params),
-        groups: m.div_ceil(tokens as usize) as u64 * u64::from(rank_groups),
-        flops_per_group: 2 * u64::from(tokens * ranks) * n as u64,
+        groups: m.div_ceil(tile.tokens as usize) as u64 * u64::from(rank_groups),
+        flops_per_group: 2 * u64::from(tile.tokens * tile.ranks) * n as u64,
     })?;
     Ok(g)
 }

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::lora_coop::{self, Operand};
 use super::matrix::is_ragged;
 use super::product::{Columns, View, parallelism};
+use super::qmatmul_lanes::one_subgroup;
 use super::{Real, Scratch, expect_2d, expect_shape, kernel, params};
 use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
@@ -29,9 +30,13 @@ params! {
         rank: u32,
         /// Workgroups along the rank.
         rank_groups: u32,
-        /// Lower and upper half of the dropout's seed.
+        /// Lower and upper half of the seed of the first A's dropout, the second's and the third's.
         seed_low: u32,
         seed_high: u32,
+        seed_low1: u32,
+        seed_high1: u32,
+        seed_low2: u32,
+        seed_high2: u32,
         /// A value whose hash is under this is dropped.
         drop_below: u32,
         /// 1 / (1 - p).
@@ -41,7 +46,7 @@ params! {
 
 kernel! {
     /// `shaders/lora_down.wgsl`
-    KERNEL = "lora_down", LoraDownParams, [x: Read, a: Read, h: Write]
+    KERNEL = "lora_down", LoraDownParams, [x: Read, a: Read, a1: Read, a2: Read, h: Write, h1: Write, h2: Write]
 }
 
 /// Dropout of one forward pass.
@@ -167,7 +172,13 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
             Columns::new(&mut h, m, rank).product(left, right, k, 1.0, false, parallelism(m * rank * k));
             Ok(Tensor::from_host(cpu, &[m, rank], h))
         }
-        Storage::Gpu(gpu, _) => dispatch(gpu, x, a, [m, k, rank], dropout),
+        Storage::Gpu(gpu, _) => {
+            if let Some(cooperative) = lora_coop::of(gpu, m).filter(|_| k > 0 && rank > 0) {
+                let operand = |(tensor, dropout)| Operand { tensor, along: true, dropout };
+                return lora_coop::product(gpu, cooperative, "h", [(x, dropout), (a, None)].map(operand), 1.0);
+            }
+            dispatch(gpu, x, &[(a, dropout)], [m, k, rank]).map(|mut hs| hs.remove(0))
+        }
     }
 }
 
@@ -180,51 +191,121 @@ pub(crate) fn scratch(device: &Device, [m, k, rank]: [usize; 3], dropout: bool) 
     }
 }
 
-/// Rows of X and of A a workgroup owns on hardware, and its threads.
-const TILE: (u32, u32, u32) = (8, 4, 64);
-/// The most rows of X that an invocation owns on a software driver, and the threads a workgroup.
-const SOFTWARE_TILE: (u32, u32) = (8, 8);
-
-/// Rows of X and of A that a workgroup owns, and its threads, for `m` rows of X.
-pub(super) fn tile(tier: Tier, m: usize) -> (u32, u32, u32) {
-    match tier {
-        Tier::Software => ((m.next_power_of_two() as u32).min(SOFTWARE_TILE.0), SOFTWARE_TILE.1, SOFTWARE_TILE.1),
-        _ => TILE,
+/// Of several A that read the same X.
+///
+/// # Errors
+/// As [`lora_down`].
+pub(crate) fn lora_down_all(x: &Tensor, parts: &[(&Tensor, Option<Dropout>)]) -> Result<Vec<Tensor>> {
+    let each = || parts.iter().map(|&(a, dropout)| lora_down(x, a, dropout)).collect();
+    let Storage::Gpu(gpu, _) = x.storage() else { return each() };
+    let [(first, dropout), others @ ..] = parts else { return each() };
+    let probability = |dropout: &Option<Dropout>| dropout.map_or(0.0, |dropout| dropout.probability);
+    let alike = |(a, other): &(&Tensor, _)| a.shape() == first.shape() && probability(other) == probability(dropout);
+    let (m, k) = expect_2d(OP, "x", x)?;
+    if parts.len() > MOST_PARTS || !others.iter().all(alike) || lora_coop::of(gpu, m).is_some() {
+        return each();
     }
+    let (rank, _) = expect_2d(OP, "A", first)?;
+    let mut active = Vec::new();
+    for (a, dropout) in parts {
+        expect_shape(OP, "A", a, &[rank, k])?;
+        x.device().same(&a.device(), OP)?;
+        active.push((*a, dropout.map_or(Ok(None), |dropout| dropout.active(OP))?));
+    }
+    dispatch(gpu, x, &active, [m, k, rank])
 }
 
-/// The variant's text constants.
-pub(super) fn defines(tier: Tier, (tokens, ranks, threads): (u32, u32, u32), ragged: bool, dropout: bool) -> Defines {
-    Defines::new()
-        .with("ragged", ragged)
-        .with("dropout", dropout)
-        .with("software", tier == Tier::Software)
-        .with("subgroups", tier.subgroups())
-        .with("tokens", tokens)
-        .with("ranks", ranks)
-        .with("threads", threads)
+/// The most A that a dispatch takes.
+const MOST_PARTS: usize = 3;
+
+/// Rows of X and of A a workgroup owns on hardware, and its threads.
+const TILE: (u32, u32, u32) = (8, 4, 64);
+/// The threads a workgroup on a software driver.
+const SOFTWARE_THREADS: u32 = 8;
+
+/// How a product with few columns is divided.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    /// Rows that a workgroup owns.
+    pub tokens: u32,
+    /// Columns that it owns.
+    pub ranks: u32,
+    threads: u32,
+    /// Lanes of a software driver share what they load.
+    share: bool,
+}
+
+impl Tile {
+    /// For `m` rows and `parts` right sides at a time. `share`: workgroups can be one subgroup of eight, and rows are whole words.
+    pub fn new(tier: Tier, m: usize, parts: usize, share: bool) -> Tile {
+        let (tokens, ranks, threads) = TILE;
+        if tier != Tier::Software {
+            // As many sums a thread, about.
+            let tokens = if parts > 1 { tokens / 2 } else { tokens };
+            return Tile { tokens, ranks, threads, share: false };
+        }
+        let most = if share { 32 / parts.next_power_of_two() } else { 8 };
+        let tokens = m.next_power_of_two().min(most) as u32;
+        Tile { tokens, ranks: SOFTWARE_THREADS, threads: SOFTWARE_THREADS, share }
+    }
+
+    /// As [`Tile::new`], of a device and rows of `k` values.
+    pub fn of(gpu: &Gpu, [m, k]: [usize; 2], parts: usize) -> Tile {
+        Tile::new(gpu.tier(), m, parts, one_subgroup(gpu) && !is_ragged(k))
+    }
+
+    /// The variant's text constants.
+    pub fn defines(self, tier: Tier, parts: usize, ragged: bool, dropout: bool) -> Defines {
+        Defines::new()
+            .with("ragged", ragged)
+            .with("dropout", dropout)
+            .with("software", tier == Tier::Software)
+            .with("subgroups", tier.subgroups())
+            .with("share", self.share)
+            .with("tokens", self.tokens)
+            .with("ranks", self.ranks)
+            .with("threads", self.threads)
+            .with("parts", parts as u32)
+    }
+
+    /// Every variant's text constants with up to so many right sides, for the registry test.
+    pub fn variants(tier: Tier, parts: usize, dropouts: &[bool]) -> Vec<Defines> {
+        let mut all = Vec::new();
+        for parts in 1..=parts {
+            for (share, ragged) in [(false, false), (false, true), (true, false)] {
+                for m in [1, 2, 4, 8, 16, 32] {
+                    let tile = Tile::new(tier, m, parts, share);
+                    all.extend(dropouts.iter().map(|&dropout| tile.defines(tier, parts, ragged, dropout)));
+                }
+            }
+        }
+        all
+    }
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    let flags = [(false, false), (false, true), (true, false), (true, true)];
-    let each = |m: usize| flags.map(|(ragged, dropout)| defines(tier, tile(tier, m), ragged, dropout));
-    [1, 2, 4, 8].into_iter().flat_map(each).collect()
+    Tile::variants(tier, MOST_PARTS, &[false, true])
 }
 
-fn dispatch(gpu: &Gpu, x: &Tensor, a: &Tensor, [m, k, rank]: [usize; 3], dropout: Option<Dropout>) -> Result<Tensor> {
-    if let Some(cooperative) = lora_coop::of(gpu, m).filter(|_| k > 0 && rank > 0) {
-        let [x, a] = [(x, dropout), (a, None)].map(|(tensor, dropout)| Operand { tensor, along: true, dropout });
-        return lora_coop::product(gpu, cooperative, "h", [x, a], 1.0);
-    }
-    let h = Tensor::uninit(gpu, "h", &[m, rank])?;
+/// H of each of at most [`MOST_PARTS`] A of one shape, with dropouts of one probability that drop something.
+fn dispatch(
+    gpu: &Gpu,
+    x: &Tensor,
+    parts: &[(&Tensor, Option<Dropout>)],
+    [m, k, rank]: [usize; 3],
+) -> Result<Vec<Tensor>> {
+    let hs = parts.iter().map(|_| Tensor::uninit(gpu, "h", &[m, rank])).collect::<Result<Vec<_>>>()?;
     if m == 0 || rank == 0 {
-        return Ok(h);
+        return Ok(hs);
     }
-    let tile = tile(gpu.tier(), m);
-    let (tokens, ranks, _) = tile;
-    let rank_groups = (rank as u32).div_ceil(ranks);
-    let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(dropout);
+    let tile = Tile::of(gpu, [m, k], parts.len());
+    let rank_groups = (rank as u32).div_ceil(tile.ranks);
+    // Where there are fewer, the others are not used: any buffer does.
+    let part = |index: usize| parts[index.min(parts.len() - 1)];
+    let seed = |index: usize| Dropout::params(part(index).1);
+    let ((seed_low, seed_high, drop_below, keep_scale), (seed_low1, seed_high1, ..), (seed_low2, seed_high2, ..)) =
+        (seed(0), seed(1), seed(2));
     let params = LoraDownParams {
         k: k as u32,
         rows: m as u32,
@@ -232,19 +313,25 @@ fn dispatch(gpu: &Gpu, x: &Tensor, a: &Tensor, [m, k, rank]: [usize; 3], dropout
         rank_groups,
         seed_low,
         seed_high,
+        seed_low1,
+        seed_high1,
+        seed_low2,
+        seed_high2,
         drop_below,
         keep_scale,
         ..Default::default()
     };
+    let a = |index: usize| part(index).0.buffer(gpu, OP);
+    let h = |index: usize| hs[index.min(hs.len() - 1)].buffer(gpu, OP);
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(gpu.tier(), tile, is_ragged(k), dropout.is_some()),
-        buffers: &[x.buffer(gpu, OP)?, a.buffer(gpu, OP)?, h.buffer(gpu, OP)?],
+        defines: &tile.defines(gpu.tier(), parts.len(), is_ragged(k), part(0).1.is_some()),
+        buffers: &[x.buffer(gpu, OP)?, a(0)?, a(1)?, a(2)?, h(0)?, h(1)?, h(2)?],
         params: bytemuck::bytes_of(&params),
-        groups: m.div_ceil(tokens as usize) as u64 * u64::from(rank_groups),
-        flops_per_group: 2 * u64::from(tokens * ranks) * k as u64,
+        groups: m.div_ceil(tile.tokens as usize) as u64 * u64::from(rank_groups),
+        flops_per_group: 2 * u64::from(tile.tokens * tile.ranks) * (k * parts.len()) as u64,
     })?;
-    Ok(h)
+    Ok(hs)
 }
 
 /// The formula, for any real type.
@@ -265,8 +352,25 @@ mod tests {
         let x = testing::values(seed, m * k, 1.0);
         let a = testing::values(seed + 1, rank * k, 1.0);
         let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(device, shape, values).unwrap();
-        let h = lora_down(&tensor(&[m, k], &x), &tensor(&[rank, k], &a), dropout).unwrap();
+        let (x_tensor, a_tensor) = (tensor(&[m, k], &x), tensor(&[rank, k], &a));
+        let h = lora_down(&x_tensor, &a_tensor, dropout).unwrap();
         assert_eq!(h.shape(), [m, rank]);
+        // Beside others it is the same, to the bit.
+        let other = tensor(&[rank, k], &testing::values(seed + 2, rank * k, 1.0));
+        let reseeded = |by| dropout.map(|dropout| Dropout { seed: dropout.seed.wrapping_add(by), ..dropout });
+        let beside = [(&other, reseeded(1)), (&a_tensor, dropout), (&a_tensor, reseeded(2))];
+        for count in 2..=3 {
+            let all = lora_down_all(&x_tensor, &beside[..count]).unwrap();
+            for (all, &(a, dropout)) in all.iter().zip(&beside) {
+                let alone = lora_down(&x_tensor, a, dropout).unwrap();
+                assert_eq!(
+                    all.to_vec().unwrap(),
+                    alone.to_vec().unwrap(),
+                    "{} M={m} r={rank} K={k}",
+                    testing::name(device)
+                );
+            }
+        }
         let wide = |values: &[f32], f: fn(f32) -> f32| values.iter().map(|&v| f64::from(f(v))).collect::<Vec<_>>();
         let wanted = reference(&wide(&x, |v| v), &wide(&a, |v| v), [m, rank, k], dropout);
         let terms = reference(&wide(&x, f32::abs), &wide(&a, f32::abs), [m, rank, k], dropout);

@@ -11,13 +11,15 @@
 //! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, a register tile, one by cooperative
 //! matrices, and one for software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
 
+use std::cell::OnceCell;
+
 use super::matrix::{DeviceMatrix, HostMatrix};
 use super::qmatmul_operands::{GEMV_ROWS, GpuCall, HostLora, OP};
 use super::{
     LoraUp, Real, Scratch, expect_2d, expect_shape, qmatmul_coop, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes,
     qmatmul_tile, row_factor,
 };
-use crate::device::{Device, Gpu, Tier};
+use crate::device::{Buffer, Device, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -27,6 +29,26 @@ use crate::tensor::{Storage, Tensor};
 /// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], and the device's own errors. Values are not
 /// looked at: what is not finite comes out as it does in the formula.
 pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option<LoraUp<'_>>) -> Result<Tensor> {
+    product(x, &Staging::default(), Product { w, bias, lora })
+}
+
+/// What X is multiplied with.
+#[derive(Clone, Copy)]
+pub(crate) struct Product<'a> {
+    /// W, [N, K].
+    pub w: &'a DeviceMatrix,
+    /// Of N values.
+    pub bias: Option<&'a Tensor>,
+    /// The adapter's part.
+    pub lora: Option<LoraUp<'a>>,
+}
+
+/// What the products of one X have in common, made when the first one wants it: where it is staged as f16 a factor a row.
+#[derive(Default)]
+pub(crate) struct Staging(OnceCell<Buffer>);
+
+/// As [`qmatmul`], of one of several products of `x`.
+pub(crate) fn product(x: &Tensor, staging: &Staging, Product { w, bias, lora }: Product<'_>) -> Result<Tensor> {
     let (m, k) = expect_2d(OP, "x", x)?;
     let n = w.rows();
     if k != w.cols() {
@@ -65,14 +87,21 @@ pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option
         (Storage::Gpu(gpu, x), _, Some((_, parts))) => {
             let y = Tensor::uninit(gpu, "y", &[m, n])?;
             let call = GpuCall { gpu, w, x, m, bias, lora, y: y.buffer(gpu, OP)? };
-            let factor = if stages(gpu, m) { row_factor::dispatch(gpu, x, m, k)? } else { gpu.unused()?.clone() };
+            let factor = match staging.0.get() {
+                Some(factor) => factor,
+                None if stages(gpu, m) => {
+                    let factor = row_factor::dispatch(gpu, x, m, k)?;
+                    staging.0.get_or_init(|| factor)
+                }
+                None => gpu.unused()?,
+            };
             for part in parts {
                 match (gpu.tier(), gpu.cooperative()) {
                     _ if m == 0 => {}
                     (Tier::Software, _) => qmatmul_lanes::dispatch(&call, part)?,
                     _ if m <= GEMV_ROWS => qmatmul_gemv::dispatch(&call, part)?,
-                    (_, Some(cooperative)) => qmatmul_coop::dispatch(&call, part, &factor, cooperative)?,
-                    _ => qmatmul_tile::dispatch(&call, part, &factor)?,
+                    (_, Some(cooperative)) => qmatmul_coop::dispatch(&call, part, factor, cooperative)?,
+                    _ => qmatmul_tile::dispatch(&call, part, factor)?,
                 }
             }
             Ok(y)

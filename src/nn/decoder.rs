@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::batch::{Batch, Tokens};
 use super::config::ModelConfig;
 use super::linear::Linear;
+use super::tape::record_all;
 use crate::autograd::{Tape, Var};
 use crate::device::Device;
 use crate::error::Result;
@@ -97,9 +98,8 @@ impl DecoderLayer {
         let eps = config.rms_norm_eps;
 
         let normed = tape.rms_norm(x, &self.input_norm, eps)?;
-        let mut q = self.q.record(tape, &normed, seed(0))?;
-        let mut k = self.k.record(tape, &normed, seed(1))?;
-        let v = self.v.record(tape, &normed, seed(2))?;
+        let seeds = [seed(0), seed(1), seed(2)];
+        let [mut q, mut k, v] = record_all([&self.q, &self.k, &self.v], tape, &normed, seeds)?;
         drop(normed);
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             q = tape.rms_norm(&q, q_norm, eps)?;
@@ -119,8 +119,7 @@ impl DecoderLayer {
         drop(attended);
 
         let normed = tape.rms_norm(&h, &self.post_norm, eps)?;
-        let gate = self.gate.record(tape, &normed, seed(4))?;
-        let up = self.up.record(tape, &normed, seed(5))?;
+        let [gate, up] = record_all([&self.gate, &self.up], tape, &normed, [seed(4), seed(5)])?;
         drop(normed);
         let hidden = tape.silu_mul(&gate, &up)?;
         drop((gate, up));

@@ -1,7 +1,7 @@
 //! Linear layers on a tape.
 
 use super::linear::AdaptedLinear;
-use super::train::LinearGrads;
+use super::train::{LinearGrads, run_all};
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
 
@@ -12,18 +12,39 @@ impl<Base> AdaptedLinear<Base> {
     /// # Errors
     /// As [`AdaptedLinear::forward`].
     pub fn record<'a>(&'a self, tape: &mut Tape<'a>, x: &Var, seed: Option<u64>) -> Result<Var> {
-        let (y, saved) = match seed {
-            Some(seed) => self.forward_train(x.value(), seed)?,
-            None => self.run(x.value(), None)?,
-        };
-        let need_dx = x.needs_grad();
+        let [y] = record_all([self], tape, x, [seed])?;
+        Ok(y)
+    }
+}
+
+/// As [`AdaptedLinear::record`], of several layers that read the same `x`.
+///
+/// # Errors
+/// As [`AdaptedLinear::forward`].
+pub(super) fn record_all<'a, Base, const N: usize>(
+    layers: [&'a AdaptedLinear<Base>; N],
+    tape: &mut Tape<'a>,
+    x: &Var,
+    seeds: [Option<u64>; N],
+) -> Result<[Var; N]> {
+    let mut dropouts = [None; N];
+    for ((layer, seed), dropout) in layers.iter().zip(seeds).zip(&mut dropouts) {
+        if let Some(seed) = seed {
+            layer.check_unmerged("a training pass")?;
+            *dropout = layer.dropout(seed);
+        }
+    }
+    let need_dx = x.needs_grad();
+    let mut results = run_all(layers, x.value(), dropouts)?.into_iter().zip(layers);
+    Ok(std::array::from_fn(|_| {
+        let ((y, saved), layer) = results.next().unwrap_or_else(|| unreachable!("a result for each layer"));
         let mut inputs = vec![x.node()];
-        inputs.extend(self.parameters().map(|(_, tensor)| tape.leaf(tensor)));
-        Ok(tape.record(y, inputs, move |dy, _| {
-            let LinearGrads { dx, da, db, dmagnitude, dbias } = self.backward(dy, &saved, need_dx)?;
+        inputs.extend(layer.parameters().map(|(_, tensor)| tape.leaf(tensor)));
+        tape.record(y, inputs, move |dy, _| {
+            let LinearGrads { dx, da, db, dmagnitude, dbias } = layer.backward(dy, &saved, need_dx)?;
             // In the order of `parameters`: of an optional one, those that are trained.
             let trained = [da, db, dmagnitude, dbias].into_iter().flatten().map(Some);
             Ok(std::iter::once(dx).chain(trained).collect())
-        }))
-    }
+        })
+    }))
 }

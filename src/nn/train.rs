@@ -21,9 +21,9 @@ use crate::kernels::column_sum::column_sum;
 use crate::kernels::dropout_mix::{Mix, dropout_mix};
 use crate::kernels::expect_shape;
 use crate::kernels::lora_dh::lora_dh;
-use crate::kernels::lora_down::{Dropout, lora_down};
+use crate::kernels::lora_down::{Dropout, lora_down, lora_down_all};
 use crate::kernels::lora_dw::lora_dw;
-use crate::kernels::qmatmul::qmatmul;
+use crate::kernels::qmatmul::{Product, Staging, product, qmatmul};
 use crate::kernels::qmatmul_dx::{LoraDx, qmatmul_dx};
 use crate::kernels::scale_columns::{divide_columns, scale_columns};
 use crate::tensor::Tensor;
@@ -85,8 +85,13 @@ impl<Base> AdaptedLinear<Base> {
     /// As [`AdaptedLinear::forward`]; [`Error::Invalid`](crate::Error::Invalid) while an adapter is merged into the base.
     pub fn forward_train(&self, x: &Tensor, seed: u64) -> Result<(Tensor, Saved)> {
         self.check_unmerged("a training pass")?;
+        self.run(x, self.dropout(seed))
+    }
+
+    /// That of the active adapter, if it has any.
+    pub(super) fn dropout(&self, seed: u64) -> Option<Dropout> {
         let probability = self.active_adapter().map_or(0.0, LoraAdapter::dropout);
-        self.run(x, (probability > 0.0).then_some(Dropout { probability, seed }))
+        (probability > 0.0).then_some(Dropout { probability, seed })
     }
 
     /// The gradients, of dY [M, d_out] and what [`AdaptedLinear::forward_train`] saved; that of the input only if
@@ -128,31 +133,71 @@ impl<Base> AdaptedLinear<Base> {
 
     /// y of x, and what a backward pass needs.
     pub(super) fn run(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Saved)> {
-        let Some(adapter) = self.active_adapter().filter(|_| !self.is_merged()) else {
-            let y = qmatmul(x, self.base(), self.bias(), None)?;
-            return Ok((y, Saved { rows: x.shape()[0], adapted: None }));
-        };
-        let up = |h| LoraUp { h, b: adapter.b(), scale: adapter.scale() };
-        let (y, h, dora) = match self.dora_factor()? {
-            None => {
-                let h = lora_down(x, adapter.a(), dropout)?;
-                (qmatmul(x, self.base(), self.bias(), Some(up(&h)))?, h, None)
+        let [result] = run_all([self], x, [dropout])?;
+        Ok(result)
+    }
+
+    /// The active adapter, unless it is in the base.
+    fn adapter_beside(&self) -> Option<&LoraAdapter> {
+        self.active_adapter().filter(|_| !self.is_merged())
+    }
+
+    /// As [`AdaptedLinear::run`], with DoRA's factor.
+    fn run_dora(
+        &self,
+        x: &Tensor,
+        adapter: &LoraAdapter,
+        factor: &DoraFactor,
+        dropout: Option<Dropout>,
+    ) -> Result<(Tensor, Saved)> {
+        let (xd, beside) = match dropout {
+            None => (x.clone(), self.bias().cloned()),
+            Some(dropout) => {
+                let taken = dropout_mix(Mix::Rest(x), dropout)?;
+                let beside = qmatmul(&taken, self.base(), self.bias(), None)?;
+                (dropout_mix(Mix::Kept(x), dropout)?, Some(beside))
             }
-            Some(factor) => {
-                let (xd, beside) = match dropout {
-                    None => (x.clone(), self.bias().cloned()),
-                    Some(dropout) => {
-                        let taken = dropout_mix(Mix::Rest(x), dropout)?;
-                        let beside = qmatmul(&taken, self.base(), self.bias(), None)?;
-                        (dropout_mix(Mix::Kept(x), dropout)?, Some(beside))
-                    }
-                };
-                let h = lora_down(&xd, adapter.a(), None)?;
-                let u = qmatmul(&xd, self.base(), None, Some(up(&h)))?;
-                (scale_columns(&u, &factor.c, beside.as_ref())?, h, Some(SavedDora { factor: factor.clone(), u }))
-            }
         };
+        let h = lora_down(&xd, adapter.a(), None)?;
+        let up = LoraUp { h: &h, b: adapter.b(), scale: adapter.scale() };
+        let u = qmatmul(&xd, self.base(), None, Some(up))?;
+        let y = scale_columns(&u, &factor.c, beside.as_ref())?;
+        let dora = Some(SavedDora { factor: factor.clone(), u });
         let adapted = SavedAdapter { adapter: adapter.clone(), dropout, x: x.clone(), h, dora };
         Ok((y, Saved { rows: x.shape()[0], adapted: Some(adapted) }))
     }
+}
+
+/// As [`AdaptedLinear::run`], of several layers that read the same x: it is staged once for all of them, and one pass over it
+/// makes the H of all.
+pub(super) fn run_all<Base, const N: usize>(
+    layers: [&AdaptedLinear<Base>; N],
+    x: &Tensor,
+    dropouts: [Option<Dropout>; N],
+) -> Result<[(Tensor, Saved); N]> {
+    // DoRA's adapter is no part of the product.
+    let plain = |layer: &'_ AdaptedLinear<Base>| layer.adapter_beside().filter(|adapter| !adapter.is_dora()).cloned();
+    let adapters = layers.map(plain);
+    let downs: Vec<_> = adapters
+        .iter()
+        .zip(dropouts)
+        .filter_map(|(adapter, dropout)| adapter.as_ref().map(|adapter| (adapter.a(), dropout)))
+        .collect();
+    let mut hs = lora_down_all(x, &downs)?.into_iter();
+    let staging = Staging::default();
+    let mut results = Vec::with_capacity(N);
+    for ((layer, adapter), dropout) in layers.into_iter().zip(adapters).zip(dropouts) {
+        if let (Some(adapter), Some(factor)) = (layer.adapter_beside(), layer.dora_factor()?) {
+            results.push(layer.run_dora(x, adapter, factor, dropout)?);
+            continue;
+        }
+        let adapted = adapter.and_then(|adapter| Some((adapter, hs.next()?)));
+        let lora = adapted.as_ref().map(|(adapter, h)| LoraUp { h, b: adapter.b(), scale: adapter.scale() });
+        let y = product(x, &staging, Product { w: layer.base(), bias: layer.bias(), lora })?;
+        let saved = |(adapter, h)| SavedAdapter { adapter, dropout, x: x.clone(), h, dora: None };
+        results.push((y, Saved { rows: x.shape()[0], adapted: adapted.map(saved) }));
+    }
+    let mut results = results.into_iter();
+    // As many as there are layers.
+    Ok(std::array::from_fn(|_| results.next().unwrap_or_else(|| unreachable!("a result for each layer"))))
 }

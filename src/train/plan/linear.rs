@@ -47,15 +47,8 @@ impl Adapter {
 
 impl Linear {
     pub fn record<'a>(&'a self, pass: &'a Pass<'a>, tape: &mut Tape<'a, Bytes>, x: &Var<Bytes>) -> Result<Var<Bytes>> {
-        let (y, saved) = self.run(pass, x.value())?;
-        let mut inputs = vec![x.node()];
-        inputs.extend(self.adapter.iter().flat_map(Adapter::parameters).map(|tensor| tape.leaf(tensor)));
-        let need_dx = x.needs_grad();
-        Ok(tape.record(y, inputs, move |_, _| {
-            let grads = self.backward(pass, need_dx);
-            drop(saved);
-            grads
-        }))
+        let [y] = record_all([self], pass, tape, x)?;
+        Ok(y)
     }
 
     /// X * W^T and its scratch.
@@ -72,19 +65,22 @@ impl Linear {
         Ok(dx)
     }
 
-    fn run(&self, pass: &Pass<'_>, x: &Bytes) -> Result<(Bytes, Option<Saved>)> {
+    /// H, where it is made beside those of the layers that read the same x: of an adapter that is not DoRA's.
+    fn down_beside(&self, pass: &Pass<'_>) -> Result<Option<Bytes>> {
+        let adapter = self.adapter.as_ref().filter(|adapter| adapter.magnitude.is_none());
+        adapter.map(|adapter| self.down(adapter, pass, pass.dropout)).transpose()
+    }
+
+    fn down(&self, adapter: &Adapter, pass: &Pass<'_>, dropout: bool) -> Result<Bytes> {
+        let h = pass.tensor(adapter.rank)?;
+        let shape = [pass.tokens, self.d_in, adapter.rank];
+        pass.ledger.scratch(&lora_down::scratch(&pass.ledger.device, shape, dropout))?;
+        Ok(h)
+    }
+
+    fn run(&self, pass: &Pass<'_>, x: &Bytes, h: Option<Bytes>) -> Result<(Bytes, Option<Saved>)> {
         let Some(adapter) = &self.adapter else { return Ok((self.product(pass)?, None)) };
-        let down = |dropout| {
-            let h = pass.tensor(adapter.rank)?;
-            pass.ledger.scratch(&lora_down::scratch(
-                &pass.ledger.device,
-                [pass.tokens, self.d_in, adapter.rank],
-                dropout,
-            ))?;
-            Ok(h)
-        };
-        if adapter.magnitude.is_none() {
-            let h = down(pass.dropout)?;
+        if let Some(h) = h {
             let y = self.product(pass)?;
             return Ok((y, Some(Saved { _x: x.clone(), _h: h, _dora: None })));
         }
@@ -99,7 +95,7 @@ impl Linear {
             }
             false => None,
         };
-        let h = down(false)?;
+        let h = self.down(adapter, pass, false)?;
         let u = self.product(pass)?;
         let y = pass.tensor(self.d_out)?;
         Ok((y, Some(Saved { _x: x.clone(), _h: h, _dora: Some((factor, u)) })))
@@ -147,4 +143,27 @@ impl Linear {
         }
         Ok(grads)
     }
+}
+
+/// Layers that read the same x: `run_all` of `nn/train.rs`, recorded.
+pub(super) fn record_all<'a, const N: usize>(
+    layers: [&'a Linear; N],
+    pass: &'a Pass<'a>,
+    tape: &mut Tape<'a, Bytes>,
+    x: &Var<Bytes>,
+) -> Result<[Var<Bytes>; N]> {
+    let hs = layers.iter().map(|layer| layer.down_beside(pass)).collect::<Result<Vec<_>>>()?;
+    let results = layers.iter().zip(hs).map(|(layer, h)| layer.run(pass, x.value(), h)).collect::<Result<Vec<_>>>()?;
+    let need_dx = x.needs_grad();
+    let mut results = results.into_iter().zip(layers);
+    Ok(std::array::from_fn(|_| {
+        let ((y, saved), layer) = results.next().unwrap_or_else(|| unreachable!("a result for each layer"));
+        let mut inputs = vec![x.node()];
+        inputs.extend(layer.adapter.iter().flat_map(Adapter::parameters).map(|tensor| tape.leaf(tensor)));
+        tape.record(y, inputs, move |_, _| {
+            let grads = layer.backward(pass, need_dx);
+            drop(saved);
+            grads
+        })
+    }))
 }

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::MicroBatches;
 use super::ledger::{Bytes, Ledger, Moment, Part};
-use super::linear::{Adapter, Linear};
+use super::linear::{Adapter, Linear, record_all};
 use crate::autograd::{Gradients, Tape, Var};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -261,9 +261,7 @@ fn layer<'a>(
 ) -> Result<Var<Bytes>> {
     let (hidden, inner, q_width, k_width) = (q.d_in, down.d_in, q.d_out, k.d_out);
     let normed = pass.rms_norm(tape, x, hidden)?;
-    let mut q = q.record(pass, tape, &normed)?;
-    let mut k = k.record(pass, tape, &normed)?;
-    let v = v.record(pass, tape, &normed)?;
+    let [mut q, mut k, v] = record_all([q, k, v], pass, tape, &normed)?;
     drop(normed);
     if config.qk_norm {
         q = pass.rms_norm(tape, &q, q_width)?;
@@ -277,8 +275,7 @@ fn layer<'a>(
     drop(projected);
 
     let normed = pass.rms_norm(tape, &h, hidden)?;
-    let gate = gate.record(pass, tape, &normed)?;
-    let up = up.record(pass, tape, &normed)?;
+    let [gate, up] = record_all([gate, up], pass, tape, &normed)?;
     drop(normed);
     let product = pass.silu_mul(tape, &gate, &up, inner)?;
     drop((gate, up));
