@@ -2,6 +2,10 @@
 //
 // Threads run along the wider of P and Q, `wide`, and each owns {{ columns }} of its columns by {{ ranks }} of the other's, `narrow`, in
 // registers. Sums over many tokens come in several parts, one [P, Q] each, which column_sum adds up.
+{% if share %}
+// On software drivers whose workgroup is one subgroup of eight: each lane loads one of eight narrow values, and broadcasts hand
+// them round. {{ steps }} tokens at a time, so that sums are fetched and put back once for them.
+{% endif %}
 
 struct Params {
     first_group: u32,
@@ -36,6 +40,9 @@ fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
+{% if share %}
+    @builtin(subgroup_invocation_id) sharer: u32,
+{% endif %}
 ) {
     let group = group_index(workgroup, count);
     if (group >= p.groups) {
@@ -59,6 +66,35 @@ fn main(
 
     let first = part * p.tokens_each;
     let end = min(first + p.tokens_each, p.tokens);
+{% if share %}
+{% for s in range(ranks // 8) %}
+    let mine{{ s }} = min(n_base + {{ 8 * s }}u + sharer, p.narrow - 1u);
+{% endfor %}
+    for (var start = first; start < end; start = start + {{ steps }}u) {
+{% for t in range(steps) %}
+        // Tokens past the end are the last one, times zero.
+        let m{{ t }} = min(start + {{ t }}u, end - 1u);
+        let wide_row{{ t }} = m{{ t }} * p.wide;
+{% for c in range(columns) %}
+        let x{{ t }}_{{ c }} = wide[wide_row{{ t }} + w{{ c }}]{{ " * dropout_factor(wide_row" ~ t ~ " + w" ~ c ~ ")" if dropout == "wide" }};
+{% endfor %}
+{% for s in range(ranks // 8) %}
+        let at{{ t }}_{{ s }} = m{{ t }} * p.narrow + mine{{ s }};
+        let y{{ t }}_{{ s }} = select(0.0, narrow[at{{ t }}_{{ s }}]{{ " * dropout_factor(at" ~ t ~ "_" ~ s ~ ")" if dropout == "narrow" }}, start + {{ t }}u < end);
+{% endfor %}
+{% endfor %}
+{% for j in range(ranks) %}
+        {
+{% for t in range(steps) %}
+            let y{{ t }} = subgroupBroadcast(y{{ t }}_{{ j // 8 }}, {{ j % 8 }}u);
+{% endfor %}
+{% for c in range(columns) %}
+            sum{{ j }}_{{ c }} = {% for t in range(steps) %}fma(x{{ steps - 1 - t }}_{{ c }}, y{{ steps - 1 - t }}, {% endfor %}sum{{ j }}_{{ c }}{% for t in range(steps) %}){% endfor %};
+{% endfor %}
+        }
+{% endfor %}
+    }
+{% else %}
     for (var m = first; m < end; m = m + 1u) {
         let wide_row = m * p.wide;
         let narrow_row = m * p.narrow;
@@ -71,6 +107,7 @@ fn main(
         sum{{ j }}_{{ c }} = sum{{ j }}_{{ c }} + x{{ c }} * y{{ j }};
 {% endfor %}{% endfor %}
     }
+{% endif %}
 
     let part_base = part * p.wide * p.narrow;
 {% for j in range(ranks) %}{% for c in range(columns) %}

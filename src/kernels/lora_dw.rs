@@ -12,6 +12,7 @@ use super::column_sum::{self, rows_each};
 use super::lora_coop::{self, Operand};
 use super::lora_down::Dropout;
 use super::product::{Columns, View, parallelism};
+use super::qmatmul_lanes::one_subgroup;
 use super::{Real, Scratch, expect_2d, kernel, params};
 use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
@@ -92,23 +93,52 @@ pub fn lora_dw(l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropout>) -> 
 /// Values of all partial gradients together, at most: 32 MiB.
 const MAX_PARTIAL_VALUES: usize = 8 << 20;
 
-/// Columns of the wider and of the other operand that an invocation owns, and invocations a workgroup.
-fn tile(tier: Tier) -> (u32, u32, u32) {
-    if tier == Tier::Software { (4, 8, 8) } else { (4, 8, 64) }
+/// What a workgroup's invocations own.
+#[derive(Clone, Copy)]
+struct Tile {
+    /// Columns of the wider operand an invocation.
+    columns: u32,
+    /// Columns of the other.
+    ranks: u32,
+    threads: u32,
+    /// Lanes of a software driver share what they load.
+    share: bool,
 }
 
-fn defines(tier: Tier, dropout: &'static str) -> Defines {
-    let (columns, ranks, threads) = tile(tier);
-    Defines::new().with("columns", columns).with("ranks", ranks).with("threads", threads).with("dropout", dropout)
+/// Tokens at a time, where lanes share what they load.
+const STEPS: u32 = 4;
+
+impl Tile {
+    /// For so many columns of the narrower operand.
+    fn new(tier: Tier, narrow: usize, share: bool) -> Tile {
+        let (ranks, threads) = match tier {
+            Tier::Software if share && narrow > 8 => (16, 8),
+            Tier::Software => (8, 8),
+            _ => (8, 64),
+        };
+        Tile { columns: 4, ranks, threads, share: share && tier == Tier::Software }
+    }
+
+    fn defines(self, dropout: &'static str) -> Defines {
+        Defines::new()
+            .with("columns", self.columns)
+            .with("ranks", self.ranks)
+            .with("threads", self.threads)
+            .with("share", self.share)
+            .with("steps", STEPS)
+            .with("dropout", dropout)
+    }
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    ["none", "wide", "narrow"].map(|dropout| defines(tier, dropout)).into()
+    let tiles = [(8, false), (8, true), (16, true)].map(|(narrow, share)| Tile::new(tier, narrow, share));
+    tiles.iter().flat_map(|tile| ["none", "wide", "narrow"].map(|dropout| tile.defines(dropout))).collect()
 }
 
 /// How the work is divided.
 struct Division {
+    tile: Tile,
     /// Workgroups along the wider operand.
     wide_groups: usize,
     /// Workgroups along the other.
@@ -120,13 +150,13 @@ struct Division {
 
 impl Division {
     /// Of an OUT [rows, cols], neither of them 0, from `m` tokens.
-    fn of(tier: Tier, m: usize, rows: usize, cols: usize) -> Division {
-        let (columns, ranks, threads) = tile(tier);
-        let wide_groups = rows.max(cols).div_ceil((columns * threads) as usize);
-        let narrow_groups = rows.min(cols).div_ceil(ranks as usize);
+    fn of(gpu: &Gpu, m: usize, rows: usize, cols: usize) -> Division {
+        let tile = Tile::new(gpu.tier(), rows.min(cols), one_subgroup(gpu));
+        let wide_groups = rows.max(cols).div_ceil((tile.columns * tile.threads) as usize);
+        let narrow_groups = rows.min(cols).div_ceil(tile.ranks as usize);
         let most_parts = (MAX_PARTIAL_VALUES / (rows * cols)).max(1);
-        let each = rows_each(tier, wide_groups * narrow_groups, m).max(m.div_ceil(most_parts));
-        Division { wide_groups, narrow_groups, each, parts: m.div_ceil(each) }
+        let each = rows_each(gpu.tier(), wide_groups * narrow_groups, m).max(m.div_ceil(most_parts));
+        Division { tile, wide_groups, narrow_groups, each, parts: m.div_ceil(each) }
     }
 }
 
@@ -136,7 +166,7 @@ pub(crate) fn scratch(device: &Device, m: usize, rows: usize, cols: usize, dropo
         Device::Cpu(_) => Scratch::kept(dropout.then_some(m * cols)),
         Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [rows, cols, m], [m, m]),
         Device::Gpu(gpu) => {
-            let parts = Division::of(gpu.tier(), m, rows, cols).parts;
+            let parts = Division::of(gpu, m, rows, cols).parts;
             let mut scratch = Scratch::kept((parts > 1).then_some(parts * rows * cols));
             if parts > 1 {
                 scratch.kept.extend(column_sum::scratch(device, parts, rows * cols).kept);
@@ -159,8 +189,7 @@ fn dispatch(gpu: &Gpu, l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropo
     let r_is_wide = cols >= rows;
     let (wide, narrow) = if r_is_wide { (r, l) } else { (l, r) };
     let (wide_stride, narrow_stride) = if r_is_wide { (1, cols) } else { (cols, 1) };
-    let (columns, ranks, threads) = tile(gpu.tier());
-    let Division { wide_groups, narrow_groups, each, parts } = Division::of(gpu.tier(), m, rows, cols);
+    let Division { tile, wide_groups, narrow_groups, each, parts } = Division::of(gpu, m, rows, cols);
     let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(dropout);
     let params = LoraDwParams {
         tokens: m as u32,
@@ -188,11 +217,11 @@ fn dispatch(gpu: &Gpu, l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropo
     };
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(gpu.tier(), dropped),
+        defines: &tile.defines(dropped),
         buffers: &[wide.buffer(gpu, OP)?, narrow.buffer(gpu, OP)?, partial.as_ref().unwrap_or(end)],
         params: bytemuck::bytes_of(&params),
         groups: (wide_groups * narrow_groups * parts) as u64,
-        flops_per_group: 2 * u64::from(columns * ranks * threads) * each as u64,
+        flops_per_group: 2 * u64::from(tile.columns * tile.ranks * tile.threads) * each as u64,
     })?;
     if let Some(partial) = partial {
         column_sum::dispatch(gpu, &partial, None, [parts, rows * cols], scale, end)?;
