@@ -35,7 +35,8 @@ for stack; do
     esac
 done
 
-# What would choose other devices or tests; each stack says what it means.
+# What would choose other devices, tests or variants of kernels; each stack says what it means.
+export QLORA_TUNE=0
 unset QLORA_DEVICE QLORA_TIER QLORA_TEST_DEVICES VK_DRIVER_FILES VK_ICD_FILENAMES VK_ADD_DRIVER_FILES WGPU_BACKEND
 # Mesa's GL driver complains where this is unset.
 export XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"

@@ -271,6 +271,11 @@ impl Gpu {
         Ok(command(recorder.encoder(self)?))
     }
 
+    /// Whether timestamps of dispatches are taken.
+    pub(super) fn is_profiling(&self) -> bool {
+        self.recorder().lock().unwrap_or_else(PoisonError::into_inner).stamps.is_some()
+    }
+
     /// Takes timestamps of dispatches from now on, or no more; what was taken before.
     pub(super) fn stamp(&self, stamps: Option<Stamps>) -> Option<Stamps> {
         std::mem::replace(&mut self.recorder().lock().unwrap_or_else(PoisonError::into_inner).stamps, stamps)

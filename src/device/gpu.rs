@@ -1,5 +1,6 @@
 //! A wgpu device with what the kernels need around it: limits, tier, buffers, errors as values.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -8,6 +9,7 @@ use super::cooperative::{Cooperative, usable};
 use super::pipeline::Pipelines;
 use super::pool::{MemoryCounters, Pool, Taken, size_class};
 use super::tier::Tier;
+use super::tune::Tuner;
 use crate::error::{Error, Result};
 
 /// A GPU (or a software driver) opened through wgpu. Cheap to clone; all clones are one device.
@@ -29,6 +31,7 @@ struct Inner {
     /// See [`Gpu::turn`].
     turn: Option<Mutex<()>>,
     zeros: OnceLock<Buffer>,
+    tuner: Tuner,
 }
 
 /// The limits that kernels and tensors respect.
@@ -52,6 +55,8 @@ pub(super) struct Wrap {
     pub max_binding_bytes: Option<u64>,
     pub memory_limit: Option<u64>,
     pub immediates: bool,
+    /// The file of tuned choices.
+    pub tune: Option<PathBuf>,
 }
 
 /// Set once the device is lost, or when wgpu reported an error outside every scope.
@@ -205,6 +210,8 @@ impl Gpu {
             immediates = limits.immediates,
             "device: {name}"
         );
+        let version = env!("CARGO_PKG_VERSION");
+        let tuned_for = format!("{name}, {} {}, {}, {version}", info.driver, info.driver_info, wrap.tier);
         let turn = (info.backend == wgpu::Backend::Gl).then(Mutex::default);
         let buffers =
             Buffers { pool: Pool::new(wrap.memory_limit), next_id: AtomicU64::new(1), retired: Mutex::default() };
@@ -221,6 +228,7 @@ impl Gpu {
             pipelines: Pipelines::default(),
             recorder: Mutex::default(),
             zeros: OnceLock::new(),
+            tuner: Tuner::new(tuned_for, wrap.tune),
             turn,
         })))
     }
@@ -287,6 +295,10 @@ impl Gpu {
 
     pub(super) fn pipelines(&self) -> &Pipelines {
         &self.0.pipelines
+    }
+
+    pub(super) fn tuner(&self) -> &Tuner {
+        &self.0.tuner
     }
 
     pub(super) fn recorder(&self) -> &Mutex<Recorder> {

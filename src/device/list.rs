@@ -1,10 +1,13 @@
 //! What devices there are, and which one is meant.
 
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use super::cooperative::{Cooperative, usable};
 use super::gpu::{Gpu, Wrap, device_name};
 use super::tier::Tier;
+use super::tune;
 use crate::error::{Error, Result};
 
 /// Which adapter [`Device::gpu`](super::Device::gpu) opens.
@@ -35,6 +38,10 @@ pub struct GpuOptions {
     pub memory_limit: Option<u64>,
     /// Pass parameters as immediate data where the device can; a browser cannot.
     pub immediates: bool,
+    /// The file that keeps which variants of kernels are the fastest on which adapter and driver. Without one nothing is
+    /// measured, and the first variant taken; all give the same bits. By default it is in the folder `QLORA_CACHE`, or
+    /// `qlora-wgpu` in the user's cache folder, and there is none where `QLORA_TUNE` is 0.
+    pub tune: Option<PathBuf>,
 }
 
 impl Default for GpuOptions {
@@ -45,6 +52,7 @@ impl Default for GpuOptions {
             max_binding_bytes: None,
             memory_limit: None,
             immediates: true,
+            tune: tune::default_file(),
         }
     }
 }
@@ -230,5 +238,6 @@ fn settings(options: &GpuOptions, tier: Tier, adapter: &wgpu::Adapter) -> Wrap {
         max_binding_bytes: options.max_binding_bytes,
         memory_limit: options.memory_limit,
         immediates: options.immediates,
+        tune: options.tune.clone(),
     }
 }

@@ -12,6 +12,7 @@ mod pool;
 mod profile;
 mod shader;
 mod tier;
+mod tune;
 
 use std::fmt;
 

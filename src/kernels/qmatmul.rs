@@ -173,6 +173,7 @@ mod tests {
 
     use super::*;
     use crate::kernels::matrix::HostMatrix;
+    use crate::kernels::qmatmul_dx::{LoraDx, qmatmul_dx};
     use crate::testing;
 
     struct Case {
@@ -288,6 +289,59 @@ mod tests {
                 check(&device, &kind, &matrix, &case);
                 check(&device, &kind, &matrix, &Case { m: 9, ..case });
             }
+        }
+    }
+
+    #[test]
+    fn tuned_variants_give_the_same_bits() {
+        let (m, n, k, rank) = (70, 150, 128, 5);
+        let values = |seed, len| testing::values(seed, len, 1.0);
+        let run = |device: &Device, m: usize| {
+            let tensor = |seed, shape: [usize; 2]| {
+                Tensor::from_slice(device, &shape, &values(seed, shape[0] * shape[1])).unwrap()
+            };
+            let (_, matrix) = testing::matrices(2, n, k, 0.1).swap_remove(0);
+            let w = DeviceMatrix::new(device, matrix).unwrap();
+            let (h, b, g, a) = (tensor(3, [m, rank]), tensor(4, [n, rank]), tensor(5, [m, rank]), tensor(6, [rank, k]));
+            let y = qmatmul(&tensor(1, [m, k]), &w, None, Some(LoraUp { h: &h, b: &b, scale: 2.0 })).unwrap();
+            let lora = LoraDx { g: &g, a: &a, dropout: None };
+            let dx = qmatmul_dx(&tensor(7, [m, n]), &w, Some(lora)).unwrap();
+            [y.to_vec().unwrap(), dx.to_vec().unwrap()]
+        };
+        let kernels = [("qmatmul_lanes", 3), ("qmatmul_dx_lanes", 3), ("qmatmul_gemv", 4)];
+        for tier in [Tier::Software, Tier::Plain] {
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join("tuned.json");
+            let open = |tuned: bool| {
+                testing::gpus_with(|options| {
+                    options.tier = Some(tier);
+                    options.tune = tuned.then(|| file.clone());
+                })
+            };
+            let wanted: Vec<_> = open(false).iter().map(|device| [m, 3].map(|m| run(device, m))).collect();
+            // What measuring writes down is replaced by each variant in turn.
+            open(true).iter().for_each(|device| [m, 3].iter().for_each(|&m| drop(run(device, m))));
+            let Ok(text) = std::fs::read_to_string(&file) else {
+                assert!(tier == Tier::Software, "a variant of the product of few rows is always measured");
+                continue;
+            };
+            let mut seen = 0;
+            for variant in 0..4 {
+                let mut chosen: serde_json::Value = serde_json::from_str(&text).unwrap();
+                for (case, choice) in
+                    chosen.as_object_mut().unwrap().values_mut().flat_map(|d| d.as_object_mut().unwrap())
+                {
+                    let (_, count) =
+                        kernels.iter().find(|(kernel, _)| case.starts_with(&format!("{kernel} "))).unwrap();
+                    *choice = (variant % count).into();
+                    seen += 1;
+                }
+                std::fs::write(&file, chosen.to_string()).unwrap();
+                for (device, wanted) in open(true).iter().zip(&wanted) {
+                    assert!([m, 3].map(|m| run(device, m)) == *wanted, "{} variant {variant}", testing::name(device));
+                }
+            }
+            assert!(seen > 0);
         }
     }
 

@@ -17,6 +17,9 @@ kernel! {
 /// Rows by words of eight columns of dX that one invocation owns, most rows first; from measurements on Mesa 22.3
 /// (benches/NOTES.md). The largest pay where lanes share dY; elsewhere they would only take long to compile.
 const SHAPES: [(u32, u32); 6] = [(32, 2), (16, 2), (8, 2), (4, 2), (2, 2), (1, 2)];
+/// What may be faster than the first of them, for many rows: they differ in how much is decoded twice, and in what is left over
+/// at the end of K.
+const LARGEST: [(u32, u32); 3] = [SHAPES[0], (64, 1), (32, 1)];
 
 /// The shapes that a kernel comes in.
 fn shapes(share: bool) -> impl Iterator<Item = (u32, u32)> {
@@ -56,7 +59,8 @@ fn defines(matrix: Defines, (tokens, words): (u32, u32), form: Form) -> Defines 
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for share in [false, true] {
-        for shape in shapes(share) {
+        let larger = LARGEST[1..].iter().copied().filter(|_| share);
+        for shape in shapes(share).chain(larger) {
             for matrix in if shape.0 == 2 { matrices } else { &matrices[..1] } {
                 for scale_sets in if share && !matrix.flag("ragged") { 0..3 } else { 0..1 } {
                     for (dropout, accumulate) in [(false, false), (true, false), (false, true)] {
@@ -71,8 +75,7 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
 }
 
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part) -> Result<()> {
-    let operands = call.operands(part)?;
-    let k = call.w.cols();
+    let (m, n, k) = (call.m as u32, part.rows.len(), call.w.cols());
     let share = one_subgroup(call.gpu);
     let form = Form {
         share,
@@ -80,11 +83,28 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part) -> Result<()> {
         dropout: call.dropout(part).is_some(),
         accumulate: call.params(part).accumulate != 0,
     };
+    let most = LARGEST.iter().map(|(tokens, _)| *tokens).max().unwrap_or_default();
+    let mut largest = 0;
+    // What adds to dX cannot be run again.
+    if share && m >= most && !form.accumulate {
+        let case = format!("qmatmul_dx_lanes {} n={n} k={k}", call.w.defines().label());
+        largest = call.gpu.tuned(&case, LARGEST.len(), |variant| dispatch_as(call, part, LARGEST[variant], form))?;
+    }
+    dispatch_as(call, part, LARGEST[largest], form)
+}
+
+/// With the shape `largest` for as many rows as it takes in whole.
+fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, largest: (u32, u32), form: Form) -> Result<()> {
+    let operands = call.operands(part)?;
     let (mut row, m) = (0, call.m as u32);
     while row < m {
         // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
         let left = m - row;
-        let (tokens, words) = shapes(share).find(|(tokens, _)| *tokens <= left).unwrap_or(SHAPES[5]);
+        let mut fitting = shapes(form.share).filter(|(tokens, _)| *tokens <= left);
+        let (tokens, words) = match fitting.next() {
+            Some(_) if form.share && largest.0 <= left => largest,
+            found => found.unwrap_or(SHAPES[5]),
+        };
         let rows = left / tokens * tokens;
         let params = call.params(part);
         let column_groups = params.words.div_ceil(THREADS * words);

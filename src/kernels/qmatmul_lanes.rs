@@ -19,6 +19,9 @@ pub(super) const THREADS: u32 = 8;
 /// Rows by columns of Y that one invocation owns, most rows first; from measurements on Mesa 22.3 (benches/NOTES.md). The
 /// largest pay where lanes share x; elsewhere they would only take long to compile.
 const SHAPES: [(u32, u32); 6] = [(32, 16), (16, 16), (8, 16), (4, 8), (2, 8), (1, 8)];
+/// What may be faster than the first of them, for many rows: they differ in how much is decoded twice, and in what is left over
+/// at the end of N.
+const LARGEST: [(u32, u32); 3] = [SHAPES[0], (64, 8), (32, 8)];
 
 /// The shapes that a kernel comes in.
 fn shapes(share: bool) -> impl Iterator<Item = (u32, u32)> {
@@ -38,6 +41,7 @@ pub(crate) fn defines(matrix: Defines, words_per_scale: u32, (tokens, columns): 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let shapes = [false, true].into_iter().flat_map(|share| shapes(share).map(move |shape| (shape, share)));
+    let shapes = shapes.chain(LARGEST[1..].iter().map(|shape| (*shape, true)));
     let variant = |(shape, share): ((u32, u32), bool)| {
         let fits = move |matrix: &&Defines| !share || !matrix.flag("ragged");
         matrices.iter().filter(fits).map(move |matrix| defines(matrix.clone(), 2, shape, share))
@@ -53,16 +57,32 @@ pub(super) fn one_subgroup(gpu: &Gpu) -> bool {
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
+    let (m, n, k) = (call.m as u32, part.rows.len(), call.w.cols());
+    let share = !is_ragged(k) && one_subgroup(call.gpu);
+    let most = LARGEST.iter().map(|(tokens, _)| *tokens).max().unwrap_or_default();
+    let mut largest = 0;
+    if share && m >= most {
+        let case = format!("qmatmul_lanes {} n={n} k={k}", call.w.defines().label());
+        largest = call.gpu.tuned(&case, LARGEST.len(), |variant| dispatch_as(call, part, LARGEST[variant], share))?;
+    }
+    dispatch_as(call, part, LARGEST[largest], share)
+}
+
+/// With the shape `largest` for as many rows as it takes in whole.
+fn dispatch_as(call: &GpuCall<'_>, part: &Part, largest: (u32, u32), share: bool) -> Result<()> {
     let operands = call.operands(part)?;
     let n = part.rows.len() as u32;
     let k = call.w.cols();
     let words_per_scale = if is_ragged(k) { 1 } else { call.w.words_per_scale() };
-    let share = !is_ragged(k) && one_subgroup(call.gpu);
     let (mut row, m) = (0, call.m as u32);
     while row < m {
         // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
         let left = m - row;
-        let (tokens, columns) = shapes(share).find(|(tokens, _)| *tokens <= left).unwrap_or(SHAPES[5]);
+        let mut fitting = shapes(share).filter(|(tokens, _)| *tokens <= left);
+        let (tokens, columns) = match fitting.next() {
+            Some(_) if share && largest.0 <= left => largest,
+            found => found.unwrap_or(SHAPES[5]),
+        };
         let rows = left / tokens * tokens;
         let column_groups = n.div_ceil(THREADS * columns);
         let params = QmatmulParams { row, rows, column_groups, ..call.params(part) };

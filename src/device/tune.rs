@@ -1,0 +1,184 @@
+//! Which variant of a kernel is the fastest on an adapter, for kernels of which several give the same bits: measured once
+//! for a case, and kept in a file under the driver's version.
+//!
+//! `QLORA_TUNE=0` leaves it at the first variant, that of the kernel's table. Variants that add up in another order are never
+//! chosen here: what a run computes must not depend on how fast something was.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde_json::Value;
+
+use super::gpu::Gpu;
+use crate::error::{Error, Result};
+
+/// Timed runs of a variant, after one that compiles it; the shortest counts.
+const RUNS: usize = 3;
+
+/// Cases, and the variant of each.
+type Choices = BTreeMap<String, usize>;
+
+/// What has been chosen on a device.
+pub(super) struct Tuner {
+    known: Mutex<Choices>,
+    /// The adapter, its driver, the tier and this crate's version: what a choice holds for.
+    device: String,
+    /// Where choices are kept. Without one nothing is measured.
+    file: Option<PathBuf>,
+}
+
+/// The file of choices, unless `QLORA_TUNE` is 0: in `QLORA_CACHE`, or the user's folder for such.
+pub(super) fn default_file() -> Option<PathBuf> {
+    if std::env::var("QLORA_TUNE").is_ok_and(|value| value == "0") {
+        return None;
+    }
+    let folder = std::env::var_os("QLORA_CACHE").filter(|folder| !folder.is_empty()).map(PathBuf::from);
+    Some(folder.or_else(|| Some(dirs::cache_dir()?.join("qlora-wgpu")))?.join("tuned.json"))
+}
+
+impl Tuner {
+    /// With the choices that `file` has for `device`. A file that cannot be read is one without any, and said so.
+    pub(super) fn new(device: String, file: Option<PathBuf>) -> Tuner {
+        let known = file.as_deref().filter(|file| file.exists()).map(|file| {
+            read(file).map(|all| of_device(&all, &device)).unwrap_or_else(|error| {
+                tracing::warn!("variants of kernels are measured again: {error}");
+                Choices::new()
+            })
+        });
+        Tuner { known: Mutex::new(known.unwrap_or_default()), device, file }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Choices> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a choice. Whether it could be written down does not change what is computed, and is only said.
+    fn set(&self, case: &str, choice: usize) {
+        let mut known = self.known();
+        known.insert(case.to_owned(), choice);
+        if let Some(Err(error)) = self.file.as_deref().map(|file| write(file, &self.device, &known)) {
+            tracing::warn!("the choice of a kernel's variant is not kept: {error}");
+        }
+    }
+}
+
+/// Choices of every device.
+fn read(file: &Path) -> Result<serde_json::Map<String, Value>> {
+    let io = |message: String| Error::Io { path: file.into(), message };
+    let text = std::fs::read(file).map_err(|error| io(error.to_string()))?;
+    serde_json::from_slice(&text).map_err(|error| io(error.to_string()))
+}
+
+fn of_device(all: &serde_json::Map<String, Value>, device: &str) -> Choices {
+    let choices = all.get(device).and_then(Value::as_object).into_iter().flatten();
+    choices.filter_map(|(case, choice)| Some((case.clone(), usize::try_from(choice.as_u64()?).ok()?))).collect()
+}
+
+/// Adds to what the file has, which another process may have written since.
+fn write(file: &Path, device: &str, choices: &Choices) -> Result<()> {
+    let io = |error: std::io::Error| Error::Io { path: file.into(), message: error.to_string() };
+    let folder = file.parent().unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).map_err(io)?;
+    let mut all = read(file).unwrap_or_default();
+    let mut of_device = of_device(&all, device);
+    of_device.extend(choices.clone());
+    all.insert(device.to_owned(), of_device.into_iter().map(|(case, choice)| (case, Value::from(choice))).collect());
+    let whole = tempfile::NamedTempFile::new_in(folder).map_err(io)?;
+    serde_json::to_writer_pretty(whole.as_file(), &all).map_err(|error| io(error.into()))?;
+    whole.persist(file).map(drop).map_err(|error| io(error.error))
+}
+
+impl Gpu {
+    /// The fastest of so many variants for `case`, which names the kernel and what its time depends on. `run` records one of
+    /// them; it may be called often, and leaves the same every time. Nothing is measured while a profile is made.
+    pub(crate) fn tuned(&self, case: &str, variants: usize, run: impl Fn(usize) -> Result<()>) -> Result<usize> {
+        let tuner = self.tuner();
+        if variants < 2 || tuner.file.is_none() {
+            return Ok(0);
+        }
+        let known = tuner.known().get(case).copied();
+        if let Some(choice) = known.filter(|&choice| choice < variants) {
+            return Ok(choice);
+        }
+        if self.is_profiling() {
+            return Ok(0);
+        }
+        let mut best = (f64::INFINITY, 0);
+        for variant in 0..variants {
+            run(variant)?;
+            for _ in 0..RUNS {
+                let time = self.time(|| run(variant))?.as_secs_f64();
+                if time < best.0 {
+                    best = (time, variant);
+                }
+            }
+        }
+        tracing::debug!(variant = best.1, ms = best.0 * 1e3, "tuned {case}");
+        tuner.set(case, best.1);
+        Ok(best.1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::device::{Device, GpuOptions};
+    use crate::kernels::add::add;
+    use crate::tensor::Tensor;
+    use crate::testing;
+
+    #[test]
+    fn choices_are_kept_for_their_device_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("deep/tuned.json");
+        let new = |device: &str| Tuner::new(device.into(), Some(file.clone()));
+        let get = |tuner: &Tuner, case| tuner.known().get(case).copied();
+        let (one, other) = (new("one"), new("other"));
+        assert_eq!(get(&one, "case"), None);
+        one.set("case", 2);
+        other.set("case", 1);
+        one.set("second", 0);
+        let [one, other] = ["one", "other"].map(new);
+        assert_eq!((get(&one, "case"), get(&one, "second"), get(&other, "case")), (Some(2), Some(0), Some(1)));
+        assert_eq!(get(&other, "second"), None);
+        // One that cannot be read counts as empty, and is replaced.
+        std::fs::write(&file, "{\"one\": ").unwrap();
+        let one = new("one");
+        assert_eq!(get(&one, "case"), None);
+        one.set("case", 1);
+        assert_eq!(get(&new("one"), "case"), Some(1));
+    }
+
+    #[test]
+    fn the_fastest_variant_is_measured_once() {
+        let folder = tempfile::tempdir().unwrap();
+        for (index, device) in testing::gpus_with(|options| {
+            options.tune = Some(folder.path().join("tuned.json"));
+        })
+        .into_iter()
+        .enumerate()
+        {
+            let Device::Gpu(gpu) = &device else { unreachable!("only GPUs were asked for") };
+            let x = Tensor::from_slice(&device, &[1 << 18], &testing::values(1, 1 << 18, 1.0)).unwrap();
+            let runs = RefCell::new(Vec::new());
+            let run = |variant: usize| {
+                runs.borrow_mut().push(variant);
+                (0..[40, 1, 40][variant]).try_for_each(|_| add(&x, &x).map(drop))
+            };
+            let case = format!("case {index}");
+            assert_eq!(gpu.tuned(&case, 3, run).unwrap(), 1, "{}", testing::name(&device));
+            assert_eq!(runs.borrow().len(), 3 * (1 + RUNS));
+            assert_eq!(gpu.tuned(&case, 3, run).unwrap(), 1);
+            assert_eq!(runs.borrow().len(), 3 * (1 + RUNS), "it is known");
+            // A choice that no longer exists is made again.
+            assert_eq!(gpu.tuned(&case, 1, run).unwrap(), 0);
+        }
+        let plain = Device::gpu(&GpuOptions { tune: None, ..GpuOptions::default() });
+        if let Ok(Device::Gpu(gpu)) = plain {
+            assert_eq!(gpu.tuned("case", 3, |_| panic!("nothing is measured")).unwrap(), 0);
+        }
+    }
+}
