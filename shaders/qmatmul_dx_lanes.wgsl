@@ -44,9 +44,11 @@ fn main(
     if (group >= p.groups) {
         return;
     }
-    let row_group = group / p.column_groups;
+    let row_groups = p.rows / {{ tokens }}u;
+    let column_group = group / row_groups;
+    let row_group = group - column_group * row_groups;
     let row_base = p.row + row_group * {{ tokens }}u;
-    let word_base = (group - row_group * p.column_groups) * {{ threads * words }}u;
+    let word_base = column_group * {{ threads * words }}u;
 {% if sets == 2 %}
     let upper = lane >= {{ threads // 2 }}u;
 {% endif %}

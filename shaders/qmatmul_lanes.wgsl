@@ -33,8 +33,10 @@ fn main(
     if (group >= p.groups) {
         return;
     }
-    let row_group = group / p.column_groups;
-    let n_base = (group - row_group * p.column_groups) * {{ threads * columns }}u + lane;
+    let row_groups = p.rows / {{ tokens }}u;
+    let column_group = group / row_groups;
+    let row_group = group - column_group * row_groups;
+    let n_base = column_group * {{ threads * columns }}u + lane;
     let row_base = p.row + row_group * {{ tokens }}u;
 
     // Columns past the end are computed from the last one and not stored; rows always come in whole groups.
