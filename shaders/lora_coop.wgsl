@@ -6,7 +6,7 @@ enable wgpu_cooperative_matrix;
 {% set left, right = {"along": left_along, "name": "left"}, {"along": right_along, "name": "right"} %}
 //
 // Operands are staged as f16 times powers of two. L is {{ "[P, C]: a factor a row" if left.along else "[C, P]: the factor that fits all rows of the part" }}; R is {{ "[Q, C]: a factor a row" if right.along else "[C, Q]: the factor that fits all rows of the part" }}.
-{% from "coop.wgsl" import depth, enter, accumulators, multiply, store %}
+{% from "coop.wgsl" import depth, enter, accumulators, multiply, store, least %}
 {% set rows, columns = (16, 64) if wide else (64, 16) %}
 {% set sum_stride = columns + 4 %}
 
@@ -44,15 +44,7 @@ var<workgroup> left_tile: array<f16, {{ (rows if left.along else depth) * left_s
 var<workgroup> right_tile: array<f16, {{ (columns if right.along else depth) * right_stride }}>;
 var<workgroup> sums: array<f32, {{ rows * sum_stride }}>;
 {% if not (left.along and right.along) %}
-var<workgroup> least: array<f32, 4>; // of each subgroup
-
-// The smallest of the workgroup's values.
-fn least_of(value: f32, subgroup: u32) -> f32 {
-    workgroupBarrier();
-    least[subgroup] = subgroupMin(value);
-    workgroupBarrier();
-    return min(min(least[0], least[1]), min(least[2], least[3]));
-}
+{{ least() }}
 {% endif %}
 
 {# Stages `width` rows or columns of OUT, from `base` to the last of `end`, by the contracted index from `start` on. Past the end

@@ -1,5 +1,4 @@
-// factor[m] = the power of two that brings the largest |X[m, :]| into [2^13, 2^14), where f16 is most exact and a
-// product with W (near 2^8) stays far from overflow in f32. 2^126 for a row of zeros and subnormals, which a driver may flush.
+// factor[m] = the power of two that brings the largest |X[m, :]| into [2^13, 2^14).
 
 struct Params {
     first_group: u32,
@@ -12,6 +11,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read_write> factor: array<f32>;
 
 {% include "groups.wgsl" %}
+{% include "factor.wgsl" %}
 
 var<workgroup> partial: array<f32, {{ threads }}>;
 
@@ -37,9 +37,6 @@ fn main(
         }
     }
     if (thread == 0u) {
-        // Biased exponents: that of the largest value, and that of the factor, kept within the normal numbers.
-        let exponent = i32(bitcast<u32>(partial[0]) >> 23u) & 255;
-        let wanted = clamp(127 + 13 + 127 - exponent, 1, 253);
-        factor[row] = bitcast<f32>(u32(wanted) << 23u);
+        factor[row] = factor_of(partial[0]);
     }
 }

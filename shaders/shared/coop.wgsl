@@ -1,8 +1,9 @@
 {# Products by cooperative matrices of f16, `edge` x `edge`, that add up in f32. A subgroup owns `rows` x `columns` results in
-   accumulators `sumI_J`, which can be multiplied, added up and stored whole, and nothing else: what is to be done to single
-   results is done in workgroup memory.
+   accumulators `sumI_J` (or of another name), which can be multiplied, added up and stored whole, and nothing else: what is to
+   be done to single results is done in workgroup memory.
 
-   All of a workgroup must come here together, and loads and stores do not look at bounds: whole tiles are staged.
+   All of a workgroup must come here together, and loads and stores do not look at bounds: whole tiles are staged, or padded
+   in their buffers.
    Arguments of a store are bound to names first, which naga's SPIR-V writer wants. #}
 {# Values of the contracted index that are staged at a time. #}
 {% set depth = 32 %}
@@ -15,16 +16,16 @@
     }
 {% endmacro %}
 
-{% macro accumulators(edge, rows, columns) %}
+{% macro accumulators(edge, rows, columns, sum="sum") %}
 {% for i in range(rows // edge) %}{% for j in range(columns // edge) %}
-    var sum{{ i }}_{{ j }} = coop_mat{{ edge }}x{{ edge }}<f32, C>();
+    var {{ sum }}{{ i }}_{{ j }} = coop_mat{{ edge }}x{{ edge }}<f32, C>();
 {% endfor %}{% endfor %}
 {% endmacro %}
 
-{# Adds the product of what is staged. `left` and `right` are tiles: their name, where the subgroup's piece begins, their
-   stride, and whether the contracted index runs along memory. #}
-{% macro multiply(edge, rows, columns, left, right) %}
-        for (var k = 0u; k < {{ depth }}u; k = k + {{ edge }}u) {
+{# Adds the product of `values` of the contracted index. `left` and `right` are tiles: the array's name, where the subgroup's
+   piece begins, their stride, and whether the contracted index runs along memory. #}
+{% macro multiply(edge, rows, columns, left, right, values=depth, sum="sum") %}
+        for (var k = 0u; k < {{ values }}u; k = k + {{ edge }}u) {
 {% for i in range(rows // edge) %}
             let a{{ i }} = {{ load(edge, "A", left, edge * i, left.along) }}
 {% endfor %}
@@ -32,7 +33,7 @@
             let b{{ j }} = {{ load(edge, "B", right, edge * j, not right.along) }}
 {% endfor %}
 {% for i in range(rows // edge) %}{% for j in range(columns // edge) %}
-            sum{{ i }}_{{ j }} = coopMultiplyAdd(a{{ i }}, b{{ j }}, sum{{ i }}_{{ j }});
+            {{ sum }}{{ i }}_{{ j }} = coopMultiplyAdd(a{{ i }}, b{{ j }}, {{ sum }}{{ i }}_{{ j }});
 {% endfor %}{% endfor %}
         }
 {% endmacro %}
@@ -78,12 +79,31 @@ coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(
 {% endmacro %}
 
 {# Stores 16 x 16 of a subgroup's results, from row `down` and column `right` on, into an array of f32. #}
-{% macro store(edge, down, right, array, begin, stride) %}
+{% macro store(edge, down, right, array, begin, stride, sum="sum") %}
 {% for i in range(16 // edge) %}{% for j in range(16 // edge) %}
         {
             let at = {{ begin }} + {{ edge * i * stride + edge * j }}u;
-            let value = sum{{ down // edge + i }}_{{ right // edge + j }};
+            let value = {{ sum }}{{ down // edge + i }}_{{ right // edge + j }};
             coopStoreT(value, &{{ array }}[at], {{ stride }}u);
         }
 {% endfor %}{% endfor %}
+{% endmacro %}
+
+{# Loads 16 x 16 of a subgroup's results again, from where `store` has put them. #}
+{% macro load_again(edge, down, right, array, begin, stride, sum="sum") %}
+{% for i in range(16 // edge) %}{% for j in range(16 // edge) %}
+        {{ sum }}{{ down // edge + i }}_{{ right // edge + j }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f32, C>>(&{{ array }}[{{ begin }} + {{ edge * i * stride + edge * j }}u], {{ stride }}u);
+{% endfor %}{% endfor %}
+{% endmacro %}
+
+{# `least_of(value, subgroup)`: the smallest of the workgroup's values. #}
+{% macro least() %}
+var<workgroup> least: array<f32, 4>; // of each subgroup
+
+fn least_of(value: f32, subgroup: u32) -> f32 {
+    workgroupBarrier();
+    least[subgroup] = subgroupMin(value);
+    workgroupBarrier();
+    return min(min(least[0], least[1]), min(least[2], least[3]));
+}
 {% endmacro %}

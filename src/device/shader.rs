@@ -127,6 +127,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "coop.wgsl",
         "dot_quads.wgsl",
         "dropout.wgsl",
+        "factor.wgsl",
         "groups.wgsl",
         "matrix.wgsl",
         "matrix_params.wgsl",
