@@ -207,7 +207,8 @@ run_stack() {
         for name in layers layer_backward model_golden train_golden; do
             run_tests "$name"
         done
-        run_tests qlora_wgpu kernels::qmatmul kernels::lora_ kernels::linear_cross_entropy kernels::row_factor bench::
+        run_tests qlora_wgpu kernels::qmatmul kernels::lora_ kernels::attention kernels::linear_cross_entropy kernels::row_factor \
+            bench::
     else
         for name in device layers layer_backward seed_parity_layer model_golden train_golden; do
             run_tests "$name"

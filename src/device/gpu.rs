@@ -152,7 +152,7 @@ impl Gpu {
             experimental_features: if experimental {
                 // SAFETY: cooperative matrices are the only experimental feature asked for, and only in the tier that uses
                 // them. Their loads and stores are not checked against bounds: the kernels let them touch whole tiles in
-                // workgroup memory and nothing else. All of a workgroup runs them together, with subgroups of one size.
+                // workgroup memory and, for loads, rows that attention_pack has padded to whole tiles. All of a workgroup runs them together, with subgroups of one size.
                 unsafe { wgpu::ExperimentalFeatures::enabled() }
             } else {
                 wgpu::ExperimentalFeatures::disabled()

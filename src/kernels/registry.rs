@@ -2,11 +2,12 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    adamw, add, add_assign, attention, attention_delta, attention_dkv, attention_dkv_lanes, attention_dq,
-    attention_dq_lanes, attention_lanes, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding,
-    grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop, qmatmul_dx_coop, qmatmul_dx_lanes,
-    qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor,
-    scale_columns, silu_mul, silu_mul_backward, sum,
+    adamw, add, add_assign, attention, attention_coop, attention_delta, attention_dkv, attention_dkv_coop,
+    attention_dkv_lanes, attention_dq, attention_dq_coop, attention_dq_lanes, attention_lanes, attention_pack,
+    column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down,
+    lora_dw, qmatmul_coop, qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes,
+    qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor, scale_columns, silu_mul, silu_mul_backward,
+    sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -27,6 +28,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &add::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &attention::KERNEL, variants: attention::variants, twin: "attention::reference" },
+    Entry { kernel: &attention_coop::KERNEL, variants: attention_pack::head_variants, twin: "attention::reference" },
     Entry {
         kernel: &attention_delta::KERNEL,
         variants: |_| vec![attention_delta::defines()],
@@ -34,17 +36,28 @@ pub static KERNELS: &[Entry] = &[
     },
     Entry { kernel: &attention_dkv::KERNEL, variants: attention_dkv::variants, twin: "attention_backward::reference" },
     Entry {
+        kernel: &attention_dkv_coop::KERNEL,
+        variants: attention_pack::head_variants,
+        twin: "attention_backward::reference",
+    },
+    Entry {
         kernel: &attention_dkv_lanes::KERNEL,
         variants: attention_dkv_lanes::variants,
         twin: "attention_backward::reference",
     },
     Entry { kernel: &attention_dq::KERNEL, variants: attention_dq::variants, twin: "attention_backward::reference" },
     Entry {
+        kernel: &attention_dq_coop::KERNEL,
+        variants: attention_pack::head_variants,
+        twin: "attention_backward::reference",
+    },
+    Entry {
         kernel: &attention_dq_lanes::KERNEL,
         variants: attention_dq_lanes::variants,
         twin: "attention_backward::reference",
     },
     Entry { kernel: &attention_lanes::KERNEL, variants: attention_lanes::variants, twin: "attention::reference" },
+    Entry { kernel: &attention_pack::KERNEL, variants: attention_pack::variants, twin: "attention_pack::reference" },
     Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
     Entry { kernel: &cross_entropy::KERNEL, variants: cross_entropy::variants, twin: "cross_entropy::reference" },
     Entry {

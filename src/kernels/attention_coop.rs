@@ -1,0 +1,38 @@
+//! [`attention`](super::attention) of many queries by cooperative matrices: 64 queries of a head a workgroup over tiles of 32 keys,
+//! as f16 with sums in f32. One shader for both sizes of matrices.
+
+use super::attention::{AttentionParams, AttentionShape, flops_per_group};
+use super::attention_pack::{Packed, TILE, head_defines};
+use super::kernel;
+use super::visibility::Visibility;
+use crate::device::{Cooperative, Dispatch, Gpu};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention_coop.wgsl`
+    KERNEL = "attention_coop", AttentionParams,
+        [queries: Read, keys: Read, query_factors: Read, key_factors: Read, key_ranges: Read, o: Write, lse: Write]
+}
+
+pub(crate) fn dispatch(
+    gpu: &Gpu,
+    cooperative: Cooperative,
+    op: &'static str,
+    qkv: [&Tensor; 3],
+    shape: &AttentionShape,
+    visibility: &Visibility,
+    [o, lse]: [&Tensor; 2],
+) -> Result<()> {
+    let packed = Packed::new(gpu, op, qkv, None, shape, visibility)?;
+    let groups = (visibility.queries().div_ceil(TILE) * shape.heads) as u64;
+    let own = [visibility.key_ranges().buffer(gpu, op)?, o.buffer(gpu, op)?, lse.buffer(gpu, op)?];
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &head_defines(cooperative, shape.head_dim),
+        buffers: &[&packed.operands()[..], &own].concat(),
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 4, groups),
+    })
+}

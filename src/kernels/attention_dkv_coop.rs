@@ -1,0 +1,38 @@
+//! [`attention_dkv`](super::attention_dkv) by cooperative matrices: 64 keys of a head a workgroup over tiles of 32 queries, as f16
+//! with sums in f32. One shader for both sizes of matrices.
+
+use super::attention::{AttentionParams, flops_per_group};
+use super::attention_backward::GpuCall;
+use super::attention_pack::{Packed, TILE, head_defines};
+use super::kernel;
+use crate::device::{Cooperative, Dispatch};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention_dkv_coop.wgsl`
+    KERNEL = "attention_dkv_coop", AttentionParams,
+        [
+            queries: Read, keys: Read, query_factors: Read, key_factors: Read, stats: Read, query_ranges: Read, dk: Write,
+            dv: Write,
+        ]
+}
+
+pub(crate) fn dispatch(
+    call: &GpuCall<'_>,
+    packed: &Packed,
+    cooperative: Cooperative,
+    [dk, dv]: [&Tensor; 2],
+) -> Result<()> {
+    let GpuCall { op, gpu, stats, shape, visibility, .. } = *call;
+    let groups = (visibility.keys().div_ceil(TILE) * shape.kv_heads) as u64;
+    let own = [stats, visibility.query_ranges()?.buffer(gpu, op)?, dk.buffer(gpu, op)?, dv.buffer(gpu, op)?];
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &head_defines(cooperative, shape.head_dim),
+        buffers: &[&packed.operands()[..], &own].concat(),
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 6, groups),
+    })
+}
