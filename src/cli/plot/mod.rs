@@ -1,6 +1,7 @@
 //! Plots as SVG and PNG: the losses of a run, the times of a benchmark.
 
 pub(super) mod loss;
+pub(super) mod speed;
 
 use std::io::Write;
 use std::path::Path;
