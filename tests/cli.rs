@@ -200,38 +200,3 @@ fn wrong_usage_and_wrong_input_are_told_apart() {
     let error = failure(qlora().args(["quantize", "no/such/file.safetensors", "out.safetensors"]), 1);
     assert!(error.contains("no/such/file.safetensors"), "{error}");
 }
-
-/// A peer that answers the cases with 7 ms, but for those of one row.
-#[cfg(unix)]
-#[test]
-fn a_peer_is_timed_beside_us() {
-    let folder = tempfile::tempdir().unwrap();
-    let script = folder.path().join("peer");
-    let answers = r#"echo '{"name": "a peer 1.0"}'
-        while read -r line; do
-            case $line in
-            *'"m":1,'*) echo '{"skipped": "too small"}' ;;
-            *'"op":"forward"'*'"double_quant":true'*) echo '{"ms_min": 6.5, "ms_median": 7.0}' ;;
-            *) echo '{"ms_min": 9, "ms_median": 8}' ;;
-            esac
-        done"#;
-    std::fs::write(&script, answers).unwrap();
-    let bench = |arguments: &str| {
-        let mut command = assert_cmd::Command::cargo_bin("qlora").unwrap();
-        command.args("bench --device cpu --n 64 --k 64 --json".split(' ')).args(arguments.split(' '));
-        command.arg("--against").arg(format!("sh {}", script.display()));
-        command
-    };
-    let output = bench("--m 1,8 --double-quant").assert().success().get_output().stdout.clone();
-    let rows: serde_json::Value = serde_json::from_slice(&output).unwrap();
-    assert_eq!(rows[0]["peers"][0], serde_json::json!({"name": "a peer 1.0", "skipped": "too small"}));
-    let (ours, peer) = (rows[1]["ms_median"].as_f64().unwrap(), &rows[1]["peers"][0]);
-    assert_eq!((&peer["name"], peer["ms_median"].as_f64()), (&"a peer 1.0".into(), Some(7.0)));
-    assert!((peer["ratio"].as_f64().unwrap() - 7.0 / ours).abs() < 1e-9);
-
-    let error = String::from_utf8(bench("--m 8").assert().code(1).get_output().stderr.clone()).unwrap();
-    assert!(error.contains("peer: answers with times of 9 and 8 ms"), "{error}");
-    std::fs::write(&script, "exit 3").unwrap();
-    let error = String::from_utf8(bench("--m 8").assert().code(1).get_output().stderr.clone()).unwrap();
-    assert!(error.contains("has ended without an answer"), "{error}");
-}

@@ -4,8 +4,10 @@ Needs torch, bitsandbytes, peft and transformers:
 
     qlora bench --device cpu --double-quant --m 1,512 --n 4096 --k 14336 --against "python benches/peers/bitsandbytes_peft.py"
 
-Cases are read from standard input, a line of JSON each, and times answered; see src/bench/peer.rs. Computes in f32 on the CPU,
-as the CPU device does, and in bf16 on a GPU. Of `backward` the forward pass is not timed. QLORA_PEER_DEVICE chooses the device.
+Cases are read from standard input, a line of JSON each, and times answered; see src/bench/peer.rs. Tensors are f32 on the CPU,
+as on the CPU device, and bf16 on a GPU. On CPUs with AVX-512 and bf16, bitsandbytes multiplies in bf16 without gradients; there it
+looks for a faster product on the Hugging Face hub, and the name says where it has got it. Of `backward` the forward pass is not
+timed. QLORA_PEER_DEVICE chooses the device.
 """
 
 import json
@@ -15,6 +17,7 @@ import sys
 import time
 
 import bitsandbytes as bnb
+import bitsandbytes.backends.cpu.ops as cpu_ops
 import peft
 import torch
 import transformers
@@ -138,7 +141,9 @@ def answer(case):
 
 def main():
     versions = f"bitsandbytes {bnb.__version__}, PEFT {peft.__version__}, torch {torch.__version__}, {DEVICE}"
-    print(json.dumps({"name": versions}), flush=True)
+    fetched = getattr(cpu_ops, "gemm_4bit_forward_kernel", None) is not None
+    name = f"{versions}, with the hub's product" if DEVICE == "cpu" and fetched else versions
+    print(json.dumps({"name": name}), flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 

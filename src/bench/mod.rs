@@ -1,8 +1,9 @@
 //! What `qlora bench`, `cargo bench` and `qlora demo` measure, timed alike: a layer ([`layer`]), and a whole training step
-//! ([`step`]); and what other programs take for the same ([`peer`]).
+//! ([`step`]); what other programs take for the same ([`peer`]); and all of it as a file ([`report`]).
 
 pub mod layer;
 pub mod peer;
+pub mod report;
 pub mod step;
 
 use std::time::{Duration, Instant};

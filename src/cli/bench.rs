@@ -1,14 +1,20 @@
 //! `qlora bench`: times of a layer's passes and of a training step, checked against the CPU.
 
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
 use clap::{Args, ValueEnum};
 
+use super::plot::speed;
 use super::{print_json, print_line, table};
 use crate::bench::Row;
 use crate::bench::layer::{self, Case, measure};
 use crate::bench::peer::Peer;
+use crate::bench::report::{Machine, Report};
 use crate::bench::step::{StepCase, StepProfile, StepShape, measure_step};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::formats::staged::StagedFile;
 use crate::quant::{Format, QuantOptions};
 
 /// Times the fused QLoRA layer, or a whole training step, on a device and checks the result against the CPU.
@@ -18,15 +24,15 @@ use crate::quant::{Format, QuantOptions};
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora bench --device best --m 1,64 --n 4096 --k 4096 --double-quant --json\n  \
-    qlora bench --op backward --m 512 --n 4096 --k 14336 --double-quant\n  \
+    qlora bench --op forward,backward --m 1,512 --against target/peers/bitsandbytes --output cpu.json --plot cpu.png\n  \
     qlora bench --op step --tokens 256 --hidden 576 --ffn 1536 --layers 30 --heads 9 --kv-heads 3 --vocabulary 49152")]
 pub struct BenchArgs {
     /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
     #[arg(long, default_value = "best")]
     device: String,
-    /// What to time.
-    #[arg(long, value_enum, default_value_t = Op::Forward)]
-    op: Op,
+    /// What to time, one after the other.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Op::Forward])]
+    op: Vec<Op>,
     /// Rows of X (tokens).
     #[arg(long, value_delimiter = ',', default_values_t = [1, 8, 64, 512], value_parser = size)]
     m: Vec<usize>,
@@ -45,10 +51,16 @@ pub struct BenchArgs {
     /// Quantize the scales too.
     #[arg(long)]
     double_quant: bool,
-    /// A program that times each case too, right after it: benches/peers has one for bitsandbytes with PEFT. May be given several
-    /// times.
+    /// A program that times each case too, right after it: benches/peers has those for bitsandbytes with PEFT and for llama.cpp,
+    /// which scripts/peers.sh sets up. May be given several times.
     #[arg(long, value_name = "COMMAND")]
     against: Vec<String>,
+    /// Also write a JSON file: version, date, machine (cpu, cores, memory_bytes, os, load), device, driver, and the rows of --json.
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Also draw the times, with those of --against, as SVG or PNG by the file's ending.
+    #[arg(long, value_name = "FILE", value_parser = speed::path)]
+    plot: Option<PathBuf>,
     #[command(flatten)]
     step: StepArgs,
     /// Print JSON, an object a case: op, device (cpu or gpu), adapter (its name), tier, format, double_quant, m, n, k, rank,
@@ -99,7 +111,7 @@ impl StepArgs {
     }
 }
 
-#[derive(ValueEnum, Clone, Copy, Debug)]
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
     /// Y = X * deq(W)^T + s * (X * A^T) * B^T
     Forward,
@@ -126,10 +138,11 @@ fn rank(text: &str) -> Result<usize, String> {
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {
+    let machine = Machine::this();
     let device = Device::named(&args.device)?;
     let quant = QuantOptions { format: args.format, ..QuantOptions::default() };
     let quant = if args.double_quant { quant.double_quant() } else { quant };
-    if args.step.profile && !matches!(args.op, Op::Step) {
+    if args.step.profile && !args.op.contains(&Op::Step) {
         return Err(Error::Invalid {
             op: "bench",
             what: "--profile",
@@ -142,15 +155,29 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         row.peers = peers.iter_mut().map(|peer| peer.measure(&row)).collect::<Result<_>>()?;
         Ok(row)
     };
-    let rows = match args.op {
-        Op::Forward => layers(args, layer::Op::Forward, quant, &device, &mut compare)?,
-        Op::Backward => layers(args, layer::Op::Backward, quant, &device, &mut compare)?,
-        Op::Step => {
-            let case = StepCase { shape: args.step.shape(), rank: args.rank, quant, profile: args.step.profile };
-            vec![compare(measure_step(&case, &device)?)?]
+    let mut rows = Vec::new();
+    for op in &args.op {
+        match op {
+            Op::Forward => rows.extend(layers(args, layer::Op::Forward, quant, &device, &mut compare)?),
+            Op::Backward => rows.extend(layers(args, layer::Op::Backward, quant, &device, &mut compare)?),
+            Op::Step => {
+                let case = StepCase { shape: args.step.shape(), rank: args.rank, quant, profile: args.step.profile };
+                rows.push(compare(measure_step(&case, &device)?)?);
+            }
         }
-    };
-    if args.json { print_json(&rows) } else { print_line(&describe(&rows)) }
+    }
+    if args.json { print_json(&rows) } else { print_line(&describe(&rows)) }?;
+    let report = Report::new(machine, &device, rows);
+    if let Some(path) = &args.output {
+        write(path, &report)?;
+    }
+    args.plot.as_ref().map_or(Ok(()), |path| speed::write(path, &report))
+}
+
+fn write(path: &Path, report: &Report) -> Result<()> {
+    let failed = |message: String| Error::Io { path: path.into(), message };
+    let text = serde_json::to_string_pretty(report).map_err(|error| failed(error.to_string()))?;
+    StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| failed(error.to_string())))?.commit()
 }
 
 /// Every case of a layer that the sizes make.
@@ -217,11 +244,12 @@ fn profile(profile: &StepProfile) -> String {
 
 /// What peers took, a line for each case and peer.
 fn against(rows: &[Row]) -> String {
-    let header = ["m", "n", "k", "ms median", "theirs", "ratio", "peer"];
+    let header = ["op", "m", "n", "k", "ms median", "theirs", "ratio", "peer"];
     let cells = rows.iter().flat_map(|row| {
         row.peers.iter().map(|peer| {
             let number = |value: Option<f64>, digits| value.map_or("-".into(), |value| format!("{value:.digits$}"));
             [
+                row.op.to_owned(),
                 row.m.to_string(),
                 row.n.to_string(),
                 row.k.to_string(),
@@ -236,5 +264,5 @@ fn against(rows: &[Row]) -> String {
         })
     });
     let cells: Vec<_> = cells.collect();
-    if cells.is_empty() { String::new() } else { format!("\n\n{}", table(header, 0, cells)) }
+    if cells.is_empty() { String::new() } else { format!("\n\n{}", table(header, 1, cells)) }
 }

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar};
 
-use super::{plot, say};
+use super::plot::loss;
+use super::say;
 use crate::error::Result;
 use crate::train::metrics::{self, Record};
 use crate::train::run::{Event, Run, Summary};
@@ -97,7 +98,7 @@ pub(super) fn train(
     let records = metrics::read(&output.join(metrics::FILE))?;
     // There are none of a run that was interrupted before its first step.
     if !records.is_empty() {
-        plot::write(output, &records)?;
+        loss::write(output, &records)?;
     }
     Ok((summary, records))
 }

@@ -533,3 +533,8 @@ pub(crate) const MAX_PARAMS_BYTES: u32 = 128;
 pub(super) fn device_name(info: &wgpu::AdapterInfo) -> String {
     format!("{} ({})", info.name.trim(), info.backend)
 }
+
+/// An adapter's driver and its version.
+pub(super) fn driver_name(info: &wgpu::AdapterInfo) -> String {
+    format!("{} {}", info.driver, info.driver_info).trim().to_owned()
+}

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::Device;
 use super::cooperative::{Cooperative, usable};
-use super::gpu::{Gpu, Wrap, device_name};
+use super::gpu::{Gpu, Wrap, device_name, driver_name};
 use super::tier::Tier;
 use super::tune;
 use crate::error::{Error, Result};
@@ -89,7 +90,7 @@ pub fn devices() -> Vec<DeviceInfo> {
         name: "cpu".into(),
         kind: "cpu",
         backend: "none".into(),
-        driver: format!("{} threads", rayon::current_num_threads()),
+        driver: Device::cpu().driver(),
         tier: String::new(),
         tiers: Vec::new(),
         max_binding_bytes: 0,
@@ -116,7 +117,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
             wgpu::DeviceType::Other => "other",
         },
         backend: info.backend.to_string(),
-        driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
+        driver: driver_name(&info),
         tier: Tier::best(info.device_type, features).to_string(),
         tiers: Tier::runnable(runnable).map(|tier| tier.to_string()).collect(),
         max_binding_bytes: adapter.limits().max_storage_buffer_binding_size,

@@ -108,6 +108,14 @@ impl Device {
         }
     }
 
+    /// Its driver and version; of the CPU device its threads.
+    pub fn driver(&self) -> String {
+        match self {
+            Device::Cpu(_) => format!("{} threads", rayon::current_num_threads()),
+            Device::Gpu(gpu) => gpu::driver_name(gpu.info()),
+        }
+    }
+
     /// Memory of this device's tensors and matrices.
     pub fn memory(&self) -> MemoryCounters {
         match self {

@@ -28,8 +28,8 @@ def llama(*arguments):
 
 @cache
 def theirs(prompt, *arguments):
-    # Keys, values and attention in f32, as ours are. One thread: two wait for each other without end on a busy machine.
-    exact = ["-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", 1]
+    # On the CPU; keys, values and attention in f32, as ours are. One thread: two wait for each other without end on a busy machine.
+    exact = ["--device", "none", "-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", 1]
     text = llama("-no-cnv", "--no-display-prompt", "--temp", 0, "-n", TOKENS, "-p", prompt, *exact, *arguments)
     return text.replace("[end of text]", "").strip()
 

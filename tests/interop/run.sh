@@ -11,12 +11,9 @@ work=$root/target/interop
 [ $# -gt 0 ] || set -- peft_adapters bitsandbytes_checkpoints merged_models llama_cpp
 mkdir -p "$work" "$here/results"
 
-venv=${QLORA_INTEROP_VENV:-$work/venv}
-if [ -z "${QLORA_INTEROP_VENV:-}" ] && ! cmp -s "$here/requirements.txt" "$venv/requirements.txt"; then
-    python3 -m venv --clear "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
-    cp "$here/requirements.txt" "$venv/requirements.txt"
-fi
+# shellcheck source=venv.sh
+. "$here/venv.sh"
+venv=$(interop_venv)
 if [ -z "${QLORA:-}" ]; then
     (cd "$root" && "${CARGO:-cargo}" build --release --locked --bin qlora)
     QLORA=$root/target/release/qlora
@@ -31,11 +28,9 @@ prepare_llama_cpp() {
     # shellcheck source=../../scripts/packages.sh
     . "$root/scripts/packages.sh"
     SID=$work/sid
-    [ -d "$SID" ] || unpack_sid "$SID" llama.cpp
+    unpack_llama_cpp "$SID"
     SID_LOADER=$(loader_of "$SID")
-    SID_LIBRARIES=$(find "$SID/usr/lib" -name '*.so*' -exec dirname {} + | sort -u | tr '\n' ':')
-    # It looks for its code for CPUs beside the program, which is the loader here.
-    find "$SID" -path '*/ggml/*' -name 'libggml-cpu-*.so' -exec cp -n {} "$(dirname -- "$SID_LOADER")" \;
+    SID_LIBRARIES=$(libraries_of "$SID")
     export SID SID_LOADER SID_LIBRARIES
 }
 

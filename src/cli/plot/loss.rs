@@ -1,32 +1,21 @@
 //! `loss.svg` and `loss.png`: the losses of a run over its steps.
 
-use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
 
+use plotters::coord::Shift;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
-use plotters::style::{FontStyle, register_font};
 
+use super::{COLORS, Drawn, Figure, GRID, TEXT, font};
 use crate::error::{Error, Result};
-use crate::formats::staged::StagedFile;
 use crate::train::metrics::Record;
 
 /// Pixels.
 const SIZE: (u32, u32) = (1000, 600);
-/// The PNG is drawn so many times larger and scaled down, as its lines have hard edges.
-const OVERSAMPLING: u32 = 3;
-
-/// Two colours that differ for every kind of sight (of Okabe and Ito's palette), one for text, one for lines behind.
-const TRAINING: RGBColor = RGBColor(0, 114, 178);
-const EVALUATION: RGBColor = RGBColor(213, 94, 0);
-const TEXT: RGBColor = RGBColor(51, 51, 51);
-const GRID: RGBColor = RGBColor(224, 224, 224);
-
-/// Of the PNG's text; an SVG names a family, and its viewer has one.
-static FONT: &[u8] = include_bytes!("../../assets/DejaVuSans-ascii.ttf");
-const FAMILY: &str = "sans-serif";
+const TRAINING: RGBColor = COLORS[0];
+const EVALUATION: RGBColor = COLORS[1];
 
 /// From so many steps on, single ones are noise around the line that is of interest.
 const SMOOTH_FROM: usize = 40;
@@ -35,17 +24,10 @@ const SMOOTH_FROM: usize = 40;
 ///
 /// # Errors
 /// [`Error::Invalid`] if no record has a loss; [`Error::Io`] if a file cannot be written.
-pub(super) fn write(folder: &Path, records: &[Record]) -> Result<()> {
+pub(crate) fn write(folder: &Path, records: &[Record]) -> Result<()> {
     let plot = Plot::new(records)?;
-    let (svg, png) = (folder.join("loss.svg"), folder.join("loss.png"));
-    let text = plot.svg().map_err(|message| Error::File { path: svg.clone(), message })?;
-    let pixels = plot.pixels().map_err(|message| Error::File { path: png.clone(), message })?;
-    let svg = StagedFile::new(&svg, |out| {
-        out.write_all(text.as_bytes()).map_err(|e| Error::Io { path: svg.clone(), message: e.to_string() })
-    })?;
-    let png = StagedFile::new(&png, |out| {
-        encode(out, &pixels).map_err(|e| Error::Io { path: png.clone(), message: e.to_string() })
-    })?;
+    let svg = super::svg(&folder.join("loss.svg"), &plot)?;
+    let png = super::png(&folder.join("loss.png"), &plot)?;
     svg.commit()?;
     png.commit()
 }
@@ -93,33 +75,15 @@ impl Plot {
             evaluation,
         })
     }
+}
 
-    fn svg(&self) -> Result<String, String> {
-        let mut svg = String::new();
-        self.draw(&SVGBackend::with_string(&mut svg, SIZE).into_drawing_area(), 1).map_err(|e| e.to_string())?;
-        Ok(svg)
+impl Figure for Plot {
+    fn size(&self) -> (u32, u32) {
+        SIZE
     }
 
-    /// Red, green and blue of every pixel, rows from the top.
-    fn pixels(&self) -> Result<Vec<u8>, String> {
-        let (width, height) = (SIZE.0 * OVERSAMPLING, SIZE.1 * OVERSAMPLING);
-        let mut large = vec![0; (3 * width * height) as usize];
-        let area = BitMapBackend::with_buffer(&mut large, (width, height)).into_drawing_area();
-        self.draw(&area, OVERSAMPLING).map_err(|e| e.to_string())?;
-        drop(area);
-        Ok(scale_down(&large, SIZE, OVERSAMPLING as usize))
-    }
-
-    /// Draws on an area that is `scale` times [`SIZE`].
-    fn draw<B: DrawingBackend>(
-        &self,
-        area: &DrawingArea<B, plotters::coord::Shift>,
-        scale: u32,
-    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
-        // Only a font that is none is refused.
-        let _ = register_font(FAMILY, FontStyle::Normal, FONT);
-        let font = |size: u32| (FAMILY, size * scale).into_font().color(&TEXT);
-        area.fill(&WHITE)?;
+    fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>, scale: u32) -> Drawn<B> {
+        let font = |size: u32| font(size * scale);
         let (low, high) = self.losses;
         let (ticks, digits) = ticks(low, high);
         let mut chart = ChartBuilder::on(area)
@@ -174,8 +138,7 @@ impl Plot {
             .label_font(font(16))
             .background_style(WHITE.mix(0.85))
             .border_style(GRID.stroke_width(scale))
-            .draw()?;
-        area.present()
+            .draw()
     }
 }
 
@@ -187,30 +150,6 @@ fn smooth(points: &Points, window: usize) -> Points {
         (points[at].0, around.iter().map(|&(_, loss)| loss).sum::<f64>() / around.len() as f64)
     };
     (0..points.len()).map(mean).collect()
-}
-
-/// An image of `size` whose pixels are the means of `by` x `by` ones.
-fn scale_down(large: &[u8], (width, height): (u32, u32), by: usize) -> Vec<u8> {
-    let (width, height) = (width as usize, height as usize);
-    let mut small = Vec::with_capacity(3 * width * height);
-    for y in 0..height {
-        for x in 0..width {
-            for channel in 0..3 {
-                let at = |dy: usize, dx: usize| large[3 * ((y * by + dy) * width * by + x * by + dx) + channel];
-                let sum: usize = (0..by * by).map(|i| usize::from(at(i / by, i % by))).sum();
-                small.push((sum / (by * by)) as u8);
-            }
-        }
-    }
-    small
-}
-
-fn encode(out: impl Write, pixels: &[u8]) -> Result<(), png::EncodingError> {
-    let mut encoder = png::Encoder::new(out, SIZE.0, SIZE.1);
-    encoder.set_color(png::ColorType::Rgb);
-    let mut writer = encoder.write_header()?;
-    writer.write_image_data(pixels)?;
-    writer.finish()
 }
 
 /// An axis with ticks of our own.
@@ -251,9 +190,9 @@ fn ticks(low: f64, high: f64) -> (Vec<f64>, usize) {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::{self, File};
-    use std::io::BufReader;
+    use std::fs;
 
+    use super::super::testing::{count, pixels};
     use super::*;
 
     /// A falling loss with noise, evaluated every `every` steps and before the first.
@@ -272,20 +211,12 @@ mod tests {
     fn drawn(records: &[Record]) -> (String, Vec<u8>) {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), records).unwrap();
-        let decoder = png::Decoder::new(BufReader::new(File::open(folder.path().join("loss.png")).unwrap()));
-        let mut reader = decoder.read_info().unwrap();
-        assert_eq!((reader.info().width, reader.info().height), SIZE);
-        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
-        reader.next_frame(&mut pixels).unwrap();
+        let (size, pixels) = pixels(&folder.path().join("loss.png"));
+        assert_eq!(size, SIZE);
         let svg = fs::read_to_string(folder.path().join("loss.svg")).unwrap();
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
         assert!(svg.trim_end().ends_with("</svg>") && !svg.contains("NaN") && !svg.contains("inf"), "{svg}");
         (svg, pixels)
-    }
-
-    /// Pixels of exactly this colour.
-    fn count(pixels: &[u8], color: RGBColor) -> usize {
-        pixels.chunks_exact(3).filter(|pixel| **pixel == [color.0, color.1, color.2]).count()
     }
 
     #[test]
