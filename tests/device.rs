@@ -255,3 +255,19 @@ fn tensors_of_two_devices_do_not_meet() {
         assert!(matches!(error, Error::DeviceMismatch { .. }), "{error:?}");
     }
 }
+
+#[test]
+fn short_work_is_one_submission() {
+    for device in common::gpus_with(|_| {}) {
+        let gpu = gpu_of(&device);
+        let layer = layer(&device, 48, 64);
+        let x = Tensor::from_slice(&device, &[1, 64], &[0.5; 64]).unwrap();
+        layer.forward(&x).unwrap().to_vec().unwrap();
+        let before = gpu.submissions();
+        // Each is two dispatches at least.
+        let all: Vec<Tensor> = (0..500).map(|_| layer.forward(&x).unwrap()).collect();
+        let last = all[499].to_vec().unwrap();
+        assert_eq!(gpu.submissions() - before, 1, "{}", device.name());
+        assert_eq!(all[0].to_vec().unwrap(), last);
+    }
+}

@@ -11,8 +11,11 @@ use super::shader::{Defines, Kernel};
 use super::tier::Tier;
 use crate::error::Result;
 
-/// Dispatches in one submission.
-pub(super) const BATCH: usize = 256;
+/// The most dispatches in one submission: those of a token of a model with a hundred layers.
+pub(super) const BATCH: usize = 2048;
+/// The most floating-point operations of a submission with several dispatches: those of a token of 15 billion parameters.
+/// Longer work begins before all of it is recorded.
+const BATCH_FLOPS: u64 = 32_000_000_000;
 /// The most floating-point operations of one dispatch: about 0.2 s at 100 GFLOP/s, so that no desktop watchdog ends it.
 const MAX_FLOPS: u64 = 20_000_000_000;
 /// The same for software drivers, which run at a tenth of that; nothing watches them, but others want the cores.
@@ -25,6 +28,10 @@ pub(super) struct Recorder {
     pass: Option<wgpu::ComputePass<'static>>,
     encoder: Option<wgpu::CommandEncoder>,
     dispatches: usize,
+    /// Of the dispatches.
+    flops: u64,
+    /// How many there have been.
+    submissions: u64,
     /// Parameters of the batch where there are no immediates: one slot of `uniform_alignment` bytes a dispatch.
     uniforms: Vec<u8>,
     uniform_buffer: Option<wgpu::Buffer>,
@@ -81,7 +88,9 @@ impl Gpu {
             let end = (first + part).min(call.groups);
             params[..4].copy_from_slice(&(first as u32).to_ne_bytes());
             params[4..8].copy_from_slice(&(end as u32).to_ne_bytes());
-            if recorder.dispatches >= BATCH {
+            let flops = (end - first) * call.flops_per_group;
+            let full = recorder.dispatches >= BATCH || recorder.flops + flops > BATCH_FLOPS;
+            if full && recorder.dispatches > 0 {
                 self.submit(recorder)?;
             }
             let offset = recorder.stage_uniform(self, &params);
@@ -97,6 +106,7 @@ impl Gpu {
             let (x, y) = fold(end - first, self.limits().max_workgroups);
             pass.dispatch_workgroups(x, y, 1);
             recorder.dispatches += 1;
+            recorder.flops += flops;
             first = end;
         }
         Ok(())
@@ -104,7 +114,12 @@ impl Gpu {
 
     /// Submits what has been recorded, without waiting for it.
     pub fn flush(&self) -> Result<()> {
-        self.submit(&mut self.recorder().lock().unwrap_or_else(PoisonError::into_inner))
+        self.submit(&mut self.recorder().lock().unwrap_or_else(PoisonError::into_inner)).map(drop)
+    }
+
+    /// How often recorded work has been submitted.
+    pub fn submissions(&self) -> u64 {
+        self.recorder().lock().unwrap_or_else(PoisonError::into_inner).submissions
     }
 
     /// Submits what has been recorded and waits until the device has done it.
@@ -149,12 +164,14 @@ impl Gpu {
         })
     }
 
-    fn submit(&self, recorder: &mut Recorder) -> Result<()> {
+    /// None if nothing was recorded.
+    fn submit(&self, recorder: &mut Recorder) -> Result<Option<wgpu::SubmissionIndex>> {
         // An earlier error must not cost the batch.
         self.check()?;
         recorder.pass = None;
-        let Some(mut encoder) = recorder.encoder.take() else { return Ok(()) };
-        recorder.dispatches = 0;
+        let Some(mut encoder) = recorder.encoder.take() else { return Ok(None) };
+        (recorder.dispatches, recorder.flops) = (0, 0);
+        recorder.submissions += 1;
         if let Some(stamps) = &mut recorder.stamps {
             stamps.close(self, &mut encoder)?;
         }
@@ -163,7 +180,7 @@ impl Gpu {
             if let (Some(buffer), false) = (&recorder.uniform_buffer, uniforms.is_empty()) {
                 self.wgpu_queue().write_buffer(buffer, 0, &uniforms);
             }
-            self.wgpu_queue().submit([encoder.finish()]);
+            Some(self.wgpu_queue().submit([encoder.finish()]))
         });
         self.forget_retired();
         // The tensors of a lost batch have no values: whoever comes next is told too.
@@ -192,25 +209,16 @@ impl Gpu {
             }
         })
         .await?;
-        self.finish_read(read)
+        self.copied(read)
     }
 
     /// As [`Gpu::read_async`], blocking.
     pub(crate) fn read(&self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
-        let read = self.start_read(buffer, bytes)?;
-        loop {
-            self.poll(wgpu::PollType::wait_indefinitely())?;
-            let mapped = read.state.lock().unwrap_or_else(PoisonError::into_inner).mapped.take();
-            match mapped {
-                Some(Ok(())) => return self.finish_read(read),
-                Some(Err(message)) => return Err(self.error("reading back", message)),
-                // Another thread's poll has taken our callback and is about to run it.
-                None => std::thread::sleep(POLL_INTERVAL),
-            }
-        }
+        self.finish_read(self.start_read(buffer, bytes)?)
     }
 
-    fn start_read(&self, buffer: &Buffer, bytes: u64) -> Result<Read> {
+    /// Submits what has been recorded, and a copy of the first `bytes` of a buffer, for [`Gpu::finish_read`].
+    pub(crate) fn start_read(&self, buffer: &Buffer, bytes: u64) -> Result<Read> {
         let size = bytes.next_multiple_of(4);
         let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
         let staging = self.scoped_alloc("readback buffer", size, |device| {
@@ -222,7 +230,7 @@ impl Gpu {
             })
         })?;
         recorder.encoder(self)?.copy_buffer_to_buffer(buffer.raw(), 0, &staging, 0, size);
-        self.submit(&mut recorder)?;
+        let submission = self.submit(&mut recorder)?;
         let state = Arc::new(Mutex::new(ReadState::default()));
         let shared = state.clone();
         self.scoped("reading back", |_| {
@@ -234,10 +242,24 @@ impl Gpu {
                 }
             });
         })?;
-        Ok(Read { staging, bytes: bytes as usize, state })
+        Ok(Read { staging, bytes: bytes as usize, submission, state })
     }
 
-    fn finish_read(&self, read: Read) -> Result<Vec<u8>> {
+    /// Waits for the copy, but not for what was submitted after it.
+    pub(crate) fn finish_read(&self, read: Read) -> Result<Vec<u8>> {
+        loop {
+            self.poll(wgpu::PollType::Wait { submission_index: read.submission.clone(), timeout: None })?;
+            let mapped = read.state.lock().unwrap_or_else(PoisonError::into_inner).mapped.take();
+            match mapped {
+                Some(Ok(())) => return self.copied(read),
+                Some(Err(message)) => return Err(self.error("reading back", message)),
+                // Another thread's poll has taken our callback and is about to run it.
+                None => std::thread::sleep(POLL_INTERVAL),
+            }
+        }
+    }
+
+    fn copied(&self, read: Read) -> Result<Vec<u8>> {
         let view = read.staging.get_mapped_range(..).map_err(|error| self.error("reading back", error.to_string()))?;
         let bytes = view[..read.bytes].to_vec();
         drop(view);
@@ -325,9 +347,11 @@ impl Recorder {
     }
 }
 
-struct Read {
+/// Bytes on their way to the host.
+pub(crate) struct Read {
     staging: wgpu::Buffer,
     bytes: usize,
+    submission: Option<wgpu::SubmissionIndex>,
     state: Arc<Mutex<ReadState>>,
 }
 

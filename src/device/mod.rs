@@ -16,7 +16,7 @@ mod tune;
 
 use std::fmt;
 
-pub(crate) use commands::Dispatch;
+pub(crate) use commands::{Dispatch, Read};
 pub(crate) use cooperative::Cooperative;
 pub(crate) use cpu::Counted;
 pub use cpu::{Cpu, HostBuffer};
