@@ -6,6 +6,7 @@
 pub mod adamw;
 pub mod add;
 pub mod add_assign;
+pub mod append;
 pub mod attention;
 pub mod attention_backward;
 mod attention_coop;

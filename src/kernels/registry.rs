@@ -2,7 +2,7 @@
 
 use super::matrix::{dense_defines, quant_defines};
 use super::{
-    adamw, add, add_assign, attention, attention_coop, attention_delta, attention_dkv, attention_dkv_coop,
+    adamw, add, add_assign, append, attention, attention_coop, attention_delta, attention_dkv, attention_dkv_coop,
     attention_dkv_lanes, attention_dq, attention_dq_coop, attention_dq_lanes, attention_lanes, attention_pack,
     column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down,
     lora_dw, qmatmul_coop, qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes,
@@ -27,6 +27,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &adamw::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
     Entry { kernel: &add::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
+    Entry { kernel: &append::KERNEL, variants: |_| vec![quads::defines()], twin: "append::reference" },
     Entry { kernel: &attention::KERNEL, variants: attention::variants, twin: "attention::reference" },
     Entry { kernel: &attention_coop::KERNEL, variants: attention_pack::head_variants, twin: "attention::reference" },
     Entry {

@@ -4,6 +4,7 @@ use super::decoder::Decoder;
 use crate::autograd::Tape;
 use crate::error::{Error, Result};
 use crate::indices::Indices;
+use crate::kernels::append::append;
 use crate::kernels::attention::attention;
 use crate::kernels::embedding::{check_ids, embedding};
 use crate::kernels::qmatmul::qmatmul;
@@ -85,8 +86,7 @@ impl Decoder {
         for (layer, [keys, values]) in self.layers.iter().zip(&mut cache.layers) {
             let visibility = windowed.as_ref().filter(|_| layer.windowed).unwrap_or(&all);
             h = layer.forward(&mut tape, &h, &self.config, (&rope, &positions), None, |tape, [q, k, v], shape| {
-                keys.set_rows(start, k.value())?;
-                values.set_rows(start, v.value())?;
+                append([&mut *keys, &mut *values], start, [k.value(), v.value()])?;
                 Ok(tape.constant(attention(q.value(), keys, values, &shape, visibility)?.o))
             })?;
         }
