@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::device::{Buffer, Counted, Cpu, Device, Gpu};
+use crate::device::{Buffer, Counted, Cpu, Device, Gpu, Read};
 use crate::error::{Error, Result};
 
 /// A list of u32 values on a device. Clones share them.
@@ -16,6 +16,22 @@ pub struct Indices {
 enum Storage {
     Cpu { cpu: Cpu, values: Arc<[u32]>, _counted: Arc<Counted> },
     Gpu { gpu: Gpu, buffer: Buffer },
+}
+
+/// Values on their way to the host.
+pub(crate) enum Reading {
+    Known(Arc<[u32]>),
+    UnderWay(Gpu, Read),
+}
+
+impl Reading {
+    /// The values, once the device has done what was recorded before [`Indices::start_read`], and no more.
+    pub(crate) fn finish(self) -> Result<Vec<u32>> {
+        match self {
+            Reading::Known(values) => Ok(values.to_vec()),
+            Reading::UnderWay(gpu, read) => Ok(bytemuck::pod_collect_to_vec(&gpu.finish_read(read)?)),
+        }
+    }
 }
 
 impl std::fmt::Debug for Indices {
@@ -43,6 +59,12 @@ impl Indices {
         Ok(Indices { len: values.len(), storage })
     }
 
+    /// Values for a kernel to write; they are whatever was there before.
+    pub(crate) fn uninit(gpu: &Gpu, what: &str, len: usize) -> Result<Indices> {
+        let buffer = gpu.alloc(what, 4 * len as u64)?;
+        Ok(Indices { len, storage: Storage::Gpu { gpu: gpu.clone(), buffer } })
+    }
+
     /// Number of values.
     pub fn len(&self) -> usize {
         self.len
@@ -59,6 +81,21 @@ impl Indices {
             Storage::Cpu { cpu, .. } => Device::Cpu(cpu.clone()),
             Storage::Gpu { gpu, .. } => Device::Gpu(gpu.clone()),
         }
+    }
+
+    /// Submits what has been recorded and has the values brought to the host, without waiting for them.
+    pub(crate) fn start_read(&self) -> Result<Reading> {
+        match &self.storage {
+            Storage::Cpu { values, .. } => Ok(Reading::Known(values.clone())),
+            Storage::Gpu { gpu, buffer } => {
+                Ok(Reading::UnderWay(gpu.clone(), gpu.start_read(buffer, 4 * self.len as u64)?))
+            }
+        }
+    }
+
+    /// The values; waits for the device.
+    pub fn to_vec(&self) -> Result<Vec<u32>> {
+        self.start_read()?.finish()
     }
 
     /// The host values, for kernels that have made sure that they run on the CPU device.

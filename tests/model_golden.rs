@@ -2,7 +2,10 @@
 
 mod common;
 
+use std::ops::ControlFlow;
+
 use common::model::{adapter, distance, f32s, file, load, logits, path, tokens};
+use qlora_wgpu::device::Tier;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
 use qlora_wgpu::formats::safetensors::{OutData, OutTensor, write};
@@ -347,4 +350,48 @@ fn generation_takes_the_likeliest_token_and_stops() {
         std::ops::ControlFlow::Continue(())
     });
     assert!(error.unwrap_err().to_string().contains("128 positions"));
+}
+
+#[test]
+fn every_device_draws_the_same_answer_with_one_submission_a_token() {
+    let sampling = Sampling { temperature: 0.9, top_k: 50, top_p: 0.95, seed: 5 };
+    let run = |model: &Decoder, most: usize, stop: &[u32], breaks_at: usize| {
+        let mut sampler = Sampler::new(sampling).unwrap();
+        let mut one = || {
+            let mut heard = Vec::new();
+            let answer = generate(model, &[5, 17, 99], most, &mut sampler, stop, |token| {
+                heard.push(token);
+                if heard.len() == breaks_at { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+            assert_eq!(heard, *answer.as_ref().unwrap());
+            heard
+        };
+        // The second goes on with the sampler of the first, wherever that one ended.
+        (one(), one())
+    };
+    let cpu = load(&Device::cpu(), "llama-bnb-nf4_dq");
+    let (whole, again) = run(&cpu, 12, &[], 0);
+    assert_eq!((whole.len(), again.len()), (12, 12));
+    assert_ne!(whole, again);
+    let stop = [whole[6]];
+    for device in common::all() {
+        let model = load(&device, "llama-bnb-nf4_dq");
+        assert_eq!(run(&model, 12, &[], 0), (whole.clone(), again.clone()), "{device:?}");
+        assert_eq!(run(&model, 12, &stop, 0), run(&cpu, 12, &stop, 0), "{device:?}: a token that ends it");
+        assert_eq!(run(&model, 12, &[], 4), run(&cpu, 12, &[], 4), "{device:?}: the listener ends it");
+        assert_eq!(run(&model, 0, &[], 0), (vec![], vec![]), "{device:?}");
+    }
+    // Devices of this test alone, whose submissions nobody else adds to: one that is told of each token, one that runs ahead.
+    for tier in [None, Some(Tier::Plain)] {
+        for device in common::gpus_with(|options| options.tier = tier) {
+            let model = load(&device, "llama-bnb-nf4_dq");
+            let Device::Gpu(gpu) = &device else { unreachable!("they are GPUs") };
+            let submissions = |most| {
+                let before = gpu.submissions();
+                run(&model, most, &[], 0);
+                gpu.submissions() - before
+            };
+            assert_eq!(submissions(10) - submissions(4), 2 * 6, "{device:?}: two answers of six more tokens");
+        }
+    }
 }

@@ -58,6 +58,8 @@ pub mod rms_norm_backward;
 pub mod rope;
 mod row_factor;
 mod row_teams;
+pub mod sample;
+mod sample_cpu;
 pub mod scale_columns;
 mod scratch;
 pub mod silu_mul;

@@ -6,8 +6,8 @@ use super::{
     attention_dkv_lanes, attention_dq, attention_dq_coop, attention_dq_lanes, attention_lanes, attention_pack,
     column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down,
     lora_dw, qmatmul_coop, qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes,
-    qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor, scale_columns, silu_mul, silu_mul_backward,
-    sum,
+    qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor, sample, scale_columns, silu_mul,
+    silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -89,6 +89,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &rms_norm_backward::KERNEL, variants: rms_norm::variants, twin: "rms_norm_backward::reference" },
     Entry { kernel: &rope::KERNEL, variants: |_| rope::variants(), twin: "rope::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
+    Entry { kernel: &sample::KERNEL, variants: sample::variants, twin: "sample::reference" },
     Entry { kernel: &scale_columns::KERNEL, variants: |_| scale_columns::variants(), twin: "scale_columns::reference" },
     Entry { kernel: &silu_mul::KERNEL, variants: |_| vec![quads::defines()], twin: "silu_mul::reference" },
     Entry {

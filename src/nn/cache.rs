@@ -61,6 +61,11 @@ impl Decoder {
     /// device's own. After an error the cache is to be truncated or made anew.
     pub fn extend(&self, cache: &mut KvCache, ids: &[u32]) -> Result<Tensor> {
         check_ids(ids, self.config.vocab_size)?;
+        self.append(cache, &Indices::from_slice(&self.device, ids)?)
+    }
+
+    /// As [`Decoder::extend`], for ids that are on the device, whose values it does not check.
+    pub(crate) fn append(&self, cache: &mut KvCache, ids: &Indices) -> Result<Tensor> {
         let (start, end) = (cache.len, cache.len + ids.len());
         if ids.is_empty() || end > cache.capacity {
             return Err(Error::Invalid {
@@ -82,7 +87,7 @@ impl Decoder {
         let positions = Indices::from_slice(&self.device, &positions)?;
 
         let mut tape = Tape::inference();
-        let mut h = tape.constant(embedding(&self.embedding, &Indices::from_slice(&self.device, ids)?)?);
+        let mut h = tape.constant(embedding(&self.embedding, ids)?);
         for (layer, [keys, values]) in self.layers.iter().zip(&mut cache.layers) {
             let visibility = windowed.as_ref().filter(|_| layer.windowed).unwrap_or(&all);
             h = layer.forward(&mut tape, &h, &self.config, (&rope, &positions), None, |tape, [q, k, v], shape| {

@@ -1,0 +1,66 @@
+//! Choosing a token on the CPU: the definition of [`sample`](super::sample), over an order that is sorted only as far as it is
+//! looked at.
+
+use super::sample::{SampleParams, key, weight};
+
+/// The first of the largest, as argmax has it; none if a logit is NaN.
+pub(super) fn likeliest(logits: &[f32]) -> Option<u32> {
+    if logits.iter().any(|logit| logit.is_nan()) {
+        return None;
+    }
+    (0..logits.len()).reduce(|best, at| if logits[at] > logits[best] { at } else { best }).map(|best| best as u32)
+}
+
+/// Tokens in order of likelihood, sorted only as far as somebody has looked.
+struct Order {
+    /// Key (inverted) and id, in one number.
+    tokens: Vec<u64>,
+    sorted: usize,
+}
+
+impl Order {
+    fn id(&mut self, at: usize) -> u32 {
+        while at >= self.sorted {
+            let end = (4 * self.sorted).clamp(256, self.tokens.len().max(256)).min(self.tokens.len());
+            let rest = &mut self.tokens[self.sorted..];
+            let few = end - self.sorted;
+            if few < rest.len() {
+                rest.select_nth_unstable(few);
+            }
+            rest[..few].sort_unstable();
+            self.sorted = end;
+        }
+        self.tokens[at] as u32
+    }
+}
+
+/// A token at random; none if a logit is NaN.
+pub(super) fn draw(logits: &[f32], params: &SampleParams) -> Option<u32> {
+    let largest = logits[likeliest(logits)? as usize];
+    let weight_of = |logit: f32| params.steps(logit, largest).map_or(0, weight);
+    let likely =
+        |(id, &logit): (u32, &f32)| params.steps(logit, largest).map(|_| u64::from(!key(logit)) << 32 | u64::from(id));
+    let mut order = Order { tokens: (0..).zip(logits).filter_map(likely).collect(), sorted: 0 };
+    let mut kept: u64 = logits.iter().map(|&logit| weight_of(logit)).sum();
+    if params.top_k > 0 {
+        let few = (params.top_k as usize).min(order.tokens.len());
+        kept = (0..few).map(|at| weight_of(logits[order.id(at) as usize])).sum();
+    }
+    // The first token whose weight, with all before it, reaches the target; and that sum.
+    let mut reach = |target: u64| {
+        let mut sum = 0;
+        for at in 0..order.tokens.len() {
+            let id = order.id(at);
+            sum += weight_of(logits[id as usize]);
+            if sum >= target {
+                return Some((id, sum));
+            }
+        }
+        None
+    };
+    let part_of = |sum: u64, part: u32| ((u128::from(sum) * u128::from(part)) >> 32) as u64;
+    if params.cut_p > 0 {
+        kept = reach(part_of(kept, params.top_p).max(1))?.1;
+    }
+    reach(part_of(kept, params.random) + 1).map(|(id, _)| id)
+}
