@@ -293,6 +293,17 @@ mod tests {
     }
 
     #[test]
+    fn few_rows_on_the_cpu_end_within_a_register_or_not() {
+        for k in [64, 128, 192, 576, 640, 1312] {
+            for (kind, matrix) in testing::matrices(5, 37, k, 0.1) {
+                for m in 1..=8 {
+                    check(&Device::cpu(), &kind, &matrix, &Case { m, n: 37, k, rank: 3, bias: true, seed: 5 });
+                }
+            }
+        }
+    }
+
+    #[test]
     fn tuned_variants_give_the_same_bits() {
         let (m, n, k, rank) = (70, 150, 128, 5);
         let values = |seed, len| testing::values(seed, len, 1.0);
@@ -319,6 +330,9 @@ mod tests {
                 })
             };
             let wanted: Vec<_> = open(false).iter().map(|device| [m, 3].map(|m| run(device, m))).collect();
+            if wanted.is_empty() {
+                continue;
+            }
             // What measuring writes down is replaced by each variant in turn.
             open(true).iter().for_each(|device| [m, 3].iter().for_each(|&m| drop(run(device, m))));
             let Ok(text) = std::fs::read_to_string(&file) else {

@@ -77,9 +77,10 @@ mod packed {
         );
         match w {
             HostMatrix::Quantized(w) => {
-                if w.cols() % 16 == 0 && w.block() % 16 == 0 && is_x86_feature_detected!("avx512f") {
+                let whole = w.block().is_power_of_two() && w.block() >= 8 && w.cols() % w.block() == 0;
+                if whole && is_x86_feature_detected!("avx512f") {
                     // SAFETY: the processor has AVX-512.
-                    unsafe { quantized_by_16::<M>(w, rows, x, out) }
+                    unsafe { quantized_by_128::<M>(w, rows, x, out) }
                 } else {
                     quantized::<M>(w, rows, x, out)
                 }
@@ -119,31 +120,100 @@ mod packed {
         }
     }
 
-    /// As [`quantized`], for K and blocks of multiples of 16: the whole codebook is in one register.
+    /// Weights in a register of codes.
+    const CHUNK: usize = 128;
+    /// Of a little-endian word of codes, which weight each nibble is: the first of two codes is in a byte's high nibble.
+    const NIBBLES: [usize; 8] = [1, 0, 3, 2, 5, 4, 7, 6];
+
+    /// x for [`quantized_by_128`]: of each chunk of a row, which ends in zeros, first what meets the lowest nibble of each of 16 words,
+    /// then the next; and of each word the sum of the eight values.
+    struct Spread {
+        values: Vec<f32>,
+        sums: Vec<f32>,
+        /// Chunks a row.
+        chunks: usize,
+    }
+
+    impl Spread {
+        fn new(x: &[f32], k: usize) -> Self {
+            let chunks = k.div_ceil(CHUNK);
+            let mut spread = Spread {
+                values: vec![0.0; x.len() / k * chunks * CHUNK],
+                sums: vec![0.0; x.len() / k * chunks * 16],
+                chunks,
+            };
+            for (row, x) in x.chunks_exact(k).enumerate() {
+                let values = &mut spread.values[row * chunks * CHUNK..];
+                let sums = &mut spread.sums[row * chunks * 16..];
+                for (index, word) in x.as_chunks::<8>().0.iter().enumerate() {
+                    let (chunk, lane) = (index / 16, index % 16);
+                    for (nibble, &at) in NIBBLES.iter().enumerate() {
+                        values[chunk * CHUNK + nibble * 16 + lane] = word[at];
+                    }
+                    sums[chunk * 16 + lane] = word.iter().sum();
+                }
+            }
+            spread
+        }
+    }
+
+    /// As [`quantized`], for rows of whole blocks of a power of two of weights: 16 words of codes at a time, a nibble of each. The
+    /// permutation looks at four bits, so a shift is all that a code needs; scales count once for eight products.
     #[target_feature(enable = "avx512f")]
-    fn quantized_by_16<const M: usize>(w: &QuantizedMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
-        let k = w.cols();
+    fn quantized_by_128<const M: usize>(w: &QuantizedMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
+        let (k, block) = (w.cols(), w.block());
         // SAFETY: the codebook has 16 values.
         let codebook = unsafe { _mm512_loadu_ps(w.codebook().0.as_ptr()) };
-        let shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+        let spread = Spread::new(x, k);
+        let (values, word_sums, chunks) = (spread.values.as_ptr(), spread.sums.as_ptr(), spread.chunks);
+        // Which of a chunk's blocks a word is in.
+        let of_block: [i32; 16] = std::array::from_fn(|lane| (8 * lane / block) as i32);
+        // SAFETY: there are 16 values.
+        let of_block = unsafe { _mm512_loadu_si512(of_block.as_ptr().cast()) };
         let mut in_row = RowBlocks::new(w);
+        let has_mins = w.mins().is_some();
         for (row, out) in rows.zip(out.chunks_exact_mut(M)) {
-            let (words, _) = w.codes()[row * k / 2..(row + 1) * k / 2].as_chunks::<8>();
+            let codes = &w.codes()[row * k / 2..(row + 1) * k / 2];
+            let (scales, mins) = in_row.whole(row);
             let mut sums = [_mm512_setzero_ps(); M];
-            for (span, scale, min) in in_row.of(row) {
-                let (scale, min) = (_mm512_set1_ps(scale), _mm512_set1_ps(min));
-                for at in span.step_by(16) {
-                    let word = u64::from_le_bytes(words[at / 16]);
-                    let (first, second) = (word as u32 as i32, (word >> 32) as i32);
-                    let both = _mm512_castsi256_si512(_mm256_set1_epi32(first));
-                    let both = _mm512_inserti64x4::<1>(both, _mm256_set1_epi32(second));
-                    // The permutation looks at four bits.
-                    let values = _mm512_permutexvar_ps(_mm512_srlv_epi32(both, shifts), codebook);
-                    let values = _mm512_fmadd_ps(values, scale, min);
+            for chunk in 0..chunks {
+                let words = (k - chunk * CHUNK).min(CHUNK) / 8;
+                // SAFETY: so many words are left in the row; others are not loaded.
+                let words = unsafe {
+                    let mask = ((1u32 << words) - 1) as __mmask16;
+                    _mm512_maskz_loadu_epi32(mask, codes.as_ptr().add(chunk * CHUNK / 2).cast())
+                };
+                let mut products = [_mm512_setzero_ps(); M];
+                macro_rules! nibble {
+                    ($($nibble:literal)*) => {$(
+                        let weights =
+                            _mm512_permutexvar_ps(_mm512_srli_epi32::<{ 4 * $nibble }>(words), codebook);
+                        for (t, product) in products.iter_mut().enumerate() {
+                            // SAFETY: x has M rows of so many chunks.
+                            let x = unsafe {
+                                _mm512_loadu_ps(values.add((t * chunks + chunk) * CHUNK + 16 * $nibble))
+                            };
+                            *product = _mm512_fmadd_ps(weights, x, *product);
+                        }
+                    )*};
+                }
+                nibble!(0 1 2 3 4 5 6 7);
+                let first = chunk * CHUNK / block;
+                let each = |values: &[f32]| {
+                    // SAFETY: `whole` gives 16 values more than there are blocks.
+                    let values = unsafe { _mm512_loadu_ps(values[first..first + 16].as_ptr()) };
+                    _mm512_permutexvar_ps(of_block, values)
+                };
+                let scale = each(scales);
+                for (sum, product) in sums.iter_mut().zip(products) {
+                    *sum = _mm512_fmadd_ps(product, scale, *sum);
+                }
+                if has_mins {
+                    let min = each(mins);
                     for (t, sum) in sums.iter_mut().enumerate() {
-                        // SAFETY: at + 16 <= k, and x has M rows of k.
-                        let x = unsafe { _mm512_loadu_ps(x.as_ptr().add(t * k + at)) };
-                        *sum = _mm512_fmadd_ps(values, x, *sum);
+                        // SAFETY: there are 16 sums for each chunk of M rows.
+                        let of_words = unsafe { _mm512_loadu_ps(word_sums.add((t * chunks + chunk) * 16)) };
+                        *sum = _mm512_fmadd_ps(of_words, min, *sum);
                     }
                 }
             }
@@ -162,19 +232,33 @@ mod packed {
 
     impl<'a> RowBlocks<'a> {
         fn new(w: &'a QuantizedMatrix) -> Self {
-            let most = w.cols() / w.block() + 2;
+            // And what a register takes beyond the last one.
+            let most = w.cols() / w.block() + 2 + 16;
             RowBlocks { w, scales: vec![0.0; most], mins: vec![0.0; most] }
+        }
+
+        /// Decodes the scales and minima of the blocks of a row.
+        fn decode(&mut self, row: usize) -> Range<usize> {
+            let (k, block) = (self.w.cols(), self.w.block());
+            let blocks = row * k / block..((row + 1) * k).div_ceil(block);
+            self.w.scales().decode_into(blocks.clone(), &mut self.scales[..blocks.len()]);
+            if let Some(mins) = self.w.mins() {
+                mins.decode_into(blocks.clone(), &mut self.mins[..blocks.len()]);
+            }
+            blocks
+        }
+
+        /// Scale and minimum of each block of a row of whole blocks, and 16 values more.
+        fn whole(&mut self, row: usize) -> (&[f32], &[f32]) {
+            self.decode(row);
+            (&self.scales, &self.mins)
         }
 
         /// Columns, scale and minimum of each block of a row.
         fn of(&mut self, row: usize) -> impl Iterator<Item = (Range<usize>, f32, f32)> {
             let (k, block) = (self.w.cols(), self.w.block());
             let first = row * k;
-            let blocks = first / block..(first + k).div_ceil(block);
-            self.w.scales().decode_into(blocks.clone(), &mut self.scales[..blocks.len()]);
-            if let Some(mins) = self.w.mins() {
-                mins.decode_into(blocks.clone(), &mut self.mins[..blocks.len()]);
-            }
+            let blocks = self.decode(row);
             let start = move |b: usize| (b * block).clamp(first, first + k) - first;
             blocks
                 .zip(self.scales.iter().zip(&self.mins))
