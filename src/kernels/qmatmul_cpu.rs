@@ -4,10 +4,11 @@
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+use super::Scratch;
 use super::matrix::HostMatrix;
 use super::product::{Columns, View, panels};
 use super::qmatmul_operands::{GEMV_ROWS, HostLora};
-use super::{Scratch, simd};
+use super::simd::{self, FewRows};
 use crate::device::Cpu;
 use crate::error::Result;
 
@@ -42,10 +43,11 @@ fn few_rows(
 ) -> Result<()> {
     let (n, k) = (w.rows(), w.cols());
     let m = x.len() / k;
+    let few = FewRows::new(w, x);
     let fill = |by_row: &mut [f32]| {
         by_row.par_chunks_mut(GEMV_TASK * m).enumerate().for_each(|(task, out)| {
             let first = task * GEMV_TASK;
-            simd::gemv(w, first..first + out.len() / m, x, out);
+            few.times(w, first..first + out.len() / m, out);
             for (row, out) in (first..).zip(out.chunks_mut(m)) {
                 for (t, out) in out.iter_mut().enumerate() {
                     if let Some(HostLora { h, b, rank, scale }) = lora {

@@ -6,26 +6,49 @@ use super::matrix::HostMatrix;
 use super::qmatmul_operands::GEMV_ROWS;
 use crate::quant::QuantizedMatrix;
 
-/// out[row, t] = W[row, :] . x[t, :] for `rows` of W; `x` is [M, K] with M <= [`GEMV_ROWS`], `out` [rows, M].
-pub(crate) fn gemv(w: &HostMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
-    let k = w.cols();
-    let m = x.len() / k;
-    debug_assert!(m <= GEMV_ROWS && out.len() == rows.len() * m);
+/// x [M, K] with M <= [`GEMV_ROWS`], as the products of its rows with those of a matrix want it.
+pub(crate) struct FewRows<'a> {
+    x: &'a [f32],
+    /// The processor has AVX2, FMA and F16C, and K is a multiple of 8.
     #[cfg(target_arch = "x86_64")]
-    if k.is_multiple_of(8)
-        && is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c")
-    {
-        // SAFETY: the processor has AVX2, FMA and F16C.
-        unsafe { packed::gemv(w, rows, x, out) };
-        return;
+    packed: bool,
+    /// For AVX-512 and a matrix that can be read so.
+    #[cfg(target_arch = "x86_64")]
+    spread: Option<packed::Spread>,
+}
+
+impl<'a> FewRows<'a> {
+    /// For products with `w`.
+    pub(crate) fn new(w: &HostMatrix, x: &'a [f32]) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let packed = w.cols().is_multiple_of(8)
+                && is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            FewRows { x, packed, spread: if packed { packed::Spread::of(w, x) } else { None } }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        FewRows { x }
     }
-    let mut row_values = vec![0.0; k];
-    for (row, out) in rows.zip(out.chunks_mut(m)) {
-        w.dequantize_rows(row..row + 1, &mut row_values);
-        for (out, x) in out.iter_mut().zip(x.chunks(k)) {
-            *out = dot(&row_values, x);
+
+    /// out[row, t] = W[row, :] . x[t, :] for `rows` of the matrix that this was made for; `out` is [rows, M].
+    pub(crate) fn times(&self, w: &HostMatrix, rows: Range<usize>, out: &mut [f32]) {
+        let k = w.cols();
+        let m = self.x.len() / k;
+        debug_assert!(m <= GEMV_ROWS && out.len() == rows.len() * m);
+        #[cfg(target_arch = "x86_64")]
+        if self.packed {
+            // SAFETY: the processor has AVX2, FMA and F16C.
+            unsafe { packed::gemv(w, rows, self, out) };
+            return;
+        }
+        let mut row_values = vec![0.0; k];
+        for (row, out) in rows.zip(out.chunks_mut(m)) {
+            w.dequantize_rows(row..row + 1, &mut row_values);
+            for (out, x) in out.iter_mut().zip(self.x.chunks(k)) {
+                *out = dot(&row_values, x);
+            }
         }
     }
 }
@@ -51,10 +74,10 @@ mod packed {
     use super::*;
     use crate::quant::{DenseData, DenseMatrix, Q8_BLOCK};
 
-    /// [`super::gemv`] for K a multiple of 8.
+    /// [`FewRows::times`] for K a multiple of 8.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) fn gemv(w: &HostMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
-        match x.len() / w.cols() {
+    pub(super) fn gemv(w: &HostMatrix, rows: Range<usize>, x: &FewRows<'_>, out: &mut [f32]) {
+        match x.x.len() / w.cols() {
             1 => rows_of::<1>(w, rows, x, out),
             2 => rows_of::<2>(w, rows, x, out),
             3 => rows_of::<3>(w, rows, x, out),
@@ -67,7 +90,8 @@ mod packed {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn rows_of<const M: usize>(w: &HostMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
+    fn rows_of<const M: usize>(w: &HostMatrix, rows: Range<usize>, few: &FewRows<'_>, out: &mut [f32]) {
+        let x = few.x;
         // No slice below may end before its last load.
         assert!(
             w.cols().is_multiple_of(8)
@@ -76,15 +100,11 @@ mod packed {
                 && rows.end <= w.rows()
         );
         match w {
-            HostMatrix::Quantized(w) => {
-                let whole = w.block().is_power_of_two() && w.block() >= 8 && w.cols() % w.block() == 0;
-                if whole && is_x86_feature_detected!("avx512f") {
-                    // SAFETY: the processor has AVX-512.
-                    unsafe { quantized_by_128::<M>(w, rows, x, out) }
-                } else {
-                    quantized::<M>(w, rows, x, out)
-                }
-            }
+            HostMatrix::Quantized(w) => match &few.spread {
+                // SAFETY: there is one only where the processor has AVX-512.
+                Some(spread) => unsafe { quantized_by_128::<M>(w, rows, spread, out) },
+                None => quantized::<M>(w, rows, x, out),
+            },
             HostMatrix::Dense(w) => dense::<M>(w, rows, x, out),
         }
     }
@@ -127,7 +147,7 @@ mod packed {
 
     /// x for [`quantized_by_128`]: of each chunk of a row, which ends in zeros, first what meets the lowest nibble of each of 16 words,
     /// then the next; and of each word the sum of the eight values.
-    struct Spread {
+    pub(super) struct Spread {
         values: Vec<f32>,
         sums: Vec<f32>,
         /// Chunks a row.
@@ -135,6 +155,13 @@ mod packed {
     }
 
     impl Spread {
+        /// For rows of whole blocks of a power of two of weights.
+        pub(super) fn of(w: &HostMatrix, x: &[f32]) -> Option<Self> {
+            let HostMatrix::Quantized(w) = w else { return None };
+            let whole = w.block().is_power_of_two() && w.block() >= 8 && w.cols().is_multiple_of(w.block());
+            (whole && is_x86_feature_detected!("avx512f")).then(|| Spread::new(x, w.cols()))
+        }
+
         fn new(x: &[f32], k: usize) -> Self {
             let chunks = k.div_ceil(CHUNK);
             let mut spread = Spread {
@@ -160,11 +187,12 @@ mod packed {
     /// As [`quantized`], for rows of whole blocks of a power of two of weights: 16 words of codes at a time, a nibble of each. The
     /// permutation looks at four bits, so a shift is all that a code needs; scales count once for eight products.
     #[target_feature(enable = "avx512f")]
-    fn quantized_by_128<const M: usize>(w: &QuantizedMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
+    fn quantized_by_128<const M: usize>(w: &QuantizedMatrix, rows: Range<usize>, spread: &Spread, out: &mut [f32]) {
         let (k, block) = (w.cols(), w.block());
         // SAFETY: the codebook has 16 values.
         let codebook = unsafe { _mm512_loadu_ps(w.codebook().0.as_ptr()) };
-        let spread = Spread::new(x, k);
+        // No load below may go past these.
+        assert!(spread.chunks == k.div_ceil(CHUNK) && spread.sums.len() == M * spread.chunks * 16);
         let (values, word_sums, chunks) = (spread.values.as_ptr(), spread.sums.as_ptr(), spread.chunks);
         // Which of a chunk's blocks a word is in.
         let of_block: [i32; 16] = std::array::from_fn(|lane| (8 * lane / block) as i32);
