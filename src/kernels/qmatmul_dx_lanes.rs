@@ -5,7 +5,7 @@ use super::kernel;
 use super::matrix::is_ragged;
 use super::packing::Part;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
-use super::qmatmul_lanes::{THREADS, one_subgroup};
+use super::qmatmul_lanes::{THREADS, fitting, one_subgroup, shapes};
 use crate::device::{Defines, Dispatch};
 use crate::error::Result;
 
@@ -20,11 +20,6 @@ const SHAPES: [(u32, u32); 6] = [(32, 2), (16, 2), (8, 2), (4, 2), (2, 2), (1, 2
 /// What may be faster than the first of them, for many rows: they differ in how much is decoded twice, and in what is left over
 /// at the end of K.
 const LARGEST: [(u32, u32); 3] = [SHAPES[0], (64, 1), (32, 1)];
-
-/// The shapes that a kernel comes in.
-fn shapes(share: bool) -> impl Iterator<Item = (u32, u32)> {
-    SHAPES.into_iter().filter(move |(tokens, _)| share || *tokens <= 8)
-}
 
 /// How many scales the eight words of a workgroup's lanes have between them, if they are few enough to be shared.
 fn scale_sets(words_per_scale: u32) -> u32 {
@@ -60,7 +55,7 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for share in [false, true] {
         let larger = LARGEST[1..].iter().copied().filter(|_| share);
-        for shape in shapes(share).chain(larger) {
+        for shape in shapes(SHAPES, share).chain(larger) {
             for matrix in if shape.0 == 2 { matrices } else { &matrices[..1] } {
                 for scale_sets in if share && !matrix.flag("ragged") { 0..3 } else { 0..1 } {
                     for (dropout, accumulate) in [(false, false), (true, false), (false, true)] {
@@ -100,11 +95,7 @@ fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, largest: (u32, u32), form: For
     while row < m {
         // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
         let left = m - row;
-        let mut fitting = shapes(form.share).filter(|(tokens, _)| *tokens <= left);
-        let (tokens, words) = match fitting.next() {
-            Some(_) if form.share && largest.0 <= left => largest,
-            found => found.unwrap_or(SHAPES[5]),
-        };
+        let (tokens, words) = fitting(SHAPES, form.share, largest, left);
         let rows = left / tokens * tokens;
         let params = call.params(part);
         let column_groups = params.words.div_ceil(THREADS * words);

@@ -23,9 +23,15 @@ const SHAPES: [(u32, u32); 6] = [(32, 16), (16, 16), (8, 16), (4, 8), (2, 8), (1
 /// at the end of N.
 const LARGEST: [(u32, u32); 3] = [SHAPES[0], (64, 8), (32, 8)];
 
-/// The shapes that a kernel comes in.
-fn shapes(share: bool) -> impl Iterator<Item = (u32, u32)> {
-    SHAPES.into_iter().filter(move |(tokens, _)| share || *tokens <= 8)
+/// Of these shapes those that a kernel comes in.
+pub(super) fn shapes(all: [(u32, u32); 6], share: bool) -> impl Iterator<Item = (u32, u32)> {
+    all.into_iter().filter(move |(tokens, _)| share || *tokens <= 8)
+}
+
+/// The shape for `left` rows, at least one: `largest` where it takes no more, else the first that does; the last takes one row.
+pub(super) fn fitting(all: [(u32, u32); 6], share: bool, largest: (u32, u32), left: u32) -> (u32, u32) {
+    let mut usable = Some(largest).into_iter().filter(|_| share).chain(shapes(all, share));
+    usable.find(|(tokens, _)| *tokens <= left).unwrap_or(all[5])
 }
 
 /// Text constants beside the matrix's.
@@ -40,7 +46,7 @@ pub(crate) fn defines(matrix: Defines, words_per_scale: u32, (tokens, columns): 
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
-    let shapes = [false, true].into_iter().flat_map(|share| shapes(share).map(move |shape| (shape, share)));
+    let shapes = [false, true].into_iter().flat_map(|share| shapes(SHAPES, share).map(move |shape| (shape, share)));
     let shapes = shapes.chain(LARGEST[1..].iter().map(|shape| (*shape, true)));
     let variant = |(shape, share): ((u32, u32), bool)| {
         let fits = move |matrix: &&Defines| !share || !matrix.flag("ragged");
@@ -78,11 +84,7 @@ fn dispatch_as(call: &GpuCall<'_>, part: &Part, largest: (u32, u32), share: bool
     while row < m {
         // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
         let left = m - row;
-        let mut fitting = shapes(share).filter(|(tokens, _)| *tokens <= left);
-        let (tokens, columns) = match fitting.next() {
-            Some(_) if share && largest.0 <= left => largest,
-            found => found.unwrap_or(SHAPES[5]),
-        };
+        let (tokens, columns) = fitting(SHAPES, share, largest, left);
         let rows = left / tokens * tokens;
         let column_groups = n.div_ceil(THREADS * columns);
         let params = QmatmulParams { row, rows, column_groups, ..call.params(part) };
