@@ -1,6 +1,7 @@
 //! The one error type. Every variant says which operation failed and on what: shapes, a file, a key.
 
-use std::path::PathBuf;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
 
 /// A `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -76,4 +77,11 @@ pub enum Error {
     /// A tensor in a file is missing, has the wrong type or shape, or contradicts its description.
     #[error("{}: tensor {key:?}: {message}", path.display())]
     Tensor { path: PathBuf, key: String, message: String },
+}
+
+impl Error {
+    /// [`Error::Io`]: what the system says of the file at `path`.
+    pub(crate) fn io(path: &Path, error: impl Display) -> Error {
+        Error::Io { path: path.into(), message: error.to_string() }
+    }
 }

@@ -27,7 +27,7 @@ static TEXT_FILES: [(&str, &[u8]); 2] = [
 /// Writes the model into a folder of `folder`, and returns it.
 pub(super) fn write_model(folder: &Path) -> Result<PathBuf> {
     let model = folder.join("tiny-glossary");
-    fs::create_dir_all(&model).map_err(|e| Error::Io { path: model.clone(), message: e.to_string() })?;
+    fs::create_dir_all(&model).map_err(|e| Error::io(&model, e))?;
     write(&model, &MODEL_FILES)?;
     Ok(model)
 }
@@ -40,6 +40,6 @@ pub(super) fn write_texts(folder: &Path) -> Result<()> {
 fn write(folder: &Path, files: &[(&str, &[u8])]) -> Result<()> {
     files.iter().try_for_each(|(name, bytes)| {
         let path = folder.join(name);
-        fs::write(&path, bytes).map_err(|e| Error::Io { path, message: e.to_string() })
+        fs::write(&path, bytes).map_err(|e| Error::io(&path, e))
     })
 }

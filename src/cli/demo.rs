@@ -190,7 +190,7 @@ fn define(model: &Decoder, tokenizer: &Tokenizer, word: &str) -> Result<String> 
 }
 
 fn create(path: &Path) -> Result<()> {
-    fs::create_dir_all(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })
+    fs::create_dir_all(path).map_err(|e| Error::io(path, e))
 }
 
 /// Makes a folder with a name that none has here.
@@ -200,7 +200,7 @@ fn fresh() -> Result<PathBuf> {
     for number in 2.. {
         match fs::create_dir(&path) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => path = format!("{NAME}-{number}").into(),
-            Err(error) => return Err(Error::Io { path, message: error.to_string() }),
+            Err(error) => return Err(Error::io(&path, error)),
             Ok(()) => break,
         }
     }

@@ -239,7 +239,7 @@ fn check_kind(path: &Path) -> Result<()> {
 /// Whether a file is called a GGUF file, or begins as one.
 pub(super) fn is_gguf(path: &Path) -> Result<bool> {
     let mut start = [0; 4];
-    let mut file = File::open(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+    let mut file = File::open(path).map_err(|e| Error::io(path, e))?;
     let is_called = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
     Ok(is_called || file.read_exact(&mut start).is_ok() && start == *b"GGUF")
 }
@@ -307,7 +307,7 @@ pub(super) fn exists(path: &Path) -> Result<()> {
     match path.try_exists() {
         Ok(true) => Ok(()),
         Ok(false) => Err(Error::Io { path: path.into(), message: "there is no such file or directory".into() }),
-        Err(error) => Err(Error::Io { path: path.into(), message: error.to_string() }),
+        Err(error) => Err(Error::io(path, error)),
     }
 }
 

@@ -8,6 +8,7 @@ use clap::{ArgAction, Command};
 use toml::Value;
 
 use crate::error::{Error, Result};
+use crate::formats::input::{MAX_SMALL, read_small_text};
 
 /// Flags of which only one can be given: one on the command line sends away another in the file.
 const ALTERNATIVES: [&[&str]; 3] = [
@@ -23,7 +24,7 @@ const ALTERNATIVES: [&[&str]; 3] = [
 /// [`Error::Io`]; [`Error::File`] for malformed TOML, a key that is no flag of the command, or a value that no flag can have.
 pub(super) fn arguments(path: &Path, command: &Command, typed: &[String]) -> Result<Vec<OsString>> {
     let file_error = |message: String| Error::File { path: path.into(), message };
-    let text = std::fs::read_to_string(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+    let text = read_small_text(path, MAX_SMALL)?;
     let table: BTreeMap<String, Value> =
         toml::from_str(&text).map_err(|e| file_error(e.to_string().trim_end().into()))?;
     let mut arguments = Vec::new();

@@ -77,7 +77,7 @@ fn of_device(all: &serde_json::Map<String, Value>, device: &str) -> Choices {
 
 /// Adds to what the file has, which another process may have written since.
 fn write(file: &Path, device: &str, choices: &Choices) -> Result<()> {
-    let io = |error: std::io::Error| Error::Io { path: file.into(), message: error.to_string() };
+    let io = |error: std::io::Error| Error::io(file, error);
     let folder = file.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).map_err(io)?;
     let mut all = read(file).unwrap_or_default();

@@ -73,7 +73,7 @@ impl Merged<'_> {
             Model::Gguf(file) => crate::text::Tokenizer::from_gguf(file)?.files(&self.path)?,
         };
         texts.push(("config.json".into(), config.into_bytes()));
-        fs::create_dir_all(output).map_err(|e| Error::Io { path: output.into(), message: e.to_string() })?;
+        fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
 
         let shards = self.plan(options);
         let total = shards.iter().map(Vec::len).sum();
@@ -108,7 +108,7 @@ impl Merged<'_> {
         }
         for (name, bytes) in &texts {
             let path = output.join(name);
-            let error = |e: io::Error| Error::Io { path: path.clone(), message: e.to_string() };
+            let error = |e: io::Error| Error::io(&path, e);
             staged.push(StagedFile::new(&path, |out| out.write_all(bytes).map_err(error))?);
         }
         let files: Vec<String> = weight_map.into_values().chain(texts.into_iter().map(|(name, _)| name)).collect();
@@ -204,7 +204,7 @@ fn pretty(value: &Value) -> Vec<u8> {
 
 /// Files beside the weights that come along: tokenizer, generation settings, licences. Names and contents.
 fn small_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
-    let error = |path: &Path, e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
+    let error = |path: &Path, e: io::Error| Error::io(path, e);
     let mut paths: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir(folder).map_err(|e| error(folder, e))? {
         paths.push(entry.map_err(|e| error(folder, e))?.path());
@@ -227,7 +227,7 @@ fn small_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
 
 /// Removes the tensor files of a model that was in the folder, but for those of these names, which have replaced them.
 fn remove_old(folder: &Path, files: &[String]) -> Result<()> {
-    let error = |e: io::Error| Error::Io { path: folder.into(), message: e.to_string() };
+    let error = |e: io::Error| Error::io(folder, e);
     for entry in fs::read_dir(folder).map_err(error)? {
         let entry = entry.map_err(error)?;
         let name = entry.file_name().to_string_lossy().into_owned();

@@ -1,12 +1,12 @@
 //! JSON objects in files, read key by key with errors that name the file and the key.
 
 use std::fmt::Display;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::input::{MAX_SMALL, read_small};
 use crate::error::{Error, Result};
 
 /// An object of a JSON file: the whole file, or one nested in it.
@@ -21,7 +21,7 @@ pub(crate) struct JsonObject {
 impl JsonObject {
     /// Reads the file at `path`, which must hold one object.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+        let text = read_small(path, MAX_SMALL)?;
         let malformed = |e: serde_json::Error| {
             let hint = if e.is_eof() { "; it is truncated: copy or download it again" } else { "" };
             Error::File { path: path.into(), message: format!("is malformed: {e}{hint}") }

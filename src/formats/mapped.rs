@@ -18,7 +18,7 @@ pub(super) struct MappedFile {
 
 impl MappedFile {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let io_error = |e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
+        let io_error = |e: io::Error| Error::io(path, e);
         let file = File::open(path).map_err(io_error)?;
         // SAFETY: the mapped bytes change only if another process writes to the file in place while it
         // is open here, which model files are not meant for; this crate's own writers never do.

@@ -5,6 +5,7 @@ pub mod checkpoint;
 #[cfg(test)]
 mod fuzz_seeds;
 pub mod gguf;
+pub(crate) mod input;
 pub(crate) mod json;
 mod mapped;
 pub mod peft;

@@ -257,8 +257,8 @@ pub(crate) fn stage(
     mut tensors: Vec<OutTensor<'_>>,
     mut metadata: BTreeMap<String, String>,
 ) -> Result<StagedFile> {
-    let io_error = |e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
-    let json_error = |e: serde_json::Error| Error::Io { path: path.into(), message: e.to_string() };
+    let io_error = |e: io::Error| Error::io(path, e);
+    let json_error = |e: serde_json::Error| Error::io(path, e);
     metadata.entry("format".into()).or_insert_with(|| "pt".into());
     tensors.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
 

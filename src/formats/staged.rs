@@ -17,7 +17,7 @@ pub(crate) struct StagedFile {
 impl StagedFile {
     /// Writes the file that is to be at `path`.
     pub(crate) fn new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<Self> {
-        let io_error = |e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
+        let io_error = |e: io::Error| Error::io(path, e);
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let mut temporary = temporary_file(folder.unwrap_or(Path::new("."))).map_err(io_error)?;
         let mut out = BufWriter::with_capacity(1 << 20, temporary.as_file_mut());
@@ -31,7 +31,7 @@ impl StagedFile {
     /// Gives the file its name; one that has it is replaced.
     pub(crate) fn commit(self) -> Result<()> {
         let StagedFile { path, temporary } = self;
-        temporary.persist(&path).map(drop).map_err(|e| Error::Io { path, message: e.error.to_string() })
+        temporary.persist(&path).map(drop).map_err(|e| Error::io(&path, e.error))
     }
 }
 

@@ -1,7 +1,6 @@
 //! Tokenizers: `tokenizer.json` and the settings beside it, through Hugging Face's `tokenizers`.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
@@ -11,6 +10,7 @@ use tokenizers::{PostProcessorWrapper, Tokenizer as Inner};
 
 use super::chat::ChatTemplate;
 use crate::error::{Error, Result};
+use crate::formats::input::{MAX_SMALL, read_small, read_small_text};
 use crate::formats::json::JsonObject;
 
 const OP: &str = "tokenizer";
@@ -128,7 +128,7 @@ impl Tokenizer {
 
         let jinja = folder.join("chat_template.jinja");
         if jinja.is_file() {
-            let text = fs::read_to_string(&jinja).map_err(|e| Error::Io { path: jinja, message: e.to_string() })?;
+            let text = read_small_text(&jinja, MAX_SMALL)?;
             parts.chat_template = Some(text);
         }
         Ok(Self::new(parts))
@@ -318,7 +318,7 @@ fn failed(what: &'static str, error: tokenizers::Error) -> Error {
 
 /// What a `tokenizer.json` tells by itself.
 fn read(path: &Path) -> Result<Parts> {
-    let bytes = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+    let bytes = read_small(path, MAX_SMALL)?;
     let malformed = |e: tokenizers::Error| Error::File { path: path.into(), message: format!("is malformed: {e}") };
     let mut inner = Inner::from_bytes(bytes).map_err(malformed)?;
     inner.with_padding(None).with_truncation(None).map_err(malformed)?;

@@ -62,7 +62,7 @@ pub(super) fn save(output: &Path, adapter: &PeftAdapter, optimizer: &Optimizer, 
         return Ok(folder);
     }
     let start = Instant::now();
-    let io_error = |e: io::Error| Error::Io { path: folder.clone(), message: e.to_string() };
+    let io_error = |e: io::Error| Error::io(&folder, e);
     // Removed again if anything below fails.
     let hidden = tempfile::Builder::new().prefix(HIDDEN).tempdir_in(output).map_err(io_error)?;
     adapter.write(hidden.path()).map_err(|e| renamed(e, hidden.path(), &folder))?;
@@ -120,7 +120,7 @@ fn make_readable(folder: &Path) -> io::Result<()> {
 
 /// The checkpoints in `output`, by step.
 pub(super) fn list(output: &Path) -> Result<BTreeMap<u32, PathBuf>> {
-    let io_error = |e: io::Error| Error::Io { path: output.into(), message: e.to_string() };
+    let io_error = |e: io::Error| Error::io(output, e);
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(output).map_err(io_error)? {
         let entry = entry.map_err(io_error)?;
@@ -135,7 +135,7 @@ pub(super) fn list(output: &Path) -> Result<BTreeMap<u32, PathBuf>> {
 
 /// Removes all but the newest `keep` checkpoints, and what a run that was killed left half-written.
 pub(super) fn clean(output: &Path, keep: usize) -> Result<()> {
-    let io_error = |e: io::Error| Error::Io { path: output.into(), message: e.to_string() };
+    let io_error = |e: io::Error| Error::io(output, e);
     let all = list(output)?;
     for (step, folder) in all.iter().take(all.len().saturating_sub(keep)) {
         // Never half of it under its name.
@@ -155,7 +155,7 @@ pub(super) fn clean(output: &Path, keep: usize) -> Result<()> {
 /// Where the run was that wrote the checkpoint in `folder`.
 pub(super) fn state(folder: &Path) -> Result<State> {
     let path = folder.join(STATE);
-    let text = fs::read(&path).map_err(|e| Error::Io { path: path.clone(), message: e.to_string() })?;
+    let text = fs::read(&path).map_err(|e| Error::io(&path, e))?;
     serde_json::from_slice(&text).map_err(|e| Error::File { path, message: e.to_string() })
 }
 

@@ -83,7 +83,7 @@ impl Dataset {
         progress: impl Fn(usize) + Sync,
     ) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = fs::read(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+        let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
         let file_error = |message: String| Error::File { path: path.into(), message };
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
         if !["jsonl", "json", "ndjson"].contains(&extension.as_str()) {

@@ -49,7 +49,7 @@ impl Metrics {
     /// Opens the file in `folder`, keeping the records of the first `steps` steps.
     pub(super) fn open(folder: &Path, steps: u32) -> Result<Metrics> {
         let path = folder.join(FILE);
-        let io_error = |e: io::Error| Error::Io { path: path.clone(), message: e.to_string() };
+        let io_error = |e: io::Error| Error::io(&path, e);
         if path.exists() {
             let kept: Vec<Record> = read(&path)?.into_iter().filter(|record| record.step <= steps).collect();
             StagedFile::new(&path, |out| {
@@ -63,7 +63,7 @@ impl Metrics {
 
     pub(super) fn push(&mut self, record: &Record) -> Result<()> {
         // At once: a reader, or a kill, never sees half a line of an older step.
-        self.file.write_all(&line(record)).map_err(|e| Error::Io { path: self.path.clone(), message: e.to_string() })
+        self.file.write_all(&line(record)).map_err(|e| Error::io(&self.path, e))
     }
 }
 
@@ -78,7 +78,7 @@ fn line(record: &Record) -> Vec<u8> {
 /// # Errors
 /// [`Error::Io`], and [`Error::File`] with the line's number for one that is no record.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
-    let text = fs::read_to_string(path).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })?;
+    let text = fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
     let complete = text.rfind('\n').map_or("", |end| &text[..end]);
     let record = |(number, line): (usize, &str)| {
         let malformed = |e| Error::File { path: path.into(), message: format!("line {}: {e}", number + 1) };

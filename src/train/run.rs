@@ -1,7 +1,6 @@
 //! A whole run: steps over data, evaluations, checkpoints, metrics, and the adapter at the end, all in one folder.
 
 use std::fs;
-use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -121,7 +120,7 @@ impl<'a> Run<'a> {
                 config
             }
         };
-        fs::create_dir_all(output).map_err(|e| io_error(output, e))?;
+        fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
         let settings = settings(&options, &batches);
         let state = State { step: 0, tokens: 0, best_eval_loss: None, evaluations_since_best: 0, settings };
         let (trainer, metrics) = (Trainer::new(options.train), Metrics::open(output, 0)?);
@@ -299,10 +298,6 @@ fn is_due(step: u32, every: u32) -> bool {
 fn to_device(model: &Decoder, micro: &MicroBatch) -> Result<Batch> {
     let labels = shifted_labels(&micro.tokens, &micro.labels, model.config().vocab_size)?;
     model.batch(&micro.tokens, Some(&labels))
-}
-
-fn io_error(path: &Path, error: io::Error) -> Error {
-    Error::Io { path: path.into(), message: error.to_string() }
 }
 
 fn check(options: &RunOptions, eval: &[Example]) -> Result<()> {

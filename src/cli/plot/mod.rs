@@ -60,9 +60,7 @@ fn svg(path: &Path, figure: &impl Figure) -> Result<StagedFile> {
     let mut text = String::new();
     draw(figure, SVGBackend::with_string(&mut text, figure.size()), 1)
         .map_err(|message| Error::File { path: path.into(), message })?;
-    StagedFile::new(path, |out| {
-        out.write_all(text.as_bytes()).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })
-    })
+    StagedFile::new(path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io(path, e)))
 }
 
 /// The figure as a PNG, ready to get this name.
@@ -72,9 +70,7 @@ fn png(path: &Path, figure: &impl Figure) -> Result<StagedFile> {
     draw(figure, BitMapBackend::with_buffer(&mut large, (width, height)), OVERSAMPLING)
         .map_err(|message| Error::File { path: path.into(), message })?;
     let pixels = scale_down(&large, figure.size(), OVERSAMPLING as usize);
-    StagedFile::new(path, |out| {
-        encode(out, figure.size(), &pixels).map_err(|e| Error::Io { path: path.into(), message: e.to_string() })
-    })
+    StagedFile::new(path, |out| encode(out, figure.size(), &pixels).map_err(|e| Error::io(path, e)))
 }
 
 /// An image of `size` whose pixels are the means of `by` x `by` ones; red, green and blue, rows from the top.

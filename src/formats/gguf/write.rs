@@ -127,7 +127,7 @@ pub struct OutTensor<'a> {
 /// blocks, or bytes that do not fit it; those of the tensors' own making.
 pub fn write(path: &Path, metadata: &Metadata, tensors: &[OutTensor<'_>]) -> Result<()> {
     let (header, lengths) = header(path, metadata, tensors)?;
-    let io_error = |e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
+    let io_error = |e: io::Error| Error::io(path, e);
     let staged = StagedFile::new(path, |out| {
         out.write_all(&header).map_err(io_error)?;
         for (tensor, length) in tensors.iter().zip(lengths) {

@@ -136,7 +136,7 @@ impl PeftAdapter {
             values.check(&self.config, module).map_err(error)?;
             tensors.extend(values.tensors(module));
         }
-        let io_error = |path: &Path, e: io::Error| Error::Io { path: path.into(), message: e.to_string() };
+        let io_error = |path: &Path, e: io::Error| Error::io(path, e);
         fs::create_dir_all(folder).map_err(|e| io_error(folder, e))?;
         let tensors = safetensors::stage(&path, tensors, BTreeMap::new())?;
         let config =
