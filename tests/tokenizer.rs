@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use qlora_wgpu::formats::gguf::GgufFile;
-use qlora_wgpu::text::{Message, Tokenizer};
+use qlora_wgpu::text::{Conversation, Message, Tokenizer};
 use qlora_wgpu::{Error, Result};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -129,7 +129,7 @@ fn smollm2_as_transformers_has_it() {
     assert_eq!(tokenizer.eos_ids(), [2, 0]);
 
     let chat = &golden["chat"];
-    let messages: Vec<Message> = serde_json::from_value(chat["messages"].clone()).unwrap();
+    let messages = Conversation::from(Message::list(&chat["messages"]).unwrap());
     let text = tokenizer.chat().unwrap().render(&messages, true, tokenizer.bos_text(), tokenizer.eos_text()).unwrap();
     assert_eq!(text, chat["text"].as_str().unwrap());
     assert_eq!(tokenizer.encode(&text, true).unwrap(), ids(&chat["ids"]));
@@ -393,7 +393,7 @@ fn the_files_of_a_model_folder() {
     assert_eq!(configured.encode("one two three", true).unwrap(), ids);
     assert_eq!((configured.bos_text(), configured.eos_text()), ("<s>", "<|endoftext|>"));
     assert_eq!(configured.eos_ids(), [0, 17, 2049]);
-    assert_eq!(configured.chat().unwrap().render(&[], false, "<s>", "").unwrap(), "<s>yes");
+    assert_eq!(configured.chat().unwrap().render(&Conversation::default(), false, "<s>", "").unwrap(), "<s>yes");
     fs::write(folder.path().join("chat_template.jinja"), "from the file").unwrap();
     assert_eq!(Tokenizer::from_dir(folder.path()).unwrap().chat_template(), Some("from the file"));
 

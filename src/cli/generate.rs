@@ -11,7 +11,7 @@ use super::{put, say};
 use crate::error::Result;
 use crate::generate::{Sampler, Sampling, generate};
 use crate::nn::Decoder;
-use crate::text::{Message, Tokenizer};
+use crate::text::{Conversation, Message, Tokenizer};
 
 /// Continues a prompt, token by token.
 #[derive(Args, Debug)]
@@ -93,7 +93,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         let system = args.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<Message> = system.chain([Message::new("user", &args.prompt)]).collect();
         // The template writes the special tokens itself.
-        let text = tokenizer.chat()?.render(&messages, true, tokenizer.bos_text(), tokenizer.eos_text())?;
+        let chat = Conversation::from(messages);
+        let text = tokenizer.chat()?.render(&chat, true, tokenizer.bos_text(), tokenizer.eos_text())?;
         tokenizer.encode(&text, false)?
     } else {
         tokenizer.encode(&args.prompt, true)?

@@ -16,29 +16,18 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::ops::Range;
 use std::path::Path;
 
 use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
+use super::chat_mask;
+pub use super::example::Example;
 use crate::error::{Error, Result};
 use crate::nn::IGNORE_LABEL;
 use crate::seed::shuffled;
-use crate::text::{ChatTemplate, Message, Tokenizer};
-
-const ASSISTANT: &str = "assistant";
-
-/// A tokenized example.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Example {
-    /// Token ids.
-    pub ids: Vec<u32>,
-    /// For every token its id, or -100 where it carries no loss. The loss shifts them by one, so that the first counts
-    /// for nothing.
-    pub labels: Vec<i64>,
-}
+use crate::text::{ChatTemplate, Conversation, Message, Tokenizer};
 
 /// How to read examples.
 #[derive(Clone, Copy, Debug, Default)]
@@ -209,7 +198,7 @@ impl Reader<'_> {
         let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
         let text = |key: &str| field::<String>(object, key);
         if has("messages") {
-            self.messages(&field::<Vec<Message>>(object, "messages")?)
+            self.chat(&Message::list(&object["messages"])?.into())
         } else if has("prompt") && has("completion") {
             self.pair(&text("prompt")?, &text("completion")?)
         } else if has("instruction") && has("output") {
@@ -224,12 +213,17 @@ impl Reader<'_> {
         }
     }
 
+    fn chat(&self, chat: &Conversation) -> LineResult<Example> {
+        let template = self.chat.as_ref().ok_or("has messages, but the model has no chat template")?;
+        chat_mask::tokenize(self.tokenizer, template.as_ref().map_err(Error::to_string)?, chat)
+    }
+
     fn text(&self, text: &str) -> LineResult<Example> {
         let mut example = Example::default();
         for id in self.tokenizer.encode(text, true).map_err(|e| e.to_string())? {
             example.push(id, true);
         }
-        self.end(&mut example);
+        example.end(self.tokenizer);
         Ok(example)
     }
 
@@ -243,7 +237,7 @@ impl Reader<'_> {
         for (id, span) in tokens {
             example.push(id, span.end > prompt.len());
         }
-        self.end(&mut example);
+        example.end(self.tokenizer);
         Ok(example)
     }
 
@@ -251,7 +245,7 @@ impl Reader<'_> {
         if self.chat.is_some() {
             let separator = if input.is_empty() { "" } else { "\n\n" };
             let user = Message::new("user", format!("{instruction}{separator}{input}"));
-            return self.messages(&[user, Message::new(ASSISTANT, output)]);
+            return self.chat(&vec![user, Message::new("assistant", output)].into());
         }
         let (paired, input) = match input {
             "" => ("", String::new()),
@@ -263,82 +257,6 @@ impl Reader<'_> {
         );
         self.pair(&prompt, output)
     }
-
-    /// Ends a text. The end token carries loss, also where it was written.
-    fn end(&self, example: &mut Example) {
-        if let Some(eos) = self.tokenizer.eos()
-            && !example.ids.last().is_some_and(|last| self.tokenizer.eos_ids().contains(last))
-        {
-            example.push(eos, true);
-        }
-    }
-
-    fn messages(&self, messages: &[Message]) -> LineResult<Example> {
-        let template = self.chat.as_ref().ok_or("has messages, but the model has no chat template")?;
-        let template = template.as_ref().map_err(Error::to_string)?;
-        let render = |messages: &[Message], prompt: bool| {
-            let (bos, eos) = (self.tokenizer.bos_text(), self.tokenizer.eos_text());
-            template.render(messages, prompt, bos, eos).map_err(|e| e.to_string())
-        };
-        let text = render(messages, false)?;
-        let tokens = self.tokenizer.encode_spans(&text).map_err(|e| e.to_string())?;
-
-        let mut loss = vec![false; tokens.len()];
-        for turn in (0..messages.len()).filter(|&turn| messages[turn].role == ASSISTANT) {
-            if turn == 0 {
-                return Err("starts with the assistant".into());
-            }
-            let changed = || format!("the chat template renders message {} otherwise once others follow", turn + 1);
-            let before = render(&messages[..turn], false)?;
-            let prompt = render(&messages[..turn], true)?;
-            let through = render(&messages[..=turn], false)?;
-            // Some templates open a block in a prompt (for reasoning) that a finished turn does not have.
-            let start = common_prefix(&prompt, &text);
-            if start < before.trim_end().len() {
-                return Err(changed());
-            }
-            // And in some the last turn looks different: then only its end token tells where it ends.
-            let end = text.starts_with(&through).then_some(through.len());
-
-            let first = tokens.partition_point(|(_, bytes)| bytes.end <= start);
-            let last = end.map_or(tokens.len(), |end| tokens.partition_point(|(_, bytes)| bytes.start < end));
-            let span = first..last.max(first);
-            // What a template writes after the end token (a line feed) is nothing that the model says.
-            let ends = |(id, _): &(u32, Range<usize>)| self.tokenizer.eos_ids().contains(id);
-            match tokens[span.clone()].iter().position(ends) {
-                Some(at) => loss[first..=first + at].fill(true),
-                None if end.is_some() => loss[span].fill(true),
-                None => return Err(changed()),
-            }
-        }
-
-        let mut example = Example::default();
-        for ((id, _), loss) in tokens.into_iter().zip(loss) {
-            example.push(id, loss);
-        }
-        // A template without end tokens: the last turn ends the text.
-        if example.labels.last().is_some_and(|&label| label != IGNORE_LABEL) {
-            self.end(&mut example);
-        }
-        Ok(example)
-    }
-}
-
-impl Example {
-    /// Its ids and labels in pieces of at most `most` tokens, each without what was before.
-    pub fn pieces(&self, most: usize) -> impl Iterator<Item = (&[u32], &[i64])> {
-        self.ids.chunks(most).zip(self.labels.chunks(most))
-    }
-
-    fn push(&mut self, id: u32, loss: bool) {
-        self.ids.push(id);
-        self.labels.push(if loss { id.into() } else { IGNORE_LABEL });
-    }
-}
-
-/// Bytes that two texts have in common at their start, in whole characters.
-fn common_prefix(a: &str, b: &str) -> usize {
-    a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
 }
 
 fn field<T: DeserializeOwned>(object: &Map<String, Value>, key: &str) -> LineResult<T> {

@@ -36,8 +36,10 @@
 //! ```
 
 pub mod batches;
+mod chat_mask;
 mod checkpoint;
 pub mod data;
+mod example;
 pub mod metrics;
 pub mod plan;
 pub mod run;
