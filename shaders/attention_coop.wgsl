@@ -7,8 +7,8 @@ enable wgpu_cooperative_matrix;
 // Online softmax: weights are exp(score - m), where m is a score of the query that no later one exceeds by much. Where one does,
 // which is rare after the first keys, m becomes that score and O and the sum shrink.
 {{ "" }}
-{% from "coop.wgsl" import enter, accumulators, least %}
-{% from "attention_strips.wgsl" import sum_stride, weight_stride, packed_rows, begin, split_scores, gather, in_memory %}
+{% from "coop.wgsl" import accumulators, least %}
+{% from "attention_strips.wgsl" import sum_stride, weight_stride, begin_queries, begin, split_scores, gather, in_memory %}
 
 {% include "attention_coop.wgsl" %}
 @group(0) @binding(0) var<storage, read> queries: array<f16>;          // Q in two planes
@@ -41,15 +41,7 @@ fn main(
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-{{ enter() }}
-    let block = group / p.heads;
-    let head = group - block * p.heads;
-    let kv_head = head / (p.heads / p.kv_heads);
-    let row_base = block * 64u;
-    // Ranges never go back from a query to the next: these are the keys of all the workgroup's queries.
-    let start = key_ranges[row_base].x;
-    let end = key_ranges[min(row_base + 63u, p.queries - 1u)].y;
-{{ packed_rows(wide) }}
+{{ begin_queries(wide) }}
     var v_least = 0x1p126f;
     for (var key = start + thread; key < end; key = key + {{ 4 * lanes }}u) {
         v_least = min(v_least, key_factors[rows.v + key]);

@@ -3,8 +3,8 @@ enable wgpu_cooperative_matrix;
 // dQ of attention by cooperative matrices: queries over the keys that they see. With P = exp(scale * Q * K^T - lse) and
 // dS = P * (dO * V^T - delta): dQ = scale * dS * K. Scores are as exact as the forward's, all else is one f16; sums are f32.
 {{ "" }}
-{% from "coop.wgsl" import enter, accumulators, least %}
-{% from "attention_strips.wgsl" import sum_stride, weight_stride, packed_rows, begin, scores, split_scores, gather, in_memory %}
+{% from "coop.wgsl" import accumulators, least %}
+{% from "attention_strips.wgsl" import sum_stride, weight_stride, begin_queries, begin, scores, split_scores, gather, in_memory %}
 
 {% include "attention_coop.wgsl" %}
 @group(0) @binding(0) var<storage, read> queries: array<f16>;          // Q in two planes, dO
@@ -26,15 +26,7 @@ fn main(
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-{{ enter() }}
-    let block = group / p.heads;
-    let head = group - block * p.heads;
-    let kv_head = head / (p.heads / p.kv_heads);
-    let row_base = block * 64u;
-    // Ranges never go back from a query to the next: these are the keys of all the workgroup's queries.
-    let start = key_ranges[row_base].x;
-    let end = key_ranges[min(row_base + 63u, p.queries - 1u)].y;
-{{ packed_rows(wide) }}
+{{ begin_queries(wide) }}
     var k_least = 0x1p126f;
     var v_least = 0x1p126f;
     for (var key = start + thread; key < end; key = key + {{ 4 * lanes }}u) {

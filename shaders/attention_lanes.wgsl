@@ -3,7 +3,7 @@
 //
 // Online softmax in powers of two: the reference that weights are taken from is a whole number, so that moving it is exact, and a
 // query's result does not depend on where its keys lie among the others'.
-{% from "attention_lanes.wgsl" import dots, add_up, zeros, eight %}
+{% from "attention_lanes.wgsl" import begin_queries, dots, add_up, zeros, eight %}
 {% include "attention_params.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<f32>;
 @group(0) @binding(1) var<storage, read> k: array<f32>;
@@ -28,23 +28,12 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
-    let block = group / p.heads;
-    let head = group - block * p.heads;
-    let kv_head = head / (p.heads / p.kv_heads);
+{{ begin_queries() }}
 {% for r in range(rows) %}
-    let query{{ r }} = min(block * {{ rows }}u + {{ r }}u, p.queries - 1u);
-    let seen{{ r }} = key_ranges[query{{ r }}];
-    let row{{ r }} = (query{{ r }} * p.heads + head) * {{ head_dim }}u;
     var most{{ r }} = LOWEST;
     var sum{{ r }} = 0.0;
 {% endfor %}
 {{ zeros("o") }}
-    // Ranges never go back from a query to the next: these are the keys of all the workgroup's queries.
-    let end = seen{{ rows - 1 }}.y;
     for (var first = seen0.x; first < end; first = first + 8u) {
         let key = first + lane;
         let own = (min(key, p.keys - 1u) * p.kv_heads + kv_head) * {{ head_dim }}u;

@@ -1,4 +1,4 @@
-// Of the squared norms of n gradients and their total: values = [norm, factor, norms of the n gradients].
+// From the squared norms of n gradients and their total: values = [norm, factor, loss, norms of the n gradients].
 // factor = min(1, max_norm / (norm + 1e-6)), or NaN if the norm or the loss is not finite.
 
 struct Params {
@@ -35,7 +35,7 @@ fn main(
         return;
     }
     if (i < p.count) {
-        values[2u + i] = bitcast<u32>(sqrt(squares[i]));
+        values[3u + i] = bitcast<u32>(sqrt(squares[i]));
     }
     if (i > 0u) {
         return;
@@ -46,8 +46,13 @@ fn main(
     if (p.clip != 0u) {
         factor = bitcast<u32>(min(1.0, p.max_norm / (norm + 1e-6)));
     }
-    if (!is_finite(total[0]) || (p.has_loss != 0u && !is_finite(loss[0]))) {
+    var loss_bits = 0u;
+    if (p.has_loss != 0u) {
+        loss_bits = bitcast<u32>(loss[0]);
+    }
+    if (!is_finite(total[0]) || !is_finite(bitcast<f32>(loss_bits))) {
         factor = 0x7fc00000u;
     }
     values[1] = factor;
+    values[2] = loss_bits;
 }

@@ -3,6 +3,24 @@
    them has a lane for each of eight values of a head. What all lanes need, each loads an eighth of, and broadcasts hand it
    round: these drivers load lane by lane. #}
 
+{# The workgroup's queries, their head, and the keys that they see; ends the workgroups past the last. #}
+{% macro begin_queries() %}
+    let group = group_index(workgroup, count);
+    if (group >= p.groups) {
+        return;
+    }
+    let block = group / p.heads;
+    let head = group - block * p.heads;
+    let kv_head = head / (p.heads / p.kv_heads);
+{% for r in range(rows) %}
+    let query{{ r }} = min(block * {{ rows }}u + {{ r }}u, p.queries - 1u);
+    let seen{{ r }} = key_ranges[query{{ r }}];
+    let row{{ r }} = (query{{ r }} * p.heads + head) * {{ head_dim }}u;
+{% endfor %}
+    // Ranges never go back from a query to the next: these are the keys of all the workgroup's queries.
+    let end = seen{{ rows - 1 }}.y;
+{% endmacro %}
+
 {# Of each row r and the lane's own vector: resultR = sum over d of left[left_atR + d] * right[right_at + d]. #}
 {% macro dots(result, left, left_at, right, right_at) %}
 {% for r in range(rows) %}

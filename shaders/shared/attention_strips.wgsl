@@ -1,6 +1,6 @@
 {# Products of strips, 16 of a subgroup's own rows by all of the other side's tile or of the head, for the attention kernels of
    cooperative matrices. #}
-{% from "coop.wgsl" import depth, accumulators, multiply, store, load_again %}
+{% from "coop.wgsl" import depth, enter, accumulators, multiply, store, load_again %}
 {# Padding spreads the banks. #}
 {% set sum_stride = depth + 4 %}
 {% set weight_stride = depth + 8 %}
@@ -20,6 +20,20 @@
     );
     let q_plane = p.heads * q_rows * {{ wide }}u;
     let k_plane = p.kv_heads * k_rows * {{ wide }}u;
+{% endmacro %}
+
+{# The workgroup's 64 queries, their head, the keys that they see, and where all that is packed; ends the workgroups past the
+   last. #}
+{% macro begin_queries(wide) %}
+{{ enter() }}
+    let block = group / p.heads;
+    let head = group - block * p.heads;
+    let kv_head = head / (p.heads / p.kv_heads);
+    let row_base = block * 64u;
+    // Ranges never go back from a query to the next: these are the keys of all the workgroup's queries.
+    let start = key_ranges[row_base].x;
+    let end = key_ranges[min(row_base + 63u, p.queries - 1u)].y;
+{{ packed_rows(wide) }}
 {% endmacro %}
 
 {# sums = the sum of the products of `pairs`: each where the own rows and the other rows begin in `own` and `other`. #}

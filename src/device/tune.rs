@@ -90,14 +90,20 @@ fn write(file: &Path, device: &str, choices: &Choices) -> Result<()> {
 }
 
 impl Gpu {
-    /// The fastest of so many variants for `case`, which names the kernel and what its time depends on. `run` records one of
+    /// The fastest of so many variants for a case. `case` names the kernel and what its time depends on. `run` records one of
     /// them; it may be called often, and leaves the same every time. Nothing is measured while a profile is made.
-    pub(crate) fn tuned(&self, case: &str, variants: usize, run: impl Fn(usize) -> Result<()>) -> Result<usize> {
+    pub(crate) fn tuned(
+        &self,
+        case: impl FnOnce() -> String,
+        variants: usize,
+        run: impl Fn(usize) -> Result<()>,
+    ) -> Result<usize> {
         let tuner = self.tuner();
         if variants < 2 || tuner.file.is_none() {
             return Ok(0);
         }
-        let known = tuner.known().get(case).copied();
+        let case = case();
+        let known = tuner.known().get(&case).copied();
         if let Some(choice) = known.filter(|&choice| choice < variants) {
             return Ok(choice);
         }
@@ -115,7 +121,7 @@ impl Gpu {
             }
         }
         tracing::debug!(variant = best.1, ms = best.0 * 1e3, "tuned {case}");
-        tuner.set(case, best.1);
+        tuner.set(&case, best.1);
         Ok(best.1)
     }
 }
@@ -168,17 +174,17 @@ mod tests {
                 runs.borrow_mut().push(variant);
                 (0..[40, 1, 40][variant]).try_for_each(|_| add(&x, &x).map(drop))
             };
-            let case = format!("case {index}");
-            assert_eq!(gpu.tuned(&case, 3, run).unwrap(), 1, "{}", testing::name(&device));
+            let case = || format!("case {index}");
+            assert_eq!(gpu.tuned(case, 3, run).unwrap(), 1, "{}", testing::name(&device));
             assert_eq!(runs.borrow().len(), 3 * (1 + RUNS));
-            assert_eq!(gpu.tuned(&case, 3, run).unwrap(), 1);
+            assert_eq!(gpu.tuned(case, 3, run).unwrap(), 1);
             assert_eq!(runs.borrow().len(), 3 * (1 + RUNS), "it is known");
             // A choice that no longer exists is made again.
-            assert_eq!(gpu.tuned(&case, 1, run).unwrap(), 0);
+            assert_eq!(gpu.tuned(case, 1, run).unwrap(), 0);
         }
         let plain = Device::gpu(&GpuOptions { tune: None, ..GpuOptions::default() });
         if let Ok(Device::Gpu(gpu)) = plain {
-            assert_eq!(gpu.tuned("case", 3, |_| panic!("nothing is measured")).unwrap(), 0);
+            assert_eq!(gpu.tuned(|| "case".into(), 3, |_| panic!("nothing is measured")).unwrap(), 0);
         }
     }
 }

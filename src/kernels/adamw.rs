@@ -120,7 +120,7 @@ pub fn adamw(
         param.device().same(&tensor.device(), OP)?;
     }
     if norm.values.len() < 2 {
-        let (expected, got) = ("[norm, factor, ..]".into(), format!("{:?}", norm.values.shape()));
+        let (expected, got) = ("[norm, factor, loss, ..]".into(), format!("{:?}", norm.values.shape()));
         return Err(Error::Shape { op: OP, what: "gradient norm", expected, got });
     }
     for tensor in [&mut *param, &mut *m, &mut *v] {

@@ -28,6 +28,9 @@ kernel! {
     KERNEL = "grad_norm", GradNormParams, [squares: Read, total: Read, loss: Read, values: Write]
 }
 
+/// Where the norms of the single tensors begin in [`GradNorm::values`].
+pub(crate) const EACH: usize = 3;
+
 /// Invocations a workgroup.
 const THREADS: u32 = 64;
 
@@ -39,8 +42,8 @@ pub(crate) fn defines() -> Defines {
 /// Norms of gradients, and what to multiply the gradients by.
 #[derive(Clone, Debug)]
 pub struct GradNorm {
-    /// [2 + n]: the norm of all, the clip factor (NaN: skip this step), and the norm of each of the n tensors. The norm
-    /// is before clipping.
+    /// [3 + n]: the norm of all, the clip factor (NaN: skip this step), the loss (0 without one), and the norm of each of the
+    /// n tensors. Norms are before clipping. The loss is here so that a step reads one buffer back.
     pub values: Tensor,
 }
 
@@ -70,17 +73,18 @@ pub fn grad_norm(grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<f32>
     }
     let values = match first.storage() {
         Storage::Cpu(cpu, _) => {
-            let mut values = cpu.zeros(2 + grads.len())?;
+            let mut values = cpu.zeros(EACH + grads.len())?;
             let mut total = 0.0;
-            for (norm, grad) in values[2..].iter_mut().zip(grads) {
+            for (norm, grad) in values[EACH..].iter_mut().zip(grads) {
                 let squares = sum::on_cpu(grad.host(OP)?, |value| value * value);
                 *norm = squares.sqrt() as f32;
                 total += squares;
             }
             let loss = loss.map(|loss| loss.host(OP)).transpose()?;
             values[0] = total.sqrt() as f32;
-            values[1] = factor(values[0], loss.map(|loss| loss[0]), max_norm);
-            Tensor::from_host(cpu, &[2 + grads.len()], values)
+            values[2] = loss.map_or(0.0, |loss| loss[0]);
+            values[1] = factor(values[0], values[2], max_norm);
+            Tensor::from_host(cpu, &[EACH + grads.len()], values)
         }
         Storage::Gpu(gpu, _) => on_gpu(gpu, grads, loss, max_norm)?,
     };
@@ -88,7 +92,7 @@ pub fn grad_norm(grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<f32>
 }
 
 fn on_gpu(gpu: &Gpu, grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<f32>) -> Result<Tensor> {
-    let values = Tensor::uninit(gpu, OP, &[2 + grads.len()])?;
+    let values = Tensor::uninit(gpu, OP, &[EACH + grads.len()])?;
     let squares = gpu.alloc("squared norms", 4 * grads.len() as u64)?;
     let total = gpu.alloc("squared norm", 4)?;
     for (slot, grad) in grads.iter().enumerate() {
@@ -114,21 +118,21 @@ fn on_gpu(gpu: &Gpu, grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<
     Ok(values)
 }
 
-fn factor(norm: f32, loss: Option<f32>, max_norm: Option<f32>) -> f32 {
-    if !norm.is_finite() || loss.is_some_and(|loss| !loss.is_finite()) {
+fn factor(norm: f32, loss: f32, max_norm: Option<f32>) -> f32 {
+    if !norm.is_finite() || !loss.is_finite() {
         return f32::NAN;
     }
     max_norm.map_or(1.0, |max_norm| (max_norm / (norm + 1e-6)).min(1.0))
 }
 
-/// The formula, in f64: the norm of all, the clip factor, and the norm of each.
+/// The formula, in f64: the norm of all, the clip factor, the loss, and the norm of each.
 pub fn reference(grads: &[&[f64]], loss: Option<f64>, max_norm: Option<f64>) -> Vec<f64> {
     let norm = |squares: f64| squares.sqrt();
     let squares = grads.iter().map(|grad| grad.iter().map(|value| value * value).sum::<f64>());
     let total = norm(squares.clone().sum());
     let finite = total.is_finite() && loss.is_none_or(f64::is_finite);
     let factor = max_norm.map_or(1.0, |max_norm| (max_norm / (total + 1e-6)).min(1.0));
-    [total, if finite { factor } else { f64::NAN }].into_iter().chain(squares.map(norm)).collect()
+    [total, if finite { factor } else { f64::NAN }, loss.unwrap_or(0.0)].into_iter().chain(squares.map(norm)).collect()
 }
 
 #[cfg(test)]
@@ -142,7 +146,7 @@ mod tests {
         let tensors: Vec<Tensor> = grads.iter().map(|grad| tensor(grad)).collect();
         let loss = loss.map(|loss| tensor(&[loss]));
         let norm = grad_norm(&tensors.iter().collect::<Vec<_>>(), loss.as_ref(), max_norm).unwrap();
-        assert_eq!(norm.values.shape(), [2 + grads.len()]);
+        assert_eq!(norm.values.shape(), [EACH + grads.len()]);
         norm.values.to_vec().unwrap()
     }
 
@@ -184,7 +188,7 @@ mod tests {
                     let got = norms(&device, std::slice::from_ref(&fine), Some(loss), max_norm);
                     assert!(got[1].is_nan() && got[0] == 3.0, "{}", testing::name(&device));
                 }
-                assert_eq!(norms(&device, &[vec![0.0; 5]], Some(1e30), max_norm), [0.0, 1.0, 0.0]);
+                assert_eq!(norms(&device, &[vec![0.0; 5]], Some(1e30), max_norm), [0.0, 1.0, 1e30, 0.0]);
             }
             let large = norms(&device, &[vec![1e18; 1000]], None, Some(1.0));
             let fits = large[0].is_infinite() && large[1].is_nan() || (large[0] / 3.162_277_7e19 - 1.0).abs() < 1e-5;

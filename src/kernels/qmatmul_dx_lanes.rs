@@ -5,7 +5,7 @@ use super::kernel;
 use super::matrix::is_ragged;
 use super::packing::Part;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
-use super::qmatmul_lanes::{THREADS, fitting, one_subgroup, shapes};
+use super::qmatmul_lanes::{THREADS, fitting, one_subgroup, shapes, tuned};
 use crate::device::{Defines, Dispatch};
 use crate::error::Result;
 
@@ -70,7 +70,7 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
 }
 
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part) -> Result<()> {
-    let (m, n, k) = (call.m as u32, part.rows.len(), call.w.cols());
+    let k = call.w.cols();
     let share = one_subgroup(call.gpu);
     let form = Form {
         share,
@@ -78,14 +78,11 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part) -> Result<()> {
         dropout: call.dropout(part).is_some(),
         accumulate: call.params(part).accumulate != 0,
     };
-    let most = LARGEST.iter().map(|(tokens, _)| *tokens).max().unwrap_or_default();
-    let mut largest = 0;
-    // What adds to dX cannot be run again.
-    if share && m >= most && !form.accumulate {
-        let case = format!("qmatmul_dx_lanes {} n={n} k={k}", call.w.defines().label());
-        largest = call.gpu.tuned(&case, LARGEST.len(), |variant| dispatch_as(call, part, LARGEST[variant], form))?;
-    }
-    dispatch_as(call, part, LARGEST[largest], form)
+    let run = |largest| dispatch_as(call, part, largest, form);
+    // A kernel that adds to dX cannot be run again.
+    let tunable = share && !form.accumulate;
+    let largest = if tunable { tuned(call.gpu, &KERNEL, LARGEST, (call.m, call.w, part), run)? } else { LARGEST[0] };
+    run(largest)
 }
 
 /// With the shape `largest` for as many rows as it takes in whole.

@@ -42,8 +42,8 @@ pub(crate) fn variants(matrices: &[Defines], subgroups: bool) -> Vec<Defines> {
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
     let (m, n, k) = (call.m.next_power_of_two(), part.rows.len(), call.w.cols());
-    let case = format!("qmatmul_gemv {} m={m} n={n} k={k}", call.w.defines().label());
-    let shape = call.gpu.tuned(&case, SHAPES.len(), |variant| dispatch_as(call, part, SHAPES[variant]))?;
+    let case = || format!("qmatmul_gemv {} m={m} n={n} k={k}", call.w.defines().label());
+    let shape = call.gpu.tuned(case, SHAPES.len(), |variant| dispatch_as(call, part, SHAPES[variant]))?;
     dispatch_as(call, part, SHAPES[shape])
 }
 

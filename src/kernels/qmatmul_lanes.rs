@@ -2,10 +2,10 @@
 //! invocation owns a two-dimensional piece of Y in registers, so that a decoded word feeds many rows.
 
 use super::kernel;
-use super::matrix::is_ragged;
+use super::matrix::{DeviceMatrix, is_ragged};
 use super::packing::Part;
 use super::qmatmul_operands::{GpuCall, QmatmulParams};
-use crate::device::{Defines, Dispatch, Gpu};
+use crate::device::{Defines, Dispatch, Gpu, Kernel};
 use crate::error::Result;
 
 kernel! {
@@ -62,16 +62,27 @@ pub(super) fn one_subgroup(gpu: &Gpu) -> bool {
         && (info.subgroup_min_size, info.subgroup_max_size) == (THREADS, THREADS)
 }
 
-pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
-    let (m, n, k) = (call.m as u32, part.rows.len(), call.w.cols());
-    let share = !is_ragged(k) && one_subgroup(call.gpu);
-    let most = LARGEST.iter().map(|(tokens, _)| *tokens).max().unwrap_or_default();
-    let mut largest = 0;
-    if share && m >= most {
-        let case = format!("qmatmul_lanes {} n={n} k={k}", call.w.defines().label());
-        largest = call.gpu.tuned(&case, LARGEST.len(), |variant| dispatch_as(call, part, LARGEST[variant], share))?;
+/// The fastest of `shapes` for a part of `m` rows by W, if they are enough for each of them; else the first.
+pub(super) fn tuned<const N: usize>(
+    gpu: &Gpu,
+    kernel: &Kernel,
+    shapes: [(u32, u32); N],
+    (m, w, part): (usize, &DeviceMatrix, &Part),
+    run: impl Fn((u32, u32)) -> Result<()>,
+) -> Result<(u32, u32)> {
+    let most = shapes.iter().map(|(tokens, _)| *tokens).max().unwrap_or_default();
+    if m < most as usize {
+        return Ok(shapes[0]);
     }
-    dispatch_as(call, part, LARGEST[largest], share)
+    let case = || format!("{} {} n={} k={}", kernel.name, w.defines().label(), part.rows.len(), w.cols());
+    Ok(shapes[gpu.tuned(case, N, |variant| run(shapes[variant]))?])
+}
+
+pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
+    let share = !is_ragged(call.w.cols()) && one_subgroup(call.gpu);
+    let run = |largest| dispatch_as(call, part, largest, share);
+    let largest = if share { tuned(call.gpu, &KERNEL, LARGEST, (call.m, call.w, part), run)? } else { LARGEST[0] };
+    run(largest)
 }
 
 /// With the shape `largest` for as many rows as it takes in whole.

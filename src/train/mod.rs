@@ -47,7 +47,7 @@ pub mod run;
 use crate::autograd::{Gradients, Tape};
 use crate::error::{Error, Result};
 use crate::kernels::add_assign::add_assign;
-use crate::kernels::grad_norm::grad_norm;
+use crate::kernels::grad_norm::{EACH, grad_norm};
 use crate::nn::{Batch, Decoder, Pass};
 use crate::optim::{AdamW, Optimizer, Schedule};
 use crate::seed::mix;
@@ -131,23 +131,24 @@ impl Trainer {
         for ((name, tensor), gradient) in parameters.iter_mut().zip(found) {
             self.optimizer.update(name, tensor, gradient, factor, &norm)?;
         }
-        let norms = norm.values.to_vec()?;
-        let loss = loss.to_vec()?[0];
-        if !loss.is_finite() || !norms[0].is_finite() {
+        // One read for all: each waits for the device.
+        let values = norm.values.to_vec()?;
+        let (total, loss, each) = (values[0], values[2], &values[EACH..]);
+        if !loss.is_finite() || !total.is_finite() {
             // The device has left everything as it was.
             self.optimizer.undo();
-            let culprit = parameters.iter().zip(&norms[2..]).find(|(_, norm)| !norm.is_finite());
+            let culprit = parameters.iter().zip(each).find(|(_, norm)| !norm.is_finite());
             let (what, value) = match culprit {
                 Some(((name, _), norm)) if loss.is_finite() => (format!("the gradient of {name}"), *norm),
                 _ if !loss.is_finite() => ("the loss".to_owned(), loss),
-                _ => ("the gradient's norm".to_owned(), norms[0]),
+                _ => ("the gradient's norm".to_owned(), total),
             };
             return Err(Error::Diverged { step, what, value });
         }
         Ok(StepReport {
             step,
             loss,
-            grad_norm: norms[0],
+            grad_norm: total,
             lr: (self.options.optimizer.lr * factor) as f32,
             tokens: micro_batches.iter().map(Batch::len).sum(),
             label_tokens,

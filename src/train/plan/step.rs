@@ -12,6 +12,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
 use crate::kernels::attention::{self, AttentionShape};
+use crate::kernels::grad_norm::EACH;
 use crate::kernels::linear_cross_entropy::chunk_rows;
 use crate::kernels::visibility::Visibility;
 use crate::kernels::{attention_backward, qmatmul, qmatmul_dx};
@@ -189,7 +190,7 @@ impl Model {
             || self.linears.iter().filter_map(|linear| linear.adapter.as_ref()).flat_map(Adapter::parameters);
         let count = parameters().count();
         let new = |len: usize| self.ledger.tensor(Part::Activations, &[len]);
-        let _norms = new(2 + count)?;
+        let _norms = new(EACH + count)?;
         if let Device::Gpu(_) = self.ledger.device {
             let _squares = (new(count)?, new(1)?);
         }
