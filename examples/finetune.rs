@@ -14,7 +14,7 @@ use qlora_wgpu::text::Tokenizer;
 use qlora_wgpu::train::TrainOptions;
 use qlora_wgpu::train::batches::{BatchOptions, Batches};
 use qlora_wgpu::train::data::{DataOptions, Dataset};
-use qlora_wgpu::train::run::{Event, Run, RunOptions};
+use qlora_wgpu::train::run::{Event, Run, RunData, RunFolder, RunOptions};
 
 const STEPS: u32 = 20;
 
@@ -39,7 +39,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let options = RunOptions { train, steps: STEPS, eval_every: 0, early_stop: None, save_every: 0, keep: 1 };
     let config = PeftConfig::new(16, 32.0); // rank, alpha; all linear layers
-    let mut run = Run::start(&mut model, config, None, batches, eval, options, output.path())?;
+    let data = RunData { batches, eval, tokenizer: Some(tokenizer.fingerprint()?) };
+    // Run::resume with the same arguments goes on from the newest checkpoint in the folder.
+    let mut run = Run::start(&mut model, config, None, data, options, RunFolder::claim(output.path())?)?;
 
     let mut eval_losses = Vec::new();
     run.train(|event| {

@@ -26,6 +26,10 @@ pub enum Error {
     #[error("step {step}: {what} is {value}; nothing was updated. A lower learning rate, or clipping, may help")]
     Diverged { step: u32, what: String, value: f32 },
 
+    /// A run is to be resumed with another setting, model or data than it was started with.
+    #[error("{}: is a run with {setting} {before}, which is {now} now; resume it as it was", path.display())]
+    OtherRun { path: PathBuf, setting: &'static str, before: String, now: String },
+
     /// Whoever asked for it has ended it before it was done.
     #[error("{op}: interrupted; nothing was written")]
     Interrupted { op: &'static str },

@@ -80,6 +80,7 @@ pub mod eval;
 pub mod export;
 pub mod formats;
 pub mod generate;
+mod hash;
 pub mod indices;
 pub mod kernels;
 pub mod nn;

@@ -24,7 +24,7 @@ use crate::text::Tokenizer;
 use crate::train::TrainOptions;
 use crate::train::batches::{BatchOptions, Batches};
 use crate::train::data::{DataOptions, Dataset};
-use crate::train::run::{Run, RunOptions};
+use crate::train::run::{Run, RunData, RunFolder, RunOptions};
 
 /// Trains an adapter on definitions of The Devil's Dictionary, and shows what it changed.
 ///
@@ -137,7 +137,8 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         PeftConfig { base_model_name_or_path: Some(source.name()), ..PeftConfig::new(RANK, 2.0 * RANK as f32) };
     let adapter = output.join("adapter");
     let start = Instant::now();
-    let mut run = Run::start(&mut model, config, None, batches, eval, options, &adapter)?;
+    let data = RunData { batches, eval, tokenizer: Some(tokenizer.fingerprint()?) };
+    let mut run = Run::start(&mut model, config, None, data, options, RunFolder::claim(&adapter)?)?;
     let (_, records) = progress::train(&mut run, steps, &adapter, || false)?;
     let seconds = start.elapsed().as_secs_f64();
 

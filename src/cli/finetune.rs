@@ -18,7 +18,7 @@ use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
 use crate::train::batches::Batches;
 use crate::train::metrics::Record;
-use crate::train::run::{End, Run, RunOptions, Summary, check_unused};
+use crate::train::run::{End, Run, RunFolder, RunOptions, Summary};
 
 /// Trains an adapter of a model on a text.
 ///
@@ -120,32 +120,36 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let (Some(_), Some(output)) = (&args.data, &args.output) else {
         missing("--data FILE and --output DIR");
     };
-    if !args.resume {
-        check_unused(output)?;
+    let folder = RunFolder::claim(output)?;
+    let goes_on = args.resume && folder.has_checkpoint()?;
+    if args.resume && !goes_on {
+        say::progress(format!("{}: nothing is saved yet, so the run starts from the beginning", output.display()));
     }
-    let Prepared { path, device, base, spec, initial, config, plan, data } = args.prepare()?;
-    let Some(Data { batches, eval, options }) = data else { missing("--data FILE") };
+    if !goes_on {
+        folder.check_unused()?;
+    }
+    let prepared = args.prepare()?;
+    args.check_memory(&prepared, goes_on)?;
+    let Prepared { path, device, base, spec, initial, config, plan, data } = prepared;
+    let Some(Data { data, options }) = data else { missing("--data FILE") };
     let steps = options.steps;
 
     say::progress(format!("device: {}", device.name()));
-    describe(&batches, eval.len(), &options);
+    describe(&data.batches, data.eval.len(), &options);
     say::progress(format!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes)));
-    if args.training.memory(&device).is_some_and(|memory| !plan.fits(memory)) {
-        say::warning("that is more than the device has free; `qlora plan` with the same flags says what takes it");
-    }
 
     let mut model = Decoder::load(&device, &path, &base)?;
 
-    let mut run = if args.resume {
-        Run::resume(&mut model, &config, batches, eval, options, output)?
-    } else {
-        let adapter = initial.as_ref().map(|(_, adapter)| adapter);
-        let started = Run::start(&mut model, config, adapter, batches, eval, options, output);
-        started.map_err(|error| match &initial {
-            Some((path, adapter)) => misfit(path, adapter, error),
-            None => error,
-        })?
-    };
+    let begin = if args.resume { Run::resume } else { Run::start };
+    let adapter = initial.as_ref().map(|(_, adapter)| adapter);
+    let mut run = begin(&mut model, config, adapter, data, options, folder).map_err(|error| match &initial {
+        Some((path, adapter)) => misfit(path, adapter, args.as_typed(error)),
+        None => args.as_typed(error),
+    })?;
+    run.warnings().iter().for_each(say::warning);
+    if run.end().is_some() {
+        say::progress(format!("{}: the run is finished, after {} steps", output.display(), run.step()));
+    }
     if let Some((path, adapter)) = &initial {
         warn_other_base(path, &adapter.config, &args.model.name());
     }

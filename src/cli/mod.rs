@@ -118,18 +118,43 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
 }
 
 /// Becomes true with Ctrl-C (or a wish to terminate), and says so; the second one ends the process, which leaves nothing
-/// half-written.
+/// half-written. The end of the terminal is such a wish, unless it is ignored, as under nohup.
 fn interrupts(told: &'static str) -> Arc<AtomicBool> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = interrupted.clone();
     // A handler that is there already (of a program that calls this as a library) stays.
-    let _ = ctrlc::set_handler(move || {
-        if flag.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED.into());
-        }
-        say::progress(told);
+    keeping_ignored_hangups(|| {
+        let _ = ctrlc::set_handler(move || {
+            if flag.swap(true, Ordering::Relaxed) {
+                std::process::exit(INTERRUPTED.into());
+            }
+            say::progress(told);
+        });
     });
     interrupted
+}
+
+/// Calls what sets handlers of signals; SIGHUP stays ignored if it was.
+#[cfg(unix)]
+fn keeping_ignored_hangups(set_handlers: impl FnOnce()) {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: to ignore a signal runs no code. There is no other way to learn how it is handled.
+    let before = unsafe { signal(Signal::SIGHUP, SigHandler::SigIgn) };
+    let ignored = matches!(before, Ok(SigHandler::SigIgn));
+    if let (false, Ok(before)) = (ignored, before) {
+        // SAFETY: the handler is the one that the process had.
+        let _ = unsafe { signal(Signal::SIGHUP, before) };
+    }
+    set_handlers();
+    if ignored {
+        // SAFETY: as above.
+        let _ = unsafe { signal(Signal::SIGHUP, SigHandler::SigIgn) };
+    }
+}
+
+#[cfg(not(unix))]
+fn keeping_ignored_hangups(set_handlers: impl FnOnce()) {
+    set_handlers();
 }
 
 /// Where a command's output is already, if it is; an error if that is what it reads. `inputs`: a path and what it is.

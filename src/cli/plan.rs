@@ -11,7 +11,7 @@ use crate::train::plan::{MEMORY_PERCENT, Moment, Parts, Plan};
 
 /// What a training run takes in memory, from the headers of the model's files, and whether a device has it.
 ///
-/// Two steps are gone through without values: what is counted is what a run allocates.
+/// Two steps are gone through without values: what is counted is what a run allocates. Ends with status 1 if it does not fit.
 #[derive(Args, Debug)]
 #[command(override_usage = "qlora plan --model PATH|ID [OPTIONS of qlora finetune]")]
 #[command(after_help = "Examples:\n  \
@@ -38,15 +38,18 @@ struct Report {
 }
 
 pub fn run(args: &PlanArgs) -> Result<()> {
-    let Prepared { device, plan, .. } = args.run.prepare()?;
+    let prepared = args.run.prepare()?;
+    let Prepared { device, plan, .. } = &prepared;
     let training = &args.run.training;
-    let memory = training.memory(&device);
+    let memory = training.memory(device);
     let fits = memory.map(|memory| plan.fits(memory));
-    let report = Report { device: device.name().to_owned(), memory_bytes: memory, fits, plan };
+    let report = Report { device: device.name().to_owned(), memory_bytes: memory, fits, plan: *plan };
     if args.json {
-        return print_json(&report);
+        print_json(&report)?;
+    } else {
+        print_line(&report.describe(training.batch_size.is_none()))?;
     }
-    print_line(&report.describe(training.batch_size.is_none()))
+    args.run.check_memory(&prepared, false)
 }
 
 impl Report {
@@ -78,11 +81,7 @@ impl Report {
         let of = |memory: u64| format!("{MEMORY_PERCENT} % of {}", ByteSize(memory));
         match (self.memory_bytes, self.fits) {
             (Some(memory), Some(true)) => format!("It fits: within {}.", of(memory)),
-            (Some(memory), _) => format!(
-                "It does not fit: it holds more than {}. --checkpoint-activations, a smaller --batch-size or a shorter \
-                 --seq-len take less",
-                of(memory)
-            ),
+            (Some(memory), _) => format!("It does not fit: it holds more than {}.", of(memory)),
             (None, _) => {
                 "How much memory the device has is unknown: --memory SIZE says it, such as --memory 8GiB".into()
             }

@@ -16,7 +16,7 @@ use crate::text::Tokenizer;
 use crate::train::batches::Batches;
 use crate::train::data::{DataOptions, Dataset, Example};
 use crate::train::plan::Plan;
-use crate::train::run::{RunOptions, saved_batch_size};
+use crate::train::run::{RunData, RunOptions, Setting, saved_batch_size};
 
 // No doc comment here: clap would show it for the commands.
 #[derive(Args, Debug)]
@@ -81,10 +81,9 @@ pub(super) struct Prepared<'a> {
     pub data: Option<Data>,
 }
 
-/// What is trained and evaluated on.
+/// What is trained and evaluated on, and how.
 pub(super) struct Data {
-    pub batches: Batches,
-    pub eval: Vec<Example>,
+    pub data: RunData,
     pub options: RunOptions,
 }
 
@@ -112,15 +111,23 @@ impl RunArgs {
         let config = PeftConfig { base_model_name_or_path: Some(self.model.name()), ..config };
         let rows = match (self.training.batch_size, &self.output) {
             // The memory that is free may have changed.
-            (None, Some(output)) if self.resume => Some(saved_batch_size(output)?),
+            (None, Some(output)) if self.resume => saved_batch_size(output)?,
             (given, _) => given,
         };
         let plan = self.training.plan(&spec, &config, rows, tokens, &device)?;
-        let data = data.map(|data| self.arrange(data, eval, &plan)).transpose()?;
+        // Whoever needs none may have none.
+        let tokenizer = tokenizer.as_ref().ok().map(Tokenizer::fingerprint).transpose()?;
+        let data = data.map(|data| self.arrange(data, eval, tokenizer, &plan)).transpose()?;
         Ok(Prepared { path, device, base, spec, initial, config, plan, data })
     }
 
-    fn arrange(&self, data: Dataset, eval: Vec<Example>, plan: &Plan) -> Result<Data> {
+    fn arrange(
+        &self,
+        data: Dataset,
+        eval: Vec<Example>,
+        tokenizer: Option<String>,
+        plan: &Plan,
+    ) -> Result<Data> {
         let batches =
             Batches::new(data, self.training.batches(&plan.batches)).map_err(|error| match (error, &self.data) {
                 (Error::Invalid { what, got, expected, .. }, Some(path)) => {
@@ -138,7 +145,50 @@ impl RunArgs {
             save_every: self.save_every,
             keep: self.keep,
         };
-        Ok(Data { batches, eval, options })
+        Ok(Data { data: RunData { batches, eval, tokenizer }, options })
+    }
+
+    /// An error if the run holds more than the device has, with a batch size that fits. A run that goes on keeps its batch size, and
+    /// is only warned.
+    pub(super) fn check_memory(&self, prepared: &Prepared<'_>, goes_on: bool) -> Result<()> {
+        let Prepared { device, spec, config, plan, data, .. } = prepared;
+        let Some(memory) = self.training.memory(device) else { return Ok(()) };
+        // A micro-batch has no more rows than the data.
+        let rows = data.as_ref().map_or(usize::MAX, |data| data.data.batches.rows()).min(plan.batches.rows);
+        let plan_of = |rows| self.training.plan(spec, config, Some(rows), plan.batches.tokens, device);
+        if plan.fits(memory) || rows < plan.batches.rows && plan_of(rows)?.fits(memory) {
+            return Ok(());
+        }
+        let smaller = std::iter::successors(Some(rows), |rows| Some(rows / 2).filter(|&rows| rows > 0)).skip(1);
+        let fitting = smaller.map(plan_of).find(|plan| plan.as_ref().map_or(true, |plan| plan.fits(memory)));
+        let error = self.training.too_large(plan, fitting.transpose()?.as_ref(), memory, device);
+        if goes_on {
+            say::warning(error);
+            return Ok(());
+        }
+        Err(error)
+    }
+
+    /// An error of a run that was started otherwise, with the flag or the file that makes the difference.
+    pub(super) fn as_typed(&self, error: Error) -> Error {
+        let Error::OtherRun { path, setting, before, now } = error else { return error };
+        let Some(known) = Setting::named(setting) else { return Error::OtherRun { path, setting, before, now } };
+        let (flag, model) = (flag(known), self.model.name());
+        let message = match known {
+            Setting::Tokenizer => format!("was started with another tokenizer than that of {model} ({flag})"),
+            Setting::Weights => format!("was started with other weights than those of {model} ({flag})"),
+            Setting::Data => {
+                let data = self.data.as_deref().unwrap_or(Path::new("")).display();
+                format!("was started with other training data than those of {data} ({flag})")
+            }
+            Setting::EvalData => format!("was started with other evaluation data, or without them ({flag})"),
+            Setting::InitialAdapter => format!("was started with another initial adapter, or without one ({flag})"),
+            Setting::Patience if before == "none" => {
+                format!("was started without {flag}, so that its best adapter was not kept")
+            }
+            _ => format!("was started with {setting} {before}, which is {now} now ({flag})"),
+        };
+        Error::File { path, message: format!("{message}; resume it as it was") }
     }
 
     /// Reads and tokenizes a file, with a bar.
@@ -154,6 +204,39 @@ impl RunArgs {
             say::warning(format!("{}: left out {} bad lines", path.display(), data.bad_lines));
         }
         Ok(data)
+    }
+}
+
+/// The flags that decide a setting.
+fn flag(setting: Setting) -> &'static str {
+    match setting {
+        Setting::Architecture | Setting::Weights | Setting::Tokenizer => "--model",
+        Setting::Formats => "--base-format",
+        Setting::InitialAdapter => "--init-adapter",
+        Setting::Rank => "--rank",
+        Setting::Alpha => "--alpha",
+        Setting::Dropout => "--dropout",
+        Setting::Targets => "--targets",
+        Setting::RsLora => "--rslora",
+        Setting::Dora => "--dora",
+        Setting::Adapter => "--init-adapter",
+        Setting::Steps => "--max-steps, --epochs",
+        Setting::BatchSize => "--batch-size",
+        Setting::GradAccum => "--grad-accum",
+        Setting::SeqLen => "--seq-len",
+        Setting::Packing => "--no-packing",
+        Setting::Shuffling => "--no-shuffle",
+        Setting::LearningRate => "--lr",
+        Setting::Schedule => "--schedule",
+        Setting::WarmUp => "--warmup",
+        Setting::WeightDecay => "--weight-decay",
+        Setting::AdamW => "another version of qlora",
+        Setting::Clipping => "--clip",
+        Setting::Seed => "--seed",
+        Setting::EvalEvery => "--eval-every",
+        Setting::Patience => "--early-stop",
+        Setting::Data => "--data, --eval-split, --skip-bad-lines",
+        Setting::EvalData => "--eval-data, --eval-split",
     }
 }
 

@@ -13,7 +13,7 @@ use crate::nn::ModelSpec;
 use crate::optim::{AdamW, Decay, Schedule};
 use crate::train::TrainOptions;
 use crate::train::batches::BatchOptions;
-use crate::train::plan::{MicroBatches, Plan};
+use crate::train::plan::{MEMORY_PERCENT, MicroBatches, Plan};
 
 /// Tokens of a row where neither the data nor the user says otherwise.
 const SEQ_LEN: usize = 512;
@@ -172,6 +172,30 @@ impl TrainingArgs {
         match (rows, self.memory(device)) {
             (None, Some(memory)) => Plan::fit(model, adapter, batches, &options, device, memory),
             _ => Plan::new(model, adapter, batches, &options, device),
+        }
+    }
+
+    /// The error of a plan that does not fit into the device's memory, with one of fewer rows that does.
+    pub fn too_large(&self, plan: &Plan, fitting: Option<&Plan>, memory: u64, device: &Device) -> Error {
+        let MicroBatches { rows, tokens, .. } = plan.batches;
+        let size = |bytes: u64| ByteSize(bytes).to_string();
+        let help = match fitting {
+            Some(fitting) => {
+                let MicroBatches { rows: fits, count, .. } = fitting.batches;
+                let count = count * rows.div_ceil(fits);
+                format!("--batch-size {fits} fits, and with --grad-accum {count} a step has as many rows")
+            }
+            None => "--checkpoint-activations or a shorter --seq-len take less".into(),
+        };
+        Error::Invalid {
+            op: "memory",
+            what: "what the run holds",
+            got: format!("{} with micro-batches of {rows} x {tokens} tokens", size(plan.held_bytes)),
+            expected: format!(
+                "{MEMORY_PERCENT} % of the {} of {} fit: {help}. --memory SIZE says that there is more",
+                size(memory),
+                device.name()
+            ),
         }
     }
 

@@ -11,3 +11,4 @@ mod mapped;
 pub mod peft;
 pub mod safetensors;
 pub(crate) mod staged;
+pub(crate) mod temporary;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
+use super::temporary;
 use crate::error::{Error, Result};
 
 /// A file that is complete and on the disk under a temporary name, in the folder of its path. Dropped, it is removed.
@@ -19,7 +20,7 @@ impl StagedFile {
     pub(crate) fn new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<Self> {
         let io_error = |e: io::Error| Error::io(path, e);
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let mut temporary = temporary_file(folder.unwrap_or(Path::new("."))).map_err(io_error)?;
+        let mut temporary = temporary::file_in(folder.unwrap_or(Path::new("."))).map_err(io_error)?;
         let mut out = BufWriter::with_capacity(1 << 20, temporary.as_file_mut());
         write(&mut out)?;
         out.flush().map_err(io_error)?;
@@ -31,15 +32,7 @@ impl StagedFile {
     /// Gives the file its name; one that has it is replaced.
     pub(crate) fn commit(self) -> Result<()> {
         let StagedFile { path, temporary } = self;
-        temporary.persist(&path).map(drop).map_err(|e| Error::io(&path, e.error))
+        temporary.persist(&path).map_err(|e| Error::io(&path, e.error))?;
+        temporary::sync_parent(&path).map_err(|e| Error::io(&path, e))
     }
-}
-
-/// A temporary file with the permissions of an ordinary new file, not only the owner's.
-fn temporary_file(folder: &Path) -> io::Result<NamedTempFile> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".qlora-").suffix(".tmp");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    builder.tempfile_in(folder)
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::batch::{Batch, Tokens};
 use super::config::ModelConfig;
+use super::fingerprint::Fingerprint;
 use super::linear::Linear;
 use super::tape::record_all;
 use crate::autograd::{Tape, Var};
@@ -36,6 +37,7 @@ pub struct Decoder {
     pub(super) head: Arc<DeviceMatrix>,
     /// Grows with the longest sequence seen.
     pub(super) rope: Mutex<RopeTable>,
+    pub(super) fingerprint: Fingerprint,
 }
 
 /// One layer.
@@ -132,6 +134,11 @@ impl Decoder {
     /// What the model is.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// What tells its base from other models.
+    pub fn fingerprint(&self) -> &Fingerprint {
+        &self.fingerprint
     }
 
     /// Where it is.

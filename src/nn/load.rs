@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::config::ModelConfig;
 use super::decoder::{Decoder, DecoderLayer, MODULES, path};
+use super::fingerprint::Hashed;
 use super::gguf::{GgufSource, is_gguf};
 use super::linear::Linear;
 use crate::device::Device;
@@ -95,6 +96,8 @@ impl Decoder {
     /// Those of the source and of the device.
     pub fn build(device: &Device, config: ModelConfig, source: &mut dyn WeightSource) -> Result<Decoder> {
         let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
+        let mut hashed = Hashed::new(source);
+        let source: &mut dyn WeightSource = &mut hashed;
         let matrix = |source: &mut dyn WeightSource, name: &str| -> Result<Arc<DeviceMatrix>> {
             Ok(Arc::new(DeviceMatrix::new(device, source.matrix(name, vocabulary, hidden, false)?)?))
         };
@@ -106,7 +109,8 @@ impl Decoder {
         }
         let norm = vector(device, source, "model.norm.weight", hidden)?;
         let rope = RopeTable::new(device, &config.rope, config.rope_positions(0))?;
-        Ok(Decoder { device: device.clone(), embedding, head, layers, norm, rope: Mutex::new(rope), config })
+        let (device, rope, fingerprint) = (device.clone(), Mutex::new(rope), hashed.fingerprint(&config));
+        Ok(Decoder { device, embedding, head, layers, norm, rope, fingerprint, config })
     }
 }
 

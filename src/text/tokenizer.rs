@@ -12,6 +12,7 @@ use super::chat::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::formats::input::{MAX_SMALL, read_small, read_small_text};
 use crate::formats::json::JsonObject;
+use crate::hash::text_hash;
 
 const OP: &str = "tokenizer";
 
@@ -178,6 +179,16 @@ impl Tokenizer {
     /// Decodes ids that come one by one.
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
         DecodeStream { tokenizer: self, skip_special, ids: Vec::new(), settled: 0, shown: String::new() }
+    }
+
+    /// A hash of everything that decides which ids a text or a chat becomes.
+    ///
+    /// # Errors
+    /// None that are known: [`Error::Invalid`] if the tokenizer cannot be written as JSON.
+    pub fn fingerprint(&self) -> Result<String> {
+        let json = self.inner.to_string(false).map_err(|e| failed("the tokenizer", e))?;
+        let around = (self.bos, &self.eos, self.add_bos, self.add_eos, &self.chat_template);
+        Ok(text_hash(&format!("{json}{around:?}")))
     }
 
     /// One more than the largest id.

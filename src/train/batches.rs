@@ -131,6 +131,11 @@ impl Batches {
         self.examples.iter().map(|example| example.ids.len()).sum()
     }
 
+    /// Rows that they make.
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
     /// Tokens of the longest row.
     pub fn longest_row(&self) -> usize {
         self.rows.iter().map(|row| self.len_of(row)).max().unwrap_or(0)

@@ -4,10 +4,11 @@
 //! |---|---|
 //! | `adapter_model.safetensors`, `adapter_config.json` | the adapter, as PEFT has it |
 //! | `optimizer.safetensors` | AdamW's moments: `NAME.exp_avg` and `NAME.exp_avg_sq` of every tensor of the adapter |
-//! | `state.json` | a [`State`] |
+//! | `metrics.jsonl` | the run's records so far |
+//! | `state.json` | a [`State`], the SHA-256 digests of the other files (`files`), and that of all of this (`digest`) |
 //!
 //! A folder is filled under another name, flushed to the disk and renamed, so that a run that is killed at any moment
-//! leaves complete ones only.
+//! leaves complete ones only. What a disk damages afterwards, the digests show.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -16,24 +17,30 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
+use super::metrics::Metrics;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftAdapter;
 use crate::formats::safetensors::{OutData, OutTensor, SafetensorsFile, TensorType, write};
+use crate::formats::temporary;
 use crate::optim::{AdamW, Optimizer};
 use crate::tensor::Tensor;
 
 const PREFIX: &str = "checkpoint-";
-/// Of folders that are being written or removed.
-const HIDDEN: &str = ".qlora-";
+/// What the name of a checkpoint that is not whole any more ends with.
+const DAMAGED: &str = ".damaged";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
+/// Keys of the state's file beside those of [`State`].
+const FILES: &str = "files";
+const DIGEST: &str = "digest";
 const MOMENTS: [&str; 2] = [".exp_avg", ".exp_avg_sq"];
 
 /// Where a run is, beside its tensors. Data order and dropout follow from the step and the seed among the settings.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct State {
     /// Updates done.
@@ -48,25 +55,37 @@ pub(super) struct State {
     pub settings: Map<String, Value>,
 }
 
-/// What a checkpoint holds.
-pub(super) struct Checkpoint {
-    pub adapter: PeftAdapter,
-    pub optimizer: Optimizer,
-    pub state: State,
-}
-
-/// Writes a checkpoint into `output` and returns its folder. One of the same step is the same, and stays.
-pub(super) fn save(output: &Path, adapter: &PeftAdapter, optimizer: &Optimizer, state: &State) -> Result<PathBuf> {
+/// Writes a checkpoint into `output` and returns its folder.
+pub(super) fn save(
+    output: &Path,
+    adapter: &PeftAdapter,
+    optimizer: &Optimizer,
+    metrics: &Metrics,
+    state: &State,
+) -> Result<PathBuf> {
     let folder = output.join(format!("{PREFIX}{}", state.step));
-    if folder.exists() {
-        return Ok(folder);
-    }
     let start = Instant::now();
     let io_error = |e: io::Error| Error::io(&folder, e);
     // Removed again if anything below fails.
-    let hidden = tempfile::Builder::new().prefix(HIDDEN).tempdir_in(output).map_err(io_error)?;
-    adapter.write(hidden.path()).map_err(|e| renamed(e, hidden.path(), &folder))?;
+    let hidden = tempfile::Builder::new().prefix(temporary::PREFIX).tempdir_in(output).map_err(io_error)?;
+    fill(hidden.path(), adapter, optimizer, metrics, state).map_err(|e| renamed(e, hidden.path(), &folder))?;
+    make_readable(hidden.path()).map_err(io_error)?;
+    fs::rename(hidden.path(), &folder).map_err(io_error)?;
+    temporary::sync_folder(output).map_err(io_error)?;
+    // Nothing is left under its name to be removed.
+    let _ = hidden.keep();
+    tracing::info!(step = state.step, seconds = start.elapsed().as_secs_f64(), "wrote {}", folder.display());
+    Ok(folder)
+}
 
+fn fill(
+    folder: &Path,
+    adapter: &PeftAdapter,
+    optimizer: &Optimizer,
+    metrics: &Metrics,
+    state: &State,
+) -> Result<()> {
+    adapter.write(folder)?;
     let mut tensors = Vec::new();
     for (name, first, second) in optimizer.moments() {
         for (suffix, tensor) in MOMENTS.into_iter().zip([first, second]) {
@@ -75,19 +94,52 @@ pub(super) fn save(output: &Path, adapter: &PeftAdapter, optimizer: &Optimizer, 
             tensors.push(OutTensor { name, dtype: TensorType::F32, shape, data: OutData::Bytes(bytes.into()) });
         }
     }
-    write(&hidden.path().join(OPTIMIZER), tensors, BTreeMap::new()).map_err(|e| renamed(e, hidden.path(), &folder))?;
+    write(&folder.join(OPTIMIZER), tensors, BTreeMap::new())?;
+    metrics.save(folder)?;
 
-    let text = serde_json::to_vec_pretty(state).map_err(|e| io_error(e.into()))?;
-    let path = hidden.path().join(STATE);
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(folder).map_err(|e| Error::io(folder, e))? {
+        let path = entry.map_err(|e| Error::io(folder, e))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        files.insert(name, digest(&path).map_err(|e| Error::io(&path, e))?);
+    }
+    let path = folder.join(STATE);
+    let io_error = |e: io::Error| Error::io(&path, e);
+    let text = seal(state, &files).map_err(|e| io_error(e.into()))?;
     fs::write(&path, text).and_then(|()| File::open(&path)?.sync_all()).map_err(io_error)?;
-    sync_folder(hidden.path()).map_err(io_error)?;
-    make_readable(hidden.path()).map_err(io_error)?;
-    fs::rename(hidden.path(), &folder).map_err(io_error)?;
-    sync_folder(output).map_err(io_error)?;
-    // Nothing is left under its name to be removed.
-    let _ = hidden.keep();
-    tracing::info!(step = state.step, seconds = start.elapsed().as_secs_f64(), "wrote {}", folder.display());
-    Ok(folder)
+    temporary::sync_folder(folder).map_err(|e| Error::io(folder, e))
+}
+
+/// The text of the state's file.
+fn seal(state: &State, files: &BTreeMap<String, String>) -> serde_json::Result<Vec<u8>> {
+    let mut all = serde_json::to_value(state)?;
+    all[FILES] = json!(files);
+    all[DIGEST] = hex(Sha256::digest(serde_json::to_vec(&all)?)).into();
+    serde_json::to_vec_pretty(&all)
+}
+
+/// What is in a text of [`seal`]; an error says what is wrong with it.
+fn unseal(text: &[u8]) -> Result<(State, BTreeMap<String, String>), String> {
+    let mut all: Map<String, Value> = serde_json::from_slice(text).map_err(|e| e.to_string())?;
+    let stated = all.shift_remove(DIGEST).ok_or(format!("`{DIGEST}` is missing"))?;
+    let found = hex(Sha256::digest(serde_json::to_vec(&all).map_err(|e| e.to_string())?));
+    if stated != found.as_str() {
+        return Err("is not what was written: its digest is another".into());
+    }
+    let files = all.shift_remove(FILES).ok_or(format!("`{FILES}` is missing"))?;
+    let files = serde_json::from_value(files).map_err(|e| e.to_string())?;
+    Ok((serde_json::from_value(all.into()).map_err(|e| e.to_string())?, files))
+}
+
+/// The SHA-256 digest of a file.
+fn digest(path: &Path) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    io::copy(&mut File::open(path)?, &mut hasher)?;
+    Ok(hex(hasher.finalize()))
+}
+
+fn hex(digest: impl AsRef<[u8]>) -> String {
+    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// An error about a file in the hidden folder, under the name that it would have had.
@@ -99,11 +151,6 @@ fn renamed(error: Error, hidden: &Path, folder: &Path) -> Error {
         }
         other => other,
     }
-}
-
-/// The entries of a folder survive a power cut too. Only Unix can, and need, be asked for that.
-fn sync_folder(folder: &Path) -> io::Result<()> {
-    if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }
 
 /// The permissions of an ordinary new folder, not only the owner's.
@@ -133,37 +180,112 @@ pub(super) fn list(output: &Path) -> Result<BTreeMap<u32, PathBuf>> {
     Ok(found)
 }
 
-/// Removes all but the newest `keep` checkpoints, and what a run that was killed left half-written.
-pub(super) fn clean(output: &Path, keep: usize) -> Result<()> {
-    let io_error = |e: io::Error| Error::io(output, e);
+/// Removes all but the newest `keep` checkpoints.
+pub(super) fn remove_old(output: &Path, keep: usize) -> Result<()> {
     let all = list(output)?;
     for (step, folder) in all.iter().take(all.len().saturating_sub(keep)) {
         // Never half of it under its name.
-        let hidden = output.join(format!("{HIDDEN}old-{step}"));
-        fs::rename(folder, &hidden).map_err(io_error)?;
+        let hidden = output.join(format!("{}old-{step}", temporary::PREFIX));
+        fs::rename(folder, &hidden).and_then(|()| fs::remove_dir_all(&hidden)).map_err(|e| Error::io(folder, e))?;
     }
-    for entry in fs::read_dir(output).map_err(io_error)? {
-        let entry = entry.map_err(io_error)?;
-        if entry.file_name().to_str().is_some_and(|name| name.starts_with(HIDDEN)) {
-            let path = entry.path();
-            if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.map_err(io_error)?;
+    Ok(())
+}
+
+/// Removes what a run that was killed left half-written or half-removed. There must be none that is alive.
+pub(super) fn remove_leftovers(output: &Path) -> Result<()> {
+    temporary::remove_abandoned(output);
+    for entry in fs::read_dir(output).map_err(|e| Error::io(output, e))? {
+        let path = entry.map_err(|e| Error::io(output, e))?.path();
+        let is_hidden = |name: &str| name.starts_with(temporary::PREFIX);
+        if path.is_dir() && path.file_name().and_then(|name| name.to_str()).is_some_and(is_hidden) {
+            fs::remove_dir_all(&path).map_err(|e| Error::io(&path, e))?;
         }
     }
     Ok(())
 }
 
-/// Where the run was that wrote the checkpoint in `folder`.
-pub(super) fn state(folder: &Path) -> Result<State> {
-    let path = folder.join(STATE);
-    let text = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    serde_json::from_slice(&text).map_err(|e| Error::File { path, message: e.to_string() })
+/// The newest checkpoint in `output` that is as it was written, and where its run was. Newer ones that are damaged get another name,
+/// and `warn` is told.
+///
+/// # Errors
+/// [`Error::File`] if there are checkpoints and all are damaged, [`Error::Io`] if one cannot be read.
+pub(super) fn newest(output: &Path, mut warn: impl FnMut(String)) -> Result<Option<(PathBuf, State)>> {
+    let mut damaged: Vec<(PathBuf, String)> = Vec::new();
+    for folder in list(output)?.into_values().rev() {
+        match check(&folder)? {
+            Ok(state) => {
+                for (path, what) in damaged {
+                    let aside = set_aside(&path).map_err(|e| Error::io(&path, e))?;
+                    warn(format!("{what}; going on from {}, and it is {} now", folder.display(), aside.display()));
+                }
+                return Ok(Some((folder, state)));
+            }
+            Err(what) => damaged.push((folder, what)),
+        }
+    }
+    match damaged.into_iter().next() {
+        None => Ok(None),
+        Some((_, what)) => {
+            let message = format!("no checkpoint is left to go on from: {what}; start again in another folder");
+            Err(Error::File { path: output.into(), message })
+        }
+    }
 }
 
-/// Reads the checkpoint in `folder`; `config` is the optimizer's.
-pub(super) fn load(folder: &Path, device: &Device, config: AdamW) -> Result<Checkpoint> {
-    let state = state(folder)?;
-    let adapter = PeftAdapter::read(folder)?;
+/// The state in a checkpoint that is as it was written, or what is damaged.
+fn check(folder: &Path) -> Result<Result<State, String>> {
+    let damage = |path: &Path, what: &str| format!("{} is damaged: {what}", path.display());
+    let unreadable = |path: &Path, error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => Ok(damage(path, "it is missing")),
+        // What a disk answers that cannot read a block any more. Anything else may be better the next time.
+        _ if cfg!(unix) && error.raw_os_error() == Some(5) => Ok(damage(path, &error.to_string())),
+        _ => Err(Error::io(path, error)),
+    };
+    let path = folder.join(STATE);
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(error) => return unreadable(&path, error).map(Err),
+    };
+    let (state, files) = match unseal(&text) {
+        Ok(found) => found,
+        Err(what) => return Ok(Err(damage(&path, &what))),
+    };
+    for (name, wanted) in files {
+        let path = folder.join(name);
+        match digest(&path) {
+            Ok(found) if found == wanted => {}
+            Ok(_) => return Ok(Err(damage(&path, "it is not what was written: its digest is another"))),
+            Err(error) => return unreadable(&path, error).map(Err),
+        }
+    }
+    Ok(Ok(state))
+}
 
+/// Gives a damaged checkpoint a name under which none is looked for.
+fn set_aside(folder: &Path) -> io::Result<PathBuf> {
+    let mut name = folder.as_os_str().to_owned();
+    name.push(DAMAGED);
+    let aside = PathBuf::from(name);
+    if aside.exists() {
+        fs::remove_dir_all(&aside)?;
+    }
+    fs::rename(folder, &aside)?;
+    temporary::sync_parent(folder)?;
+    Ok(aside)
+}
+
+/// The settings of the run that wrote the newest checkpoint in `output` whose state can be read.
+pub(super) fn settings(output: &Path) -> Result<Option<Map<String, Value>>> {
+    if !output.is_dir() {
+        return Ok(None);
+    }
+    let states = list(output)?.into_values().rev().filter_map(|folder| unseal(&fs::read(folder.join(STATE)).ok()?).ok());
+    Ok(states.map(|(state, _)| state.settings).next())
+}
+
+/// The adapter and the optimizer of the checkpoint in `folder`, which was saved after `step` updates; `config` is the optimizer's.
+pub(super) fn load(folder: &Path, step: u32, device: &Device, config: AdamW) -> Result<(PeftAdapter, Optimizer)> {
+    let adapter = PeftAdapter::read(folder)?;
     let file = SafetensorsFile::open(folder.join(OPTIMIZER))?;
     let mut moments = Vec::new();
     for name in file.names().iter().filter_map(|name| name.strip_suffix(MOMENTS[0])) {
@@ -175,5 +297,35 @@ pub(super) fn load(folder: &Path, device: &Device, config: AdamW) -> Result<Chec
         };
         moments.push((name.to_owned(), tensor(MOMENTS[0])?, tensor(MOMENTS[1])?));
     }
-    Ok(Checkpoint { adapter, optimizer: Optimizer::restored(config, state.step, moments), state })
+    Ok((adapter, Optimizer::restored(config, step, moments)))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_state_comes_back_to_the_bit_or_not_at_all(
+            loss in any::<f64>().prop_filter("JSON has only finite numbers", |loss| loss.is_finite()),
+            lr in any::<f64>().prop_filter("JSON has only finite numbers", |lr| lr.is_finite()),
+            tokens in any::<u64>(),
+            at in any::<prop::sample::Index>(),
+        ) {
+            let settings = Map::from_iter([("learning rate".to_owned(), json!(lr))]);
+            let state = State { step: 3, tokens, best_eval_loss: Some(loss), evaluations_since_best: 1, settings };
+            let files = BTreeMap::from([("x".to_owned(), "00".to_owned())]);
+            let mut text = seal(&state, &files).unwrap();
+            let (back, _) = unseal(&text).unwrap();
+            prop_assert_eq!(back.best_eval_loss.map(f64::to_bits), Some(loss.to_bits()));
+            prop_assert_eq!(back.settings["learning rate"].as_f64().map(f64::to_bits), Some(lr.to_bits()));
+            prop_assert_eq!(&back, &state);
+            // A flipped bit is noticed, unless it only changes the layout.
+            let at = at.index(text.len());
+            text[at] ^= 1;
+            prop_assert!(unseal(&text).map_or(true, |(damaged, _)| damaged == state));
+        }
+    }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
 
-/// The file's name in a run's folder.
+/// The file's name in a run's folder, and in its checkpoints.
 pub const FILE: &str = "metrics.jsonl";
 
 /// A line: a step, or (with step 0) what there was before the first.
@@ -46,24 +46,46 @@ pub(super) struct Metrics {
 }
 
 impl Metrics {
-    /// Opens the file in `folder`, keeping the records of the first `steps` steps.
-    pub(super) fn open(folder: &Path, steps: u32) -> Result<Metrics> {
+    /// The empty file of a new run in `folder`.
+    pub(super) fn start(folder: &Path) -> Result<Metrics> {
+        let path = folder.join(FILE);
+        let file = OpenOptions::new().append(true).create(true).open(&path).map_err(|e| Error::io(&path, e))?;
+        file.set_len(0).map_err(|e| Error::io(&path, e))?;
+        Ok(Metrics { path, file })
+    }
+
+    /// The file in `folder` as it was when `checkpoint` was saved, whose copy is put back where lines of the file are missing, changed
+    /// or too many. Also whether there was more wrong with it than that it went on.
+    pub(super) fn resume(folder: &Path, checkpoint: &Path) -> Result<(Metrics, bool)> {
         let path = folder.join(FILE);
         let io_error = |e: io::Error| Error::io(&path, e);
-        if path.exists() {
-            let kept: Vec<Record> = read(&path)?.into_iter().filter(|record| record.step <= steps).collect();
-            StagedFile::new(&path, |out| {
-                kept.iter().try_for_each(|record| out.write_all(&line(record)).map_err(io_error))
-            })?
-            .commit()?;
+        let saved = checkpoint.join(FILE);
+        let wanted = fs::read(&saved).map_err(|e| Error::io(&saved, e))?;
+        let found = match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+            found => found.map_err(io_error)?,
+        };
+        if found != wanted {
+            StagedFile::new(&path, |out| out.write_all(&wanted).map_err(io_error))?.commit()?;
         }
-        let file = OpenOptions::new().append(true).create(true).open(&path).map_err(io_error)?;
-        Ok(Metrics { path, file })
+        let file = OpenOptions::new().append(true).open(&path).map_err(io_error)?;
+        Ok((Metrics { path, file }, !found.starts_with(&wanted)))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(super) fn push(&mut self, record: &Record) -> Result<()> {
         // At once: a reader, or a kill, never sees half a line of an older step.
         self.file.write_all(&line(record)).map_err(|e| Error::io(&self.path, e))
+    }
+
+    /// Flushes all lines to the disk, and copies them there into a checkpoint's folder.
+    pub(super) fn save(&self, checkpoint: &Path) -> Result<()> {
+        self.file.sync_all().map_err(|e| Error::io(&self.path, e))?;
+        let copy = checkpoint.join(FILE);
+        fs::copy(&self.path, &copy).and_then(|_| File::open(&copy)?.sync_all()).map_err(|e| Error::io(&copy, e))
     }
 }
 
@@ -76,38 +98,102 @@ fn line(record: &Record) -> Vec<u8> {
 /// The records of a file. A last line that was cut off, when a run was killed, does not count.
 ///
 /// # Errors
-/// [`Error::Io`], and [`Error::File`] with the line's number for one that is no record.
+/// [`Error::Io`], and [`Error::File`] with the line's number for one that is no record, or that comes before a step is over.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
     let text = fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
     let complete = text.rfind('\n').map_or("", |end| &text[..end]);
-    let record = |(number, line): (usize, &str)| {
-        let malformed = |e| Error::File { path: path.into(), message: format!("line {}: {e}", number + 1) };
-        serde_json::from_str(line).map_err(malformed)
-    };
-    complete.lines().enumerate().map(record).collect()
+    let mut records: Vec<Record> = Vec::new();
+    for (number, line) in (1..).zip(complete.lines()) {
+        let malformed = |message: String| Error::File { path: path.into(), message: format!("line {number}: {message}") };
+        let record: Record = serde_json::from_str(line).map_err(|e| malformed(e.to_string()))?;
+        let expected = records.last().map_or(record.step.min(1), |last| last.step + 1);
+        if record.step != expected {
+            return Err(malformed(format!("is step {}, expected {expected}: lines are missing", record.step)));
+        }
+        records.push(record);
+    }
+    Ok(records)
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    fn record(step: u32) -> Record {
+        Record { step, loss: Some(0.1), tokens: 7, ..Record::default() }
+    }
 
     #[test]
     fn what_came_after_a_checkpoint_is_dropped_and_half_a_line_too() {
         let folder = tempfile::tempdir().unwrap();
-        let record = |step| Record { step, loss: Some(0.1), tokens: 7, ..Record::default() };
-        let mut metrics = Metrics::open(folder.path(), 0).unwrap();
-        (1..=4).for_each(|step| metrics.push(&record(step)).unwrap());
+        let checkpoint = folder.path().join("checkpoint-2");
+        fs::create_dir(&checkpoint).unwrap();
+        let mut metrics = Metrics::start(folder.path()).unwrap();
+        (1..=2).for_each(|step| metrics.push(&record(step)).unwrap());
+        metrics.save(&checkpoint).unwrap();
+        (3..=4).for_each(|step| metrics.push(&record(step)).unwrap());
         metrics.file.write_all(b"{\"step\": 5, \"lo").unwrap();
         let path = folder.path().join(FILE);
         assert_eq!(read(&path).unwrap().len(), 4);
-        let mut metrics = Metrics::open(folder.path(), 2).unwrap();
+        let (mut metrics, damaged) = Metrics::resume(folder.path(), &checkpoint).unwrap();
+        assert!(!damaged);
         metrics.push(&record(3)).unwrap();
         assert_eq!(read(&path).unwrap(), [record(1), record(2), record(3)]);
-        assert_eq!(
-            fs::read_to_string(&path).unwrap().lines().next().unwrap(),
-            r#"{"step":1,"loss":0.1,"tokens":7,"peak_bytes":0}"#
-        );
-        fs::write(&path, "nonsense\n").unwrap();
-        assert!(read(&path).unwrap_err().to_string().contains("line 1"));
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(text.lines().next().unwrap(), r#"{"step":1,"loss":0.1,"tokens":7,"peak_bytes":0}"#);
+
+        // Lines that are missing, a hole, and no file at all.
+        let second = text.lines().nth(1).unwrap().to_owned() + "\n";
+        for damage in [second.clone(), second.replace("0.1", "\0\0\0"), String::new()] {
+            fs::write(&path, damage).unwrap();
+            assert!(Metrics::resume(folder.path(), &checkpoint).unwrap().1);
+            assert_eq!(read(&path).unwrap(), [record(1), record(2)]);
+        }
+        fs::remove_file(&path).unwrap();
+        assert!(Metrics::resume(folder.path(), &checkpoint).unwrap().1);
+        Metrics::start(folder.path()).unwrap();
+        assert_eq!(read(&path).unwrap(), []);
+    }
+
+    #[test]
+    fn lines_that_are_none_or_missing_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE);
+        let error = |text: &str| {
+            fs::write(&path, text).unwrap();
+            read(&path).unwrap_err().to_string()
+        };
+        assert!(error("nonsense\n").contains("line 1"));
+        let lines = |steps: &[u32]| -> String {
+            steps.iter().map(|&step| String::from_utf8(line(&record(step))).unwrap()).collect()
+        };
+        assert!(error(&lines(&[0, 1, 3])).contains("line 3: is step 3, expected 2"));
+        assert!(error(&lines(&[2])).contains("line 1: is step 2, expected 1"));
+    }
+
+    proptest! {
+        #[test]
+        fn numbers_come_back_to_the_bit(
+            loss in any::<f32>(), eval_loss in any::<f64>(), tokens_per_second in any::<f64>(), tokens in any::<u64>()
+        ) {
+            let record = Record {
+                step: 1,
+                loss: Some(loss),
+                eval_loss: Some(eval_loss),
+                grad_norm: Some(loss.sqrt().abs()),
+                tokens,
+                tokens_per_second: Some(tokens_per_second),
+                ..Record::default()
+            };
+            let back: Record = serde_json::from_slice(&line(&record)).unwrap();
+            // JSON has neither NaN nor infinities.
+            prop_assert_eq!(back.loss.map(f32::to_bits), record.loss.filter(|x| x.is_finite()).map(f32::to_bits));
+            prop_assert_eq!(back.eval_loss.map(f64::to_bits), record.eval_loss.filter(|x| x.is_finite()).map(f64::to_bits));
+            prop_assert_eq!(back.grad_norm, record.grad_norm.filter(|x| x.is_finite()));
+            prop_assert_eq!(back.tokens_per_second, record.tokens_per_second.filter(|x| x.is_finite()));
+            prop_assert_eq!(back.tokens, tokens);
+        }
     }
 }

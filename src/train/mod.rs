@@ -40,9 +40,11 @@ mod chat_mask;
 mod checkpoint;
 pub mod data;
 mod example;
+mod folder;
 pub mod metrics;
 pub mod plan;
 pub mod run;
+mod settings;
 
 use crate::autograd::{Gradients, Tape};
 use crate::error::{Error, Result};

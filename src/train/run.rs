@@ -1,17 +1,19 @@
 //! A whole run: steps over data, evaluations, checkpoints, metrics, and the adapter at the end, all in one folder.
 
-use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::Serialize;
-use serde_json::{Map, Value, json};
 
 use super::batches::{Batches, MicroBatch};
-use super::checkpoint::{self, Checkpoint, State};
+use super::checkpoint::{self, State};
 use super::data::Example;
-use super::metrics::{self, Metrics, Record};
+pub use super::folder::RunFolder;
+use super::folder::BEST;
+use super::metrics::{Metrics, Record};
+pub use super::settings::Setting;
+use super::settings::{self, Made};
 use super::{TrainOptions, Trainer};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
@@ -22,12 +24,6 @@ const OP: &str = "training run";
 
 /// The adapter's name in the model.
 const NAME: &str = "default";
-
-/// A setting's name in a checkpoint.
-const BATCH_SIZE: &str = "batch size";
-
-/// Where the adapter of the best evaluation is, within the run's folder.
-const BEST: &str = "best";
 
 /// How long to train, and what to do on the way.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +74,17 @@ pub struct Summary {
     pub best_eval_loss: Option<f64>,
 }
 
+/// What a run trains and evaluates on.
+#[derive(Clone, Debug)]
+pub struct RunData {
+    /// The examples to train on.
+    pub batches: Batches,
+    /// Those to evaluate on; may be empty.
+    pub eval: Vec<Example>,
+    /// [`Tokenizer::fingerprint`](crate::text::Tokenizer::fingerprint) of what has made them, if they were text.
+    pub tokenizer: Option<String>,
+}
+
 /// A run that trains an adapter of a model. Its folder holds `metrics.jsonl`, the newest checkpoints, and in the end the adapter
 /// as PEFT has it.
 pub struct Run<'a> {
@@ -87,86 +94,93 @@ pub struct Run<'a> {
     batches: Batches,
     eval: Vec<Example>,
     options: RunOptions,
-    output: PathBuf,
+    folder: RunFolder,
     state: State,
+    /// The step of the newest checkpoint.
+    saved: Option<u32>,
     metrics: Metrics,
 }
 
 impl<'a> Run<'a> {
-    /// Starts a run in the folder `output`, which is made if need be. The model gets a new adapter as `config` says, or `initial`
-    /// with its own configuration, of which only the base's name is that of `config`. `eval` may be empty.
+    /// Starts a run in a folder. The model gets a new adapter as `config` says, or `initial` with its own configuration, of which
+    /// only the base's name is that of `config`.
     ///
     /// # Errors
-    /// [`Error::File`] if the folder holds a run; those of [`Decoder::attach`], [`Decoder::attach_peft`].
+    /// [`Error::File`] if the folder holds a run with checkpoints, or an adapter; those of [`Decoder::attach`],
+    /// [`Decoder::attach_peft`].
     pub fn start(
         model: &'a mut Decoder,
         config: PeftConfig,
         initial: Option<&PeftAdapter>,
-        batches: Batches,
-        eval: Vec<Example>,
+        data: RunData,
         options: RunOptions,
-        output: &Path,
+        folder: RunFolder,
     ) -> Result<Run<'a>> {
-        check(&options, &eval)?;
-        check_unused(output)?;
-        let config = match initial {
-            Some(adapter) => {
-                model.attach_peft(NAME, adapter)?;
-                let base = config.base_model_name_or_path.or_else(|| adapter.config.base_model_name_or_path.clone());
-                PeftConfig { base_model_name_or_path: base, ..adapter.config.clone() }
-            }
-            None => {
-                model.attach(NAME, &config, options.train.seed)?;
-                config
-            }
+        check(&options, &data.eval)?;
+        folder.check_unused()?;
+        let config = of_initial(config, initial);
+        match initial {
+            Some(adapter) => model.attach_peft(NAME, adapter)?,
+            None => model.attach(NAME, &config, options.train.seed)?,
         };
-        fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
-        let settings = settings(&options, &batches);
+        folder.clear()?;
+        let settings = settings::map(settings_of(model, &config, initial, &data, &options));
         let state = State { step: 0, tokens: 0, best_eval_loss: None, evaluations_since_best: 0, settings };
-        let (trainer, metrics) = (Trainer::new(options.train), Metrics::open(output, 0)?);
-        Ok(Run { model, config, trainer, batches, eval, options, output: output.into(), state, metrics })
+        let (trainer, metrics) = (Trainer::new(options.train), Metrics::start(folder.path())?);
+        let RunData { batches, eval, .. } = data;
+        Ok(Run { model, config, trainer, batches, eval, options, folder, state, saved: None, metrics })
     }
 
-    /// Goes on from the newest checkpoint in `output`, with the same data and options: the run is then the same, to the
-    /// bit, as one that was never interrupted.
+    /// Goes on from the newest checkpoint in the folder that is not damaged, with the same model, data and options: the run is then
+    /// the same, to the bit, as one that was never interrupted. Where nothing was saved yet, it starts from the beginning; where
+    /// it was finished, what is missing of its result is written.
     ///
     /// # Errors
-    /// [`Error::File`] if the folder holds no checkpoint, or that of a run with other settings or a finished one, and for malformed
-    /// files.
+    /// [`Error::OtherRun`] for a run with other settings, data or model; [`Error::File`] if all checkpoints are damaged; otherwise
+    /// those of [`Run::start`].
     pub fn resume(
         model: &'a mut Decoder,
-        config: &PeftConfig,
-        batches: Batches,
-        eval: Vec<Example>,
+        config: PeftConfig,
+        initial: Option<&PeftAdapter>,
+        data: RunData,
         options: RunOptions,
-        output: &Path,
+        mut folder: RunFolder,
     ) -> Result<Run<'a>> {
-        check(&options, &eval)?;
-        let file_error = |message: String| Error::File { path: output.into(), message };
-        let Checkpoint { adapter, optimizer, state } =
-            checkpoint::load(&newest(output)?, model.device(), options.train.optimizer)?;
-        let settings = settings(&options, &batches);
-        for (key, value) in &settings {
-            let before = state.settings.get(key).unwrap_or(&Value::Null);
-            if before != value {
-                return Err(file_error(format!(
-                    "is a run with {key} {before}, which is {value} now; resume it as it was"
-                )));
-            }
+        check(&options, &data.eval)?;
+        let output = folder.path().to_owned();
+        let Some((checkpoint, state)) = checkpoint::newest(&output, |text| folder.warnings.push(text))? else {
+            return Run::start(model, config, initial, data, options, folder);
+        };
+        let now = settings_of(model, &of_initial(config, initial), initial, &data, &options);
+        if let Some((setting, before, now)) = settings::difference(&state.settings, &now) {
+            return Err(Error::OtherRun { path: output, setting: setting.name(), before, now });
         }
-        if &adapter.config != config {
-            return Err(file_error("is a run of an adapter with other settings; resume it with those".into()));
-        }
-        // A run that was killed after its last checkpoint and before its adapter was whole has that still to do.
-        if end_of(&state, &options).is_some() && PeftAdapter::read(output).is_ok() {
-            return Err(file_error(format!("is a run that is finished, after {} steps", state.step)));
-        }
+        let (adapter, optimizer) =
+            checkpoint::load(&checkpoint, state.step, model.device(), options.train.optimizer)?;
         model.attach_peft(NAME, &adapter)?;
-        checkpoint::clean(output, usize::MAX)?;
         let trainer = Trainer { options: options.train, optimizer };
-        let metrics = Metrics::open(output, state.step)?;
-        let config = adapter.config;
-        Ok(Run { model, config, trainer, batches, eval, options, output: output.into(), state, metrics })
+        let (metrics, damaged) = Metrics::resume(&output, &checkpoint)?;
+        if damaged {
+            folder.warnings.push(format!(
+                "{}: lines were missing or changed; those up to step {} are back, out of {}",
+                metrics.path().display(),
+                state.step,
+                checkpoint.display()
+            ));
+        }
+        let (config, saved) = (adapter.config, Some(state.step));
+        let RunData { batches, eval, .. } = data;
+        Ok(Run { model, config, trainer, batches, eval, options, folder, state, saved, metrics })
+    }
+
+    /// What may not be what was meant, in sentences: of a folder that cannot be locked, of damaged files that others stood in for.
+    pub fn warnings(&self) -> &[String] {
+        &self.folder.warnings
+    }
+
+    /// How the run has ended before, if it has: [`Run::train`] then only writes what is missing of its result.
+    pub fn end(&self) -> Option<End> {
+        end_of(&self.state, &self.options)
     }
 
     /// Updates done so far.
@@ -189,7 +203,7 @@ impl<'a> Run<'a> {
             wanted = each(Event::Step(&record));
         }
         let end = loop {
-            if let Some(end) = end_of(&self.state, &self.options) {
+            if let Some(end) = self.end() {
                 break end;
             }
             if wanted.is_break() {
@@ -207,7 +221,7 @@ impl<'a> Run<'a> {
                 wanted = each(Event::Saved(&self.save()?));
             }
         };
-        if self.state.step > 0 {
+        if self.state.step > 0 && self.saved != Some(self.state.step) {
             let _ = each(Event::Saved(&self.save()?));
         }
         if end != End::Interrupted {
@@ -250,7 +264,7 @@ impl<'a> Run<'a> {
         if self.state.best_eval_loss.is_none_or(|best| loss < best) {
             (self.state.best_eval_loss, self.state.evaluations_since_best) = (Some(loss), 0);
             if self.options.early_stop.is_some() {
-                self.adapter()?.write(self.output.join(BEST))?;
+                self.adapter()?.write(self.folder.path().join(BEST))?;
             }
         } else {
             self.state.evaluations_since_best += 1;
@@ -262,22 +276,46 @@ impl<'a> Run<'a> {
         self.model.to_peft(NAME, &self.config)
     }
 
-    fn save(&self) -> Result<PathBuf> {
-        let folder = checkpoint::save(&self.output, &self.adapter()?, self.trainer.optimizer(), &self.state)?;
-        checkpoint::clean(&self.output, self.options.keep)?;
+    fn save(&mut self) -> Result<PathBuf> {
+        let (output, optimizer) = (self.folder.path(), self.trainer.optimizer());
+        let folder = checkpoint::save(output, &self.adapter()?, optimizer, &self.metrics, &self.state)?;
+        checkpoint::remove_old(output, self.options.keep)?;
+        self.saved = Some(self.state.step);
         Ok(folder)
     }
 
-    /// Writes the result.
+    /// Writes the result, unless it is there.
     fn finish(&self) -> Result<()> {
+        let output = self.folder.path();
         let adapter = match self.options.early_stop {
-            Some(_) => PeftAdapter::read(self.output.join(BEST))?,
+            Some(_) => PeftAdapter::read(output.join(BEST))?,
             None => self.adapter()?,
         };
-        adapter.write(&self.output)?;
-        tracing::info!(steps = self.state.step, "wrote the adapter to {}", self.output.display());
+        if PeftAdapter::read(output).is_ok_and(|there| there == adapter) {
+            return Ok(());
+        }
+        adapter.write(output)?;
+        tracing::info!(steps = self.state.step, "wrote the adapter to {}", output.display());
         Ok(())
     }
+}
+
+/// The configuration of the adapter that is trained: that of `initial`, if there is one, for this base.
+fn of_initial(config: PeftConfig, initial: Option<&PeftAdapter>) -> PeftConfig {
+    let Some(initial) = initial else { return config };
+    let base = config.base_model_name_or_path.or_else(|| initial.config.base_model_name_or_path.clone());
+    PeftConfig { base_model_name_or_path: base, ..initial.config.clone() }
+}
+
+fn settings_of(
+    model: &Decoder,
+    config: &PeftConfig,
+    initial: Option<&PeftAdapter>,
+    data: &RunData,
+    options: &RunOptions,
+) -> Vec<(Setting, serde_json::Value)> {
+    let (base, tokenizer) = (model.fingerprint(), data.tokenizer.as_deref());
+    settings::all(&Made { base, tokenizer, config, initial, batches: &data.batches, eval: &data.eval, options })
 }
 
 /// How a run has come to its end, if it has.
@@ -320,63 +358,11 @@ fn check(options: &RunOptions, eval: &[Example]) -> Result<()> {
     }
 }
 
-/// What decides how a run goes on, in words for messages.
-fn settings(options: &RunOptions, batches: &Batches) -> Map<String, Value> {
-    let (train, data) = (&options.train, batches.options());
-    let (optimizer, schedule) = (&train.optimizer, &train.schedule);
-    let values = [
-        ("steps", json!(options.steps)),
-        ("learning rate", json!(optimizer.lr)),
-        ("betas", json!([optimizer.beta1, optimizer.beta2])),
-        ("eps", json!(optimizer.eps)),
-        ("weight decay", json!(optimizer.weight_decay)),
-        ("schedule", json!(format!("{:?}", schedule.decay))),
-        ("warm-up", json!(schedule.warmup)),
-        ("clipping", json!(train.max_norm)),
-        ("seed", json!(train.seed)),
-        (BATCH_SIZE, json!(data.batch_size)),
-        ("micro-batches", json!(data.grad_accum)),
-        ("sequence length", json!(data.seq_len)),
-        ("packing", json!(data.packing)),
-        ("shuffling", json!(data.shuffle)),
-        ("data of fingerprint", json!(batches.fingerprint())),
-    ];
-    values.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
-}
-
-/// The batch size of the run in a folder, by its newest checkpoint.
+/// The batch size of the run in a folder, by its newest checkpoint; `None` where nothing was saved yet.
 ///
 /// # Errors
-/// [`Error::File`] if there is none; those of reading it.
-pub fn saved_batch_size(output: &Path) -> Result<usize> {
-    let state = checkpoint::state(&newest(output)?)?;
-    let rows = state.settings.get(BATCH_SIZE).and_then(Value::as_u64).and_then(|rows| usize::try_from(rows).ok());
-    let message = format!("holds a checkpoint without {BATCH_SIZE}");
-    rows.ok_or(Error::File { path: output.into(), message })
-}
-
-/// The newest checkpoint in a folder.
-fn newest(output: &Path) -> Result<PathBuf> {
-    let found = if output.is_dir() { checkpoint::list(output)? } else { Default::default() };
-    let message = "holds no checkpoint to resume from; start a run in an empty folder".to_owned();
-    found.into_values().next_back().ok_or(Error::File { path: output.into(), message })
-}
-
-/// Checks that a run can start in this folder: it holds no other, which is never overwritten.
-///
-/// # Errors
-/// [`Error::File`].
-pub fn check_unused(output: &Path) -> Result<()> {
-    if !output.exists() {
-        return Ok(());
-    }
-    if !output.is_dir() {
-        return Err(Error::File { path: output.into(), message: "is no folder".into() });
-    }
-    let of_a_run = [metrics::FILE, "adapter_model.safetensors", "adapter_config.json"];
-    if of_a_run.iter().any(|name| output.join(name).exists()) || !checkpoint::list(output)?.is_empty() {
-        let message = "holds another run; resume it, choose another folder, or remove this one".into();
-        return Err(Error::File { path: output.into(), message });
-    }
-    Ok(())
+/// [`Error::Io`].
+pub fn saved_batch_size(output: &Path) -> Result<Option<usize>> {
+    let settings = checkpoint::settings(output)?.unwrap_or_default();
+    Ok(settings.get(Setting::BatchSize.name()).and_then(|rows| usize::try_from(rows.as_u64()?).ok()))
 }

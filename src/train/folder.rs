@@ -1,0 +1,194 @@
+//! The folder of a run, held by one process.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use super::checkpoint;
+use super::metrics;
+use crate::error::{Error, Result};
+use crate::formats::temporary;
+
+/// The file that is locked for as long as a run lives. It names the process, and is removed at the end.
+const LOCK: &str = "run.lock";
+
+/// Where the adapter of the best evaluation is, within the run's folder.
+pub(super) const BEST: &str = "best";
+
+/// The folder of a run. No other process, and no other run of this one, has it at the same time.
+#[derive(Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+    /// The folders that were not there before, the deepest first.
+    made: Vec<PathBuf>,
+    lock: Option<File>,
+    /// What may not be what was meant.
+    pub(super) warnings: Vec<String>,
+}
+
+impl RunFolder {
+    /// Makes the folder at `path` if need be, locks it, and removes what a killed process left half-written. As long as nothing is
+    /// written into a folder that was made, it goes away again with this value.
+    ///
+    /// # Errors
+    /// [`Error::File`] if another run holds it, with that run's process, or if `path` is no folder; [`Error::Io`].
+    pub fn claim(path: impl AsRef<Path>) -> Result<RunFolder> {
+        let path = path.as_ref();
+        let io_error = |e: io::Error| Error::io(path, e);
+        if path.exists() && !path.is_dir() {
+            return Err(Error::File { path: path.into(), message: "is not a directory".into() });
+        }
+        let missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
+        let made: Vec<PathBuf> = path.ancestors().take_while(missing).map(Path::to_owned).collect();
+        fs::create_dir_all(path).map_err(io_error)?;
+        let mut folder = RunFolder { path: path.into(), made, lock: None, warnings: Vec::new() };
+        folder.made.iter().try_for_each(|made| temporary::sync_parent(made)).map_err(io_error)?;
+        folder.lock()?;
+        checkpoint::remove_leftovers(path)?;
+        temporary::remove_abandoned(&path.join(BEST));
+        Ok(folder)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Checks that a run can start here: a checkpoint or an adapter is never overwritten. What a run has left that was ended before
+    /// its first checkpoint may be.
+    ///
+    /// # Errors
+    /// [`Error::File`].
+    pub fn check_unused(&self) -> Result<()> {
+        let adapter = ["adapter_model.safetensors", "adapter_config.json"];
+        if adapter.iter().any(|name| self.path.join(name).exists()) || self.has_checkpoint()? {
+            let message = "holds another run; resume it, choose another folder, or remove this one".into();
+            return Err(Error::File { path: self.path.clone(), message });
+        }
+        Ok(())
+    }
+
+    /// Whether a run has saved a checkpoint here, damaged or not.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn has_checkpoint(&self) -> Result<bool> {
+        Ok(!checkpoint::list(&self.path)?.is_empty())
+    }
+
+    /// Removes what a run has left that was ended before its first checkpoint.
+    pub(super) fn clear(&self) -> Result<()> {
+        for (path, remove) in
+            [(metrics::FILE, fs::remove_file as fn(PathBuf) -> io::Result<()>), (BEST, fs::remove_dir_all)]
+        {
+            let path = self.path.join(path);
+            if path.exists() {
+                remove(path.clone()).map_err(|e| Error::io(&path, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lock(&mut self) -> Result<()> {
+        let path = self.path.join(LOCK);
+        let io_error = |e: io::Error| Error::io(&path, e);
+        loop {
+            let mut options = OpenOptions::new();
+            let mut file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(io_error)?;
+            match file.try_lock() {
+                Ok(()) if !is_at(&file, &path) => continue, // its last holder has just removed it
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let holder = fs::read_to_string(&path).unwrap_or_default();
+                    let holder = Some(holder.trim()).filter(|holder| !holder.is_empty()).unwrap_or("another process");
+                    let message = format!("is in use by a run that is alive: {holder}; wait for its end, or choose another folder");
+                    return Err(Error::File { path: self.path.clone(), message });
+                }
+                Err(TryLockError::Error(error)) => {
+                    let folder = self.path.display();
+                    self.warnings.push(format!(
+                        "{folder}: cannot be locked ({error}); nothing but you keeps a second run out of it"
+                    ));
+                }
+            }
+            let host = sysinfo::System::host_name().map_or(String::new(), |host| format!(" on {host}"));
+            let holder = format!("process {}{host}\n", std::process::id());
+            file.set_len(0).and_then(|()| file.write_all(holder.as_bytes())).map_err(io_error)?;
+            self.lock = Some(file);
+            return Ok(());
+        }
+    }
+}
+
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        if self.lock.is_some() {
+            // While it is locked: who opened it meanwhile sees that it is another file's name by then.
+            let _ = fs::remove_file(self.path.join(LOCK));
+            self.lock = None;
+        }
+        // Fails where something is in it.
+        let _ = self.made.iter().try_for_each(fs::remove_dir);
+    }
+}
+
+/// Whether an open file is the one that has this name now.
+#[cfg(unix)]
+fn is_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |found: io::Result<fs::Metadata>| found.ok().map(|found| (found.dev(), found.ino()));
+    identity(file.metadata()).is_some_and(|file| identity(fs::metadata(path)) == Some(file))
+}
+
+/// Elsewhere a file that is open cannot lose its name.
+#[cfg(not(unix))]
+fn is_at(_: &File, _: &Path) -> bool {
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_process_has_a_folder_and_leaves_no_trace_of_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("deep/run");
+        let claimed = RunFolder::claim(&path).unwrap();
+        claimed.check_unused().unwrap();
+        let message = RunFolder::claim(&path).unwrap_err().to_string();
+        assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
+        drop(claimed);
+        assert!(!folder.path().join("deep").exists());
+
+        // A lock file of a process that was killed does not count.
+        fs::create_dir_all(&path).unwrap();
+        fs::write(path.join(LOCK), "process 1").unwrap();
+        fs::create_dir(path.join(".qlora-half")).unwrap();
+        drop(RunFolder::claim(&path).unwrap());
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(RunFolder::claim(&file).unwrap_err().to_string().contains("not a directory"));
+    }
+
+    #[test]
+    fn threads_that_claim_and_release_never_share_a_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let inside = std::sync::atomic::AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        if let Ok(_claimed) = RunFolder::claim(folder.path()) {
+                            use std::sync::atomic::Ordering::SeqCst;
+                            assert_eq!(inside.fetch_add(1, SeqCst), 0);
+                            inside.fetch_sub(1, SeqCst);
+                        }
+                    }
+                });
+            }
+        });
+    }
+}

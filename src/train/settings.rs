@@ -1,0 +1,268 @@
+//! What decides a run's course: a run is resumed as it was started, or not at all.
+
+use serde_json::{Map, Value, json};
+
+use super::batches::Batches;
+use super::data::Example;
+use super::run::RunOptions;
+use crate::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
+use crate::hash::text_hash;
+use crate::nn::Fingerprint;
+use crate::seed::mix;
+
+/// Something that a run is started with, and that it must be resumed with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Setting {
+    /// The family and the sizes of the base.
+    Architecture,
+    /// The formats of its matrices.
+    Formats,
+    /// Its tensors.
+    Weights,
+    /// The tokenizer of the data.
+    Tokenizer,
+    /// The adapter that training goes on with.
+    InitialAdapter,
+    /// r of the adapter.
+    Rank,
+    /// Its alpha.
+    Alpha,
+    /// The probability of its dropout.
+    Dropout,
+    /// The modules that have one.
+    Targets,
+    /// Whether its scale is that of rsLoRA.
+    RsLora,
+    /// Whether it has magnitudes.
+    Dora,
+    /// Everything else in its configuration.
+    Adapter,
+    /// Updates in all.
+    Steps,
+    /// Rows of a micro-batch.
+    BatchSize,
+    /// Micro-batches of a step.
+    GradAccum,
+    /// Tokens of a row.
+    SeqLen,
+    /// Whether rows hold several examples.
+    Packing,
+    /// Whether every epoch has an order of its own.
+    Shuffling,
+    /// The highest learning rate.
+    LearningRate,
+    /// How it falls.
+    Schedule,
+    /// In how many steps it rises.
+    WarmUp,
+    /// AdamW's decay.
+    WeightDecay,
+    /// AdamW's other numbers.
+    AdamW,
+    /// The norm to which gradients are clipped.
+    Clipping,
+    /// The seed.
+    Seed,
+    /// Steps between evaluations.
+    EvalEvery,
+    /// How many evaluations may be no better than the best.
+    Patience,
+    /// The examples that are trained on.
+    Data,
+    /// Those that are evaluated on.
+    EvalData,
+}
+
+impl Setting {
+    /// Every setting.
+    pub const ALL: [Setting; 29] = [
+        Setting::Architecture,
+        Setting::Formats,
+        Setting::Weights,
+        Setting::Tokenizer,
+        Setting::InitialAdapter,
+        Setting::Rank,
+        Setting::Alpha,
+        Setting::Dropout,
+        Setting::Targets,
+        Setting::RsLora,
+        Setting::Dora,
+        Setting::Adapter,
+        Setting::Steps,
+        Setting::BatchSize,
+        Setting::GradAccum,
+        Setting::SeqLen,
+        Setting::Packing,
+        Setting::Shuffling,
+        Setting::LearningRate,
+        Setting::Schedule,
+        Setting::WarmUp,
+        Setting::WeightDecay,
+        Setting::AdamW,
+        Setting::Clipping,
+        Setting::Seed,
+        Setting::EvalEvery,
+        Setting::Patience,
+        Setting::Data,
+        Setting::EvalData,
+    ];
+
+    /// Its name in a checkpoint, and in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Setting::Architecture => "model",
+            Setting::Formats => "model formats",
+            Setting::Weights => "model weights of hash",
+            Setting::Tokenizer => "tokenizer of hash",
+            Setting::InitialAdapter => "initial adapter of hash",
+            Setting::Rank => "rank",
+            Setting::Alpha => "alpha",
+            Setting::Dropout => "dropout",
+            Setting::Targets => "targets",
+            Setting::RsLora => "rsLoRA",
+            Setting::Dora => "DoRA",
+            Setting::Adapter => "adapter configuration",
+            Setting::Steps => "steps",
+            Setting::BatchSize => "batch size",
+            Setting::GradAccum => "micro-batches",
+            Setting::SeqLen => "sequence length",
+            Setting::Packing => "packing",
+            Setting::Shuffling => "shuffling",
+            Setting::LearningRate => "learning rate",
+            Setting::Schedule => "schedule",
+            Setting::WarmUp => "warm-up",
+            Setting::WeightDecay => "weight decay",
+            Setting::AdamW => "betas and eps",
+            Setting::Clipping => "clipping",
+            Setting::Seed => "seed",
+            Setting::EvalEvery => "steps between evaluations",
+            Setting::Patience => "patience of early stopping",
+            Setting::Data => "training data of hash",
+            Setting::EvalData => "evaluation data of hash",
+        }
+    }
+
+    /// The setting of this name, as an [`Error::OtherRun`](crate::Error::OtherRun) has it.
+    pub fn named(name: &str) -> Option<Setting> {
+        Setting::ALL.into_iter().find(|setting| setting.name() == name)
+    }
+
+    /// Whether its values are hashes, which tell people nothing.
+    pub fn is_hash(self) -> bool {
+        self.name().ends_with(" of hash")
+    }
+}
+
+/// What a run is made of, as far as it decides the run's course.
+pub(super) struct Made<'a> {
+    pub base: &'a Fingerprint,
+    pub tokenizer: Option<&'a str>,
+    pub config: &'a PeftConfig,
+    pub initial: Option<&'a PeftAdapter>,
+    pub batches: &'a Batches,
+    pub eval: &'a [Example],
+    pub options: &'a RunOptions,
+}
+
+/// All settings of a run. What comes first is the cause of what comes later: another tokenizer makes other data.
+pub(super) fn all(made: &Made<'_>) -> Vec<(Setting, Value)> {
+    let Made { base, tokenizer, config, initial, batches, eval, options } = made;
+    let (train, data) = (&options.train, batches.options());
+    let (optimizer, schedule) = (&train.optimizer, &train.schedule);
+    let mut adapter = config.json();
+    // Where the base is may change, and its hash tells what it is.
+    ["base_model_name_or_path", "revision"].iter().for_each(|key| drop(adapter.shift_remove(*key)));
+    let mut take = |key: &str| adapter.shift_remove(key).unwrap_or(Value::Null);
+    let (rank, alpha, dropout) = (take("r"), take("lora_alpha"), take("lora_dropout"));
+    let (targets, rslora, dora) = (take("target_modules"), take("use_rslora"), take("use_dora"));
+    vec![
+        (Setting::Architecture, json!(base.architecture)),
+        (Setting::Formats, json!(base.formats)),
+        (Setting::Weights, json!(base.tensors)),
+        (Setting::Tokenizer, json!(tokenizer)),
+        (Setting::InitialAdapter, json!(initial.map(adapter_hash))),
+        (Setting::Rank, rank),
+        (Setting::Alpha, alpha),
+        (Setting::Dropout, dropout),
+        (Setting::Targets, targets),
+        (Setting::RsLora, rslora),
+        (Setting::Dora, dora),
+        (Setting::Adapter, adapter.into()),
+        (Setting::Steps, json!(options.steps)),
+        (Setting::BatchSize, json!(data.batch_size)),
+        (Setting::GradAccum, json!(data.grad_accum)),
+        (Setting::SeqLen, json!(data.seq_len)),
+        (Setting::Packing, json!(data.packing)),
+        (Setting::Shuffling, json!(data.shuffle)),
+        (Setting::LearningRate, json!(optimizer.lr)),
+        (Setting::Schedule, json!(format!("{:?}", schedule.decay).to_lowercase())),
+        (Setting::WarmUp, json!(schedule.warmup)),
+        (Setting::WeightDecay, json!(optimizer.weight_decay)),
+        (Setting::AdamW, json!([optimizer.beta1, optimizer.beta2, optimizer.eps])),
+        (Setting::Clipping, json!(train.max_norm)),
+        (Setting::Seed, json!(train.seed)),
+        (Setting::EvalEvery, json!(options.eval_every)),
+        (Setting::Patience, json!(options.early_stop)),
+        (Setting::Data, json!(format!("{:016x}", batches.fingerprint()))),
+        (Setting::EvalData, json!((!eval.is_empty()).then(|| format!("{:016x}", examples_hash(eval))))),
+    ]
+}
+
+/// Settings as they are in a checkpoint.
+pub(super) fn map(settings: Vec<(Setting, Value)>) -> Map<String, Value> {
+    settings.into_iter().map(|(setting, value)| (setting.name().to_owned(), value)).collect()
+}
+
+/// The first of these settings that a checkpoint has other than it is now: which, what it was, and what it is.
+pub(super) fn difference(saved: &Map<String, Value>, now: &[(Setting, Value)]) -> Option<(Setting, String, String)> {
+    let text = |value: &Value| match value {
+        Value::Null => "none".to_owned(),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    now.iter().find_map(|(setting, value)| {
+        let before = saved.get(setting.name()).unwrap_or(&Value::Null);
+        (before != value).then(|| (*setting, text(before), text(value)))
+    })
+}
+
+fn examples_hash(examples: &[Example]) -> u64 {
+    let example = |example: &Example| {
+        let ids = example.ids.iter().map(|&id| u64::from(id));
+        let labels = example.labels.iter().map(|&label| label as u64);
+        ids.chain(labels).fold(example.ids.len() as u64, mix)
+    };
+    examples.iter().map(example).fold(examples.len() as u64, mix)
+}
+
+fn adapter_hash(adapter: &PeftAdapter) -> String {
+    let bits = |values: &mut dyn Iterator<Item = &f32>| values.fold(0, |hash, value| mix(hash, value.to_bits().into()));
+    let module = |(path, module): (&String, &PeftModule)| {
+        let vectors = module.magnitude.iter().chain(&module.bias).flatten();
+        let hash = bits(&mut module.a.iter().chain(&module.b).chain(vectors));
+        format!("{path} {hash:x}\n")
+    };
+    text_hash(&adapter.modules.iter().map(module).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_settings_apart() {
+        assert!(Setting::ALL.into_iter().all(|setting| Setting::named(setting.name()) == Some(setting)));
+    }
+
+    #[test]
+    fn the_first_difference_is_named() {
+        let now = [(Setting::Rank, json!(4)), (Setting::LearningRate, json!(9.426_684_551_178_853e-5))];
+        let saved = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
+        assert_eq!(difference(&map(now.to_vec()), &now), None);
+        assert_eq!(difference(&saved(r#"{"rank":4,"learning rate":9.426684551178853e-05,"old":1}"#), &now), None);
+        let found = difference(&saved(r#"{"rank":4,"learning rate":9.426684551178854e-05}"#), &now).unwrap();
+        assert_eq!(found, (Setting::LearningRate, "0.00009426684551178854".into(), "0.00009426684551178853".into()));
+        let found = difference(&saved(r#"{"learning rate":1}"#), &now).unwrap();
+        assert_eq!(found, (Setting::Rank, "none".into(), "4".into()));
+    }
+}
