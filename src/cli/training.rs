@@ -13,7 +13,7 @@ use crate::nn::ModelSpec;
 use crate::optim::{AdamW, Decay, Schedule};
 use crate::train::TrainOptions;
 use crate::train::batches::BatchOptions;
-use crate::train::plan::{MEMORY_PERCENT, MicroBatches, Plan};
+use crate::train::plan::{MicroBatches, Plan};
 
 /// Tokens of a row where neither the data nor the user says otherwise.
 const SEQ_LEN: usize = 512;
@@ -175,28 +175,32 @@ impl TrainingArgs {
         }
     }
 
-    /// The error of a plan that does not fit into the device's memory, with one of fewer rows that does.
-    pub fn too_large(&self, plan: &Plan, fitting: Option<&Plan>, memory: u64, device: &Device) -> Error {
-        let MicroBatches { rows, tokens, .. } = plan.batches;
-        let size = |bytes: u64| ByteSize(bytes).to_string();
-        let help = match fitting {
-            Some(fitting) => {
-                let MicroBatches { rows: fits, count, .. } = fitting.batches;
+    /// The plan of a half, a quarter and so on of the rows, the first that fits into the device's memory.
+    pub fn fewer_rows(
+        &self,
+        model: &ModelSpec,
+        adapter: &PeftConfig,
+        rows: usize,
+        tokens: usize,
+        device: &Device,
+    ) -> Option<Plan> {
+        let memory = self.memory(device).unwrap_or(u64::MAX);
+        let fewer = std::iter::successors(Some(rows / 2), |rows| Some(rows / 2)).take_while(|&rows| rows > 0);
+        let plans = fewer.filter_map(|rows| self.plan(model, adapter, Some(rows), tokens, device).ok());
+        plans.into_iter().find(|plan| plan.fits(memory))
+    }
+
+    /// The error of a run that does not fit with so many rows, and of which `got` says what it holds; with a plan that fits.
+    pub fn too_large(&self, got: String, rows: usize, fitting: Option<&Plan>) -> Error {
+        let help = match fitting.map(|plan| plan.batches) {
+            Some(MicroBatches { rows: fits, count, .. }) => {
                 let count = count * rows.div_ceil(fits);
                 format!("--batch-size {fits} fits, and with --grad-accum {count} a step has as many rows")
             }
             None => "--checkpoint-activations or a shorter --seq-len take less".into(),
         };
-        Error::Invalid {
-            op: "memory",
-            what: "what the run holds",
-            got: format!("{} with micro-batches of {rows} x {tokens} tokens", size(plan.held_bytes)),
-            expected: format!(
-                "{MEMORY_PERCENT} % of the {} of {} fit: {help}. --memory SIZE says that there is more",
-                size(memory),
-                device.name()
-            ),
-        }
+        let expected = format!("{help}. --memory SIZE says how much there is");
+        Error::Invalid { op: "memory", what: "what the run holds", got, expected }
     }
 
     /// The device's memory in bytes, where it is known.

@@ -78,13 +78,7 @@ pub(super) fn save(
     Ok(folder)
 }
 
-fn fill(
-    folder: &Path,
-    adapter: &PeftAdapter,
-    optimizer: &Optimizer,
-    metrics: &Metrics,
-    state: &State,
-) -> Result<()> {
+fn fill(folder: &Path, adapter: &PeftAdapter, optimizer: &Optimizer, metrics: &Metrics, state: &State) -> Result<()> {
     adapter.write(folder)?;
     let mut tensors = Vec::new();
     for (name, first, second) in optimizer.moments() {
@@ -279,7 +273,8 @@ pub(super) fn settings(output: &Path) -> Result<Option<Map<String, Value>>> {
     if !output.is_dir() {
         return Ok(None);
     }
-    let states = list(output)?.into_values().rev().filter_map(|folder| unseal(&fs::read(folder.join(STATE)).ok()?).ok());
+    let states =
+        list(output)?.into_values().rev().filter_map(|folder| unseal(&fs::read(folder.join(STATE)).ok()?).ok());
     Ok(states.map(|(state, _)| state.settings).next())
 }
 

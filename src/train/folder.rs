@@ -101,7 +101,9 @@ impl RunFolder {
                 Err(TryLockError::WouldBlock) => {
                     let holder = fs::read_to_string(&path).unwrap_or_default();
                     let holder = Some(holder.trim()).filter(|holder| !holder.is_empty()).unwrap_or("another process");
-                    let message = format!("is in use by a run that is alive: {holder}; wait for its end, or choose another folder");
+                    let message = format!(
+                        "is in use by a run that is alive: {holder}; wait for its end, or choose another folder"
+                    );
                     return Err(Error::File { path: self.path.clone(), message });
                 }
                 Err(TryLockError::Error(error)) => {

@@ -104,7 +104,8 @@ pub fn read(path: &Path) -> Result<Vec<Record>> {
     let complete = text.rfind('\n').map_or("", |end| &text[..end]);
     let mut records: Vec<Record> = Vec::new();
     for (number, line) in (1..).zip(complete.lines()) {
-        let malformed = |message: String| Error::File { path: path.into(), message: format!("line {number}: {message}") };
+        let malformed =
+            |message: String| Error::File { path: path.into(), message: format!("line {number}: {message}") };
         let record: Record = serde_json::from_str(line).map_err(|e| malformed(e.to_string()))?;
         let expected = records.last().map_or(record.step.min(1), |last| last.step + 1);
         if record.step != expected {

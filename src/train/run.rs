@@ -9,8 +9,8 @@ use serde::Serialize;
 use super::batches::{Batches, MicroBatch};
 use super::checkpoint::{self, State};
 use super::data::Example;
-pub use super::folder::RunFolder;
 use super::folder::BEST;
+pub use super::folder::RunFolder;
 use super::metrics::{Metrics, Record};
 pub use super::settings::Setting;
 use super::settings::{self, Made};
@@ -155,8 +155,11 @@ impl<'a> Run<'a> {
         if let Some((setting, before, now)) = settings::difference(&state.settings, &now) {
             return Err(Error::OtherRun { path: output, setting: setting.name(), before, now });
         }
-        let (adapter, optimizer) =
-            checkpoint::load(&checkpoint, state.step, model.device(), options.train.optimizer)?;
+        if options.early_stop.is_some() {
+            // Needed at the end, and better missed now.
+            PeftAdapter::read(output.join(BEST))?;
+        }
+        let (adapter, optimizer) = checkpoint::load(&checkpoint, state.step, model.device(), options.train.optimizer)?;
         model.attach_peft(NAME, &adapter)?;
         let trainer = Trainer { options: options.train, optimizer };
         let (metrics, damaged) = Metrics::resume(&output, &checkpoint)?;

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
 pub mod model;
+pub mod run;
 pub mod seed;
 
 use std::sync::LazyLock;
