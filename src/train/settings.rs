@@ -256,12 +256,14 @@ mod tests {
 
     #[test]
     fn the_first_difference_is_named() {
-        let now = [(Setting::Rank, json!(4)), (Setting::LearningRate, json!(9.426_684_551_178_853e-5))];
+        let lr = 9.426_684_551_178_853e-5_f64;
+        let now = [(Setting::Rank, json!(4)), (Setting::LearningRate, json!(lr))];
         let saved = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap();
         assert_eq!(difference(&map(now.to_vec()), &now), None);
         assert_eq!(difference(&saved(r#"{"rank":4,"learning rate":9.426684551178853e-05,"old":1}"#), &now), None);
-        let found = difference(&saved(r#"{"rank":4,"learning rate":9.426684551178854e-05}"#), &now).unwrap();
-        assert_eq!(found, (Setting::LearningRate, "0.00009426684551178854".into(), "0.00009426684551178853".into()));
+        let next = [now[0].clone(), (Setting::LearningRate, json!(lr.next_up()))];
+        let found = difference(&map(next.to_vec()), &now).unwrap();
+        assert_eq!((found.0, found.2), (Setting::LearningRate, "0.00009426684551178853".into()));
         let found = difference(&saved(r#"{"learning rate":1}"#), &now).unwrap();
         assert_eq!(found, (Setting::Rank, "none".into(), "4".into()));
     }
