@@ -91,7 +91,7 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
     let (wanted, output) = (setup.output("whole"), setup.output("killed"));
 
     let mut kills = 0;
-    // Until the next kill, longer on a machine with much to do: half of the starts get further than those before.
+    // Until the next kill, longer on a machine with much to do: as long as no kill comes before a step is done.
     let (mut patience, mut newest) = (10_000, 0);
     let mut arguments = WHOLE.to_vec();
     for attempt in 0.. {
@@ -470,9 +470,10 @@ fn a_batch_that_does_not_fit_is_refused_with_one_that_does() {
         command
     };
     let bytes = |rows: &str| {
-        let found: Value =
-            serde_json::from_slice(&succeed(plan(&["--batch-size", rows, "--grad-accum", "2", "--json", "--memory", "1TiB"])).stdout)
-                .unwrap();
+        let found: Value = serde_json::from_slice(
+            &succeed(plan(&["--batch-size", rows, "--grad-accum", "2", "--json", "--memory", "1TiB"])).stdout,
+        )
+        .unwrap();
         found["held_bytes"].as_u64().unwrap()
     };
     // Room for 16 rows, not for 32.
