@@ -1,115 +1,22 @@
 //! `--model org/name`: models from a hub, which here is a thread that serves one on a local port.
 
 mod common;
+#[path = "common/hub.rs"]
+mod hub;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use assert_cmd::Command;
 use common::model::path;
+use hub::{Answer, COMMIT, Hub, Request, git_id, sha1, sha256};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-
-/// A path, and the token that came with it.
-type Request = (String, Option<String>);
-
-/// A hub with repositories `org/NAME` that are the folders `NAME` of `root`.
-struct Hub {
-    endpoint: String,
-    address: std::net::SocketAddr,
-    stopped: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-    seen: Arc<Mutex<Vec<Request>>>,
-    /// Cuts the next weights off half-way.
-    cut: Arc<AtomicBool>,
-}
-
-impl Hub {
-    fn serve(root: PathBuf) -> Hub {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let (stopped, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
-        let cut = Arc::new(AtomicBool::new(false));
-        let (stop, log, cutting) = (stopped.clone(), seen.clone(), cut.clone());
-        let thread = std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                if stop.load(Ordering::SeqCst) {
-                    return;
-                }
-                if let Some(request) = answer(stream.unwrap(), &root, &cutting) {
-                    log.lock().unwrap().push(request);
-                }
-            }
-        });
-        Hub { endpoint: format!("http://{address}"), address, stopped, thread: Some(thread), seen, cut }
-    }
-
-    /// How often files were asked for that end so.
-    fn asked(&self, end: &str) -> usize {
-        self.seen.lock().unwrap().iter().filter(|(path, _)| path.ends_with(end)).count()
-    }
-}
-
-impl Drop for Hub {
-    fn drop(&mut self) {
-        self.stopped.store(true, Ordering::SeqCst);
-        let _ = TcpStream::connect(self.address);
-        let _ = self.thread.take().unwrap().join();
-    }
-}
-
-/// Answers one request as the hub does; returns its path and token.
-fn answer(mut stream: TcpStream, root: &Path, cut: &AtomicBool) -> Option<Request> {
-    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-    let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
-    let (mut start, mut end, mut token) = (0, usize::MAX, None);
-    for line in lines {
-        let line = line.ok()?;
-        let Some((name, value)) = line.split_once(": ") else { break };
-        match name.to_lowercase().as_str() {
-            "range" => {
-                let (from, to) = value.strip_prefix("bytes=")?.split_once('-')?;
-                (start, end) = (from.parse().ok()?, to.parse().map_or(usize::MAX, |to: usize| to + 1));
-            }
-            "authorization" => token = Some(value.to_owned()),
-            _ => {}
-        }
-    }
-    let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
-    let found = match parts[..] {
-        ["api", "models", "org", name, "revision", "main" | COMMIT] if root.join(name).is_dir() => {
-            let files =
-                fs::read_dir(root.join(name)).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-            let siblings: Vec<Value> = files.map(|file| json!({ "rfilename": file })).collect();
-            Some((json!({"sha": COMMIT, "siblings": siblings}).to_string().into_bytes(), String::new()))
-        }
-        ["org", name, "resolve", COMMIT, file] => fs::read(root.join(name).join(file)).ok().map(|bytes| {
-            let (len, end) = (bytes.len(), end.min(bytes.len()));
-            let headers = format!("Content-Range: bytes {start}-{}/{len}\r\nX-Repo-Commit: {COMMIT}\r\n", end - 1);
-            (bytes[start..end].to_vec(), format!("{headers}ETag: \"{name}-{file}\"\r\n"))
-        }),
-        _ => None,
-    };
-    let status = match &found {
-        None => "404 Not Found",
-        Some((_, headers)) if headers.is_empty() => "200 OK",
-        Some(_) => "206 Partial Content",
-    };
-    let (body, headers) = found.unwrap_or_default();
-    let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n{headers}\r\n", body.len());
-    let is_weights = path.ends_with(".safetensors") && body.len() > 1;
-    let sent = if is_weights && cut.swap(false, Ordering::SeqCst) { body.len() / 2 } else { body.len() };
-    let _ = stream.write_all(&[head.as_bytes(), &body[..sent]].concat());
-    Some((path, token))
-}
 
 /// Data of token ids, a cache, and what the hub serves.
 struct Setup {
@@ -130,6 +37,11 @@ impl Setup {
         self.folder.path().join("hub")
     }
 
+    /// The part of the cache for org/NAME.
+    fn cache(&self, name: &str) -> PathBuf {
+        self.folder.path().join("cache/hub").join(format!("models--org--{name}"))
+    }
+
     /// Serves these files of the recorded Llama model as org/NAME.
     fn add(&self, name: &str, files: &[&str]) {
         let folder = self.root().join(name);
@@ -139,18 +51,34 @@ impl Setup {
         }
     }
 
+    fn weights(&self) -> Vec<u8> {
+        fs::read(self.root().join("llama/model.safetensors")).unwrap()
+    }
+
+    /// The files in the cache that are there only while something comes.
+    fn incomplete(&self) -> Vec<PathBuf> {
+        let blobs = fs::read_dir(self.cache("llama").join("blobs")).into_iter().flatten();
+        blobs.map(|blob| blob.unwrap().path()).filter(|path| path.extension().is_some()).collect()
+    }
+
     fn eval(&self, endpoint: &str, model: &str) -> Command {
         let mut qlora = Command::cargo_bin("qlora").unwrap();
-        for name in ["HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "QLORA_DEVICE", "QLORA_TIER"] {
+        self.prepare(&mut qlora, endpoint);
+        qlora.args(["eval", "--device", "cpu", "--json", "--model", model, "--data", "data.jsonl"]);
+        qlora
+    }
+
+    /// The environment: of Hugging Face's variables only these, and time limits of half a second.
+    fn prepare(&self, qlora: &mut Command, endpoint: &str) {
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HF_") || name.starts_with("QLORA_")) {
             qlora.env_remove(name);
         }
-        for name in ["http_proxy", "https_proxy", "all_proxy"] {
+        for name in ["http_proxy", "https_proxy", "all_proxy", "no_proxy"] {
             qlora.env_remove(name).env_remove(name.to_uppercase());
         }
         qlora.env("HF_ENDPOINT", endpoint).env("HF_HOME", self.folder.path().join("cache"));
-        qlora.args(["eval", "--device", "cpu", "--json", "--model", model]).current_dir(self.folder.path());
-        qlora.args(["--data", "data.jsonl"]);
-        qlora
+        qlora.env("HF_HUB_ETAG_TIMEOUT", "0.5").env("HF_HUB_DOWNLOAD_TIMEOUT", "0.5");
+        qlora.current_dir(self.folder.path()).timeout(Duration::from_secs(60));
     }
 }
 
@@ -158,10 +86,20 @@ fn stdout(command: &mut Command) -> String {
     String::from_utf8(command.assert().success().get_output().stdout.clone()).unwrap()
 }
 
+/// What was said on stderr.
+fn stderr(command: &mut Command, code: i32) -> String {
+    String::from_utf8(command.assert().code(code).get_output().stderr.clone()).unwrap()
+}
+
 fn failure(command: &mut Command) -> String {
-    let error = String::from_utf8(command.assert().code(1).get_output().stderr.clone()).unwrap();
+    let error = stderr(command, 1);
     assert_eq!(error.lines().count(), 1, "{error}");
     error
+}
+
+/// The loss of the model on this computer.
+fn local(setup: &Setup) -> String {
+    stdout(&mut setup.eval("", path("llama").to_str().unwrap()))
 }
 
 /// An endpoint where nobody listens.
@@ -173,19 +111,18 @@ fn nowhere() -> String {
 #[test]
 fn a_model_is_fetched_once_and_then_found_in_the_cache() {
     let setup = Setup::new();
-    let local = stdout(&mut setup.eval("", path("llama").to_str().unwrap()));
+    let local = local(&setup);
     let hub = Hub::serve(setup.root());
     let fetched = stdout(setup.eval(&hub.endpoint, "org/llama").env("HF_TOKEN", "hf_secret"));
     assert_eq!(fetched, local);
-    assert!(hub.seen.lock().unwrap().iter().all(|(_, token)| token.as_deref() == Some("Bearer hf_secret")));
-    assert_eq!((hub.asked("/README.md"), hub.asked("/generation_config.json") > 0), (0, true));
-    let asked = hub.asked("/model.safetensors");
-    assert!(asked > 0);
+    assert!(hub.tokens().iter().all(|token| token.as_deref() == Some("Bearer hf_secret")));
+    assert_eq!((hub.asked("/README.md"), hub.asked("/generation_config.json")), (0, 1));
+    assert_eq!(hub.asked("/model.safetensors"), 1);
 
     let again = setup.eval(&hub.endpoint, "org/llama@main").assert().success().get_output().clone();
     assert_eq!((again.stdout, again.stderr), (local.clone().into_bytes(), vec![]));
     let pinned = stdout(&mut setup.eval(&hub.endpoint, &format!("org/llama@{COMMIT}")));
-    assert_eq!((pinned, hub.asked("/model.safetensors")), (local.clone(), asked));
+    assert_eq!((pinned, hub.asked("/model.safetensors")), (local.clone(), 1));
 
     let endpoint = hub.endpoint.clone();
     drop(hub);
@@ -199,14 +136,182 @@ fn a_model_is_fetched_once_and_then_found_in_the_cache() {
 }
 
 #[test]
-fn a_download_that_breaks_off_goes_on_where_it_was() {
+fn the_cache_is_laid_out_as_hugging_faces_tools_have_it() {
     let setup = Setup::new();
     let hub = Hub::serve(setup.root());
-    hub.cut.store(true, Ordering::SeqCst);
-    let fetched = stdout(&mut setup.eval(&hub.endpoint, "org/llama"));
-    assert_eq!(fetched, stdout(&mut setup.eval("", path("llama").to_str().unwrap())));
-    assert!(!hub.cut.load(Ordering::SeqCst));
-    assert_eq!(hub.asked("/model.safetensors"), 3, "its size, a half, and the rest");
+    stdout(&mut setup.eval(&hub.endpoint, "org/llama"));
+    let (cache, source) = (setup.cache("llama"), setup.root().join("llama"));
+    assert_eq!(fs::read_to_string(cache.join("refs/main")).unwrap(), COMMIT);
+    for (name, digest) in [("config.json", git_id as fn(&[u8]) -> String), ("model.safetensors", sha256)] {
+        let bytes = fs::read(source.join(name)).unwrap();
+        let blob = cache.join("blobs").join(digest(&bytes));
+        assert_eq!(fs::read(&blob).unwrap(), bytes, "{name}");
+        let link = cache.join("snapshots").join(COMMIT).join(name);
+        assert_eq!(fs::canonicalize(&link).unwrap(), fs::canonicalize(&blob).unwrap());
+        #[cfg(unix)]
+        assert_eq!(fs::read_link(&link).unwrap(), Path::new("../../blobs").join(digest(&bytes)));
+    }
+    assert_eq!(setup.incomplete(), [] as [PathBuf; 0]);
+    // A blob of another commit is linked to, and a link to nothing is replaced.
+    let link = cache.join("snapshots").join(COMMIT).join("config.json");
+    fs::remove_file(&link).unwrap();
+    #[cfg(unix)]
+    std::os::unix::fs::symlink("nothing", &link).unwrap();
+    stdout(&mut setup.eval(&hub.endpoint, "org/llama"));
+    assert!(link.exists());
+    // One of another size is not.
+    fs::remove_file(&link).unwrap();
+    let blob = cache.join("blobs").join(git_id(&fs::read(source.join("config.json")).unwrap()));
+    fs::write(&blob, "{").unwrap();
+    stdout(&mut setup.eval(&hub.endpoint, "org/llama"));
+    assert!(fs::read(&blob).unwrap().len() > 1);
+}
+
+#[test]
+fn the_variables_mean_what_they_mean_to_hugging_faces_tools() {
+    let setup = Setup::new();
+    let hub = Hub::serve(setup.root());
+    let folder = setup.folder.path();
+    fs::create_dir(folder.join("home")).unwrap();
+    fs::write(folder.join("home/token"), "hf_of_file\n").unwrap();
+    let mut qlora = setup.eval(&hub.endpoint, "org/llama");
+    stdout(qlora.env("HOME", folder).env("HF_HOME", "~/home").env("HF_HUB_CACHE", "$HOME/elsewhere"));
+    assert!(folder.join("elsewhere/models--org--llama/refs/main").exists());
+    let tokens = hub.tokens();
+    assert!(tokens.iter().all(|token| token.as_deref() == Some("Bearer hf_of_file")), "{tokens:?}");
+    stdout(setup.eval(&hub.endpoint, "org/llama").env("HF_HOME", "home").env("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1"));
+    assert_eq!(hub.tokens()[tokens.len()..], vec![None; hub.tokens().len() - tokens.len()]);
+
+    for (name, value, part) in [
+        ("HF_ENDPOINT", "no endpoint", "no endpoint"),
+        ("HF_ENDPOINT", "ftp://host", "ftp://host"),
+        ("HF_ENDPOINT", "huggingface.co", "https://"),
+        ("HF_TOKEN", "hf_ä", "token"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", "soon"),
+    ] {
+        let error = failure(setup.eval(&hub.endpoint, "org/llama").env(name, value));
+        assert!(error.contains("org/llama: ") && error.contains(name) && error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn a_download_that_breaks_off_goes_on_where_it_was() {
+    let setup = Setup::new();
+    let weights = setup.weights();
+    let half = weights.len() / 2;
+    // Cut off once, in the same process.
+    let cut = AtomicBool::new(true);
+    let hub = Hub::lie(setup.root(), move |request, answer| {
+        if request.path.ends_with(".safetensors") && cut.swap(false, Ordering::SeqCst) {
+            answer.sent = half;
+        }
+    });
+    assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/llama")), local(&setup));
+    let asked = |hub: &Hub| -> Vec<Option<usize>> {
+        let seen = hub.seen.lock().unwrap();
+        seen.iter().filter(|request| request.path.ends_with(".safetensors")).map(|request| request.from).collect()
+    };
+    assert_eq!(asked(&hub), [None, Some(half)]);
+
+    // A server that never ends, a process that is killed meanwhile, and another after it.
+    let setup = Setup::new();
+    let hub = Hub::lie(setup.root(), move |request, answer| {
+        if request.path.ends_with(".safetensors") && request.from.is_none() {
+            (answer.sent, answer.after) = (half, Duration::from_secs(60));
+        }
+    });
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("qlora"));
+    child.env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", setup.folder.path().join("cache"));
+    child.args(["eval", "--device", "cpu", "--model", "org/llama", "--data", "data.jsonl"]);
+    let mut child = child.current_dir(setup.folder.path()).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    let part = || setup.incomplete().first().and_then(|path| path.metadata().ok()).map_or(0, |part| part.len());
+    while part() < half as u64 {
+        assert!(start.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!setup.cache("llama").join("refs").exists());
+    let part = setup.incomplete();
+    assert_eq!(part, [setup.cache("llama").join(format!("blobs/{}.incomplete", sha256(&weights)))]);
+    assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/llama")), local(&setup));
+    assert_eq!(asked(&hub), [None, None, Some(half)]);
+
+    // What is there may be wrong, too long, or all of it; the server may know nothing of ranges, or of this one.
+    for (part, ranges) in [
+        (vec![0; half], "all"),
+        (vec![0; weights.len()], "all"),
+        (vec![0; weights.len() + 1], "all"),
+        (weights.clone(), "all"),
+        (weights[..half].to_vec(), "none"),
+        (weights[..half].to_vec(), "not satisfiable"),
+    ] {
+        let setup = Setup::new();
+        let hub = Hub::lie(setup.root(), move |request, answer| {
+            if request.from.is_some() && ranges != "all" {
+                let bytes = fs::read(path("llama").join("model.safetensors")).unwrap();
+                answer.headers.retain(|(name, _)| *name != "Content-Range");
+                (answer.status, answer.body) = if ranges == "none" { (200, bytes) } else { (416, vec![]) };
+            }
+        });
+        let blobs = setup.cache("llama").join("blobs");
+        fs::create_dir_all(&blobs).unwrap();
+        fs::write(blobs.join(format!("{}.incomplete", sha256(&weights))), part).unwrap();
+        assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/llama")), local(&setup));
+        assert_eq!(setup.incomplete(), [] as [PathBuf; 0]);
+    }
+}
+
+#[test]
+fn two_processes_that_want_the_same_file_fetch_it_once() {
+    let setup = Setup::new();
+    let hub = Hub::lie(setup.root(), |request, answer| {
+        if request.path.ends_with(".safetensors") {
+            answer.before = Duration::from_millis(300);
+        }
+    });
+    let local = local(&setup);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/llama")), local));
+        }
+    });
+    assert_eq!(setup.incomplete(), [] as [PathBuf; 0]);
+    // One that holds the lock of the weights is waited for.
+    fs::remove_dir_all(setup.cache("llama")).unwrap();
+    let lock =
+        setup.folder.path().join(format!("cache/hub/.locks/models--org--llama/{}.lock", sha256(&setup.weights())));
+    let lock = fs::File::open(lock).unwrap();
+    lock.lock().unwrap();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| stderr(&mut setup.eval(&hub.endpoint, "org/llama"), 0));
+        std::thread::sleep(Duration::from_millis(500));
+        lock.unlock().unwrap();
+        let said = waiting.join().unwrap();
+        assert!(said.contains("waiting for another process that downloads model.safetensors"), "{said}");
+    });
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_an_error_and_what_came_is_kept() {
+    let setup = Setup::new();
+    let hub = Hub::serve(setup.root());
+    // A limit on the size of files stands for it: 16 blocks of 512 bytes or of 1024.
+    let mut limited = Command::new("sh");
+    setup.prepare(&mut limited, &hub.endpoint);
+    limited.args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""]).arg(assert_cmd::cargo::cargo_bin("qlora"));
+    limited.args(["eval", "--device", "cpu", "--json", "--model", "org/llama", "--data", "data.jsonl"]);
+    let error = stderr(&mut limited, 1);
+    assert!(error.contains("model.safetensors") && error.contains(".incomplete"), "{error}");
+    assert!(error.to_lowercase().contains("too large"), "{error}");
+    let snapshot = setup.cache("llama").join("snapshots").join(COMMIT);
+    assert!(!snapshot.join("model.safetensors").exists() && !setup.cache("llama").join("refs").exists());
+    assert_eq!(setup.incomplete().len(), 1);
+    assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/llama")), local(&setup));
+    let last = hub.seen.lock().unwrap().last().unwrap().clone();
+    assert!(last.path.ends_with("/model.safetensors") && last.from.is_some_and(|from| from >= 8192), "{last:?}");
 }
 
 #[test]
@@ -220,25 +325,260 @@ fn shards_and_single_gguf_files_are_fetched() {
     let map: serde_json::Map<String, Value> = tensors.names().iter().map(|name| (name.clone(), shard.into())).collect();
     fs::write(folder.join("model.safetensors.index.json"), json!({ "weight_map": map }).to_string()).unwrap();
     let hub = Hub::serve(setup.root());
-    let local = stdout(&mut setup.eval("", path("llama").to_str().unwrap()));
+    let local = local(&setup);
     assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/sharded")), local);
+    assert_eq!(stdout(setup.eval(&nowhere(), "org/sharded").env("HF_HUB_OFFLINE", "1")), local);
 
-    fs::create_dir(setup.root().join("gguf")).unwrap();
-    for name in ["a-Q4_0.gguf", "a-Q8_0.gguf"] {
-        fs::write(setup.root().join("gguf").join(name), "GGUF").unwrap();
+    let gguf = setup.root().join("gguf");
+    fs::create_dir_all(gguf.join("parts")).unwrap();
+    for name in
+        ["a-Q4_0.gguf", "a-Q8_0.gguf", "a b#c.gguf", "parts/b-00001-of-00002.gguf", "parts/b-00002-of-00002.gguf"]
+    {
+        fs::write(gguf.join(name), format!("GGUF{name}")).unwrap();
     }
     let error = failure(&mut setup.eval(&hub.endpoint, "org/gguf"));
+    assert!(error.contains("org/gguf/a") && error.contains("a-Q4_0.gguf") && error.contains("a-Q8_0.gguf"), "{error}");
+    for (name, missing) in [("none.gguf", "none.gguf"), ("a-00001-of-00002.gguf", "a-00001-of-00002.gguf")] {
+        let error = failure(&mut setup.eval(&hub.endpoint, &format!("org/gguf/{name}")));
+        assert!(error.contains(&format!("no {missing}")) && error.contains("a-Q4_0.gguf"), "{error}");
+    }
+    // They are fetched, alone or with all parts, and turn out to be no models.
+    for name in ["a-Q4_0.gguf", "a b#c.gguf", "parts/b-00001-of-00002.gguf"] {
+        let error = stderr(&mut setup.eval(&hub.endpoint, &format!("org/gguf/{name}")), 1);
+        assert!(error.contains("snapshots") && error.contains(name) && !error.contains("downloaded"), "{error}");
+        let error = failure(setup.eval(&nowhere(), &format!("org/gguf/{name}")).env("HF_HUB_OFFLINE", "1"));
+        assert!(error.contains("snapshots") && error.contains(name), "{error}");
+    }
+    let count = ["/a-Q4_0.gguf", "/a-Q8_0.gguf", "/a%20b%23c.gguf", "b-00001-of-00002.gguf", "b-00002-of-00002.gguf"];
+    assert_eq!(count.map(|name| hub.asked(name)), [1, 0, 1, 1, 1]);
+}
+
+#[test]
+fn the_token_goes_to_the_endpoint_and_redirects_are_followed() {
+    let setup = Setup::new();
+    let other = Hub::serve(setup.root());
+    let base = other.endpoint.replace("127.0.0.1", "localhost");
+    let by_path = Arc::new(Mutex::new(vec![]));
+    let seen = by_path.clone();
+    // As the hub does: large files are on another host, small ones at another path, given without a host.
+    let hub = Hub::lie(setup.root(), move |request, answer| {
+        seen.lock().unwrap().push(request.path.clone());
+        if request.path.ends_with(".safetensors") {
+            let bytes = fs::read(path("llama").join("model.safetensors")).unwrap();
+            answer.set("X-Linked-ETag", format!("\"{}\"", sha256(&bytes)));
+            answer.set("X-Linked-Size", bytes.len());
+            answer.set("ETag", "\"of-the-redirect\"");
+            answer.redirect(format!("{base}{}", request.path));
+        } else if request.path.contains("/resolve/") && !request.path.ends_with("?moved") {
+            answer.redirect(match request.path.as_str() {
+                path if path.ends_with("generation_config.json") => "generation_config.json?moved".into(),
+                path => format!("{path}?moved"),
+            });
+        } else if let Some(name) = request.path.strip_suffix("?moved") {
+            let bytes = fs::read(path("llama").join(Path::new(name).file_name().unwrap())).unwrap();
+            (answer.status, answer.headers) = (200, vec![]);
+            answer.set("ETag", format!("W/\"{}\"", git_id(&bytes)));
+            answer.body = bytes;
+        }
+    });
+    let fetched = stdout(setup.eval(&hub.endpoint, "org/llama").env("HF_TOKEN", "hf_secret"));
+    assert_eq!(fetched, local(&setup));
+    assert!(hub.tokens().iter().all(Option::is_some), "{:?}", hub.tokens());
+    assert_eq!(other.tokens(), [None]);
+    let blob = setup.cache("llama").join("blobs").join(sha256(&setup.weights()));
+    assert!(blob.exists());
+}
+
+/// What a hub that lies is answered with: a part of the error, or `None` where it is right to go on.
+fn check_lie(what: &str, error: Option<&str>, lie: impl Fn(&Request, &mut Answer) + Send + Sync + 'static) {
+    let setup = Setup::new();
+    let hub = Hub::lie(setup.root(), lie);
+    let start = Instant::now();
+    match error {
+        None => assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/llama")), local(&setup), "{what}"),
+        Some(part) => {
+            let said = stderr(&mut setup.eval(&hub.endpoint, "org/llama"), 1);
+            let last = said.lines().last().unwrap();
+            assert!(last.starts_with("error: org/llama: ") && last.contains(part), "{what}: {said}");
+            assert!(!setup.cache("llama").join("refs").exists(), "{what}");
+        }
+    }
+    assert!(start.elapsed() < Duration::from_secs(20), "{what}: {:?}", start.elapsed());
+    // What is in the cache is right, or has not come to its end; and nothing is elsewhere.
+    let (cache, source) = (setup.cache("llama"), setup.root().join("llama"));
+    for link in fs::read_dir(cache.join("snapshots").join(COMMIT)).into_iter().flatten().map(Result::unwrap) {
+        if let Ok(right) = fs::read(source.join(link.file_name())) {
+            assert_eq!(fs::read(link.path()).unwrap(), right, "{what}");
+        }
+    }
+    for blob in fs::read_dir(cache.join("blobs")).into_iter().flatten().map(Result::unwrap) {
+        let (name, bytes) = (blob.file_name().into_string().unwrap(), fs::read(blob.path()).unwrap());
+        let right = [git_id(&bytes), sha256(&bytes), sha1(&bytes)];
+        assert!(name.ends_with(".incomplete") || right.contains(&name), "{what}: {name}");
+    }
+    let here: Vec<_> = fs::read_dir(setup.folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(
-        error.contains("org/gguf/a-Q") && error.contains("a-Q4_0.gguf") && error.contains("a-Q8_0.gguf"),
-        "{error}"
+        here.iter().all(|name| ["cache", "data.jsonl", "hub"].iter().any(|known| name == known)),
+        "{what}: {here:?}"
     );
-    let error = failure(&mut setup.eval(&hub.endpoint, "org/gguf/none.gguf"));
-    assert!(error.contains("no none.gguf") && error.contains("a-Q4_0.gguf"), "{error}");
-    // It is fetched, alone, and turns out to be cut off.
-    let output = setup.eval(&hub.endpoint, "org/gguf/a-Q4_0.gguf").assert().code(1).get_output().clone();
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert!(error.contains("snapshots") && error.contains("a-Q4_0.gguf: is truncated"), "{error}");
-    assert_eq!((hub.asked("/a-Q4_0.gguf") > 0, hub.asked("/a-Q8_0.gguf")), (true, 0));
+}
+
+#[test]
+fn names_that_lie_lead_nowhere() {
+    for tag in ["../../../../pwn", "/pwn", "..", "C:\\pwn", "..\\pwn"] {
+        let name = if tag.starts_with("..\\") || tag.starts_with('C') { tag.replace('\\', "\\\\") } else { tag.into() };
+        check_lie(tag, Some(&format!("ETag \"{name}\"")), move |_, answer| answer.set("ETag", format!("\"{tag}\"")));
+        check_lie(tag, Some("ETag"), move |_, answer| answer.set("X-Linked-ETag", tag));
+    }
+    for commit in ["../../../../pwn", "/pwn", "0123"] {
+        let other = format!("commit \"{commit}\" instead of {COMMIT}");
+        check_lie(commit, Some(&other), move |_, answer| answer.set("X-Repo-Commit", commit));
+        check_lie(commit, Some("which is none"), move |request, answer| {
+            if request.is_api() {
+                answer.body = json!({"sha": commit, "siblings": []}).to_string().into_bytes();
+            }
+        });
+    }
+    // Files that nobody asks for may be called anything.
+    check_lie("siblings", None, |request, answer| {
+        if request.is_api() {
+            let mut info: Value = serde_json::from_slice(&answer.body).unwrap();
+            let siblings = info["siblings"].as_array_mut().unwrap();
+            siblings.extend(["../../../../pwn", "/pwn", "C:\\pwn"].map(|name| json!({"rfilename": name})));
+            answer.body = info.to_string().into_bytes();
+        }
+    });
+    let (leads, odd) = ("not a file in its folder", "is no name of a file in a model");
+    for (shard, part) in
+        [("../../pwn", leads), (".", leads), ("..\\pwn", if cfg!(windows) { leads } else { odd }), ("a:b", odd)]
+    {
+        check_lie(shard, Some(part), move |request, answer| {
+            if request.is_api() {
+                let names = ["config.json", "model.safetensors.index.json"].map(|name| json!({"rfilename": name}));
+                answer.body = json!({"sha": COMMIT, "siblings": names}).to_string().into_bytes();
+            } else if request.path.ends_with("index.json") {
+                let body = json!({"weight_map": {"a": shard}}).to_string().into_bytes();
+                answer.status = 200;
+                answer.set("ETag", git_id(&body));
+                answer.body = body;
+            }
+        });
+    }
+}
+
+#[test]
+fn content_that_lies_is_found_out() {
+    let is_file = |request: &Request| !request.is_api();
+    check_lie("another content", Some("instead of"), move |request, answer| {
+        if is_file(request) {
+            *answer.body.last_mut().unwrap() ^= 1;
+        }
+    });
+    check_lie("a digest of something else", Some("its SHA-256 is"), |_, answer| {
+        answer.set("ETag", "\"".to_owned() + &"0".repeat(64) + "\"")
+    });
+    // Some mirrors give the SHA-1 of the content.
+    check_lie("a plain SHA-1", None, |_, answer| answer.set("ETag", sha1(&answer.body)));
+    // Sizes alone are checked then, and it is said once.
+    let setup = Setup::new();
+    let hub = Hub::lie(setup.root(), |_, answer| answer.set("ETag", "\"5f3e-1234\""));
+    let said = stderr(&mut setup.eval(&hub.endpoint, "org/llama"), 0);
+    assert_eq!(said.matches("gives no digest of config.json, so only its size is checked").count(), 1, "{said}");
+    assert_eq!(said.matches("warning").count(), 1, "{said}");
+
+    check_lie("a half, always", Some("broke off after"), move |request, answer| {
+        if is_file(request) {
+            answer.sent = answer.body.len() / 2;
+        }
+    });
+    check_lie("a half, without a length", Some("broke off after"), move |request, answer| {
+        if is_file(request) {
+            answer.set("X-Linked-Size", answer.body.len());
+            (answer.sent, answer.tells_length) = (answer.body.len() / 2, false);
+        }
+    });
+    check_lie("two sizes", Some("two sizes"), |_, answer| answer.set("X-Linked-Size", 1_u64 << 63));
+    check_lie("no size", Some("\"a lot\""), |_, answer| answer.set("X-Linked-Size", "a lot"));
+    check_lie("neither size nor digest", Some("neither its digest nor its size"), move |request, answer| {
+        if is_file(request) {
+            answer.headers.clear();
+            answer.tells_length = false;
+        }
+    });
+    check_lie("no end", Some("sends more than"), move |request, answer| {
+        if is_file(request) {
+            answer.set("X-Linked-Size", answer.body.len());
+            answer.body = vec![b'x'; 8 << 20];
+            answer.tells_length = false;
+        }
+    });
+    check_lie("compressed", Some("gzip"), |_, answer| answer.set("Content-Encoding", "gzip"));
+    for range in ["bytes 0-9/10", "bytes 5-4/3", "lines 1-2/3", ""] {
+        check_lie(range, Some(&format!("Content-Range {range:?}")), move |request, answer| {
+            if is_file(request) && request.from.is_none() && request.path.ends_with(".safetensors") {
+                answer.sent = 100;
+            } else if request.from.is_some() {
+                answer.set("Content-Range", range);
+            }
+        });
+    }
+    check_lie("odd headers", Some("no text"), |_, answer| answer.set("ETag", "\"ä\""));
+}
+
+#[test]
+fn redirects_that_lead_nowhere_end() {
+    let is_file = |request: &Request| !request.is_api();
+    check_lie("no location", Some("no Location"), move |request, answer| {
+        if is_file(request) {
+            answer.status = 302;
+        }
+    });
+    check_lie("a loop", Some("in a loop"), move |request, answer| {
+        if is_file(request) {
+            answer.redirect(&request.path);
+        }
+    });
+    check_lie("ever new places", Some("more than 10 times"), move |request, answer| {
+        if is_file(request) {
+            answer.redirect(format!("{}x", request.path));
+        }
+    });
+    for location in ["http://", "file:///etc/passwd", "//", "http://[", "ä"] {
+        check_lie(location, Some("no URL"), move |request, answer| {
+            if is_file(request) {
+                answer.redirect(location);
+            }
+        });
+    }
+}
+
+#[test]
+fn a_hub_that_hangs_is_not_waited_for() {
+    check_lie("no answer", Some("no answer within 500ms"), |_, answer| answer.before = Duration::from_secs(9));
+    check_lie("a file that stalls", Some("nothing came for 500ms"), |request, answer| {
+        if !request.is_api() {
+            (answer.sent, answer.after) = (answer.body.len() / 2, Duration::from_secs(9));
+        }
+    });
+    check_lie("a long answer", Some("longer than 32 MiB"), |request, answer| {
+        if request.is_api() {
+            (answer.body, answer.tells_length) = (vec![b' '; 33 << 20], false);
+        }
+    });
+    check_lie("no model's answer", Some("not a model's"), |request, answer| {
+        if request.is_api() {
+            answer.body = b"<html>Log in</html>".to_vec();
+        }
+    });
+    // What passes is tried again.
+    let count = Arc::new(Mutex::new(0));
+    check_lie("busy at first", None, move |_, answer| {
+        let mut count = count.lock().unwrap();
+        *count += 1;
+        if *count % 3 != 0 {
+            (answer.status, answer.body) = ([429, 503][*count % 2], vec![]);
+        }
+    });
 }
 
 #[test]
@@ -263,15 +603,37 @@ fn what_cannot_be_fetched_is_told_in_one_sentence_and_soon() {
     let error = failure(setup.eval(&hub.endpoint, "org/llama").env("HF_HUB_OFFLINE", "true"));
     assert!(error.contains("HF_HUB_OFFLINE") && hub.asked("/model.safetensors") == 0, "{error}");
     let blocked = setup.folder.path().join("data.jsonl");
-    let output = setup.eval(&hub.endpoint, "org/llama").env("HF_HOME", &blocked).assert().code(1).get_output().clone();
-    let error = String::from_utf8(output.stderr).unwrap();
+    let error = stderr(setup.eval(&hub.endpoint, "org/llama").env("HF_HUB_CACHE", &blocked), 1);
     assert!(error.contains("could not be downloaded to") && error.contains("data.jsonl"), "{error}");
-    let error = failure(&mut setup.eval("no endpoint", "org/llama"));
-    assert!(error.contains("org/llama: ") && error.contains("no endpoint"), "{error}");
     // A path that exists goes before an id, and what is no id is not asked for.
     fs::create_dir_all(setup.folder.path().join("org/llama")).unwrap();
     let error = failure(&mut setup.eval(&hub.endpoint, "org/llama"));
     assert!(error.contains("config.json"), "{error}");
     let error = failure(&mut setup.eval(&hub.endpoint, "./org/none"));
     assert!(error.contains("no such file or directory"), "{error}");
+}
+
+#[test]
+fn a_gated_model_says_what_to_do() {
+    let setup = Setup::new();
+    // Its page is for all, its files are not.
+    let hub = Hub::lie(setup.root(), |request, answer| {
+        if !request.is_api() && request.token.as_deref() != Some("Bearer hf_good") {
+            (answer.status, answer.body) = (if request.token.is_some() { 403 } else { 401 }, vec![]);
+            answer.set("X-Error-Code", "GatedRepo");
+        }
+    });
+    let page = format!("{}/org/llama", hub.endpoint);
+    let error = stderr(&mut setup.eval(&hub.endpoint, "org/llama"), 1);
+    assert!(error.contains("set HF_TOKEN") && error.contains(&page) && error.contains("401"), "{error}");
+    let error = stderr(setup.eval(&hub.endpoint, "org/llama").env("HF_TOKEN", "hf_bad"), 1);
+    assert!(error.contains("not for this HF_TOKEN") && error.contains(&page) && error.contains("403"), "{error}");
+    assert!(!error.contains("hf_bad"), "{error}");
+    stdout(setup.eval(&hub.endpoint, "org/llama").env("HF_TOKEN", "hf_good"));
+    // One that is private, or is not at all.
+    let hub = Hub::lie(setup.root(), |_, answer| answer.status = 401);
+    let error = failure(&mut setup.eval(&hub.endpoint, "org/private"));
+    assert!(error.contains("private") && error.contains("HF_TOKEN") && error.contains("401"), "{error}");
+    let error = failure(setup.eval(&hub.endpoint, "org/private").env("HF_TOKEN", "hf_bad"));
+    assert!(error.contains("does not know this HF_TOKEN"), "{error}");
 }

@@ -1,32 +1,34 @@
 //! Models by their ids on the Hugging Face hub, fetched into the cache folder that Hugging Face's own tools use.
-//!
-//! Read from the environment, as those tools do: `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN`.
 
-use std::env;
+mod cache;
+mod client;
+mod download;
+mod env;
+
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::LazyLock;
 
-use hf_hub::api::RepoInfo;
-use hf_hub::api::sync::{Api, ApiBuilder};
-use hf_hub::{Cache, Repo, RepoType};
+use regex::Regex;
 
 use super::say;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint;
-
-const ENDPOINT: &str = "https://huggingface.co";
-
-/// For the name and then for the connection.
-const CONNECT: Duration = Duration::from_secs(5);
-
-/// For the whole first answer, which is small.
-const ANSWER: Duration = Duration::from_secs(20);
+use cache::{Folder, is_inside};
+use client::{Client, Fault, Info};
+use download::Download;
+use env::Settings;
 
 /// Files beside the weights that are fetched where the repository has them.
-const OPTIONAL: [&str; 4] =
-    ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"];
+const OPTIONAL: [&str; 6] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+];
 
 /// What is to be done where nothing can be fetched.
 const HINT: &str = "check the path or id, or download the model yourself and give its directory";
@@ -61,12 +63,8 @@ impl HubId {
         let parts = |path: &str| path.split('/').all(|part| !part.is_empty() && valid(part));
         let whole = name.split('/').count() == 2 && parts(name) && parts(revision);
         // Names of files may have any letters, but lead nowhere else.
-        let inside = file.is_none_or(|file| file.split('/').all(|part| !["", ".", ".."].contains(&part)));
+        let inside = file.is_none_or(is_inside);
         (whole && inside).then(|| HubId { repo: name.into(), revision: revision.into(), file: file.map(String::from) })
-    }
-
-    fn repo(&self, revision: &str) -> Repo {
-        Repo::with_revision(self.repo.clone(), RepoType::Model, revision.into())
     }
 
     /// The file, or the folder with the model's files, fetched first if the cache does not have them.
@@ -75,19 +73,20 @@ impl HubId {
     /// [`Error::Io`] if the hub cannot be reached and the cache lacks the model, the hub has no such model, or it is of no
     /// kind that is read here.
     pub(super) fn fetch(&self) -> Result<PathBuf> {
-        let hub = Hub::from_env().map_err(|message| self.error(message))?;
-        if hub.offline {
-            return self.cached(&hub).map_err(|message| {
+        let settings = Settings::from_env().map_err(|message| self.error(message))?;
+        let folder = Folder::new(&settings.cache, &self.repo);
+        if settings.offline {
+            return self.cached(&folder).map_err(|message| {
                 self.error(format!("is no path here, and HF_HUB_OFFLINE is set, but {message}; {HINT}"))
             });
         }
-        let api = hub.api().map_err(|message| self.error(message))?;
-        match self.info(&api) {
-            Ok(info) => self.download(&hub, &api, &info).map_err(|message| self.error(message)),
-            Err(Refusal::Final(message)) => Err(self.error(message)),
-            Err(Refusal::Unreachable(message)) => match self.cached(&hub) {
+        let client = Client::new(&settings).map_err(|message| self.error(message))?;
+        match client.info(&self.repo, &self.revision) {
+            Ok(info) => self.download(&client, &folder, &info).map_err(|message| self.error(message)),
+            Err(Fault::Final(message)) => Err(self.error(format!("is no path here, and {message}; {HINT}"))),
+            Err(Fault::Away(message) | Fault::Passing(message)) => match self.cached(&folder) {
                 Ok(path) => {
-                    say::warning(format!("{self}: {message}; using the copy in {}", hub.cache.path().display()));
+                    say::warning(format!("{self}: {message}; using the copy in {}", folder.cache().display()));
                     Ok(path)
                 }
                 Err(lacks) => Err(self.error(format!("is no path here, {message}, and {lacks}; {HINT}"))),
@@ -95,73 +94,38 @@ impl HubId {
         }
     }
 
-    /// The commit that the revision is now, and the files in it.
-    fn info(&self, api: &Api) -> Result<RepoInfo, Refusal> {
-        let unreachable =
-            |e: &dyn fmt::Display| Refusal::Unreachable(format!("{} cannot be reached ({e})", endpoint()));
-        let request = api.repo(self.repo(&self.revision)).info_request().config();
-        let request =
-            request.timeout_resolve(Some(CONNECT)).timeout_connect(Some(CONNECT)).timeout_global(Some(ANSWER));
-        let mut response = request.http_status_as_error(false).build().call().map_err(|e| unreachable(&e))?;
-        match response.status().as_u16() {
-            200 => {}
-            status @ (401 | 403 | 404) => {
-                return Err(Refusal::Final(format!(
-                    "is no path here, and {} has no such model or revision, or not for this HF_TOKEN (status {status}); \
-                     {HINT}",
-                    endpoint()
-                )));
-            }
-            status => return Err(unreachable(&format!("status {status}"))),
-        }
-        let info: RepoInfo = response.body_mut().read_json().map_err(|e| unreachable(&e))?;
-        // It becomes a part of paths.
-        let is_commit = !info.sha.is_empty() && info.sha.bytes().all(|b| b.is_ascii_hexdigit());
-        if is_commit { Ok(info) } else { Err(unreachable(&format!("it answers with the commit {:?}", info.sha))) }
-    }
-
-    fn download(&self, hub: &Hub, api: &Api, info: &RepoInfo) -> Result<PathBuf, String> {
+    fn download(&self, client: &Client, folder: &Folder, info: &Info) -> Result<PathBuf, String> {
+        let cache = folder.cache().display();
         // One commit for all files, whatever becomes of the branch in the meantime.
-        let (pinned, snapshot) = (api.repo(self.repo(&info.sha)), hub.snapshot(self, &info.sha));
-        let names: Vec<String> = info.siblings.iter().map(|sibling| sibling.rfilename.clone()).collect();
+        let commit = info.commit();
+        let download = Download::new(client, folder, &self.repo, commit);
         let mut told = false;
-        let path = self.assemble(&names, |name| {
-            let path = snapshot.join(name);
-            if path.exists() {
-                return Ok(path);
-            }
-            if !told {
-                say::progress(format!("{self}: downloading to {}", hub.cache.path().display()));
+        let path = self.assemble(&info.files(), |name| {
+            if !told && !folder.snapshot(commit).join(name).exists() {
+                say::progress(format!("{self}: downloading to {cache}"));
                 told = true;
             }
-            let failed = |e| {
-                let cache = hub.cache.path().display();
-                format!("{name} could not be downloaded to {cache} ({e}); run again to go on from there")
-            };
-            pinned.download(name).map_err(failed)
+            download.file(name).map_err(|e| format!("{name} could not be downloaded to {cache} ({e})"))
         })?;
         // Last, so that what this names is whole.
-        let write = hub.cache.repo(self.repo(&self.revision)).create_ref(&info.sha);
-        write.map_err(|e| format!("the cache {} cannot be written ({e})", hub.cache.path().display()))?;
+        folder.set_commit(&self.revision, commit).map_err(|e| e.to_string())?;
         Ok(path)
     }
 
     /// The model in the cache. The error says what is missing there.
-    fn cached(&self, hub: &Hub) -> Result<PathBuf, String> {
-        let missing = || format!("it is not in the cache {}", hub.cache.path().display());
-        let reference = hub.cache.path().join(self.repo("").folder_name()).join("refs").join(&self.revision);
-        let commit =
-            fs::read_to_string(reference).map_or_else(|_| self.revision.clone(), |text| text.trim().to_owned());
-        let snapshot = hub.snapshot(self, &commit);
-        let entries = fs::read_dir(&snapshot).map_err(|_| missing())?;
+    fn cached(&self, folder: &Folder) -> Result<PathBuf, String> {
+        let cache = folder.cache().display();
+        let commit = folder.commit(&self.revision).map_err(|e| e.to_string())?;
+        let snapshot = folder.snapshot(&commit);
+        let entries = fs::read_dir(&snapshot).map_err(|_| format!("it is not in the cache {cache}"))?;
         let mut names: Vec<String> =
             entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        names.extend(self.file.iter().filter(|file| snapshot.join(file).exists()).cloned());
+        names.extend(self.file.iter().flat_map(|file| parts(file)).filter(|file| snapshot.join(file).exists()));
         self.assemble(&names, |name| {
             let path = snapshot.join(name);
             if path.exists() { Ok(path) } else { Err(format!("its copy in the cache lacks {name}")) }
         })
-        .map_err(|message| format!("in the cache {}: {message}", hub.cache.path().display()))
+        .map_err(|message| format!("in the cache {cache}: {message}"))
     }
 
     /// Gets all files of a model among `names`.
@@ -173,11 +137,15 @@ impl HubId {
         let has = |name: &str| names.iter().any(|other| other == name);
         let ggufs = || names.iter().filter(|name| is_gguf(name)).map(String::as_str).collect::<Vec<_>>();
         if let Some(file) = &self.file {
-            if has(file) {
-                return get(file);
+            let parts = parts(file);
+            if let Some(missing) = parts.iter().find(|part| !has(part)) {
+                let others = if ggufs().is_empty() { "no .gguf file".into() } else { ggufs().join(", ") };
+                return Err(format!("there is no {missing}; there is {others}"));
             }
-            let others = if ggufs().is_empty() { "no .gguf file".into() } else { ggufs().join(", ") };
-            return Err(format!("there is no {file}; there is {others}"));
+            // The first is the one to open.
+            let first = get(&parts[0])?;
+            parts[1..].iter().try_for_each(|part| get(part).map(drop))?;
+            return Ok(first);
         }
         let (single, index) = (checkpoint::SINGLE, checkpoint::INDEX);
         if !has("config.json") || !(has(single) || has(index)) {
@@ -231,54 +199,14 @@ impl fmt::Display for HubId {
     }
 }
 
-/// Why there is no answer about a model.
-enum Refusal {
-    /// The cache may do.
-    Unreachable(String),
-    /// There is no such model.
-    Final(String),
-}
-
-/// Where models come from and go to.
-struct Hub {
-    cache: Cache,
-    token: Option<String>,
-    offline: bool,
-}
-
-impl Hub {
-    fn from_env() -> Result<Hub, String> {
-        let folder = |home: PathBuf| home.join("huggingface");
-        let home = variable("HF_HOME")
-            .map(PathBuf::from)
-            .or_else(|| variable("XDG_CACHE_HOME").map(|cache| folder(cache.into())))
-            .or_else(|| env::home_dir().map(|home| folder(home.join(".cache"))))
-            .ok_or("there is no home directory for the cache; set HF_HOME")?;
-        let hub = home.join("hub");
-        let token = variable("HF_TOKEN").or_else(|| Cache::new(hub.clone()).token());
-        let cache = Cache::new(variable("HF_HUB_CACHE").map_or(hub, PathBuf::from));
-        let yes = |value: String| ["1", "ON", "YES", "TRUE"].contains(&value.to_uppercase().as_str());
-        Ok(Hub { cache, token, offline: variable("HF_HUB_OFFLINE").is_some_and(yes) })
-    }
-
-    fn api(&self) -> Result<Api, String> {
-        let builder = ApiBuilder::from_cache(self.cache.clone()).with_endpoint(endpoint());
-        builder.with_token(self.token.clone()).with_retries(2).build().map_err(|e| e.to_string())
-    }
-
-    /// The folder of a commit.
-    fn snapshot(&self, id: &HubId, commit: &str) -> PathBuf {
-        self.cache.repo(id.repo(commit)).pointer_path(commit)
-    }
-}
-
-fn endpoint() -> String {
-    variable("HF_ENDPOINT").map_or(ENDPOINT.into(), |endpoint| endpoint.trim_end_matches('/').into())
-}
-
-/// A variable of the environment, unless it is empty.
-fn variable(name: &str) -> Option<String> {
-    env::var(name).ok().filter(|value| !value.is_empty())
+/// All parts of a GGUF file that was split, `NAME-00001-of-00003.gguf`; or the file itself.
+fn parts(file: &str) -> Vec<String> {
+    static PART: LazyLock<Regex> =
+        LazyLock::new(|| Regex::new(r"(?i)^(.*-)\d{5}(-of-(\d{5})\.gguf)$").expect("an expression"));
+    let Some(part) = PART.captures(file) else { return vec![file.into()] };
+    let count: u32 = part[3].parse().expect("digits");
+    let all: Vec<String> = (1..=count).map(|i| format!("{}{i:05}{}", &part[1], &part[2])).collect();
+    if all.iter().any(|part| part == file) { all } else { vec![file.into()] }
 }
 
 fn is_gguf(name: &str) -> bool {
@@ -321,6 +249,8 @@ mod tests {
             "a/b@../c",
             "a/b@c/../d.gguf",
             "a/b/../c.gguf",
+            "a/b/..\\c.gguf",
+            "a/b/C:c.gguf",
             "a b/c",
             "a/b?c",
             "a\\b/c",
@@ -330,6 +260,16 @@ mod tests {
         }
         for text in ["org/name", "org/name@v1", "org/name/Q4/a.gguf", "org/name@v1/a.gguf"] {
             assert_eq!(HubId::parse(text).unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn a_split_file_has_parts() {
+        assert_eq!(parts("a/b-00002-of-00003.gguf"), [1, 2, 3].map(|i| format!("a/b-0000{i}-of-00003.gguf")));
+        for whole in
+            ["a.gguf", "a-00001-of-00002.bin", "a-1-of-2.gguf", "a-00003-of-00002.gguf", "a-00001-of-00000.gguf"]
+        {
+            assert_eq!(parts(whole), [whole]);
         }
     }
 }

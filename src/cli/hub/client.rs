@@ -1,0 +1,333 @@
+//! Requests to the hub: over https unless the endpoint is an http one, with redirects followed here, so that the token goes
+//! to the endpoint and nowhere else.
+
+use std::fmt;
+use std::io::Read;
+use std::thread;
+use std::time::Duration;
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use serde::Deserialize;
+use ureq::http::header::{AUTHORIZATION, LOCATION, RANGE};
+use ureq::http::{HeaderMap, StatusCode, Uri};
+use ureq::{Agent, Body};
+
+use super::cache::is_commit;
+use super::env::Settings;
+
+/// For the name and then for the connection.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// The most bytes of the answer about a model: a repository of 100 000 files has half of it.
+const MAX_INFO: u64 = 32 << 20;
+
+/// Redirects of one request. The hub has two.
+const MAX_REDIRECTS: usize = 10;
+
+/// How often in a row something is tried.
+pub(super) const TRIES: u32 = 4;
+
+/// What needs no `%` in a part of a URL.
+const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+
+/// Why the hub did not give what was asked for.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// Another try may do.
+    Passing(String),
+    /// The hub is not there, or is not itself: the cache may do.
+    Away(String),
+    /// It would be the same again.
+    Final(String),
+}
+
+/// The commit that a revision is, and its files.
+#[derive(Deserialize)]
+pub(super) struct Info {
+    sha: String,
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
+}
+
+/// An answer that is no redirect.
+pub(super) struct Answer {
+    pub status: StatusCode,
+    /// Of the answer.
+    pub headers: HeaderMap,
+    /// Of all answers on the way that are the hub's own: it describes files as it redirects.
+    pub hub: Vec<HeaderMap>,
+    pub body: Body,
+}
+
+pub(super) struct Client {
+    agent: Agent,
+    /// With no slash at its end.
+    endpoint: String,
+    uri: Uri,
+    token: Option<String>,
+    /// For an answer to begin.
+    answer: Duration,
+    /// For more to come.
+    stall: Duration,
+}
+
+impl Client {
+    /// # Errors
+    /// A sentence, if the endpoint is no URL.
+    pub(super) fn new(settings: &Settings) -> Result<Client, String> {
+        let endpoint = settings.endpoint.clone();
+        let not = || format!("HF_ENDPOINT is {endpoint:?}, but has to be a URL such as https://huggingface.co");
+        let uri: Uri = endpoint.parse().map_err(|_| not())?;
+        if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
+            return Err(not());
+        }
+        // Proxies are those of the environment, by default.
+        let agent = Agent::config_builder()
+            .http_status_as_error(false)
+            .https_only(uri.scheme_str() == Some("https"))
+            .max_redirects(0)
+            .timeout_resolve(Some(CONNECT))
+            .timeout_connect(Some(CONNECT))
+            .timeout_recv_response(Some(settings.answer))
+            .timeout_per_read(Some(settings.stall))
+            // Sizes and digests are those of the files.
+            .accept_encoding("identity")
+            .user_agent(concat!("qlora-wgpu/", env!("CARGO_PKG_VERSION")))
+            .build()
+            .new_agent();
+        let (token, answer, stall) = (settings.token.clone(), settings.answer, settings.stall);
+        Ok(Client { agent, endpoint, uri, token, answer, stall })
+    }
+
+    /// The time after which a download that brings nothing is given up.
+    pub(super) fn stall(&self) -> Duration {
+        self.stall
+    }
+
+    /// Where a file of a commit is.
+    pub(super) fn file_url(&self, repo: &str, commit: &str, name: &str) -> String {
+        let parts: Vec<String> = name.split('/').map(encoded).collect();
+        format!("{}/{repo}/resolve/{commit}/{}", self.endpoint, parts.join("/"))
+    }
+
+    /// What the hub says of a revision.
+    pub(super) fn info(&self, repo: &str, revision: &str) -> Result<Info, Fault> {
+        // Without a query: some mirrors know none.
+        let url = format!("{}/api/models/{repo}/revision/{}", self.endpoint, encoded(revision));
+        let mut tries = 1;
+        loop {
+            match self.info_once(repo, &url) {
+                Err(Fault::Passing(_)) if tries < TRIES => self.pause(tries),
+                Err(Fault::Passing(message)) => return Err(Fault::Away(message)),
+                done => return done,
+            }
+            tries += 1;
+        }
+    }
+
+    fn info_once(&self, repo: &str, url: &str) -> Result<Info, Fault> {
+        let answer = self.get(url, 0, Some(2 * self.answer))?;
+        if answer.status != StatusCode::OK {
+            return Err(self.refusal(repo, &answer));
+        }
+        let mut text = Vec::new();
+        let mut reader = answer.body.into_reader().take(MAX_INFO + 1);
+        reader.read_to_end(&mut text).map_err(|e| self.away(&self.cause(e.into())))?;
+        if text.len() as u64 > MAX_INFO {
+            return Err(self.away(&format!("its answer is longer than {} MiB", MAX_INFO >> 20)));
+        }
+        let info: Info =
+            serde_json::from_slice(&text).map_err(|e| self.away(&format!("its answer is not a model's: {e}")))?;
+        // It becomes a part of paths.
+        if is_commit(&info.sha) {
+            Ok(info)
+        } else {
+            Err(self.away(&format!("it answers with the commit {:?}, which is none", info.sha)))
+        }
+    }
+
+    /// The answer to a request for what comes from byte `start` on, after all redirects; `limit` is for all of it.
+    pub(super) fn get(&self, url: &str, start: u64, limit: Option<Duration>) -> Result<Answer, Fault> {
+        let mut uri: Uri = url.parse().map_err(|_| Fault::Final(format!("{url} is no URL")))?;
+        let mut seen = vec![];
+        let mut hub = vec![];
+        loop {
+            let at_endpoint = origin(&uri) == origin(&self.uri);
+            let mut request = self.agent.get(uri.clone());
+            if start > 0 {
+                request = request.header(RANGE, format!("bytes={start}-"));
+            }
+            if let Some(token) = self.token.as_ref().filter(|_| at_endpoint) {
+                request = request.header(AUTHORIZATION, format!("Bearer {token}"));
+            }
+            let response = request.config().timeout_global(limit).build().call();
+            let (head, body) = response.map_err(|e| self.failed(e))?.into_parts();
+            if at_endpoint || head.headers.contains_key("x-repo-commit") {
+                hub.push(head.headers.clone());
+            }
+            if !matches!(head.status.as_u16(), 301 | 302 | 303 | 307 | 308) {
+                return Ok(Answer { status: head.status, headers: head.headers, hub, body });
+            }
+            let location = head.headers.get(LOCATION).ok_or_else(|| {
+                Fault::Final(format!("{uri} redirects (status {}) with no Location", head.status.as_u16()))
+            })?;
+            let next = location.to_str().ok().and_then(|location| join(&uri, location)).ok_or_else(|| {
+                Fault::Final(format!(
+                    "{uri} redirects to {:?}, which is no URL",
+                    String::from_utf8_lossy(location.as_bytes())
+                ))
+            })?;
+            if self.uri.scheme_str() == Some("https") && next.scheme_str() != Some("https") {
+                return Err(Fault::Final(format!("{uri} redirects to {next}, which is not https")));
+            }
+            seen.push(uri);
+            if seen.contains(&next) {
+                return Err(Fault::Final(format!("{} redirects in a loop, back to {next}", seen[seen.len() - 1])));
+            }
+            if seen.len() > MAX_REDIRECTS {
+                return Err(Fault::Final(format!("{url} redirects more than {MAX_REDIRECTS} times")));
+            }
+            uri = next;
+        }
+    }
+
+    /// Why an answer is none that was hoped for.
+    pub(super) fn refusal(&self, repo: &str, answer: &Answer) -> Fault {
+        let status = answer.status.as_u16();
+        let is_gated = answer.hub.iter().any(|head| head.get("x-error-code").is_some_and(|code| code == "GatedRepo"));
+        let page = format!("{}/{repo}", self.endpoint);
+        let has_token = self.token.is_some();
+        match status {
+            401 | 403 if is_gated || status == 403 => Fault::Final(if has_token {
+                format!("it is gated, and not for this HF_TOKEN: ask for access at {page} (status {status})")
+            } else {
+                format!("it is gated: ask for access at {page}, and set HF_TOKEN (status {status})")
+            }),
+            401 if has_token => Fault::Final(format!("{} does not know this HF_TOKEN (status 401)", self.endpoint)),
+            401 => Fault::Final(format!("{page} does not exist or is private; set HF_TOKEN if it is (status 401)")),
+            404 => Fault::Final(format!(
+                "{} has no such model, revision or file, or not for this HF_TOKEN (status 404)",
+                self.endpoint
+            )),
+            408 | 429 | 500..=599 => Fault::Passing(format!("{} answers with status {status}", self.endpoint)),
+            _ => Fault::Away(format!("{} answers with status {status}", self.endpoint)),
+        }
+    }
+
+    /// Waits before another try, after `tries`.
+    pub(super) fn pause(&self, tries: u32) {
+        let first = (self.stall / 20).min(Duration::from_millis(500));
+        thread::sleep(first * 2u32.pow(tries.saturating_sub(1)));
+    }
+
+    fn failed(&self, error: ureq::Error) -> Fault {
+        match error {
+            ureq::Error::Io(e) if e.kind() != std::io::ErrorKind::ConnectionRefused => {
+                Fault::Passing(format!("{}: {e}", self.endpoint))
+            }
+            e => self.away(&self.cause(e)),
+        }
+    }
+
+    fn away(&self, reason: &dyn fmt::Display) -> Fault {
+        Fault::Away(format!("{} cannot be reached ({reason})", self.endpoint))
+    }
+
+    /// What a failure means to people.
+    pub(super) fn cause(&self, error: ureq::Error) -> String {
+        use ureq::Timeout;
+        match error {
+            ureq::Error::Timeout(Timeout::Resolve | Timeout::Connect) => {
+                format!("no connection within {CONNECT:?}")
+            }
+            ureq::Error::Timeout(Timeout::Global) => format!("no whole answer within {:?}", 2 * self.answer),
+            ureq::Error::Timeout(Timeout::RecvResponse) => format!("no answer within {:?}", self.answer),
+            ureq::Error::Timeout(_) => format!("nothing came for {:?}", self.stall),
+            ureq::Error::Io(e) => match e.downcast() {
+                Ok(inner) => self.cause(inner),
+                Err(e) => e.to_string(),
+            },
+            e => e.to_string(),
+        }
+    }
+}
+
+impl Info {
+    pub(super) fn commit(&self) -> &str {
+        &self.sha
+    }
+
+    /// Names as the hub gives them.
+    pub(super) fn files(&self) -> Vec<String> {
+        self.siblings.iter().map(|sibling| sibling.rfilename.clone()).collect()
+    }
+}
+
+fn encoded(part: &str) -> String {
+    utf8_percent_encode(part, PLAIN).to_string()
+}
+
+/// Who answers at a URL: scheme, host and port.
+fn origin(uri: &Uri) -> (Option<&str>, Option<String>, Option<u16>) {
+    let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
+    (uri.scheme_str(), uri.host().map(str::to_ascii_lowercase), Some(uri.port_u16().unwrap_or(default)))
+}
+
+/// Where a redirect from `base` leads.
+fn join(base: &Uri, location: &str) -> Option<Uri> {
+    let location = location.split('#').next().unwrap_or_default();
+    let (scheme, authority) = (base.scheme_str()?, base.authority()?);
+    let is_scheme =
+        |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b));
+    let url = if location.split_once("://").is_some_and(|(scheme, _)| is_scheme(scheme)) {
+        location.to_owned()
+    } else if location.starts_with("//") {
+        format!("{scheme}:{location}")
+    } else if location.starts_with('/') {
+        format!("{scheme}://{authority}{location}")
+    } else if location.starts_with('?') {
+        format!("{scheme}://{authority}{}{location}", base.path())
+    } else {
+        let folder = base.path().rsplit_once('/').map_or("", |(folder, _)| folder);
+        format!("{scheme}://{authority}{folder}/{location}")
+    };
+    let uri: Uri = url.parse().ok()?;
+    let is_web = matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty());
+    is_web.then_some(uri)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redirect_leads_where_a_browser_would_go() {
+        let base: Uri = "https://hub.co:8443/org/name/resolve/main/a.json?b=c".parse().unwrap();
+        for (location, url) in [
+            ("https://cdn.co/a?b=https://c", "https://cdn.co/a?b=https://c"),
+            ("HTTP://cdn.co/a", "http://cdn.co/a"),
+            ("//cdn.co/a", "https://cdn.co/a"),
+            ("/a?to=http://c#part", "https://hub.co:8443/a?to=http://c"),
+            ("?d=e", "https://hub.co:8443/org/name/resolve/main/a.json?d=e"),
+            ("b.json?to=http://c", "https://hub.co:8443/org/name/resolve/main/b.json?to=http://c"),
+        ] {
+            assert_eq!(join(&base, location).map(|uri| uri.to_string()).as_deref(), Some(url), "{location}");
+        }
+        for location in ["ftp://a/b", "file:///etc/passwd", "http://", "//", "http://[", "https:///a"] {
+            assert_eq!(join(&base, location), None, "{location}");
+        }
+    }
+
+    #[test]
+    fn an_origin_is_a_scheme_a_host_and_a_port() {
+        let same = |a: &str, b: &str| origin(&a.parse().unwrap()) == origin(&b.parse().unwrap());
+        assert!(same("https://hub.co/a", "https://HUB.co:443/b") && same("http://hub.co", "http://hub.co:80/"));
+        for other in ["http://hub.co", "https://hub.co:8443", "https://hub.co.evil.co", "https://evil.co/hub.co"] {
+            assert!(!same("https://hub.co", other), "{other}");
+        }
+    }
+}
