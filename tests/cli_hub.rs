@@ -73,7 +73,7 @@ impl Setup {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HF_") || name.starts_with("QLORA_")) {
             qlora.env_remove(name);
         }
-        for name in ["http_proxy", "https_proxy", "all_proxy", "no_proxy"] {
+        for name in ["http_proxy", "https_proxy", "all_proxy", "no_proxy", "ssl_cert_file", "requests_ca_bundle"] {
             qlora.env_remove(name).env_remove(name.to_uppercase());
         }
         qlora.env("HF_ENDPOINT", endpoint).env("HF_HOME", self.folder.path().join("cache"));
@@ -188,6 +188,7 @@ fn the_variables_mean_what_they_mean_to_hugging_faces_tools() {
         ("HF_ENDPOINT", "huggingface.co", "https://"),
         ("HF_TOKEN", "hf_ä", "token"),
         ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", "soon"),
+        ("SSL_CERT_FILE", "SSL_CERT_FILE", "certificates cannot be read"),
     ] {
         let error = failure(setup.eval(&hub.endpoint, "org/llama").env(name, value));
         assert!(error.contains("org/llama: ") && error.contains(name) && error.contains(part), "{error}");
@@ -324,9 +325,13 @@ fn shards_and_single_gguf_files_are_fetched() {
     let tensors = qlora_wgpu::formats::safetensors::SafetensorsFile::open(folder.join(shard)).unwrap();
     let map: serde_json::Map<String, Value> = tensors.names().iter().map(|name| (name.clone(), shard.into())).collect();
     fs::write(folder.join("model.safetensors.index.json"), json!({ "weight_map": map }).to_string()).unwrap();
+    fs::create_dir(folder.join("additional_chat_templates")).unwrap();
+    fs::write(folder.join("additional_chat_templates/tools.jinja"), "").unwrap();
     let hub = Hub::serve(setup.root());
     let local = local(&setup);
     assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/sharded")), local);
+    let snapshot = setup.cache("sharded").join("snapshots").join(COMMIT);
+    assert!(snapshot.join("additional_chat_templates/tools.jinja").exists());
     assert_eq!(stdout(setup.eval(&nowhere(), "org/sharded").env("HF_HUB_OFFLINE", "1")), local);
 
     let gguf = setup.root().join("gguf");
@@ -571,11 +576,11 @@ fn a_hub_that_hangs_is_not_waited_for() {
         }
     });
     // What passes is tried again.
-    let count = Arc::new(Mutex::new(0));
+    let count = Arc::new(Mutex::new(0_usize));
     check_lie("busy at first", None, move |_, answer| {
         let mut count = count.lock().unwrap();
         *count += 1;
-        if *count % 3 != 0 {
+        if !count.is_multiple_of(3) {
             (answer.status, answer.body) = ([429, 503][*count % 2], vec![]);
         }
     });

@@ -3,17 +3,21 @@
 
 use std::fmt;
 use std::io::Read;
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Deserialize;
 use ureq::http::header::{AUTHORIZATION, LOCATION, RANGE};
+use ureq::http::response::Parts;
 use ureq::http::{HeaderMap, StatusCode, Uri};
+use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::cache::is_commit;
 use super::env::Settings;
+use crate::formats::input::{MAX_SMALL, read_small};
 
 /// For the name and then for the connection.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -77,7 +81,7 @@ pub(super) struct Client {
 
 impl Client {
     /// # Errors
-    /// A sentence, if the endpoint is no URL.
+    /// A sentence, if the endpoint is no URL, or there are no certificates where they should be.
     pub(super) fn new(settings: &Settings) -> Result<Client, String> {
         let endpoint = settings.endpoint.clone();
         let not = || format!("HF_ENDPOINT is {endpoint:?}, but has to be a URL such as https://huggingface.co");
@@ -88,6 +92,7 @@ impl Client {
         // Proxies are those of the environment, by default.
         let agent = Agent::config_builder()
             .http_status_as_error(false)
+            .tls_config(TlsConfig::builder().root_certs(roots(settings.certificates.as_deref())?).build())
             .https_only(uri.scheme_str() == Some("https"))
             .max_redirects(0)
             .timeout_resolve(Some(CONNECT))
@@ -136,7 +141,7 @@ impl Client {
         }
         let mut text = Vec::new();
         let mut reader = answer.body.into_reader().take(MAX_INFO + 1);
-        reader.read_to_end(&mut text).map_err(|e| self.away(&self.cause(e.into())))?;
+        reader.read_to_end(&mut text).map_err(|e| self.failed(e.into()))?;
         if text.len() as u64 > MAX_INFO {
             return Err(self.away(&format!("its answer is longer than {} MiB", MAX_INFO >> 20)));
         }
@@ -172,27 +177,30 @@ impl Client {
             if !matches!(head.status.as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(Answer { status: head.status, headers: head.headers, hub, body });
             }
-            let location = head.headers.get(LOCATION).ok_or_else(|| {
-                Fault::Final(format!("{uri} redirects (status {}) with no Location", head.status.as_u16()))
-            })?;
-            let next = location.to_str().ok().and_then(|location| join(&uri, location)).ok_or_else(|| {
-                Fault::Final(format!(
-                    "{uri} redirects to {:?}, which is no URL",
-                    String::from_utf8_lossy(location.as_bytes())
-                ))
-            })?;
-            if self.uri.scheme_str() == Some("https") && next.scheme_str() != Some("https") {
-                return Err(Fault::Final(format!("{uri} redirects to {next}, which is not https")));
-            }
+            let next = self.redirect(&uri, &head)?;
             seen.push(uri);
             if seen.contains(&next) {
-                return Err(Fault::Final(format!("{} redirects in a loop, back to {next}", seen[seen.len() - 1])));
+                return Err(Fault::Final(format!("{url} redirects in a loop, back to {}", shown(&next))));
             }
             if seen.len() > MAX_REDIRECTS {
                 return Err(Fault::Final(format!("{url} redirects more than {MAX_REDIRECTS} times")));
             }
             uri = next;
         }
+    }
+
+    /// Where an answer for `uri` redirects to.
+    fn redirect(&self, uri: &Uri, head: &Parts) -> Result<Uri, Fault> {
+        let fault = |what: String| Fault::Final(format!("{} redirects {what}", shown(uri)));
+        let location = head.headers.get(LOCATION);
+        let location = location.ok_or_else(|| fault(format!("(status {}) with no Location", head.status.as_u16())))?;
+        let next = location.to_str().ok().and_then(|location| join(uri, location));
+        let next = next
+            .ok_or_else(|| fault(format!("to {:?}, which is no URL", String::from_utf8_lossy(location.as_bytes()))))?;
+        if self.uri.scheme_str() == Some("https") && next.scheme_str() != Some("https") {
+            return Err(fault(format!("to {}, which is not https", shown(&next))));
+        }
+        Ok(next)
     }
 
     /// Why an answer is none that was hoped for.
@@ -225,11 +233,12 @@ impl Client {
     }
 
     fn failed(&self, error: ureq::Error) -> Fault {
-        match error {
-            ureq::Error::Io(e) if e.kind() != std::io::ErrorKind::ConnectionRefused => {
-                Fault::Passing(format!("{}: {e}", self.endpoint))
-            }
-            e => self.away(&self.cause(e)),
+        use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+        let passing = [BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof];
+        let is_passing = matches!(&error, ureq::Error::Io(e) if passing.contains(&e.kind()));
+        match self.away(&self.cause(error)) {
+            Fault::Away(message) if is_passing => Fault::Passing(message),
+            fault => fault,
         }
     }
 
@@ -267,8 +276,33 @@ impl Info {
     }
 }
 
+/// The certificates to trust: those in a file, or else those that browsers have.
+fn roots(file: Option<&Path>) -> Result<RootCerts, String> {
+    let Some(file) = file else { return Ok(RootCerts::WebPki) };
+    let pem = read_small(file, MAX_SMALL).map_err(|e| format!("the certificates cannot be read: {e}"))?;
+    let items = parse_pem(&pem).collect::<Result<Vec<_>, _>>().map_err(|e| format!("{}: {e}", file.display()))?;
+    let certificates: Vec<_> = items
+        .into_iter()
+        .filter_map(|item| match item {
+            PemItem::Certificate(certificate) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    if certificates.is_empty() {
+        Err(format!("{} holds no certificates", file.display()))
+    } else {
+        Ok(certificates.into())
+    }
+}
+
 fn encoded(part: &str) -> String {
     utf8_percent_encode(part, PLAIN).to_string()
+}
+
+/// A URL without its query, which may hold a signature.
+fn shown(uri: &Uri) -> String {
+    let authority = uri.authority().map_or("", |authority| authority.as_str());
+    format!("{}://{authority}{}", uri.scheme_str().unwrap_or_default(), uri.path())
 }
 
 /// Who answers at a URL: scheme, host and port.

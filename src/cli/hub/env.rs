@@ -1,6 +1,6 @@
 //! The variables of the environment that Hugging Face's tools read, with their meanings there: `HF_ENDPOINT`, `HF_HOME`,
-//! `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`, and
-//! older names of some.
+//! `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`,
+//! `SSL_CERT_FILE`, and older names of some.
 
 use std::env;
 use std::path::PathBuf;
@@ -20,6 +20,8 @@ pub(super) struct Settings {
     pub cache: PathBuf,
     pub token: Option<String>,
     pub offline: bool,
+    /// A file with the certificates to trust.
+    pub certificates: Option<PathBuf>,
     /// For an answer to begin.
     pub answer: Duration,
     /// For the next bytes of a download to come.
@@ -41,6 +43,7 @@ impl Settings {
             cache: path(&["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"]).unwrap_or_else(|| home.join("hub")),
             token: token(path(&["HF_TOKEN_PATH"]).unwrap_or_else(|| home.join("token")))?,
             offline: is_set("HF_HUB_OFFLINE") || is_set("TRANSFORMERS_OFFLINE"),
+            certificates: path(&["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]),
             answer: seconds("HF_HUB_ETAG_TIMEOUT")?,
             stall: seconds("HF_HUB_DOWNLOAD_TIMEOUT")?,
         })

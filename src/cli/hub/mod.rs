@@ -30,6 +30,9 @@ const OPTIONAL: [&str; 6] = [
     "chat_template.jinja",
 ];
 
+/// The folder with more templates, fetched too.
+const TEMPLATES: &str = "additional_chat_templates/";
+
 /// What is to be done where nothing can be fetched.
 const HINT: &str = "check the path or id, or download the model yourself and give its directory";
 
@@ -159,7 +162,8 @@ impl HubId {
         }
         let config = get("config.json")?;
         let folder = config.parent().unwrap_or(Path::new("")).to_path_buf();
-        for name in OPTIONAL.into_iter().filter(|name| has(name)) {
+        let templates = names.iter().map(String::as_str).filter(|name| name.starts_with(TEMPLATES));
+        for name in OPTIONAL.into_iter().filter(|name| has(name)).chain(templates) {
             get(name)?;
         }
         if has(single) {
