@@ -316,7 +316,7 @@ fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
 /// A bar, or a line where there is none.
 fn bar(remote: &Remote) -> ProgressBar {
     let size = remote.size.unwrap_or(0);
-    let bar = say::bar(size as usize, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+    let bar = say::bar(size as usize, "{wide_msg} {bar:8} {percent}% of {total_bytes}, {eta}");
     if bar.is_hidden() {
         say::progress(format!("{} ({})", remote.name, HumanBytes(size)));
     }
