@@ -1,7 +1,7 @@
-//! What the command says on stderr: errors, warnings, how things go, and with -v what the library tells of itself. Who reads it
-//! may be gone, which is no error.
+//! What the command says on stderr: errors, warnings, how things go, and with -v what the library tells of itself. The library
+//! warns with `tracing::warn!`, which is shown as a warning whatever the flags. Who reads it may be gone, which is no error.
 
-use std::fmt::Display;
+use std::fmt::{Debug, Display};
 use std::io::Write;
 use std::sync::OnceLock;
 
@@ -9,10 +9,12 @@ use anstream::stderr;
 use clap::builder::styling::{AnsiColor, Style};
 use clap::{ArgAction, Args, ColorChoice};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use tracing::Level;
-use tracing_subscriber::filter::Targets;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::{FilterExt, Targets, filter_fn};
 use tracing_subscriber::fmt::time::uptime;
-use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::print_line;
@@ -71,10 +73,13 @@ pub(super) fn begin(args: &SayArgs) -> Result<()> {
     };
     // A program that calls this as a library may have begun, or have a subscriber of its own.
     let _ = PROGRESS.set(progress);
-    if let Some(filter) = filter {
+    let log = filter.map(|filter| {
         let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_timer(uptime()).with_ansi(false);
-        let _ = tracing_subscriber::registry().with(lines.with_target(false)).with(filter).try_init();
-    }
+        // Warnings are shown already.
+        lines.with_target(false).with_filter(filter.and(filter_fn(|told| *told.level() > Level::WARN)))
+    });
+    let warnings = Warnings.with_filter(Targets::new().with_target("qlora_wgpu", Level::WARN));
+    let _ = tracing_subscriber::registry().with(log).with(warnings).try_init();
     Ok(())
 }
 
@@ -83,6 +88,26 @@ fn level(verbose: u8) -> Option<Level> {
         0 => None,
         1 => Some(Level::INFO),
         _ => Some(Level::DEBUG),
+    }
+}
+
+/// Shows the library's warnings.
+struct Warnings;
+
+impl<S: Subscriber> Layer<S> for Warnings {
+    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+        event.record(&mut Warning);
+    }
+}
+
+/// Shows an event's message.
+struct Warning;
+
+impl Visit for Warning {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        if field.name() == "message" {
+            warning(format_args!("{value:?}"));
+        }
     }
 }
 
