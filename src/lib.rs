@@ -83,6 +83,7 @@ pub mod generate;
 mod hash;
 pub mod indices;
 pub mod kernels;
+mod memory;
 pub mod nn;
 pub mod optim;
 pub mod quant;

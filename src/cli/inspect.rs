@@ -177,8 +177,9 @@ fn gguf(path: &Path) -> Result<Report> {
 
 fn checkpoint(path: &Path) -> Result<Report> {
     let json = JsonObject::read(&path.join("config.json"))?;
-    let tensors = tensors::of_safetensors(&Checkpoint::open(path)?)?;
-    let mut report = Report::new(path, Kind::Checkpoint, tensors).with_model(ModelConfig::read(path));
+    let checkpoint = Checkpoint::open(path)?;
+    let config = ModelConfig::read(path).and_then(|config| config.with_head_of(&checkpoint));
+    let mut report = Report::new(path, Kind::Checkpoint, tensors::of_safetensors(&checkpoint)?).with_model(config);
     report.architecture = json.get("model_type")?;
     report.name = json.get("_name_or_path")?;
     Ok(report)

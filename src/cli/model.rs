@@ -15,6 +15,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::GgufFile;
+use crate::formats::input::regular;
 use crate::formats::peft::{self, PeftAdapter, PeftConfig};
 use crate::nn::Decoder;
 use crate::quant::QuantOptions;
@@ -239,7 +240,7 @@ fn check_kind(path: &Path) -> Result<()> {
 /// Whether a file is called a GGUF file, or begins as one.
 pub(super) fn is_gguf(path: &Path) -> Result<bool> {
     let mut start = [0; 4];
-    let mut file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let mut file = File::open(regular(path)?).map_err(|e| Error::io(path, e))?;
     let is_called = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
     Ok(is_called || file.read_exact(&mut start).is_ok() && start == *b"GGUF")
 }

@@ -14,6 +14,7 @@ use super::{existing, print_json, say};
 use crate::error::{Error, Result};
 use crate::formats::bitsandbytes;
 use crate::formats::safetensors::{self, OutData, OutTensor, SafetensorsFile, TensorType};
+use crate::memory;
 use crate::quant::{Dtype, Format, QuantOptions, QuantizedMatrix};
 
 const BAR: &str = "{wide_bar} {pos}/{len} {msg}";
@@ -139,6 +140,7 @@ pub fn quantize(args: &QuantizeArgs) -> Result<()> {
             message: "no 2-D float tensor named `weight` or `*.weight` matches; nothing to quantize".into(),
         });
     }
+    check_memory(&file, &chosen, options.block)?;
     let bar = say::bar(chosen.len(), BAR);
     let mut matrices = Vec::with_capacity(chosen.len());
     for name in chosen {
@@ -211,15 +213,25 @@ fn check_output(input: &Path, output: &Path, force: bool) -> Result<()> {
 }
 
 fn is_matrix(file: &SafetensorsFile, name: &str) -> bool {
-    file.get(name).is_some_and(|tensor| tensor.shape.len() == 2 && tensor.floats().is_some())
+    file.get(name).is_some_and(|tensor| tensor.shape.len() == 2 && tensor.dtype().is_some())
+}
+
+/// Checks that the 4-bit weights, which are all made before the first is written, fit into memory.
+fn check_memory(file: &SafetensorsFile, chosen: &[&String], block: usize) -> Result<()> {
+    let bytes = |name: &&String| file.get(name).map_or(0, |tensor| tensor.shape.iter().product::<usize>() as u64);
+    let values: u64 = chosen.iter().map(bytes).sum();
+    // Half a byte each, and their scales.
+    let needed = values / 2 + values / block.max(1) as u64 * 4;
+    memory::check(needed)
+        .map_err(|e| Error::File { path: file.path().into(), message: format!("as 4-bit weights {e}") })
 }
 
 fn quantize_tensor(file: &SafetensorsFile, name: &str, options: &QuantOptions) -> Result<QuantizedMatrix> {
     let tensor = file.tensor(name)?;
-    let (Some(floats), &[rows, cols]) = (tensor.floats(), tensor.shape) else {
+    let (Some(source), &[rows, cols]) = (tensor.source(), tensor.shape) else {
         return Err(file.tensor_error(name, "is not a 2-D float tensor"));
     };
-    QuantizedMatrix::quantize(floats.source(), rows, cols, options).map_err(|e| file.tensor_error(name, e))
+    QuantizedMatrix::quantize(source, rows, cols, options).map_err(|e| file.tensor_error(name, e))
 }
 
 fn copy<'a>(file: &'a SafetensorsFile, name: &str) -> Result<OutTensor<'a>> {

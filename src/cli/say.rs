@@ -1,9 +1,10 @@
 //! What the command says on stderr: errors, warnings, how things go, and with -v what the library tells of itself. The library
 //! warns with `tracing::warn!`, which is shown as a warning whatever the flags. Who reads it may be gone, which is no error.
 
+use std::collections::BTreeSet;
 use std::fmt::{Debug, Display};
 use std::io::Write;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
 use anstream::stderr;
 use clap::builder::styling::{AnsiColor, Style};
@@ -100,13 +101,16 @@ impl<S: Subscriber> Layer<S> for Warnings {
     }
 }
 
-/// Shows an event's message.
+/// Shows an event's message, once.
 struct Warning;
 
 impl Visit for Warning {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        if field.name() == "message" {
-            warning(format_args!("{value:?}"));
+        static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+        let message = format!("{value:?}");
+        // A model may be looked at several times.
+        if field.name() == "message" && TOLD.lock().is_ok_and(|mut told| told.insert(message.clone())) {
+            warning(message);
         }
     }
 }

@@ -1,8 +1,7 @@
 //! How much memory a device has for a run.
 
-use sysinfo::{MemoryRefreshKind, RefreshKind, System};
-
 use super::{Device, Gpu};
+use crate::memory;
 
 impl Device {
     /// Bytes that there are for tensors and matrices: for the CPU device and software drivers what the host has available now,
@@ -11,19 +10,9 @@ impl Device {
     pub fn capacity(&self) -> Option<u64> {
         match self {
             Device::Gpu(gpu) if gpu.info().device_type != wgpu::DeviceType::Cpu => largest_heap(gpu),
-            Device::Cpu(_) | Device::Gpu(_) => host(),
+            Device::Cpu(_) | Device::Gpu(_) => memory::available(),
         }
     }
-}
-
-/// What the host can give without swapping, within the limit of the process's control group.
-fn host() -> Option<u64> {
-    let refresh = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
-    let system = System::new_with_specifics(refresh);
-    // Of a group's memory, cached files do not count: they make room.
-    let of_group = system.cgroup_limits().map(|group| group.total_memory.saturating_sub(group.rss));
-    let available = system.available_memory();
-    Some(of_group.map_or(available, |bytes| bytes.min(available))).filter(|&bytes| bytes > 0)
 }
 
 #[cfg(any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))]

@@ -189,6 +189,10 @@ impl Merged<'_> {
         };
         config.shift_remove("quantization_config");
         config.shift_remove("torch_dtype");
+        // The model may have a head of its own though its config says otherwise.
+        if !self.config.tie_word_embeddings {
+            config.entry("tie_word_embeddings").and_modify(|tied| *tied = false.into());
+        }
         config.insert("dtype".into(), options.dtype.to_string().into());
         if let Some(quant) = &options.requantize {
             config.insert("quantization_config".into(), bitsandbytes::quantization_config(quant, options.dtype));

@@ -58,6 +58,8 @@ impl Merged<'_> {
                 let mut metadata = Metadata::of(file);
                 // Ours is the default.
                 metadata.remove("general.alignment");
+                // All is in one file now.
+                gguf::SPLIT_KEYS.iter().for_each(|key| metadata.remove(key));
                 (metadata, self.names_of(file))
             }
             Source::Checkpoint(_) => {

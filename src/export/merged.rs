@@ -11,6 +11,7 @@ use crate::formats::gguf::{GgufFile, TensorType};
 use crate::formats::peft::PeftAdapter;
 use crate::kernels::HostMatrix;
 use crate::nn::adapters::check_fits;
+use crate::nn::config::HEAD;
 use crate::nn::gguf::{ROPE_FREQS, gguf_name, is_gguf, row_order};
 use crate::nn::{Linear, LoraAdapter, ModelConfig, ModelSpec};
 
@@ -68,8 +69,8 @@ impl<'a> Merged<'a> {
             let spec = ModelSpec::of_gguf(&file, &BaseFormat::AsIs)?;
             (Source::Gguf(file), spec)
         } else {
-            let config = ModelConfig::read(path)?;
             let checkpoint = Checkpoint::open(path)?;
+            let config = ModelConfig::read(path)?.with_head_of(&checkpoint)?;
             let spec = ModelSpec::of_checkpoint(config, &checkpoint, &BaseFormat::AsIs)?;
             (Source::Checkpoint(checkpoint), spec)
         };
@@ -78,7 +79,8 @@ impl<'a> Merged<'a> {
         let tensors: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
         match &source {
             Source::Checkpoint(checkpoint) => {
-                checkpoint.check_all_used(&tensors.keys().cloned().collect())?;
+                // A head that is not the model's own is a copy of the embedding.
+                checkpoint.check_all_used(&tensors.keys().cloned().chain([HEAD.into()]).collect())?;
             }
             Source::Gguf(file) => check_all_known(file, &tensors)?,
         }

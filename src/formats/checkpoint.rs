@@ -1,8 +1,7 @@
 //! The weights of a Hugging Face checkpoint: `model.safetensors`, or the shards that `model.safetensors.index.json`
 //! lists.
 //!
-//! Files are mapped, and a matrix is quantized from the mapped bytes: beside its result, host memory holds at most one
-//! tensor as f32, and that only where a file's data are not aligned.
+//! Files are mapped, and a matrix is quantized from the mapped bytes: beside its result, host memory holds nothing of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -12,12 +11,16 @@ use super::json::JsonObject;
 use super::safetensors::{Floats, SafetensorsFile, Tensor, TensorType, Tensors};
 use crate::error::{Error, Result};
 use crate::kernels::{HostMatrix, MatrixKind, MatrixSpec};
+use crate::memory;
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 
 /// The file of a checkpoint in one.
 pub(crate) const SINGLE: &str = "model.safetensors";
 /// The list of a checkpoint's shards.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// The most bytes of that list; the largest in use have 10 MB.
+const MAX_INDEX: u64 = 64 << 20;
 
 /// What a matrix that is stored in 16 or 32 bits becomes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -54,6 +57,15 @@ impl BaseFormat {
             }
         }
     }
+
+    /// About how many bytes of memory it takes to make a matrix of so many of a file's values.
+    pub(super) fn memory(&self, values: usize, stored: usize) -> u64 {
+        match self {
+            // 4 bits and the scales.
+            BaseFormat::Quantize(options) => (values / 2 + values / options.block.max(1) * 4) as u64,
+            BaseFormat::AsIs => stored as u64,
+        }
+    }
 }
 
 /// The tensors of a checkpoint, by the names that a causal language model gives them (`model.layers.0...`,
@@ -85,7 +97,7 @@ impl Checkpoint {
         let folder = folder.as_ref();
         let single = folder.join(SINGLE);
         let mut listed = BTreeMap::new();
-        let files = if single.is_file() {
+        let files = if single.exists() {
             vec![SafetensorsFile::open(single)?]
         } else {
             listed = weight_map(folder)?;
@@ -117,6 +129,11 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Where it is.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// All names, sorted. A 4-bit weight has several tensors, as [`bitsandbytes`] lists them.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.places.keys().map(String::as_str)
@@ -145,8 +162,19 @@ impl Checkpoint {
             self.check_shape(name, &[matrix.rows(), matrix.cols()], &[rows, cols])?;
             matrix.into()
         } else {
-            let floats = self.floats(name, &[rows, cols])?;
-            base.matrix(floats, rows, cols).map_err(|e| self.tensor_error(name, e))?
+            let tensor = self.tensor(name)?;
+            self.check_shape(name, tensor.shape, &[rows, cols])?;
+            let bytes = base.memory(rows.saturating_mul(cols), tensor.bytes.len());
+            memory::check(bytes).map_err(|e| self.tensor_error(name, e))?;
+            let not_floats = || self.not_floats(name, &tensor);
+            let matrix = match base {
+                BaseFormat::Quantize(options) => {
+                    let source = tensor.source().ok_or_else(not_floats)?;
+                    QuantizedMatrix::quantize(source, rows, cols, options).map(HostMatrix::from)
+                }
+                BaseFormat::AsIs => base.matrix(tensor.floats().ok_or_else(not_floats)?, rows, cols),
+            };
+            matrix.map_err(|e| self.tensor_error(name, e))?
         };
         if let Some(Place { file, name }) = self.places.get(name) {
             self.files[*file].release(name);
@@ -172,6 +200,28 @@ impl Checkpoint {
             _ => return Err(self.not_floats(name, &tensor)),
         };
         Ok(MatrixSpec { rows, cols, kind: base.kind(stored) })
+    }
+
+    /// Whether all tensors of the weight called `name` are, to the bit, those of the weight called `of`.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a file that has been cut short.
+    pub fn is_copy(&self, name: &str, of: &str) -> Result<bool> {
+        let parts = |weight: &str| -> BTreeMap<&str, &str> {
+            let of = self.names().filter_map(|key| Some((key.strip_prefix(weight)?, key)));
+            of.filter(|(end, _)| end.is_empty() || end.starts_with('.')).collect()
+        };
+        let (ours, theirs) = (parts(name), parts(of));
+        if !ours.keys().eq(theirs.keys()) {
+            return Ok(false);
+        }
+        for (one, other) in ours.values().zip(theirs.values()) {
+            let [a, b] = [self.tensor(one)?, self.tensor(other)?];
+            if (a.dtype, a.shape, a.bytes) != (b.dtype, b.shape, b.bytes) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Checks that nothing was left out: every tensor is in `used`, belongs to a 4-bit weight in it, or is a buffer of
@@ -227,6 +277,13 @@ impl Tensors for Checkpoint {
             None => Error::Tensor { path: self.folder.clone(), key: name.into(), message: message.to_string() },
         }
     }
+
+    fn check_whole(&self, name: &str) -> Result<()> {
+        match self.places.get(name) {
+            Some(Place { file, name }) => self.files[*file].check_whole(name),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Names of the shards that the index in `folder` lists.
@@ -241,7 +298,7 @@ pub(crate) fn shards(folder: &Path) -> Result<BTreeSet<String>> {
 /// The shard of every tensor that the index in `folder` lists.
 fn weight_map(folder: &Path) -> Result<BTreeMap<String, String>> {
     let index = folder.join(INDEX);
-    if !index.is_file() {
+    if !index.exists() {
         let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
         let hint = if pickled.iter().any(|name| folder.join(name).exists()) {
             "; convert pytorch_model.bin to safetensors"
@@ -250,7 +307,7 @@ fn weight_map(folder: &Path) -> Result<BTreeMap<String, String>> {
         };
         return Err(Error::File { path: folder.into(), message: format!("has neither {SINGLE} nor {INDEX}{hint}") });
     }
-    let json = JsonObject::read(&index)?;
+    let json = JsonObject::read_within(&index, MAX_INDEX)?;
     let map: BTreeMap<String, String> = json.require("weight_map")?;
     if let Some(shard) = map.values().find(|shard| Path::new(shard).file_name() != Some(shard.as_str().as_ref())) {
         return Err(json.error("weight_map", format!("names {shard:?}, which is not a file in its folder")));
@@ -346,8 +403,8 @@ mod tests {
 
             let options = QuantOptions::nf4().double_quant();
             let quantized = checkpoint.matrix(&name, 6, 32, &BaseFormat::Quantize(options)).unwrap();
-            let source = checkpoint.tensor(&name).unwrap().floats().unwrap();
-            let expected = QuantizedMatrix::quantize(source.source(), 6, 32, &options).unwrap();
+            let source = checkpoint.tensor(&name).unwrap().source().unwrap();
+            let expected = QuantizedMatrix::quantize(source, 6, 32, &options).unwrap();
             assert_eq!(quantized, HostMatrix::Quantized(expected));
             for base in [BaseFormat::AsIs, BaseFormat::Quantize(options), BaseFormat::Quantize(QuantOptions::fp4())] {
                 let matrix = checkpoint.matrix(&name, 6, 32, &base).unwrap();

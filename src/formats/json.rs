@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::input::{MAX_SMALL, read_small};
+use super::input::{MAX_JSON, read_small_text};
 use crate::error::{Error, Result};
 
 /// An object of a JSON file: the whole file, or one nested in it.
@@ -21,7 +21,12 @@ pub(crate) struct JsonObject {
 impl JsonObject {
     /// Reads the file at `path`, which must hold one object.
     pub(crate) fn read(path: &Path) -> Result<Self> {
-        let text = read_small(path, MAX_SMALL)?;
+        Self::read_within(path, MAX_JSON)
+    }
+
+    /// Reads the file at `path` of at most `most` bytes.
+    pub(crate) fn read_within(path: &Path, most: u64) -> Result<Self> {
+        let text = read_small_text(path, most)?;
         let malformed = |e: serde_json::Error| {
             let hint = if e.is_eof() { "; it is truncated: copy or download it again" } else { "" };
             Error::File { path: path.into(), message: format!("is malformed: {e}{hint}") }
@@ -29,7 +34,7 @@ impl JsonObject {
         Ok(JsonObject {
             path: path.into(),
             prefix: String::new(),
-            map: serde_json::from_slice(&text).map_err(malformed)?,
+            map: serde_json::from_str(&text).map_err(malformed)?,
         })
     }
 

@@ -12,6 +12,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::error::Result;
+use crate::formats::checkpoint::Checkpoint;
 use crate::formats::json::JsonObject;
 use crate::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
 use crate::quant::Dtype;
@@ -40,6 +41,12 @@ const NEUTRAL: &[(&str, f64)] = &[
     ("use_bidirectional_attention", 0.0),
     ("use_mrope", 0.0),
 ];
+
+/// The embedding's name in a checkpoint.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+
+/// The output head's. Many a file has it though the head is the embedding: as a copy.
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// A bound for what is made per layer.
 pub(super) const MAX_LAYERS: usize = 10_000;
@@ -190,6 +197,23 @@ impl ModelConfig {
             pad_token_id: tokens(&json, "pad_token_id")?.pop(),
             quantized: quantized(&json)?,
         })
+    }
+
+    /// That of a checkpoint with these tensors: where the config ties the head to the embedding and there is another head, the
+    /// head is the checkpoint's own, with a warning.
+    ///
+    /// # Errors
+    /// [`Error::File`](crate::Error::File) for a file that has been cut short.
+    pub(crate) fn with_head_of(mut self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
+        if self.tie_word_embeddings && checkpoint.contains(HEAD) && !checkpoint.is_copy(HEAD, EMBEDDING)? {
+            tracing::warn!(
+                "{}: config.json says that the head is the embedding (tie_word_embeddings), but there is another {HEAD}, \
+                 which is used",
+                checkpoint.folder().display()
+            );
+            self.tie_word_embeddings = false;
+        }
+        Ok(self)
     }
 
     /// How many positions a token of `layer` attends to, itself and those just before it; none if to all before it.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use super::config::ModelConfig;
+use super::config::{EMBEDDING, HEAD, ModelConfig};
 use super::decoder::{Decoder, DecoderLayer, MODULES, path};
 use super::fingerprint::Hashed;
 use super::gguf::{GgufSource, is_gguf};
@@ -53,6 +53,10 @@ impl Decoder {
     /// the device one after another, so that the host never holds more than one of them in f32. `base` says what becomes
     /// of linear layers that are not 4-bit in the file.
     ///
+    /// The files are mapped, and must not be written to in place while they are: a file that is cut short before one of its
+    /// tensors is read is an error, but one that is cut short while it is being read ends the process (SIGBUS). Files that are
+    /// replaced by renaming another over them do no harm.
+    ///
     /// # Errors
     /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io) with
     /// file and key; the device's own.
@@ -82,9 +86,10 @@ impl Decoder {
             source.check_all_used()?;
             return Ok(decoder);
         }
-        let config = ModelConfig::read(path)?;
         let checkpoint = Checkpoint::open(path)?;
-        let mut source = FromCheckpoint { checkpoint: &checkpoint, base, used: BTreeSet::new() };
+        let config = ModelConfig::read(path)?.with_head_of(&checkpoint)?;
+        // A head that is not the model's own is a copy of the embedding.
+        let mut source = FromCheckpoint { checkpoint: &checkpoint, base, used: BTreeSet::from([HEAD.into()]) };
         let decoder = Decoder::build(device, config, &mut source)?;
         checkpoint.check_all_used(&source.used)?;
         Ok(decoder)
@@ -101,8 +106,8 @@ impl Decoder {
         let matrix = |source: &mut dyn WeightSource, name: &str| -> Result<Arc<DeviceMatrix>> {
             Ok(Arc::new(DeviceMatrix::new(device, source.matrix(name, vocabulary, hidden, false)?)?))
         };
-        let embedding = matrix(source, "model.embed_tokens.weight")?;
-        let head = if config.tie_word_embeddings { embedding.clone() } else { matrix(source, "lm_head.weight")? };
+        let embedding = matrix(source, EMBEDDING)?;
+        let head = if config.tie_word_embeddings { embedding.clone() } else { matrix(source, HEAD)? };
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
             layers.push(build_layer(device, &config, source, layer)?);

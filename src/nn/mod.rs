@@ -4,7 +4,7 @@ mod adapter;
 pub(crate) mod adapters;
 mod batch;
 mod cache;
-mod config;
+pub(crate) mod config;
 mod decoder;
 mod fingerprint;
 pub(crate) mod gguf;

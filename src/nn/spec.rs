@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::config::ModelConfig;
+use super::config::{EMBEDDING, HEAD, ModelConfig};
 use super::decoder::{MODULES, path};
 use super::gguf::{GgufSource, is_gguf};
 use crate::device::Device;
@@ -33,7 +33,7 @@ impl ModelConfig {
     /// Name and shape of every tensor of such a model, in the order in which it uses them.
     pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (vocabulary, hidden) = (self.vocab_size, self.hidden_size);
-        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![vocabulary, hidden])];
+        let mut tensors = vec![(EMBEDDING.to_owned(), vec![vocabulary, hidden])];
         for layer in 0..self.layers {
             let prefix = format!("model.layers.{layer}");
             let mut norm = |name: &str, len| tensors.push((format!("{prefix}.{name}.weight"), vec![len]));
@@ -49,7 +49,7 @@ impl ModelConfig {
             }
         }
         tensors.push(("model.norm.weight".into(), vec![hidden]));
-        tensors.extend((!self.tie_word_embeddings).then(|| ("lm_head.weight".into(), vec![vocabulary, hidden])));
+        tensors.extend((!self.tie_word_embeddings).then(|| (HEAD.into(), vec![vocabulary, hidden])));
         tensors
     }
 
@@ -95,7 +95,8 @@ impl ModelSpec {
         if is_gguf(path) {
             return ModelSpec::of_gguf(&GgufFile::open(path)?, base);
         }
-        ModelSpec::of_checkpoint(ModelConfig::read(path)?, &Checkpoint::open(path)?, base)
+        let checkpoint = Checkpoint::open(path)?;
+        ModelSpec::of_checkpoint(ModelConfig::read(path)?.with_head_of(&checkpoint)?, &checkpoint, base)
     }
 
     /// That of an open GGUF file.
@@ -122,9 +123,9 @@ impl ModelSpec {
         mut matrix: impl FnMut(&str, usize, usize, bool) -> Result<MatrixSpec>,
     ) -> Result<ModelSpec> {
         let (vocabulary, hidden) = (config.vocab_size, config.hidden_size);
-        let embedding = matrix("model.embed_tokens.weight", vocabulary, hidden, false)?;
+        let embedding = matrix(EMBEDDING, vocabulary, hidden, false)?;
         let head = !config.tie_word_embeddings;
-        let head = head.then(|| matrix("lm_head.weight", vocabulary, hidden, false)).transpose()?;
+        let head = head.then(|| matrix(HEAD, vocabulary, hidden, false)).transpose()?;
         let mut linears = Vec::with_capacity(MODULES.len() * config.layers);
         for layer in 0..config.layers {
             for (module, (d_out, d_in, _)) in MODULES.iter().zip(config.linears()) {

@@ -10,17 +10,17 @@ use std::collections::hash_map::Entry;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
-use tokenizers::decoders::sequence::Sequence as DecoderSequence;
 use tokenizers::decoders::strip::Strip;
 use tokenizers::models::bpe::{BPE, BpeBuilder, Merges, Vocab};
-use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as NormalizerSequence};
+use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizerSequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer as Inner};
+use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
+use super::guard::{Inner, guarded};
 use super::pretokenizer;
+use super::steps::Chain;
 use super::tokenizer::{EOS_TOKENS, Parts, Tokenizer};
 use crate::error::Result;
 use crate::formats::gguf::GgufFile;
@@ -116,12 +116,20 @@ impl<'a> Vocabulary<'a> {
     }
 
     fn tokenizer(&self, model: BpeBuilder) -> Result<Inner> {
-        model.build().map(Inner::new).map_err(|e| self.file.metadata_error(TOKENS, e))
+        let made = || model.build().map(|model| Inner::new(model.into()));
+        guarded(self.file.path(), &format!("`{TOKENS}`"), made)
     }
 
     /// Byte-level BPE, and whether text starts with the begin token unless the file says otherwise.
     fn byte_level(&self) -> Result<(Inner, bool)> {
-        let name = self.file.get(PRE)?.unwrap_or("default");
+        let name = self.file.get(PRE)?.unwrap_or_else(|| {
+            tracing::warn!(
+                "{}: has no `{PRE}`, so words are cut as GPT-2's first converters did; text may become other tokens than \
+                 the model was trained on. Convert the model again",
+                self.file.path().display()
+            );
+            "default"
+        });
         let pre = pretokenizer::by_name(name).ok_or_else(|| {
             self.file
                 .metadata_error(PRE, format!("{name:?} is not a known pre-tokenizer; a tokenizer.json is read too"))
@@ -147,8 +155,8 @@ impl<'a> Vocabulary<'a> {
         });
         let bytes = ByteLevel::new(false, false, false);
         let steps = splits.chain([Ok(bytes.into())]).collect::<Result<Vec<_>>>()?;
-        inner.with_pre_tokenizer(Some(PreTokenizerSequence::new(steps)));
-        inner.with_decoder(Some(bytes));
+        inner.with_pre_tokenizer(Some(Chain::of(steps)));
+        inner.with_decoder(Some(Chain::of([bytes.into()])));
         Ok((inner, pre.add_bos))
     }
 
@@ -175,8 +183,8 @@ impl<'a> Vocabulary<'a> {
             normalizers.insert(0, Prepend::new(SPACE.to_owned()).into());
             decoders.push(Strip::new(' ', 1, 0).into());
         }
-        inner.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(failed)?;
-        inner.with_decoder(Some(DecoderSequence::new(decoders)));
+        inner.with_normalizer(Some(Chain::of(normalizers))).map_err(failed)?;
+        inner.with_decoder(Some(Chain::of(decoders)));
         Ok(inner)
     }
 
@@ -200,9 +208,10 @@ impl<'a> Vocabulary<'a> {
                 self.tokens.iter().zip(&self.types).filter(|(token, kind)| wanted.contains(kind) && !token.is_empty());
             tokens.map(|(&token, _)| AddedToken::from(token, special).normalized(false)).collect()
         };
-        let failed = |e: tokenizers::Error| self.file.metadata_error(TOKENS, e);
-        inner.add_special_tokens(of_kind(&[kind::CONTROL, kind::UNKNOWN], true)).map_err(failed)?;
-        inner.add_tokens(of_kind(&[kind::USER_DEFINED], false)).map_err(failed)?;
+        guarded(self.file.path(), &format!("`{TOKENS}`"), || {
+            inner.add_special_tokens(of_kind(&[kind::CONTROL, kind::UNKNOWN], true))?;
+            inner.add_tokens(of_kind(&[kind::USER_DEFINED], false))
+        })?;
 
         let bos = self.special("bos")?;
         let stated = [self.special("eos")?, self.special("eot")?, self.special("eom")?];
@@ -210,6 +219,7 @@ impl<'a> Vocabulary<'a> {
         let known = known.filter(|&id| matches!(self.types[id as usize], kind::CONTROL | kind::USER_DEFINED));
         let flag = |name: &str| self.file.get::<bool>(&format!("tokenizer.ggml.{name}"));
         let parts = Parts {
+            path: self.file.path().into(),
             inner,
             bos,
             eos: stated.into_iter().flatten().chain(known).collect(),

@@ -94,7 +94,7 @@ impl Tokenizer {
         metadata.set(TYPES, OutValue::I32s(types));
 
         let mut id = |name: &str, id: Option<u32>| {
-            if let Some(id) = id {
+            if let Some(id) = id.filter(|&id| (id as usize) < vocab_size) {
                 metadata.set(format!("tokenizer.ggml.{name}_token_id"), OutValue::U32(id));
             }
         };
@@ -119,8 +119,10 @@ impl Tokenizer {
         for (token, id) in self.inner().get_vocab(false) {
             (tokens[id as usize], types[id as usize]) = (token, kind::NORMAL);
         }
-        for (&id, token) in &self.inner().get_added_tokens_decoder() {
-            tokens[id as usize] = token.content.clone();
+        // Added tokens may be past the model's rows, which nothing of the model can tell apart.
+        for (id, token) in self.inner().get_added_tokens_decoder().into_iter().filter(|(id, _)| (*id as usize) < count)
+        {
+            tokens[id as usize] = token.content;
             types[id as usize] = if token.special { kind::CONTROL } else { kind::USER_DEFINED };
         }
         (tokens, types)

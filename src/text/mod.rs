@@ -15,11 +15,14 @@
 //! # }
 //! ```
 
+mod added;
 mod chat;
 mod gguf_tokenizer;
 mod gguf_write;
+mod guard;
 mod jinja;
 mod pretokenizer;
+mod steps;
 mod tokenizer;
 mod tokenizer_write;
 

@@ -2,19 +2,24 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokenizers::{PostProcessorWrapper, Tokenizer as Inner};
+use tokenizers::PostProcessorWrapper;
 
+use super::added;
 use super::chat::ChatTemplate;
+use super::guard::{self, Inner, guarded};
+use super::steps::Chain;
 use crate::error::{Error, Result};
-use crate::formats::input::{MAX_SMALL, read_small, read_small_text};
+use crate::formats::input::{MAX_SMALL, read_small_text};
 use crate::formats::json::JsonObject;
 use crate::hash::text_hash;
 
 const OP: &str = "tokenizer";
+
+const CANNOT_ENCODE: &str = "cannot encode the text";
 
 /// Tokens that end a turn or a text wherever they are special tokens, the ends of turns first.
 pub(super) const EOS_TOKENS: [&str; 14] = [
@@ -37,6 +42,8 @@ pub(super) const EOS_TOKENS: [&str; 14] = [
 /// Text to token ids and back.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
+    /// The file that it is from.
+    path: PathBuf,
     /// Without post-processor, truncation or padding.
     inner: Inner,
     /// One more than the largest id.
@@ -54,6 +61,7 @@ pub struct Tokenizer {
 
 /// What a tokenizer is made of.
 pub(super) struct Parts {
+    pub(super) path: PathBuf,
     pub(super) inner: Inner,
     pub(super) bos: Option<u32>,
     /// The main one first; may repeat.
@@ -65,12 +73,13 @@ pub(super) struct Parts {
 
 impl Tokenizer {
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { inner, bos, mut eos, add_bos, add_eos, chat_template } = parts;
+        let Parts { path, inner, bos, mut eos, add_bos, add_eos, chat_template } = parts;
         let mut seen = BTreeSet::new();
         eos.retain(|&id| seen.insert(id));
         let text = |id: Option<u32>| id.and_then(|id| inner.id_to_token(id)).unwrap_or_default();
         let added = inner.get_added_tokens_decoder();
         Tokenizer {
+            path,
             vocab_size: inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1),
             special: added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect(),
             bos_text: text(bos),
@@ -92,26 +101,30 @@ impl Tokenizer {
     /// [`Error::Io`] if it cannot be read, [`Error::File`] if it is malformed.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        Ok(Self::new(read(path)?))
+        Ok(Self::new(parts(path, guard::read(path)?)?))
     }
 
     /// Reads the tokenizer of a Hugging Face model: `tokenizer.json`, and where they are there `tokenizer_config.json`
-    /// (begin and end tokens, chat template), `generation_config.json` (more end tokens) and `chat_template.jinja`, which
-    /// goes before the template in the config.
+    /// (begin and end tokens, chat template, tokens that `tokenizer.json` lacks), `added_tokens.json` (more of those),
+    /// `generation_config.json` (more end tokens) and `chat_template.jinja`, which goes before the template in the config.
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::File`] for a file that cannot be read, is malformed, or names a token that is not in the
     /// vocabulary.
     pub fn from_dir(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let mut parts = read(&folder.join("tokenizer.json"))?;
-
+        let path = folder.join("tokenizer.json");
         let optional = |name: &str| {
             let path = folder.join(name);
-            path.is_file().then(|| JsonObject::read(&path)).transpose()
+            path.exists().then(|| JsonObject::read(&path)).transpose()
         };
+        let (config, list) = (optional("tokenizer_config.json")?, optional("added_tokens.json")?);
+        let mut inner = guard::read(&path)?;
+        added::add(&path, &mut inner, config.as_ref(), list.as_ref())?;
+        let mut parts = parts(&path, inner)?;
+
         let mut stated = Vec::new();
-        if let Some(config) = optional("tokenizer_config.json")? {
+        if let Some(config) = config {
             parts.bos = token(&config, "bos_token", &parts.inner)?.or(parts.bos);
             stated.extend(token(&config, "eos_token", &parts.inner)?);
             parts.add_bos = config.get("add_bos_token")?.unwrap_or(parts.add_bos);
@@ -128,7 +141,7 @@ impl Tokenizer {
         parts.eos.splice(..0, stated);
 
         let jinja = folder.join("chat_template.jinja");
-        if jinja.is_file() {
+        if jinja.exists() {
             let text = read_small_text(&jinja, MAX_SMALL)?;
             parts.chat_template = Some(text);
         }
@@ -139,9 +152,9 @@ impl Tokenizer {
     /// around a text (its begin token, most often), which is not put where the text has it already.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the tokenizer has no way to write the text.
+    /// [`Error::File`] with the tokenizer's file if it has no way to write the text, or would make too much of it.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, false).map_err(|e| failed("text", e))?;
+        let encoding = guarded(&self.path, CANNOT_ENCODE, || self.inner.encode_fast(text, false))?;
         let ids = encoding.get_ids();
         let before = self.begin(ids.first().copied()).filter(|_| add_special);
         let after = self.eos().filter(|eos| add_special && self.add_eos && ids.last() != Some(eos));
@@ -155,25 +168,18 @@ impl Tokenizer {
 
     /// The ids of a text without anything around it, each with the bytes of the text that it stands for.
     pub(crate) fn encode_spans(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
-        let encoding = self.inner.encode(text, false).map_err(|e| failed("text", e))?;
+        let encoding = guarded(&self.path, CANNOT_ENCODE, || self.inner.encode(text, false))?;
         let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end);
         Ok(encoding.get_ids().iter().copied().zip(spans).collect())
     }
 
-    /// The text of ids, without special tokens if `skip_special`. Bytes that are no UTF-8 become U+FFFD.
+    /// The text of ids, without special tokens if `skip_special`. Bytes that are no UTF-8 become U+FFFD. An id without a token
+    /// is no text: many models have more rows in their embedding than their tokenizer has tokens.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an id outside the vocabulary.
+    /// [`Error::File`] with the tokenizer's file if it cannot write them.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        if let Some(&id) = ids.iter().find(|&&id| id as usize >= self.vocab_size) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "a token id",
-                got: id.to_string(),
-                expected: format!("the vocabulary has {} tokens", self.vocab_size),
-            });
-        }
-        self.inner.decode(ids, skip_special).map_err(|e| failed("a sequence of ids", e))
+        guarded(&self.path, "cannot decode the ids", || self.inner.decode(ids, skip_special))
     }
 
     /// Decodes ids that come one by one.
@@ -196,7 +202,8 @@ impl Tokenizer {
         self.vocab_size
     }
 
-    /// Checks that a model whose embedding table has `model_vocab` rows has one for every id. The table may be longer.
+    /// Checks that a model whose embedding table has `model_vocab` rows has one for every id. The table may be longer. Added
+    /// tokens may be past its end if nothing begins with one, as those for padding often are; that is warned about.
     ///
     /// # Errors
     /// [`Error::Invalid`] if it is shorter.
@@ -204,12 +211,26 @@ impl Tokenizer {
         if self.vocab_size <= model_vocab {
             return Ok(());
         }
-        Err(Error::Invalid {
-            op: OP,
-            what: "the vocabulary",
-            got: format!("{} tokens", self.vocab_size),
-            expected: format!("the model has {model_vocab}: this tokenizer is another model's"),
-        })
+        let is_past = |id: u32| id as usize >= model_vocab;
+        let added = self.inner.get_added_tokens_decoder();
+        let most = self.inner.get_vocab(true).into_values().filter(|id| !added.contains_key(id)).max();
+        if most.is_some_and(is_past) || self.bos.is_some_and(|bos| self.add_bos && is_past(bos)) {
+            return Err(Error::Invalid {
+                op: OP,
+                what: "the vocabulary",
+                got: format!("{} tokens", self.vocab_size),
+                expected: format!("the model has {model_vocab}: this tokenizer is another model's"),
+            });
+        }
+        let mut past: Vec<_> = added.iter().filter(|(id, _)| is_past(**id)).collect();
+        past.sort_by_key(|(id, _)| **id);
+        let names: Vec<String> = past.iter().map(|(id, token)| format!("{:?} ({id})", token.content)).collect();
+        tracing::warn!(
+            "{}: the model has {model_vocab} rows, and none for {}; text with such a token cannot be used",
+            self.path.display(),
+            names.join(", ")
+        );
+        Ok(())
     }
 
     pub(super) fn inner(&self) -> &Inner {
@@ -285,12 +306,13 @@ pub struct DecodeStream<'a> {
 }
 
 impl DecodeStream<'_> {
-    /// The text that `id` completes, often none.
+    /// The text that `id` completes, often none; an id without a token is none.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an id outside the vocabulary.
+    /// Those of [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String> {
-        if self.skip_special && self.tokenizer.special.contains(&id) {
+        let is_skipped = self.skip_special && self.tokenizer.special.contains(&id);
+        if is_skipped || self.tokenizer.inner.id_to_token(id).is_none() {
             return Ok(String::new());
         }
         let before = self.ids.len();
@@ -323,30 +345,25 @@ enum OneOrMore {
     More(Vec<u32>),
 }
 
-fn failed(what: &'static str, error: tokenizers::Error) -> Error {
-    Error::Invalid { op: OP, what, got: "refused".into(), expected: error.to_string() }
-}
-
 /// What a `tokenizer.json` tells by itself.
-fn read(path: &Path) -> Result<Parts> {
-    let bytes = read_small(path, MAX_SMALL)?;
-    let malformed = |e: tokenizers::Error| Error::File { path: path.into(), message: format!("is malformed: {e}") };
-    let mut inner = Inner::from_bytes(bytes).map_err(malformed)?;
-    inner.with_padding(None).with_truncation(None).map_err(malformed)?;
-
+fn parts(path: &Path, mut inner: Inner) -> Result<Parts> {
     let special = inner.get_added_tokens_decoder();
     let known = EOS_TOKENS.iter().filter_map(|&name| inner.token_to_id(name));
     let eos: Vec<u32> = known.filter(|id| special.get(id).is_some_and(|token| token.special)).collect();
 
     // What the post-processor puts around a letter: the crate has no other way to ask it.
-    let ids = |special| inner.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
-    let (bare, whole) = (ids(false).map_err(malformed)?, ids(true).map_err(malformed)?);
+    let ids = |special| {
+        let ids = || inner.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
+        guarded(path, "cannot encode a letter", ids)
+    };
+    let (bare, whole) = (ids(false)?, ids(true)?);
     let start = whole.windows(bare.len().max(1)).position(|window| window == bare).unwrap_or(0);
     let bos = whole[..start].first().copied();
     let end = whole.get(start + bare.len()).copied();
     let eos = end.into_iter().chain(eos).collect();
-    inner.with_post_processor(None::<PostProcessorWrapper>);
-    Ok(Parts { inner, bos, eos, add_bos: bos.is_some(), add_eos: end.is_some(), chat_template: None })
+    inner.with_post_processor(None::<Chain<PostProcessorWrapper>>);
+    let (add_bos, add_eos) = (bos.is_some(), end.is_some());
+    Ok(Parts { path: path.into(), inner, bos, eos, add_bos, add_eos, chat_template: None })
 }
 
 /// The id of a token that a config states, as text or as an object with its `content`.

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::json;
 use tokenizers::processors::template::TemplateProcessing;
 
+use super::steps::Chain;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -31,7 +32,7 @@ impl Tokenizer {
                 .special_tokens(special)
                 .build()
                 .map_err(|e| failed(e.to_string()))?;
-            inner.with_post_processor(Some(template));
+            inner.with_post_processor(Some(Chain::of([template.into()])));
         }
         let text = inner.to_string(true).map_err(|e| failed(e.to_string()))?;
         let named = |id: Option<u32>, text: &str| id.map(|_| text.to_owned());

@@ -13,6 +13,7 @@
 mod blocks;
 mod encode;
 mod k_quants;
+mod parts;
 mod types;
 mod value;
 mod write;
@@ -24,6 +25,7 @@ use std::ops::Range;
 use std::path::Path;
 
 pub(crate) use encode::encode;
+pub(crate) use parts::SPLIT_KEYS;
 pub use types::TensorType;
 use value::Reader;
 pub use value::{Array, FromValue, Value};
@@ -33,16 +35,19 @@ use super::checkpoint::BaseFormat;
 use super::mapped::MappedFile;
 use crate::error::{Error, Result};
 use crate::kernels::{HostMatrix, MatrixSpec};
+use crate::memory;
 
 const MAGIC: &[u8] = b"GGUF";
 const ALIGNMENT: &str = "general.alignment";
 const DEFAULT_ALIGNMENT: usize = 32;
 const MAX_DIMENSIONS: u32 = 4;
 
-/// A memory-mapped GGUF file.
+/// A memory-mapped GGUF file, or all files of a model that is split into several, as llama.cpp's `gguf-split` does. The
+/// metadata are those of the first.
 #[derive(Debug)]
 pub struct GgufFile {
-    map: MappedFile,
+    /// The first, and the others.
+    maps: Vec<MappedFile>,
     header: Header,
 }
 
@@ -116,9 +121,11 @@ struct Header {
     tensors: BTreeMap<String, Place>,
 }
 
-/// Where a tensor is in a file.
+/// Where a tensor is.
 #[derive(Debug)]
 struct Place {
+    /// Of several files, which.
+    file: usize,
     kind: TensorType,
     /// The outermost dimension first.
     shape: Vec<usize>,
@@ -127,20 +134,36 @@ struct Place {
 
 impl GgufFile {
     /// Maps the file at `path` and checks its header: every value, count and length lies inside the file, every tensor
-    /// has the size that its type and shape ask for, and no two overlap.
+    /// has the size that its type and shape ask for, and no two overlap. Of a model in several files it is the first, and the
+    /// others are found beside it by their names.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be opened, [`Error::File`] if it is no GGUF file of version 2 or 3 or is malformed,
-    /// [`Error::Tensor`] for a tensor of an unknown type or with bytes where it cannot have them.
+    /// [`Error::Io`] if the file cannot be opened, or another part is missing; [`Error::File`] if it is no GGUF file of version 2
+    /// or 3, is malformed, or is a part of a model and not the first; [`Error::Tensor`] for a tensor of an unknown type or with
+    /// bytes where it cannot have them, or in two parts.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let map = MappedFile::open(path.as_ref())?;
-        let header = Header::read(&map).map_err(|malformed| malformed.at(map.path()))?;
-        Ok(GgufFile { map, header })
+        let mut file = GgufFile::open_one(path.as_ref())?;
+        for part in parts::others(&file)? {
+            file.append(part)?;
+        }
+        file.check_count()?;
+        Ok(file)
     }
 
-    /// Where the file is.
+    fn open_one(path: &Path) -> Result<Self> {
+        let map = MappedFile::open(path)?;
+        let header = Header::read(&map).map_err(|malformed| malformed.at(map.path()))?;
+        Ok(GgufFile { maps: vec![map], header })
+    }
+
+    /// Where the file is; of several, the first.
     pub fn path(&self) -> &Path {
-        self.map.path()
+        self.first().path()
+    }
+
+    /// The file with the metadata.
+    fn first(&self) -> &MappedFile {
+        &self.maps[0]
     }
 
     /// All keys of the metadata, sorted.
@@ -152,7 +175,7 @@ impl GgufFile {
     pub fn metadata(&self, key: &str) -> Option<Value<'_>> {
         let &(kind, start) = self.header.metadata.get(key)?;
         // It was read once when the file was opened.
-        Reader::new(&self.map[start..]).value(kind, 0).ok()
+        Reader::new(&self.first()[start..]).value(kind, 0).ok()
     }
 
     /// Key, number of the type and bytes of every value, in the file's order.
@@ -160,17 +183,18 @@ impl GgufFile {
         let mut entries: Vec<_> = self.header.metadata.iter().collect();
         entries.sort_by_key(|(_, (_, start))| *start);
         entries.into_iter().filter_map(|(key, &(kind, start))| {
-            let mut reader = Reader::new(&self.map[start..]);
+            let mut reader = Reader::new(&self.first()[start..]);
             reader.value(kind, 0).ok()?;
-            Some((key.as_str(), kind, &self.map[start..start + reader.at]))
+            Some((key.as_str(), kind, &self.first()[start..start + reader.at]))
         })
     }
 
     /// The value of `key` as a `T` (`u32`, `i32`, `usize`, `f32`, `bool`, `&str`, or a `Vec` of one), if there is one.
     ///
     /// # Errors
-    /// [`Error::File`] if it is of another type, or does not fit.
+    /// [`Error::File`] if it is of another type, or does not fit, or the file has been cut short.
     pub fn get<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<Option<T>> {
+        self.first().check_whole()?;
         let wrong =
             |value: Value<'_>| self.metadata_error(key, format!("is {}, expected {}", value.describe(), T::NAME));
         self.metadata(key).map(|value| T::from_value(value).ok_or_else(|| wrong(value))).transpose()
@@ -197,7 +221,7 @@ impl GgufFile {
     /// Names of all tensors, in the order of their data.
     pub fn names_in_order(&self) -> Vec<&str> {
         let mut places: Vec<_> = self.header.tensors.iter().collect();
-        places.sort_by_key(|(_, place)| place.bytes.start);
+        places.sort_by_key(|(_, place)| (place.file, place.bytes.start));
         places.into_iter().map(|(name, _)| name.as_str()).collect()
     }
 
@@ -206,14 +230,20 @@ impl GgufFile {
         self.header.tensors.contains_key(name)
     }
 
-    /// The tensor called `name`.
+    /// The tensor called `name`, whose bytes can be read: the file's size is checked again.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if there is none.
+    /// [`Error::Tensor`] if there is none, [`Error::File`] if its file has been cut short.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
-        let Place { kind, shape, bytes } =
+        let Place { file, kind, shape, bytes } =
             self.header.tensors.get(name).ok_or_else(|| self.tensor_error(name, "is missing"))?;
-        Ok(Tensor { kind: *kind, shape, bytes: &self.map[bytes.clone()] })
+        self.maps[*file].check_whole()?;
+        Ok(Tensor { kind: *kind, shape, bytes: &self.maps[*file][bytes.clone()] })
+    }
+
+    /// The file that a tensor is in; the first for one that is in none.
+    fn map_of(&self, name: &str) -> &MappedFile {
+        &self.maps[self.header.tensors.get(name).map_or(0, |place| place.file)]
     }
 
     /// The matrix called `name`, [`rows`, `cols`], with its rows brought from `order` into Hugging Face's.
@@ -277,17 +307,19 @@ impl GgufFile {
             // A block cannot be taken apart.
             _ => (shape[0] / tensor.kind.block(), [1, shape[0]]),
         };
+        let needed = base.memory(rows.saturating_mul(cols), tensor.bytes.len());
+        memory::check(needed).map_err(|e| self.tensor_error(name, e))?;
         let bytes = order.restore(tensor.bytes, spans).ok_or_else(|| {
             self.tensor_error(name, format!("is {} of shape {shape:?}, of which no heads can be made", tensor.kind))
         })?;
         let matrix = blocks::matrix(tensor.kind, &bytes, rows, cols, base);
-        self.map.release(tensor.bytes);
+        self.map_of(name).release(tensor.bytes);
         matrix.map_err(|e| self.tensor_error(name, e))?.ok_or_else(|| self.not_supported(name, tensor.kind))
     }
 
     /// An [`Error::Tensor`] about a tensor of this file.
     pub fn tensor_error(&self, name: &str, message: impl Display) -> Error {
-        Error::Tensor { path: self.path().into(), key: name.into(), message: message.to_string() }
+        Error::Tensor { path: self.map_of(name).path().into(), key: name.into(), message: message.to_string() }
     }
 }
 
@@ -393,7 +425,7 @@ impl Place {
         let len = values.and_then(|values| kind.bytes(values));
         let end = len.and_then(|len| start.checked_add(len));
         let end = end.ok_or_else(|| format!("is {kind} of shape {shape:?} from {start} on, which is too large"))?;
-        Ok(Place { kind, shape, bytes: start..end })
+        Ok(Place { file: 0, kind, shape, bytes: start..end })
     }
 }
 

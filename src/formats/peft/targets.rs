@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use regex::{Regex, RegexBuilder};
+use fancy_regex::{CompileError, Error as RegexError, Regex, RegexBuilder};
 
 use crate::error::{Error, Result};
 
@@ -32,7 +32,7 @@ impl TargetModules {
     /// Modules whose whole path `expression` matches.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an expression that is malformed, looks around or takes too much memory.
+    /// [`Error::Invalid`] for an expression that is malformed or takes too much memory.
     pub fn regex(expression: &str) -> Result<Self> {
         ModuleRegex::new(expression).map(TargetModules::Regex)
     }
@@ -42,7 +42,7 @@ impl TargetModules {
         match self {
             TargetModules::AllLinear => !is_head,
             TargetModules::Names(names) => names.iter().any(|name| is_called(path, name)),
-            TargetModules::Regex(expression) => expression.regex.is_match(path),
+            TargetModules::Regex(expression) => expression.is_match(path),
         }
     }
 }
@@ -52,8 +52,8 @@ fn is_called(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// A regular expression over module paths, in the common subset of Python's and this crate's: no look-around, no
-/// backreferences.
+/// A regular expression over module paths, as Python has them: it may look around and refer back. One that takes more than a
+/// million steps at a path does not match it.
 #[derive(Clone)]
 pub struct ModuleRegex {
     text: String,
@@ -64,7 +64,7 @@ impl ModuleRegex {
     /// An expression that must match a whole path.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it is malformed or not supported.
+    /// [`Error::Invalid`] if it is malformed or takes too much memory.
     pub fn new(text: &str) -> Result<Self> {
         Self::within(text, "^(?:", ")$", 1)
     }
@@ -72,28 +72,41 @@ impl ModuleRegex {
     /// The expression `text`, one of a list of `count`, between `before` and `after`; checked by itself first.
     fn within(text: &str, before: &str, after: &str, count: usize) -> Result<Self> {
         let limit = MAX_COMPILED.min(MAX_ALL_COMPILED / count);
-        let compile = |text: &str| RegexBuilder::new(text).size_limit(limit).build();
-        let invalid = |e: regex::Error| Error::Invalid {
+        let compile = |text: &str| RegexBuilder::new(text).delegate_size_limit(limit).build();
+        let invalid = |e: RegexError| Error::Invalid {
             op: "target modules",
             what: "regular expression",
             got: format!("{text:?}"),
-            expected: match e {
-                regex::Error::CompiledTooBig(_) => {
-                    format!(
-                        "compiled it takes more than {limit} bytes, which is this one's share of {count}; simplify it"
-                    )
-                }
-                e => format!("it is malformed, or looks around, which is not supported: {e}"),
+            expected: if is_too_large(&e) {
+                format!("compiled it takes more than {limit} bytes, which is this one's share of {count}; simplify it")
+            } else {
+                format!("it is malformed: {}", reason(&e))
             },
         };
         compile(text).map_err(invalid)?;
         Ok(ModuleRegex { text: text.into(), regex: compile(&format!("{before}{text}{after}")).map_err(invalid)? })
     }
 
+    fn is_match(&self, path: &str) -> bool {
+        self.regex.is_match(path).unwrap_or(false)
+    }
+
     /// The expression as it was given.
     pub fn as_str(&self) -> &str {
         &self.text
     }
+}
+
+fn is_too_large(error: &RegexError) -> bool {
+    let RegexError::CompileError(error) = error else { return false };
+    matches!(&**error, CompileError::InnerError(error) if error.size_limit().is_some())
+}
+
+/// The last line of what is wrong, which says it: others draw where.
+fn reason(error: &RegexError) -> String {
+    let text = error.to_string();
+    let last = text.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default();
+    last.strip_prefix("error: ").unwrap_or(last).to_owned()
 }
 
 impl PartialEq for ModuleRegex {
@@ -198,7 +211,7 @@ impl Layers {
         if self.indices.is_empty() {
             return true;
         }
-        let captures = self.patterns.iter().find_map(|pattern| pattern.regex.captures(path));
+        let captures = self.patterns.iter().find_map(|pattern| pattern.regex.captures(path).ok().flatten());
         let index = captures.as_ref().and_then(|captures| captures.name("idx"));
         index.is_some_and(|index| self.indices.iter().any(|i| index.as_str().parse() == Ok(*i)))
     }
@@ -219,7 +232,7 @@ impl<T: Copy> ModulePatterns<T> {
     /// The values of these keys, in this order.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a key that is malformed or looks around, or if the keys take too much memory.
+    /// [`Error::Invalid`] for a key that is malformed, or if the keys take too much memory.
     pub fn new<K: AsRef<str>>(entries: impl IntoIterator<Item = (K, T)>) -> Result<Self> {
         let entries: Vec<(K, T)> = entries.into_iter().collect();
         let count = entries.len();
@@ -229,7 +242,7 @@ impl<T: Copy> ModulePatterns<T> {
 
     /// The value of the module at `path`, if a key matches it.
     pub fn get(&self, path: &str) -> Option<T> {
-        self.0.iter().find(|(key, _)| key.regex.is_match(path)).map(|&(_, value)| value)
+        self.0.iter().find(|(key, _)| key.is_match(path)).map(|&(_, value)| value)
     }
 
     /// Keys and values, in order.
@@ -272,10 +285,15 @@ mod tests {
         assert_eq!(chosen(r".*\.(q|k|v)_proj"), [true, false, false]);
         assert_eq!(chosen("q_proj"), [false; 3]);
         assert_eq!(chosen(r"model|model\.layers\.\d+\.mlp\.down_proj|lm_head"), [false, true, true]);
-        for bad in ["(", r"(?!lm_head).*", r"(.)\1", "a)(b"] {
+        // As PEFT's users write them.
+        assert_eq!(chosen(r"^(?!.*lm_head).*(q_proj|v_proj)$"), [true, false, false]);
+        assert_eq!(chosen(r".*(?<=mlp\.)down_proj"), [false, true, false]);
+        assert_eq!(chosen(r".*(l)ayers.*self_att.*q_pro.*|.*\.(\d)\2?2?\.mlp.*"), [true, true, false]);
+        for bad in ["(", r"(?!lm_head", r"(.)\2", "a)(b", r"\p{Nothing}", "[z-a]"] {
             let error = TargetModules::regex(bad).unwrap_err().to_string();
-            assert!(error.contains(&format!("{bad:?}")), "{error}");
+            assert!(error.contains(&format!("{bad:?}")) && !error.contains('\n'), "{error}");
         }
+        assert!(!TargetModules::regex("(?=a)(a*a*)*b").unwrap().matches(&"a".repeat(60), false), "ends all the same");
     }
 
     #[test]
@@ -339,6 +357,7 @@ mod tests {
         assert_eq!(patterns.get("model.layers.0.self_attn.qq_proj"), None);
         let anchored = ModulePatterns::new([("^model.layers.12.mlp.down_proj", 3)]).unwrap();
         assert_eq!((anchored.get(DOWN), anchored.get(&format!("x.{DOWN}"))), (Some(3), None));
-        assert!(ModulePatterns::new([("(?<=a)b", 1)]).is_err());
+        let behind = ModulePatterns::new([(r"(?<!mlp\.)down_proj", 3), (r"down_proj", 4)]).unwrap();
+        assert_eq!(behind.get(DOWN), Some(4));
     }
 }

@@ -1,0 +1,35 @@
+//! The memory of the host.
+
+use sysinfo::{MemoryRefreshKind, RefreshKind, System};
+
+/// Less than this is asked for without a look at what there is.
+const SMALL: u64 = 256 << 20;
+
+/// Bytes that the host can give without swapping, within the limit of the process's control group.
+pub(crate) fn available() -> Option<u64> {
+    let refresh = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    let system = System::new_with_specifics(refresh);
+    // Of a group's memory, cached files do not count: they make room.
+    let of_group = system.cgroup_limits().map(|group| group.total_memory.saturating_sub(group.rss));
+    let available = system.available_memory();
+    Some(of_group.map_or(available, |bytes| bytes.min(available))).filter(|&bytes| bytes > 0)
+}
+
+/// Checks that there is room for so many bytes: an allocation that fails ends the process. The error says what is wrong.
+pub(crate) fn check(bytes: u64) -> Result<(), String> {
+    match available().filter(|&available| bytes > SMALL && bytes > available) {
+        None => Ok(()),
+        Some(available) => Err(format!("takes {bytes} bytes of memory, and the host has {available} left")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_is_an_error() {
+        check(SMALL).unwrap();
+        assert!(check(1 << 60).unwrap_err().contains("takes 1152921504606846976 bytes"));
+    }
+}
