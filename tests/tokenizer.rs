@@ -181,8 +181,9 @@ fn a_stream_holds_back_parts_of_characters() {
     let pieces: Vec<_> =
         tokenizer.encode("Hi<|im_end|> you", false).unwrap().into_iter().map(|id| stream.push(id).unwrap()).collect();
     assert_eq!(pieces, ["Hi", "", " you"]);
-    assert!(matches!(stream.push(49152), Err(Error::Invalid { .. })));
-    assert_eq!(stream.push(28).unwrap(), ",", "an error leaves the stream as it was");
+    // Rows of an embedding that no token has.
+    assert_eq!(stream.push(49152).unwrap(), "");
+    assert_eq!(stream.push(28).unwrap(), ",", "an id without a token leaves the stream as it was");
 }
 
 #[test]
@@ -332,9 +333,64 @@ fn a_vocabulary_larger_than_the_models_is_refused() {
     tokenizer.check_vocabulary(2304).unwrap();
     let error = tokenizer.check_vocabulary(2047).unwrap_err().to_string();
     assert!(error.contains("2048") && error.contains("2047"), "{error}");
-    assert!(matches!(tokenizer.decode(&[2048], false), Err(Error::Invalid { .. })));
+    let ids = tokenizer.encode("a cat", false).unwrap();
+    let padded: Vec<u32> = [&[2048], &ids[..], &[u32::MAX]].concat();
+    assert_eq!(tokenizer.decode(&padded, false).unwrap(), "a cat", "ids without a token are no text");
     assert_eq!(tokenizer.eos_ids(), [0]);
     assert!(matches!(tokenizer.chat(), Err(Error::Invalid { .. })));
+}
+
+/// The tiny tokenizer in a folder, with these further files.
+fn folder(files: &[(&str, Value)]) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    fs::copy(golden("tiny.json"), folder.path().join("tokenizer.json")).unwrap();
+    files.iter().for_each(|(name, value)| fs::write(folder.path().join(name), value.to_string()).unwrap());
+    folder
+}
+
+#[test]
+fn tokens_beside_tokenizer_json_are_added() {
+    let token = |content: &str, special: bool| json!({"content": content, "lstrip": false, "normalized": false, "rstrip": false, "single_word": false, "special": special});
+    let decoder = json!({
+        "0": token("<|endoftext|>", true), "2048": token("<|user|>", true), "2049": token("<|bot|>", true),
+        "2050": token("<tool>", false),
+    });
+    let list = json!({"<|user|>": 2048, "<|bot|>": 2049});
+    let config = |decoder: &Value| json!({"eos_token": "<|endoftext|>", "added_tokens_decoder": decoder});
+    let read = |files: &[(&str, Value)]| Tokenizer::from_dir(folder(files).path()).unwrap();
+
+    let whole = read(&[("tokenizer_config.json", config(&decoder)), ("added_tokens.json", list.clone())]);
+    let (hi, yo) = (whole.encode("hi", false).unwrap(), whole.encode("yo", false).unwrap());
+    let wanted = [&[2048][..], &hi, &[2049], &yo, &[2050]].concat();
+    assert_eq!(whole.encode("<|user|>hi<|bot|>yo<tool>", false).unwrap(), wanted);
+    assert_eq!(whole.decode(&wanted, true).unwrap(), "hiyo<tool>", "two of them are special");
+    assert_eq!(whole.vocab_size(), 2051);
+    // Either file alone will do.
+    for files in [&[("tokenizer_config.json", config(&decoder))][..], &[("added_tokens.json", list)]] {
+        assert_eq!(read(files).encode("<|user|>hi<|bot|>yo", false).unwrap(), wanted[..wanted.len() - 1]);
+    }
+    // One that ends a turn does so.
+    let ends = json!({"2048": token("<|im_end|>", true)});
+    assert_eq!(read(&[("tokenizer_config.json", config(&ends))]).eos_ids(), [0, 2048]);
+
+    // An id that the library would not give is of another row: such a token is left out.
+    let gap = json!({"2060": token("<|far|>", true)});
+    assert_eq!(read(&[("tokenizer_config.json", config(&gap))]).token_id("<|far|>"), None);
+    for bad in [json!({"x": token("<a>", true)}), json!({"2048": {"special": true}}), json!({"2048": 5})] {
+        let folder = folder(&[("tokenizer_config.json", config(&bad))]);
+        let error = Tokenizer::from_dir(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("tokenizer_config.json") && error.contains("added_tokens_decoder."), "{error}");
+    }
+}
+
+#[test]
+fn a_padding_token_may_have_no_row() {
+    let padded =
+        folder(&[("tokenizer_config.json", json!({"pad_token": "<pad>", "additional_special_tokens": ["<x>"]}))]);
+    let tokenizer = Tokenizer::from_dir(padded.path()).unwrap();
+    assert_eq!((tokenizer.token_id("<pad>"), tokenizer.token_id("<x>")), (Some(2048), Some(2049)));
+    tokenizer.check_vocabulary(2048).unwrap();
+    assert!(tokenizer.check_vocabulary(2047).is_err(), "a word without a row is another matter");
 }
 
 #[test]

@@ -222,8 +222,7 @@ fn check_memory(file: &SafetensorsFile, chosen: &[&String], block: usize) -> Res
     let values: u64 = chosen.iter().map(bytes).sum();
     // Half a byte each, and their scales.
     let needed = values / 2 + values / block.max(1) as u64 * 4;
-    memory::check(needed)
-        .map_err(|e| Error::File { path: file.path().into(), message: format!("as 4-bit weights {e}") })
+    memory::check(needed).map_err(|e| Error::File { path: file.path().into(), message: format!("quantizing {e}") })
 }
 
 fn quantize_tensor(file: &SafetensorsFile, name: &str, options: &QuantOptions) -> Result<QuantizedMatrix> {
