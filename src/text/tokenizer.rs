@@ -190,9 +190,9 @@ impl Tokenizer {
     /// A hash of everything that decides which ids a text or a chat becomes.
     ///
     /// # Errors
-    /// None that are known: [`Error::Invalid`] if the tokenizer cannot be written as JSON.
+    /// None that are known: [`Error::File`] if the tokenizer cannot be written as JSON.
     pub fn fingerprint(&self) -> Result<String> {
-        let json = self.inner.to_string(false).map_err(|e| failed("the tokenizer", e))?;
+        let json = guarded(&self.path, "cannot be written", || self.inner.to_string(false))?;
         let around = (self.bos, &self.eos, self.add_bos, self.add_eos, &self.chat_template);
         Ok(text_hash(&format!("{json}{around:?}")))
     }
