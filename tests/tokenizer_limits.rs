@@ -162,7 +162,7 @@ fn what_asks_for_too_much_is_an_error() {
             "40 regular expressions",
         ),
         ("post_processor", template(1000), "template of more than 64"),
-        ("post_processor", repeated("processors", template(8), 12), "more than 4096 tokens of a letter"),
+        ("post_processor", repeated("processors", template(8), 12), "cannot encode a letter"),
         ("decoder", nested("decoders", json!({"type": "Fuse"}), 120), "recursion limit"),
         ("decoder", nested("decoders", json!({"type": "Fuse"}), 60), "nested deeper than 16"),
         ("decoder", repeated("decoders", replace("a", "aa"), 40), "decoders make more than"),

@@ -224,7 +224,7 @@ fn values_out_of_range_are_named() {
         ("r", json!(0)),
         ("r", json!("x")),
         ("rank_pattern", json!({"q_proj": 0})),
-        ("rank_pattern", json!({"(?!q)": 1})),
+        ("rank_pattern", json!({"(?!q": 1})),
         ("alpha_pattern", json!({"(": 1})),
         ("lora_alpha", json!([1])),
         ("lora_dropout", json!(1)),
