@@ -21,6 +21,7 @@ mod gguf_tokenizer;
 mod gguf_write;
 mod guard;
 mod jinja;
+mod long;
 mod pretokenizer;
 mod steps;
 mod tokenizer;

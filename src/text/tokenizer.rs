@@ -11,6 +11,7 @@ use tokenizers::PostProcessorWrapper;
 use super::added;
 use super::chat::ChatTemplate;
 use super::guard::{self, Inner, guarded};
+use super::long;
 use super::steps::Chain;
 use crate::error::{Error, Result};
 use crate::formats::input::{MAX_SMALL, read_small_text};
@@ -154,11 +155,16 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::File`] with the tokenizer's file if it has no way to write the text, or would make too much of it.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = guarded(&self.path, CANNOT_ENCODE, || self.inner.encode_fast(text, false))?;
-        let ids = encoding.get_ids();
+        let mut ids = if long::is_long(text.len()) {
+            long::encode(text, |part| self.encode_spans(part))?
+        } else {
+            guarded(&self.path, CANNOT_ENCODE, || self.inner.encode_fast(text, false))?.get_ids().to_vec()
+        };
         let before = self.begin(ids.first().copied()).filter(|_| add_special);
         let after = self.eos().filter(|eos| add_special && self.add_eos && ids.last() != Some(eos));
-        Ok(before.into_iter().chain(ids.iter().copied()).chain(after).collect())
+        ids.splice(..0, before);
+        ids.extend(after);
+        Ok(ids)
     }
 
     /// The begin token, if the model expects one and the text's first token is another.
