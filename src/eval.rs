@@ -27,7 +27,7 @@ pub const PASS_TOKENS: usize = 512;
 /// vocabulary; the device's own.
 pub fn evaluate<'a>(
     model: &Decoder,
-    sequences: impl IntoIterator<Item = (&'a [u32], &'a [i64])>,
+    sequences: impl IntoIterator<Item = (&'a [u32], impl AsRef<[i64]>)>,
     pass_tokens: usize,
     mut progress: impl FnMut(usize),
 ) -> Result<Evaluation> {
@@ -50,6 +50,7 @@ pub fn evaluate<'a>(
         Ok(())
     };
     for (ids, labels) in sequences {
+        let labels = labels.as_ref();
         if ids.len() != labels.len() {
             let (expected, got) = (ids.len().to_string(), labels.len().to_string());
             return Err(Error::Shape { op: "evaluation", what: "number of labels", expected, got });

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use qlora_wgpu::formats::gguf::GgufFile;
 use qlora_wgpu::text::Tokenizer;
-use qlora_wgpu::train::data::{DataOptions, Dataset, Example};
+use qlora_wgpu::train::data::{DataOptions, Dataset, Example, Format};
 use qlora_wgpu::{Error, Result};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -39,7 +39,7 @@ fn read(tokenizer: &Tokenizer, name: &str, text: impl AsRef<[u8]>, skip_bad_line
     let folder = TempDir::new().unwrap();
     let path = folder.path().join(name);
     fs::write(&path, text).unwrap();
-    Dataset::read(&path, Ok(tokenizer), &DataOptions { skip_bad_lines })
+    Dataset::read(&path, Ok(tokenizer), &DataOptions { skip_bad_lines, ..DataOptions::default() })
 }
 
 fn one(tokenizer: &Tokenizer, line: &Value) -> Example {
@@ -50,9 +50,8 @@ fn one(tokenizer: &Tokenizer, line: &Value) -> Example {
 
 /// The whole text of an example, and the runs of it that carry loss.
 fn shown(tokenizer: &Tokenizer, example: &Example) -> (String, Vec<String>) {
-    assert_eq!(example.ids.len(), example.labels.len());
     let mut runs: Vec<Vec<u32>> = vec![Vec::new()];
-    for (&id, &label) in example.ids.iter().zip(&example.labels) {
+    for (&id, label) in example.ids().iter().zip(example.labels()) {
         match label {
             -100 => runs.push(Vec::new()),
             label => {
@@ -62,7 +61,7 @@ fn shown(tokenizer: &Tokenizer, example: &Example) -> (String, Vec<String>) {
         }
     }
     let text = |ids: &[u32]| tokenizer.decode(ids, false).unwrap();
-    (text(&example.ids), runs.iter().filter(|run| !run.is_empty()).map(|run| text(run)).collect())
+    (text(example.ids()), runs.iter().filter(|run| !run.is_empty()).map(|run| text(run)).collect())
 }
 
 #[test]
@@ -103,8 +102,8 @@ fn every_form_and_what_of_it_carries_loss() {
         &["3<|im_end|>"],
     );
     let given = json!({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]});
-    assert_eq!(one(&plain, &given), Example { ids: vec![5, 6, 7], labels: vec![-100, 6, -100] });
-    assert_eq!(one(&plain, &json!({"input_ids": [5, 6]})).labels, [5, 6]);
+    assert_eq!(one(&plain, &given), Example::new(vec![5, 6, 7], vec![-100, 6, -100]).unwrap());
+    assert!(one(&plain, &json!({"input_ids": [5, 6]})).labels().eq([5, 6]));
 }
 
 #[test]
@@ -163,14 +162,16 @@ fn bad_lines_are_named_or_counted() {
     let tokenizer = with_template(None);
     let good = json!({"prompt": "a", "completion": "b"}).to_string();
     let cases = [
-        ("{", "is no JSON object"),
-        ("[1]", "is no JSON object"),
+        ("{", "is not a JSON object: EOF while parsing an object at column 1"),
+        ("[1]", "is not a JSON object"),
         ("{\"question\": \"a\", \"answer\": \"b\"}", "has the keys [question, answer]"),
         ("{\"prompt\": 1, \"completion\": \"b\"}", "`prompt`: invalid type"),
         ("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}", "no chat template"),
         ("{\"input_ids\": [1, 2], \"labels\": [1]}", "1 labels for 2 input_ids"),
-        ("{\"input_ids\": [1, 5000]}", "5000 is outside the vocabulary of 2050"),
+        ("{\"input_ids\": [1, 5000]}", "5000 is outside the model's vocabulary of 2050"),
         ("{\"input_ids\": [1, 2], \"labels\": [1, -7]}", "-7 is neither -100"),
+        ("{\"input_ids\": [1, 2], \"labels\": [1, 2050]}", "2050 is neither -100"),
+        ("{\"input_ids\": [1, 2], \"labels\": []}", "0 labels for 2 input_ids"),
         ("{\"input_ids\": [1, 2], \"labels\": [1, -100]}", "no token carries loss"),
         ("{\"input_ids\": [1]}", "no token carries loss"),
     ];
@@ -201,7 +202,7 @@ fn bad_lines_are_named_or_counted() {
 
 #[test]
 fn a_split_takes_every_example_once_and_depends_on_the_seed_alone() {
-    let example = |id: u32| Example { ids: vec![id, id], labels: vec![id.into(); 2] };
+    let example = |id: u32| Example::new(vec![id, id], vec![id.into(); 2]).unwrap();
     let whole = Dataset { examples: (0..40).map(example).collect(), ..Dataset::default() };
     let split = |share, seed| {
         let mut kept = whole.clone();
@@ -211,7 +212,7 @@ fn a_split_takes_every_example_once_and_depends_on_the_seed_alone() {
     let (kept, taken) = split(0.25, 1);
     assert_eq!((kept.len(), taken.len()), (30, 10));
     let mut all = [kept, taken.clone()].concat();
-    all.sort_by_key(|example| example.ids[0]);
+    all.sort_by_key(|example| example.ids()[0]);
     assert_eq!(all, whole.examples);
     assert_eq!(split(0.25, 1).1, taken);
     assert_ne!(split(0.25, 2).1, taken);
@@ -220,4 +221,239 @@ fn a_split_takes_every_example_once_and_depends_on_the_seed_alone() {
     assert!(whole.clone().split(0.0, 1).is_err());
     let mut one = Dataset { examples: vec![example(1)], ..Dataset::default() };
     assert!(one.split(0.5, 1).unwrap_err().to_string().contains("two"));
+}
+
+/// llama's kind of tokenizer: no cutting before the merges, and a mark before the text. Made of the byte-level one.
+fn whole_text() -> Tokenizer {
+    let folder = TempDir::new().unwrap();
+    let text = fs::read_to_string(golden("tiny.json")).unwrap();
+    let text = serde_json::from_str::<Value>(&text).unwrap().to_string().replace('Ġ', "▁").replace('Ċ', "\\n");
+    let mut tiny: Value = serde_json::from_str(&text).unwrap();
+    tiny["pre_tokenizer"] = Value::Null;
+    tiny["normalizer"] = json!({"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+    ]});
+    fs::write(folder.path().join("tokenizer.json"), tiny.to_string()).unwrap();
+    Tokenizer::from_file(folder.path().join("tokenizer.json")).unwrap()
+}
+
+#[test]
+fn a_long_text_has_the_ids_of_the_whole() {
+    let words = ["To", "be", "or", "not", "über", "don't", "12345", "你好", "</s>", "a\u{301}", "e=mc^2;", "The"];
+    let blanks = [" ", " ", " ", "  ", "\n", "\r\n", "\n\n    ", "\t", ", ", "."];
+    let mut random = 7_u64;
+    let mut pick = |from: &[&'static str]| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        from[(random >> 33) as usize % from.len()]
+    };
+    let mut prose: String = (0..20_000).flat_map(|_| [pick(&words), pick(&blanks)]).collect();
+    prose += &"=".repeat(20_000);
+    prose += &" ".repeat(20_000);
+    let dense: String = (0..40_000).map(|_| pick(&["a", "c", "g", "t"])).collect();
+    for tokenizer in [chatml(), with_template(None), whole_text()] {
+        for text in [&prose, &dense] {
+            // A pair is always encoded as one.
+            let whole = one(&tokenizer, &json!({"prompt": "", "completion": text}));
+            let pieces = one(&tokenizer, &json!({"text": text}));
+            assert!(whole.ids() == pieces.ids(), "{} and {} tokens", whole.ids().len(), pieces.ids().len());
+        }
+    }
+}
+
+#[test]
+fn the_content_decides_how_a_file_is_read() {
+    let tokenizer = with_template(None);
+    let lines = "{\"prompt\": \"a\", \"completion\": \" b\"}\r\n\r\n{\"prompt\": \"c\", \"completion\": \"d\"}\r\n";
+    let wanted = read(&tokenizer, "a.jsonl", lines, false).unwrap().examples;
+    assert_eq!(shown(&tokenizer, &wanted[0]), ("<s>a b</s>".into(), vec![" b</s>".into()]));
+    let same = [
+        (lines.to_owned(), Format::JsonLines),
+        (format!("\u{feff}{lines}"), Format::JsonLines),
+        (
+            "[{\"prompt\": \"a\", \"completion\": \" b\"},\n {\"prompt\": \"c\", \"completion\": \"d\"}]".into(),
+            Format::JsonList,
+        ),
+        (
+            "{\n \"prompt\": \"a\",\n \"completion\": \" b\"\n}\n{\"prompt\": \"c\",\n\"completion\": \"d\"}".into(),
+            Format::JsonObjects,
+        ),
+        ("prompt,completion\na, b\nc,\"d\"\n".into(), Format::Table(',')),
+        ("completion\tprompt\r\n b\ta\r\nd\tc".into(), Format::Table('\t')),
+    ];
+    for (text, format) in same {
+        for name in ["a.jsonl", "train", "a.txt", "a.csv"] {
+            let data = read(&tokenizer, name, &text, false).unwrap();
+            assert_eq!((data.format, data.continuous), (format, false), "{name}: {text}");
+            assert_eq!(data.examples, wanted, "{name}: {text}");
+        }
+    }
+    let marked = read(&tokenizer, "a.txt", "\u{feff}To be", false).unwrap();
+    assert_eq!(shown(&tokenizer, &marked.examples[0]).0, "<s>To be</s>");
+
+    let refused: [(&str, &[u8], &str); 9] = [
+        ("a.jsonl", b"\x1f\x8b\x08\0", "compressed with gzip"),
+        ("a.txt", b"PAR1\x15\0", "Parquet"),
+        ("a.txt", b"a\0b", "binary data"),
+        ("a.txt", b"\xff\xfea\0", "UTF-16"),
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
+        ("a.csv", b"question,answer\na,b\n", "comma-separated values with the columns [question, answer]"),
+        ("a.txt", b"question\tanswer\na\tb\n", "tab-separated values"),
+        ("a.json", b"[{\"text\": \"a\"},\n{\"text\": }]", "begins as a JSON list, but is malformed"),
+        ("a.txt", b"", "is empty"),
+    ];
+    for (name, bytes, wanted) in refused {
+        let error = read(&tokenizer, name, bytes, false).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{name}: {error}");
+    }
+    let error = read(&tokenizer, "a.json", "[{\"text\": \"a\"},\n\n{\"no\": 1}]", false).unwrap_err().to_string();
+    assert!(error.contains("element 2, line 3: has the keys [no]"), "{error}");
+    let error = read(&tokenizer, "a.csv", "text,id\na,1\n\nb\n", false).unwrap_err().to_string();
+    assert!(error.contains("line 4: has 1 fields, but there are 2 columns"), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_pipe_is_read_once_and_a_device_never() {
+    let tokenizer = with_template(None);
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    std::thread::scope(|scope| {
+        scope.spawn(|| fs::write(&path, "{\"text\": \"To be\"}\n").unwrap());
+        let data = Dataset::read(&path, Ok(&tokenizer), &DataOptions::default()).unwrap();
+        assert_eq!((data.examples.len(), data.format), (1, Format::JsonLines));
+    });
+    let error = Dataset::read("/dev/zero", Ok(&tokenizer), &DataOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("is a device"), "{error}");
+}
+
+#[test]
+fn masks_of_token_ids_count() {
+    let tokenizer = with_template(None);
+    let labels = |line: Value| one(&tokenizer, &line).labels().collect::<Vec<_>>();
+    let ids = json!([5, 6, 7, 8]);
+    assert_eq!(labels(json!({"input_ids": ids, "assistant_masks": [0, 1, 0, 1]})), [-100, 6, -100, 8]);
+    assert_eq!(labels(json!({"input_ids": ids, "completion_mask": [0, 0, 1, 1]})), [-100, -100, 7, 8]);
+    let both = json!({"input_ids": ids, "labels": [5, 6, 7, -100], "completion_mask": [0, 1, 1, 1]});
+    assert_eq!(labels(both), [-100, 6, 7, -100]);
+    let padded = json!({"input_ids": [0, 5, 6, 0], "attention_mask": [0, 1, 1, 0], "token_type_ids": [0, 0, 0, 0]});
+    assert_eq!(one(&tokenizer, &padded), Example::new(vec![5, 6], vec![5, 6]).unwrap());
+    for (line, wanted) in [
+        (json!({"input_ids": ids, "attention_mask": [1, 0, 1, 1]}), "between two 1"),
+        (json!({"input_ids": ids, "completion_mask": [1, 1]}), "2 completion_mask for 4 input_ids"),
+        (json!({"input_ids": ids, "completion_mask": [1, 1, 1, 2]}), "2 is neither 0 nor 1"),
+        (json!({"input_ids": ids, "token_type_ids": [0, 0, 1, 1]}), "only 0 is supported"),
+        (json!({"input_ids": ids, "position_ids": [0, 1, 2, 3]}), "the key `position_ids`"),
+        (json!({"input_ids": ids, "completion_mask": [0, 0, 0, 0]}), "no token carries loss"),
+        (json!({"input_ids": ids, "attention_mask": [0, 0, 0, 0]}), "no token carries loss"),
+    ] {
+        let error = read(&tokenizer, "a.jsonl", line.to_string(), false).unwrap_err().to_string();
+        assert!(error.contains(wanted), "{line}: {error}");
+    }
+}
+
+#[test]
+fn ids_are_bounded_by_the_model_and_not_by_the_tokenizer() {
+    let tokenizer = with_template(None);
+    let none = Error::Invalid { op: "a test", what: "tokenizer", got: "none".into(), expected: "one".into() };
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("a.jsonl");
+    fs::write(&path, "{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 2060]}\n").unwrap();
+    for tokenizer in [Ok(&tokenizer), Err(&none)] {
+        // More rows than tokens, as padded embeddings have.
+        let read =
+            |rows| Dataset::read(&path, tokenizer, &DataOptions { vocabulary: Some(rows), ..DataOptions::default() });
+        assert_eq!(read(2061).unwrap().examples.len(), 2);
+        let error = read(2060).unwrap_err().to_string();
+        assert!(error.contains("line 2: token 2060 is outside the model's vocabulary of 2060"), "{error}");
+    }
+    // Fewer rows than tokens.
+    fs::write(&path, "{\"text\": \"a\"}\n").unwrap();
+    let options = DataOptions { vocabulary: Some(2048), ..DataOptions::default() };
+    let error = Dataset::read(&path, Ok(&tokenizer), &options).unwrap_err().to_string();
+    assert!(error.contains("line 1: token 2048 is outside the model's vocabulary of 2048"), "{error}");
+}
+
+/// A template that shows whatever it is given.
+const SHOWS_ALL: &str = "{% if tools %}{{ tools | tojson }}{% endif %}{% if documents %}{{ documents | tojson }}{% endif %}\
+    {% if mood %}({{ mood }}){% endif %}{% for m in messages %}[{{ m.role }}]{{ m.thought }}{{ m.content }}</s>{% endfor %}\
+    {% if add_generation_prompt %}[assistant]{% endif %}";
+const SHOWS_LITTLE: &str = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}\
+    {% if add_generation_prompt %}[assistant]{% endif %}";
+
+#[test]
+fn every_key_is_used_or_named() {
+    let (all, little, plain) = (with_template(Some(SHOWS_ALL)), with_template(Some(SHOWS_LITTLE)), with_template(None));
+    let chat = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    let error = |tokenizer: &Tokenizer, line: Value| {
+        read(tokenizer, "a.jsonl", line.to_string(), false).map(|_| ()).unwrap_err().to_string()
+    };
+    for line in [
+        json!({"messages": chat, "tools": [{"name": "f"}]}),
+        json!({"messages": chat, "tools": "[{\"name\": \"f\"}]"}),
+        json!({"messages": chat, "documents": [{"name": "f"}]}),
+        json!({"messages": chat, "chat_template_kwargs": {"mood": "f"}}),
+        json!({"messages": [chat[0], {"role": "assistant", "content": "b", "thought": "f"}]}),
+    ] {
+        assert!(read(&all, "a.jsonl", line.to_string(), false).is_ok(), "{line}");
+        let error = error(&little, line);
+        assert!(error.contains("would be lost: the model's chat template does not use it"), "{error}");
+    }
+    for (line, wanted) in [
+        (json!({"messages": chat, "score": 1}), "the key `score`"),
+        (json!({"messages": chat, "tools": {}, "functions": [1]}), "the key `functions`"),
+        (json!({"messages": chat, "tools": "{"}), "`tools`: "),
+        (json!({"messages": chat, "tools": 1}), "`tools` is not a list"),
+        (json!({"messages": chat, "prompt": "other"}), "the key `prompt`"),
+        (json!({"messages": chat, "input_ids": [1, 2]}), "the key `messages`"),
+        (json!({"messages": [{"role": "system", "content": "s"}], "system": "t"}), "`system` and a system message"),
+        (json!({"prompt": "a", "completion": "b", "system": "s"}), "the key `system`"),
+        (json!({"prompt": "a", "completion": "b", "reward": 1}), "the key `reward`"),
+        (json!({"text": "a", "label": 1}), "the key `label`"),
+        (json!({"messages": [{"role": "user", "content": "a", "name": "x"}]}), "`name` of message 1 would be lost"),
+    ] {
+        let error = error(&all, line.clone());
+        assert!(error.contains(wanted), "{line}: {error}");
+    }
+    for key in ["system", "history"] {
+        let error = error(&plain, json!({"instruction": "a", "output": "b", key: [["c", "d"]]}));
+        assert!(error.contains(&format!("`{key}`")), "{error}");
+    }
+
+    // Nothing is lost of what is empty, is said elsewhere, or only says where an example comes from.
+    let same = [
+        json!({"messages": chat}),
+        json!({"messages": chat, "tools": [], "system": null, "x": "", "prompt": "a", "text": "[user]a[assistant]b"}),
+        json!({"messages": chat, "id": 7, "source": "web"}),
+        json!({"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}], "id": "8"}),
+    ];
+    let text: String = same.iter().map(|line| format!("{line}\n")).collect();
+    let data = read(&little, "a.jsonl", text, false).unwrap();
+    assert!(data.examples.iter().all(|example| *example == data.examples[0]));
+    assert_eq!(data.passed_over, [("id", 2), ("source", 1)]);
+}
+
+#[test]
+fn what_stands_beside_messages_and_instructions_is_used() {
+    let tokenizer = with_template(Some(SHOWS_LITTLE));
+    let check = |line: Value, text: &str, loss: &[&str]| {
+        let (found, runs) = shown(&tokenizer, &one(&tokenizer, &line));
+        assert_eq!(
+            (found.as_str(), runs.iter().map(String::as_str).collect::<Vec<_>>()),
+            (text, loss.to_vec()),
+            "{line}"
+        );
+    };
+    let chat = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+    check(json!({"messages": chat, "system": "S"}), "[system]S</s>[user]a</s>[assistant]b</s>", &["b</s>"]);
+    check(
+        json!({"instruction": "c", "input": "d", "output": "e", "system": "S", "history": [["a", "b"]]}),
+        "[system]S</s>[user]a</s>[assistant]b</s>[user]c\n\nd</s>[assistant]e</s>",
+        &["b</s>", "e</s>"],
+    );
+    check(
+        json!({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}),
+        "[user]a</s>[assistant]b</s>",
+        &["b</s>"],
+    );
 }

@@ -4,18 +4,20 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
-use super::model::{AdaptedArgs, With, exists, label, print_all, switch};
+use super::data::{check, read};
+use super::model::{AdaptedArgs, With, label, print_all, switch};
 use super::{print_line, say};
 use crate::error::{Error, Result};
 use crate::eval::{Evaluation, PASS_TOKENS, evaluate};
 use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
 use crate::nn::{Decoder, Tokens};
-use crate::train::data::{DataOptions, Dataset, Example};
+use crate::train::data::{Dataset, Example};
 
 /// Mean loss and perplexity over the tokens that carry loss.
 ///
-/// Data: plain text, or JSON lines of {"prompt", "completion"}, {"messages"}, {"text"}, {"instruction", "input", "output"} or
-/// {"input_ids", "labels"} (labels as in Hugging Face, -100 for none; these need no tokenizer).
+/// Data: plain text, or objects, in lines or a list, of {"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"},
+/// {"instruction", "input", "output"} or {"input_ids", "labels"} (labels as in Hugging Face, -100 for none; these need no
+/// tokenizer).
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora eval --model model.gguf --data text.txt\n  \
@@ -24,7 +26,7 @@ use crate::train::data::{DataOptions, Dataset, Example};
 pub struct EvalArgs {
     #[command(flatten)]
     model: AdaptedArgs,
-    /// The data; .jsonl for JSON lines, anything else is plain text.
+    /// The data: JSON Lines, a JSON list, comma- or tab-separated values, or plain text; - for standard input.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     data: PathBuf,
     /// Leave out lines that cannot be read, and count them.
@@ -39,15 +41,12 @@ pub struct EvalArgs {
 }
 
 pub fn run(args: &EvalArgs) -> Result<()> {
-    exists(&args.data)?;
+    check([args.data.as_path()])?;
     let path = args.model.model.path()?;
     let (mut model, uses) = args.model.load(&path)?;
-    let options = DataOptions { skip_bad_lines: args.skip_bad_lines };
-    let data =
-        Dataset::read(&args.data, args.model.model.tokenizer(&path, model.config().vocab_size).as_ref(), &options)?;
-    if data.bad_lines > 0 {
-        say::warning(format!("{}: left out {} bad lines", args.data.display(), data.bad_lines));
-    }
+    let vocabulary = model.config().vocab_size;
+    let tokenizer = args.model.model.tokenizer(&path, vocabulary);
+    let data = read(&args.data, tokenizer.as_ref(), args.skip_bad_lines, vocabulary)?;
     if args.dump_logits.is_some() && uses.len() > 1 {
         let (got, expected) = (format!("{} times", uses.len()), "--dump-logits writes those of one adapter".into());
         return Err(Error::Invalid { op: "dumping logits", what: "--use", got, expected });
@@ -87,20 +86,20 @@ fn evaluated(args: &EvalArgs, model: &Decoder, data: &Dataset) -> Result<Evaluat
 }
 
 fn dump_logits(model: &Decoder, examples: &[Example], path: &std::path::Path) -> Result<()> {
-    let length = examples.first().map_or(0, |example| example.ids.len());
-    if let Some(other) = examples.iter().find(|example| example.ids.len() != length) {
+    let length = examples.first().map_or(0, |example| example.ids().len());
+    if let Some(other) = examples.iter().find(|example| example.ids().len() != length) {
         return Err(Error::Invalid {
             op: "dumping logits",
             what: "the length of a sequence",
-            got: other.ids.len().to_string(),
+            got: other.ids().len().to_string(),
             expected: format!("the first one has {length} tokens, and all must be of one length"),
         });
     }
     let (mut ids, mut logits) = (Vec::new(), Vec::new());
     for example in examples {
-        let batch = model.batch(&Tokens::new(example.ids.clone(), 1)?, None)?;
+        let batch = model.batch(&Tokens::new(example.ids().to_vec(), 1)?, None)?;
         logits.extend_from_slice(bytemuck::cast_slice(&model.logits(&batch)?.to_vec()?));
-        ids.extend(example.ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()));
+        ids.extend(example.ids().iter().flat_map(|&id| i64::from(id).to_le_bytes()));
     }
     let shape = vec![examples.len(), length];
     let tensor = |name: &str, dtype, shape, bytes: Vec<u8>| OutTensor {

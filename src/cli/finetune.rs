@@ -22,10 +22,10 @@ use crate::train::run::{End, Run, RunFolder, RunOptions, Summary};
 
 /// Trains an adapter of a model on a text.
 ///
-/// Data: plain text, or JSON lines of {"prompt", "completion"}, {"messages"}, {"text"}, {"instruction", "input", "output"} or
-/// {"input_ids", "labels"}. Of pairs and chats only the answers carry loss. The output directory gets metrics.jsonl,
-/// loss.svg and loss.png, checkpoints, and in the end the adapter as PEFT has it. Ctrl-C saves a checkpoint and ends with status 130;
-/// --resume goes on from there.
+/// Data: plain text, or objects, in lines or a list, of {"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"},
+/// {"instruction", "input", "output"} or {"input_ids", "labels"}. Of pairs and chats only the answers carry loss: `qlora data`
+/// shows which tokens that are. The output directory gets metrics.jsonl, loss.svg and loss.png, checkpoints, and in the end the
+/// adapter as PEFT has it. Ctrl-C saves a checkpoint and ends with status 130; --resume goes on from there.
 #[derive(Args, Debug)]
 #[command(override_usage = "qlora finetune --model PATH|ID --data FILE --output DIR [OPTIONS]")]
 #[command(after_help = "Examples:\n  \

@@ -4,6 +4,7 @@ mod bench;
 mod bundled;
 mod check;
 mod completions;
+mod data;
 mod demo;
 mod devices;
 mod eval;
@@ -68,6 +69,7 @@ enum Command {
     Quantize(quantize::QuantizeArgs),
     Dequantize(quantize::DequantizeArgs),
     Finetune(finetune::FinetuneArgs),
+    Data(data::DataArgs),
     Plan(plan::PlanArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
@@ -105,6 +107,7 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
         Command::Quantize(args) => quantize::quantize(args),
         Command::Dequantize(args) => quantize::dequantize(args),
         Command::Finetune(args) => return finetune::run(args),
+        Command::Data(args) => data::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),

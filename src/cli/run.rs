@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use bytesize::ByteSize;
 use clap::{Args, ValueHint};
 
-use super::model::{Base, ModelArgs, exists};
+use super::data::{check, read};
+use super::model::{Base, ModelArgs};
 use super::say;
 use super::training::TrainingArgs;
 use crate::device::Device;
@@ -15,7 +16,7 @@ use crate::formats::peft::{PeftAdapter, PeftConfig};
 use crate::nn::ModelSpec;
 use crate::text::Tokenizer;
 use crate::train::batches::Batches;
-use crate::train::data::{DataOptions, Dataset, Example};
+use crate::train::data::{Dataset, Example};
 use crate::train::plan::{MEMORY_PERCENT, MicroBatches, Plan};
 use crate::train::run::{RunData, RunOptions, Setting, saved_batch_size};
 
@@ -24,7 +25,7 @@ use crate::train::run::{RunData, RunOptions, Setting, saved_batch_size};
 pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What to train on; .jsonl for JSON lines, anything else is plain text.
+    /// What to train on: JSON Lines, a JSON list, comma- or tab-separated values, or plain text; - for standard input.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub data: Option<PathBuf>,
     /// The directory of the run, which must not hold another.
@@ -41,7 +42,7 @@ pub struct RunArgs {
     pub max_steps: Option<u32>,
     #[command(flatten)]
     pub training: TrainingArgs,
-    /// What to evaluate on.
+    /// What to evaluate on; - for standard input.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "eval_split", help_heading = "Evaluation and checkpoints")]
     pub eval_data: Option<PathBuf>,
     /// Evaluate on this share of the examples instead of training on them.
@@ -91,21 +92,21 @@ pub(super) struct Data {
 impl RunArgs {
     /// Checks everything that can be checked before the weights are loaded.
     pub(super) fn prepare(&self) -> Result<Prepared<'_>> {
-        [&self.data, &self.eval_data].into_iter().flatten().try_for_each(|path| exists(path))?;
+        check([&self.data, &self.eval_data].into_iter().flatten().map(PathBuf::as_path))?;
         let path = self.model.path()?;
         let initial = self.training.adapter.initial()?;
         let (device, base) = (self.model.device()?, self.model.base(Base::Nf4));
         let spec = ModelSpec::read(&path, &base)?;
 
         let tokenizer = self.model.tokenizer(&path, spec.config().vocab_size);
-        let read = |path: &Path| self.read(path, tokenizer.as_ref());
+        let read = |path: &Path| read(path, tokenizer.as_ref(), self.skip_bad_lines, spec.config().vocab_size);
         let mut data = self.data.as_deref().map(read).transpose()?;
         let eval = match (&self.eval_data, self.eval_split, &mut data) {
             (Some(path), _, _) => read(path)?.examples,
             (None, Some(share), Some(data)) => data.split(share, self.training.seed)?,
             _ => Vec::new(),
         };
-        let lengths = data.iter().flat_map(|data| &data.examples).map(|example| example.ids.len());
+        let lengths = data.iter().flat_map(|data| &data.examples).map(|example| example.ids().len());
         let tokens =
             self.training.row_tokens(lengths.max().unwrap_or(usize::MAX), spec.config().max_position_embeddings)?;
         let config = self.training.adapter.config(initial.as_ref());
@@ -195,21 +196,6 @@ impl RunArgs {
             _ => format!("was started with {setting} {before}, which is {now} now ({flag})"),
         };
         Error::File { path, message: format!("{message}; resume it as it was") }
-    }
-
-    /// Reads and tokenizes a file, with a bar.
-    fn read(&self, path: &Path, tokenizer: Result<&Tokenizer, &Error>) -> Result<Dataset> {
-        let bar = say::bar(0, "tokenizing {bar:30} {pos}/{len} lines");
-        let options = DataOptions { skip_bad_lines: self.skip_bad_lines };
-        let data = Dataset::read_with(path, tokenizer, &options, |lines| {
-            bar.set_length(lines as u64);
-            bar.inc(1);
-        })?;
-        bar.finish_and_clear();
-        if data.bad_lines > 0 {
-            say::warning(format!("{}: left out {} bad lines", path.display(), data.bad_lines));
-        }
-        Ok(data)
     }
 }
 

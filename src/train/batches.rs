@@ -1,6 +1,7 @@
 //! What each step trains on: examples fill rows, rows make micro-batches, micro-batches make steps.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use super::data::{Dataset, Example};
 use crate::error::{Error, Result};
@@ -51,13 +52,22 @@ impl MicroBatch {
 #[derive(Clone, Debug)]
 pub struct Batches {
     examples: Vec<Example>,
-    /// Which examples a row holds.
+    /// What of them is trained on.
+    pieces: Vec<Piece>,
+    /// Which pieces a row holds.
     rows: Vec<Vec<usize>>,
     options: BatchOptions,
     /// The epoch that was asked for last, and the order of its rows.
     order: (u32, Vec<usize>),
     /// What was left out of the data.
     pub cut: Cut,
+}
+
+/// Tokens of an example that fit into a row.
+#[derive(Clone, Debug)]
+struct Piece {
+    example: usize,
+    tokens: Range<usize>,
 }
 
 /// What a row's length left out of the data.
@@ -88,8 +98,8 @@ impl Batches {
             let expected = format!("it must be at least {least}");
             return Err(Error::Invalid { op: OP, what, got: got.to_string(), expected });
         }
-        let (examples, cut) = cut(dataset, options.seq_len);
-        if examples.is_empty() {
+        let (pieces, cut) = cut(&dataset, options.seq_len);
+        if pieces.is_empty() {
             return Err(Error::Invalid {
                 op: OP,
                 what: "the number of tokens that carry loss",
@@ -101,11 +111,11 @@ impl Batches {
             });
         }
         let rows = if options.packing {
-            pack(&examples.iter().map(|example| example.ids.len()).collect::<Vec<_>>(), options.seq_len)
+            pack(&pieces.iter().map(|piece| piece.tokens.len()).collect::<Vec<_>>(), options.seq_len)
         } else {
-            (0..examples.len()).map(|index| vec![index]).collect()
+            (0..pieces.len()).map(|index| vec![index]).collect()
         };
-        let mut batches = Batches { examples, rows, options, order: (0, Vec::new()), cut };
+        let mut batches = Batches { examples: dataset.examples, pieces, rows, options, order: (0, Vec::new()), cut };
         batches.order = (0, batches.order_of(0));
         Ok(batches)
     }
@@ -123,12 +133,12 @@ impl Batches {
 
     /// Examples that are trained on.
     pub fn examples(&self) -> usize {
-        self.examples.len()
+        self.pieces.len()
     }
 
     /// Tokens of all examples together.
     pub fn tokens(&self) -> usize {
-        self.examples.iter().map(|example| example.ids.len()).sum()
+        self.pieces.iter().map(|piece| piece.tokens.len()).sum()
     }
 
     /// Rows that they make.
@@ -143,10 +153,10 @@ impl Batches {
 
     /// A number that other data, or another arrangement of it, would not have.
     pub fn fingerprint(&self) -> u64 {
-        let ids = self.examples.iter().flat_map(|e| e.ids.iter().map(|&id| u64::from(id)));
-        let labels = self.examples.iter().flat_map(|e| e.labels.iter().map(|&label| label as u64));
+        let ids = self.pieces.iter().flat_map(|piece| self.ids(piece).iter().map(|&id| u64::from(id)));
+        let labels = self.pieces.iter().flat_map(|piece| self.labels(piece).map(|label| label as u64));
         let rows = self.rows.iter().flat_map(|row| row.iter().map(|&index| index as u64).chain([u64::MAX]));
-        ids.chain([self.examples.len() as u64]).chain(labels).chain(rows).fold(0, mix)
+        ids.chain([self.pieces.len() as u64]).chain(labels).chain(rows).fold(0, mix)
     }
 
     /// The micro-batches of step `step`, counted from 0 over all epochs.
@@ -171,7 +181,15 @@ impl Batches {
     }
 
     fn len_of(&self, row: &[usize]) -> usize {
-        row.iter().map(|&index| self.examples[index].ids.len()).sum()
+        row.iter().map(|&index| self.pieces[index].tokens.len()).sum()
+    }
+
+    fn ids(&self, piece: &Piece) -> &[u32] {
+        &self.examples[piece.example].ids()[piece.tokens.clone()]
+    }
+
+    fn labels(&self, piece: &Piece) -> impl Iterator<Item = i64> {
+        self.examples[piece.example].labels_of(piece.tokens.clone())
     }
 
     fn micro_batch(&self, rows: &[usize]) -> Result<MicroBatch> {
@@ -180,9 +198,9 @@ impl Batches {
         let (mut ids, mut labels, mut segments) = (Vec::new(), Vec::new(), Vec::new());
         for (number, row) in (1..).zip(&rows) {
             for (segment, &index) in (1..).zip(row.iter()) {
-                let example = &self.examples[index];
-                ids.extend_from_slice(&example.ids);
-                labels.extend_from_slice(&example.labels);
+                let piece = &self.pieces[index];
+                ids.extend_from_slice(self.ids(piece));
+                labels.extend(self.labels(piece));
                 segments.resize(ids.len(), segment);
             }
             ids.resize(number * length, 0);
@@ -193,30 +211,31 @@ impl Batches {
     }
 }
 
-/// Examples of at most `seq_len` tokens.
-fn cut(dataset: Dataset, seq_len: usize) -> (Vec<Example>, Cut) {
+/// Pieces of at most `seq_len` tokens.
+fn cut(dataset: &Dataset, seq_len: usize) -> (Vec<Piece>, Cut) {
     let mut cut = Cut::default();
-    let mut examples = Vec::with_capacity(dataset.examples.len());
-    for mut example in dataset.examples {
+    let mut pieces = Vec::with_capacity(dataset.examples.len());
+    for (index, example) in dataset.examples.iter().enumerate() {
+        let count = example.ids().len();
+        let piece = |tokens| Piece { example: index, tokens };
         if dataset.continuous {
-            let piece = |(ids, labels): (&[u32], &[i64])| Example { ids: ids.into(), labels: labels.into() };
-            examples.extend(example.pieces(seq_len).map(piece));
+            pieces.extend(example.ranges(seq_len).map(piece));
             continue;
         }
-        if example.ids.len() > seq_len {
+        if count > seq_len {
             cut.truncated += 1;
-            cut.tokens += example.ids.len() - seq_len;
-            example.ids.truncate(seq_len);
-            example.labels.truncate(seq_len);
+            cut.tokens += count - seq_len;
         }
-        examples.push(example);
+        pieces.push(piece(0..count.min(seq_len)));
     }
-    let before = examples.len();
-    examples.retain(|example| example.labels.iter().skip(1).any(|&label| label != IGNORE_LABEL));
+    let before = pieces.len();
+    pieces.retain(|Piece { example, tokens }| {
+        dataset.examples[*example].labels_of(tokens.clone()).skip(1).any(|label| label != IGNORE_LABEL)
+    });
     if !dataset.continuous {
-        cut.dropped = before - examples.len();
+        cut.dropped = before - pieces.len();
     }
-    (examples, cut)
+    (pieces, cut)
 }
 
 /// Rows of at most `room` tokens that hold examples of these lengths, each once: the longest first, each into the fullest row
@@ -254,11 +273,15 @@ mod tests {
     use super::*;
 
     fn dataset(lengths: &[usize]) -> Dataset {
-        let example = |(at, &len): (usize, &usize)| {
-            let ids: Vec<u32> = (0..len as u32).map(|i| at as u32 * 100 + i).collect();
-            Example { labels: ids.iter().map(|&id| id.into()).collect(), ids }
-        };
+        let example =
+            |(at, &len): (usize, &usize)| Example::all((0..len as u32).map(|i| at as u32 * 100 + i).collect());
         Dataset { examples: lengths.iter().enumerate().map(example).collect(), ..Dataset::default() }
+    }
+
+    /// Without labels up to the seventh token.
+    fn late(example: &Example) -> Example {
+        let labels = example.labels().enumerate().map(|(at, label)| if at < 6 { IGNORE_LABEL } else { label });
+        Example::new(example.ids().to_vec(), labels.collect()).unwrap()
     }
 
     fn options(batch_size: usize, grad_accum: usize, seq_len: usize) -> BatchOptions {
@@ -291,7 +314,7 @@ mod tests {
     #[test]
     fn long_examples_are_cut_and_counted_and_long_texts_go_on() {
         let mut data = dataset(&[10, 3, 10]);
-        data.examples[2].labels[..6].fill(IGNORE_LABEL);
+        data.examples[2] = late(&data.examples[2]);
         let mut batches = Batches::new(data, options(1, 1, 4)).unwrap();
         assert_eq!(batches.cut, Cut { truncated: 2, tokens: 12, dropped: 1 });
         assert_eq!(batches.examples(), 2);
@@ -307,7 +330,7 @@ mod tests {
     #[test]
     fn without_labels_there_is_nothing_to_train_on() {
         let mut data = dataset(&[10]);
-        data.examples[0].labels[..6].fill(IGNORE_LABEL);
+        data.examples[0] = late(&data.examples[0]);
         let error = Batches::new(data.clone(), options(1, 1, 4)).unwrap_err().to_string();
         assert!(error.contains("cut to 4 tokens"), "{error}");
         assert!(Batches::new(data.clone(), options(0, 1, 4)).unwrap_err().to_string().contains("batch size"));

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use super::example::Example;
-use crate::nn::IGNORE_LABEL;
 use crate::text::{ChatTemplate, Conversation, Message, Tokenizer};
 
 const ASSISTANT: &str = "assistant";
@@ -55,7 +54,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
         example.push(id, loss);
     }
     // A template without end tokens: the last turn ends the text.
-    if example.labels.last().is_some_and(|&label| label != IGNORE_LABEL) {
+    if example.ends_with_loss() {
         example.end(tokenizer);
     }
     Ok(example)

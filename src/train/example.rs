@@ -1,28 +1,113 @@
 //! A tokenized example.
 
+use std::ops::Range;
+
+use crate::error::{Error, Result};
 use crate::nn::IGNORE_LABEL;
 use crate::text::Tokenizer;
 
-/// A tokenized example.
+/// A tokenized example: token ids, and for every one a label.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Example {
-    /// Token ids.
-    pub ids: Vec<u32>,
-    /// For every token its id, or -100 where it carries no loss. The loss shifts them by one, so that the first counts
-    /// for nothing.
-    pub labels: Vec<i64>,
+    ids: Vec<u32>,
+    labels: Labels,
+}
+
+/// Labels, in no more memory than they need: a text has millions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+enum Labels {
+    /// Every token is its own label.
+    #[default]
+    All,
+    /// Those that are true are their own labels, the others have none.
+    Where(Vec<bool>),
+    /// Others than the tokens, -100 for none.
+    Other(Vec<i64>),
 }
 
 impl Example {
+    /// An example of these ids and labels: one a token, -100 where it carries no loss. The loss shifts them by one, so that the
+    /// first counts for nothing.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if there are more or fewer labels than ids.
+    pub fn new(ids: Vec<u32>, labels: Vec<i64>) -> Result<Self> {
+        if labels.len() != ids.len() {
+            let (expected, got) = (ids.len().to_string(), labels.len().to_string());
+            return Err(Error::Shape { op: "an example", what: "the number of labels", expected, got });
+        }
+        let all = ids.iter().zip(&labels);
+        let own = |(&id, &label): (&u32, &i64)| label == i64::from(id);
+        let labels = if all.clone().all(own) {
+            Labels::All
+        } else if all.clone().all(|(id, label)| *label == IGNORE_LABEL || own((id, label))) {
+            Labels::Where(all.map(own).collect())
+        } else {
+            Labels::Other(labels)
+        };
+        Ok(Example { ids, labels })
+    }
+
+    /// An example of these ids that all carry loss.
+    pub(super) fn all(ids: Vec<u32>) -> Self {
+        Example { ids, labels: Labels::All }
+    }
+
+    /// Token ids.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// For every token its label, most often its id, or -100 where it carries no loss. The loss shifts them by one, so that the
+    /// first counts for nothing.
+    pub fn labels(&self) -> impl Iterator<Item = i64> {
+        self.labels_of(0..self.ids.len())
+    }
+
+    /// The labels of these tokens.
+    pub(super) fn labels_of(&self, range: Range<usize>) -> impl Iterator<Item = i64> {
+        range.map(|at| match &self.labels {
+            Labels::Where(loss) if !loss[at] => IGNORE_LABEL,
+            Labels::Other(labels) => labels[at],
+            _ => self.ids[at].into(),
+        })
+    }
+
+    /// Tokens that carry loss.
+    pub fn label_tokens(&self) -> usize {
+        self.labels().skip(1).filter(|&label| label != IGNORE_LABEL).count()
+    }
+
     /// Its ids and labels in pieces of at most `most` tokens, each without what was before.
-    pub fn pieces(&self, most: usize) -> impl Iterator<Item = (&[u32], &[i64])> {
-        self.ids.chunks(most).zip(self.labels.chunks(most))
+    pub fn pieces(&self, most: usize) -> impl Iterator<Item = (&[u32], Vec<i64>)> {
+        self.ranges(most).map(|range| (&self.ids[range.clone()], self.labels_of(range).collect()))
+    }
+
+    /// The tokens of its pieces.
+    pub(super) fn ranges(&self, most: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let len = self.ids.len();
+        (0..len).step_by(most.max(1)).map(move |start| start..len.min(start + most))
     }
 
     /// Another token, and whether it carries loss.
     pub(super) fn push(&mut self, id: u32, loss: bool) {
+        match &mut self.labels {
+            Labels::All if loss => {}
+            Labels::All => {
+                let mut all = vec![true; self.ids.len()];
+                all.push(false);
+                self.labels = Labels::Where(all);
+            }
+            Labels::Where(all) => all.push(loss),
+            Labels::Other(labels) => labels.push(if loss { id.into() } else { IGNORE_LABEL }),
+        }
         self.ids.push(id);
-        self.labels.push(if loss { id.into() } else { IGNORE_LABEL });
+    }
+
+    /// Whether its last token carries loss.
+    pub(super) fn ends_with_loss(&self) -> bool {
+        let len = self.ids.len();
+        self.labels_of(len.saturating_sub(1)..len).any(|label| label != IGNORE_LABEL)
     }
 
     /// Ends a text. The end token carries loss, also where it was written.
@@ -31,6 +116,34 @@ impl Example {
             && !self.ids.last().is_some_and(|last| tokenizer.eos_ids().contains(last))
         {
             self.push(eos, true);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_those_that_were_given() {
+        for labels in [vec![5, 6, 7], vec![-100, 6, -100], vec![-100, 7, 8]] {
+            let example = Example::new(vec![5, 6, 7], labels.clone()).unwrap();
+            assert!(example.labels().eq(labels.iter().copied()), "{example:?}");
+            assert_eq!(example.label_tokens(), labels[1..].iter().filter(|&&label| label != -100).count());
+            let pieces: Vec<_> = example.pieces(2).collect();
+            assert_eq!(pieces, [(&[5, 6][..], labels[..2].to_vec()), (&[7][..], labels[2..].to_vec())]);
+        }
+        assert!(Example::new(vec![5], vec![5, 6]).unwrap_err().to_string().contains("labels"));
+    }
+
+    #[test]
+    fn tokens_one_by_one_make_the_same_example() {
+        for labels in [vec![5, 6, 7], vec![-100, 6, -100], vec![5, -100, 7]] {
+            let mut example = Example::default();
+            for (id, &label) in (5..).zip(&labels) {
+                example.push(id, label != -100);
+            }
+            assert_eq!(example, Example::new(vec![5, 6, 7], labels).unwrap());
         }
     }
 }

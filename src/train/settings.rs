@@ -228,9 +228,9 @@ pub(super) fn difference(saved: &Map<String, Value>, now: &[(Setting, Value)]) -
 
 fn examples_hash(examples: &[Example]) -> u64 {
     let example = |example: &Example| {
-        let ids = example.ids.iter().map(|&id| u64::from(id));
-        let labels = example.labels.iter().map(|&label| label as u64);
-        ids.chain(labels).fold(example.ids.len() as u64, mix)
+        let ids = example.ids().iter().map(|&id| u64::from(id));
+        let labels = example.labels().map(|label| label as u64);
+        ids.chain(labels).fold(example.ids().len() as u64, mix)
     };
     examples.iter().map(example).fold(examples.len() as u64, mix)
 }

@@ -79,11 +79,14 @@ pub fn jsonl(bytes: &[u8]) -> Result<()> {
 /// Reads training data and arranges it as `finetune` does.
 fn train_on(bytes: &[u8], extension: &str, tokenizer: Result<&Tokenizer, &Error>) {
     let (_folder, path) = file(&format!("x.{extension}"), bytes);
-    let Ok(mut data) = Dataset::read(path, tokenizer, &DataOptions { skip_bad_lines: true }) else { return };
+    let Ok(mut data) = Dataset::read(path, tokenizer, &DataOptions { skip_bad_lines: true, ..DataOptions::default() })
+    else {
+        return;
+    };
     for example in &data.examples {
-        assert_eq!(example.ids.len(), example.labels.len());
-        assert_eq!(example.pieces(3).map(|(ids, _)| ids.len()).sum::<usize>(), example.ids.len());
-        assert!(tokenizer.is_err() || example.ids.iter().all(|&id| (id as usize) < tokenizer.unwrap().vocab_size()));
+        assert_eq!(example.ids().len(), example.labels().count());
+        assert_eq!(example.pieces(3).map(|(ids, _)| ids.len()).sum::<usize>(), example.ids().len());
+        assert!(tokenizer.is_err() || example.ids().iter().all(|&id| (id as usize) < tokenizer.unwrap().vocab_size()));
     }
     let count = data.examples.len();
     if let Ok(eval) = data.split(0.3, 7) {

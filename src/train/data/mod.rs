@@ -1,0 +1,197 @@
+//! Training text: files of examples to token ids and labels.
+//!
+//! A file is JSON Lines (an object a line; empty lines are passed over), a JSON list of objects, objects over several lines, a
+//! table of comma- or tab-separated values whose first row names its columns, or one text. The content tells which, whatever the
+//! name. Objects, and rows, have one of these forms:
+//!
+//! | keys | becomes | loss on |
+//! |---|---|---|
+//! | `prompt`, `completion` | the prompt and right after it the completion; of two lists of messages, the chat template | the completion |
+//! | `messages`: a list of `role`, `content` | the model's chat template | the assistant's turns |
+//! | `conversations`: a list of `from`, `value` | the same | the same |
+//! | `instruction`, `output`, perhaps `input` | two messages; without a chat template, the prompt of Stanford Alpaca | the output |
+//! | `text` | itself | everything |
+//! | `input_ids`, perhaps `labels` | themselves | the labels that are not -100 |
+//!
+//! Chats may also have `tools`, `documents`, `chat_template_kwargs` and `system`, if the template uses them; instructions
+//! `system` and `history`, a list of questions with their answers; `input_ids` the masks `attention_mask`, `assistant_masks`
+//! and `completion_mask`. Keys that only say where an example comes from (`id`, `source` and the like) are counted. Any other
+//! key is an error, so that nothing is lost unseen.
+//!
+//! A turn of the assistant ends with its end-of-turn token, and any other text with the tokenizer's end token, which is
+//! added where it is not written: these carry loss, or a model would not learn to stop.
+
+mod foreign;
+mod ids;
+mod line;
+mod records;
+mod table;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+use rayon::prelude::*;
+
+use self::line::{Reader, check_columns};
+use self::records::Content;
+pub use self::records::Format;
+pub use super::example::Example;
+use crate::error::{Error, Result};
+use crate::seed::shuffled;
+use crate::text::Tokenizer;
+
+/// The path of standard input.
+pub const STDIN: &str = "-";
+
+/// How to read examples.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DataOptions {
+    /// Leave out lines that are malformed, and count them, instead of failing at the first.
+    pub skip_bad_lines: bool,
+    /// Rows of the model's embedding, which bound ids and labels; `None`: as many as the tokenizer has ids.
+    pub vocabulary: Option<usize>,
+}
+
+/// The examples of a file, in its order.
+#[derive(Clone, Debug, Default)]
+pub struct Dataset {
+    /// At least one.
+    pub examples: Vec<Example>,
+    /// How the file holds them.
+    pub format: Format,
+    /// Whether the one example is a text without lines: of any length, to be cut into pieces.
+    pub continuous: bool,
+    /// Lines (or objects, or rows) left out.
+    pub bad_lines: usize,
+    /// What was wrong with the first of them.
+    pub first_bad_line: Option<Error>,
+    /// Keys that mean nothing, each with how many lines have it.
+    pub passed_over: Vec<(&'static str, usize)>,
+}
+
+impl Dataset {
+    /// Reads the file at `path` once, which may be a pipe, or [`STDIN`], and tokenizes it on all cores. Only `input_ids` can do
+    /// without a tokenizer: text is then an error that says why there is none.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read. [`Error::File`], with the number of the line, for a line that is malformed, of no known
+    /// form, refused by the chat template, without any token that carries loss, with an unknown key or an id outside the
+    /// vocabulary; and for a file that is none of text, or without examples.
+    pub fn read(path: impl AsRef<Path>, tokenizer: Result<&Tokenizer, &Error>, options: &DataOptions) -> Result<Self> {
+        Dataset::read_with(path, tokenizer, options, |_| ())
+    }
+
+    /// As [`Dataset::read`]; `progress` is called after every line, with how many there are.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn read_with(
+        path: impl AsRef<Path>,
+        tokenizer: Result<&Tokenizer, &Error>,
+        options: &DataOptions,
+        progress: impl Fn(usize) + Sync,
+    ) -> Result<Self> {
+        let path = path.as_ref();
+        let (bytes, path) = if path == Path::new(STDIN) {
+            let mut bytes = Vec::new();
+            let path = Path::new("standard input");
+            io::stdin().lock().read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+            (bytes, path)
+        } else {
+            (bytes(path)?, path)
+        };
+        let file_error = |message: String| Error::File { path: path.into(), message };
+        let (content, columns) = records::read(&bytes, path, check_columns).map_err(file_error)?;
+        let reader = Reader::new(tokenizer, options.vocabulary);
+        let (format, records) = match content {
+            Content::Records(format, records) => (format, records),
+            Content::Text(text) => {
+                let examples = vec![reader.whole(text).map_err(file_error)?];
+                return Ok(Dataset { examples, format: Format::Text, continuous: true, ..Dataset::default() });
+            }
+        };
+
+        let count = records.len();
+        let read: Vec<_> = records
+            .into_par_iter()
+            .enumerate()
+            .inspect(|_| progress(count))
+            .map(|(at, record)| {
+                let example = record.object(&columns).and_then(|object| reader.example(&object));
+                let place = if format == Format::JsonList { format!("element {}, ", at + 1) } else { String::new() };
+                example.map_err(|message| file_error(format!("{place}line {}: {message}", record.line)))
+            })
+            .collect();
+
+        let mut dataset = Dataset { format, passed_over: reader.passed_over(), ..Dataset::default() };
+        for example in read {
+            match example {
+                Ok(example) => dataset.examples.push(example),
+                Err(error) if options.skip_bad_lines => {
+                    dataset.bad_lines += 1;
+                    dataset.first_bad_line.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if dataset.examples.is_empty() {
+            let first =
+                dataset.first_bad_line.map(|error| format!("; the first bad line: {error}")).unwrap_or_default();
+            return Err(file_error(format!("has no examples{first}")));
+        }
+        Ok(dataset)
+    }
+}
+
+/// The bytes of a file or a pipe; a device may have no end.
+fn bytes(path: &Path) -> Result<Vec<u8>> {
+    let metadata = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+    let refused =
+        |what: &str| Err(Error::File { path: path.into(), message: format!("is {what}, not a file of data") });
+    if metadata.is_dir() {
+        return refused("a directory");
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        if metadata.file_type().is_char_device() || metadata.file_type().is_block_device() {
+            return refused("a device");
+        }
+    }
+    let mut bytes = Vec::new();
+    File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(|e| Error::io(path, e))?;
+    Ok(bytes)
+}
+
+impl Dataset {
+    /// Takes this share of the examples out, at least one and not all, which ones the seed decides.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there is only one example, or the share is not between 0 and 1.
+    pub fn split(&mut self, share: f64, seed: u64) -> Result<Vec<Example>> {
+        let count = self.examples.len();
+        let invalid = |what, got: String, expected: &str| Error::Invalid {
+            op: "data split",
+            what,
+            got,
+            expected: expected.into(),
+        };
+        if !(share > 0.0 && share < 1.0) {
+            return Err(invalid("the share", share.to_string(), "it must be between 0 and 1"));
+        }
+        if count < 2 {
+            let expected = "a part to train on and a part to evaluate on take two; name a file to evaluate on instead";
+            return Err(invalid("the number of examples", count.to_string(), expected));
+        }
+        let taken = ((share * count as f64).round() as usize).clamp(1, count - 1);
+        let out: BTreeSet<usize> = shuffled(seed, count).into_iter().take(taken).collect();
+        let (mut kept, mut split) = (Vec::new(), Vec::new());
+        for (index, example) in std::mem::take(&mut self.examples).into_iter().enumerate() {
+            if out.contains(&index) { split.push(example) } else { kept.push(example) }
+        }
+        self.examples = kept;
+        Ok(split)
+    }
+}
