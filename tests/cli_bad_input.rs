@@ -129,7 +129,9 @@ fn data() {
         failure(qlora("eval", folder.path()).arg("--data").arg(&data), &[&[data.to_str().unwrap()], parts].concat());
     };
     with("empty.jsonl", b"", &["no examples"]);
-    with("empty.txt", b"", &["without a token that carries loss"]);
+    with("empty.txt", b"", &["is empty"]);
+    with("train.csv", b"question,answer\na,b\n", &["comma-separated values", "question, answer"]);
+    with("train.jsonl", b"\x1f\x8b\x08\0", &["compressed with gzip"]);
     with("cut.jsonl", b"{\"text\": \"w1\"}\n{\"text\": ", &["line 2"]);
     with("ids.jsonl", b"{\"input_ids\": [1, 500]}", &["line 1", "500", "128"]);
     with("bytes.txt", b"w1 \xff w2", &["UTF-8"]);
