@@ -162,7 +162,7 @@ fn bad_lines_are_named_or_counted() {
     let tokenizer = with_template(None);
     let good = json!({"prompt": "a", "completion": "b"}).to_string();
     let cases = [
-        ("{", "is not a JSON object: EOF while parsing an object at column 1"),
+        ("{", "is not a JSON object: EOF while parsing an object at column 2"),
         ("[1]", "is not a JSON object"),
         ("{\"question\": \"a\", \"answer\": \"b\"}", "has the keys [question, answer]"),
         ("{\"prompt\": 1, \"completion\": \"b\"}", "`prompt`: invalid type"),

@@ -258,6 +258,7 @@ impl View {
 /// Parts of at most `most` characters together, and the few that stand for what was left out: long parts lose their middle, and
 /// so do many parts.
 fn shortened(parts: Vec<(String, bool)>, most: usize) -> Vec<(String, bool)> {
+    const GAP: &str = " … ";
     let count = |text: &str| text.chars().count();
     if parts.iter().map(|(text, _)| count(text)).sum::<usize>() <= most {
         return parts;
@@ -267,9 +268,10 @@ fn shortened(parts: Vec<(String, bool)>, most: usize) -> Vec<(String, bool)> {
         if count(&text) <= each {
             return (text, loss);
         }
-        let start: String = text.chars().take(each * 2 / 3).collect();
-        let end: String = text.chars().skip(count(&text) - each / 3).collect();
-        (format!("{start} … {end}"), loss)
+        let room = each - GAP.chars().count();
+        let start: String = text.chars().take(room * 2 / 3).collect();
+        let end: String = text.chars().skip(count(&text) - room / 3).collect();
+        (format!("{start}{GAP}{end}"), loss)
     };
     let mut parts: Vec<(String, bool)> = parts.into_iter().map(short).collect();
     let room = |parts: &mut dyn Iterator<Item = &(String, bool)>| {
@@ -278,7 +280,7 @@ fn shortened(parts: Vec<(String, bool)>, most: usize) -> Vec<(String, bool)> {
     };
     let (first, last) = (room(&mut parts.iter()), room(&mut parts.iter().rev()));
     if first + last < parts.len() {
-        parts.splice(first..parts.len() - last, [(" … ".to_owned(), false)]);
+        parts.splice(first..parts.len() - last, [(GAP.to_owned(), false)]);
     }
     parts
 }

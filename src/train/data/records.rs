@@ -269,7 +269,7 @@ mod tests {
         for text in [
             "{one}\n\ntwo\n",
             "{\"a\": 1}\nThat was an object.\nThis is about it.\n",
-            "{ \"Well\": said he, and left.\nNothing more.\n",
+            "{ \"Well\": said he, and left.\nNothing more\nwas said.\n",
             "[Intro]\nla la\n",
             "[1, 2] is a list\n",
             "Hello, world\nHow, are you\n",
