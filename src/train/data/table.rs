@@ -19,14 +19,16 @@ pub(super) fn columns(
     let bytes = &bytes[..end.map_or(bytes.len().min(START), |end| end + 1)];
     let first = |delimiter| -> Option<(char, Vec<String>)> {
         let (_, row) = Rows::new(bytes, delimiter).next()?;
-        Some((delimiter, row.iter().map(|name| name.trim().to_owned()).collect()))
+        Some((delimiter, row))
     };
-    let (delimiter, columns) = ['\t', '|', ';', ','].into_iter().filter_map(first).max_by_key(|(_, row)| row.len())?;
+    let (delimiter, written) = ['\t', '|', ';', ','].into_iter().filter_map(first).max_by_key(|(_, row)| row.len())?;
+    let columns: Vec<String> = written.iter().map(|name| name.trim().to_owned()).collect();
     let is_name = |name: &String| {
         !name.is_empty() && name.len() <= 64 && name.chars().all(|c| c.is_alphanumeric() || "_-.".contains(c))
     };
     let is_like_one = || {
-        let names: BTreeSet<&String> = columns.iter().filter(|name| is_name(name)).collect();
+        // A blank after a comma is a sentence's.
+        let names: BTreeSet<&String> = written.iter().filter(|name| is_name(name)).collect();
         let mut rows = Rows::new(bytes, delimiter).skip(1).take(SAMPLE).peekable();
         names.len() == columns.len() && rows.peek().is_some() && rows.all(|(_, row)| row.len() == columns.len())
     };
