@@ -192,7 +192,7 @@ fn values(bytes: &[u8], is_list: bool) -> Result<Vec<Record<'_>>, String> {
                     }
                     None => format!("it ends in line {line}"),
                 };
-                value.next().unwrap_or_else(|| Ok(IgnoredAny)).map_err(|e| failed(Some(e)))?;
+                value.next().unwrap_or(Ok(IgnoredAny)).map_err(|e| failed(Some(e)))?;
                 let end = at + value.byte_offset();
                 if end == at {
                     return Err(failed(None));
