@@ -229,7 +229,7 @@ fn values_out_of_range_are_named() {
         ("lora_alpha", json!([1])),
         ("lora_dropout", json!(1)),
         ("lora_dropout", json!(-0.1)),
-        ("target_modules", json!("(?=q).*")),
+        ("target_modules", json!("(?=q.*")),
         ("target_modules", json!({"q": 1})),
         ("exclude_modules", json!("(")),
         ("layers_pattern", json!("layers")),
