@@ -31,15 +31,17 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
 struct Started(Instant);
 
 /// Checks a value that an instruction made or looked through, and the time.
-pub(super) fn check(state: &mut State, value: &Value) -> Result<bool, Error> {
-    let started = state.get_or_insert_extension_with(|| Started(Instant::now())).0;
-    if started.elapsed() > MAX_TIME {
-        return Err(too("takes longer than 2 seconds"));
-    }
+fn check(state: &mut State, value: &Value) -> Result<bool, Error> {
+    check_time(state)?;
     if value.as_object().is_some() {
         measure(value, 0, &mut 0)?;
     }
     Ok(true)
+}
+
+pub(super) fn check_time(state: &mut State) -> Result<(), Error> {
+    let started = state.get_or_insert_extension_with(|| Started(Instant::now())).0;
+    if started.elapsed() > MAX_TIME { Err(too("takes longer than 2 seconds")) } else { Ok(()) }
 }
 
 /// Checks a value that a namespace is about to keep. What could change afterwards, or hide values, is no such value.
@@ -50,21 +52,20 @@ fn check_kept(state: &mut State, value: &Value) -> Result<bool, Error> {
     check(state, value)
 }
 
-/// What a filter, a function, a method or an operator made. Sequences that are computed as they are read become lists,
-/// so that none hides others.
+/// Checks what a filter, a function, a method or an operator made, and the time. Sequences that are computed as they are
+/// read become lists, so that none hides others.
 pub(super) fn made(state: &mut State, value: Value) -> Result<Value, Error> {
     let lazy = value.as_object().is_some_and(|object| object.repr() == ObjectRepr::Iterable);
     if !lazy {
-        return Ok(value);
+        return check(state, &value).map(|_| value);
     }
-    let mut items = Vec::new();
+    check_time(state)?;
+    let (mut items, mut bytes) = (Vec::new(), 0);
     for item in value.try_iter()? {
-        if items.len() == MAX_BYTES / VALUE_BYTES {
-            return Err(too_large());
-        }
-        state.consume_fuel(1)?;
+        measure(&item, 1, &mut bytes)?;
         items.push(item);
     }
+    state.consume_fuel(items.len() as u64)?;
     Ok(Value::from(items))
 }
 

@@ -126,8 +126,7 @@ fn expand<'s>(instruction: &Instruction<'s>, sentinel: Option<char>, direct: boo
         // The namespace is on top of the value.
         (SetAttr(_), _) => [Swap].into_iter().chain(check(CHECK_KEPT)).chain([Swap]).chain(itself).collect(),
         (Slice | Add | Mul | ApplyFilter(..) | CallFunction(..) | CallMethod(..) | CallObject(_), _) => {
-            let made = [ApplyFilter(MADE, Some(1), NOT_CACHED)];
-            itself.into_iter().chain(made).chain(check(CHECK)).collect()
+            itself.into_iter().chain([ApplyFilter(MADE, Some(1), NOT_CACHED)]).collect()
         }
         (
             GetItem

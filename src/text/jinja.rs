@@ -182,6 +182,18 @@ mod tests {
                 "[[0], [1], [2]]",
             ),
             (
+                "{{ [{'a': {'b': 1}}, {}] | map(attribute='a.b', default=2) | join('-') }}{{ [[1, 2], [3]] | map('join', d='+') | list }}",
+                "1-2['1+2', '3']",
+            ),
+            (
+                "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages | rejectattr('role', 'in', ['user']) | list }}",
+                "1[]",
+            ),
+            (
+                "{{ range(5) | select('odd') | list }}{{ range(3) | reject('odd') | sum }}{{ [[1], [2]] | sum(start=[0]) }}{{ ['a', 'b'] | map('upper') | first }}",
+                "[1, 3]2[0, 1, 2]A",
+            ),
+            (
                 "{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ m.items() | length }}{% else %}none{% endfor %}",
                 "12",
             ),

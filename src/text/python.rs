@@ -45,12 +45,14 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
 const JOIN: &str = "join of minijinja";
 
 /// Joins texts. minijinja counts those that are many times in a list only once, so that the result is paid for here.
-fn join(state: &mut State, values: &Value, rest: Rest<Value>) -> Result<Value> {
-    let joiner = rest.first().map_or(0, |joiner| joiner.as_str().map_or(0, str::len));
+fn join(state: &mut State, values: &Value, rest: Rest<Value>, named: Kwargs) -> Result<Value> {
+    let joiner = rest.first().cloned().or(named.get::<Option<Value>>("d")?).unwrap_or_default();
+    let joiner = joiner.as_str().map_or(0, str::len);
     for value in values.try_iter()? {
         pay(state, length(&value).saturating_add(joiner))?;
     }
-    let args: Vec<Value> = [values.clone()].into_iter().chain(rest.0).collect();
+    let named = named.args().next().is_some().then(|| Value::from(named.clone()));
+    let args: Vec<Value> = [values.clone()].into_iter().chain(rest.0).chain(named).collect();
     state.apply_filter(JOIN, &args)
 }
 
@@ -87,17 +89,19 @@ fn sum(state: &mut State, values: Value, given: Rest<Value>, named: Kwargs) -> R
 /// A filter of minijinja's that treats every item of a list for itself: what it makes of each is checked before the next.
 fn one_by_one(
     filter: &'static str,
-) -> impl Fn(&mut State, Value, Rest<Value>) -> Result<Vec<Value>> + Send + Sync + 'static {
-    move |state: &mut State, values: Value, rest: Rest<Value>| {
+) -> impl Fn(&mut State, Value, Rest<Value>, Kwargs) -> Result<Vec<Value>> + Send + Sync + 'static {
+    move |state: &mut State, values: Value, rest: Rest<Value>, named: Kwargs| {
+        let named = named.args().next().is_some().then(|| Value::from(named.clone()));
         let (mut all, mut bytes) = (Vec::new(), 0);
         for item in values.try_iter()? {
-            let args: Vec<Value> = [Value::from(vec![item])].into_iter().chain(rest.iter().cloned()).collect();
+            let args: Vec<Value> =
+                [Value::from(vec![item])].into_iter().chain(rest.iter().cloned()).chain(named.clone()).collect();
             for made in state.apply_filter(filter, &args)?.try_iter()? {
                 let made = bounds::made(state, made)?;
                 bounds::measure(&made, 1, &mut bytes)?;
                 all.push(made);
             }
-            bounds::check(state, &Value::UNDEFINED)?;
+            bounds::check_time(state)?;
         }
         Ok(all)
     }
