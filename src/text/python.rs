@@ -22,8 +22,8 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_filter("join", join);
     environment.add_filter(SUM, filters::sum);
     environment.add_filter("sum", sum);
-    environment.add_filter("\u{1}map", filters::map);
-    environment.add_filter("map", one_by_one("\u{1}map"));
+    environment.add_filter(MAP, filters::map);
+    environment.add_filter("map", one_by_one(MAP));
     environment.add_filter("\u{1}select", filters::select);
     environment.add_filter("select", one_by_one("\u{1}select"));
     environment.add_filter("\u{1}reject", filters::reject);
@@ -46,26 +46,40 @@ const JOIN: &str = "join of minijinja";
 
 /// Joins texts. minijinja counts those that are many times in a list only once, so that the result is paid for here.
 fn join(state: &mut State, values: &Value, rest: Rest<Value>, named: Kwargs) -> Result<Value> {
-    let joiner = rest.first().cloned().or(named.get::<Option<Value>>("d")?).unwrap_or_default();
-    let joiner = joiner.as_str().map_or(0, str::len);
-    for value in values.try_iter()? {
-        pay(state, length(&value).saturating_add(joiner))?;
+    let [joiner, attribute] = options(&rest, &named, ["d", "attribute"])?;
+    let items = match attribute.as_str() {
+        Some(name) => Value::from(values.try_iter()?.map(|item| item.get_attr(name)).collect::<Result<Vec<_>>>()?),
+        None => values.clone(),
+    };
+    for item in items.try_iter()? {
+        pay(state, length(&item).saturating_add(joiner.as_str().map_or(0, str::len)))?;
     }
-    let named = named.args().next().is_some().then(|| Value::from(named.clone()));
-    let args: Vec<Value> = [values.clone()].into_iter().chain(rest.0).chain(named).collect();
-    state.apply_filter(JOIN, &args)
+    let joiner = if joiner.is_undefined() { Value::from("") } else { joiner };
+    state.apply_filter(JOIN, &[items, joiner])
 }
+
+/// The options of a filter, by position or name, undefined where they are not given.
+fn options<const N: usize>(given: &Rest<Value>, named: &Kwargs, names: [&str; N]) -> Result<[Value; N]> {
+    let mut options = [const { Value::UNDEFINED }; N];
+    for (at, name) in names.into_iter().enumerate() {
+        let named = named.get::<Option<Value>>(name)?;
+        options[at] = given.get(at).cloned().or(named).unwrap_or_default();
+    }
+    named.assert_all_used()?;
+    match given.get(N) {
+        Some(more) => Err(invalid(format!("the filter has no place for {}", more.kind()))),
+        None => Ok(options),
+    }
+}
+
+/// minijinja's own `map`.
+const MAP: &str = "\u{1}map";
 
 /// minijinja's own `sum`, for numbers. For lists, its time grows with the square of their number.
 const SUM: &str = "\u{1}sum";
 
 fn sum(state: &mut State, values: Value, given: Rest<Value>, named: Kwargs) -> Result<Value> {
-    let option = |at: usize, name| -> Result<Value> {
-        let named = named.get::<Option<Value>>(name)?;
-        Ok(given.get(at).cloned().or(named).unwrap_or_default())
-    };
-    let (attribute, start) = (option(0, "attribute")?, option(1, "start")?);
-    named.assert_all_used()?;
+    let [attribute, start] = options(&given, &named, ["attribute", "start"])?;
     let attribute = attribute.as_str();
     let items = values.try_iter()?.map(|item| attribute.map_or(Ok(item.clone()), |name| item.get_attr(name)));
     if start.is_undefined() || start.is_none() || start.is_number() {
@@ -91,12 +105,19 @@ fn one_by_one(
     filter: &'static str,
 ) -> impl Fn(&mut State, Value, Rest<Value>, Kwargs) -> Result<Vec<Value>> + Send + Sync + 'static {
     move |state: &mut State, values: Value, rest: Rest<Value>, named: Kwargs| {
+        // minijinja's `map` does not hand the other filter what has a name.
+        let mapped = rest.first().filter(|_| filter == MAP).and_then(|name| Some(name.as_str()?.to_owned()));
         let named = named.args().next().is_some().then(|| Value::from(named.clone()));
         let (mut all, mut bytes) = (Vec::new(), 0);
         for item in values.try_iter()? {
-            let args: Vec<Value> =
-                [Value::from(vec![item])].into_iter().chain(rest.iter().cloned()).chain(named.clone()).collect();
-            for made in state.apply_filter(filter, &args)?.try_iter()? {
+            let with = |first: Value, rest: &[Value]| -> Vec<Value> {
+                [first].into_iter().chain(rest.iter().cloned()).chain(named.clone()).collect()
+            };
+            let made = match &mapped {
+                Some(name) => Value::from(vec![state.apply_filter(name, &with(item, &rest[1..]))?]),
+                None => state.apply_filter(filter, &with(Value::from(vec![item]), &rest))?,
+            };
+            for made in made.try_iter()? {
                 let made = bounds::made(state, made)?;
                 bounds::measure(&made, 1, &mut bytes)?;
                 all.push(made);
@@ -125,6 +146,12 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
             let widest = text.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().unwrap_or(0)).max();
             let longest = args.iter().map(length).fold(widest.unwrap_or(0), usize::max);
             pay(state, text.matches('{').count().saturating_mul(longest))?;
+        }
+        ("split" | "rsplit" | "splitlines", _) => {
+            let separator = args.first().and_then(Value::as_str).filter(|separator| !separator.is_empty());
+            let blanks = || text.chars().filter(|c| c.is_whitespace()).count();
+            let parts = separator.map_or_else(blanks, |separator| text.matches(separator).count());
+            pay(state, parts.saturating_mul(bounds::VALUE_BYTES))?;
         }
         ("ljust" | "rjust" | "center" | "zfill", [width, ..]) if value.as_str().is_some() => {
             pay(state, width.as_usize().unwrap_or(0).saturating_mul(char::MAX.len_utf8()))?;
@@ -273,18 +300,9 @@ fn cycler(items: Rest<Value>) -> Result<Value> {
 
 /// `json.dumps`, with transformers' defaults: nothing is escaped for HTML, and letters stay as they are.
 fn to_json(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<Value> {
-    let option = |at: usize, name| -> Result<Value> {
-        let named = named.get::<Option<Value>>(name)?;
-        Ok(given.get(at).cloned().or(named).unwrap_or_default())
-    };
-    let ensure_ascii = option(0, "ensure_ascii")?.is_true();
-    let indent = option(1, "indent")?;
-    let separators = option(2, "separators")?;
-    let sort_keys = option(3, "sort_keys")?.is_true();
-    named.assert_all_used()?;
-    if given.len() > 4 {
-        return Err(invalid("`tojson` takes at most 4 options"));
-    }
+    let [ensure_ascii, indent, separators, sort_keys] =
+        options(&given, &named, ["ensure_ascii", "indent", "separators", "sort_keys"])?;
+    let (ensure_ascii, sort_keys) = (ensure_ascii.is_true(), sort_keys.is_true());
     let indent = match (indent.as_str(), indent.as_i64()) {
         (Some(text), _) => Some(text.to_owned()),
         (None, Some(spaces)) => match u8::try_from(spaces.max(0)) {
