@@ -44,7 +44,7 @@ fn loss(tokenizer: &Tokenizer, line: &Value) -> Result<Vec<String>, String> {
     let read = Dataset::read(&path, Ok(tokenizer), &DataOptions::default()).map_err(|e| e.to_string())?;
     let example = &read.examples[0];
     let mut runs: Vec<Vec<u32>> = vec![Vec::new()];
-    for (&id, &label) in example.ids.iter().zip(&example.labels) {
+    for (&id, &label) in example.ids().iter().zip(example.labels()) {
         if label == -100 { runs.push(Vec::new()) } else { runs.last_mut().unwrap().push(id) }
     }
     Ok(runs.iter().filter(|run| !run.is_empty()).map(|run| tokenizer.decode(run, false).unwrap()).collect())
@@ -189,8 +189,8 @@ fn weights_are_0_or_1() {
         (1, "weight", json!("1"), "message 2: `weight` is \"1\""),
         (1, "weight", json!(true), "message 2: `weight` is true"),
         (2, "weight", json!(1), "message 3: `weight` is 1, but only answers"),
-        (1, "train", json!(false), "message 2: `train` is not supported"),
-        (1, "tool_calls", json!([{"name": "f"}]), "message 2: `tool_calls`: the model's chat template has no place"),
+        (1, "train", json!(false), "`train` of message 2 would be lost"),
+        (1, "tool_calls", json!([{"name": "f"}]), "`tool_calls` of message 2 would be lost"),
         (1, "content", json!(null), "message 2: the chat template writes `content`, which is null"),
         (
             0,

@@ -13,29 +13,12 @@ use crate::text::{ChatTemplate, Conversation, Message, Rendered, Speaker, Tokeni
 
 const ASSISTANT: &str = "assistant";
 
-/// Fields of a message that say what is trained on, for other programs. Only `weight` is known here.
-const OTHER_WEIGHTS: [&str; 8] =
-    ["train", "training", "trainable", "train_on_turn", "train_detail", "loss", "loss_weight", "mask"];
-
-/// Fields of a message that are part of what is said. A template that has no word for them would leave them out.
-const SPOKEN: [&str; 9] = [
-    "tool_calls",
-    "function_call",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "thought",
-    "images",
-    "audio",
-    "prefix",
-];
-
 /// A conversation in the model's chat template. The answers carry loss, each with the token that ends it.
 ///
 /// # Errors
 /// What is wrong with the conversation, with the message's number, or with the template.
 pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Conversation) -> Result<Example, String> {
-    let weights = weights(template, chat)?;
+    let weights = weights(chat)?;
     let render = |chat: &Conversation, prompt| {
         let (bos, eos) = (tokenizer.bos_text(), tokenizer.eos_text());
         template.render_parts(chat, prompt, bos, eos).map_err(|e| format!("{e}{}", no_text(chat)))
@@ -97,37 +80,14 @@ impl Weights {
     }
 }
 
-fn weights(template: &ChatTemplate, chat: &Conversation) -> Result<Weights, String> {
-    let given = |value: Option<&Value>| value.is_some_and(|value| !value.is_null());
-    for (name, value) in [("tools", &chat.tools), ("documents", &chat.documents)] {
-        if given(value.as_ref()) && !template.mentions(name) {
-            return Err(format!("`{name}`: the model's chat template has no place for them"));
-        }
-    }
+fn weights(chat: &Conversation) -> Result<Weights, String> {
     let weight = |message: &Message| {
-        for name in OTHER_WEIGHTS {
-            if given(message.field(name)) && !template.mentions(name) {
-                return Err(format!("`{name}` is not supported; `weight` 0 takes the loss from an answer"));
-            }
-        }
-        for name in SPOKEN {
-            let empty = |value: &Value| match value {
-                Value::Null => true,
-                Value::String(text) => text.is_empty(),
-                Value::Array(items) => items.is_empty(),
-                _ => false,
-            };
-            if message.field(name).is_some_and(|value| !empty(value)) && !template.mentions(name) {
-                let reason = without(message).map_or_else(String::new, |reason| format!(" ({reason})"));
-                return Err(format!("`{name}`: the model's chat template has no place for it{reason}"));
-            }
-        }
         let answer = usual_role(message.role()) == ASSISTANT;
         match message.field("weight") {
             None | Some(Value::Null) => Ok(answer),
             Some(weight) if weight.as_f64() == Some(0.0) => Ok(false),
             Some(weight) if weight.as_f64() == Some(1.0) && answer => Ok(true),
-            Some(Value::Number(weight)) if weight.as_f64() == Some(1.0) => {
+            Some(weight) if weight.as_f64() == Some(1.0) => {
                 Err(format!("`weight` is {weight}, but only answers of the assistant carry loss"))
             }
             Some(weight) => Err(format!("`weight` is {weight}; it must be 0 or 1")),
@@ -160,12 +120,13 @@ fn check(template: &ChatTemplate, chat: &Conversation, rendered: &Rendered) -> R
         let n = at + 1;
         let parts = || rendered.parts.iter().filter(|(_, speaker)| *speaker == Speaker::Message(at));
         match message.field("content") {
-            Some(content @ Value::Array(parts)) => {
+            Some(content @ Value::Array(given)) => {
+                let own: String = parts().map(|(part, _)| &rendered.text[part.clone()]).collect();
+                // A system message may be written before the first turn.
+                let own = if own.is_empty() { &rendered.text } else { &own };
                 let written_out = minijinja::Value::from(minijinja::value::Serde(content)).to_string();
-                let texts = parts.iter().filter_map(|part| part.as_str().or(part.get("text")?.as_str()));
-                if rendered.text.contains(&written_out)
-                    || texts.into_iter().any(|text| !rendered.text.contains(text.trim()))
-                {
+                let mut texts = given.iter().filter_map(|part| part.as_str().or(part.get("text")?.as_str()));
+                if own.contains(&written_out) || texts.any(|text| !own.contains(text.trim())) {
                     return Err(format!("message {n}: the chat template takes `content` as a text only, not in parts"));
                 }
             }
