@@ -44,7 +44,7 @@ fn loss(tokenizer: &Tokenizer, line: &Value) -> Result<Vec<String>, String> {
     let read = Dataset::read(&path, Ok(tokenizer), &DataOptions::default()).map_err(|e| e.to_string())?;
     let example = &read.examples[0];
     let mut runs: Vec<Vec<u32>> = vec![Vec::new()];
-    for (&id, &label) in example.ids().iter().zip(example.labels()) {
+    for (&id, label) in example.ids().iter().zip(example.labels()) {
         if label == -100 { runs.push(Vec::new()) } else { runs.last_mut().unwrap().push(id) }
     }
     Ok(runs.iter().filter(|run| !run.is_empty()).map(|run| tokenizer.decode(run, false).unwrap()).collect())

@@ -183,6 +183,11 @@ impl ChatTemplate {
     }
 }
 
+/// A value as a template writes it that does not look into it.
+pub(crate) fn written_out(value: &Value) -> String {
+    JinjaValue::from(Serde(value)).to_string()
+}
+
 /// What a role is usually called.
 pub(crate) fn usual_role(role: &str) -> &str {
     const NAMES: [(&str, &[&str]); 4] = [

@@ -31,7 +31,7 @@ mod steps;
 mod tokenizer;
 mod tokenizer_write;
 
-pub(crate) use chat::usual_role;
 pub use chat::{ChatTemplate, Conversation, Message};
+pub(crate) use chat::{usual_role, written_out};
 pub(crate) use marks::{Rendered, Speaker};
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -9,7 +9,7 @@ use std::ops::Range;
 use serde_json::Value;
 
 use super::example::Example;
-use crate::text::{ChatTemplate, Conversation, Message, Rendered, Speaker, Tokenizer, usual_role};
+use crate::text::{ChatTemplate, Conversation, Message, Rendered, Speaker, Tokenizer, usual_role, written_out};
 
 const ASSISTANT: &str = "assistant";
 
@@ -34,7 +34,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
         for block in rendered.generation.iter().filter(|block| !block.is_empty()) {
             let inside = |(part, _): &&(Range<usize>, Speaker)| part.contains(&block.start);
             let speaker = rendered.parts.iter().find(inside).map(|(_, speaker)| speaker);
-            if speaker.map_or(Ok(true), |speaker| weights.of(speaker))? {
+            if speaker.is_none_or(|speaker| weights.of(speaker)) {
                 loss[tokens.touching(block)].fill(true);
             }
         }
@@ -43,7 +43,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
         let header = answers.first().map_or(Ok(String::new()), |first| header(chat, &rendered, first, render))?;
         for answer in &answers {
             let Some((first, others)) = answer.parts.split_first() else { continue };
-            if !weights.of(&answer.speaker)? {
+            if !weights.of(&answer.speaker) {
                 continue;
             }
             let start = first.start + header_len(&rendered.text[first.clone()], &header);
@@ -72,10 +72,10 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
 struct Weights(Vec<bool>);
 
 impl Weights {
-    fn of(&self, speaker: &Speaker) -> Result<bool, String> {
+    fn of(&self, speaker: &Speaker) -> bool {
         match speaker {
-            Speaker::Message(at) => Ok(self.0.get(*at).copied().unwrap_or_default()),
-            Speaker::MadeUp { role, .. } => Ok(usual_role(role) == ASSISTANT),
+            Speaker::Message(at) => self.0.get(*at).copied().unwrap_or_default(),
+            Speaker::MadeUp { role, .. } => usual_role(role) == ASSISTANT,
         }
     }
 }
@@ -124,9 +124,8 @@ fn check(template: &ChatTemplate, chat: &Conversation, rendered: &Rendered) -> R
                 let own: String = parts().map(|(part, _)| &rendered.text[part.clone()]).collect();
                 // A system message may be written before the first turn.
                 let own = if own.is_empty() { &rendered.text } else { &own };
-                let written_out = minijinja::Value::from(minijinja::value::Serde(content)).to_string();
                 let mut texts = given.iter().filter_map(|part| part.as_str().or(part.get("text")?.as_str()));
-                if own.contains(&written_out) || texts.any(|text| !own.contains(text.trim())) {
+                if own.contains(&written_out(content)) || texts.any(|text| !own.contains(text.trim())) {
                     return Err(format!("message {n}: the chat template takes `content` as a text only, not in parts"));
                 }
             }
