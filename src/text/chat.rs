@@ -1,16 +1,17 @@
 //! Conversations, and the chat templates that make text of them.
 
-use minijinja::{Value as JinjaValue, context, value::Serde};
-use serde::Serialize;
+use minijinja::value::Serde;
+use minijinja::{Value as JinjaValue, context};
 use serde_json::{Map, Value};
 
+use super::bounds;
 use super::jinja::Jinja;
-use crate::error::Result;
+use super::marks::{Rendered, Turn};
+use crate::error::{Error, Result};
 
 /// One turn of a conversation: `role`, mostly `content`, and whatever else a template may ask for (`reasoning_content`,
 /// `tool_calls`). Templates see the fields as they were given, in their order.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(transparent)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Message(Map<String, Value>);
 
 impl Message {
@@ -45,6 +46,11 @@ impl Message {
     pub fn role(&self) -> &str {
         self.0.get("role").and_then(Value::as_str).unwrap_or_default()
     }
+
+    /// A field, if it is there; it may be null.
+    pub fn field(&self, name: &str) -> Option<&Value> {
+        self.0.get(name)
+    }
 }
 
 /// What a chat template is given.
@@ -60,6 +66,41 @@ pub struct Conversation {
     pub variables: Map<String, Value>,
 }
 
+impl Conversation {
+    /// The messages as templates see them.
+    fn turns<'r>(&'r self, role: impl Fn(&'r str) -> &'r str) -> Vec<JinjaValue> {
+        let turn = |(number, message): (usize, &'r Message)| {
+            let field = |(key, value): (&'r String, &'r Value)| {
+                let value = match value {
+                    Value::String(name) if key == "role" => JinjaValue::from(role(name)),
+                    value => JinjaValue::from(Serde(value)),
+                };
+                (JinjaValue::from(key), value)
+            };
+            let fields: Vec<_> = message.0.iter().map(field).collect();
+            // What is too large is found when the template does something with it.
+            let mut bytes = 0;
+            let fits = fields.iter().try_for_each(|(_, value)| bounds::measure(value, 0, &mut bytes));
+            JinjaValue::from_object(Turn { number, fields, bytes: if fits.is_ok() { bytes } else { usize::MAX / 2 } })
+        };
+        self.messages.iter().enumerate().map(turn).collect()
+    }
+
+    fn contains(&self, c: char) -> bool {
+        fn any(value: &Value, c: char) -> bool {
+            match value {
+                Value::String(text) => text.contains(c),
+                Value::Array(items) => items.iter().any(|item| any(item, c)),
+                Value::Object(fields) => fields.iter().any(|(key, value)| key.contains(c) || any(value, c)),
+                _ => false,
+            }
+        }
+        let fields = self.messages.iter().map(|message| &message.0).chain([&self.variables]);
+        fields.flatten().any(|(key, value)| key.contains(c) || any(value, c))
+            || [&self.tools, &self.documents].into_iter().flatten().any(|value| any(value, c))
+    }
+}
+
 impl From<Vec<Message>> for Conversation {
     fn from(messages: Vec<Message>) -> Self {
         Conversation { messages, ..Conversation::default() }
@@ -70,34 +111,93 @@ impl From<Vec<Message>> for Conversation {
 #[derive(Debug)]
 pub struct ChatTemplate {
     jinja: Jinja,
+    source: String,
 }
 
 impl ChatTemplate {
     /// Compiles a template.
     ///
     /// # Errors
-    /// [`Error::Template`](crate::Error::Template) if it is malformed, [`Error::Invalid`](crate::Error::Invalid) if it is
-    /// longer than 64 KiB.
+    /// [`Error::Template`] if it is malformed, [`Error::Invalid`] if it is longer than 64 KiB.
     pub fn new(source: &str) -> Result<Self> {
-        Ok(ChatTemplate { jinja: Jinja::new(source)? })
+        Ok(ChatTemplate { jinja: Jinja::new(source)?, source: source.to_owned() })
     }
 
     /// The text of a conversation, followed by the header of the assistant's next turn where `add_generation_prompt` asks
     /// for it. `bos` and `eos` are the texts of these tokens, empty for none.
     ///
     /// # Errors
-    /// [`Error::Template`](crate::Error::Template) if the template refuses the messages, or does what is not supported.
+    /// [`Error::Template`] if the template refuses the messages, or does what is not supported.
     pub fn render(&self, chat: &Conversation, add_generation_prompt: bool, bos: &str, eos: &str) -> Result<String> {
+        self.jinja.render(self.variables(chat, add_generation_prompt, bos, eos), None)
+    }
+
+    /// As [`ChatTemplate::render`], with the parts that belong to the messages.
+    ///
+    /// # Errors
+    /// The same.
+    pub(crate) fn render_parts(
+        &self,
+        chat: &Conversation,
+        add_generation_prompt: bool,
+        bos: &str,
+        eos: &str,
+    ) -> Result<Rendered> {
+        let failed = |message: &str| Error::Template { line: 0, message: message.to_owned() };
+        let used = |c: &char| [&self.source, bos, eos].iter().any(|text| text.contains(*c)) || chat.contains(*c);
+        // Characters that mean nothing in any text.
+        let sentinel = ('\u{FDD0}'..='\u{FDEF}').find(|c| !used(c));
+        let sentinel = sentinel.ok_or_else(|| failed("every noncharacter of Unicode is in the conversation"))?;
+        let marked = self.jinja.render(self.variables(chat, add_generation_prompt, bos, eos), Some(sentinel))?;
+        Rendered::new(&marked, sentinel).ok_or_else(|| failed("the parts of its text cannot be told apart"))
+    }
+
+    fn variables(&self, chat: &Conversation, add_generation_prompt: bool, bos: &str, eos: &str) -> JinjaValue {
         let given = context! {
-            messages => Serde(&chat.messages),
+            messages => chat.turns(|role| self.role(role)),
             tools => Serde(&chat.tools),
             documents => Serde(&chat.documents),
             add_generation_prompt,
             bos_token => bos,
             eos_token => eos,
         };
-        self.jinja.render(context! { ..given, ..JinjaValue::from(Serde(&chat.variables)) })
+        context! { ..given, ..JinjaValue::from(Serde(&chat.variables)) }
     }
+
+    /// Whether it marks the assistant's words itself, by `generation` blocks.
+    pub(crate) fn has_generation_blocks(&self) -> bool {
+        self.jinja.generation
+    }
+
+    /// Whether it has a word for this field or variable.
+    pub(crate) fn mentions(&self, name: &str) -> bool {
+        self.source.contains(name)
+    }
+
+    /// A role as the template knows it: `human`, `gpt`, `model` and `bot` are common names for its `user` and `assistant`.
+    fn role<'r>(&self, role: &'r str) -> &'r str {
+        let quoted =
+            |role: &str| ['\'', '"'].iter().any(|quote| self.source.contains(&format!("{quote}{role}{quote}")));
+        let usual = usual_role(role);
+        if quoted(role) && !quoted(usual) { role } else { usual }
+    }
+}
+
+/// A value as a template writes it that does not look into it.
+pub(crate) fn written_out(value: &Value) -> String {
+    JinjaValue::from(Serde(value)).to_string()
+}
+
+/// What a role is usually called.
+pub(crate) fn usual_role(role: &str) -> &str {
+    const NAMES: [(&str, &[&str]); 4] = [
+        ("system", &["system"]),
+        ("user", &["user", "human", "prompter"]),
+        ("assistant", &["assistant", "gpt", "model", "bot", "chatbot", "ai", "chatgpt"]),
+        ("tool", &["tool"]),
+    ];
+    let known = NAMES.iter().find(|(_, names)| names.iter().any(|name| role.trim().eq_ignore_ascii_case(name)));
+    known.map_or(role, |(usual, _)| usual)
 }
 
 #[cfg(test)]

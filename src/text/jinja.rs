@@ -1,20 +1,17 @@
-//! Jinja as `apply_chat_template` of Hugging Face's transformers has it, with bounds on time and memory.
+//! Jinja as `apply_chat_template` of Hugging Face's transformers has it, with bounds on depth, size and time.
 
-use std::io::{self, Write};
+use std::io;
 use std::panic::resume_unwind;
 use std::sync::LazyLock;
 use std::thread::{self, ScopedJoinHandle};
 
-use jiff::Zoned;
-use jiff::fmt::strtime;
+use minijinja::machinery::{eval, get_compiled_template, make_string_output};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest};
-use minijinja::{Environment, Error as JinjaError, ErrorKind, State, Value, filters};
-use minijinja_contrib::pycompat;
+use minijinja::{Environment, Error as JinjaError, ErrorKind, Value};
 use regex::Regex;
-use serde::Serialize;
-use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
+use super::instrument::{END_GENERATION, GENERATION, instrument};
+use super::{bounds, marks, python};
 use crate::error::{Error, Result};
 
 const NAME: &str = "chat";
@@ -26,20 +23,16 @@ const MAX_SOURCE: usize = 1 << 16;
 /// Stack for each byte of a template, several times what one more level of its syntax tree takes.
 const STACK_PER_BYTE: usize = 4 << 10;
 
-/// Steps that a template may take: about a hundred a message are usual. minijinja counts every 64 bytes that are made or looked
-/// through as a step too, so that this bounds memory (32 MiB) as well as time.
-const MAX_STEPS: u64 = 1 << 19;
-
-/// Bytes that are one step.
-const BYTES_PER_STEP: usize = 64;
-
-/// Bytes that are all of them.
-const MAX_BYTES: usize = MAX_STEPS as usize * BYTES_PER_STEP;
+/// Steps that a template may take: some hundreds a message are usual, checks included. minijinja counts every 64 bytes that
+/// are made or looked through as a step too, so that this bounds memory (256 MiB) as well.
+const MAX_STEPS: u64 = 1 << 22;
 
 /// A compiled template.
 #[derive(Debug)]
 pub(super) struct Jinja {
     environment: Environment<'static>,
+    /// Whether it has `generation` blocks.
+    pub(super) generation: bool,
 }
 
 impl Jinja {
@@ -47,7 +40,7 @@ impl Jinja {
     ///
     /// # Errors
     /// [`Error::Template`] if it is malformed, [`Error::Invalid`] if it is longer than 64 KiB.
-    pub fn new(source: &str) -> Result<Self> {
+    pub(super) fn new(source: &str) -> Result<Self> {
         if source.len() > MAX_SOURCE {
             return Err(Error::Invalid {
                 op: "chat template",
@@ -60,22 +53,33 @@ impl Jinja {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(MAX_STEPS));
-        environment.set_unknown_method_callback(method);
-        environment.add_filter(JOIN, filters::join);
-        environment.add_filter("join", join);
-        environment.add_filter("tojson", to_json);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        compile(&mut environment, without_generation_tags(source))?;
-        Ok(Jinja { environment })
+        // So that errors say which variable is undefined.
+        environment.set_debug(true);
+        python::add_to(&mut environment);
+        bounds::add_to(&mut environment);
+        marks::add_to(&mut environment);
+        let with_blocks = generation_blocks(source);
+        let generation = with_blocks != source;
+        compile(&mut environment, with_blocks)?;
+        Ok(Jinja { environment, generation })
     }
 
-    /// The template's text with these variables.
+    /// The template's text with these variables, with marks if there is a sentinel for them.
     ///
     /// # Errors
     /// [`Error::Template`] if the template raises an error, or does what is not supported.
-    pub fn render(&self, variables: Value) -> Result<String> {
-        self.environment.get_template(NAME).and_then(|template| template.render(variables)).map_err(template_error)
+    pub(super) fn render(&self, variables: Value, sentinel: Option<char>) -> Result<String> {
+        let mut text = String::new();
+        let render = || {
+            let template = self.environment.get_template(NAME)?;
+            let compiled = get_compiled_template(&template);
+            let code = instrument(&compiled.instructions, sentinel);
+            let blocks = compiled.blocks.iter().map(|(name, block)| (*name, instrument(block, sentinel))).collect();
+            let escape = compiled.initial_auto_escape.clone();
+            eval(&self.environment, &code, variables, &blocks, &mut make_string_output(&mut text), escape).map(drop)
+        };
+        render().map_err(template_error)?;
+        Ok(text)
     }
 }
 
@@ -92,148 +96,46 @@ fn compile(environment: &mut Environment<'static>, source: String) -> Result<()>
 }
 
 fn template_error(error: JinjaError) -> Error {
-    let message = match error.kind() {
+    // Errors inside macros and blocks have others around them.
+    let mut inner = &error;
+    while let Some(source) = std::error::Error::source(inner).and_then(|source| source.downcast_ref::<JinjaError>()) {
+        inner = source;
+    }
+    let message = match inner.kind() {
         ErrorKind::OutOfFuel => format!("takes more than {MAX_STEPS} steps, or the memory that goes with them"),
-        kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
+        kind => inner.detail().map_or_else(|| kind.to_string(), str::to_owned),
     };
-    Error::Template { line: error.line().unwrap_or(0), message }
+    Error::Template { line: inner.line().or(error.line()).unwrap_or(0), message }
 }
 
 /// The tags `generation` and `endgeneration`, with which transformers marks the assistant's words, as blocks that are
-/// always shown. Lines stay where they are.
-fn without_generation_tags(source: &str) -> String {
-    static TAGS: LazyLock<[(Regex, &str); 2]> = LazyLock::new(|| {
+/// always shown, with a word at their start and end. Lines stay where they are.
+fn generation_blocks(source: &str) -> String {
+    static TAGS: LazyLock<[(Regex, String); 2]> = LazyLock::new(|| {
         [
-            (r"\{%([-+]?)\s*generation\s*([-+]?)%\}", "{%$1 if true $2%}"),
-            (r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", "{%$1 endif $2%}"),
+            (r"\{%([-+]?)\s*generation\s*([-+]?)%\}", format!("{{%$1 if {GENERATION} $2%}}")),
+            (
+                r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}",
+                format!("{{%$1 if {END_GENERATION} %}}{{% endif %}}{{% endif $2%}}"),
+            ),
         ]
         .map(|(tag, block)| (Regex::new(tag).unwrap_or_else(|error| unreachable!("{error}")), block))
     });
-    TAGS.iter().fold(source.to_owned(), |text, (tag, block)| tag.replace_all(&text, *block).into_owned())
-}
-
-/// minijinja's own `join`.
-const JOIN: &str = "join of minijinja";
-
-/// Joins texts. minijinja counts those that are many times in a list only once, so that the result is paid for here.
-fn join(state: &mut State, values: &Value, rest: Rest<Value>) -> Result<Value, JinjaError> {
-    let joiner = rest.first().map_or(0, |joiner| joiner.as_str().map_or(0, str::len));
-    for value in values.try_iter()? {
-        pay(state, length(&value).saturating_add(joiner))?;
-    }
-    let args: Vec<Value> = [values.clone()].into_iter().chain(rest.0).collect();
-    state.apply_filter(JOIN, &args)
-}
-
-/// A method of Python's. What it looks through is paid for, and what it may make before it is made.
-fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, JinjaError> {
-    let text = value.as_str().unwrap_or_default();
-    let given = args.iter().fold(text.len(), |sum, arg| sum.saturating_add(arg.as_str().map_or(0, str::len)));
-    pay(state, given)?;
-    match (name, args) {
-        ("join", [values]) if value.as_str().is_some() => state.apply_filter("join", &[values.clone(), value.clone()]),
-        ("replace", [old, new, ..]) => {
-            let (old, new) = (old.as_str().unwrap_or_default(), new.as_str().unwrap_or_default());
-            pay(state, text.matches(old).count().saturating_mul(new.len()))?;
-            pycompat::unknown_method_callback(state, value, name, args)
-        }
-        ("format", _) => {
-            // Any field may ask for any argument, and for any width.
-            let widest = text.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().unwrap_or(0)).max();
-            let longest = args.iter().map(length).fold(widest.unwrap_or(0), usize::max);
-            pay(state, text.matches('{').count().saturating_mul(longest))?;
-            pycompat::unknown_method_callback(state, value, name, args)
-        }
-        _ => pycompat::unknown_method_callback(state, value, name, args),
-    }
-}
-
-fn pay(state: &State, bytes: usize) -> Result<(), JinjaError> {
-    state.consume_fuel((bytes / BYTES_PER_STEP + 1) as u64)
-}
-
-/// Bytes of a value as text; where they are more than a template may make, as many as are too many.
-fn length(value: &Value) -> usize {
-    if let Some(text) = value.as_str() {
-        return text.len();
-    }
-    let mut text = Bounded::default();
-    match write!(text, "{value}") {
-        Ok(()) => text.0.len(),
-        Err(_) => MAX_BYTES,
-    }
-}
-
-/// Text of at most as many bytes as a template may make.
-#[derive(Default)]
-struct Bounded(Vec<u8>);
-
-impl io::Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.len() > MAX_BYTES - self.0.len() {
-            return Err(io::Error::other("the text is too long"));
-        }
-        self.0.write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-fn raise_exception(message: String) -> Result<Value, JinjaError> {
-    Err(JinjaError::new(ErrorKind::InvalidOperation, message))
-}
-
-fn strftime_now(format: &str) -> Result<String, JinjaError> {
-    strtime::format(format, &Zoned::now()).map_err(|e| JinjaError::new(ErrorKind::InvalidOperation, e.to_string()))
-}
-
-/// JSON as Python's `json.dumps(value, ensure_ascii=False, indent=indent)` writes it: spaces after commas and colons, and
-/// nothing escaped for HTML.
-fn to_json(value: &Value, options: Kwargs) -> Result<Value, JinjaError> {
-    let indent: Option<u8> = options.get("indent")?;
-    // transformers' own defaults, which templates state now and then.
-    let _: Option<bool> = options.get("ensure_ascii")?;
-    options.assert_all_used()?;
-    let mut text = Bounded::default();
-    let written = match indent {
-        Some(indent) => {
-            let indent = " ".repeat(indent.into());
-            value.serialize(&mut Serializer::with_formatter(&mut text, PrettyFormatter::with_indent(indent.as_bytes())))
-        }
-        None => value.serialize(&mut Serializer::with_formatter(&mut text, PythonFormatter)),
-    };
-    let failed = |message: String| JinjaError::new(ErrorKind::BadSerialization, message);
-    written.map_err(|e| failed(e.to_string()))?;
-    Ok(Value::from_safe_string(String::from_utf8(text.0).map_err(|e| failed(e.to_string()))?))
-}
-
-struct PythonFormatter;
-
-impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        writer.write_all(b": ")
-    }
+    TAGS.iter().fold(source.to_owned(), |text, (tag, block)| tag.replace_all(&text, block).into_owned())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
+    use jiff::Zoned;
     use minijinja::context;
 
     use super::*;
 
     fn render(source: &str) -> Result<String> {
         let messages = [context! { role => "user", content => " <a> \"é\" " }];
-        Jinja::new(source)?.render(context! { messages, bos_token => "<s>", eos_token => "</s>" })
+        Jinja::new(source)?.render(context! { messages, bos_token => "<s>", eos_token => "</s>" }, None)
     }
 
     #[test]
@@ -248,6 +150,60 @@ mod tests {
             ("{{ messages[0]['content'].strip() }}", "<a> \"é\""),
             ("{{ messages[0].content | trim | tojson }}", r#""<a> \"é\"""#),
             ("{{ {'b': [1, 'x'], 'a': none} | tojson }}", r#"{"b": [1, "x"], "a": null}"#),
+            (
+                "{{ {'b': 'é😀', 'a': 1e16} | tojson(ensure_ascii=true, sort_keys=true, separators=(',', ':')) }}",
+                r#"{"a":1e+16,"b":"\u00e9\ud83d\ude00"}"#,
+            ),
+            (
+                "{{ [[], {}, 1.0, 0.00001, true, '\u{7f}\u{1}<'] | tojson(indent=1) }}",
+                "[\n [],\n {},\n 1.0,\n 1e-05,\n true,\n \"\u{7f}\\u0001<\"\n]",
+            ),
+            ("{{ {1: none}.items() | list }}{{ ({'a': 1} | items | list)[0][1] }}", "[(1, None)]1"),
+            (
+                "{{ 'a-b-c'.rsplit('-', 1) }}{{ ' a  b '.rsplit() }}{{ 'a b c'.rsplit(none, 1)[1] }}",
+                "['a-b', 'c']['a', 'b']c",
+            ),
+            (
+                "{{ 'abc'.removeprefix('a').removesuffix('c') }}{{ 'a=b=c'.partition('=') }}{{ 'a'.rpartition('=')[2] }}",
+                "b('a', '=', 'b=c')a",
+            ),
+            (
+                "{{ 'ab'.center(5, '*') }}{{ '-1'.zfill(4) }}{{ 'a'.ljust(2) }}{{ 'a'.rjust(2) }}{{ 'aB'.swapcase() }}",
+                "**ab*-001a  aAb",
+            ),
+            (
+                "{% set j = joiner('|') %}{{ j() }}a{{ j() }}b{% set c = cycler(1, 2) %}{{ c.next() }}{{ c.next() }}{{ c.next() }}",
+                "a|b121",
+            ),
+            ("{{ tools is defined }}{{ 'abc'.index('c') if false }}", "False"),
+            ("{{ [3, 1] + [2] }}{{ ([1] * 3) | length }}{{ [1, 2] == [1] + [2] }}", "[3, 1, 2]3True"),
+            (
+                "{% set ns = namespace(l=[]) %}{% for i in range(3) %}{% set ns.l = ns.l + [[i]] %}{% endfor %}{{ ns.l }}",
+                "[[0], [1], [2]]",
+            ),
+            (
+                "{{ [{'a': {'b': 1}}, {}] | map(attribute='a.b', default=2) | join('-') }}{{ [[1, 2], [3]] | map('join', d='+') | list }}",
+                "1-2['1+2', '3']",
+            ),
+            (
+                "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages | rejectattr('role', 'in', ['user']) | list }}",
+                "1[]",
+            ),
+            (
+                "{{ range(5) | select('odd') | list }}{{ range(3) | reject('odd') | sum }}{{ [[1], [2]] | sum(start=[0]) }}{{ ([[1]] * 99999) | sum(start=[]) | length }}{{ ['a', 'b'] | map('upper') | first }}",
+                "[1, 3]2[0, 1, 2]99999A",
+            ),
+            (
+                "{% for m in messages if m.role == 'user' %}{{ loop.index }}{{ m.items() | length }}{% else %}none{% endfor %}",
+                "12",
+            ),
+            ("{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}", "123"),
+            ("{% macro f(x, y=2) %}{% for i in range(x) %}{{ i }}{{ y }}{% endfor %}{% endmacro %}{{ f(2) }}", "0212"),
+            ("{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x }}", "a"),
+            (
+                "{{ messages[0] | tojson }}{{ messages[0].get('x', 'y') }}{{ 'role' in messages[0] }}",
+                r#"{"role": "user", "content": " <a> \"é\" "}yTrue"#,
+            ),
             ("{{ {'b': [1]} | tojson(indent=2) }}", "{\n  \"b\": [\n    1\n  ]\n}"),
             ("{{ 'a</think>b'.split('</think>')[-1] }}", "b"),
             ("{{ 'abc'.startswith('ab') and not 'abc'.endswith('ab') }}", "True"),
@@ -311,15 +267,140 @@ mod tests {
             "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
             "{{ [['a' * 999999] * 99999] | tojson }}",
             "{{ [['a' * 999999] * 99999] | tojson(indent=2) }}",
+            "{% set a = [1] %}{% set a = a * 99999999 %}{{ a == a * 1 }}",
+            "{{ [1] | batch(999999999, 0) | length }}",
+            "{{ [1] | slice(999999999) | length }}",
+            "{{ (['ab'] * 999999) | map('list') | list | length }}",
+            "{{ ([('a' * 9999)] * 9999) | unique | list | length }}{{ (['a' * 99999] * 9999) | sort | length }}",
+            "{{ ([[1]] * 99999) | map('batch', 99999, 0) | list | length }}",
+            "{{ ([[1] * 99 + [2]] * 999) | select('in', [[1] * 99] * 999) | list | length }}",
+            "{{ 'a'.center(999999999) }}",
+            "{{ 'a'.zfill(999999999) }}",
+            "{{ 'a'.ljust(999999999) }}",
+            "{{ ('a' * 99999).split('') | join('b' * 99999) }}",
         ] {
             let error = render(source).expect_err(source).to_string();
-            let bounds = ["steps", "recursion", "too long"];
+            let bounds = ["steps", "recursion", "too long", "more than 16777216 bytes", "deeper than", "2 seconds"];
             assert!(bounds.iter().any(|bound| error.contains(bound)), "{source}: {error}");
         }
         let methods = [("{{ ', '.join(['a', 1]) }}", "a, 1"), ("{{ 'aba'.replace('a', 'c', 1) }}", "cba")];
         for (source, wanted) in methods.into_iter().chain([("{{ '{:>3}|{}'.format('a', 2) }}", "  a|2")]) {
             assert_eq!(render(source).unwrap(), wanted, "{source}");
         }
+    }
+
+    /// Values that grow in a loop, in depth (a level a round) or in size (twice a round), and what is done with them.
+    #[test]
+    fn values_are_bounded_whatever_is_done_with_them() {
+        let deep = [
+            "[ns.x]",
+            "(ns.x,)",
+            "{'a': ns.x}",
+            "{1: [ns.x]}",
+            "dict(a=ns.x)",
+            "[ns.x] * 1",
+            "[ns.x] + []",
+            "[ns.x] | batch(2)",
+            "[ns.x] | list",
+            "[ns.x] | map('list')",
+            "[ns.x] | groupby('a')",
+            "namespace(x=ns.x)",
+            "cycler(ns.x)",
+            "[[ns.x], 1][::-1]",
+            "{'a': ns.x} | items",
+            "{'a': ns.x}.values()",
+            "[ns] + [ns.x]",
+            "f(ns.x)",
+        ];
+        let wide = [
+            "ns.x + ns.x",
+            "[ns.x, ns.x]",
+            "ns.x * 2",
+            "{'a': ns.x, 'b': ns.x}",
+            "[ns.x] | batch(2, ns.x)",
+            "[ns.x] * 2",
+            "(ns.x, ns.x)",
+            "[ns.x, ns.x] | sum(start=[])",
+            "(ns.x ~ ns.x)",
+            "(ns.x + ns.x) | list",
+        ];
+        let growing = |rounds: u32, grow: &str, done: &str| {
+            let source = "{% macro f(x) %}{% if x is iterable %}{{ f([x]) }}{% endif %}{% endmacro %}\
+                 {% set ns = namespace(x=[1, 2], y=[1, 2]) %}{% for i in range(ROUNDS) %}\
+                 {% set ns.x = GROW %}{% endfor %}{% for i in range(ROUNDS) %}{% set ns.y = ns.x %}{% endfor %}DONE";
+            source.replace("ROUNDS", &rounds.to_string()).replace("GROW", grow).replace("DONE", done)
+        };
+        let bounds = ["deeper than", "more than 16777216 bytes", "recursion", "keeps a namespace", "`cycler`", "steps"];
+        for grow in deep.iter().chain(&wide) {
+            let error = render(&growing(99999, grow, "")).expect_err(grow).to_string();
+            assert!(bounds.iter().any(|bound| error.contains(bound)), "{grow}: {error}");
+        }
+        // Just within the bounds, everything is done in time, or refused.
+        let uses = [
+            "{{ ns.x }}",
+            "{{ ns.x | tojson }}",
+            "{{ ns.x == ns.y }}{{ ns.x < ns.y }}",
+            "{{ ns.x in [ns.y] }}",
+            "{{ {ns.x: 1}[ns.y] }}",
+            "{{ [ns.x, ns.y] | unique | list | length }}",
+            "{{ [ns.x, ns.y] | sort | length }}",
+            "{{ ns.x ~ '' }}",
+            "{{ ns.x | string | length }}",
+            "{{ ns.x | join }}",
+            "{{ [ns.x] | join }}",
+            "{{ ns.x | pprint }}",
+            "{{ ns.x | length }}",
+            "{{ '%s' | format(ns.x) }}",
+            "{{ '{}'.format(ns.x) }}",
+            "{% for a in ns.x %}{% endfor %}",
+            "{{ ns.x | first | last }}",
+            "{{ ns.x | min }}{{ ns.x is sameas ns.y }}",
+            "{{ ns }}",
+            "{{ raise_exception(ns.x) }}",
+            "{{ ns.x | groupby(0) }}",
+            "{{ [1] | map('default', ns.x) | list }}",
+            "{{ undefined_function(ns.x) }}",
+            "",
+            "{{ ns.x.a }}",
+        ];
+        for (rounds, grow) in [(150, deep[0]), (70, deep[2]), (15, wide[0]), (14, wide[1]), (13, wide[3])] {
+            for done in uses {
+                let started = Instant::now();
+                drop(render(&growing(rounds, grow, done)));
+                assert!(started.elapsed() < Duration::from_secs(10), "{grow} {done}: {:?}", started.elapsed());
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_hides_in_loops_and_namespaces() {
+        for (source, wanted) in [
+            ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}", "keeps a namespace"),
+            ("{% set ns = namespace() %}{% set ns.x = [ns] %}", "keeps a namespace"),
+            ("{% set ns = namespace(x=namespace()) %}", "keeps a namespace"),
+            (
+                "{% set ns = namespace(x=1) %}{% for i in [1, 2] %}{% if loop.changed(ns.x) %}{% set ns.x = loop %}{% endif %}\
+              {% endfor %}",
+                "a loop in a namespace",
+            ),
+            ("{% for i in [1] %}{{ [loop] }}{% endfor %}", "a loop in another value"),
+        ] {
+            let error = render(source).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{source}: {error}");
+        }
+        let macros = "{% macro f(ns) %}{% set ns.x = ns.x + 1 %}{% endmacro %}{% set ns = namespace(x=1) %}{{ f(ns) }}{{ ns.x }}";
+        assert_eq!(render(macros).unwrap(), "2");
+    }
+
+    #[test]
+    fn a_template_has_two_seconds() {
+        let started = Instant::now();
+        // Every comparison walks a million values, and a step is all that minijinja counts for it.
+        let slow = "{% set ns = namespace(a=[1, 2], b=[1, 2]) %}{% for i in range(17) %}{% set ns.a = [ns.a, ns.a] %}\
+                    {% set ns.b = [ns.b, ns.b] %}{% endfor %}{% for i in range(99999) %}{% if ns.a == ns.b %}{% endif %}{% endfor %}";
+        let error = render(slow).unwrap_err().to_string();
+        assert!(error.contains("2 seconds"), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     }
 
     #[test]
@@ -332,5 +413,10 @@ mod tests {
         assert_eq!(line("a\n{% if %}").0, 2);
         assert_eq!(line("a\n{{ 1 | nonsense }}").0, 2);
         assert_eq!(line("{{ strftime_now('%') }}").0, 1);
+        assert_eq!(line("\n{{ messages[0].x.y.z }}"), (2, "`messages[0].x` is undefined".into()));
+        assert_eq!(line("{{ 'a'.nonsense() }}"), (1, "string has no method named nonsense".into()));
+        assert_eq!(line("{{ 1 | xmlattr }}"), (1, "filter xmlattr is unknown".into()));
+        assert_eq!(line("{{ now() }}"), (1, "now is unknown".into()));
+        assert_eq!(line("{{ 1 | tojson(skipkeys=true) }}"), (1, "unknown keyword argument 'skipkeys'".into()));
     }
 }

@@ -16,16 +16,22 @@
 //! ```
 
 mod added;
+mod bounds;
 mod chat;
 mod gguf_tokenizer;
 mod gguf_write;
 mod guard;
+mod instrument;
 mod jinja;
 mod long;
+mod marks;
 mod pretokenizer;
+mod python;
 mod steps;
 mod tokenizer;
 mod tokenizer_write;
 
 pub use chat::{ChatTemplate, Conversation, Message};
+pub(crate) use chat::{usual_role, written_out};
+pub(crate) use marks::{Rendered, Speaker};
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -1,63 +1,289 @@
 //! Conversations to tokens: the answers carry loss, nothing else does.
+//!
+//! An answer is what the template writes while it has a message of the assistant in hand, from the end of the header that a
+//! prompt would end with, to the token that ends the turn. So whatever a template does to the messages, the loss is on what
+//! is there. A template with `generation` blocks says itself what carries loss, and is taken at its word.
 
 use std::ops::Range;
 
+use serde_json::Value;
+
 use super::example::Example;
-use crate::text::{ChatTemplate, Conversation, Message, Tokenizer};
+use crate::text::{ChatTemplate, Conversation, Message, Rendered, Speaker, Tokenizer, usual_role, written_out};
 
 const ASSISTANT: &str = "assistant";
 
 /// A conversation in the model's chat template. The answers carry loss, each with the token that ends it.
 ///
 /// # Errors
-/// What is wrong with the conversation, or with the template.
+/// What is wrong with the conversation, with the message's number, or with the template.
 pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Conversation) -> Result<Example, String> {
-    let messages = &chat.messages;
-    let render = |messages: &[Message], prompt: bool| {
+    let weights = weights(chat)?;
+    let render = |chat: &Conversation, prompt| {
         let (bos, eos) = (tokenizer.bos_text(), tokenizer.eos_text());
-        template.render(&messages.to_vec().into(), prompt, bos, eos).map_err(|e| e.to_string())
+        template.render_parts(chat, prompt, bos, eos).map_err(|e| format!("{e}{}", no_text(chat)))
     };
-    let text = render(messages, false)?;
-    let tokens = tokenizer.encode_spans(&text).map_err(|e| e.to_string())?;
+    let rendered = render(chat, false)?;
+    check(template, chat, &rendered)?;
+    let spans = tokenizer.encode_spans(&rendered.text).map_err(|e| e.to_string())?;
+    let tokens = Tokens { tokenizer, text: &rendered.text, spans: &spans };
 
-    let mut loss = vec![false; tokens.len()];
-    for turn in (0..messages.len()).filter(|&turn| messages[turn].role() == ASSISTANT) {
-        if turn == 0 {
-            return Err("starts with the assistant".into());
+    let mut loss = vec![false; tokens.spans.len()];
+    let mut open = false;
+    if template.has_generation_blocks() {
+        for block in rendered.generation.iter().filter(|block| !block.is_empty()) {
+            let inside = |(part, _): &&(Range<usize>, Speaker)| part.contains(&block.start);
+            let speaker = rendered.parts.iter().find(inside).map(|(_, speaker)| speaker);
+            if speaker.is_none_or(|speaker| weights.of(speaker)) {
+                loss[tokens.touching(block)].fill(true);
+            }
         }
-        let changed = || format!("the chat template renders message {} otherwise once others follow", turn + 1);
-        let before = render(&messages[..turn], false)?;
-        let prompt = render(&messages[..turn], true)?;
-        let through = render(&messages[..=turn], false)?;
-        // Some templates open a block in a prompt (for reasoning) that a finished turn does not have.
-        let start = common_prefix(&prompt, &text);
-        if start < before.trim_end().len() {
-            return Err(changed());
-        }
-        // And in some the last turn looks different: then only its end token tells where it ends.
-        let end = text.starts_with(&through).then_some(through.len());
-
-        let first = tokens.partition_point(|(_, bytes)| bytes.end <= start);
-        let last = end.map_or(tokens.len(), |end| tokens.partition_point(|(_, bytes)| bytes.start < end));
-        let span = first..last.max(first);
-        // What a template writes after the end token (a line feed) is nothing that the model says.
-        let ends = |(id, _): &(u32, Range<usize>)| tokenizer.eos_ids().contains(id);
-        match tokens[span.clone()].iter().position(ends) {
-            Some(at) => loss[first..=first + at].fill(true),
-            None if end.is_some() => loss[span].fill(true),
-            None => return Err(changed()),
+    } else {
+        let answers = answers(chat, &rendered)?;
+        let header = answers.first().map_or(Ok(String::new()), |first| header(chat, &rendered, first, render))?;
+        for answer in &answers {
+            let Some((first, others)) = answer.parts.split_first() else { continue };
+            if !weights.of(&answer.speaker) {
+                continue;
+            }
+            let start = first.start + header_len(&rendered.text[first.clone()], &header);
+            let last = others.last().unwrap_or(first);
+            let end = tokens.end(start.max(last.start)..last.end);
+            for part in answer.parts.iter().filter(|part| part.start != last.start) {
+                loss[tokens.within(start.max(part.start)..part.end)].fill(true);
+            }
+            loss[tokens.within(start.max(last.start)..end.unwrap_or(last.end))].fill(true);
+            open = end.is_none() && answer.last;
         }
     }
 
     let mut example = Example::default();
-    for ((id, _), loss) in tokens.into_iter().zip(loss) {
+    for (&(id, _), loss) in tokens.spans.iter().zip(loss) {
         example.push(id, loss);
     }
     // A template without end tokens: the last turn ends the text.
-    if example.ends_with_loss() {
+    if open {
         example.end(tokenizer);
     }
     Ok(example)
+}
+
+/// For each message, whether it may carry loss.
+struct Weights(Vec<bool>);
+
+impl Weights {
+    fn of(&self, speaker: &Speaker) -> bool {
+        match speaker {
+            Speaker::Message(at) => self.0.get(*at).copied().unwrap_or_default(),
+            Speaker::MadeUp { role, .. } => usual_role(role) == ASSISTANT,
+        }
+    }
+}
+
+fn weights(chat: &Conversation) -> Result<Weights, String> {
+    let weight = |message: &Message| {
+        let answer = usual_role(message.role()) == ASSISTANT;
+        match message.field("weight") {
+            None | Some(Value::Null) => Ok(answer),
+            Some(weight) if weight.as_f64() == Some(0.0) => Ok(false),
+            Some(weight) if weight.as_f64() == Some(1.0) && answer => Ok(true),
+            Some(weight) if weight.as_f64() == Some(1.0) => {
+                Err(format!("`weight` is {weight}, but only answers of the assistant carry loss"))
+            }
+            Some(weight) => Err(format!("`weight` is {weight}; it must be 0 or 1")),
+        }
+    };
+    let weights =
+        (1..).zip(&chat.messages).map(|(n, message)| weight(message).map_err(|e| format!("message {n}: {e}")));
+    weights.collect::<Result<_, _>>().map(Weights)
+}
+
+/// Why a message has no text, if so.
+fn without(message: &Message) -> Option<&'static str> {
+    match message.field("content") {
+        None => Some("`content` is missing"),
+        Some(Value::Null) => Some("`content` is null"),
+        Some(Value::Array(_)) => Some("`content` is in parts"),
+        _ => None,
+    }
+}
+
+/// Names the first message that has no text: a likely reason for a template to fail.
+fn no_text(chat: &Conversation) -> String {
+    let mut found = (1..).zip(&chat.messages).filter_map(|(n, message)| Some((n, without(message)?)));
+    found.next().map_or_else(String::new, |(n, reason)| format!(" (message {n}: {reason})"))
+}
+
+/// Finds what a template did not say as it was meant.
+fn check(template: &ChatTemplate, chat: &Conversation, rendered: &Rendered) -> Result<(), String> {
+    for (at, message) in chat.messages.iter().enumerate() {
+        let n = at + 1;
+        let parts = || rendered.parts.iter().filter(|(_, speaker)| *speaker == Speaker::Message(at));
+        match message.field("content") {
+            Some(content @ Value::Array(given)) => {
+                let own: String = parts().map(|(part, _)| &rendered.text[part.clone()]).collect();
+                // A system message may be written before the first turn.
+                let own = if own.is_empty() { &rendered.text } else { &own };
+                let mut texts = given.iter().filter_map(|part| part.as_str().or(part.get("text")?.as_str()));
+                if own.contains(&written_out(content)) || texts.any(|text| !own.contains(text.trim())) {
+                    return Err(format!("message {n}: the chat template takes `content` as a text only, not in parts"));
+                }
+            }
+            Some(Value::Null) if parts().any(|(part, _)| rendered.nulls.iter().any(|null| part.contains(null))) => {
+                return Err(format!("message {n}: the chat template writes `content`, which is null, as \"None\""));
+            }
+            Some(Value::Null | Value::String(_)) | None => {}
+            Some(_) => return Err(format!("message {n}: `content` is neither a text nor a list of parts")),
+        }
+        let known = ["system", "developer", "user", ASSISTANT, "tool", "function"];
+        let silent = parts().all(|(part, _)| part.is_empty());
+        if silent && !known.contains(&usual_role(message.role())) && !template.mentions(message.role()) {
+            return Err(format!("message {n}: the chat template has no place for the role {:?}", message.role()));
+        }
+    }
+    Ok(())
+}
+
+/// An answer as it is written: one part, mostly.
+struct Answer {
+    speaker: Speaker,
+    parts: Vec<Range<usize>>,
+    /// Whether nothing of another message follows.
+    last: bool,
+}
+
+/// The answers, each where the template wrote it.
+fn answers(chat: &Conversation, rendered: &Rendered) -> Result<Vec<Answer>, String> {
+    let mut answers: Vec<Answer> = Vec::new();
+    let mut made_up = false;
+    for (part, speaker) in rendered.parts.iter().filter(|(part, _)| !part.is_empty()) {
+        answers.iter_mut().for_each(|answer| answer.last = answer.speaker == *speaker);
+        let role = match speaker {
+            Speaker::Message(at) => chat.messages.get(*at).map_or("", Message::role),
+            Speaker::MadeUp { role, .. } => role,
+        };
+        made_up |= matches!(speaker, Speaker::MadeUp { .. });
+        if usual_role(role) != ASSISTANT {
+            continue;
+        }
+        match answers.iter_mut().find(|answer| answer.last) {
+            Some(answer) => answer.parts.push(part.clone()),
+            None => answers.push(Answer { speaker: speaker.clone(), parts: vec![part.clone()], last: true }),
+        }
+    }
+    for (at, message) in chat.messages.iter().enumerate().filter(|(_, message)| usual_role(message.role()) == ASSISTANT)
+    {
+        let n = at + 1;
+        // An answer that the template has in hand and leaves out is fine; one that it writes elsewhere is not.
+        if !made_up && !rendered.parts.iter().any(|(_, speaker)| *speaker == Speaker::Message(at)) {
+            return Err(format!("message {n}: cannot be found in what the chat template writes; no loop goes over it"));
+        }
+        if made_up && message.field("weight").is_some_and(|weight| !weight.is_null()) {
+            return Err(format!(
+                "message {n}: `weight` cannot be followed: the chat template makes messages of its own"
+            ));
+        }
+    }
+    Ok(answers)
+}
+
+/// What a prompt ends with that an answer starts with too: the header of the first answer, which is that of all.
+fn header(
+    chat: &Conversation,
+    rendered: &Rendered,
+    first: &Answer,
+    render: impl Fn(&Conversation, bool) -> Result<Rendered, String>,
+) -> Result<String, String> {
+    let before = match first.speaker {
+        Speaker::Message(at) if at > 0 => at,
+        _ => chat.messages.len(),
+    };
+    let asked = Conversation { messages: chat.messages[..before].to_vec(), ..chat.clone() };
+    // A template may refuse to stop there; then the header comes after the whole conversation.
+    let (asked, prompt) = match render(&asked, true) {
+        Ok(prompt) => (asked, prompt),
+        Err(_) if before < chat.messages.len() => (chat.clone(), render(chat, true)?),
+        Err(error) => return Err(error),
+    };
+    let start = first.parts[0].start;
+    if prompt.parts.len() < rendered.parts.len() && prompt.text.get(..start) == rendered.text.get(..start) {
+        return Ok(prompt.text[start..].to_owned());
+    }
+    // The prompt looks different before the answer as well. What it has that the same text without a prompt has not:
+    let plain = render(&asked, false)?;
+    let end = |rendered: &Rendered| rendered.parts.last().map_or(0, |(part, _)| part.end);
+    let (prompt_end, plain_end) = (end(&prompt), end(&plain));
+    if prompt.text[..prompt_end] == plain.text[..plain_end] {
+        let (header, rest) = (&prompt.text[prompt_end..], &plain.text[plain_end..]);
+        return Ok(header.strip_prefix(rest).unwrap_or(header).to_owned());
+    }
+    Ok(prompt.text[common_prefix(&prompt.text, &plain.text)..].to_owned())
+}
+
+/// Bytes of a header at the start of an answer's text. A prompt may open what a finished answer does not have (a block of
+/// thoughts), and an answer may start with what ends the turn before.
+fn header_len(answer: &str, header: &str) -> usize {
+    let common = common_prefix(answer, header);
+    if common < header.len() {
+        if let Some(at) = answer.find(header).filter(|_| common == 0) {
+            return at + header.len();
+        }
+        // Not in the midst of a word or a tag.
+        let inside = |c: char| c.is_alphanumeric() || "<[({|/_".contains(c);
+        return header[..common].trim_end_matches(inside).len();
+    }
+    common
+}
+
+/// A tokenized text.
+struct Tokens<'a> {
+    tokenizer: &'a Tokenizer,
+    text: &'a str,
+    spans: &'a [(u32, Range<usize>)],
+}
+
+impl Tokens<'_> {
+    /// Tokens that have some of these bytes.
+    fn touching(&self, bytes: &Range<usize>) -> Range<usize> {
+        let first = self.spans.partition_point(|(_, span)| span.end <= bytes.start);
+        first..self.spans.partition_point(|(_, span)| span.start < bytes.end).max(first)
+    }
+
+    /// Tokens that have some of these bytes, and no text after them. One that starts before them counts, for else nothing
+    /// would teach it.
+    fn within(&self, bytes: Range<usize>) -> Range<usize> {
+        let tokens = self.touching(&bytes);
+        let ends_outside = |span: &Range<usize>| span.end > bytes.end && !self.is_blank(bytes.end..span.end);
+        let outside = self.spans[tokens.clone()].last().is_some_and(|(_, span)| ends_outside(span));
+        tokens.start..tokens.end - usize::from(outside)
+    }
+
+    /// Where the turn that is written in these bytes ends: behind its last end token, which may follow it; `None` if it has
+    /// none. What a template writes after it (a line feed) is nothing that the model says.
+    fn end(&self, bytes: Range<usize>) -> Option<usize> {
+        let eos = |id: u32| self.tokenizer.eos_ids().contains(&id);
+        let tokens = &self.spans[self.touching(&bytes)];
+        let ends = |(id, span): &&(u32, Range<usize>)| {
+            eos(*id) || (self.is_special(*id) && self.is_blank(span.end.min(bytes.end)..bytes.end))
+        };
+        if let Some((_, span)) = tokens.iter().rev().find(ends) {
+            return Some(span.end);
+        }
+        let after = self.spans[self.touching(&bytes).end..].iter().find(|(_, span)| !self.is_blank(span.clone()));
+        after
+            .filter(|(id, span)| eos(*id) && self.is_blank(bytes.end..span.start.max(bytes.end)))
+            .map(|(_, span)| span.end)
+    }
+
+    fn is_blank(&self, bytes: Range<usize>) -> bool {
+        self.text.get(bytes).is_some_and(|text| text.trim().is_empty())
+    }
+
+    /// Whether it is no text, but a mark of its own.
+    fn is_special(&self, id: u32) -> bool {
+        let is_empty = |skip| self.tokenizer.decode(&[id], skip).is_ok_and(|text| text.is_empty());
+        is_empty(true) && !is_empty(false)
+    }
 }
 
 /// Bytes that two texts have in common at their start, in whole characters.

@@ -104,12 +104,6 @@ impl Example {
         self.ids.push(id);
     }
 
-    /// Whether its last token carries loss.
-    pub(super) fn ends_with_loss(&self) -> bool {
-        let len = self.ids.len();
-        self.labels_of(len.saturating_sub(1)..len).any(|label| label != IGNORE_LABEL)
-    }
-
     /// Ends a text. The end token carries loss, also where it was written.
     pub(super) fn end(&mut self, tokenizer: &Tokenizer) {
         if let Some(eos) = tokenizer.eos()
