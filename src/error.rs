@@ -26,7 +26,6 @@ pub enum Error {
     Diverged { step: u32, what: String, value: f32 },
 
     /// A run is to be resumed with another setting, model or data than it was started with.
-    #[error("{}: is a run with {setting} {before}, which is {now} now; resume it as it was", path.display())]
     OtherRun { path: PathBuf, setting: &'static str, before: String, now: String },
 
     /// Whoever asked for it has ended it before it was done.
@@ -82,6 +81,9 @@ impl fmt::Display for Error {
                 f,
                 "step {step}: {what} is {value}; nothing was updated. A lower learning rate, or clipping, may help"
             ),
+            Error::OtherRun { path, setting, before, now } => {
+                write!(f, "{}: is a run with {setting} {before}, which is {now} now; resume it as it was", path.display())
+            }
             Error::Interrupted { op } => write!(f, "{op}: interrupted; nothing was written"),
             Error::NoSuchAdapter { name, loaded } => write!(f, "no adapter named {name:?}; loaded: {loaded}"),
             Error::NoDevice { wanted, found, hint } => write!(f, "no adapter matches {wanted}; found: {found}. {hint}"),

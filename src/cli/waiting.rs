@@ -22,6 +22,9 @@ const TICK: Duration = Duration::from_millis(150);
 /// Spans of the library that are waited for.
 const NAMES: [&str; 2] = ["compiling kernels", "tuning kernels"];
 
+/// What a line says of each.
+const LINES: [&str; 2] = ["compiling kernels for this device", "tuning kernels for this device; later runs know the result"];
+
 static STATE: Mutex<State> = Mutex::new(State::new());
 
 struct State {
@@ -80,7 +83,7 @@ impl State {
             bar.set_message(message);
             bar.tick();
         } else if !std::mem::replace(&mut self.told[kind], true) {
-            say::progress(format!("{}, once for this device; later runs begin sooner", NAMES[kind]));
+            say::progress(LINES[kind]);
         }
     }
 

@@ -210,8 +210,8 @@ fn nearest(wanted: &Select, names: &[String]) -> Option<String> {
     let wanted = wanted.to_lowercase();
     let words = names.iter().flat_map(|name| name.split(|c: char| !c.is_alphanumeric())).filter(|word| word.len() > 2);
     let words = ["cpu", "gpu", "best"].into_iter().chain(words).map(str::to_lowercase);
-    let likeness = |word: &String| strsim::jaro_winkler(&wanted, word);
-    words.filter(|word| likeness(word) > 0.75).max_by(|one, other| likeness(one).total_cmp(&likeness(other)))
+    let likeness = |word: &String| strsim::normalized_damerau_levenshtein(&wanted, word);
+    words.filter(|word| likeness(word) > 0.6).max_by(|one, other| likeness(one).total_cmp(&likeness(other)))
 }
 
 /// What to do where no adapter is found.
