@@ -191,11 +191,11 @@ fn check_apart(args: &RunArgs, folder: &Path) -> Result<()> {
     let files = names.map(|name| folder.join(name));
     let model = Some(args.model.name().into());
     let inputs = [
-        (&model, "the model"),
         (&args.data, "the data"),
         (&args.eval_data, "the evaluation data"),
         (&args.training.adapter.init_adapter, "the adapter"),
         (&args.config, "the settings file"),
+        (&model, "the model"),
     ];
     let inputs: Vec<_> = inputs.into_iter().filter_map(|(path, what)| Some((path.as_deref()?, what))).collect();
     output::check(std::iter::once(folder).chain(files.iter().map(PathBuf::as_path)), &inputs)
