@@ -1,91 +1,130 @@
 //! The one error type. Every variant says which operation failed and on what: shapes, a file, a key.
 
-use std::fmt::Display;
+use std::fmt::{self, Display, Write};
 use std::path::{Path, PathBuf};
+
+use crate::printable::OneLine;
 
 /// A `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What can go wrong. Errors are values: no function of this crate panics on bad input.
-#[derive(Debug, Clone, thiserror::Error)]
+/// What can go wrong. Errors are values: no function of this crate panics on bad input. One is shown in one line, with control
+/// characters escaped that come from files.
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Error {
     /// Two shapes that must agree do not.
-    #[error("{op}: {what}: expected {expected}, got {got}")]
     Shape { op: &'static str, what: &'static str, expected: String, got: String },
 
     /// A setting outside what the operation accepts.
-    #[error("{op}: {what} is {got}; {expected}")]
     Invalid { op: &'static str, what: &'static str, got: String, expected: String },
 
     /// A weight to be quantized (or a scale read from a file) is NaN or infinite.
-    #[error("{op}: the value at flat index {index} is {value}; only finite values can be quantized")]
     NonFinite { op: &'static str, index: usize, value: f32 },
 
     /// The loss or a gradient of a training step is NaN or infinite. Adapters and optimizer are as before the step.
-    #[error("step {step}: {what} is {value}; nothing was updated. A lower learning rate, or clipping, may help")]
     Diverged { step: u32, what: String, value: f32 },
 
     /// A run is to be resumed with another setting, model or data than it was started with.
-    #[error("{}: is a run with {setting} {before}, which is {now} now; resume it as it was", path.display())]
     OtherRun { path: PathBuf, setting: &'static str, before: String, now: String },
 
     /// Whoever asked for it has ended it before it was done.
-    #[error("{op}: interrupted; nothing was written")]
     Interrupted { op: &'static str },
 
     /// No adapter of this name is loaded in the layer.
-    #[error("no adapter named {name:?}; loaded: {loaded}")]
     NoSuchAdapter { name: String, loaded: String },
 
     /// No GPU (nor software driver) answers the request.
-    #[error("no adapter matches {wanted}; found: {found}. {hint}")]
     NoDevice { wanted: String, found: String, hint: String },
 
     /// The device lacks something that was asked for.
-    #[error("{device}: {what} is not supported; {hint}")]
     Unsupported { device: String, what: String, hint: String },
 
     /// The device has no room for an allocation.
-    #[error("{device}: out of memory allocating {bytes} bytes for {what}")]
     OutOfMemory { device: String, what: String, bytes: u64 },
 
     /// A single tensor or row is larger than the device can bind.
-    #[error("{device}: {what} takes {bytes} bytes, but one binding holds at most {limit}")]
     TooLarge { device: String, what: String, bytes: u64, limit: u64 },
 
     /// The device is gone (driver reset, watchdog, unplugged, destroyed). Later calls return this again.
-    #[error("{device}: the device was lost: {reason}")]
     DeviceLost { device: String, reason: String },
 
     /// The driver or wgpu refused an operation; with wgpu's own words.
-    #[error("{device}: {op} failed: {message}")]
     Device { device: String, op: String, message: String },
 
     /// Tensors of one operation live on different devices.
-    #[error("{op}: tensors are on different devices: {left} and {right}")]
     DeviceMismatch { op: &'static str, left: String, right: String },
 
     /// A file cannot be opened, read or written.
-    #[error("{}: {message}", path.display())]
     Io { path: PathBuf, message: String },
 
     /// A file is not what it should be.
-    #[error("{}: {message}", path.display())]
     File { path: PathBuf, message: String },
 
     /// A chat template is malformed, refuses the messages, or does what is not supported.
-    #[error("line {line} of the chat template: {message}")]
     Template { line: usize, message: String },
 
     /// A tensor in a file is missing, has the wrong type or shape, or contradicts its description.
-    #[error("{}: tensor {key:?}: {message}", path.display())]
     Tensor { path: PathBuf, key: String, message: String },
 }
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = OneLine(f);
+        match self {
+            Error::Shape { op, what, expected, got } => write!(f, "{op}: {what}: expected {expected}, got {got}"),
+            Error::Invalid { op, what, got, expected } => write!(f, "{op}: {what} is {got}; {expected}"),
+            Error::NonFinite { op, index, value } => {
+                write!(f, "{op}: the value at flat index {index} is {value}; only finite values can be quantized")
+            }
+            Error::Diverged { step, what, value } => write!(
+                f,
+                "step {step}: {what} is {value}; nothing was updated. A lower learning rate, or clipping, may help"
+            ),
+            Error::OtherRun { path, setting, before, now } => {
+                write!(f, "{}: is a run with {setting} {before}, which is {now} now; resume it as it was", path.display())
+            }
+            Error::Interrupted { op } => write!(f, "{op}: interrupted; nothing was written"),
+            Error::NoSuchAdapter { name, loaded } => write!(f, "no adapter named {name:?}; loaded: {loaded}"),
+            Error::NoDevice { wanted, found, hint } => write!(f, "no adapter matches {wanted}; found: {found}. {hint}"),
+            Error::Unsupported { device, what, hint } => write!(f, "{device}: {what} is not supported; {hint}"),
+            Error::OutOfMemory { device, what, bytes } => {
+                write!(f, "{device}: out of memory allocating {bytes} bytes for {what}")
+            }
+            Error::TooLarge { device, what, bytes, limit } => {
+                write!(f, "{device}: {what} takes {bytes} bytes, but one binding holds at most {limit}")
+            }
+            Error::DeviceLost { device, reason } => write!(f, "{device}: the device was lost: {reason}"),
+            Error::Device { device, op, message } => write!(f, "{device}: {op} failed: {message}"),
+            Error::DeviceMismatch { op, left, right } => {
+                write!(f, "{op}: tensors are on different devices: {left} and {right}")
+            }
+            Error::Io { path, message } => write!(f, "{}: {message}", path.display()),
+            Error::File { path, message } => write!(f, "{}: {message}", path.display()),
+            Error::Template { line, message } => write!(f, "line {line} of the chat template: {message}"),
+            Error::Tensor { path, key, message } => write!(f, "{}: tensor {key:?}: {message}", path.display()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
 
 impl Error {
     /// [`Error::Io`]: what the system says of the file at `path`.
     pub(crate) fn io(path: &Path, error: impl Display) -> Error {
         Error::Io { path: path.into(), message: error.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_is_one_line_whatever_files_say() {
+        let error = Error::File { path: "a\nb".into(), message: "has \x1b[2J\r\u{202e}".into() };
+        assert_eq!(error.to_string(), r"a\nb: has \u{1b}[2J\r\u{202e}");
+        let error = Error::Tensor { path: "m".into(), key: "\x1b[31m".into(), message: "is\nmissing".into() };
+        assert_eq!(error.to_string(), r#"m: tensor "\u{1b}[31m": is\nmissing"#);
     }
 }

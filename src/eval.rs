@@ -23,7 +23,7 @@ pub const PASS_TOKENS: usize = 512;
 /// them). Short sequences go through the model together, up to `pass_tokens`.
 ///
 /// # Errors
-/// [`Error::Invalid`] if no token carries loss, or a sequence is longer than the model's positions or has ids outside its
+/// [`Error::Invalid`] if no token carries loss, the loss is not finite, or a sequence is longer than the model's positions or has ids outside its
 /// vocabulary; the device's own.
 pub fn evaluate<'a>(
     model: &Decoder,
@@ -71,6 +71,14 @@ pub fn evaluate<'a>(
         });
     }
     let loss = sum / count as f64;
+    if !loss.is_finite() {
+        return Err(Error::Invalid {
+            op: "evaluation",
+            what: "the loss",
+            got: loss.to_string(),
+            expected: "the model's weights or its adapter are broken".into(),
+        });
+    }
     Ok(Evaluation { loss, perplexity: loss.exp(), tokens: count })
 }
 

@@ -66,7 +66,8 @@
 //! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face checkpoints, GGUF, PEFT adapters |
 //!
 //! What a subscriber of [`tracing`] hears, under the target `qlora_wgpu`: at info the device with its tier and limits, models
-//! with sizes and times, chosen micro-batches, checkpoints; at debug compiled pipelines and growing memory.
+//! with sizes and times, chosen micro-batches, checkpoints; at debug compiled pipelines and growing memory; at trace, spans
+//! `compiling kernels` and `tuning kernels` around what a device's first use waits for.
 //!
 //! Functions do not panic on bad input: they return an [`Error`] that names the operation and the shapes, file or key.
 
@@ -86,6 +87,7 @@ pub mod kernels;
 mod memory;
 pub mod nn;
 pub mod optim;
+mod printable;
 pub mod quant;
 mod seed;
 pub mod tensor;

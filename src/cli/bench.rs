@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use super::plot::speed;
-use super::{print_json, print_line, table};
+use super::{output, print_json, print_line, table};
 use crate::bench::Row;
 use crate::bench::layer::{self, Case, measure};
 use crate::bench::peer::Peer;
@@ -138,6 +138,10 @@ fn rank(text: &str) -> Result<usize, String> {
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {
+    output::check([&args.output, &args.plot].into_iter().filter_map(|path| path.as_deref()), &[])?;
+    if let (Some(output), Some(plot)) = (&args.output, &args.plot) {
+        output::check_apart(plot, (output, "--output"))?;
+    }
     let machine = Machine::this();
     let device = Device::named(&args.device)?;
     let quant = QuantOptions { format: args.format, ..QuantOptions::default() };

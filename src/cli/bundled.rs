@@ -1,9 +1,11 @@
 //! The demo's model and text, inside the program; assets/README.md says where they are from.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::formats::staged::StagedFile;
 
 /// Definitions of The Devil's Dictionary to train on, and others to evaluate on.
 pub(super) const TRAIN: &str = "devil_train.jsonl";
@@ -40,6 +42,6 @@ pub(super) fn write_texts(folder: &Path) -> Result<()> {
 fn write(folder: &Path, files: &[(&str, &[u8])]) -> Result<()> {
     files.iter().try_for_each(|(name, bytes)| {
         let path = folder.join(name);
-        fs::write(&path, bytes).map_err(|e| Error::io(&path, e))
+        StagedFile::new(&path, |out| out.write_all(bytes).map_err(|e| Error::io(&path, e)))?.commit()
     })
 }

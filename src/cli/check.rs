@@ -166,7 +166,7 @@ fn load() -> Result<Array2<f32>> {
     let file = safetensors::SafeTensors::deserialize(bundled::MODEL).map_err(|e| error(e.to_string()))?;
     let tensor = file.tensor(WEIGHT).map_err(|e| error(e.to_string()))?;
     let (safetensors::Dtype::F16, &[rows, cols]) = (tensor.dtype(), tensor.shape()) else {
-        return Err(error(format!("is {:?} {:?}, expected an F16 matrix", tensor.dtype(), tensor.shape())));
+        return Err(error(format!("is {} {:?}, expected an F16 matrix", tensor.dtype(), tensor.shape())));
     };
     let values = tensor.data().chunks_exact(2).map(|bytes| f16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
     Array2::from_shape_vec((rows, cols), values.collect()).map_err(|e| error(e.to_string()))

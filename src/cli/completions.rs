@@ -1,9 +1,9 @@
 //! `qlora completions`: commands, flags and paths for a shell to complete.
 
-use clap::{Args, CommandFactory};
+use clap::Args;
 use clap_complete::Shell;
 
-use super::{Cli, put};
+use super::{command, put};
 use crate::error::Result;
 
 /// Prints a script that completes commands, flags and paths in a shell
@@ -27,6 +27,6 @@ pub struct CompletionsArgs {
 
 pub fn run(args: &CompletionsArgs) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "qlora", &mut script);
+    clap_complete::generate(args.shell, &mut command(), "qlora", &mut script);
     put(&String::from_utf8_lossy(&script)).map(drop)
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::model::ModelArgs;
 use super::progress;
-use super::{bundled, print_json, print_line, say};
+use super::{bundled, output, print_json, print_line, say};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
@@ -93,6 +93,10 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let typed = args.model.clone().map(ModelArgs::of);
     let found = typed.as_ref().map(ModelArgs::path).transpose()?;
     let output = args.output.as_ref().map_or_else(fresh, |path| create(path).map(|()| path.clone()))?;
+    if let Some(model) = &found {
+        let texts = [bundled::TRAIN, bundled::VALID].map(|name| output.join(name));
+        output::check(texts.iter().map(PathBuf::as_path), &[(model, "the model")])?;
+    }
     let (path, steps, lr) = match found {
         Some(path) => (path, 30, 5e-4),
         None => (bundled::write_model(&output)?, 100, 2e-3),
@@ -167,16 +171,20 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     }
     // As it can be typed here, installed or not.
     let program = std::env::args().next().unwrap_or_else(|| "qlora".into());
-    let (name, adapter, data) = (source.name(), adapter.display(), output.join(bundled::TRAIN));
+    let (plot, folder) = (adapter.join("loss.png"), adapter.clone());
+    let [program, name, adapter, data] =
+        [program, source.name(), adapter.display().to_string(), output.join(bundled::TRAIN).display().to_string()]
+            .map(say::quoted);
     let Sampling { temperature, top_p, seed, .. } = SAMPLING;
     say::summary(format!(
-        "\nloss plot: {adapter}/loss.png\n\
-         adapter:   {adapter}\n\n\
+        "\nloss plot: {}\n\
+         adapter:   {}\n\n\
          next, another word, and a model of your own:\n  \
          {program} generate --model {name} --adapter {adapter} --temperature {temperature} --top-p {top_p} --seed {seed} \
          --prompt $'Define: opera, n.\\n'\n  \
-         {program} finetune --model Qwen/Qwen2.5-0.5B --data {} --output my-adapter",
-        data.display(),
+         {program} finetune --model Qwen/Qwen2.5-0.5B --data {data} --output my-adapter",
+        plot.display(),
+        folder.display(),
     ))
 }
 

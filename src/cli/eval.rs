@@ -6,7 +6,7 @@ use clap::{Args, ValueHint};
 
 use super::data::{check, read};
 use super::model::{AdaptedArgs, With, label, print_all, switch};
-use super::{print_line, say};
+use super::{output, print_line, say};
 use crate::error::{Error, Result};
 use crate::eval::{Evaluation, PASS_TOKENS, evaluate};
 use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
@@ -43,6 +43,11 @@ pub struct EvalArgs {
 pub fn run(args: &EvalArgs) -> Result<()> {
     check([args.data.as_path()])?;
     let path = args.model.model.path()?;
+    if let Some(logits) = &args.dump_logits {
+        let adapters = args.model.adapters().into_iter().map(|(_, path)| (path, "an adapter"));
+        let inputs: Vec<_> = [(&*args.data, "the data"), (&path, "the model")].into_iter().chain(adapters).collect();
+        output::check([logits.as_path()], &inputs)?;
+    }
     let (mut model, uses) = args.model.load(&path)?;
     let vocabulary = model.config().vocab_size;
     let tokenizer = args.model.model.tokenizer(&path, vocabulary);
@@ -72,13 +77,16 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 /// The loss of the data, with the adapter that is active.
 fn evaluated(args: &EvalArgs, model: &Decoder, data: &Dataset) -> Result<Evaluation> {
-    let bar = say::bar(data.examples.len(), "{bar:40} {pos}/{len} sequences, {eta} left");
+    let bar = say::bar(data.examples.len(), "{wide_bar} {pos}/{len} sequences, {eta} left");
     // A text longer than the model's positions counts piece by piece, each without what was before.
     let most = model.config().max_position_embeddings;
     let pieces = data.examples.iter().flat_map(|example| example.pieces(most));
     let found =
         evaluate(model, pieces, PASS_TOKENS, |done| bar.set_position(done as u64)).map_err(|error| match error {
-            Error::Invalid { .. } => Error::File { path: args.data.clone(), message: error.to_string() },
+            // A loss that is not finite is the model's fault.
+            Error::Invalid { what, .. } if what != "the loss" => {
+                Error::File { path: args.data.clone(), message: error.to_string() }
+            }
             error => error,
         });
     bar.finish_and_clear();

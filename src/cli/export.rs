@@ -7,7 +7,7 @@ use clap::{Args, ValueHint};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::merge::{check_output, is_gguf_name};
+use super::merge::{check_inputs, check_output, is_gguf_name};
 use super::model::{ModelArgs, misfit, read_adapter, warn_other_base};
 use super::{print_json, say};
 use crate::error::{Error, Result};
@@ -60,6 +60,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     }
     check_output(&args.output, &args.model, &args.adapter, args.force)?;
     let path = ModelArgs::of(args.model.clone()).path()?;
+    check_inputs(&args.output, &path, &args.adapter)?;
     let adapter = read_adapter(&args.adapter)?;
     let model = ModelSpec::read(&path, &BaseFormat::AsIs)?;
     // What DoRA lacks is no matter of the model.

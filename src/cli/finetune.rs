@@ -12,12 +12,12 @@ use serde::Serialize;
 use super::model::{misfit, warn_other_base};
 use super::progress::{bytes, train};
 use super::run::{Data, Prepared, RunArgs};
-use super::{Cli, INTERRUPTED, interrupts, print_json, say, settings};
+use super::{Cli, INTERRUPTED, interrupts, output, print_json, say, settings};
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
 use crate::train::batches::Batches;
-use crate::train::metrics::Record;
+use crate::train::metrics::{FILE, Record};
 use crate::train::run::{End, Run, RunFolder, RunOptions, Summary};
 
 /// Trains an adapter of a model on a text.
@@ -120,6 +120,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let (Some(_), Some(output)) = (&args.data, &args.output) else {
         missing("--data FILE and --output DIR");
     };
+    check_apart(args, output)?;
     let folder = RunFolder::claim(output)?;
     let goes_on = args.resume && folder.has_checkpoint()?;
     if args.resume && !goes_on {
@@ -179,8 +180,25 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let base = if as_is.matrix_bytes(&device)? == spec.matrix_bytes(&device)? { "" } else { args.model.base_flag() };
     let name = args.model.name();
     say::summary(format!("loss plot: {output}/loss.png\nadapter:   {output}"))?;
+    let [name, output] = [name, output.to_string()].map(say::quoted);
     say::summary(format!("next: qlora generate --model {name}{base} --adapter {output} --prompt TEXT"))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a folder in which the run would write to what it reads.
+fn check_apart(args: &RunArgs, folder: &Path) -> Result<()> {
+    let names = [FILE, "loss.svg", "loss.png", "adapter_config.json", "adapter_model.safetensors"];
+    let files = names.map(|name| folder.join(name));
+    let model = Some(args.model.name().into());
+    let inputs = [
+        (&args.data, "the data"),
+        (&args.eval_data, "the evaluation data"),
+        (&args.training.adapter.init_adapter, "the adapter"),
+        (&args.config, "the settings file"),
+        (&model, "the model"),
+    ];
+    let inputs: Vec<_> = inputs.into_iter().filter_map(|(path, what)| Some((path.as_deref()?, what))).collect();
+    output::check(std::iter::once(folder).chain(files.iter().map(PathBuf::as_path)), &inputs)
 }
 
 /// Ends as clap does where a flag is missing.

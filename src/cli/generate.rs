@@ -1,5 +1,6 @@
 //! `qlora generate`: text from a model.
 
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::time::Instant;
 
@@ -11,6 +12,7 @@ use super::{put, say};
 use crate::error::Result;
 use crate::generate::{Sampler, Sampling, generate};
 use crate::nn::Decoder;
+use crate::printable::lines;
 use crate::text::{Conversation, Message, Tokenizer};
 
 /// Continues a prompt, token by token.
@@ -23,13 +25,13 @@ pub struct GenerateArgs {
     #[command(flatten)]
     model: AdaptedArgs,
     /// The text to continue; with --chat, the user's message.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     prompt: String,
     /// Put the prompt into the model's chat template.
     #[arg(long)]
     chat: bool,
     /// A system message before it; needs --chat.
-    #[arg(long, requires = "chat")]
+    #[arg(long, requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
     /// The most tokens to answer.
     #[arg(long, default_value_t = 128)]
@@ -47,7 +49,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Ends the answer where this text comes; may be given several times.
-    #[arg(long)]
+    #[arg(long, allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Print tokens per second to stderr at the end.
     #[arg(long)]
@@ -197,6 +199,8 @@ impl Printer<'_> {
         let text = std::mem::replace(&mut self.held, rest);
         match &mut self.kept {
             Some(kept) => kept.push_str(&text),
+            // A terminal would do what control characters say.
+            None if std::io::stdout().is_terminal() => self.stopped = put(&lines(&text))?.is_break(),
             None => self.stopped = put(&text)?.is_break(),
         }
         Ok(if self.stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })

@@ -20,6 +20,7 @@ use crate::formats::json::JsonObject;
 use crate::formats::peft::{self, PeftConfig};
 use crate::formats::safetensors::SafetensorsFile;
 use crate::nn::ModelConfig;
+use crate::printable::one_line;
 
 /// Shows what is in a model or an adapter: its config, and its tensors with formats and sizes.
 ///
@@ -206,7 +207,7 @@ fn adapter(path: &Path) -> Result<Report> {
 
 fn print(report: &Report, all: bool) -> Result<()> {
     for (name, text) in facts(report) {
-        print_line(&format!("{name:<14}{text}"))?;
+        print_line(&format!("{name:<14}{}", one_line(&text)))?;
     }
     if report.tensors.is_empty() {
         return Ok(());

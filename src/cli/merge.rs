@@ -12,7 +12,7 @@ use indicatif::{HumanBytes, ProgressBar};
 use serde::Serialize;
 
 use super::model::{ModelArgs, misfit, read_adapter, warn_other_base};
-use super::{INTERRUPTED, existing, interrupts, print_json, say};
+use super::{INTERRUPTED, interrupts, output, print_json, say};
 use crate::error::{Error, Result};
 use crate::export::{DirectoryOptions, Merged, Progress};
 use crate::formats::gguf::TensorType;
@@ -21,8 +21,8 @@ use crate::quant::{Dtype, QuantOptions};
 /// Merges an adapter into its model: a directory that transformers loads, or a GGUF file.
 ///
 /// W of every linear layer with an adapter becomes W + s B A, with DoRA's row lengths where it is DoRA. A dense model's own
-/// weights are W; of a 4-bit model, W is what its codes stand for, as the adapter was trained beside these values. Everything
-/// else of the model comes along. Needs memory for about one matrix.
+/// weights are W; of a 4-bit model, W is what its codes stand for, as the adapter was trained beside these values. Tokenizer,
+/// chat templates, generation settings and licences come along. Needs memory for about one matrix.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora merge --model MODEL_DIR --adapter my-adapter --output merged --dtype bf16\n  \
@@ -122,6 +122,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
     check_options(args, to_gguf)?;
     check_output(&args.output, &args.model, &args.adapter, args.force)?;
     let path = ModelArgs::of(args.model.clone()).path()?;
+    check_inputs(&args.output, &path, &args.adapter)?;
     let adapter = read_adapter(&args.adapter)?;
     let merged = Merged::open(&path, &adapter).map_err(|error| misfit(&args.adapter, &adapter, error))?;
     warn_other_base(&args.adapter, &adapter.config, &args.model.display().to_string());
@@ -143,6 +144,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
                 "quantizing merged weights to {format} again loses a part of what the adapter learned; evaluate the result"
             ));
         }
+        tell_companions(&merged)?;
         written = merged.write_directory(&args.output, &options, &watch);
     }
     bar.finish_and_clear();
@@ -208,25 +210,43 @@ fn check_options(args: &MergeArgs, to_gguf: bool) -> Result<()> {
 /// Refuses to replace an output unasked, and to replace what is read at all.
 pub(super) fn check_output(output: &Path, model: &Path, adapter: &Path, force: bool) -> Result<()> {
     let refuse = |message: &str| Err(Error::File { path: output.into(), message: message.into() });
-    let Some(place) = existing(output, &[(model, "the model"), (adapter, "the adapter")])? else { return Ok(()) };
-    let empty = place.read_dir().is_ok_and(|mut entries| entries.next().is_none());
-    match (is_gguf_name(output), place.is_dir()) {
+    check_inputs(output, model, adapter)?;
+    match (is_gguf_name(output), output.is_dir()) {
         (true, true) => refuse("is a directory; a GGUF file is wanted there"),
-        (false, false) => refuse("is a file; name a directory, or a file that ends in .gguf"),
-        _ if !force && !empty => refuse("exists; pass --force to replace what is there"),
+        (false, false) if output.exists() => refuse("is a file; name a directory, or a file that ends in .gguf"),
+        _ if !force && output::would_replace(output) => refuse("exists; pass --force to replace what is there"),
         _ => Ok(()),
     }
+}
+
+/// Refuses to write a file of the model or the adapter. In a folder all files may be replaced but GGUF files.
+pub(super) fn check_inputs(output: &Path, model: &Path, adapter: &Path) -> Result<()> {
+    let files = if is_gguf_name(output) { Vec::new() } else { output::files(output) };
+    let files = files.iter().map(PathBuf::as_path).filter(|file| !is_gguf_name(file));
+    output::check(std::iter::once(output).chain(files), &[(model, "the model"), (adapter, "the adapter")])
+}
+
+/// Says which files beside the weights are from elsewhere, and which do not come along.
+fn tell_companions(merged: &Merged<'_>) -> Result<()> {
+    let companions = merged.companions()?;
+    for (name, real) in &companions.outside {
+        say::warning(format!("{name} leads out of the model's folder: what is copied is {}", real.display()));
+    }
+    if !companions.left_out.is_empty() {
+        say::progress(format!("not copied: {}", companions.left_out.join(", ")));
+    }
+    Ok(())
 }
 
 /// A bar, and what is told of every tensor: it shows it, and ends the work after Ctrl-C.
 fn watched(total: usize) -> (ProgressBar, impl Fn(Progress<'_>) -> ControlFlow<()>) {
     let stop = interrupts("ending after this tensor; once more ends at once");
-    let bar = say::bar(total, "{wide_bar} {pos}/{len} {msg}");
+    let bar = say::bar(total, "{bar:10} {pos}/{len} {wide_msg}");
     let shown = bar.clone();
     let watch = move |progress: Progress<'_>| {
         shown.set_length(progress.total as u64);
         shown.set_position(progress.done as u64);
-        shown.set_message(progress.name.to_owned());
+        say::at(&shown, progress.name);
         if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     (bar, watch)

@@ -15,6 +15,7 @@ mod hub;
 mod inspect;
 mod merge;
 mod model;
+mod output;
 mod plan;
 mod plot;
 mod progress;
@@ -23,19 +24,21 @@ mod run;
 mod say;
 mod settings;
 mod training;
+mod waiting;
 
 use std::ffi::OsString;
-use std::fs;
-use std::io::{ErrorKind, IsTerminal, Write, stdout};
+use std::io::{ErrorKind, IsTerminal, Write, stderr, stdout};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::builder::StyledStr;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::device::check_environment;
 use crate::error::Result;
+use crate::printable::{is_hidden, lines, one_line};
 
 /// The exit status of a command that Ctrl-C has ended: 128 and the number of the signal, as shells have it.
 const INTERRUPTED: u8 = 130;
@@ -50,7 +53,7 @@ const INTERRUPTED: u8 = 130;
     Environment:\n  \
     QLORA_DEVICE  device where none is given: cpu, gpu, best, an index or a part of a name\n  \
     QLORA_TIER    kernels to use: software, plain, subgroup, f16, subgroup-f16 or cooperative-matrix\n  \
-    QLORA_TUNE    0: do not measure which variant of a kernel is the fastest, take the table's\n  \
+    QLORA_TUNE    0: do not measure which variant of a kernel is the fastest, take the table's; 1: do\n  \
     QLORA_LOG     what is told of what is done, instead of -v: debug, or qlora_wgpu::train=info\n  \
     NO_COLOR      no colours; CLICOLOR_FORCE=1: colours, terminal or not\n\n\
     Results are printed on stdout, everything else on stderr; --json makes the result one JSON value.\n\n\
@@ -92,12 +95,42 @@ pub fn run() -> ExitCode {
         Ok(arguments) => arguments,
         Err(error) => return fail(error),
     };
-    let Cli { command, say } = Cli::parse_from(arguments);
-    if let Err(error) = say::begin(&say) {
+    let Cli { command, say } = match Cli::from_arg_matches(&command().get_matches_from(arguments)) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    if let Err(error) = say::begin(&say).and_then(|()| check_environment()) {
         return fail(error);
     }
     // On a thread of the pool: an operation of the CPU device then need not hand over to one and wait.
-    rayon::scope(|_| dispatch(&command)).unwrap_or_else(fail)
+    let done = rayon::scope(|_| dispatch(&command)).unwrap_or_else(fail);
+    waiting::clear();
+    done
+}
+
+/// The command line, with what must be given marked in the help.
+fn command() -> clap::Command {
+    // `plan` shares the other flags of `finetune`, and can do without these.
+    const OF_FINETUNE: [&str; 2] = ["data", "output"];
+    Cli::command().mut_subcommands(|command| {
+        let finetunes = command.get_name() == "finetune";
+        let mark = if command.get_arguments().any(|flag| flag.get_id() == "config") {
+            "[required, typed or in --config]"
+        } else {
+            "[required]"
+        };
+        command.mut_args(|flag| {
+            let required = flag.is_required_set() || finetunes && OF_FINETUNE.contains(&flag.get_id().as_str());
+            if !required || flag.is_positional() {
+                return flag;
+            }
+            // The long text is there only where it is another one.
+            let marked = |text: &StyledStr| StyledStr::from(format!("{text} {mark}"));
+            let [short, long] = [flag.get_help(), flag.get_long_help()].map(|text| text.map(marked));
+            let flag = if let Some(text) = short { flag.help(text) } else { flag };
+            if let Some(text) = long { flag.long_help(text) } else { flag }
+        })
+    })
 }
 
 fn dispatch(command: &Command) -> Result<ExitCode> {
@@ -160,24 +193,12 @@ fn keeping_ignored_hangups(set_handlers: impl FnOnce()) {
     set_handlers();
 }
 
-/// Where a command's output is already, if it is; an error if that is what it reads. `inputs`: a path and what it is.
-fn existing(output: &Path, inputs: &[(&Path, &str)]) -> Result<Option<PathBuf>> {
-    let Ok(place) = fs::canonicalize(output) else { return Ok(None) };
-    for (input, what) in inputs {
-        if fs::canonicalize(input).is_ok_and(|input| input == place) {
-            let message = format!("is {what} too; choose another output");
-            return Err(crate::Error::File { path: output.into(), message });
-        }
-    }
-    Ok(Some(place))
-}
-
 /// A table for people: a header and rows, without borders, numbers to the right.
 fn table<const N: usize>(header: [&str; N], numbers_from: usize, rows: Vec<[String; N]>) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING).set_header(header);
     for row in rows {
-        table.add_row(row);
+        table.add_row(row.iter().map(|cell| one_line(cell)));
     }
     for column in table.column_iter_mut().skip(numbers_from) {
         column.set_cell_alignment(comfy_table::CellAlignment::Right);
@@ -189,16 +210,35 @@ fn table<const N: usize>(header: [&str; N], numbers_from: usize, rows: Vec<[Stri
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text =
         serde_json::to_string_pretty(value).map_err(|error| crate::Error::io("standard output".as_ref(), error))?;
-    print_line(&text)
+    put(&format!("{}\n", json_escaped(&text))).map(drop)
 }
 
-/// Prints a line on stdout.
+/// JSON that means the same, with characters escaped that a terminal should not get. They are in strings, where else.
+fn json_escaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c != '\n' && is_hidden(c) {
+            c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| out.push_str(&format!("\\u{unit:04x}")));
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+/// Prints lines for people on stdout, with control characters in them escaped.
 fn print_line(text: &str) -> Result<()> {
-    put(&format!("{text}\n")).map(drop)
+    put(&format!("{}\n", lines(text))).map(drop)
 }
 
-/// Prints on stdout, at once on a terminal. A reader that has gone away (as `head` does) is no error, but a reason to end.
+/// Prints on stdout, at once on a terminal; on stderr, if stdout is where an output goes. A reader that has gone away (as `head`
+/// does) is no error, but a reason to end.
 fn put(text: &str) -> Result<ControlFlow<()>> {
+    waiting::clear();
+    if output::has_stdout() {
+        let _ = stderr().write_all(text.as_bytes());
+        return Ok(ControlFlow::Continue(()));
+    }
     let mut out = stdout();
     match out.write_all(text.as_bytes()).and_then(|()| if out.is_terminal() { out.flush() } else { Ok(()) }) {
         Ok(()) => Ok(ControlFlow::Continue(())),

@@ -126,10 +126,15 @@ impl ModelArgs {
 }
 
 impl AdaptedArgs {
+    /// Names and directories of the adapters.
+    pub fn adapters(&self) -> Vec<(&str, &Path)> {
+        self.adapter.iter().map(|given| split_name(given)).collect()
+    }
+
     /// Loads the model at `path` with its adapters, none of them active. Also which to use, one after the other.
     pub fn load(&self, path: &Path) -> Result<(Decoder, Vec<Option<&str>>)> {
         // First, as it is quick.
-        let named: Vec<(&str, &Path)> = self.adapter.iter().map(|given| split_name(given)).collect();
+        let named = self.adapters();
         let chosen = choose(&named, &self.chosen)?;
         let read = |(name, path): (_, _)| Ok((name, path, read_adapter(path)?));
         let adapters = named.into_iter().map(read).collect::<Result<Vec<_>>>()?;

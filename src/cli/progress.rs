@@ -28,7 +28,7 @@ struct Progress {
 impl Progress {
     /// For a run of `total` steps of which `done` are done.
     fn new(total: u32, done: u32) -> Progress {
-        let bar = say::bar(total as usize, "{bar:30} {pos}/{len} {msg}");
+        let bar = say::bar(total as usize, "{bar:10} {pos}/{len} {wide_msg}");
         bar.set_position(done.into());
         Progress { bar, total, start: None, last_line: None, eval_loss: None }
     }

@@ -10,14 +10,14 @@ use rayon::prelude::*;
 use regex::Regex;
 use serde::Serialize;
 
-use super::{existing, print_json, say};
+use super::{output, print_json, say};
 use crate::error::{Error, Result};
 use crate::formats::bitsandbytes;
 use crate::formats::safetensors::{self, OutData, OutTensor, SafetensorsFile, TensorType};
 use crate::memory;
 use crate::quant::{Dtype, Format, QuantOptions, QuantizedMatrix};
 
-const BAR: &str = "{wide_bar} {pos}/{len} {msg}";
+const BAR: &str = "{bar:10} {pos}/{len} {wide_msg}";
 
 /// Quantizes the weights of a safetensors file to 4 bits, in the serialization of bitsandbytes.
 ///
@@ -44,10 +44,10 @@ pub struct QuantizeArgs {
     #[arg(long, default_value_t = 64)]
     pub block: usize,
     /// Quantize only weights whose name this regular expression finds; may be repeated.
-    #[arg(long, value_name = "REGEX")]
+    #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
     pub include: Vec<Regex>,
     /// Leave out weights whose name this regular expression finds; may be repeated.
-    #[arg(long, value_name = "REGEX")]
+    #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
     pub exclude: Vec<Regex>,
     /// Replace the output if it exists.
     #[arg(long)]
@@ -124,6 +124,7 @@ impl<'a> Report<'a> {
 /// Whatever reading, quantizing or writing gives; [`Error::File`] if the output exists or no tensor
 /// matches.
 pub fn quantize(args: &QuantizeArgs) -> Result<()> {
+    check_input(&args.input)?;
     let file = SafetensorsFile::open(&args.input)?;
     check_output(&args.input, &args.output, args.force)?;
     let options = QuantOptions { format: args.format, block: args.block, ..QuantOptions::default() };
@@ -144,7 +145,7 @@ pub fn quantize(args: &QuantizeArgs) -> Result<()> {
     let bar = say::bar(chosen.len(), BAR);
     let mut matrices = Vec::with_capacity(chosen.len());
     for name in chosen {
-        bar.set_message(name.clone());
+        say::at(&bar, name);
         matrices.push((name, quantize_tensor(&file, name, &options)?));
         bar.inc(1);
     }
@@ -170,6 +171,7 @@ pub fn quantize(args: &QuantizeArgs) -> Result<()> {
 /// # Errors
 /// Whatever reading or writing gives; [`Error::File`] if the output exists or nothing is 4-bit.
 pub fn dequantize(args: &DequantizeArgs) -> Result<()> {
+    check_input(&args.input)?;
     let file = SafetensorsFile::open(&args.input)?;
     check_output(&args.input, &args.output, args.force)?;
     let packed = bitsandbytes::quantized_weights(&file);
@@ -203,13 +205,32 @@ impl QuantizeArgs {
     }
 }
 
+/// Refuses a directory, with the files in it that may be meant.
+fn check_input(input: &Path) -> Result<()> {
+    if !input.is_dir() {
+        return Ok(());
+    }
+    let is_tensors = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "safetensors");
+    let mut files: Vec<PathBuf> = output::files(input).into_iter().filter(is_tensors).collect();
+    files.sort();
+    let hint = match files.as_slice() {
+        [] => "no .safetensors file is in it".into(),
+        [one] => format!("give the file in it, {}", one.display()),
+        [first, ..] => {
+            format!("give one of the {} files in it after the other, such as {}", files.len(), first.display())
+        }
+    };
+    Err(Error::File { path: input.into(), message: format!("is a directory; {hint}") })
+}
+
 /// Refuses to replace a file unasked, and to replace the input at all.
 fn check_output(input: &Path, output: &Path, force: bool) -> Result<()> {
-    let refuse = |message: &str| Err(Error::File { path: output.into(), message: message.into() });
-    match existing(output, &[(input, "the input")])? {
-        Some(_) if !force => refuse("exists; pass --force to replace it"),
-        _ => Ok(()),
+    output::check([output], &[(input, "the input")])?;
+    if !force && output::would_replace(output) {
+        let message = "exists; pass --force to replace it".into();
+        return Err(Error::File { path: output.into(), message });
     }
+    Ok(())
 }
 
 fn is_matrix(file: &SafetensorsFile, name: &str) -> bool {
@@ -251,9 +272,9 @@ fn dequantized<'a>(name: &str, matrix: &'a QuantizedMatrix, bar: &'a ProgressBar
         Dtype::Bf16 => TensorType::BF16,
     };
     let name = name.to_owned();
-    let message = name.clone();
+    let shown = name.clone();
     let make = move || {
-        bar.set_message(message.clone());
+        say::at(bar, &shown);
         let bytes = dense_bytes(matrix);
         bar.inc(1);
         Ok(bytes)

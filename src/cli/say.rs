@@ -1,15 +1,16 @@
 //! What the command says on stderr: errors, warnings, how things go, and with -v what the library tells of itself. The library
 //! warns with `tracing::warn!`, which is shown as a warning whatever the flags. Who reads it may be gone, which is no error.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt::{Debug, Display};
 use std::io::Write;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{LazyLock, Mutex, OnceLock};
 
 use anstream::stderr;
 use clap::builder::styling::{AnsiColor, Style};
 use clap::{ArgAction, Args, ColorChoice};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
@@ -18,8 +19,9 @@ use tracing_subscriber::fmt::time::uptime;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::print_line;
+use super::{print_line, waiting};
 use crate::error::{Error, Result};
+use crate::printable::one_line;
 
 /// The variable with filters of the log, such as `debug` or `qlora_wgpu::train=info`.
 const LOG: &str = "QLORA_LOG";
@@ -53,6 +55,9 @@ enum Progress {
 
 static PROGRESS: OnceLock<Progress> = OnceLock::new();
 
+/// All bars, which share the terminal.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
 /// Begins as the flags and `QLORA_LOG` say; before that, progress is shown.
 ///
 /// # Errors
@@ -75,13 +80,27 @@ pub(super) fn begin(args: &SayArgs) -> Result<()> {
     // A program that calls this as a library may have begun, or have a subscriber of its own.
     let _ = PROGRESS.set(progress);
     let log = filter.map(|filter| {
-        let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_timer(uptime()).with_ansi(false);
+        let lines = tracing_subscriber::fmt::layer().with_writer(|| LogLine).with_timer(uptime()).with_ansi(false);
         // Warnings are shown already.
         lines.with_target(false).with_filter(filter.and(filter_fn(|told| *told.level() > Level::WARN)))
     });
     let warnings = Warnings.with_filter(Targets::new().with_target("qlora_wgpu", Level::WARN));
-    let _ = tracing_subscriber::registry().with(log).with(warnings).try_init();
+    let _ = tracing_subscriber::registry().with(log).with(warnings).with(waiting::layer()).try_init();
     Ok(())
+}
+
+/// Standard error, to which a line of the log is written at once.
+struct LogLine;
+
+impl Write for LogLine {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        fact(String::from_utf8_lossy(line).trim_end_matches('\n'));
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 fn level(verbose: u8) -> Option<Level> {
@@ -151,7 +170,7 @@ pub(super) fn progress(message: impl Display) {
 
 /// What was asked for and is no part of the result.
 pub(super) fn fact(message: impl Display) {
-    let _ = writeln!(stderr(), "{message}");
+    put(&one_line(&message.to_string()));
 }
 
 /// A line on stdout that sums up what is in files: --quiet leaves it out.
@@ -162,18 +181,48 @@ pub(super) fn summary(line: impl Display) -> Result<()> {
     if PROGRESS.get() == Some(&Progress::Silent) { Ok(()) } else { print_line(&line.to_string()) }
 }
 
-/// A bar, hidden where stderr is no terminal or bars are not wanted.
+/// A path or name as a shell takes it, in a command that is shown.
+pub(super) fn quoted(word: impl Display) -> String {
+    let word = word.to_string();
+    // Only a NUL cannot be quoted, and no path or argument has one.
+    shlex::try_quote(&word).map(Cow::into_owned).unwrap_or(word)
+}
+
+/// What a bar is at, such as a tensor by its name.
+pub(super) fn at(bar: &ProgressBar, what: &str) {
+    bar.set_message(one_line(what).into_owned());
+}
+
+/// Puts a line on stderr, in the place of the bars, which draw themselves again below it.
+fn put(line: &str) {
+    let _ = BARS.clear();
+    let _ = writeln!(stderr(), "{line}");
+}
+
+/// A bar, hidden where stderr is no terminal or bars are not wanted. To fit a narrow terminal, a template has one part that
+/// takes what is left: `{wide_bar}`, or `{wide_msg}` at its end.
 pub(super) fn bar(len: usize, template: &str) -> ProgressBar {
-    let target = match PROGRESS.get() {
-        Some(Progress::Lines | Progress::Silent) => ProgressDrawTarget::hidden(),
-        Some(Progress::Bars) | None => ProgressDrawTarget::stderr(),
-    };
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::with_draw_target(Some(len as u64), target).with_style(style)
+    shown(ProgressBar::new(len as u64).with_style(style))
+}
+
+/// A line that says what is waited for.
+pub(super) fn spinner() -> ProgressBar {
+    let style =
+        ProgressStyle::with_template("{spinner} {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
+    shown(ProgressBar::no_length().with_style(style))
+}
+
+fn shown(bar: ProgressBar) -> ProgressBar {
+    match PROGRESS.get() {
+        Some(Progress::Lines | Progress::Silent) => bar.set_draw_target(ProgressDrawTarget::hidden()),
+        Some(Progress::Bars) | None => return BARS.add(bar),
+    }
+    bar
 }
 
 /// The stream leaves the colours out where they are not shown or not wanted.
 fn labelled(label: &str, color: AnsiColor, message: impl Display) {
     let style: Style = color.on_default().bold();
-    let _ = writeln!(stderr(), "{style}{label}:{style:#} {message}");
+    put(&format!("{style}{label}:{style:#} {}", one_line(&message.to_string())));
 }

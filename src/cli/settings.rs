@@ -8,7 +8,11 @@ use clap::{ArgAction, Command};
 use toml::Value;
 
 use crate::error::{Error, Result};
-use crate::formats::input::{MAX_SMALL, read_small_text};
+use crate::formats::input::read_small_text;
+use crate::printable::is_hidden;
+
+/// Of a settings file.
+const MOST_BYTES: u64 = 1 << 20;
 
 /// Flags of which only one can be given: one on the command line sends away another in the file.
 const ALTERNATIVES: [&[&str]; 3] = [
@@ -24,9 +28,12 @@ const ALTERNATIVES: [&[&str]; 3] = [
 /// [`Error::Io`]; [`Error::File`] for malformed TOML, a key that is no flag of the command, or a value that no flag can have.
 pub(super) fn arguments(path: &Path, command: &Command, typed: &[String]) -> Result<Vec<OsString>> {
     let file_error = |message: String| Error::File { path: path.into(), message };
-    let text = read_small_text(path, MAX_SMALL)?;
-    let table: BTreeMap<String, Value> =
-        toml::from_str(&text).map_err(|e| file_error(e.to_string().trim_end().into()))?;
+    let text = read_small_text(path, MOST_BYTES)?;
+    let malformed = |error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        file_error(format!("line {}: {}", before.matches('\n').count() + 1, error.message()))
+    };
+    let table: BTreeMap<String, Value> = toml::from_str(&text).map_err(malformed)?;
     let mut arguments = Vec::new();
     for (key, value) in table {
         let name = key.replace('_', "-");
@@ -40,6 +47,10 @@ pub(super) fn arguments(path: &Path, command: &Command, typed: &[String]) -> Res
             continue;
         }
         let text = |value: &Value| match value {
+            // The parser of arguments would print it as it is.
+            Value::String(text) if text.contains(is_hidden) => {
+                Err(file_error(format!("`{key}` has characters that cannot be seen: {text}")))
+            }
             Value::String(text) => Ok(text.clone()),
             Value::Integer(number) => Ok(number.to_string()),
             Value::Float(number) => Ok(number.to_string()),
@@ -95,7 +106,9 @@ mod tests {
         assert!(error("learning = 1").contains("`learning` is no setting of finetune"));
         assert!(error("dora = 1").contains("true or false"));
         assert!(error("lr = true").contains("`lr`"));
-        assert!(error("lr 1").contains("x.toml"));
+        let malformed = error("# a comment\nlr 1");
+        assert!(malformed.contains("x.toml: line 2: ") && !malformed.contains(r"\n"), "{malformed}");
         assert!(error("config = \"y.toml\"").contains("`config`"));
+        assert!(error(r#"lr = "\u001b[31m""#).contains(r"`lr` has characters that cannot be seen: \u{1b}[31m"));
     }
 }

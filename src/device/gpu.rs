@@ -169,7 +169,10 @@ impl Gpu {
         let gpu = Gpu::wrap(info, raw, queue, wrap)?;
         let fault = gpu.0.fault.clone();
         gpu.0.raw.set_device_lost_callback(move |reason, message| {
-            let _first_reason_stays = fault.lost.set(format!("{message} ({reason:?})"));
+            let _first_reason_stays = fault.lost.set(match reason {
+                wgpu::DeviceLostReason::Destroyed => format!("{message} (destroyed)"),
+                wgpu::DeviceLostReason::Unknown => message,
+            });
         });
         let fault = gpu.0.fault.clone();
         gpu.0.raw.on_uncaptured_error(Arc::new(move |error| {
@@ -310,7 +313,9 @@ impl Gpu {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
+    /// wgpu's messages have several lines.
     pub(super) fn error(&self, op: &str, message: String) -> Error {
+        let message = message.split_whitespace().collect::<Vec<_>>().join(" ");
         Error::Device { device: self.0.name.clone(), op: op.to_owned(), message }
     }
 

@@ -164,26 +164,54 @@ pub(super) fn open(options: &GpuOptions) -> Result<Gpu> {
 pub(super) fn open_selected(options: &GpuOptions, wanted: Select) -> Result<Gpu> {
     let found = adapters();
     let names: Vec<String> = found.iter().map(|adapter| device_name(&adapter.get_info())).collect();
+    let is_hardware = found.iter().any(|adapter| adapter.get_info().device_type != wgpu::DeviceType::Cpu);
     let chosen = match &wanted {
         Select::HighPerformance => ranked(found, false).into_iter().next(),
         Select::LowPower => ranked(found, true).into_iter().next(),
         Select::Index(index) => index.checked_sub(1).and_then(|at| found.into_iter().nth(at)),
         Select::Name(part) => {
             let part = part.to_lowercase();
-            let mut matching = (names.iter().zip(found)).filter(|(name, _)| name.to_lowercase().contains(&part));
+            let is_meant = |name: &str| !part.is_empty() && name.to_lowercase().contains(&part);
+            let mut matching = (names.iter().zip(found)).filter(|(name, _)| is_meant(name));
             matching.next().map(|(_, adapter)| adapter)
         }
     };
-    let adapter = chosen.ok_or_else(|| Error::NoDevice {
+    let adapter = chosen.ok_or_else(|| no_device(&wanted, &names, is_hardware))?;
+    open_adapter(&adapter, options)
+}
+
+/// What there is instead of the adapter that is wanted: these, in the order of [`devices`].
+fn no_device(wanted: &Select, names: &[String], is_hardware: bool) -> Error {
+    let found: Vec<String> = (1..).zip(names).map(|(index, name)| format!("{index} {name}")).collect();
+    let mut hints = Vec::new();
+    if let Some(nearest) = nearest(wanted, names) {
+        hints.push(format!("Did you mean {nearest}?"));
+    }
+    if matches!(wanted, Select::Index(_) | Select::Name(_)) {
+        hints.push("A device is cpu, gpu, best, an index of `qlora devices` or a part of a name.".into());
+    }
+    if !is_hardware {
+        hints.push(NO_DEVICE_HINT.into());
+    }
+    Error::NoDevice {
         wanted: match wanted {
             Select::HighPerformance | Select::LowPower => "any GPU".into(),
             Select::Index(index) => format!("index {index}"),
             Select::Name(name) => format!("{name:?}"),
         },
-        found: if names.is_empty() { "none".into() } else { names.join(", ") },
-        hint: NO_DEVICE_HINT.into(),
-    })?;
-    open_adapter(&adapter, options)
+        found: if found.is_empty() { "none but the CPU".into() } else { format!("0 cpu, {}", found.join(", ")) },
+        hint: hints.join(" "),
+    }
+}
+
+/// The word for a device, or the word in a name, that was most likely meant.
+fn nearest(wanted: &Select, names: &[String]) -> Option<String> {
+    let Select::Name(wanted) = wanted else { return None };
+    let wanted = wanted.to_lowercase();
+    let words = names.iter().flat_map(|name| name.split(|c: char| !c.is_alphanumeric())).filter(|word| word.len() > 2);
+    let words = ["cpu", "gpu", "best"].into_iter().chain(words).map(str::to_lowercase);
+    let likeness = |word: &String| strsim::normalized_damerau_levenshtein(&wanted, word);
+    words.filter(|word| likeness(word) > 0.6).max_by(|one, other| likeness(one).total_cmp(&likeness(other)))
 }
 
 /// What to do where no adapter is found.
@@ -208,6 +236,7 @@ fn ranked(mut adapters: Vec<wgpu::Adapter>, low_power: bool) -> Vec<wgpu::Adapte
 }
 
 fn open_adapter(adapter: &wgpu::Adapter, options: &GpuOptions) -> Result<Gpu> {
+    tune::check_variable()?;
     let tier = tier(options, &adapter.get_info(), adapter.features())?;
     pollster::block_on(Gpu::open(adapter, settings(options, tier, adapter)))
 }
@@ -225,11 +254,32 @@ pub(super) fn wrap(
 }
 
 fn tier(options: &GpuOptions, info: &wgpu::AdapterInfo, features: wgpu::Features) -> Result<Tier> {
-    match (options.tier, std::env::var("QLORA_TIER")) {
-        (Some(tier), _) => Ok(tier),
-        (None, Ok(name)) if !name.is_empty() => name.parse(),
-        _ => Ok(Tier::best(info.device_type, features)),
+    match options.tier {
+        Some(tier) => Ok(tier),
+        None => Ok(tier_variable()?.unwrap_or_else(|| Tier::best(info.device_type, features))),
     }
+}
+
+/// The tier that `QLORA_TIER` asks for.
+fn tier_variable() -> Result<Option<Tier>> {
+    let Some(name) = std::env::var_os("QLORA_TIER").filter(|name| !name.is_empty()) else { return Ok(None) };
+    let name = name.to_string_lossy();
+    name.parse().map(Some).map_err(|error| match error {
+        Error::Invalid { expected, .. } => {
+            Error::Invalid { op: "the environment", what: "QLORA_TIER", got: name.into_owned(), expected }
+        }
+        error => error,
+    })
+}
+
+/// Checks the variables that have few values, whether or not a device reads them.
+///
+/// # Errors
+/// [`Error::Invalid`] for `QLORA_TIER` or `QLORA_TUNE` with a value that it cannot have.
+#[cfg(feature = "cli")]
+pub(crate) fn check_environment() -> Result<()> {
+    tier_variable()?;
+    tune::check_variable()
 }
 
 fn settings(options: &GpuOptions, tier: Tier, adapter: &wgpu::Adapter) -> Wrap {
@@ -240,5 +290,25 @@ fn settings(options: &GpuOptions, tier: Tier, adapter: &wgpu::Adapter) -> Wrap {
         memory_limit: options.memory_limit,
         immediates: options.immediates,
         tune: options.tune.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_mistyped_is_answered_with_what_there_is() {
+        let names = ["Radeon RX 7600 (vulkan)".to_owned(), "llvmpipe (LLVM 15) (gl)".into()];
+        for (wanted, nearest) in [("gpuu", "gpu"), ("CUP", "cpu"), ("radoen", "radeon"), ("vulcan", "vulkan")] {
+            let error = no_device(&Select::Name(wanted.into()), &names, true).to_string();
+            assert!(error.contains(&format!("Did you mean {nearest}?")), "{error}");
+            assert!(error.contains("0 cpu, 1 Radeon RX 7600 (vulkan), 2 llvmpipe"), "{error}");
+            assert!(error.contains("an index of `qlora devices`") && !error.contains("Install"), "{error}");
+        }
+        let error = no_device(&Select::Name("nothing".into()), &[], false).to_string();
+        assert!(!error.contains("Did you mean") && error.contains("Install a Vulkan driver"), "{error}");
+        let error = no_device(&Select::Index(7), &names, true).to_string();
+        assert!(error.contains("index 7") && error.contains("0 cpu"), "{error}");
     }
 }

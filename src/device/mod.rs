@@ -22,6 +22,8 @@ pub(crate) use cpu::Counted;
 pub use cpu::{Cpu, HostBuffer};
 pub(crate) use gpu::{Buffer, MAX_PARAMS_BYTES};
 pub use gpu::{Gpu, GpuLimits};
+#[cfg(feature = "cli")]
+pub(crate) use list::check_environment;
 pub use list::{DeviceInfo, GpuOptions, Select, devices};
 pub use pool::MemoryCounters;
 pub(crate) use pool::{Pool, size_class};
@@ -60,7 +62,12 @@ impl Device {
     /// `QLORA_DEVICE` (`cpu`, `gpu`, a part of a name, or an index in [`devices`]) overrides.
     pub fn best() -> Result<Device> {
         match std::env::var("QLORA_DEVICE") {
-            Ok(name) if !name.is_empty() && name != "best" => Device::named(&name),
+            Ok(name) if !name.is_empty() && name != "best" => Device::named(&name).map_err(|error| match error {
+                Error::NoDevice { wanted, found, hint } => {
+                    Error::NoDevice { wanted: format!("QLORA_DEVICE={wanted}"), found, hint }
+                }
+                error => error,
+            }),
             _ => match list::hardware()? {
                 Some(gpu) => Ok(Device::Gpu(gpu)),
                 None => Ok(Device::chosen_cpu()),
@@ -71,7 +78,7 @@ impl Device {
     /// The device that a command-line word means: `cpu`, `gpu` (any adapter), `best`, an index in [`devices`], or a
     /// part of an adapter's name or backend.
     pub fn named(name: &str) -> Result<Device> {
-        match name {
+        match name.to_ascii_lowercase().as_str() {
             "cpu" | "0" => Ok(Device::chosen_cpu()),
             "best" => Device::best(),
             // Said in so many words: QLORA_DEVICE does not count.

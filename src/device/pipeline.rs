@@ -58,6 +58,7 @@ impl Pipelines {
 
 impl Pipeline {
     fn compile(gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Pipeline> {
+        let _span = tracing::trace_span!("compiling kernels").entered();
         let start = Instant::now();
         let label = format!("{} {}", kernel.name, defines.label());
         let immediates = gpu.immediates();

@@ -12,9 +12,13 @@ use serde_json::Value;
 
 use super::gpu::Gpu;
 use crate::error::{Error, Result};
+use crate::formats::input::read_small;
 
 /// Timed runs of a variant, after one that compiles it; the shortest counts.
 const RUNS: usize = 3;
+
+/// Of the file. A choice has some 100 bytes.
+const MOST_BYTES: u64 = 16 << 20;
 
 /// Cases, and the variant of each.
 type Choices = BTreeMap<String, usize>;
@@ -26,6 +30,25 @@ pub(super) struct Tuner {
     device: String,
     /// Where choices are kept. Without one nothing is measured.
     file: Option<PathBuf>,
+}
+
+/// The values of `QLORA_TUNE`.
+const SWITCH: [&str; 3] = ["", "0", "1"];
+
+/// Checks what `QLORA_TUNE` says.
+///
+/// # Errors
+/// [`Error::Invalid`] for a value that it cannot have.
+pub(super) fn check_variable() -> Result<()> {
+    match std::env::var_os("QLORA_TUNE") {
+        Some(value) if !SWITCH.iter().any(|known| value == **known) => Err(Error::Invalid {
+            op: "the environment",
+            what: "QLORA_TUNE",
+            got: value.to_string_lossy().into_owned(),
+            expected: "it must be 0 (do not measure variants of kernels) or 1 (the default)".into(),
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// The file of choices, unless `QLORA_TUNE` is 0: in `QLORA_CACHE`, or the user's folder for such.
@@ -65,9 +88,7 @@ impl Tuner {
 
 /// Choices of every device.
 fn read(file: &Path) -> Result<serde_json::Map<String, Value>> {
-    let io = |message: String| Error::Io { path: file.into(), message };
-    let text = std::fs::read(file).map_err(|error| io(error.to_string()))?;
-    serde_json::from_slice(&text).map_err(|error| io(error.to_string()))
+    serde_json::from_slice(&read_small(file, MOST_BYTES)?).map_err(|error| Error::io(file, error))
 }
 
 fn of_device(all: &serde_json::Map<String, Value>, device: &str) -> Choices {
@@ -110,6 +131,7 @@ impl Gpu {
         if self.is_profiling() {
             return Ok(0);
         }
+        let _span = tracing::trace_span!("tuning kernels").entered();
         let mut best = (f64::INFINITY, 0);
         for variant in 0..variants {
             run(variant)?;

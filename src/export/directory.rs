@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::formats::bitsandbytes;
 use crate::formats::checkpoint::{INDEX, SINGLE};
 use crate::formats::gguf::{self, TensorType as GgufType};
+use crate::formats::input::{MAX_SMALL, read_small};
 use crate::formats::json::JsonObject;
 use crate::formats::safetensors::{OutData, OutTensor, TensorType, stage};
 use crate::formats::staged::StagedFile;
@@ -61,9 +62,21 @@ impl Merged<'_> {
         let written = self.write_into(output, options, watch);
         if written.is_err() && new {
             // Empty, as every file in it had a temporary name.
+            let _ = fs::remove_dir(output.join(TEMPLATES));
             let _ = fs::remove_dir(output);
         }
         written
+    }
+
+    /// The files beside the weights of a model that is a directory; of a GGUF file none, as all is in it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn companions(&self) -> Result<Companions> {
+        match &self.source {
+            Model::Checkpoint(_) => Companions::of(&self.path),
+            Model::Gguf(_) => Ok(Companions::default()),
+        }
     }
 
     fn write_into(&self, output: &Path, options: &DirectoryOptions, watch: &Watch<'_>) -> Result<()> {
@@ -109,6 +122,9 @@ impl Merged<'_> {
         for (name, bytes) in &texts {
             let path = output.join(name);
             let error = |e: io::Error| Error::io(&path, e);
+            if let Some(folder) = path.parent() {
+                fs::create_dir_all(folder).map_err(|e| Error::io(folder, e))?;
+            }
             staged.push(StagedFile::new(&path, |out| out.write_all(bytes).map_err(error))?);
         }
         let files: Vec<String> = weight_map.into_values().chain(texts.into_iter().map(|(name, _)| name)).collect();
@@ -206,27 +222,89 @@ fn pretty(value: &Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
-/// Files beside the weights that come along: tokenizer, generation settings, licences. Names and contents.
-fn small_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
-    let error = |path: &Path, e: io::Error| Error::io(path, e);
-    let mut paths: Vec<PathBuf> = Vec::new();
-    for entry in fs::read_dir(folder).map_err(|e| error(folder, e))? {
-        paths.push(entry.map_err(|e| error(folder, e))?.path());
+/// A folder of further chat templates, as transformers has it.
+const TEMPLATES: &str = "additional_chat_templates";
+
+/// Files beside a model's weights.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Companions {
+    /// Those that a merged model has too: tokenizer, chat templates, generation settings, licences. Paths in the folder.
+    pub copied: Vec<String>,
+    /// Of these, links that lead out of the folder, and where to. Links of the hub's cache, to blobs of the same model, are not
+    /// among them.
+    pub outside: Vec<(String, PathBuf)>,
+    /// Files and folders that do not come along, but for the weights' own and hidden ones.
+    pub left_out: Vec<String>,
+}
+
+impl Companions {
+    fn of(folder: &Path) -> Result<Companions> {
+        let mut found = Companions::default();
+        let real_folder = fs::canonicalize(folder).map_err(|e| Error::io(folder, e))?;
+        let root = repository(&real_folder);
+        let templates = folder.join(TEMPLATES);
+        let mut names = names_in(folder)?;
+        if templates.is_dir() {
+            names.extend(names_in(&templates)?.into_iter().map(|name| format!("{TEMPLATES}/{name}")));
+        }
+        for name in names {
+            let path = folder.join(&name);
+            if is_own(&name) || name == TEMPLATES && path.is_dir() {
+                continue;
+            }
+            if !comes_along(&name) || !is_small_file(&path) {
+                found.left_out.push(name);
+                continue;
+            }
+            let real = fs::canonicalize(&path).map_err(|e| Error::io(&path, e))?;
+            if !real.starts_with(root) {
+                found.outside.push((name.clone(), real));
+            }
+            found.copied.push(name);
+        }
+        Ok(found)
     }
-    paths.sort();
-    let comes_along = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        let is_text = [".json", ".txt", ".model", ".jinja"].iter().any(|end| name.ends_with(end));
-        let is_licence = ["licen", "notice", "copying"].iter().any(|part| name.contains(part));
-        let is_ours = name == "config.json" || name.ends_with(".index.json") || name.starts_with("adapter_");
-        path.is_file() && !name.starts_with('.') && (is_text || is_licence) && !is_ours
+}
+
+/// The names of what is in a folder, in order.
+fn names_in(folder: &Path) -> Result<Vec<String>> {
+    let error = |e: io::Error| Error::io(folder, e);
+    let entries = fs::read_dir(folder).map_err(error)?.collect::<io::Result<Vec<_>>>().map_err(error)?;
+    let mut names: Vec<String> = entries.iter().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    Ok(names)
+}
+
+/// The folder that a model's files may lie in: its own, or in the hub's cache (`models--ORG--NAME/snapshots/COMMIT`) that of
+/// the repository, where the blobs are.
+fn repository(folder: &Path) -> &Path {
+    let snapshots = folder.parent().filter(|parent| parent.file_name().is_some_and(|name| name == "snapshots"));
+    snapshots.and_then(Path::parent).unwrap_or(folder)
+}
+
+/// Whether a file is written anew, belongs to the weights, or is hidden.
+fn is_own(name: &str) -> bool {
+    name == "config.json" || name.ends_with(".index.json") || name.ends_with(".safetensors") || name.starts_with('.')
+}
+
+fn comes_along(name: &str) -> bool {
+    let name = name.to_lowercase();
+    let is_text = [".json", ".txt", ".model", ".jinja", ".tiktoken"].iter().any(|end| name.ends_with(end));
+    let is_licence = ["licen", "notice", "copying"].iter().any(|part| name.contains(part));
+    (is_text || is_licence || name.starts_with("tokenizer.")) && !name.starts_with("adapter_")
+}
+
+fn is_small_file(path: &Path) -> bool {
+    path.metadata().is_ok_and(|found| found.is_file() && found.len() <= MAX_SMALL)
+}
+
+/// Paths in the folder and contents of the files that come along.
+fn small_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    let read = |name: String| {
+        let bytes = read_small(&folder.join(&name), MAX_SMALL)?;
+        Ok((name, bytes))
     };
-    paths.retain(comes_along);
-    let read = |path: PathBuf| {
-        let bytes = fs::read(&path).map_err(|e| error(&path, e))?;
-        Ok((path.file_name().unwrap_or_default().to_string_lossy().into_owned(), bytes))
-    };
-    paths.into_iter().map(read).collect()
+    Companions::of(folder)?.copied.into_iter().map(read).collect()
 }
 
 /// Removes the tensor files of a model that was in the folder, but for those of these names, which have replaced them.

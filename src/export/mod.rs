@@ -14,5 +14,5 @@ mod gguf;
 mod merged;
 
 pub use adapter::write_gguf_adapter;
-pub use directory::DirectoryOptions;
+pub use directory::{Companions, DirectoryOptions};
 pub use merged::{Merged, Progress};

@@ -134,7 +134,10 @@ impl RopeTable {
             return Err(Error::Invalid {
                 op: OP,
                 what: "the table",
-                got: format!("{config:?} for {positions} positions"),
+                got: format!(
+                    "of theta {}, for {} values a head and {positions} positions",
+                    config.theta, config.head_dim
+                ),
                 expected: "it needs a position, an even number of values a head, and positive factors".into(),
             });
         }

@@ -9,7 +9,7 @@ use super::decoder::Decoder;
 use super::spec::ModelSpec;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
+use crate::formats::peft::{PeftAdapter, PeftConfig, PeftModule, TargetModules};
 use crate::seed::mix;
 use crate::tensor::Tensor;
 
@@ -221,7 +221,11 @@ fn check_supported(config: &PeftConfig) -> Result<()> {
 /// [`Error::Invalid`] if there is none, or it targets what cannot have an adapter.
 pub(crate) fn targeted(config: &PeftConfig, paths: impl Iterator<Item = String>) -> Result<BTreeSet<String>> {
     let error = |expected| {
-        let got = format!("{:?}", config.targets.modules());
+        let got = match config.targets.modules() {
+            TargetModules::AllLinear => "all-linear".into(),
+            TargetModules::Names(names) => names.join(", "),
+            TargetModules::Regex(expression) => expression.as_str().into(),
+        };
         Error::Invalid { op: OP, what: "target_modules", got, expected }
     };
     // PEFT would adapt these too; leaving them out in silence would train something else.

@@ -7,10 +7,14 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::formats::input::read_small_text;
 use crate::formats::staged::StagedFile;
 
 /// The file's name in a run's folder, and in its checkpoints.
 pub const FILE: &str = "metrics.jsonl";
+
+/// Of the file: a step has about 150, so that millions of steps fit.
+const MOST_BYTES: u64 = 2 << 30;
 
 /// A line: a step, or (with step 0) what there was before the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -100,7 +104,7 @@ fn line(record: &Record) -> Vec<u8> {
 /// # Errors
 /// [`Error::Io`], and [`Error::File`] with the line's number for one that is no record, or that comes before a step is over.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
-    let text = fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
+    let text = read_small_text(path, MOST_BYTES)?;
     let complete = text.rfind('\n').map_or("", |end| &text[..end]);
     let mut records: Vec<Record> = Vec::new();
     for (number, line) in (1..).zip(complete.lines()) {

@@ -16,6 +16,8 @@ use crate::train::metrics::Record;
 const SIZE: (u32, u32) = (1000, 600);
 const TRAINING: RGBColor = COLORS[0];
 const EVALUATION: RGBColor = COLORS[1];
+/// Of the training losses behind their mean: halfway to white, as pieces of a transparent line would be darker where they meet.
+const PALE: RGBColor = RGBColor(128, 185, 217);
 
 /// From so many steps on, single ones are noise around the line that is of interest.
 const SMOOTH_FROM: usize = 40;
@@ -113,22 +115,22 @@ impl Figure for Plot {
         };
         let smooth = self.window > 1;
         let strong = TRAINING.stroke_width(2 * scale);
-        let raw = if smooth { TRAINING.mix(0.5).stroke_width(scale) } else { strong };
+        let raw = if smooth { PALE.stroke_width(scale) } else { strong };
         if !self.training.is_empty() {
             // A line of one point would not be seen.
-            let size = if self.training.len() == 1 { 4 * scale } else { 0 };
-            let line = LineSeries::new(self.training.iter().copied(), raw).point_size(size);
-            chart.draw_series(line)?.label("training").legend(sample(raw));
+            if self.training.len() == 1 {
+                chart.draw_series(dots(&self.training, raw, 4 * scale))?;
+            }
+            chart.draw_series(line(&self.training, raw, scale))?.label("training").legend(sample(raw));
         }
         if smooth {
             let label = format!("training, mean of {} steps", self.window);
-            let line = LineSeries::new(self.smoothed.iter().copied(), strong);
-            chart.draw_series(line)?.label(label).legend(sample(strong));
+            chart.draw_series(line(&self.smoothed, strong, scale))?.label(label).legend(sample(strong));
         }
         if !self.evaluation.is_empty() {
             let style = EVALUATION.stroke_width(2 * scale).filled();
-            let line = LineSeries::new(self.evaluation.iter().copied(), style).point_size(4 * scale);
-            chart.draw_series(line)?.label("evaluation").legend(sample(style));
+            chart.draw_series(dots(&self.evaluation, style, 4 * scale))?;
+            chart.draw_series(line(&self.evaluation, style, scale))?.label("evaluation").legend(sample(style));
         }
         chart
             .configure_series_labels()
@@ -140,6 +142,17 @@ impl Figure for Plot {
             .border_style(GRID.stroke_width(scale))
             .draw()
     }
+}
+
+/// A line through points. An image has it in pieces: of a line with corners plotters draws each sharp one as a spike, far longer
+/// than the line is wide.
+fn line(points: &[(u32, f64)], style: ShapeStyle, scale: u32) -> impl Iterator<Item = PathElement<(u32, f64)>> {
+    let length = if scale > 1 { 2 } else { points.len().max(1) };
+    points.windows(length).map(move |piece| PathElement::new(piece.to_vec(), style))
+}
+
+fn dots(points: &[(u32, f64)], style: ShapeStyle, radius: u32) -> impl Iterator<Item = Circle<(u32, f64), u32>> {
+    points.iter().map(move |&point| Circle::new(point, radius, style.filled()))
 }
 
 /// The mean of the `window` points around each (an odd number), fewer at the ends.
@@ -239,6 +252,32 @@ mod tests {
         let (svg, pixels) = drawn(&records(10_000, None));
         assert!(svg.contains("mean of 101 steps") && !svg.contains("evaluation"));
         assert!(count(&pixels, EVALUATION) == 0);
+    }
+
+    #[test]
+    fn a_line_stays_between_its_points() {
+        // With so many steps the line turns sharply at every pixel. Two evaluations say where 7 and 0 are.
+        let record = |step: u32| Record {
+            step,
+            loss: Some(3.0 + (step * 7919 % 1013) as f32 / 1013.0),
+            eval_loss: [(1, 7.0), (3000, 0.0)].into_iter().find(|(at, _)| *at == step).map(|(_, loss)| loss),
+            ..Record::default()
+        };
+        let (_, pixels) = drawn(&(1..=3000).map(record).collect::<Vec<_>>());
+        // Rows with a colour, left of the legend.
+        let rows = |color: RGBColor| -> Vec<f64> {
+            let has = |x: usize, y: usize| pixels[3 * (y * SIZE.0 as usize + x)..][..3] == [color.0, color.1, color.2];
+            (0..SIZE.1 as usize).filter(|&y| (0..650).any(|x| has(x, y))).map(|y| y as f64).collect()
+        };
+        let (evaluation, training) = (rows(EVALUATION), rows(PALE));
+        // The dot at 7 has a radius of 4; the line from there to 0 is at 0.35 of it where the legend begins or before.
+        let svg_row = |loss: f64| {
+            let (top, bottom) = (evaluation[0] + 4.0, 532.0);
+            let low = -0.35;
+            top + (7.0 - loss) / (7.0 - low) * (bottom - top)
+        };
+        assert!(training.len() > 50, "{training:?}");
+        assert!(training[0] > svg_row(4.0) - 4.0 && training[training.len() - 1] < svg_row(3.0) + 4.0, "{training:?}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use super::{COLORS, Drawn, Figure, GRID, font};
 use crate::bench::Row;
 use crate::bench::report::Report;
 use crate::error::{Error, Result};
+use crate::printable::one_line;
 
 /// Pixels.
 const WIDTH: i32 = 1000;
@@ -137,7 +138,7 @@ impl Figure for Bars {
         let at = |x: i32, y: i32| (x * scale as i32, y * scale as i32);
         let text = |text: &str, (x, y): (i32, i32), size: u32, side: HPos| {
             let style = font(size * scale).pos(Pos::new(side, VPos::Center));
-            area.draw(&Text::new(text.to_owned(), at(x, y), style))
+            area.draw(&Text::new(one_line(text).into_owned(), at(x, y), style))
         };
         let bar = |left: i32, top: i32, right: i32, height: i32, color: RGBColor| {
             area.draw(&Rectangle::new([at(left, top), at(right, top + height)], color.filled()))
