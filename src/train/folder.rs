@@ -61,11 +61,14 @@ impl RunFolder {
     /// [`Error::File`].
     pub fn check_unused(&self) -> Result<()> {
         let adapter = ["adapter_model.safetensors", "adapter_config.json"];
-        if adapter.iter().any(|name| self.path.join(name).exists()) || self.has_checkpoint()? {
-            let message = "holds another run; resume it, choose another folder, or remove this one".into();
-            return Err(Error::File { path: self.path.clone(), message });
-        }
-        Ok(())
+        let message = if self.has_checkpoint()? {
+            "holds another run; resume it, choose another folder, or remove this one"
+        } else if adapter.iter().any(|name| self.path.join(name).exists()) {
+            "holds an adapter, and no checkpoint of a run; choose another folder, or remove this one"
+        } else {
+            return Ok(());
+        };
+        Err(Error::File { path: self.path.clone(), message: message.into() })
     }
 
     /// Whether a run has saved a checkpoint here, damaged or not.
