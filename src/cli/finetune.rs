@@ -147,7 +147,6 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         Some((path, adapter)) => misfit(path, adapter, args.as_typed(error)),
         None => args.as_typed(error),
     })?;
-    run.warnings().iter().for_each(say::warning);
     if run.end().is_some() {
         say::progress(format!("{}: the run is finished, after {} steps", output.display(), run.step()));
     }

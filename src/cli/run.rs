@@ -127,6 +127,14 @@ impl RunArgs {
         // Whoever needs none may have none.
         let tokenizer = tokenizer.as_ref().ok().map(Tokenizer::fingerprint).transpose()?;
         let data = data.map(|data| self.arrange(data, eval, tokenizer, &plan)).transpose()?;
+        // A micro-batch has no more rows than the data.
+        let rows = data.as_ref().map_or(usize::MAX, |data| data.data.batches.rows());
+        let too_large = self.training.memory(&device).is_some_and(|memory| !plan.fits(memory));
+        let plan = if too_large && rows < plan.batches.rows {
+            self.training.plan(&spec, &config, Some(rows), tokens, &device)?
+        } else {
+            plan
+        };
         Ok(Prepared { path, device, base, spec, initial, config, plan, data })
     }
 
@@ -154,11 +162,8 @@ impl RunArgs {
     /// An error if the run holds more than the device has, with a batch size that fits. A run that goes on keeps its batch size, and
     /// is only warned.
     pub(super) fn check_memory(&self, prepared: &Prepared<'_>, goes_on: bool) -> Result<()> {
-        let Prepared { device, spec, config, plan, data, .. } = prepared;
+        let Prepared { device, spec, config, plan, .. } = prepared;
         let Some(memory) = self.training.memory(device) else { return Ok(()) };
-        // A micro-batch has no more rows than the data.
-        let rows = data.as_ref().map_or(usize::MAX, |data| data.data.batches.rows()).min(plan.batches.rows);
-        let plan = self.training.plan(spec, config, Some(rows), plan.batches.tokens, device)?;
         if plan.fits(memory) {
             return Ok(());
         }

@@ -120,3 +120,31 @@ fn hash_quantized(matrix: &QuantizedMatrix, hasher: &mut Hasher) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::formats::checkpoint::BaseFormat;
+    use crate::nn::Decoder;
+    use crate::quant::QuantOptions;
+    use crate::testing;
+
+    #[test]
+    fn it_is_that_of_the_model_as_loaded_whatever_the_device() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model/llama");
+        let nf4 = QuantOptions::nf4();
+        let bases = [BaseFormat::AsIs, BaseFormat::Quantize(nf4), BaseFormat::Quantize(nf4.double_quant())];
+        let all: Vec<Vec<Fingerprint>> = testing::devices()
+            .iter()
+            .map(|device| bases.iter().map(|base| Decoder::load(device, &path, base).unwrap().fingerprint).collect())
+            .collect();
+        assert!(all.iter().all(|of_device| *of_device == all[0]));
+        let [plain, quantized, double] = &all[0][..] else { unreachable!() };
+        assert_eq!(plain.architecture, quantized.architecture);
+        assert!(quantized.formats.contains("14 x nf4 in blocks of 64 with plain scales"), "{}", quantized.formats);
+        assert!(plain.formats != quantized.formats && quantized.formats != double.formats);
+        assert!(plain.tensors != quantized.tensors && quantized.tensors != double.tensors);
+    }
+}

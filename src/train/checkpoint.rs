@@ -199,18 +199,18 @@ pub(super) fn remove_leftovers(output: &Path) -> Result<()> {
 }
 
 /// The newest checkpoint in `output` that is as it was written, and where its run was. Newer ones that are damaged get another name,
-/// and `warn` is told.
+/// and there is a warning.
 ///
 /// # Errors
 /// [`Error::File`] if there are checkpoints and all are damaged, [`Error::Io`] if one cannot be read.
-pub(super) fn newest(output: &Path, mut warn: impl FnMut(String)) -> Result<Option<(PathBuf, State)>> {
+pub(super) fn newest(output: &Path) -> Result<Option<(PathBuf, State)>> {
     let mut damaged: Vec<(PathBuf, String)> = Vec::new();
     for folder in list(output)?.into_values().rev() {
         match check(&folder)? {
             Ok(state) => {
                 for (path, what) in damaged {
                     let aside = set_aside(&path).map_err(|e| Error::io(&path, e))?;
-                    warn(format!("{what}; going on from {}, and it is {} now", folder.display(), aside.display()));
+                    tracing::warn!("{what}; going on from {}, and it is {} now", folder.display(), aside.display());
                 }
                 return Ok(Some((folder, state)));
             }

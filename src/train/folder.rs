@@ -22,8 +22,6 @@ pub struct RunFolder {
     /// The folders that were not there before, the deepest first.
     made: Vec<PathBuf>,
     lock: Option<File>,
-    /// What may not be what was meant.
-    pub(super) warnings: Vec<String>,
 }
 
 impl RunFolder {
@@ -41,7 +39,7 @@ impl RunFolder {
         let missing = |folder: &&Path| !folder.as_os_str().is_empty() && !folder.exists();
         let made: Vec<PathBuf> = path.ancestors().take_while(missing).map(Path::to_owned).collect();
         fs::create_dir_all(path).map_err(io_error)?;
-        let mut folder = RunFolder { path: path.into(), made, lock: None, warnings: Vec::new() };
+        let mut folder = RunFolder { path: path.into(), made, lock: None };
         folder.made.iter().try_for_each(|made| temporary::sync_parent(made)).map_err(io_error)?;
         folder.lock()?;
         checkpoint::remove_leftovers(path)?;
@@ -61,11 +59,14 @@ impl RunFolder {
     /// [`Error::File`].
     pub fn check_unused(&self) -> Result<()> {
         let adapter = ["adapter_model.safetensors", "adapter_config.json"];
-        if adapter.iter().any(|name| self.path.join(name).exists()) || self.has_checkpoint()? {
-            let message = "holds another run; resume it, choose another folder, or remove this one".into();
-            return Err(Error::File { path: self.path.clone(), message });
-        }
-        Ok(())
+        let message = if self.has_checkpoint()? {
+            "holds another run; resume it, choose another folder, or remove this one"
+        } else if adapter.iter().any(|name| self.path.join(name).exists()) {
+            "holds an adapter, and no checkpoint of a run; choose another folder, or remove this one"
+        } else {
+            return Ok(());
+        };
+        Err(Error::File { path: self.path.clone(), message: message.into() })
     }
 
     /// Whether a run has saved a checkpoint here, damaged or not.
@@ -108,9 +109,9 @@ impl RunFolder {
                 }
                 Err(TryLockError::Error(error)) => {
                     let folder = self.path.display();
-                    self.warnings.push(format!(
+                    tracing::warn!(
                         "{folder}: cannot be locked ({error}); nothing but you keeps a second run out of it"
-                    ));
+                    );
                 }
             }
             let host = sysinfo::System::host_name().map_or(String::new(), |host| format!(" on {host}"));

@@ -144,11 +144,11 @@ impl<'a> Run<'a> {
         initial: Option<&PeftAdapter>,
         data: RunData,
         options: RunOptions,
-        mut folder: RunFolder,
+        folder: RunFolder,
     ) -> Result<Run<'a>> {
         check(&options, &data.eval)?;
         let output = folder.path().to_owned();
-        let Some((checkpoint, state)) = checkpoint::newest(&output, |text| folder.warnings.push(text))? else {
+        let Some((checkpoint, state)) = checkpoint::newest(&output)? else {
             return Run::start(model, config, initial, data, options, folder);
         };
         let now = settings_of(model, &of_initial(config, initial), initial, &data, &options);
@@ -164,21 +164,16 @@ impl<'a> Run<'a> {
         let trainer = Trainer { options: options.train, optimizer };
         let (metrics, damaged) = Metrics::resume(&output, &checkpoint)?;
         if damaged {
-            folder.warnings.push(format!(
+            tracing::warn!(
                 "{}: lines were missing or changed; those up to step {} are back, out of {}",
                 metrics.path().display(),
                 state.step,
                 checkpoint.display()
-            ));
+            );
         }
         let (config, saved) = (adapter.config, Some(state.step));
         let RunData { batches, eval, .. } = data;
         Ok(Run { model, config, trainer, batches, eval, options, folder, state, saved, metrics })
-    }
-
-    /// What may not be what was meant, in sentences: of a folder that cannot be locked, of damaged files that others stood in for.
-    pub fn warnings(&self) -> &[String] {
-        &self.folder.warnings
     }
 
     /// How the run has ended before, if it has: [`Run::train`] then only writes what is missing of its result.

@@ -146,11 +146,6 @@ impl Setting {
     pub fn named(name: &str) -> Option<Setting> {
         Setting::ALL.into_iter().find(|setting| setting.name() == name)
     }
-
-    /// Whether its values are hashes, which tell people nothing.
-    pub fn is_hash(self) -> bool {
-        self.name().ends_with(" of hash")
-    }
 }
 
 /// What a run is made of, as far as it decides the run's course.
