@@ -363,7 +363,7 @@ mod tests {
             "",
             "{{ ns.x.a }}",
         ];
-        for (rounds, grow) in [(150, deep[0]), (70, deep[2]), (15, wide[0]), (14, wide[1]), (13, wide[3])] {
+        for (rounds, grow) in [(150, deep[0]), (70, deep[2]), (13, wide[0]), (12, wide[1]), (12, wide[3])] {
             for done in uses {
                 let started = Instant::now();
                 drop(render(&growing(rounds, grow, done)));
