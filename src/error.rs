@@ -82,7 +82,11 @@ impl fmt::Display for Error {
                 "step {step}: {what} is {value}; nothing was updated. A lower learning rate, or clipping, may help"
             ),
             Error::OtherRun { path, setting, before, now } => {
-                write!(f, "{}: is a run with {setting} {before}, which is {now} now; resume it as it was", path.display())
+                write!(
+                    f,
+                    "{}: is a run with {setting} {before}, which is {now} now; resume it as it was",
+                    path.display()
+                )
             }
             Error::Interrupted { op } => write!(f, "{op}: interrupted; nothing was written"),
             Error::NoSuchAdapter { name, loaded } => write!(f, "no adapter named {name:?}; loaded: {loaded}"),

@@ -15,6 +15,7 @@ use super::{print_json, put, say};
 use crate::error::{Error, Result};
 use crate::formats::gguf::GgufFile;
 use crate::nn::{IGNORE_LABEL, ModelConfig};
+use crate::printable::is_hidden;
 use crate::text::Tokenizer;
 use crate::train::data::{DataOptions, Dataset, Example, STDIN};
 
@@ -101,7 +102,7 @@ pub(super) fn read(
     skip_bad_lines: bool,
     vocabulary: usize,
 ) -> Result<Dataset> {
-    let bar = say::bar(0, "tokenizing {bar:30} {pos}/{len} lines");
+    let bar = say::bar(0, "tokenizing {wide_bar} {pos}/{len} lines");
     let options = DataOptions { skip_bad_lines, vocabulary: Some(vocabulary) };
     let data = Dataset::read_with(path, tokenizer, &options, |lines| {
         bar.set_length(lines as u64);
@@ -247,7 +248,7 @@ impl View {
                 '\n' if self.whole => visible.push_str("\\n\n"),
                 '\n' | '\r' | '\t' => visible.extend(c.escape_default()),
                 '⟦' | '⟧' if !self.colors => visible.extend(c.escape_unicode()),
-                c if c.is_control() => visible.extend(c.escape_unicode()),
+                c if is_hidden(c) => visible.extend(c.escape_unicode()),
                 c => visible.push(c),
             }
         }

@@ -23,7 +23,8 @@ const TICK: Duration = Duration::from_millis(150);
 const NAMES: [&str; 2] = ["compiling kernels", "tuning kernels"];
 
 /// What a line says of each.
-const LINES: [&str; 2] = ["compiling kernels for this device", "tuning kernels for this device; later runs know the result"];
+const LINES: [&str; 2] =
+    ["compiling kernels for this device", "tuning kernels for this device; later runs know the result"];
 
 static STATE: Mutex<State> = Mutex::new(State::new());
 
