@@ -101,6 +101,7 @@ fn linked(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// Whether `path` leads to the file or pipe that is this process's standard output.
+#[cfg(any(feature = "cli", test))]
 pub(crate) fn is_standard_output(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| stream_is(&io::stdout(), &found).is_ok_and(|stream| stream.is_some()))
 }
@@ -136,6 +137,7 @@ fn identity(found: &Metadata) -> (u64, u64) {
 }
 
 /// Whether two paths lead to one regular file or folder, through symbolic or hard links too.
+#[cfg(any(feature = "cli", test))]
 pub(crate) fn is_same(one: &Path, other: &Path) -> bool {
     let (Ok(found), Ok(other_found)) = (fs::metadata(one), fs::metadata(other)) else { return false };
     let counts = |found: &Metadata| found.is_file() || found.is_dir();
