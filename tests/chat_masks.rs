@@ -235,3 +235,57 @@ fn a_long_chat_takes_no_longer_than_its_text() {
     assert_eq!(loss(&tokenizer(ROLES, &[]), &self::turns(&turns)).unwrap().len(), 1000);
     assert!(started.elapsed().as_secs() < 10, "{:?}", started.elapsed());
 }
+
+#[test]
+fn answers_are_found_where_headers_are_odd() {
+    let system = "<|im_end|>";
+    // The first turn begins with the begin token, which shares its first letters with the header.
+    let llama = "{% for m in messages %}{% set c = '<|head|>' + m.role + '<|end|>' + m.content | trim + '<|eot|>' %}\
+        {% if loop.index0 == 0 %}{% set c = '<|bot|>' + c %}{% endif %}{{ c }}{% endfor %}\
+        {% if add_generation_prompt %}<|head|>assistant<|end|>{% endif %}";
+    let separated = "{% for m in messages %}{% if not loop.first %}<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}\
+        {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let running = "{% for m in messages %}{% if m.role == 'assistant' %}{% if loop.index0 and messages[loop.index0 - 1].role \
+        != 'assistant' %}Assistant:{% endif %} {{ m.content }}<|im_end|>{% else %}User: {{ m.content }}\n{% endif %}{% endfor %}\
+        {% if add_generation_prompt %}Assistant:{% endif %}";
+    let texts = [llama, separated, running, system];
+    let first = turns(&[("assistant", "first"), ("user", "hi"), ("assistant", "last")]);
+    assert_eq!(loss(&tokenizer(llama, &texts), &first).unwrap(), ["first<|eot|>", "last<|eot|>"]);
+    let two = turns(&[("user", "hi"), ("assistant", "yo"), ("user", "x"), ("assistant", "z")]);
+    let found = loss(&tokenizer(separated, &texts), &two).unwrap();
+    assert!(found.len() == 2 && found[0].starts_with("yo") && found[1].starts_with('z'), "{found:?}");
+    let quoting = turns(&[("user", "hi"), ("assistant", "one"), ("assistant", "He wrote Assistant: two")]);
+    assert_eq!(
+        loss(&tokenizer(running, &texts), &quoting).unwrap().concat(),
+        " one<|im_end|> He wrote Assistant: two<|im_end|>"
+    );
+}
+
+#[test]
+fn what_would_be_learned_or_lost_by_mistake_is_named() {
+    let inside = "{% for m in messages %}{% if m.role == 'assistant' %}Q: {{ messages[loop.index0 - 1].content }}\nA: \
+        {{ m.content }}</s>{% endif %}{% endfor %}";
+    let pending = "{% set ns = namespace(q='') %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.q = m.content %}{% else %}\
+        [INST] {{ ns.q }} [/INST] {{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}[INST] {{ ns.q }} [/INST]{% endif %}";
+    let documents =
+        "{% for d in documents %}{{ d.text }}{% endfor %}{% for m in messages %}{{ m.content }}</s>{% endfor %}";
+    let outside = "{% set last = messages[-1] %}{% generation %}{{ last.content }}</s>{% endgeneration %}{{ messages[0].content }}";
+    let two = turns(&[("user", "question one"), ("assistant", "yo"), ("user", "question two"), ("assistant", "zz")]);
+    for (template, line, wanted) in [
+        (inside, two.clone(), "writes message 1 in the same breath"),
+        (pending, two.clone(), "writes message 3 in the same breath"),
+        (
+            documents,
+            json!({"messages": two["messages"], "documents": [{"text": "DOC", "role": "assistant"}]}),
+            "has the key `role`",
+        ),
+        (
+            outside,
+            json!({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", "weight": 0}]}),
+            "in no loop",
+        ),
+    ] {
+        let error = loss(&tokenizer(template, &[template]), &line).unwrap_err();
+        assert!(error.contains(wanted), "{template}: {error}");
+    }
+}

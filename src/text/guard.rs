@@ -58,6 +58,20 @@ pub(super) fn refuse(message: String) -> ! {
 /// # Errors
 /// [`Error::File`] that says `what` did not go, and why: the library's error, a refusal, or its panic.
 pub(super) fn guarded<T>(path: &Path, what: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    let reason = match caught(call) {
+        Ok(Ok(value)) => return Ok(value),
+        Ok(Err(error)) => error.to_string(),
+        Err(payload) => reason(payload),
+    };
+    Err(Error::File { path: path.into(), message: format!("{what}: {reason}") })
+}
+
+/// Calls into a library that panics for some input, without its words on the terminal. What it leaves behind is dropped or
+/// still whole.
+///
+/// # Errors
+/// What the panic says.
+pub(super) fn caught<T>(call: impl FnOnce() -> T) -> Result<T, Box<dyn Any + Send>> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = panic::take_hook();
@@ -71,12 +85,7 @@ pub(super) fn guarded<T>(path: &Path, what: &str, call: impl FnOnce() -> tokeniz
     // What a panic leaves behind is a cache of words at most, and a tokenizer that was not made.
     let done = panic::catch_unwind(AssertUnwindSafe(call));
     AT_WORK.set(before);
-    let reason = match done {
-        Ok(Ok(value)) => return Ok(value),
-        Ok(Err(error)) => error.to_string(),
-        Err(payload) => reason(payload),
-    };
-    Err(Error::File { path: path.into(), message: format!("{what}: {reason}") })
+    done
 }
 
 fn reason(payload: Box<dyn Any + Send>) -> String {

@@ -8,8 +8,9 @@ use std::thread::{self, ScopedJoinHandle};
 use minijinja::machinery::{eval, get_compiled_template, make_string_output};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error as JinjaError, ErrorKind, Value};
-use regex::Regex;
+use regex::{Captures, Regex};
 
+use super::guard::caught;
 use super::instrument::{END_GENERATION, GENERATION, instrument};
 use super::{bounds, marks, python};
 use crate::error::{Error, Result};
@@ -78,7 +79,9 @@ impl Jinja {
             let escape = compiled.initial_auto_escape.clone();
             eval(&self.environment, &code, variables, &blocks, &mut make_string_output(&mut text), escape).map(drop)
         };
-        render().map_err(template_error)?;
+        // The library panics for some numbers, such as a slice with the least step there is.
+        let panicked = |_| Error::Template { line: 0, message: "the template library cannot compute it".into() };
+        caught(render).map_err(panicked)?.map_err(template_error)?;
         Ok(text)
     }
 }
@@ -113,15 +116,23 @@ fn template_error(error: JinjaError) -> Error {
 fn generation_blocks(source: &str) -> String {
     static TAGS: LazyLock<[(Regex, String); 2]> = LazyLock::new(|| {
         [
-            (r"\{%([-+]?)\s*generation\s*([-+]?)%\}", format!("{{%$1 if {GENERATION} $2%}}")),
-            (
-                r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}",
-                format!("{{%$1 if {END_GENERATION} %}}{{% endif %}}{{% endif $2%}}"),
-            ),
+            (r"generation", format!("if {GENERATION} ")),
+            (r"endgeneration", format!("if {END_GENERATION} %}}{{% endif %}}{{% endif ")),
         ]
-        .map(|(tag, block)| (Regex::new(tag).unwrap_or_else(|error| unreachable!("{error}")), block))
+        .map(|(tag, block)| {
+            // Comments, and what is to be written as it stands, are passed over.
+            let other = r"\{#(?s:.*?)#\}|\{%[-+]?\s*raw\s*[-+]?%\}(?s:.*?)\{%[-+]?\s*endraw\s*[-+]?%\}";
+            let expression = format!(r"{other}|\{{%(?<left>[-+]?)\s*{tag}\s*(?<right>[-+]?)%\}}");
+            (Regex::new(&expression).unwrap_or_else(|error| unreachable!("{error}")), block)
+        })
     });
-    TAGS.iter().fold(source.to_owned(), |text, (tag, block)| tag.replace_all(&text, block).into_owned())
+    TAGS.iter().fold(source.to_owned(), |text, (tag, block)| {
+        let replaced = |found: &Captures<'_>| match (found.name("left"), found.name("right")) {
+            (Some(left), Some(right)) => format!("{{%{} {block}{}%}}", left.as_str(), right.as_str()),
+            _ => found[0].to_owned(),
+        };
+        tag.replace_all(&text, replaced).into_owned()
+    })
 }
 
 #[cfg(test)]
@@ -132,6 +143,19 @@ mod tests {
     use minijinja::context;
 
     use super::*;
+
+    #[test]
+    fn tags_in_comments_are_no_blocks() {
+        let source = "{# {% generation %} #}{% raw %}{% generation %}{% endraw %}";
+        assert_eq!(generation_blocks(source), source);
+        assert!(generation_blocks("{# a #}{%- generation %}b{% endgeneration -%}").starts_with("{# a #}{%- if "));
+    }
+
+    #[test]
+    fn what_the_library_panics_for_is_an_error() {
+        // Without checks for overflow the library wraps around instead.
+        let _ = render("{{ [1, 2, 3][::-9223372036854775808] }}");
+    }
 
     fn render(source: &str) -> Result<String> {
         let messages = [context! { role => "user", content => " <a> \"é\" " }];

@@ -34,6 +34,9 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
         for block in rendered.generation.iter().filter(|block| !block.is_empty()) {
             let inside = |(part, _): &&(Range<usize>, Speaker)| part.contains(&block.start);
             let speaker = rendered.parts.iter().find(inside).map(|(_, speaker)| speaker);
+            if speaker.is_none() && chat.messages.iter().any(|message| is_weighted(message)) {
+                return Err("`weight` cannot be followed: a `generation` block is in no loop over the messages".into());
+            }
             if speaker.is_none_or(|speaker| weights.of(speaker)) {
                 loss[tokens.touching(block)].fill(true);
             }
@@ -46,7 +49,11 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
             if !weights.of(&answer.speaker) {
                 continue;
             }
-            let start = first.start + header_len(&rendered.text[first.clone()], &header);
+            let text = &rendered.text[first.clone()];
+            // An answer may quote a header, so that it is looked for before what the message says.
+            let before = &text[..content(chat, answer).and_then(|content| text.rfind(content)).unwrap_or(text.len())];
+            let start = first.start + header_len(text, before, &header);
+            no_other(chat, &rendered, answer, first.start..first.start + before.len(), start)?;
             let last = others.last().unwrap_or(first);
             let end = tokens.end(start.max(last.start)..last.end);
             for part in answer.parts.iter().filter(|part| part.start != last.start) {
@@ -135,6 +142,18 @@ fn check(template: &ChatTemplate, chat: &Conversation, rendered: &Rendered) -> R
             Some(Value::Null | Value::String(_)) | None => {}
             Some(_) => return Err(format!("message {n}: `content` is neither a text nor a list of parts")),
         }
+        let said = message.field("content").and_then(Value::as_str).map(str::trim).unwrap_or_default();
+        let is_written = || {
+            let escaped = Value::from(said).to_string();
+            [said, &escaped[1..escaped.len() - 1]].iter().any(|said| rendered.text.contains(said))
+        };
+        if usual_role(message.role()) != ASSISTANT && parts().all(|(part, _)| part.is_empty()) && !is_written() {
+            // As transformers renders it; the same words for all conversations, so that they are shown once.
+            let role = message.role();
+            tracing::warn!(
+                "the chat template leaves out what the {role} says in some conversations; nothing is learned from it"
+            );
+        }
         let known = ["system", "developer", "user", ASSISTANT, "tool", "function"];
         let silent = parts().all(|(part, _)| part.is_empty());
         if silent && !known.contains(&usual_role(message.role())) && !template.mentions(message.role()) {
@@ -178,13 +197,62 @@ fn answers(chat: &Conversation, rendered: &Rendered) -> Result<Vec<Answer>, Stri
         if !made_up && !rendered.parts.iter().any(|(_, speaker)| *speaker == Speaker::Message(at)) {
             return Err(format!("message {n}: cannot be found in what the chat template writes; no loop goes over it"));
         }
-        if made_up && message.field("weight").is_some_and(|weight| !weight.is_null()) {
+        if made_up && is_weighted(message) {
             return Err(format!(
                 "message {n}: `weight` cannot be followed: the chat template makes messages of its own"
             ));
         }
     }
+    let has_role =
+        |list: &Option<Value>| list.iter().filter_map(Value::as_array).flatten().any(|item| item.get("role").is_some());
+    if made_up && (has_role(&chat.tools) || has_role(&chat.documents)) {
+        return Err("a tool or a document has the key `role`, and would be taken for a message".into());
+    }
     Ok(answers)
+}
+
+fn is_weighted(message: &Message) -> bool {
+    message.field("weight").is_some_and(|weight| !weight.is_null())
+}
+
+/// What the message of an answer says, if it is a text.
+fn content<'c>(chat: &'c Conversation, answer: &Answer) -> Option<&'c str> {
+    let Speaker::Message(at) = answer.speaker else { return None };
+    Some(chat.messages.get(at)?.field("content")?.as_str()?.trim()).filter(|content| !content.is_empty())
+}
+
+/// Checks that no other message's text, written while the template has an answer in hand, is in `before` and from `start` on:
+/// before what the answer says, and after the header that was found.
+fn no_other(
+    chat: &Conversation,
+    rendered: &Rendered,
+    answer: &Answer,
+    before: Range<usize>,
+    start: usize,
+) -> Result<(), String> {
+    for (at, message) in chat.messages.iter().enumerate().filter(|(_, message)| usual_role(message.role()) != ASSISTANT)
+    {
+        let Some(said) = message.field("content").and_then(Value::as_str).map(str::trim) else { continue };
+        let own = |(part, speaker): &(Range<usize>, Speaker)| {
+            *speaker == Speaker::Message(at) && rendered.text[part.clone()].contains(said)
+        };
+        if said.is_empty() || rendered.parts.iter().any(own) {
+            continue;
+        }
+        let found = rendered.text[before.clone()].rfind(said);
+        if found.is_some_and(|found| before.start + found + said.len() > start) {
+            let n = if let Speaker::Message(n) = answer.speaker {
+                format!("message {}", n + 1)
+            } else {
+                "an answer".into()
+            };
+            return Err(format!(
+                "{n}: the chat template writes message {} in the same breath, so that the answer cannot be told apart",
+                at + 1
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// What a prompt ends with that an answer starts with too: the header of the first answer, which is that of all.
@@ -220,12 +288,12 @@ fn header(
     Ok(prompt.text[common_prefix(&prompt.text, &plain.text)..].to_owned())
 }
 
-/// Bytes of a header at the start of an answer's text. A prompt may open what a finished answer does not have (a block of
-/// thoughts), and an answer may start with what ends the turn before.
-fn header_len(answer: &str, header: &str) -> usize {
+/// Bytes of a header at the start of an answer's text, of which `before` comes before what its message says. A prompt may open
+/// what a finished answer does not have (a block of thoughts), and an answer may start with what ends the turn before.
+fn header_len(answer: &str, before: &str, header: &str) -> usize {
     let common = common_prefix(answer, header);
     if common < header.len() {
-        if let Some(at) = answer.find(header).filter(|_| common == 0) {
+        if let Some(at) = before.find(header) {
             return at + header.len();
         }
         // Not in the midst of a word or a tag.

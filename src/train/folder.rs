@@ -64,9 +64,22 @@ impl RunFolder {
         } else if adapter.iter().any(|name| self.path.join(name).exists()) {
             "holds an adapter, and no checkpoint of a run; choose another folder, or remove this one"
         } else {
-            return Ok(());
+            return self.check_left();
         };
         Err(Error::File { path: self.path.clone(), message: message.into() })
+    }
+
+    /// Checks that what has the name of a run's file is a run's.
+    fn check_left(&self) -> Result<()> {
+        let has = |name: &&str| self.path.join(name).exists();
+        let foreign = if has(&metrics::FILE) {
+            metrics::read(&self.path.join(metrics::FILE)).is_err().then_some(metrics::FILE)
+        } else {
+            [BEST, "loss.svg", "loss.png"].into_iter().find(has)
+        };
+        let message =
+            |name| format!("holds {name}, which is not of a run, and would be replaced; choose another folder");
+        foreign.map_or(Ok(()), |name| Err(Error::File { path: self.path.clone(), message: message(name) }))
     }
 
     /// Whether a run has saved a checkpoint here, damaged or not.
@@ -77,17 +90,14 @@ impl RunFolder {
         Ok(!checkpoint::list(&self.path)?.is_empty())
     }
 
-    /// Removes what a run has left that was ended before its first checkpoint.
+    /// Removes the metrics of a run that was ended before its first checkpoint. Its best adapter stays until a better one takes
+    /// its place: this run may start from it.
     pub(super) fn clear(&self) -> Result<()> {
-        for (path, remove) in
-            [(metrics::FILE, fs::remove_file as fn(PathBuf) -> io::Result<()>), (BEST, fs::remove_dir_all)]
-        {
-            let path = self.path.join(path);
-            if path.exists() {
-                remove(path.clone()).map_err(|e| Error::io(&path, e))?;
-            }
+        let path = self.path.join(metrics::FILE);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(&path, error)),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn lock(&mut self) -> Result<()> {
@@ -170,6 +180,15 @@ mod tests {
         fs::create_dir(path.join(".qlora-half")).unwrap();
         drop(RunFolder::claim(&path).unwrap());
         assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+
+        // What is not of a run is not replaced.
+        for name in [BEST, "loss.svg", metrics::FILE] {
+            let theirs = path.join(name);
+            if name == BEST { fs::create_dir_all(&theirs) } else { fs::write(&theirs, "mine\n") }.unwrap();
+            let claimed = RunFolder::claim(&path).unwrap();
+            assert!(claimed.check_unused().unwrap_err().to_string().contains(name));
+            if name == BEST { fs::remove_dir(&theirs) } else { fs::remove_file(&theirs) }.unwrap();
+        }
 
         let file = folder.path().join("file");
         fs::write(&file, "").unwrap();

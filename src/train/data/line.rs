@@ -188,7 +188,7 @@ impl<'a> Reader<'a> {
                 continue;
             }
             let texts = || form.required().iter().chain(&["input"]).filter_map(|key| object.get(*key));
-            if !value.as_str().is_some_and(|text| repeats(text, texts())) {
+            if !value.as_str().is_some_and(|text| repeats(key, text, texts())) {
                 let form = form.required().join("` and `");
                 return Err(format!(
                     "the key `{key}` means nothing beside `{form}` and would be lost; remove it, or call it by a known name"
@@ -334,9 +334,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Whether a text says only what others say: it is one of them, or holds them all, as `text` does that some data sets have
-/// beside their parts.
-fn repeats<'a>(text: &str, parts: impl Iterator<Item = &'a Value>) -> bool {
+/// Whether a text says only what others say: it is one of them, or it is the `text` that some data sets make of all of them.
+fn repeats<'a>(key: &str, text: &str, parts: impl Iterator<Item = &'a Value>) -> bool {
     let mut texts = BTreeSet::new();
     for part in parts {
         match part {
@@ -347,7 +346,7 @@ fn repeats<'a>(text: &str, parts: impl Iterator<Item = &'a Value>) -> bool {
             _ => {}
         }
     }
-    texts.contains(text) || !texts.is_empty() && texts.iter().all(|part| text.contains(part))
+    texts.contains(text) || key == "text" && !texts.is_empty() && texts.iter().all(|part| text.contains(part))
 }
 
 /// Whether an object has a value for a key that says something.

@@ -24,6 +24,7 @@
 mod foreign;
 mod ids;
 mod line;
+mod object;
 mod records;
 mod table;
 
@@ -31,6 +32,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
@@ -114,13 +116,19 @@ impl Dataset {
         };
 
         let count = records.len();
+        // The first record that ends the reading: what comes after it need not be read.
+        let ends_at = AtomicUsize::new(usize::MAX);
         let read: Vec<_> = records
             .into_par_iter()
             .enumerate()
             .inspect(|_| progress(count))
+            .filter(|(at, _)| *at <= ends_at.load(Ordering::Relaxed))
             .map(|(at, record)| {
                 let example = record.object(&columns).and_then(|object| reader.example(&object));
                 let place = if format == Format::JsonList { format!("element {}, ", at + 1) } else { String::new() };
+                if example.is_err() && !options.skip_bad_lines {
+                    ends_at.fetch_min(at, Ordering::Relaxed);
+                }
                 example.map_err(|message| file_error(format!("{place}line {}: {message}", record.line)))
             })
             .collect();

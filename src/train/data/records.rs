@@ -9,8 +9,8 @@ use regex::bytes::Regex;
 use serde::de::IgnoredAny;
 use serde_json::{Deserializer, Map, Value};
 
-use super::foreign;
 use super::table::{Rows, columns};
+use super::{foreign, object};
 
 /// How a file holds its examples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -64,7 +64,7 @@ impl Record<'_> {
     /// The object, of a table with these columns.
     pub(super) fn object(&self, columns: &[String]) -> Result<Map<String, Value>, String> {
         match &self.source {
-            Source::Json(text) => serde_json::from_slice(text).map_err(|e| {
+            Source::Json(text) => object::read(text).map_err(|e| {
                 // The line is that of the file.
                 format!("is not a JSON object: {} at column {}", without_place(&e.to_string()), e.column())
             }),
