@@ -39,7 +39,12 @@ impl StagedFile {
         match Target::of(path).map_err(io_error)? {
             Target::File(real) => {
                 let folder = real.parent().filter(|folder| !folder.as_os_str().is_empty());
-                let mut temporary = temporary::file_in(folder.unwrap_or(Path::new("."))).map_err(io_error)?;
+                let folder = folder.unwrap_or(Path::new("."));
+                if !folder.exists() {
+                    let message = format!("there is no directory {}", folder.display());
+                    return Err(Error::Io { path: path.into(), message });
+                }
+                let mut temporary = temporary::file_in(folder).map_err(io_error)?;
                 fill(temporary.as_file_mut())?;
                 temporary.as_file().sync_all().map_err(io_error)?;
                 Ok(StagedFile { path: path.into(), temporary: Some((temporary, real)) })
@@ -164,6 +169,8 @@ mod tests {
     #[test]
     fn links_are_followed_and_stay_links() {
         let folder = tempfile::tempdir().unwrap();
+        let error = write(&folder.path().join("none/file"), "").unwrap_err().to_string();
+        assert!(error.contains("there is no directory") && !error.contains(".qlora-"), "{error}");
         let path = |name: &str| folder.path().join(name);
         fs::create_dir(path("deep")).unwrap();
         symlink("deep/file", path("link")).unwrap();

@@ -167,7 +167,8 @@ pub(super) fn list(output: &Path) -> Result<BTreeMap<u32, PathBuf>> {
         let entry = entry.map_err(io_error)?;
         let name = entry.file_name();
         let step = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|step| step.parse().ok());
-        if let Some(step) = step {
+        // A file of that name is no checkpoint.
+        if let Some(step) = step.filter(|_| entry.path().is_dir()) {
             found.insert(step, entry.path());
         }
     }
