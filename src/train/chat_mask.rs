@@ -34,7 +34,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
         for block in rendered.generation.iter().filter(|block| !block.is_empty()) {
             let inside = |(part, _): &&(Range<usize>, Speaker)| part.contains(&block.start);
             let speaker = rendered.parts.iter().find(inside).map(|(_, speaker)| speaker);
-            if speaker.is_none() && chat.messages.iter().any(|message| is_weighted(message)) {
+            if speaker.is_none() && chat.messages.iter().any(is_weighted) {
                 return Err("`weight` cannot be followed: a `generation` block is in no loop over the messages".into());
             }
             if speaker.is_none_or(|speaker| weights.of(speaker)) {
