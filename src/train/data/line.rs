@@ -322,8 +322,10 @@ impl<'a> Reader<'a> {
                     fields.insert(new.into(), value);
                 }
             }
+            // Of a tool's answer, the name says which tool it was: the call says so too.
+            let is_tool = fields.get("role").is_some_and(|role| role == "tool" || role == "function");
             for (field, value) in &*fields {
-                let known = ["role", "content", "weight"].contains(&field.as_str());
+                let known = ["role", "content", "weight"].contains(&field.as_str()) || is_tool && field == "name";
                 if !known && !is_blank(value) {
                     let uses = self.uses(field, &format!(" of message {number}"));
                     uses.or_else(|error| if self.is_meaningless(field) { Ok(()) } else { Err(error) })?;
