@@ -1,58 +1,50 @@
 {% if f16 %}
 enable f16;
 {% endif %}
-// dX = dY * W + mask * (G * A) by register tiles: 64 rows of dY by 64 columns of W a workgroup of 64 threads, each an
-// 8 x 8 piece of dX. Tiles of dY and W are staged in workgroup memory, W decoded on the way.
+// dX = dY * W + mask * (G * A) by register tiles of {{ side }} rows of dY by {{ side }} columns of W. Tiles of dY and W are staged in workgroup
+// memory, W decoded on the way.
+//
+// Floor: 2 M N K FLOP over the rate of f32. dY is read K / {{ side }} times, W is read and decoded M / {{ side }} times.
 //
 // The adapter comes first: its mask must not touch the rest.
 {% if f16 %}
 // Staged as f16: rows of dY times a power of two from their own largest value, W times `m.factor`; undone at the end. The
 // adapter's part is f32 and waits in dX.
 {% endif %}
-{% from "tile.wgsl" import stride, multiply, stage %}
+{% from "tile.wgsl" import sums, multiply_columns, rank4 %}
 {% set type = "vec4<f16>" if f16 else "vec4<f32>" %}
-{% set depth = 32 if f16 else 16 %}
-{% set lora_depth = 8 if f16 else 16 %}
+{% set quads_staged = 4 %}
+{% set rank_staged = 2 if f16 else 4 %}
 {{ "" }}
 {% include "qmatmul_dx.wgsl" %}
 @group(0) @binding(4) var<storage, read> row_factor: array<f32>; // of dY, a power of two a row; f16 staging only
-@group(0) @binding(5) var<storage, read_write> dx: array<f32>;
+@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>;   // W again
+@group(0) @binding(6) var<storage, read_write> dx: array<{{ "f32" if ragged else "vec4<f32>" }}>;
 
 {% include "groups.wgsl" %}
 {% include "matrix.wgsl" %}
 {% set operand = "a" %}
 {% include "rows.wgsl" %}
 
-// dY is staged as [n][row / 4] of four rows each, W as [n][k / 4] of four columns each.
-var<workgroup> dy_tile: array<{{ type }}, {{ depth * stride }}>;
-var<workgroup> w_tile: array<{{ type }}, {{ depth * stride }}>;
+// dY is staged as [row][n / 4], W as [n][k / 4].
+var<workgroup> dy_tile: array<{{ type }}, {{ side * (quads_staged + 1) }}>;
+var<workgroup> w_tile: array<{{ type }}, {{ 4 * quads_staged * (side // 4 + 1) }}>;
 {% if f16 %}
-var<workgroup> g_tile: array<vec4<f32>, {{ lora_depth * stride }}>;
-var<workgroup> a_tile: array<vec4<f32>, {{ lora_depth * stride }}>;
+var<workgroup> g_tile: array<vec4<f32>, {{ side * (rank_staged + 1) }}>;
+var<workgroup> a_tile: array<vec4<f32>, {{ 4 * rank_staged * (side // 4 + 1) }}>;
 {% endif %}
 
-// Four values of a row of dY (of this part's columns) or G, zero past the end.
-{% for name, at, end in [("dy", "row * p.dy_stride + p.column + i", "p.n"), ("g", "row * p.rank + i", "p.rank")] %}
-fn {{ name }}4(row: u32, i: u32) -> vec4<f32> {
-    var values = vec4<f32>(0.0);
-    let at = {{ at }};
-    if (i < {{ end }}) { values.x = {{ name }}[at]; }
-    if (i + 1u < {{ end }}) { values.y = {{ name }}[at + 1u]; }
-    if (i + 2u < {{ end }}) { values.z = {{ name }}[at + 2u]; }
-    if (i + 3u < {{ end }}) { values.w = {{ name }}[at + 3u]; }
-    return values;
-}
-{% endfor %}
+{{ rank4("g") }}
 
 {# Does something with each four results of a thread that are in dX: `sumI_H`, at `row` and `q`. #}
 {% macro each_four(what) %}
 {% for i in range(8) %}
     {
-        let row = p.row + row_base + {{ 32 * (i // 4) }}u + 4u * ty + {{ i % 4 }}u;
+        let row = p.row + row_base + {{ side // 8 * i }}u + ty;
         if (row < p.row + p.rows) {
 {% for half in range(2) %}
             {
-                let q = 2u * word_base + {{ 8 * half }}u + tx;
+                let q = quad_base + {{ side // 8 * half }}u + tx;
                 if (q < quads) { {{ what | replace("SUM", "sum" ~ i ~ "_" ~ half) }} }
             }
 {% endfor %}
@@ -61,7 +53,15 @@ fn {{ name }}4(row: u32, i: u32) -> vec4<f32> {
 {% endfor %}
 {% endmacro %}
 
-@compute @workgroup_size(64)
+{% set threads = side * side // 64 %}
+{# Rows of dY, or of G, that a thread stages: one in so many. #}
+{% set dy_step = threads // quads_staged %}
+{% set g_step = threads // rank_staged %}
+{# Words of a row of W that a thread stages at a time, and threads that share a row. #}
+{% set words_each = side * quads_staged // 2 // threads %}
+{% set sharing = side // 8 // words_each %}
+
+@compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) count: vec3<u32>,
@@ -71,51 +71,50 @@ fn main(
     if (group >= p.groups) {
         return;
     }
+    fill_codebook(thread);
     let row_group = group / p.column_groups;
-    let word_base = (group - row_group * p.column_groups) * 8u;
-    let row_base = row_group * 64u;
-    let tx = thread % 8u;
-    let ty = thread / 8u;
+    let quad_base = (group - row_group * p.column_groups) * {{ side // 4 }}u;
+    let row_base = row_group * {{ side }}u;
+    let tx = thread % {{ side // 8 }}u;
+    let ty = thread / {{ side // 8 }}u;
     let quads = (p.k + 3u) >> 2u;
 
-    // What this thread stages of dY or G: four rows (`quad`) by four columns (`part`). Rows past the end repeat the last one.
-    let quad = thread / 4u;
-    let part = thread % 4u;
-{% for i in range(4) %}
-    let row{{ i }} = p.row + min(row_base + 4u * quad + {{ i }}u, p.rows - 1u);
+    // What this thread stages: a quad of some rows of dY, and words of one row of W. Rows and words past the end repeat the last
+    // ones.
+    let dy_quad = thread % {{ quads_staged }}u;
+    let dy_local = thread / {{ quads_staged }}u;
+{% for i in range(side // dy_step) %}
+    let row{{ i }} = p.row + min(row_base + dy_local + {{ dy_step * i }}u, p.rows - 1u);
 {% if f16 %}
     let factor{{ i }} = row_factor[row{{ i }}];
 {% endif %}
 {% endfor %}
-    // And of W or A: a word of eight columns, of every eighth row. Words past the end repeat the last one.
-    let word = min(word_base + tx, p.words - 1u);
-{% for i in range(8) %}
-    var sum{{ i }}_0 = vec4<f32>(0.0);
-    var sum{{ i }}_1 = vec4<f32>(0.0);
-{% endfor %}
+    let n_local = thread / {{ sharing }}u;
+    let w_local = thread % {{ sharing }}u * {{ words_each }}u;
+    let w_first = quad_base / 2u + w_local;
+    let w_at = n_local * {{ side // 4 + 1 }}u + 2u * w_local;
+{{ sums() }}
 
 {% set left, right = ("g_tile", "a_tile") if f16 else ("dy_tile", "w_tile") %}
-    for (var start = 0u; start < p.rank; start = start + {{ lora_depth }}u) {
+    let g_quad = thread % {{ rank_staged }}u;
+    let g_local = thread / {{ rank_staged }}u;
+    for (var start = 0u; start < p.rank; start = start + {{ 4 * rank_staged }}u) {
         workgroupBarrier();
-        if (part < {{ lora_depth // 4 }}u) {
-            let j = 4u * part;
-{% for i in range(4) %}
-            let g{{ i }} = g4(row{{ i }}, start + j);
+{% for i in range(side // g_step) %}
+        {
+            let row = p.row + min(row_base + g_local + {{ g_step * i }}u, p.rows - 1u);
+            {{ left }}[(g_local + {{ g_step * i }}u) * {{ rank_staged + 1 }}u + g_quad] = g4(row, start + 4u * g_quad);
+        }
 {% endfor %}
-{{ stage(left, "j", "g", "vec4<f32>") }}
+{% for i in range(rank_staged * side // threads) %}
+        {
+            let j = (thread + {{ threads * i }}u) / {{ side // 4 }}u;
+            let q = thread % {{ side // 4 }}u;
+            {{ right }}[j * {{ side // 4 + 1 }}u + q] = a4(min(start + j, p.rank - 1u), min(quad_base + q, quads - 1u));
         }
-        for (var j = ty; j < {{ lora_depth }}u; j = j + 8u) {
-            var lo = vec4<f32>(0.0);
-            var hi = vec4<f32>(0.0);
-            if (start + j < p.rank) {
-                lo = a4(start + j, 2u * word);
-                hi = a4(start + j, 2u * word + 1u);
-            }
-            {{ right }}[j * {{ stride }}u + 2u * tx] = lo;
-            {{ right }}[j * {{ stride }}u + 2u * tx + 1u] = hi;
-        }
+{% endfor %}
         workgroupBarrier();
-{{ multiply(left, right, lora_depth) }}
+{{ multiply_columns(side, left, right, rank_staged, rank_staged) }}
     }
 {% if dropout %}
     if (p.rank > 0u) {
@@ -136,25 +135,54 @@ fn main(
     }
 {% endif %}
 
-    for (var start = 0u; start < p.n; start = start + {{ depth }}u) {
-        workgroupBarrier();
-        // Loops of the shader, not of its template: drivers need not compile the decoder many times.
-        for (var n = 4u * part; n < {{ depth }}u; n = n + 16u) {
-{% for i in range(4) %}
-            let dy{{ i }} = dy4(row{{ i }}, start + n){{ " * factor" ~ i if f16 }};
+    for (var start = 0u; start < p.n; start = start + {{ 4 * quads_staged }}u) {
+        // Loads are under way before the barrier. Past N the last values come again, of which dY's count as zero.
+{% for i in range(side // dy_step) %}
+        let own{{ i }} = dy4(row{{ i }}, start + 4u * dy_quad);
 {% endfor %}
-{{ stage("dy_tile", "n", "dy", type) }}
-        }
-        for (var n = ty; n < {{ depth }}u; n = n + 8u) {
-            var weights = W8(vec4<f32>(0.0), vec4<f32>(0.0));
-            if (start + n < p.n) {
-                weights = weights8(start + n, word);
-            }
-            w_tile[n * {{ stride }}u + 2u * tx] = {{ type }}(weights.lo{{ " * p.m.factor" if f16 }});
-            w_tile[n * {{ stride }}u + 2u * tx + 1u] = {{ type }}(weights.hi{{ " * p.m.factor" if f16 }});
-        }
+{% if chunked %}
+        let n = min(start + n_local, p.n - 1u);
+        let chunk = min(w_first >> 2u, (p.words - 1u) >> 2u);
+        let codes = codes_of(n, chunk);
+        let block = block_of(n, 32u * chunk);
+        let scale = scale_of(block){{ " * p.m.factor" if f16 }};
+{% if mins != "none" %}
+        let low = min_of(block){{ " * p.m.factor" if f16 }};
+{% endif %}
+{% endif %}
         workgroupBarrier();
-{{ multiply("dy_tile", "w_tile", depth) }}
+{% for i in range(side // dy_step) %}
+        dy_tile[(dy_local + {{ dy_step * i }}u) * {{ quads_staged + 1 }}u + dy_quad] = {{ type }}(own{{ i }}{{ " * factor" ~ i if f16 }});
+{% endfor %}
+{% if chunked %}
+{% if words_each == 2 %}
+        let pair = select(codes.xy, codes.zw, (w_local & 2u) != 0u);
+{% elif words_each == 1 %}
+        let pair = select(codes.xz, codes.yw, (w_local & 1u) != 0u);
+{% endif %}
+{% for i in range(words_each) %}
+        {
+{% if words_each == 2 %}
+            let word = pair.{{ "xy"[i] }};
+{% else %}
+            let word = select(pair.x, pair.y, (w_local & 2u) != 0u);
+{% endif %}
+{% for half, name in [(0, "low"), (1, "high")] %}
+            w_tile[w_at + {{ 2 * i + half }}u] = {{ type }}(decode_{{ name }}(word) * scale{{ " + low" if mins != "none" }});
+{% endfor %}
+        }
+{% endfor %}
+{% else %}
+{% for i in range(words_each) %}
+        {
+            let weights = weights8(min(start + n_local, p.n - 1u), min(w_first + {{ i }}u, p.words - 1u));
+            w_tile[w_at + {{ 2 * i }}u] = {{ type }}(weights.lo{{ " * p.m.factor" if f16 }});
+            w_tile[w_at + {{ 2 * i + 1 }}u] = {{ type }}(weights.hi{{ " * p.m.factor" if f16 }});
+        }
+{% endfor %}
+{% endif %}
+        workgroupBarrier();
+{{ multiply_columns(side, "dy_tile", "w_tile", quads_staged, quads_staged) }}
     }
 
 {% if f16 %}

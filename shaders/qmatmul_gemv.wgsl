@@ -1,44 +1,181 @@
-// Y = X * W^T + bias + s * H * B^T for few rows of X ({{ tokens }} at most): a matrix-vector product, bound by reading W once.
+// Y = X * W^T + bias + s * H * B^T for few rows of X ({{ tokens }} at most): a matrix-vector product.
 //
-// A team (a subgroup, or {{ team }} threads) owns a row of W at a time; its lanes stride K by eight weights.
+// Floor: bytes of W (K N / 2 and its scales) over the memory's bandwidth, or 2 M N K FLOP over the rate of f32, whichever is longer.
+//
+// {{ lanes }} threads share {{ rows }} rows of W: each decodes {{ "32 weights of a row from one 16-byte load" if chunked else "8 weights of a row" }} at a time, and
+// multiplies them with X, which is staged in workgroup memory once for all rows. How many threads share rows, and so the
+// order in which a result's terms are added, depends on the rows of X alone.
+{% set words = 4 if chunked else 1 %}
+{# Quads of a row of X that are staged at a time, with one of padding after every eight, which spreads the banks. #}
+{% set quads_staged = lanes * words * 2 %}
+{% set stride = quads_staged + quads_staged // 8 %}
+{% set teams = threads // lanes %}
+{# Sums that meet in workgroup memory at a time: of so many rows of W. #}
+{% set batch = [rows, [1024 // (tokens * threads), 1] | max] | min %}
 
 {% include "qmatmul.wgsl" %}
-@group(0) @binding(5) var<storage, read_write> y: array<f32>;
+@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>; // W again
+@group(0) @binding(6) var<storage, read_write> y: array<f32>;
 
+{% include "groups.wgsl" %}
 {% include "matrix.wgsl" %}
 {% set operand = "x" %}
 {% include "rows.wgsl" %}
-{% set all_rows = "p.n" %}
-{% include "row_teams.wgsl" %}
 
-// Row n of W against every row of X.
-fn one_row(n: u32, team: Team, mine: bool) {
+var<workgroup> x_tile: array<vec4<f32>, {{ tokens * stride }}>;
+// [row of W][row of X][thread]
+var<workgroup> partial: array<f32, {{ batch * tokens * threads }}>;
+
+@compute @workgroup_size({{ threads }})
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) count: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let group = group_index(workgroup, count);
+    if (group >= p.groups) {
+        return;
+    }
+    fill_codebook(thread);
+{% if not chunked %}
+    // The first weights are decoded before X is staged.
+    workgroupBarrier();
+{% endif %}
+    let lane = thread % {{ lanes }}u;
+    let n_base = group * {{ teams * rows }}u + thread / {{ lanes }}u;
+    // Rows past the end repeat the last one and are not stored.
+{% for r in range(rows) %}
+    let n{{ r }} = min(n_base + {{ r * teams }}u, p.n - 1u);
 {% for t in range(tokens) %}
-    let row{{ t }} = p.row + min({{ t }}u, p.rows - 1u);
-    var y{{ t }} = 0.0;
-{% endfor %}
+    var sum{{ r }}_{{ t }} = 0.0;
+{% endfor %}{% endfor %}
+
+    let quads = (p.k + 3u) >> 2u;
     let words = (p.k + 7u) >> 3u;
-    for (var g = team.lane; g < words; g = g + team.size) {
-        let weights = weights8(n, g);
-{% for t in range(tokens) %}
-        y{{ t }} = y{{ t }} + (dot(x4(row{{ t }}, 2u * g), weights.lo) + dot(x4(row{{ t }}, 2u * g + 1u), weights.hi));
+    for (var start = 0u; start < words; start = start + {{ lanes * words }}u) {
+        // Loads of W are under way while X is staged. Past K the last weights come again, and X is zero.
+{% if chunked %}
+        let chunk = min((start >> 2u) + lane, (words - 1u) >> 2u);
+{% for r in range(rows) %}
+        var codes{{ r }} = codes_of(n{{ r }}, chunk);
+        let block{{ r }} = block_of(n{{ r }}, 32u * chunk);
+        let scale{{ r }} = scale_of(block{{ r }});
+{% if mins != "none" %}
+        let low{{ r }} = min_of(block{{ r }});
+{% endif %}
 {% endfor %}
-    }
-    for (var j = team.lane; j < p.rank; j = j + team.size) {
-        let scaled = b[(p.column + n) * p.rank + j] * p.lora_scale;
-{% for t in range(tokens) %}
-        y{{ t }} = y{{ t }} + h[row{{ t }} * p.rank + j] * scaled;
+{% else %}
+        let word = min(start + lane, words - 1u);
+{% for r in range(rows) %}
+        let weights{{ r }} = weights8(n{{ r }}, word);
 {% endfor %}
-    }
-    let stores = mine && team.lane == 0u;
-    var offset = 0.0;
-    if (stores && p.has_bias != 0u) {
-        offset = bias[p.column + n];
-    }
-{% for t in range(tokens) %}
-    let sum{{ t }} = team_sum(y{{ t }}, team.thread);
-    if (stores && {{ t }}u < p.rows) {
-        y[row{{ t }} * p.y_stride + p.column + n] = sum{{ t }} + offset;
-    }
+{% endif %}
+        workgroupBarrier();
+{% set each = tokens * quads_staged // threads %}
+        for (var turn = 0u; turn < {{ [each, 1] | max }}u; turn = turn + 1u) {
+            let i = thread + turn * {{ threads }}u;
+            let t = i / {{ quads_staged }}u;
+            let local = i % {{ quads_staged }}u;
+            let q = 2u * start + local;
+            let values = x4(p.row + min(t, p.rows - 1u), min(q, quads - 1u));
+{% if each == 0 %}
+            if (t < {{ tokens }}u) {
+{% else %}
+            {
+{% endif %}
+                x_tile[t * {{ stride }}u + local + local / 8u] = select(vec4<f32>(0.0), values, q < quads);
+            }
+        }
+        workgroupBarrier();
+{% if chunked %}
+        for (var word = 0u; word < 4u; word = word + 1u) {
+{% for r in range(rows) %}
+            let lo{{ r }} = decode_low(codes{{ r }}.x);
+            let hi{{ r }} = decode_high(codes{{ r }}.x);
+            codes{{ r }} = codes{{ r }}.yzwx;
 {% endfor %}
+            let at = 9u * lane + 2u * word;
+{% else %}
+        {
+{% for r in range(rows) %}
+            let lo{{ r }} = weights{{ r }}.lo;
+            let hi{{ r }} = weights{{ r }}.hi;
+{% endfor %}
+            let at = 2u * lane + lane / 4u;
+{% endif %}
+{% for t in range(tokens) %}
+            {
+                let a = x_tile[{{ t * stride }}u + at];
+                let b = x_tile[{{ t * stride }}u + at + 1u];
+{% if chunked and mins != "none" %}
+                let x_sum = a.x + a.y + a.z + a.w + b.x + b.y + b.z + b.w;
+{% endif %}
+{% for r in range(rows) %}
+{% if chunked %}
+                var dot{{ r }} = a.x * lo{{ r }}.x;
+{% for e in range(1, 8) %}
+                dot{{ r }} = dot{{ r }} + {{ "a" if e < 4 else "b" }}.{{ "xyzw"[e % 4] }} * {{ "lo" if e < 4 else "hi" }}{{ r }}.{{ "xyzw"[e % 4] }};
+{% endfor %}
+                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + dot{{ r }} * scale{{ r }};
+{% if mins != "none" %}
+                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + x_sum * low{{ r }};
+{% endif %}
+{% else %}
+{% for e in range(8) %}
+                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + {{ "a" if e < 4 else "b" }}.{{ "xyzw"[e % 4] }} * {{ "lo" if e < 4 else "hi" }}{{ r }}.{{ "xyzw"[e % 4] }};
+{% endfor %}
+{% endif %}
+{% endfor %}
+            }
+{% endfor %}
+        }
+    }
+    for (var j = lane; j < p.rank; j = j + {{ lanes }}u) {
+{% for t in range(tokens) %}
+        let h{{ t }} = h[(p.row + min({{ t }}u, p.rows - 1u)) * p.rank + j] * p.lora_scale;
+{% endfor %}
+{% for r in range(rows) %}
+        let b{{ r }} = b[(p.column + n{{ r }}) * p.rank + j];
+{% for t in range(tokens) %}
+        sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + h{{ t }} * b{{ r }};
+{% endfor %}{% endfor %}
+    }
+
+    // The threads' sums meet, eight at a time and then the rest.
+{% for first in range(0, rows, batch) %}
+{% set some = [batch, rows - first] | min %}
+    workgroupBarrier();
+{% for r in range(some) %}{% for t in range(tokens) %}
+    partial[{{ (r * tokens + t) * threads }}u + thread] = sum{{ first + r }}_{{ t }};
+{% endfor %}{% endfor %}
+    workgroupBarrier();
+    finish({{ first }}u, {{ some }}u, group, thread);
+{% endfor %}
+}
+
+// Adds up what `partial` has for `some` rows of each team, from row `first` on, and stores the results.
+fn finish(first: u32, some: u32, group: u32, thread: u32) {
+{% set pieces = lanes // 8 %}
+    let results = some * {{ tokens * teams }}u;
+{% if pieces > 1 %}
+    // Eight neighbours become one, in the place of their first.
+    for (var i = thread; i < results * {{ pieces }}u; i = i + {{ threads }}u) {
+        var piece = 0.0;
+        for (var e = 0u; e < 8u; e = e + 1u) { piece = piece + partial[8u * i + e]; }
+        partial[8u * i] = piece;
+    }
+    workgroupBarrier();
+{% endif %}
+    for (var i = thread; i < results; i = i + {{ threads }}u) {
+        var result = 0.0;
+        for (var e = 0u; e < {{ pieces if pieces > 1 else 8 }}u; e = e + 1u) { result = result + partial[{{ lanes }}u * i + {{ 8 if pieces > 1 else 1 }}u * e]; }
+        let team = i % {{ teams }}u;
+        let t = i / {{ teams }}u % {{ tokens }}u;
+        let r = first + i / {{ teams * tokens }}u;
+        let n = group * {{ teams * rows }}u + r * {{ teams }}u + team;
+        if (n < p.n && t < p.rows) {
+            if (p.has_bias != 0u) { result = result + bias[p.column + n]; }
+            y[(p.row + t) * p.y_stride + p.column + n] = result;
+        }
+    }
 }

@@ -1,51 +1,48 @@
 {% if f16 %}
 enable f16;
 {% endif %}
-// Y = X * W^T + bias + s * H * B^T by register tiles: 64 rows of X by 64 rows of W a workgroup of 64 threads, each an
-// 8 x 8 piece of Y. Tiles of X and W are staged in workgroup memory, W decoded on the way; the adapter's rank is
-// {% if f16 %}one more stretch of the same loop, in f32.{% else %}one more stretch of the same loop.{% endif %}
+// Y = X * W^T + bias + s * H * B^T by register tiles of {{ side }} rows of X by {{ side }} rows of W. Tiles of X and W are staged in workgroup
+// memory, W decoded on the way; the adapter's rank is {{ "a stretch of its own, in f32" if f16 else "one more stretch of the same loop" }}.
+//
+// Floor: 2 M N K FLOP over the rate of f32. X is read N / {{ side }} times, W is read and decoded M / {{ side }} times.
 {{ "" }}
 {% if f16 %}
 // Staged as f16: rows of X times a power of two from their own largest value, W times `m.factor`; undone at the end.
 {% endif %}
-{% set depth = 32 if f16 else 16 %}
-{% set lora_depth = 8 if f16 else 16 %}
-{% from "tile.wgsl" import stride, multiply, stage %}
+{% set quads_staged = 4 %}
+{% set rank_staged = 2 if f16 else 4 %}
+{% set type = "vec4<f16>" if f16 else "vec4<f32>" %}
+{% from "tile.wgsl" import slot, sums, multiply_rows, rank4 %}
 
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row; f16 staging only
-@group(0) @binding(6) var<storage, read_write> y: array<f32>;
+@group(0) @binding(6) var<storage, read> w4: array<vec4<u32>>;   // W again
+@group(0) @binding(7) var<storage, read_write> y: array<{{ "vec4<f32>" if quads else "f32" }}>;
 
 {% include "groups.wgsl" %}
 {% include "matrix.wgsl" %}
 {% set operand = "x" %}
 {% include "rows.wgsl" %}
 
-// [k][row / 4] of four rows each; the stride of 17 spreads the banks.
+{% set slots = side + 3 %}
+var<workgroup> x_tile: array<{{ type }}, {{ side * (quads_staged + 1) }}>;
+var<workgroup> w_tile: array<{{ type }}, {{ slots * (quads_staged + 1) }}>;
 {% if f16 %}
-var<workgroup> x_tile: array<vec4<f16>, {{ depth * stride }}>;
-var<workgroup> w_tile: array<vec4<f16>, {{ depth * stride }}>;
-var<workgroup> h_tile: array<vec4<f32>, {{ lora_depth * stride }}>;
-var<workgroup> b_tile: array<vec4<f32>, {{ lora_depth * stride }}>;
-{% else %}
-var<workgroup> x_tile: array<vec4<f32>, {{ depth * stride }}>;
-var<workgroup> w_tile: array<vec4<f32>, {{ depth * stride }}>;
+var<workgroup> h_tile: array<vec4<f32>, {{ side * (rank_staged + 1) }}>;
+var<workgroup> b_tile: array<vec4<f32>, {{ slots * (rank_staged + 1) }}>;
 {% endif %}
 
-// Four values of a row of H or B from rank j on, zero past the rank.
-{% for name in ["h", "b"] %}
-fn {{ name }}4(row: u32, j: u32) -> vec4<f32> {
-    var values = vec4<f32>(0.0);
-    let at = row * p.rank + j;
-    if (j < p.rank) { values.x = {{ name }}[at]; }
-    if (j + 1u < p.rank) { values.y = {{ name }}[at + 1u]; }
-    if (j + 2u < p.rank) { values.z = {{ name }}[at + 2u]; }
-    if (j + 3u < p.rank) { values.w = {{ name }}[at + 3u]; }
-    return values;
-}
-{% endfor %}
+{{ rank4("h") }}
+{{ rank4("b") }}
 
-@compute @workgroup_size(64)
+{# Rows of X, or of H, that a thread stages: one in so many. #}
+{% set threads = side * side // 64 %}
+{% set x_step = threads // quads_staged %}
+{% set h_step = threads // rank_staged %}
+{# Words of a row of W that a thread stages at a time. #}
+{% set words_each = side * quads_staged // 2 // threads %}
+
+@compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) count: vec3<u32>,
@@ -55,58 +52,80 @@ fn main(
     if (group >= p.groups) {
         return;
     }
+    fill_codebook(thread);
     let row_group = group / p.column_groups;
-    let n_base = (group - row_group * p.column_groups) * 64u;
-    let row_base = row_group * 64u;
-    let tx = thread % 8u;
-    let ty = thread / 8u;
+    let n_base = (group - row_group * p.column_groups) * {{ side }}u;
+    let row_base = row_group * {{ side }}u;
+    let tx = thread % {{ side // 8 }}u;
+    let ty = thread / {{ side // 8 }}u;
 
-    // What this thread stages: four rows (`quad`) by four values of K (`part`). Rows past the end repeat the last one.
-    let quad = thread / 4u;
-    let part = thread % 4u;
-{% for i in range(4) %}
-    let row{{ i }} = p.row + min(row_base + 4u * quad + {{ i }}u, p.rows - 1u);
-    let n{{ i }} = min(n_base + 4u * quad + {{ i }}u, p.n - 1u);
-{% endfor %}
+    // What this thread stages: a quad of some rows of X, and words of one row of W. Rows past the end repeat the last one.
+    let x_quad = thread % {{ quads_staged }}u;
+    let x_local = thread / {{ quads_staged }}u;
+{% for i in range(side // x_step) %}
+    let row{{ i }} = p.row + min(row_base + x_local + {{ x_step * i }}u, p.rows - 1u);
 {% if f16 %}
-{% for i in range(4) %}
     let factor{{ i }} = row_factor[row{{ i }}];
-{% endfor %}
 {% endif %}
-{% for i in range(8) %}
-    var sum{{ i }}_0 = vec4<f32>(0.0);
-    var sum{{ i }}_1 = vec4<f32>(0.0);
 {% endfor %}
+    let n_local = thread % {{ side }}u;
+    let n = min(n_base + n_local, p.n - 1u);
+    let w_part = thread / {{ side }}u * {{ words_each }}u;
+    let w_at = {{ slot(side, "n_local") }} * {{ quads_staged + 1 }}u + 2u * w_part;
+{{ sums() }}
 
     let quads = (p.k + 3u) >> 2u;
-    for (var start = 0u; start < quads; start = start + {{ depth // 4 }}u) {
+    let words = (p.k + 7u) >> 3u;
+    for (var start = 0u; start < quads; start = start + {{ quads_staged }}u) {
+        // Loads are under way before the barrier. Past K the last values come again, of which X's count as zero.
+{% for i in range(side // x_step) %}
+        let own{{ i }} = x4(row{{ i }}, min(start + x_quad, quads - 1u));
+{% endfor %}
+{% if chunked %}
+        let chunk = min(start >> 3u, (words - 1u) >> 2u);
+        let codes = codes_of(n, chunk);
+        let block = block_of(n, 32u * chunk);
+        let scale = scale_of(block){{ " * p.m.factor" if f16 }};
+{% if mins != "none" %}
+        let low = min_of(block){{ " * p.m.factor" if f16 }};
+{% endif %}
+{% endif %}
         workgroupBarrier();
-{% for round in range(depth // 16) %}
+{% for i in range(side // x_step) %}
+{% set scaled = "own" ~ i ~ (" * factor" ~ i if f16 else "") %}
+        x_tile[(x_local + {{ x_step * i }}u) * {{ quads_staged + 1 }}u + x_quad] = {{ type }}({{ scaled if chunked else "select(vec4<f32>(0.0), " ~ scaled ~ ", start + x_quad < quads)" }});
+{% endfor %}
+{% if chunked %}
+        let pair = select(codes.xy, codes.zw, (start & 4u) != 0u);
+{% for i in range(words_each) %}
         {
-            let q = start + {{ 4 * round }}u + part;
-{% for i in range(4) %}
-            var x{{ i }} = vec4<f32>(0.0);
-            var w{{ i }} = vec4<f32>(0.0);
+{% if words_each == 2 %}
+            let word = pair.{{ "xy"[i] }};
+{% else %}
+            let word = select(pair.x, pair.y, w_part != 0u);
+{% endif %}
+{% for half, name in [(0, "low"), (1, "high")] %}
+            w_tile[w_at + {{ 2 * i + half }}u] = {{ type }}(decode_{{ name }}(word) * scale{{ " + low" if mins != "none" }});
 {% endfor %}
-            if (q < quads) {
-{% for i in range(4) %}
-                x{{ i }} = x4(row{{ i }}, q){{ " * factor" ~ i if f16 }};
-                w{{ i }} = weights4(n{{ i }}, q){{ " * p.m.factor" if f16 }};
-{% endfor %}
-            }
-            let k = {{ 16 * round }}u + 4u * part;
-{{ stage("x_tile", "k", "x", "vec4<f16>" if f16 else "vec4<f32>") }}
-{{ stage("w_tile", "k", "w", "vec4<f16>" if f16 else "vec4<f32>") }}
         }
 {% endfor %}
+{% else %}
+{% for i in range(words_each) %}
+        {
+            let weights = weights8(n, min(start / 2u + w_part + {{ i }}u, words - 1u));
+            w_tile[w_at + {{ 2 * i }}u] = {{ type }}(weights.lo{{ " * p.m.factor" if f16 }});
+            w_tile[w_at + {{ 2 * i + 1 }}u] = {{ type }}(weights.hi{{ " * p.m.factor" if f16 }});
+        }
+{% endfor %}
+{% endif %}
         workgroupBarrier();
-{{ multiply("x_tile", "w_tile", depth) }}
+{{ multiply_rows(side, "x_tile", "w_tile", quads_staged, quads_staged) }}
     }
 
 {% if f16 %}
 {% for i in range(8) %}
     {
-        let row = p.row + min(row_base + {{ 32 * (i // 4) }}u + 4u * ty + {{ i % 4 }}u, p.rows - 1u);
+        let row = p.row + min(row_base + {{ side // 8 * i }}u + ty, p.rows - 1u);
         let undo = 1.0 / row_factor[row] / p.m.factor;
         sum{{ i }}_0 = sum{{ i }}_0 * undo;
         sum{{ i }}_1 = sum{{ i }}_1 * undo;
@@ -115,40 +134,46 @@ fn main(
 {% endif %}
 
 {% set left, right = ("h_tile", "b_tile") if f16 else ("x_tile", "w_tile") %}
-    for (var start = 0u; start < p.rank; start = start + {{ lora_depth }}u) {
+    let h_quad = thread % {{ rank_staged }}u;
+    let h_local = thread / {{ rank_staged }}u;
+    for (var start = 0u; start < p.rank; start = start + {{ 4 * rank_staged }}u) {
         workgroupBarrier();
-        if (part < {{ lora_depth // 4 }}u) {
-            let j = start + 4u * part;
-{% for i in range(4) %}
-            let h{{ i }} = h4(row{{ i }}, j);
-            let b{{ i }} = b4(p.column + n{{ i }}, j) * p.lora_scale;
-{% endfor %}
-            let k = 4u * part;
-{{ stage(left, "k", "h", "vec4<f32>") }}
-{{ stage(right, "k", "b", "vec4<f32>") }}
+        let j = start + 4u * h_quad;
+{% for i in range(side // h_step) %}
+        {
+            let row = p.row + min(row_base + h_local + {{ h_step * i }}u, p.rows - 1u);
+            {{ left }}[(h_local + {{ h_step * i }}u) * {{ rank_staged + 1 }}u + h_quad] = h4(row, j);
+            let column = h_local + {{ h_step * i }}u;
+            let of_column = p.column + min(n_base + column, p.n - 1u);
+            {{ right }}[{{ slot(side, "column") }} * {{ rank_staged + 1 }}u + h_quad] = b4(of_column, j) * p.lora_scale;
         }
+{% endfor %}
         workgroupBarrier();
-{{ multiply(left, right, lora_depth) }}
+{{ multiply_rows(side, left, right, rank_staged, rank_staged) }}
     }
 
 {% for half in range(2) %}
     {
-        let n = n_base + {{ 32 * half }}u + 4u * tx;
+        let column = n_base + {{ side // 2 * half }}u + 4u * tx;
         var offset = vec4<f32>(0.0);
         if (p.has_bias != 0u) {
 {% for j in range(4) %}
-            offset.{{ "xyzw"[j] }} = bias[p.column + min(n + {{ j }}u, p.n - 1u)];
+            offset.{{ "xyzw"[j] }} = bias[p.column + min(column + {{ j }}u, p.n - 1u)];
 {% endfor %}
         }
 {% for i in range(8) %}
         {
-            let row = row_base + {{ 32 * (i // 4) }}u + 4u * ty + {{ i % 4 }}u;
+            let row = row_base + {{ side // 8 * i }}u + ty;
             let value = sum{{ i }}_{{ half }} + offset;
-            let at = (p.row + row) * p.y_stride + p.column + n;
+            let at = (p.row + row) * p.y_stride + p.column + column;
             if (row < p.rows) {
+{% if quads %}
+                if (column < p.n) { y[at >> 2u] = value; }
+{% else %}
 {% for j in range(4) %}
-                if (n + {{ j }}u < p.n) { y[at + {{ j }}u] = value.{{ "xyzw"[j] }}; }
+                if (column + {{ j }}u < p.n) { y[at + {{ j }}u] = value.{{ "xyzw"[j] }}; }
 {% endfor %}
+{% endif %}
             }
         }
 {% endfor %}

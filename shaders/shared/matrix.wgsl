@@ -6,6 +6,11 @@
 // Rows of codes (or values) are `row_words` words apart. Blocks run over the flat index n * K + k.
 // `ragged` (K is no multiple of 8): a word may straddle two blocks, and weights past K must read as zero.
 // Include after `Params`, which holds `m: Matrix` and `k: u32`, and after the binding `w`.
+//
+// `wide`: the form for hardware. The same buffer is bound a second time as `w4`, whose loads are 16 bytes wide, and a codebook
+// that needs a table has it in workgroup memory: call `fill_codebook(thread)` first, with a barrier before anything is decoded.
+// `chunked`: 32 weights that one such load brings, and that begin at a multiple of 32, lie in one block.
+{% set wide = wide is defined and wide %}
 
 struct W8 {
     lo: vec4<f32>, // k, k + 1, k + 2, k + 3
@@ -67,9 +72,34 @@ fn decode_low(word: u32) -> vec4<f32> {
 fn decode_high(word: u32) -> vec4<f32> {
     return vec4<f32>(decode(word, 16u), decode(word, 20u), decode(word, 24u), decode(word, 28u));
 }
+{% elif decoder == "select" and wide %}
+// The codebook in workgroup memory. Sixteen words lie in sixteen banks, so lookups never collide.
+var<workgroup> codebook: array<f32, 16>;
+
+fn fill_codebook(thread: u32) {
+    if (thread < 16u) {
+        var value = {{ codebook[0] }};
+{% for i in range(1, 16) %}
+        value = select(value, {{ codebook[i] }}, thread == {{ i }}u);
+{% endfor %}
+        codebook[thread] = value;
+    }
+}
+
+// Codes 0 to 3 of a word, in its low half.
+fn decode_low(word: u32) -> vec4<f32> {
+    return vec4<f32>(
+        codebook[word & 15u], codebook[(word >> 4u) & 15u], codebook[(word >> 8u) & 15u], codebook[(word >> 12u) & 15u],
+    );
+}
+
+// Codes 4 to 7.
+fn decode_high(word: u32) -> vec4<f32> {
+    return decode_low(word >> 16u);
+}
 {% elif decoder == "select" %}
-// The codebook's values of four codes of a word, whose bits are under the masks: a tree of selects, which on every device
-// tried is no slower than a table in workgroup memory, and on software drivers takes half the time.
+// The codebook's values of four codes of a word, whose bits are under the masks: a tree of selects. Software drivers take half
+// the time of a table in workgroup memory for it.
 fn decode(word: u32, bit0: vec4<u32>, bit1: vec4<u32>, bit2: vec4<u32>, bit3: vec4<u32>) -> vec4<f32> {
 {% for i in range(4) %}
     let b{{ i }} = (vec4<u32>(word) & bit{{ i }}) != vec4<u32>(0u);
@@ -124,6 +154,20 @@ fn block_of(n: u32, k: u32) -> u32 {
 }
 {% endif %}
 
+{% if wide %}
+{% if kind != "quant" or decoder != "select" %}
+// There is no table to fill.
+fn fill_codebook(thread: u32) {}
+{% endif %}
+
+{% if chunked %}
+// The codes of w[n, 32c .. 32c + 32].
+fn codes_of(n: u32, c: u32) -> vec4<u32> {
+    return w4[n * (p.m.row_words >> 2u) + c];
+}
+{% endif %}
+{% endif %}
+
 {% if kind == "quant" and not ragged %}
 // Eight weights of a word that lies within `block`.
 fn decode_word(word: u32, block: u32) -> W8 {
@@ -173,8 +217,12 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
 {% elif kind == "f32" %}
 // w[n, 4q .. 4q + 4]; rows end in zeros.
 fn weights4(n: u32, q: u32) -> vec4<f32> {
+{% if wide %}
+    return bitcast<vec4<f32>>(w4[n * (p.m.row_words >> 2u) + q]);
+{% else %}
     let at = n * p.m.row_words + 4u * q;
     return vec4<f32>(word_as_f32(at), word_as_f32(at + 1u), word_as_f32(at + 2u), word_as_f32(at + 3u));
+{% endif %}
 }
 
 {% elif kind == "f16" %}
@@ -206,7 +254,24 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
 }
 {% endif %}
 
-{% if kind != "quant" or ragged %}
+{% if wide and kind == "f16" %}
+// w[n, 8g .. 8g + 8]
+fn weights8(n: u32, g: u32) -> W8 {
+    let words = w4[n * (p.m.row_words >> 2u) + g];
+    return W8(
+        vec4<f32>(unpack2x16float(words.x), unpack2x16float(words.y)),
+        vec4<f32>(unpack2x16float(words.z), unpack2x16float(words.w)),
+    );
+}
+{% elif wide and kind == "bf16" %}
+// w[n, 8g .. 8g + 8]
+fn weights8(n: u32, g: u32) -> W8 {
+    let words = w4[n * (p.m.row_words >> 2u) + g];
+    let even = bitcast<vec4<f32>>(words << vec4<u32>(16u));
+    let odd = bitcast<vec4<f32>>(words & vec4<u32>(0xffff0000u));
+    return W8(vec4<f32>(even.x, odd.x, even.y, odd.y), vec4<f32>(even.z, odd.z, even.w, odd.w));
+}
+{% elif kind != "quant" or ragged %}
 // w[n, 8g .. 8g + 8]
 fn weights8(n: u32, g: u32) -> W8 {
     return W8(weights4(n, 2u * g), weights4(n, 2u * g + 1u));

@@ -21,7 +21,8 @@ struct Params {
 {% include "matrix_params.wgsl" %}
 
 {{ param_space }} p: Params;
-@group(0) @binding(0) var<storage, read> dy: array<f32>;
+{% set wide = wide is defined and wide %}
+@group(0) @binding(0) var<storage, read> dy: array<{{ "vec4<f32>" if wide and quads else "f32" }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
 @group(0) @binding(2) var<storage, read> g: array<f32>;
 @group(0) @binding(3) var<storage, read> a: array<{{ "f32" if ragged else "vec4<f32>" }}>;
@@ -36,6 +37,16 @@ fn dropout_factor4(row: u32, k: u32) -> vec4<f32> {
 }
 {% endif %}
 
+{% if wide and not ragged %}
+// dX[row, 4q .. 4q + 4]
+fn load4(row: u32, q: u32) -> vec4<f32> {
+    return dx[row * (p.k >> 2u) + q];
+}
+
+fn store4(row: u32, q: u32, values: vec4<f32>) {
+    dx[row * (p.k >> 2u) + q] = values;
+}
+{% else %}
 // dX[row, 4q .. 4q + 4], as far as there are columns.
 fn load4(row: u32, q: u32) -> vec4<f32> {
     let at = row * p.k + 4u * q;
@@ -60,3 +71,19 @@ fn store4(row: u32, q: u32, values: vec4<f32>) {
     {{ "if (left > " ~ e ~ "u) " if ragged }}{ dx[at + {{ e }}u] = values.{{ "xyzw"[e] }}; }
 {% endfor %}
 }
+{% endif %}
+{% if wide %}
+
+// Four values of a row of this part's columns of dY, from the n-th on; zero past the end.
+fn dy4(row: u32, n: u32) -> vec4<f32> {
+{% if quads %}
+    let values = dy[(row * p.dy_stride + p.column + min(n, p.n - 4u)) >> 2u];
+    return select(vec4<f32>(0.0), values, n < p.n);
+{% else %}
+    let place = vec4<u32>(n) + vec4<u32>(0u, 1u, 2u, 3u);
+    let at = min(place, vec4<u32>(p.n - 1u)) + vec4<u32>(row * p.dy_stride + p.column);
+    let values = vec4<f32>(dy[at.x], dy[at.y], dy[at.z], dy[at.w]);
+    return select(vec4<f32>(0.0), values, place < vec4<u32>(p.n));
+{% endif %}
+}
+{% endif %}

@@ -1,25 +1,59 @@
-{# Register tiles of 64 x 64 results by 64 threads, 8 x 8 a thread: `sum0_0` to `sum7_1`, of which `sumI_H` is row
-   32 (I / 4) + 4 ty + I % 4, columns 32 H + 4 tx to + 3. Operands lie in workgroup memory as [k][row / 4] of four rows each. #}
-{# From one k to the next; 17 spreads the banks. #}
-{% set stride = 17 %}
+{# Register tiles: `side` x `side` results by threads that own 8 x 8 each, `sum0_0` to `sum7_1`: sumI_H is row ty + I side / 8,
+   columns 4 tx + H side / 2 to + 3. A thread's place is tx = thread % (side / 8), ty = thread / (side / 8).
 
-{# Adds `steps` of the contracted index to the sums. #}
-{% macro multiply(left, right, steps) %}
-        for (var k = 0u; k < {{ steps }}u; k = k + 1u) {
-            let a0 = vec4<f32>({{ left }}[k * {{ stride }}u + ty]);
-            let a1 = vec4<f32>({{ left }}[k * {{ stride }}u + 8u + ty]);
-            let b0 = vec4<f32>({{ right }}[k * {{ stride }}u + tx]);
-            let b1 = vec4<f32>({{ right }}[k * {{ stride }}u + 8u + tx]);
+   The left operand lies in workgroup memory as [row][contracted / 4]. The right one lies like this too where its own memory runs
+   along the contracted index (`multiply_rows`), else as [contracted][column / 4] (`multiply_columns`). Four values make one
+   load, and one quad of padding a row spreads the banks. #}
+
+{# Where the right operand's row for column `n` begins: columns that a thread reads at once lie apart, those that neighbours
+   read lie side by side. #}
+{% macro slot(side, n) %}({{ n }} % 4u * {{ side // 4 + 1 }}u + {{ n }} / 4u){% endmacro %}
+
+{% macro sums() %}
 {% for i in range(8) %}
-            sum{{ i }}_0 = sum{{ i }}_0 + a{{ i // 4 }}.{{ "xyzw"[i % 4] }} * b0;
-            sum{{ i }}_1 = sum{{ i }}_1 + a{{ i // 4 }}.{{ "xyzw"[i % 4] }} * b1;
+    var sum{{ i }}_0 = vec4<f32>(0.0);
+    var sum{{ i }}_1 = vec4<f32>(0.0);
+{% endfor %}
+{% endmacro %}
+
+{# Adds `steps` quads of the contracted index, of which rows hold `quads`. #}
+{% macro multiply_rows(side, left, right, quads, steps) %}
+        for (var k = 0u; k < {{ steps }}u; k = k + 1u) {
+{% for h in range(2) %}{% for j in range(4) %}
+            let b{{ h }}{{ j }} = vec4<f32>({{ right }}[({{ j * (side // 4 + 1) + side // 8 * h }}u + tx) * {{ quads + 1 }}u + k]);
+{% endfor %}{% endfor %}
+{% for i in range(8) %}
+            {
+                let a = vec4<f32>({{ left }}[({{ side // 8 * i }}u + ty) * {{ quads + 1 }}u + k]);
+{% for e in "xyzw" %}{% for h in range(2) %}
+                sum{{ i }}_{{ h }} = sum{{ i }}_{{ h }} + a.{{ e }} * vec4<f32>(b{{ h }}0.{{ e }}, b{{ h }}1.{{ e }}, b{{ h }}2.{{ e }}, b{{ h }}3.{{ e }});
+{% endfor %}{% endfor %}
+            }
 {% endfor %}
         }
 {% endmacro %}
 
-{# Stores four rows (`quad`) by four values: VALUES0 to VALUES3 are the rows, transposed here. #}
-{% macro stage(tile, row, values, type) %}
-{% for j in range(4) %}
-            {{ tile }}[({{ row }} + {{ j }}u) * {{ stride }}u + quad] = {{ type }}(vec4<f32>({{ values }}0.{{ "xyzw"[j] }}, {{ values }}1.{{ "xyzw"[j] }}, {{ values }}2.{{ "xyzw"[j] }}, {{ values }}3.{{ "xyzw"[j] }}));
+{% macro multiply_columns(side, left, right, quads, steps) %}
+        for (var k = 0u; k < {{ steps }}u; k = k + 1u) {
+{% for e in range(4) %}{% for h in range(2) %}
+            let b{{ e }}{{ h }} = vec4<f32>({{ right }}[(4u * k + {{ e }}u) * {{ side // 4 + 1 }}u + {{ side // 8 * h }}u + tx]);
+{% endfor %}{% endfor %}
+{% for i in range(8) %}
+            {
+                let a = vec4<f32>({{ left }}[({{ side // 8 * i }}u + ty) * {{ quads + 1 }}u + k]);
+{% for e in range(4) %}{% for h in range(2) %}
+                sum{{ i }}_{{ h }} = sum{{ i }}_{{ h }} + a.{{ "xyzw"[e] }} * b{{ e }}{{ h }};
+{% endfor %}{% endfor %}
+            }
 {% endfor %}
+        }
+{% endmacro %}
+
+{# Four values of a row of an adapter's operand from rank j on, zero past the rank: all loads at once, none of them guarded. #}
+{% macro rank4(name) %}
+fn {{ name }}4(row: u32, j: u32) -> vec4<f32> {
+    let place = min(vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.rank - 1u)) + vec4<u32>(row * p.rank);
+    let values = vec4<f32>({{ name }}[place.x], {{ name }}[place.y], {{ name }}[place.z], {{ name }}[place.w]);
+    return select(vec4<f32>(0.0), values, vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.rank));
+}
 {% endmacro %}

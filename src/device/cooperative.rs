@@ -16,7 +16,8 @@ pub(crate) struct Cooperative {
 
 impl Cooperative {
     /// One of each size, with subgroups as drivers have them with it: for the registry test.
-    pub(crate) const ALL: [Cooperative; 2] = [Cooperative { edge: 8, lanes: 8 }, Cooperative { edge: 16, lanes: 32 }];
+    pub(crate) const ALL: [Cooperative; 3] =
+        [Cooperative { edge: 8, lanes: 8 }, Cooperative { edge: 16, lanes: 32 }, Cooperative { edge: 16, lanes: 64 }];
 
     /// Adds the text constants of `shaders/shared/coop.wgsl`.
     pub(crate) fn defines(self, defines: Defines) -> Defines {

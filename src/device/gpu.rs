@@ -41,6 +41,10 @@ pub struct GpuLimits {
     pub max_binding_bytes: u64,
     /// The most workgroups in one dimension of a dispatch.
     pub max_workgroups: u32,
+    /// Bytes of memory that a workgroup may share.
+    pub workgroup_bytes: u32,
+    /// The most invocations of a workgroup.
+    pub workgroup_threads: u32,
     /// Parameters travel as immediate data; otherwise in a uniform buffer.
     pub immediates: bool,
     /// Alignment of uniform offsets, in bytes.
@@ -201,6 +205,8 @@ impl Gpu {
         let limits = GpuLimits {
             max_binding_bytes: wrap.max_binding_bytes.map_or(max_binding, |bytes| bytes.min(max_binding) & !15),
             max_workgroups: device_limits.max_compute_workgroups_per_dimension,
+            workgroup_bytes: device_limits.max_compute_workgroup_storage_size,
+            workgroup_threads: device_limits.max_compute_invocations_per_workgroup,
             immediates: wrap.immediates
                 && features.contains(wgpu::Features::IMMEDIATES)
                 && device_limits.max_immediate_size >= MAX_PARAMS_BYTES,

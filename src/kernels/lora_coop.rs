@@ -94,10 +94,12 @@ fn is_wide(rows: usize, columns: usize) -> bool {
     columns > rows
 }
 
-fn defines(cooperative: Cooperative, wide: bool, along: [bool; 2], dropout: &'static str) -> Defines {
+/// Text constants. `quads`: the rows of both operands end at whole quads, and are read four values at a time.
+fn defines(cooperative: Cooperative, wide: bool, quads: bool, along: [bool; 2], dropout: &'static str) -> Defines {
     cooperative
         .defines(Defines::new())
         .with("wide", wide)
+        .with("quads", quads)
         .with("left_along", along[0])
         .with("right_along", along[1])
         .with("dropout", dropout)
@@ -109,7 +111,10 @@ pub(crate) fn variants() -> Vec<Defines> {
         // H, G, dA and dB; a wide H where there are fewer tokens than ranks.
         [([true, true], "left"), ([true, false], "none"), ([false, false], "right"), ([false, false], "none")]
             .into_iter()
-            .flat_map(move |(along, dropout)| [false, true].map(|wide| defines(cooperative, wide, along, dropout)))
+            .flat_map(move |(along, dropout)| {
+                [(false, true), (true, true), (false, false), (true, false)]
+                    .map(|(wide, quads)| defines(cooperative, wide, quads, along, dropout))
+            })
     };
     Cooperative::ALL.into_iter().flat_map(each).collect()
 }
@@ -161,9 +166,10 @@ pub(super) fn product(
         keep_scale: 1.0,
         ..Default::default()
     };
+    let quads = [left, right].iter().all(|operand| operand.tensor.shape()[1].is_multiple_of(4));
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(cooperative, is_wide(rows, columns), [left.along, right.along], dropped),
+        defines: &defines(cooperative, is_wide(rows, columns), quads, [left.along, right.along], dropped),
         buffers: &[
             left.tensor.buffer(gpu, what)?,
             right.tensor.buffer(gpu, what)?,

@@ -241,7 +241,7 @@ impl Tile {
         let (tokens, ranks, threads) = TILE;
         if tier != Tier::Software {
             // As many sums a thread, about.
-            let tokens = if parts > 1 { tokens / 2 } else { tokens };
+            let tokens = tokens >> (parts - 1);
             return Tile { tokens, ranks, threads, share: false };
         }
         let most = if share { 32 / parts.next_power_of_two() } else { 8 };

@@ -127,6 +127,11 @@ impl DeviceMatrix {
         self.defines.clone()
     }
 
+    /// The same for the form that hardware reads, 16 bytes at a time.
+    pub(crate) fn wide_defines(&self) -> Defines {
+        wide(self.defines.clone(), self.words_per_scale >= 4)
+    }
+
     /// Words of eight weights in a row that share a scale, wherever they start at a multiple of that many.
     pub(crate) fn words_per_scale(&self) -> u32 {
         self.words_per_scale
@@ -181,6 +186,12 @@ pub(crate) fn quant_defines(codebook: &Codebook, scales: &'static str, mins: &'s
 /// Text constants of a dense matrix; `kind` is "f32", "f16", "bf16" or "q8_0".
 pub(crate) fn dense_defines(kind: &'static str, ragged: bool) -> Defines {
     Defines::new().with("kind", kind).with("mins", "none").with("ragged", ragged)
+}
+
+/// Text constants of a matrix that is read 16 bytes at a time. `chunked`: 32 codes of a row that begin at a multiple of 32 share
+/// a scale.
+pub(crate) fn wide(matrix: Defines, chunked: bool) -> Defines {
+    matrix.with("wide", true).with("chunked", chunked)
 }
 
 fn dense_kind(data: &DenseData) -> &'static str {

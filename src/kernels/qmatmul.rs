@@ -8,7 +8,7 @@
 //! | H, B, s | adapter: H = X * A^T ([`lora_down`](super::lora_down)), B and its scale | [M, r], [N, r] |
 //!
 //! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, equation 5. W counts with its
-//! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, a register tile, one by cooperative
+//! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, register tiles, one by cooperative
 //! matrices, and one for software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
 
 use std::cell::OnceCell;
@@ -319,8 +319,18 @@ mod tests {
             let dx = qmatmul_dx(&tensor(7, [m, n]), &w, Some(lora)).unwrap();
             [y.to_vec().unwrap(), dx.to_vec().unwrap()]
         };
-        let kernels = [("qmatmul_lanes", 3), ("qmatmul_dx_lanes", 3), ("qmatmul_gemv", 4)];
-        for tier in [Tier::Software, Tier::Plain] {
+        let kernels = [
+            ("qmatmul_lanes", 3),
+            ("qmatmul_dx_lanes", 3),
+            ("qmatmul_gemv", 4),
+            ("qmatmul_tile", 2),
+            ("qmatmul_dx_tile", 2),
+            ("qmatmul_coop", 2),
+            ("qmatmul_dx_coop", 2),
+        ];
+        let info = testing::adapters();
+        let runs = |tier: &Tier| info.iter().all(|info| info.tiers.contains(&tier.to_string()));
+        for tier in [Tier::Software, Tier::Plain, Tier::F16, Tier::CooperativeMatrix].into_iter().filter(runs) {
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join("tuned.json");
             let open = |tuned: bool| {

@@ -1,47 +1,57 @@
-//! [`qmatmul_dx`](super::qmatmul_dx) by cooperative matrices: 64 x 64 tiles of dX, operands staged as f16 in workgroup memory
+//! [`qmatmul_dx`](super::qmatmul_dx) by cooperative matrices: square tiles of dX, operands staged as f16 in workgroup memory
 //! with powers of two that keep their range, sums in f32. One shader for both sizes of matrices.
 
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
+use super::qmatmul_tile::sides;
 use crate::device::{Buffer, Cooperative, Defines, Dispatch};
 use crate::error::Result;
 
 kernel! {
     /// `shaders/qmatmul_dx_coop.wgsl`
-    KERNEL = "qmatmul_dx_coop", QmatmulDxParams, [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, dx: Write]
+    KERNEL = "qmatmul_dx_coop", QmatmulDxParams,
+        [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write]
 }
 
-/// Rows and columns of a tile of dX, fixed in the shader by its four subgroups of 32 x 32.
-const TILE: u32 = 64;
-
-/// Text constants beside the matrix's.
-fn defines(matrix: Defines, cooperative: Cooperative, dropout: bool) -> Defines {
-    cooperative.defines(matrix).with("dropout", dropout)
+/// Text constants beside the matrix's. `quads`: dY is read four values at a time.
+fn defines(matrix: Defines, cooperative: Cooperative, side: u32, quads: bool, dropout: bool) -> Defines {
+    cooperative.defines(matrix).with("side", side).with("quads", quads).with("dropout", dropout)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
-    let each = |matrix: &Defines| {
-        let matrix = matrix.clone();
-        let flags = move |cooperative| [false, true].map(|dropout| defines(matrix.clone(), cooperative, dropout));
-        Cooperative::ALL.into_iter().flat_map(flags)
-    };
-    matrices.iter().flat_map(each).collect()
+    let mut all = Vec::new();
+    for cooperative in Cooperative::ALL {
+        let of = |matrix: &Defines, side, quads, dropout| defines(matrix.clone(), cooperative, side, quads, dropout);
+        all.extend(matrices.iter().flat_map(|matrix| [false, true].map(|dropout| of(matrix, 64, true, dropout))));
+        let sizes = [(64, false, false), (128, true, false), (128, true, true), (128, false, false)];
+        all.extend(sizes.map(|(side, quads, dropout)| of(&matrices[0], side, quads, dropout)));
+    }
+    all
 }
 
 /// `factor`: that of the rows of dY ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, cooperative: Cooperative) -> Result<()> {
-    let operands = call.operands(part)?;
-    let (m, k) = (call.m as u32, call.w.cols() as u32);
-    let column_groups = k.div_ceil(TILE);
-    let params = QmatmulDxParams { column_groups, ..call.params(part) };
-    call.gpu.dispatch(Dispatch {
-        kernel: &KERNEL,
-        defines: &defines(call.w.defines(), cooperative, call.dropout(part).is_some()),
-        buffers: &[&operands[..], &[factor, call.dx]].concat(),
-        params: bytemuck::bytes_of(&params),
-        groups: u64::from(m.div_ceil(TILE)) * u64::from(column_groups),
-        flops_per_group: call.flops(part, TILE.into(), TILE.into()),
-    })
+    let sides = sides(call.gpu, call.m, 8 * cooperative.lanes);
+    let (m, n, k) = (call.m as u32, part.rows.len(), call.w.cols());
+    let rows = call.m.next_power_of_two();
+    let case = || format!("qmatmul_dx_coop {} m={rows} n={n} k={k}", call.w.wide_defines().label());
+    let run = |side: u32| {
+        let operands = call.operands(part)?;
+        let column_groups = (k as u32).div_ceil(side);
+        let params = QmatmulDxParams { column_groups, ..call.params(part) };
+        let dropout = call.dropout(part).is_some();
+        call.gpu.dispatch(Dispatch {
+            kernel: &KERNEL,
+            defines: &defines(call.w.wide_defines(), cooperative, side, call.loads_quads(part), dropout),
+            buffers: &[&operands[..], &[factor, &part.buffer, call.dx]].concat(),
+            params: bytemuck::bytes_of(&params),
+            groups: u64::from(m.div_ceil(side)) * u64::from(column_groups),
+            flops_per_group: call.flops(part, side.into(), side.into()),
+        })
+    };
+    // A part that adds to dX would do so again.
+    let measured = if call.accumulates(part) { 1 } else { sides.len() };
+    run(sides[call.gpu.tuned(case, measured, |variant| run(sides[variant]))?])
 }

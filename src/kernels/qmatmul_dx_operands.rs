@@ -87,7 +87,7 @@ impl<'a> GpuDxCall<'a> {
             column: part.rows.start as u32,
             dy_stride: self.w.rows() as u32,
             rank: self.adapter(part).map_or(0, |lora| lora.rank() as u32),
-            accumulate: u32::from(part.rows.start > 0),
+            accumulate: u32::from(self.accumulates(part)),
             seed_low: dropout.map_or(0, |dropout| dropout.seed as u32),
             seed_high: dropout.map_or(0, |dropout| (dropout.seed >> 32) as u32),
             drop_below: dropout.map_or(0, Dropout::drop_below),
@@ -104,6 +104,16 @@ impl<'a> GpuDxCall<'a> {
             None => (self.gpu.unused()?, self.gpu.unused()?),
         };
         Ok([self.dy, &part.buffer, g, a])
+    }
+
+    /// Whether a part adds to the dX of an earlier one.
+    pub(crate) fn accumulates(&self, part: &Part) -> bool {
+        part.rows.start > 0
+    }
+
+    /// Whether the columns of dY that belong to a part begin and end at whole quads, in every row.
+    pub(crate) fn loads_quads(&self, part: &Part) -> bool {
+        [self.w.rows(), part.rows.start, part.rows.len()].iter().all(|size| size.is_multiple_of(4))
     }
 
     /// Floating-point operations of `rows` x `columns` of dX from this part.

@@ -1,43 +1,58 @@
-//! [`qmatmul_dx`](super::qmatmul_dx) on hardware: 64 x 64 tiles of dX, operands staged in workgroup memory (as f16 where the
+//! [`qmatmul_dx`](super::qmatmul_dx) on hardware: square tiles of dX, operands staged in workgroup memory (as f16 where the
 //! tier says so, with powers of two that keep their range), 8 x 8 values of dX an invocation.
 
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
+use super::qmatmul_tile::{LARGE_THREADS, sides};
 use crate::device::{Buffer, Defines, Dispatch};
 use crate::error::Result;
 
 kernel! {
     /// `shaders/qmatmul_dx_tile.wgsl`
-    KERNEL = "qmatmul_dx_tile", QmatmulDxParams, [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, dx: Write]
+    KERNEL = "qmatmul_dx_tile", QmatmulDxParams,
+        [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write]
 }
 
-/// Rows and columns of a tile of dX, fixed in the shader by its 64 threads of 8 x 8.
-const TILE: u32 = 64;
-
-/// Text constants beside the matrix's.
-fn defines(matrix: Defines, f16: bool, dropout: bool) -> Defines {
-    matrix.with("f16", f16).with("dropout", dropout)
+/// Text constants beside the matrix's. `quads`: dY is read four values at a time.
+fn defines(matrix: Defines, f16: bool, side: u32, quads: bool, dropout: bool) -> Defines {
+    matrix.with("f16", f16).with("side", side).with("quads", quads).with("dropout", dropout)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
-    let each = |matrix: &Defines| [false, true].map(|dropout| defines(matrix.clone(), f16, dropout));
-    matrices.iter().flat_map(each).collect()
+    let of = |matrix: &Defines, side, quads, dropout| defines(matrix.clone(), f16, side, quads, dropout);
+    let mut all: Vec<_> =
+        matrices.iter().flat_map(|matrix| [false, true].map(|dropout| of(matrix, 64, true, dropout))).collect();
+    let sizes = [(64, false, false), (128, true, false), (128, true, true), (128, false, false)];
+    all.extend(sizes.map(|(side, quads, dropout)| of(&matrices[0], side, quads, dropout)));
+    all
 }
 
 /// `factor`: that of the rows of dY, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
+    let sides = sides(call.gpu, call.m, LARGE_THREADS);
+    let (n, k) = (part.rows.len(), call.w.cols());
+    let rows = call.m.next_power_of_two();
+    let case = || format!("qmatmul_dx_tile {} m={rows} n={n} k={k}", call.w.wide_defines().label());
+    let run = |side| dispatch_as(call, part, factor, side);
+    // A part that adds to dX would do so again.
+    let measured = if call.accumulates(part) { 1 } else { sides.len() };
+    run(sides[call.gpu.tuned(case, measured, |variant| run(sides[variant]))?])
+}
+
+fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {
     let operands = call.operands(part)?;
     let (m, k) = (call.m as u32, call.w.cols() as u32);
-    let column_groups = k.div_ceil(TILE);
+    let column_groups = k.div_ceil(side);
     let params = QmatmulDxParams { column_groups, ..call.params(part) };
+    let dropout = call.dropout(part).is_some();
     call.gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(call.w.defines(), call.gpu.tier().f16(), call.dropout(part).is_some()),
-        buffers: &[&operands[..], &[factor, call.dx]].concat(),
+        defines: &defines(call.w.wide_defines(), call.gpu.tier().f16(), side, call.loads_quads(part), dropout),
+        buffers: &[&operands[..], &[factor, &part.buffer, call.dx]].concat(),
         params: bytemuck::bytes_of(&params),
-        groups: u64::from(m.div_ceil(TILE)) * u64::from(column_groups),
-        flops_per_group: call.flops(part, TILE.into(), TILE.into()),
+        groups: u64::from(m.div_ceil(side)) * u64::from(column_groups),
+        flops_per_group: call.flops(part, side.into(), side.into()),
     })
 }

@@ -1,5 +1,5 @@
-//! [`qmatmul`](super::qmatmul) for up to eight rows of X on hardware: bound by reading W, so W is read once. A team (a
-//! subgroup, or 32 threads) owns a row of W at a time, its lanes stride K.
+//! [`qmatmul`](super::qmatmul) for up to eight rows of X on hardware: bound by reading W, so W is read once. Some threads
+//! share a few rows of W, and stage X in workgroup memory.
 
 use super::kernel;
 use super::packing::Part;
@@ -9,55 +9,63 @@ use crate::error::Result;
 
 kernel! {
     /// `shaders/qmatmul_gemv.wgsl`
-    KERNEL = "qmatmul_gemv", QmatmulParams, [x: Read, w: Read, bias: Read, h: Read, b: Read, y: Write]
+    KERNEL = "qmatmul_gemv", QmatmulParams,
+        [x: Read, w: Read, bias: Read, h: Read, b: Read, w4: Read, y: Write]
 }
 
-/// Invocations a workgroup, and its rows of W: at first one a team of 32, twice over. Which is the fastest is measured.
-const SHAPES: [(u32, u32); 4] = [(128, 8), (64, 4), (256, 8), (128, 32)];
-/// Threads a team where there are no subgroups.
-const TEAM: u32 = 32;
+/// Threads a workgroup, and the rows of W that those of them who share some have at a time. Which is the fastest is measured.
+const SHAPES: [(u32, u32); 4] = [(128, 4), (64, 2), (128, 2), (256, 4)];
+/// Threads that share rows of W, times rows of X: what they stage of X takes the same memory for any number of rows.
+const LANES: u32 = 64;
+/// Sums of one row of W that fit in workgroup memory beside that.
+const SUMS: u32 = 1024;
+
+/// The shapes for so many rows of X.
+fn shapes(tokens: u32) -> impl Iterator<Item = (u32, u32)> {
+    // Small workgroups that stage as much as large ones would leave processors idle.
+    SHAPES.into_iter().filter(move |(threads, _)| (16 * tokens..=SUMS / tokens).contains(threads))
+}
 
 /// Text constants beside the matrix's.
-pub(crate) fn defines(matrix: Defines, tokens: u32, subgroups: bool, (threads, rows): (u32, u32)) -> Defines {
+pub(crate) fn defines(matrix: Defines, tokens: u32, (threads, rows): (u32, u32)) -> Defines {
     matrix
         .with("tokens", tokens)
-        .with("group_rows", rows)
+        .with("lanes", LANES / tokens)
         .with("threads", threads)
-        .with("team", TEAM)
-        .with("subgroups", subgroups)
+        .with("rows", rows)
         .with("share", false)
 }
 
 /// Every variant's text constants, for the registry test.
-pub(crate) fn variants(matrices: &[Defines], subgroups: bool) -> Vec<Defines> {
+pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for tokens in [1, 2, 4, 8] {
-        // Sizes only repeat text: of the others there is one matrix.
-        for (shape, matrices) in SHAPES.iter().zip([matrices, &matrices[..1], &matrices[..1], &matrices[..1]]) {
-            all.extend(matrices.iter().map(|matrix| defines(matrix.clone(), tokens, subgroups, *shape)));
+        for (index, shape) in shapes(tokens).enumerate() {
+            // Sizes only repeat text: one matrix stands for the others.
+            let matrices = if index == 0 { matrices } else { &matrices[..1] };
+            all.extend(matrices.iter().map(|matrix| defines(matrix.clone(), tokens, shape)));
         }
     }
     all
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
-    let (m, n, k) = (call.m.next_power_of_two(), part.rows.len(), call.w.cols());
-    let case = || format!("qmatmul_gemv {} m={m} n={n} k={k}", call.w.defines().label());
-    let shape = call.gpu.tuned(case, SHAPES.len(), |variant| dispatch_as(call, part, SHAPES[variant]))?;
-    dispatch_as(call, part, SHAPES[shape])
-}
-
-fn dispatch_as(call: &GpuCall<'_>, part: &Part, shape: (u32, u32)) -> Result<()> {
-    let operands = call.operands(part)?;
     let tokens = call.m.next_power_of_two().min(GEMV_ROWS) as u32;
-    let n = part.rows.len() as u32;
-    let params = QmatmulParams { ..call.params(part) };
-    call.gpu.dispatch(Dispatch {
-        kernel: &KERNEL,
-        defines: &defines(call.w.defines(), tokens, call.gpu.tier().subgroups(), shape),
-        buffers: &[&operands[..], &[call.y]].concat(),
-        params: bytemuck::bytes_of(&params),
-        groups: n.div_ceil(shape.1).into(),
-        flops_per_group: call.flops(tokens.into(), shape.1.into()),
-    })
+    let (n, k) = (part.rows.len(), call.w.cols());
+    let case = || format!("qmatmul_gemv {} m={tokens} n={n} k={k}", call.w.wide_defines().label());
+    let shapes: Vec<_> = shapes(tokens).collect();
+    let run = |(threads, rows): (u32, u32)| {
+        let operands = call.operands(part)?;
+        let params = call.params(part);
+        let group_rows = threads * tokens / LANES * rows;
+        call.gpu.dispatch(Dispatch {
+            kernel: &KERNEL,
+            defines: &defines(call.w.wide_defines(), tokens, (threads, rows)),
+            buffers: &[&operands[..], &[&part.buffer, call.y]].concat(),
+            params: bytemuck::bytes_of(&params),
+            groups: n.div_ceil(group_rows as usize) as u64,
+            flops_per_group: call.flops(tokens.into(), group_rows.into()),
+        })
+    };
+    run(shapes[call.gpu.tuned(case, shapes.len(), |variant| run(shapes[variant]))?])
 }

@@ -96,6 +96,11 @@ impl<'a> GpuCall<'a> {
         ])
     }
 
+    /// Whether the columns of Y that belong to a part begin and end at whole quads, in every row.
+    pub(crate) fn stores_quads(&self, part: &Part) -> bool {
+        [self.w.rows(), part.rows.start, part.rows.len()].iter().all(|size| size.is_multiple_of(4))
+    }
+
     /// Floating-point operations of `rows` x `columns` of Y.
     pub(crate) fn flops(&self, rows: u64, columns: u64) -> u64 {
         let rank = self.lora.map_or(0, |lora| lora.b.shape()[1]);

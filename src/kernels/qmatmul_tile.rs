@@ -1,43 +1,67 @@
-//! [`qmatmul`](super::qmatmul) for many rows of X on hardware: 64 x 64 tiles of Y, operands staged in workgroup memory
+//! [`qmatmul`](super::qmatmul) for many rows of X on hardware: square tiles of Y, operands staged in workgroup memory
 //! (as f16 where the tier says so, with powers of two that keep their range), 8 x 8 values of Y an invocation.
 
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_operands::{GpuCall, QmatmulParams};
-use crate::device::{Buffer, Defines, Dispatch};
+use crate::device::{Buffer, Defines, Dispatch, Gpu};
 use crate::error::Result;
 
 kernel! {
     /// `shaders/qmatmul_tile.wgsl`
-    KERNEL = "qmatmul_tile", QmatmulParams, [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, y: Write]
+    KERNEL = "qmatmul_tile", QmatmulParams,
+        [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write]
 }
 
-/// Rows and columns of a tile of Y, fixed in the shader by its 64 threads of 8 x 8.
-const TILE: u32 = 64;
+/// Rows and columns of a tile. A large one decodes each weight for twice as many rows; which is faster is measured.
+const SIDES: [u32; 2] = [64, 128];
+/// Bytes of workgroup memory that a tile of the largest side takes, at most.
+const LARGE_BYTES: u32 = 32 << 10;
 
-/// Text constants beside the matrix's.
-pub(crate) fn defines(matrix: Defines, f16: bool) -> Defines {
-    matrix.with("f16", f16).with("share", false)
+/// Threads of the largest tile.
+pub(super) const LARGE_THREADS: u32 = 256;
+
+/// The sides of tiles that a device runs for so many rows, where the largest takes `threads`.
+pub(super) fn sides(gpu: &Gpu, rows: usize, threads: u32) -> &'static [u32] {
+    let limits = gpu.limits();
+    let fits = limits.workgroup_bytes >= LARGE_BYTES && limits.workgroup_threads >= threads;
+    if fits && rows > SIDES[0] as usize { &SIDES } else { &SIDES[..1] }
+}
+
+/// Text constants beside the matrix's. `quads`: results are stored four at a time.
+pub(crate) fn defines(matrix: Defines, f16: bool, side: u32, quads: bool) -> Defines {
+    matrix.with("f16", f16).with("side", side).with("quads", quads).with("share", false)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
-    matrices.iter().map(|matrix| defines(matrix.clone(), f16)).collect()
+    let of = |matrix: &Defines, side, quads| defines(matrix.clone(), f16, side, quads);
+    let mut all: Vec<_> = matrices.iter().map(|matrix| of(matrix, 64, true)).collect();
+    all.extend([(64, false), (128, true), (128, false)].map(|(side, quads)| of(&matrices[0], side, quads)));
+    all
 }
 
 /// `factor`: that of the rows of X, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
+    let sides = sides(call.gpu, call.m, LARGE_THREADS);
+    let (n, k) = (part.rows.len(), call.w.cols());
+    let rows = call.m.next_power_of_two();
+    let case = || format!("qmatmul_tile {} m={rows} n={n} k={k}", call.w.wide_defines().label());
+    let run = |side| dispatch_as(call, part, factor, side);
+    run(sides[call.gpu.tuned(case, sides.len(), |variant| run(sides[variant]))?])
+}
+
+fn dispatch_as(call: &GpuCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {
     let operands = call.operands(part)?;
-    let f16 = call.gpu.tier().f16();
-    let (m, n) = (call.m as u32, part.rows.len() as u32);
-    let column_groups = n.div_ceil(TILE);
+    let n = part.rows.len() as u32;
+    let column_groups = n.div_ceil(side);
     let params = QmatmulParams { column_groups, ..call.params(part) };
     call.gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(call.w.defines(), f16),
-        buffers: &[&operands[..], &[factor, call.y]].concat(),
+        defines: &defines(call.w.wide_defines(), call.gpu.tier().f16(), side, call.stores_quads(part)),
+        buffers: &[&operands[..], &[factor, &part.buffer, call.y]].concat(),
         params: bytemuck::bytes_of(&params),
-        groups: u64::from(m.div_ceil(TILE)) * u64::from(column_groups),
-        flops_per_group: call.flops(TILE.into(), TILE.into()),
+        groups: u64::from((call.m as u32).div_ceil(side)) * u64::from(column_groups),
+        flops_per_group: call.flops(side.into(), side.into()),
     })
 }
