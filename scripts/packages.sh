@@ -32,9 +32,8 @@ unpack() {
     mv "$staging" "$1"
 }
 
-# Unpacks the packages $2 of Debian's unstable release, and all that they need, libc included, in the folder $1.
-unpack_sid() {
-    folder=$1 wanted=$2
+# Has apt read Debian's unstable release, from the mirror of the system's sources.
+read_sid() {
     apt_of system update || return
     # shellcheck disable=SC2016 # a name of apt's
     mirror=$(apt_of system indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' 'Label: Debian' |
@@ -46,7 +45,13 @@ unpack_sid() {
     fi
     mkdir -p "$cache/apt/sid"
     echo "deb [signed-by=$1] $mirror sid main" >"$cache/apt/sid/sources"
-    apt_of sid update || return
+    apt_of sid update
+}
+
+# Unpacks the packages $2 of Debian's unstable release, and all that they need, libc included, in the folder $1.
+unpack_sid() {
+    folder=$1 wanted=$2
+    read_sid || return
     # All of them, for nothing is installed as far as these lists know.
     # shellcheck disable=SC2086 # one word a package
     unpack "$folder" sid "$(apt_of sid -s --no-install-recommends install $wanted | sed -n 's/^Inst \([^ ]*\).*/\1/p')"
@@ -65,6 +70,12 @@ unpack_llama_cpp() {
 # Unpacks Mesa's Vulkan drivers of Debian's unstable release in the folder $1, unless they are there.
 unpack_mesa() {
     [ -d "$1" ] || unpack_sid "$1" "mesa-vulkan-drivers libvulkan1"
+}
+
+# Unpacks mesa-drm-shim of Debian's unstable release, without what it needs, in the folder $1, unless it is there: Mesa's packages have
+# that.
+unpack_drm_shim() {
+    [ -d "$1" ] || { read_sid && unpack "$1" sid mesa-drm-shim; }
 }
 
 # Writes the manifest of lavapipe in the folder $1 of Mesa's packages, and prints its path. The library by its path: by its name

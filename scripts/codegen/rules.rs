@@ -1,0 +1,219 @@
+//! The rules, on what a driver says of a variant and what its listing shows.
+//!
+//! Loads are counted in the loop that loads what the hot loop multiplies
+//! (`Summary::loading_counts`): all of 16 bytes, but for those of scales. A block of weights takes
+//! one of these, three where scales are double-quantized, and as many again with minimums. A
+//! matrix-vector product has a block of each of its rows in a turn. In tiles as many rows of W are
+//! staged as of X, and 32 weights, a block at least, and as many values of X take 9 loads of 16
+//! bytes: a block for 9 of them, two where tiles are not square.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::gpus::Gpu;
+use crate::listing::{Class, Counts, Summary};
+use crate::table::{SLACK, Table};
+use crate::variants::{number, word};
+
+/// The fewest subgroups that are to fit on a unit at once: AMD's SIMDs and NVIDIA's SMs.
+const OCCUPANCY: [(&str, &str, f64); 2] =
+    [("Subgroups per SIMD", "waves a SIMD", 6.0), ("Max warps/SM", "warps an SM", 12.0)];
+
+/// What drivers call registers in memory, or memory of single threads.
+const SPILLS: [&str; 5] = ["Spilled VGPRs", "Spilled SGPRs", "Spills to memory", "Spills", "STP Count"];
+
+/// A compiled variant, or why it is none.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Record {
+    pub kernel: String,
+    pub tier: String,
+    pub label: String,
+    pub error: Option<String>,
+    pub subgroup: u32,
+    pub statistics: BTreeMap<String, f64>,
+    /// Where listings are read.
+    pub summary: Option<Summary>,
+}
+
+/// A rule that does not hold.
+pub struct Broken {
+    pub rule: &'static str,
+    /// What was found, with the figure.
+    pub found: String,
+    /// How many times as much as there may be.
+    pub excess: f64,
+}
+
+/// A measure of a variant, to be kept in the table.
+pub struct Measure {
+    pub name: &'static str,
+    pub value: f64,
+    more_is_better: bool,
+}
+
+impl Record {
+    fn statistic(&self, names: &[&str]) -> Option<f64> {
+        names.iter().find_map(|name| self.statistics.get(*name).copied())
+    }
+
+    /// Registers a thread.
+    pub fn registers(&self) -> Option<f64> {
+        self.statistic(&["VGPRs", "Number of GPRs", "GPRs", "Registers used"])
+    }
+
+    /// Subgroups (of Apple's, threads) that fit on a unit at once.
+    pub fn occupancy(&self) -> Option<f64> {
+        self.statistic(&["Subgroups per SIMD", "Max warps/SM", "Max Waves Per Core", "Threads"])
+    }
+
+    pub fn spills(&self) -> f64 {
+        SPILLS.iter().filter_map(|name| self.statistics.get(*name)).sum()
+    }
+
+    fn cooperative(&self) -> bool {
+        number(&self.label, "edge").is_some()
+    }
+
+    fn product(&self) -> bool {
+        ["qmatmul", "lora"].iter().any(|start| self.kernel.starts_with(start))
+    }
+
+    fn flag(&self, name: &str) -> bool {
+        self.label.split(' ').any(|part| part == name)
+    }
+
+    /// Rows of W that a thread of a matrix-vector product has at a time.
+    fn rows(&self) -> u32 {
+        number(&self.label, "rows").unwrap_or(1)
+    }
+
+    /// Weights that a thread of a matrix-vector product decodes in a turn of the hot loop: eight
+    /// of each row, or the 32 of a 16-byte load where these are loaded in that loop and not around
+    /// it.
+    fn weights_a_turn(&self, hot: &Counts) -> u32 {
+        let loads = hot.loads.contains_key(&16);
+        self.rows() * if self.flag("chunked") && loads { 32 } else { 8 }
+    }
+
+    /// The key of a measure in the table.
+    pub fn key(&self, gpu: &Gpu, measure: &Measure) -> String {
+        format!("{} {} {} [{}]", self.kernel, gpu.name, measure.name, self.label)
+    }
+
+    /// The one measure of its kind of kernel. `ragged` variants have none: they are those of odd
+    /// shapes.
+    pub fn measure(&self) -> Option<Measure> {
+        let counts = self.summary.as_ref().filter(|_| !self.flag("ragged"))?.hot_counts();
+        let vector = f64::from(counts.vector());
+        if self.cooperative() {
+            let matrix = counts.of(Class::Matrix);
+            let value = vector / f64::from(matrix);
+            return (matrix > 0).then_some(Measure { name: "vector/matrix", value, more_is_better: false });
+        }
+        if self.kernel.contains("gemv") {
+            let value = vector / f64::from(self.weights_a_turn(counts));
+            return Some(Measure { name: "vector/weight", value, more_is_better: false });
+        }
+        if self.kernel.contains("_tile") {
+            let value = f64::from(counts.of(Class::Fma)) / (vector + f64::from(counts.memory_accesses()));
+            return Some(Measure { name: "FMA-share", value, more_is_better: true });
+        }
+        None
+    }
+
+    /// How many rules hold, and those that do not.
+    pub fn judge(&self, gpu: &Gpu, table: &Table) -> (usize, Vec<Broken>) {
+        let mut court = Court::default();
+        if let Some(error) = &self.error {
+            court.rule("compiles", false, f64::INFINITY, || error.clone());
+            return (0, court.broken);
+        }
+        let spills = self.spills();
+        court.rule("spills", spills == 0.0, 1.0 + spills, || format!("{spills} spilled"));
+        if self.product() || self.kernel.starts_with("attention") {
+            for (name, unit, least) in OCCUPANCY {
+                if let Some(&value) = self.statistics.get(name) {
+                    court.rule("occupancy", value >= least, least / value.max(0.5), || {
+                        format!("{value} {unit} of {least}")
+                    });
+                }
+            }
+        }
+        if let Some(summary) = &self.summary {
+            self.matrices(&summary.whole, &mut court);
+            let looped = self.cooperative() || ["gemv", "_tile"].iter().any(|part| self.kernel.contains(part));
+            if self.product() && looped && !self.flag("ragged") {
+                self.loads(summary.loading_counts(), &mut court);
+            }
+        }
+        if let Some(measure) = self.measure() {
+            self.compare(&measure, table.get(&self.key(gpu, &measure)), &mut court);
+        }
+        (court.right, court.broken)
+    }
+
+    fn matrices(&self, whole: &Counts, court: &mut Court) {
+        if !self.cooperative() {
+            return;
+        }
+        let (matrix, gathers) = (whole.of(Class::Matrix), whole.gathers);
+        court.rule("matrices", matrix > 0, f64::INFINITY, || "no matrix instruction".into());
+        let excess = f64::from(gathers) / f64::from(matrix.max(1));
+        court.rule("gathers", gathers <= matrix, excess, || {
+            format!("{gathers} gathers of 16 bits or transposes for {matrix} matrix instructions")
+        });
+    }
+
+    fn loads(&self, counts: &Counts, court: &mut Court) {
+        let of = |name| match word(&self.label, name) {
+            Some("plain") => 1,
+            Some("double") => 3,
+            _ => 0,
+        };
+        let a_block = match word(&self.label, "kind") {
+            Some("quant") => of("scales") + of("mins"),
+            Some("q8_0") => 1,
+            _ => 0,
+        };
+        let wide = counts.loads.get(&16).copied().unwrap_or(0);
+        let narrow: u32 = counts.loads.iter().filter(|(bytes, _)| **bytes < 16).map(|(_, count)| count).sum();
+        let blocks = if self.kernel.contains("gemv") { self.rows() } else { (2 * wide).div_ceil(9) };
+        let allowed = a_block * blocks;
+        court.rule("loads", narrow <= allowed, f64::from(narrow) / f64::from(allowed.max(1)), || {
+            format!("{narrow} loads under 16 bytes beside {wide} of 16, and scales take {allowed}")
+        });
+    }
+
+    fn compare(&self, measure: &Measure, known: Option<f64>, court: &mut Court) {
+        let &Measure { name, value, more_is_better } = measure;
+        let Some(known) = known else {
+            return court
+                .rule("table", false, 1.0, || format!("{name} {value:.3} is not in the table; --update adds it"));
+        };
+        let worse = if more_is_better { known / value } else { value / known };
+        let same = (value - known).abs() <= SLACK * known;
+        let (rule, what) = if worse > 1.0 {
+            ("worse", "if there is a good reason, say it in the commit with the table that --update writes")
+        } else {
+            ("better", "keep it with --update, which writes the table")
+        };
+        court.rule(rule, same, worse.max(1.0), || format!("{name} {value:.3}, {known} in the table: {what}"));
+    }
+}
+
+#[derive(Default)]
+struct Court {
+    right: usize,
+    broken: Vec<Broken>,
+}
+
+impl Court {
+    fn rule(&mut self, rule: &'static str, holds: bool, excess: f64, found: impl FnOnce() -> String) {
+        if holds {
+            self.right += 1;
+        } else {
+            self.broken.push(Broken { rule, found: found(), excess });
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! The variants of kernels that hardware may run, and which of them are meant.
+
+use std::collections::{BTreeSet, HashMap};
+
+use qlora_wgpu::device::{Defines, Kernel, Tier};
+use qlora_wgpu::kernels::registry::KERNELS;
+
+/// One of them.
+pub struct Variant {
+    pub kernel: &'static Kernel,
+    pub defines: Defines,
+    /// The first of the tiers that have it.
+    pub tier: Tier,
+    /// Its constants in a line; no other variant of the kernel has the same.
+    pub label: String,
+}
+
+impl Variant {
+    /// Whether it multiplies cooperative matrices.
+    pub fn cooperative(&self) -> bool {
+        number(&self.label, "edge").is_some()
+    }
+}
+
+/// The value of a constant in a variant's label, if it is a number: of "edge=16 lanes=32".
+pub fn number(label: &str, name: &str) -> Option<u32> {
+    label.split(' ').find_map(|part| part.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+}
+
+/// The word or number of a constant in a variant's label.
+pub fn word<'a>(label: &'a str, name: &str) -> Option<&'a str> {
+    label.split(' ').find_map(|part| part.strip_prefix(name)?.strip_prefix('='))
+}
+
+/// Those of kernels whose names have one of these parts (any, if there are none), with all of
+/// these parts in their labels: "!PART" is not to be in it.
+pub fn matching(kernels: &[String], labels: &[String]) -> Vec<Variant> {
+    let mut seen = BTreeSet::new();
+    let mut names: HashMap<String, usize> = HashMap::new();
+    let mut found = Vec::new();
+    for tier in Tier::ALL.into_iter().filter(|tier| *tier != Tier::Software) {
+        for entry in KERNELS {
+            for defines in (entry.variants)(tier) {
+                let name = entry.kernel.name;
+                if !seen.insert(format!("{name} {defines:?}")) {
+                    continue;
+                }
+                let mut label = defines.label();
+                // Codebooks are not in labels.
+                let count = names.entry(format!("{name} {label}")).or_default();
+                *count += 1;
+                if *count > 1 {
+                    label = format!("{label} #{count}");
+                }
+                let wanted = |part: &String| match part.strip_prefix('!') {
+                    Some(part) => !label.contains(part),
+                    None => label.contains(part.as_str()),
+                };
+                let named = kernels.is_empty() || kernels.iter().any(|part| name.contains(part.as_str()));
+                if named && labels.iter().all(wanted) {
+                    found.push(Variant { kernel: entry.kernel, defines, tier, label });
+                }
+            }
+        }
+    }
+    found
+}
