@@ -1,6 +1,7 @@
 // O = softmax(scale * Q * K^T) * V for the keys that each query sees, and the log-sum-exp of its scores: Q and O [M, H * D],
 // K and V [keys, Hkv * D], lse [M, H]. Online softmax: key after key, so that a query's result does not depend on where
 // its keys lie among the others'.
+// For software drivers; its floor is that of attention_tile.
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;

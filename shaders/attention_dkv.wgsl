@@ -1,5 +1,6 @@
 // dK and dV of attention, [keys, Hkv * D]: a key over the queries that see it, of every head that shares it. With
 // P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV = P^T * dO, dK = scale * dS^T * Q.
+// For software drivers; its floor is that of attention_dkv_tile.
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;

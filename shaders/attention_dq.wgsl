@@ -1,5 +1,6 @@
 // dQ of attention, [M, H * D]: a query over the keys that it sees. With P = exp(scale * Q * K^T - lse) and
 // dS = P * (dO * V^T - delta): dQ = scale * dS * K.
+// For software drivers; its floor is that of attention_dq_tile.
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;

@@ -127,6 +127,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "attention_params.wgsl",
         "attention_rows.wgsl",
         "attention_strips.wgsl",
+        "attention_tiles.wgsl",
         "coop.wgsl",
         "dot_quads.wgsl",
         "dropout.wgsl",

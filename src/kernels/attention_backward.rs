@@ -11,9 +11,10 @@ use super::attention_pack::Packed;
 use super::visibility::Visibility;
 use super::{
     Real, Scratch, attention_cpu, attention_delta, attention_dkv, attention_dkv_coop, attention_dkv_lanes,
-    attention_dq, attention_dq_coop, attention_dq_lanes, attention_lanes, attention_pack, expect_shape,
+    attention_dkv_tile, attention_dq, attention_dq_coop, attention_dq_lanes, attention_dq_tile, attention_lanes,
+    attention_pack, expect_shape,
 };
-use crate::device::{Buffer, Device, Gpu};
+use crate::device::{Buffer, Device, Gpu, Tier};
 use crate::error::Result;
 use crate::tensor::{Storage, Tensor};
 
@@ -86,13 +87,16 @@ pub fn attention_backward(
             if attention_lanes::fits(gpu, shape.head_dim) {
                 attention_dq_lanes::dispatch(&call, &grads.dq)?;
                 attention_dkv_lanes::dispatch(&call, &grads.dk, &grads.dv)?;
+            } else if gpu.tier() == Tier::Software {
+                attention_dq::dispatch(&call, &grads.dq)?;
+                attention_dkv::dispatch(&call, &grads.dk, &grads.dv)?;
             } else if let Some(cooperative) = attention_pack::cooperative(gpu, shape, visibility) {
                 let packed = Packed::new(gpu, OP, [q, k, v], Some(d_o), shape, visibility)?;
                 attention_dq_coop::dispatch(&call, &packed, cooperative, &grads.dq)?;
                 attention_dkv_coop::dispatch(&call, &packed, cooperative, [&grads.dk, &grads.dv])?;
             } else {
-                attention_dq::dispatch(&call, &grads.dq)?;
-                attention_dkv::dispatch(&call, &grads.dk, &grads.dv)?;
+                attention_dq_tile::dispatch(&call, &grads.dq)?;
+                attention_dkv_tile::dispatch(&call, &grads.dk, &grads.dv)?;
             }
             Ok(grads)
         }

@@ -1,5 +1,5 @@
-//! dK and dV of [`attention`](super::attention), [keys, Hkv * D]: each key over the queries that see it, of every head
-//! that shares it.
+//! dK and dV of [`attention`](super::attention), [keys, Hkv * D], on software drivers: each key over the queries that see it, of
+//! every head that shares it.
 
 use super::attention::{AttentionParams, Split, flops_per_group};
 use super::attention_backward::GpuCall;
@@ -14,7 +14,7 @@ kernel! {
         [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
 }
 
-/// The most vec4 of a row that a thread owns: of K, V, dK and dV.
+/// The most vec4 of a row that a thread owns where threads share it: of K, V, dK and dV.
 const MOST_QUADS: usize = 8;
 /// Queries between barriers: a score and a gradient of each are a vec4.
 const TILE: u32 = 2;
@@ -26,7 +26,7 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<()> {
     let GpuCall { op, gpu, shape, visibility, .. } = *call;
-    let split = Split::new(gpu.tier(), shape.head_dim, MOST_QUADS);
+    let split = Split::new(shape.head_dim, MOST_QUADS);
     let groups = (visibility.keys().div_ceil(split.rows) * shape.kv_heads) as u64;
     let own = [visibility.query_ranges()?.buffer(gpu, op)?, dk.buffer(gpu, op)?, dv.buffer(gpu, op)?];
     gpu.dispatch(Dispatch {

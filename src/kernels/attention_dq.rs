@@ -1,4 +1,4 @@
-//! dQ of [`attention`](super::attention), [M, H * D]: each query over the keys that it sees.
+//! dQ of [`attention`](super::attention), [M, H * D], on software drivers: each query over the keys that it sees.
 
 use super::attention::{AttentionParams, Split, flops_per_group};
 use super::attention_backward::GpuCall;
@@ -13,7 +13,7 @@ kernel! {
         [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write]
 }
 
-/// The most vec4 of a row that a thread owns: of Q, dO and dQ.
+/// The most vec4 of a row that a thread owns where threads share it: of Q, dO and dQ.
 const MOST_QUADS: usize = 8;
 /// Keys between barriers: a score and a gradient of each are a vec4.
 const TILE: u32 = 2;
@@ -25,7 +25,7 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dq: &Tensor) -> Result<()> {
     let GpuCall { op, gpu, shape, visibility, .. } = *call;
-    let split = Split::new(gpu.tier(), shape.head_dim, MOST_QUADS);
+    let split = Split::new(shape.head_dim, MOST_QUADS);
     let groups = (visibility.queries().div_ceil(split.rows) * shape.heads) as u64;
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,

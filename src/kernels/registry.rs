@@ -3,11 +3,11 @@
 use super::matrix::{dense_defines, quant_defines, wide};
 use super::{
     adamw, add, add_assign, append, attention, attention_coop, attention_delta, attention_dkv, attention_dkv_coop,
-    attention_dkv_lanes, attention_dq, attention_dq_coop, attention_dq_lanes, attention_lanes, attention_pack,
-    column_sum, cross_entropy, dequantize, dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down,
-    lora_dw, qmatmul_coop, qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes,
-    qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor, sample, scale_columns, silu_mul,
-    silu_mul_backward, sum,
+    attention_dkv_lanes, attention_dkv_tile, attention_dq, attention_dq_coop, attention_dq_lanes, attention_dq_tile,
+    attention_lanes, attention_pack, attention_tile, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix,
+    embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop, qmatmul_dx_coop, qmatmul_dx_lanes,
+    qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor,
+    sample, scale_columns, silu_mul, silu_mul_backward, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -46,6 +46,11 @@ pub static KERNELS: &[Entry] = &[
         variants: attention_dkv_lanes::variants,
         twin: "attention_backward::reference",
     },
+    Entry {
+        kernel: &attention_dkv_tile::KERNEL,
+        variants: attention_dkv_tile::variants,
+        twin: "attention_backward::reference",
+    },
     Entry { kernel: &attention_dq::KERNEL, variants: attention_dq::variants, twin: "attention_backward::reference" },
     Entry {
         kernel: &attention_dq_coop::KERNEL,
@@ -57,8 +62,14 @@ pub static KERNELS: &[Entry] = &[
         variants: attention_dq_lanes::variants,
         twin: "attention_backward::reference",
     },
+    Entry {
+        kernel: &attention_dq_tile::KERNEL,
+        variants: attention_dq_tile::variants,
+        twin: "attention_backward::reference",
+    },
     Entry { kernel: &attention_lanes::KERNEL, variants: attention_lanes::variants, twin: "attention::reference" },
     Entry { kernel: &attention_pack::KERNEL, variants: attention_pack::variants, twin: "attention_pack::reference" },
+    Entry { kernel: &attention_tile::KERNEL, variants: attention_tile::variants, twin: "attention::reference" },
     Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
     Entry { kernel: &cross_entropy::KERNEL, variants: cross_entropy::variants, twin: "cross_entropy::reference" },
     Entry {

@@ -1,0 +1,39 @@
+//! dK and dV of [`attention`](super::attention) on hardware, by the tiles of
+//! [`attention_tile`](super::attention_tile).
+
+use super::attention::{AttentionParams, flops_per_group};
+use super::attention_backward::GpuCall;
+use super::attention_tile::{Tiling, Work};
+use super::kernel;
+use crate::device::{Defines, Dispatch, Tier};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention_dkv_tile.wgsl`
+    KERNEL = "attention_dkv_tile", AttentionParams,
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
+}
+
+/// dK and dV.
+const WORK: Work = Work { products: 2, results: 2 };
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    Tiling::variants(tier, WORK)
+}
+
+pub(super) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<()> {
+    let GpuCall { op, gpu, shape, visibility, .. } = *call;
+    let tiling = Tiling::new(shape.head_dim, WORK);
+    let groups = (visibility.keys().div_ceil(tiling.rows()) * shape.kv_heads) as u64;
+    let own = [visibility.query_ranges()?.buffer(gpu, op)?, dk.buffer(gpu, op)?, dv.buffer(gpu, op)?];
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &tiling.defines(),
+        buffers: &[&call.operands()?[..], &own].concat(),
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 4, groups),
+    })
+}

@@ -1,0 +1,106 @@
+//! [`attention`](super::attention) on hardware: tiles of queries by tiles of keys in workgroup
+//! memory, sums in registers, all in f32. Shared with both kernels of its backward.
+
+use super::attention::{AttentionParams, AttentionShape, flops_per_group};
+use super::kernel;
+use super::visibility::Visibility;
+use crate::device::{Defines, Dispatch, Gpu, Tier};
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention_tile.wgsl`
+    KERNEL = "attention_tile", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write]
+}
+
+/// Threads of a workgroup along its own rows, and across: along the other side, and along a head's
+/// vec4.
+const DOWN: usize = 8;
+const ACROSS: usize = 16;
+/// The most numbers of tiles and sums that a thread may hold: with operands and addresses they
+/// must fit 128 registers, the most that a thread of some GPUs has.
+const MOST_HELD: usize = 64;
+
+/// What a kernel computes for each own row: products that it holds at a time, and heads that it
+/// adds up from them.
+#[derive(Clone, Copy)]
+pub(super) struct Work {
+    pub products: usize,
+    pub results: usize,
+}
+
+/// How a workgroup's threads share a tile of scores and what is added up from them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Tiling {
+    /// Own rows a thread.
+    tall: usize,
+    /// vec4 of a head.
+    head_quads: usize,
+}
+
+impl Tiling {
+    /// The most rows a thread whose sums fit, for operands are loaded once for all of them.
+    pub fn new(head_dim: usize, work: Work) -> Tiling {
+        let head_quads = head_dim / 4;
+        let sums = work.results * head_quads.div_ceil(ACROSS);
+        let fits = |tall: &usize| {
+            // Products of so small heads are unrolled, which holds more operands.
+            let small = *tall == 4 && head_dim < 32;
+            4 * tall * (sums + work.products) <= MOST_HELD && !small
+        };
+        Tiling { tall: [4, 2].into_iter().find(fits).unwrap_or(1), head_quads }
+    }
+
+    /// Own rows of a workgroup.
+    pub fn rows(self) -> usize {
+        DOWN * self.tall
+    }
+
+    /// The variant's text constants.
+    pub fn defines(self) -> Defines {
+        Defines::new().with("tall", self.tall as u32).with("head_quads", self.head_quads as u32)
+    }
+
+    /// Variants for the registry test: among the head sizes one that fills no tile.
+    pub fn variants(tier: Tier, work: Work) -> Vec<Defines> {
+        if tier == Tier::Software {
+            return Vec::new();
+        }
+        [8, 44, 64, 80, 96, 128, 192, 256].map(|head_dim| Tiling::new(head_dim, work).defines()).to_vec()
+    }
+}
+
+/// O.
+const WORK: Work = Work { products: 1, results: 1 };
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    Tiling::variants(tier, WORK)
+}
+
+pub(super) fn dispatch(
+    gpu: &Gpu,
+    op: &'static str,
+    [q, k, v]: [&Tensor; 3],
+    shape: &AttentionShape,
+    visibility: &Visibility,
+    [o, lse]: [&Tensor; 2],
+) -> Result<()> {
+    let tiling = Tiling::new(shape.head_dim, WORK);
+    let groups = (visibility.queries().div_ceil(tiling.rows()) * shape.heads) as u64;
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &tiling.defines(),
+        buffers: &[
+            q.buffer(gpu, op)?,
+            k.buffer(gpu, op)?,
+            v.buffer(gpu, op)?,
+            visibility.key_ranges().buffer(gpu, op)?,
+            o.buffer(gpu, op)?,
+            lse.buffer(gpu, op)?,
+        ],
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 2, groups),
+    })
+}
