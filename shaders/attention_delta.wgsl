@@ -1,4 +1,7 @@
-// What the backward of attention wants of each query and head: stats[m, h] = (lse[m, h], sum over d of dO * O).
+// What the backward of attention wants of each query and head: stats[m, h] = (lse[m, h], sum over
+// d of dO * O); `team` threads a row.
+//
+// Floor: bytes of dO and O, 8 * M * H * D, over the memory's bandwidth; 2 * M * H * D FLOP.
 struct Params {
     first_group: u32,
     groups: u32,
@@ -14,6 +17,10 @@ struct Params {
 
 {% include "groups.wgsl" %}
 
+{% if team > 1 %}
+var<workgroup> sums: array<f32, {{ threads }}>;
+{% endif %}
+
 @compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -21,13 +28,24 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 ) {
     let group = group_index(workgroup, count);
-    let row = group * {{ threads }}u + thread;
-    if (group >= p.groups || row >= p.rows) {
+    if (group >= p.groups) {
         return;
     }
+    let row = group * {{ threads // team }}u + thread / {{ team }}u;
+    let begin = min(row, p.rows - 1u) * p.quads;
     var sum = 0.0;
-    for (var quad = 0u; quad < p.quads; quad = quad + 1u) {
-        sum = sum + dot(d_o[row * p.quads + quad], o[row * p.quads + quad]);
+    for (var quad = thread % {{ team }}u; quad < p.quads; quad = quad + {{ team }}u) {
+        sum = sum + dot(d_o[begin + quad], o[begin + quad]);
     }
-    stats[row] = vec2<f32>(lse[row], sum);
+{% if team > 1 %}
+    sums[thread] = sum;
+    workgroupBarrier();
+    if (thread % {{ team }}u > 0u) {
+        return;
+    }
+{% for i in range(1, team) %}
+    sum = sum + sums[thread + {{ i }}u];
+{% endfor %}
+{% endif %}
+    if (row < p.rows) { stats[row] = vec2<f32>(lse[row], sum); }
 }

@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 use super::{Real, kernel, params, simd};
-use crate::device::{Buffer, Defines, Dispatch, Gpu};
+use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -29,22 +29,29 @@ kernel! {
 /// Invocations a workgroup.
 const THREADS: u32 = 64;
 
+/// Threads that share a row: on hardware so many that they read whole lines of memory, on software
+/// drivers one, for there they would meet at a barrier.
+fn team(tier: Tier) -> u32 {
+    if tier == Tier::Software { 1 } else { 8 }
+}
+
 /// The variant's text constants.
-pub(crate) fn defines() -> Defines {
-    Defines::new().with("threads", THREADS)
+pub(crate) fn defines(tier: Tier) -> Defines {
+    Defines::new().with("threads", THREADS).with("team", team(tier))
 }
 
 /// Log-sum-exp and delta of every query and head, in pairs.
 pub(crate) fn dispatch(gpu: &Gpu, d_o: &Tensor, o: &Tensor, lse: &Tensor, head_dim: usize) -> Result<Buffer> {
     let stats = gpu.alloc("attention stats", lse.len() as u64 * 8)?;
+    let rows = (THREADS / team(gpu.tier())) as usize;
     let params = AttentionDeltaParams { rows: lse.len() as u32, quads: (head_dim / 4) as u32, ..Default::default() };
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(),
+        defines: &defines(gpu.tier()),
         buffers: &[d_o.buffer(gpu, OP)?, o.buffer(gpu, OP)?, lse.buffer(gpu, OP)?, &stats],
         params: bytemuck::bytes_of(&params),
-        groups: lse.len().div_ceil(THREADS as usize) as u64,
-        flops_per_group: 2 * u64::from(THREADS) * head_dim as u64,
+        groups: lse.len().div_ceil(rows) as u64,
+        flops_per_group: (2 * rows * head_dim) as u64,
     })?;
     Ok(stats)
 }

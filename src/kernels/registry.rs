@@ -32,7 +32,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &attention_coop::KERNEL, variants: attention_pack::head_variants, twin: "attention::reference" },
     Entry {
         kernel: &attention_delta::KERNEL,
-        variants: |_| vec![attention_delta::defines()],
+        variants: |tier| vec![attention_delta::defines(tier)],
         twin: "attention_delta::reference",
     },
     Entry { kernel: &attention_dkv::KERNEL, variants: attention_dkv::variants, twin: "attention_backward::reference" },
