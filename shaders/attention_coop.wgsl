@@ -1,22 +1,28 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// O = softmax(scale * Q * K^T) * V for the keys that each query sees, and the log-sum-exp of its scores, by cooperative matrices.
-// Scores are products of Q and K as two f16 each, so that a softmax of scores of thousands is right too; weights and V are
-// one f16 each; sums are f32.
+// O = softmax(scale * Q * K^T) * V for the keys that each query sees, and the log-sum-exp of its
+// scores, by cooperative matrices. Scores are products of Q and K as two f16 each, so that a
+// softmax of scores of thousands is right too; weights and V are one f16 each; sums are f32.
 //
-// Online softmax: weights are exp(score - m), where m is a score of the query that no later one exceeds by much. Where one does,
-// which is rare after the first keys, m becomes that score and O and the sum shrink.
+// Online softmax: weights are exp(score - m), where m is a score of the query that no later one
+// exceeds by much. Where one does, which is rare after the first keys, m becomes that score and O
+// and the sum shrink.
+//
+// Floor: bytes of packed Q, K and V and of O, D * (8 * M * H + 6 * keys * Hkv), over the memory's
+// bandwidth; 8 * H * D FLOP of f16 matrices a pair of a query and a key that it sees (M * keys
+// pairs, half of them in causal order) over their rate: three products for the scores and one for
+// O.
 {{ "" }}
-{% from "coop.wgsl" import accumulators, least %}
-{% from "attention_strips.wgsl" import sum_stride, weight_stride, begin_queries, begin, split_scores, gather, in_memory %}
+{% from "coop.wgsl" import enter, accumulators, least %}
+{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, share, rows_each, each_quad, packed_rows, begin, ranges, scores, gather, in_memory, four, stage %}
 
 {% include "attention_coop.wgsl" %}
 @group(0) @binding(0) var<storage, read> queries: array<f16>;          // Q in two planes
-@group(0) @binding(1) var<storage, read> keys: array<f16>;             // K in two planes, V
-@group(0) @binding(2) var<storage, read> query_factors: array<f32>;    // of Q
-@group(0) @binding(3) var<storage, read> key_factors: array<f32>;      // of K, of V
+@group(0) @binding(1) var<storage, read> keys: array<f16>;             // K in two planes, V transposed
+@group(0) @binding(2) var<storage, read> query_scales: array<f32>;     // of Q
+@group(0) @binding(3) var<storage, read> key_scales: array<vec4<f32>>; // of K, of V
 @group(0) @binding(4) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
-@group(0) @binding(5) var<storage, read_write> o: array<f32>;
+@group(0) @binding(5) var<storage, read_write> o: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> lse: array<f32>;
 
 // Below every score; finite, since WGSL promises nothing of infinities.
@@ -26,11 +32,9 @@ const SLACK = 3.4657359;
 // Of weights as f16, which keeps those down to 2^-24 exact and those of 32 finite.
 const WEIGHT_FACTOR = 1024.0;
 
-// Of each query: m, the sum of the weights, and by what both and O shrink with this tile.
-var<workgroup> most: array<f32, 64>;
-var<workgroup> total: array<f32, 64>;
-var<workgroup> shrink: array<f32, 64>;
-// Whether O of any query of a subgroup shrinks.
+// Of each query: by what O shrinks with this tile, and in the end what it is times.
+var<workgroup> shrink: array<f32, {{ own_rows }}>;
+// Whether O of any query of a subgroup's threads shrinks.
 var<workgroup> shrinks: array<u32, 4>;
 
 @compute @workgroup_size({{ 4 * lanes }})
@@ -41,105 +45,104 @@ fn main(
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-{{ begin_queries(wide) }}
-    var v_least = 0x1p126f;
-    for (var key = start + thread; key < end; key = key + {{ 4 * lanes }}u) {
-        v_least = min(v_least, key_factors[rows.v + key]);
-    }
-    let v_factor = least_of(v_least, subgroup);
-    for (var local = thread; local < 64u; local = local + {{ 4 * lanes }}u) {
-        most[local] = LOWEST;
-        total[local] = 0.0;
-    }
+{{ enter() }}
+    let block = group / p.heads;
+    let head = group - block * p.heads;
+    let kv_head = head / (p.heads / p.kv_heads);
+    let row_base = block * {{ own_rows }}u;
+{{ packed_rows() }}
 {{ begin() }}
-    let q_begin = (rows.q + row_base + 16u * subgroup) * {{ wide }}u;
-{{ accumulators(edge, 16, wide) }}
+{{ ranges("key_ranges", "p.queries") }}
+    // Of smaller values less is kept: this may not overflow in `weight_factor`.
+    var v_most = 0x1p-116f;
+    for (var key = start + thread; key < end; key = key + {{ 4 * lanes }}u) {
+        v_most = max(v_most, key_scales[(v_row + key) / 4u][key % 4u]);
+    }
+    // What weights are times: it brings all rows of V to one scale.
+    let v_scale = -least_of(-v_most, subgroup);
+    let weight_factor = WEIGHT_FACTOR / v_scale;
+{% for r in range(rows_each) %}
+    let undo{{ r }} = query_scales[q_row + row_base + local{{ r }}] * p.scale;
+    var most{{ r }} = LOWEST;
+    var total{{ r }} = 0.0; // of this thread's weights
+{% endfor %}
+    let q_begin = (q_row + row_base + 16u * strip) * {{ wide }}u;
+{{ accumulators(edge, 16, 16 * own_tiles) }}
 
-    for (var base = start & ~31u; base < end; base = base + 32u) {
-        let k_begin = (rows.k + base) * {{ wide }}u;
-        let v_begin = k_begin + 2u * k_plane;
-{{ split_scores(edge, wide, "queries", "keys", "q_begin", "k_begin", "q_plane", "k_plane") }}
+    for (var base = start & ~{{ other_rows - 1 }}u; base < end; base = base + {{ other_rows }}u) {
+        let k_begin = (k_row + base + 32u * half) * {{ wide }}u;
+        let v_begin = 2u * k_plane + (k_row + base) * {{ wide }}u;
+{{ scores(edge, "queries", "q_begin", "keys", "k_begin", "q_plane", "k_plane") }}
         workgroupBarrier();
-        let own_shrinks = weigh(rows, row_base, base, v_factor, subgroup, lane);
-        if (lane == 0u) { shrinks[subgroup] = own_shrinks; }
-        let shrinking = workgroupUniformLoad(&shrinks);
-        if ((shrinking[0] | shrinking[1] | shrinking[2] | shrinking[3]) != 0u) {
-{{ in_memory(edge, wide, "sum", "rescale", "subgroup, lane", true) }}
-        }
-{{ gather(edge, wide, "keys", "v_begin", "sum") }}
-    }
-
-{{ in_memory(edge, wide, "sum", "finish", "row_base, head, v_factor, subgroup, lane") }}
-    for (var local = thread; local < 64u; local = local + {{ 4 * lanes }}u) {
-        if (row_base + local < p.queries) {
-            let sum = total[local];
-            lse[(row_base + local) * p.heads + head] = select(most[local] + log(sum), p.no_key, sum == 0.0);
-        }
-    }
-}
-
-// From scores to weights, a query after the other. Returns whether O of any of them shrinks.
-fn weigh(rows: Rows, row_base: u32, base: u32, v_factor: f32, subgroup: u32, lane: u32) -> u32 {
-    var shrinking = false;
-    for (var local = 16u * subgroup; local < 16u * (subgroup + 1u); local = local + 1u) {
-        let seen = key_ranges[min(row_base + local, p.queries - 1u)];
-        let undo = p.scale / query_factors[rows.q + row_base + local];
-        var highest = LOWEST;
-        for (var i = lane; i < 32u; i = i + {{ lanes }}u) {
-            let key = base + i;
-            var score = LOWEST;
-            if (key >= seen.x && key < seen.y) {
-                score = sums[local * {{ sum_stride }}u + i] * undo / key_factors[rows.k + key];
+        var shrinking = false;
+{% for r in range(rows_each) %}
+        {
+            var highest = vec4<f32>(LOWEST);
+{{ each_quad(r) }}
+                let score = {{ four("sums", "at") }} * undo{{ r }} * key_scales[(k_row + other) / 4u];
+                let seen = select(vec4<f32>(LOWEST), score, visible(other, seen{{ r }}));
+                highest = max(highest, seen);
+{{ stage("at", "seen", "sums", "f32") }}
             }
-            sums[local * {{ sum_stride }}u + i] = score;
-            highest = max(highest, score);
-        }
-        highest = subgroupMax(highest);
-        let before = most[local];
-        let rises = highest > before + SLACK;
-        let now = select(before, highest, rises);
-        var sum = 0.0;
-        for (var i = lane; i < 32u; i = i + {{ lanes }}u) {
-            let score = sums[local * {{ sum_stride }}u + i];
-            var weight = 0.0;
-            var staged = 0.0;
-            if (score > LOWEST) {
-                weight = exp(score - now);
-                staged = weight * (WEIGHT_FACTOR * (v_factor / key_factors[rows.v + base + i]));
+            var of_row = max(max(highest.x, highest.y), max(highest.z, highest.w));
+{% for step in [1, 2, 4, 8] if step < share %}
+            of_row = max(of_row, subgroupShuffleXor(of_row, {{ step }}u));
+{% endfor %}
+            let rises = of_row > most{{ r }} + SLACK;
+            let by = select(1.0, exp(most{{ r }} - of_row), rises);
+            shrinking = shrinking || (rises && most{{ r }} > LOWEST);
+            most{{ r }} = select(most{{ r }}, of_row, rises);
+            total{{ r }} = total{{ r }} * by;
+            if (segment == 0u) { shrink[local{{ r }}] = by; }
+{{ each_quad(r) }}
+                let score = {{ four("sums", "at") }};
+                let weight = select(vec4<f32>(0.0), exp(score - vec4<f32>(most{{ r }})), score > vec4<f32>(LOWEST));
+                total{{ r }} = total{{ r }} + dot(weight, vec4<f32>(1.0));
+                let staged = weight * weight_factor * key_scales[(v_row + other) / 4u];
+{{ stage("to", "staged") }}
             }
-            sum = sum + weight;
-            weights[local * {{ weight_stride }}u + i] = f16(staged);
         }
-        // After this all lanes have read what the first one writes.
-        sum = subgroupAdd(sum);
-        if (lane == 0u) {
-            let by = select(1.0, exp(before - now), rises);
-            most[local] = now;
-            total[local] = total[local] * by + sum;
-            shrink[local] = by;
+{% endfor %}
+        let any_shrinking = subgroupMax(u32(shrinking));
+        if (lane == 0u) { shrinks[subgroup] = any_shrinking; }
+        let shrinking_ones = workgroupUniformLoad(&shrinks);
+        if ((shrinking_ones[0] | shrinking_ones[1] | shrinking_ones[2] | shrinking_ones[3]) != 0u) {
+{{ in_memory(edge, "sum", "rescale", again=true) }}
         }
-        shrinking = shrinking || (rises && before > LOWEST);
+{{ gather(edge, "keys", "v_begin", "sum") }}
     }
-    return u32(shrinking);
+
+{% for r in range(rows_each) %}
+    {
+        var sum = total{{ r }};
+{% for step in [1, 2, 4, 8] if step < share %}
+        sum = sum + subgroupShuffleXor(sum, {{ step }}u);
+{% endfor %}
+        let query = row_base + local{{ r }};
+        if (segment == 0u) {
+            shrink[local{{ r }}] = select(1.0 / sum, 0.0, sum == 0.0);
+            if (query < p.queries) { lse[query * p.heads + head] = select(most{{ r }} + log(sum), p.no_key, sum == 0.0); }
+        }
+    }
+{% endfor %}
+{{ in_memory(edge, "sum", "finish", "row_base, head, v_scale") }}
 }
 
-fn rescale(right: u32, subgroup: u32, lane: u32) {
+fn rescale(d: u32, strip: u32, sums_begin: u32, lane: u32) {
     for (var i = lane; i < 256u; i = i + {{ lanes }}u) {
-        let local = 16u * subgroup + i / 16u;
-        let at = local * {{ sum_stride }}u + i % 16u;
-        sums[at] = sums[at] * shrink[local];
+        let at = sums_begin + i / 16u * {{ sum_stride }}u + i % 16u;
+        sums[at] = sums[at] * shrink[16u * strip + i / 16u];
     }
 }
 
-fn finish(right: u32, row_base: u32, head: u32, v_factor: f32, subgroup: u32, lane: u32) {
-    for (var i = lane; i < 256u; i = i + {{ lanes }}u) {
-        let local = 16u * subgroup + i / 16u;
-        let d = right + i % 16u;
-        if (row_base + local < p.queries && d < {{ head_dim }}u) {
-            let sum = total[local];
-            let inverse = select(1.0 / sum, 0.0, sum == 0.0);
-            let value = sums[local * {{ sum_stride }}u + i % 16u] / WEIGHT_FACTOR / v_factor;
-            o[((row_base + local) * p.heads + head) * {{ head_dim }}u + d] = value * inverse;
+fn finish(d: u32, strip: u32, sums_begin: u32, lane: u32, row_base: u32, head: u32, v_scale: f32) {
+    for (var i = lane; i < 64u; i = i + {{ lanes }}u) {
+        let local = 16u * strip + i / 4u;
+        let first = d + i % 4u * 4u;
+        if (row_base + local < p.queries && first < {{ head_dim }}u) {
+            let at = sums_begin + i / 4u * {{ sum_stride }}u + i % 4u * 4u;
+            let value = {{ four("sums", "at") }} / WEIGHT_FACTOR * v_scale;
+            o[((row_base + local) * p.heads + head) * {{ head_dim // 4 }}u + first / 4u] = value * shrink[local];
         }
     }
 }

@@ -1,24 +1,37 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// dK and dV of attention by cooperative matrices: keys over the queries that see them, of every head that shares them. With
-// P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV = P^T * dO, dK = scale * dS^T * Q. Scores are as exact as
-// the forward's, all else is one f16; sums are f32.
+// dK and dV of attention by cooperative matrices: keys over the queries that see them, of every
+// head that shares them. With P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV =
+// P^T * dO, dK = scale * dS^T * Q. Scores are as exact as the forward's, all else is one f16; sums
+// are f32.
+//
+// Floor: bytes of packed Q, dO, K and V and of dK and dV, D * (10 * M * H + 14 * keys * Hkv), over
+// the memory's bandwidth; 12 * H * D FLOP of f16 matrices a pair of a query and a key that it sees
+// (M * keys pairs, half of them in causal order) over their rate.
 {{ "" }}
 {% from "coop.wgsl" import enter, accumulators, least %}
-{% from "attention_strips.wgsl" import sum_stride, weight_stride, packed_rows, begin, scores, split_scores, gather, in_memory %}
+{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, share, rows_each, each_quad, packed_rows, begin, ranges, scores, gather, in_memory, four, stage %}
 
 {% include "attention_coop.wgsl" %}
-@group(0) @binding(0) var<storage, read> queries: array<f16>;            // Q in two planes, dO
-@group(0) @binding(1) var<storage, read> keys: array<f16>;               // K in two planes, V
-@group(0) @binding(2) var<storage, read> query_factors: array<f32>;      // of Q, of dO
-@group(0) @binding(3) var<storage, read> key_factors: array<f32>;        // of K, of V
+@group(0) @binding(0) var<storage, read> queries: array<f16>;            // Q in two planes and transposed, dO in one and transposed
+@group(0) @binding(1) var<storage, read> keys: array<f16>;               // K in two planes and transposed, V
+@group(0) @binding(2) var<storage, read> query_scales: array<f32>;       // of Q, of dO
+@group(0) @binding(3) var<storage, read> key_scales: array<f32>;         // of K, of V
 @group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // of each query and head: lse, delta
 @group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // of each key: first query, end
-@group(0) @binding(6) var<storage, read_write> dk: array<f32>;
-@group(0) @binding(7) var<storage, read_write> dv: array<f32>;
+@group(0) @binding(6) var<storage, read_write> dk: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read_write> dv: array<vec4<f32>>;
 
-{% set own, other, own_count = "key", "query", "p.keys" %}
-{% include "attention_coop_backward.wgsl" %}
+// Of weights as f16.
+const WEIGHT_FACTOR = 16384.0;
+
+// Of each query of a step: Q's scale, lse; what brings dO and Q to the scale of all; and delta
+// over dO's scale.
+var<workgroup> q_scale: array<f32, {{ other_rows }}>;
+var<workgroup> lse: array<f32, {{ other_rows }}>;
+var<workgroup> do_ratio: array<f32, {{ other_rows }}>;
+var<workgroup> q_ratio: array<f32, {{ other_rows }}>;
+var<workgroup> delta: array<f32, {{ other_rows }}>;
 
 @compute @workgroup_size({{ 4 * lanes }})
 fn main(
@@ -32,79 +45,110 @@ fn main(
     let block = group / p.kv_heads;
     let kv_head = group - block * p.kv_heads;
     let heads = p.heads / p.kv_heads;
-    let row_base = block * 64u;
-    // Ranges never go back from a key to the next: these are the queries of all the workgroup's keys.
-    let start = query_ranges[row_base].x;
-    let end = query_ranges[min(row_base + 63u, p.keys - 1u)].y;
-    var q_least = 0x1p126f;
-    var do_least = 0x1p126f;
-    var v_least = 0x1p126f;
-    var delta_most = 0.0;
-    for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
-{{ packed_rows(wide) }}
-        for (var query = start + thread; query < end; query = query + {{ 4 * lanes }}u) {
-            let do_factor = query_factors[rows.d_o + query];
-            q_least = min(q_least, query_factors[rows.q + query]);
-            do_least = min(do_least, do_factor);
-            delta_most = max(delta_most, abs(stats[query * p.heads + head].y) * do_factor);
-        }
-        for (var local = thread; local < 64u; local = local + {{ 4 * lanes }}u) {
-            v_least = min(v_least, key_factors[rows.v + row_base + local]);
-        }
-    }
-    let q_factor = least_of(q_least, subgroup);
-    let do_factor = least_of(do_least, subgroup);
-    // Packed values are below 2^14: no value of dO * V^T, once V's factor is undone, and no delta exceeds the inverse.
-    let range = min(least_of(v_least, subgroup) * 0x1p-28f / {{ wide }}.0, 1.0 / max(-least_of(-delta_most, subgroup), 0x1p-126f));
+    let row_base = block * {{ own_rows }}u;
 {{ begin() }}
-{{ accumulators(edge, 16, wide, "dk_sum") }}
-{{ accumulators(edge, 16, wide, "dv_sum") }}
+{{ ranges("query_ranges", "p.keys") }}
+    var q_most = 0x1p-126f;
+    var do_most = 0x1p-126f;
+    var v_most = 0x1p-126f;
+    var delta_most = 0x1p-126f;
+    for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
+{{ packed_rows() }}
+        for (var query = start + thread; query < end; query = query + {{ 4 * lanes }}u) {
+            let of_do = query_scales[do_row + query];
+            q_most = max(q_most, query_scales[q_row + query]);
+            do_most = max(do_most, of_do);
+            delta_most = max(delta_most, abs(stats[query * p.heads + head].y) / of_do);
+        }
+        for (var local = thread; local < {{ own_rows }}u; local = local + {{ 4 * lanes }}u) {
+            v_most = max(v_most, key_scales[v_row + row_base + local]);
+        }
+    }
+    let all_q = -least_of(-q_most, subgroup);
+    let all_do = -least_of(-do_most, subgroup);
+    // Packed values are below 2^14: times this no value of dO * V^T, with V's scale, and no delta
+    // exceeds 1.
+    let range = min(0x1p-28f / {{ wide }}.0 / -least_of(-v_most, subgroup), 1.0 / -least_of(-delta_most, subgroup));
+{% for r in range(rows_each) %}
+    let undo{{ r }} = key_scales[kv_head * padded(p.keys) + row_base + local{{ r }}] * p.scale;
+    let v_scale{{ r }} = key_scales[(p.kv_heads + kv_head) * padded(p.keys) + row_base + local{{ r }}];
+{% endfor %}
+{{ accumulators(edge, 16, 16 * own_tiles, "dk_sum") }}
+{{ accumulators(edge, 16, 16 * own_tiles, "dv_sum") }}
 
     for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
-{{ packed_rows(wide) }}
-        let k_begin = (rows.k + row_base + 16u * subgroup) * {{ wide }}u;
-        let v_begin = k_begin + 2u * k_plane;
-        for (var base = start & ~31u; base < end; base = base + 32u) {
-            let q_begin = (rows.q + base) * {{ wide }}u;
-            let do_begin = q_begin + 2u * q_plane;
-{{ split_scores(edge, wide, "keys", "queries", "k_begin", "q_begin", "k_plane", "q_plane") }}
+{{ packed_rows() }}
+        let k_begin = (k_row + row_base + 16u * strip) * {{ wide }}u;
+        let v_begin = 3u * k_plane + k_begin;
+        for (var base = start & ~{{ other_rows - 1 }}u; base < end; base = base + {{ other_rows }}u) {
+            let q_begin = (q_row + base + 32u * half) * {{ wide }}u;
+            let do_begin = 3u * q_plane + q_begin;
+            let q_transposed = 2u * q_plane + (q_row + base) * {{ wide }}u;
+            let do_transposed = q_transposed + 2u * q_plane;
+            for (var i = thread; i < {{ other_rows }}u; i = i + {{ 4 * lanes }}u) {
+                let stat = stats[min(base + i, p.queries - 1u) * p.heads + head];
+                let of_q = query_scales[q_row + base + i];
+                let of_do = query_scales[do_row + base + i];
+                q_scale[i] = of_q;
+                lse[i] = stat.x;
+                do_ratio[i] = of_do / all_do;
+                q_ratio[i] = of_q / all_q;
+                delta[i] = stat.y / of_do;
+            }
+{{ scores(edge, "keys", "k_begin", "queries", "q_begin", "k_plane", "q_plane") }}
             workgroupBarrier();
-            weigh(rows, row_base, base, do_factor, subgroup, lane);
+{% for r in range(rows_each) %}
+{{ each_quad(r) }}
+                let score = {{ four("sums", "at") }} * undo{{ r }} * {{ four("q_scale", "local_other") }};
+                let seen = select(vec4<f32>(0.0), exp(score - {{ four("lse", "local_other") }}), visible(other, seen{{ r }}));
+                let weight = seen * WEIGHT_FACTOR * {{ four("do_ratio", "local_other") }};
+{{ stage("to", "weight") }}
+            }
+{% endfor %}
             workgroupBarrier();
-{{ gather(edge, wide, "queries", "do_begin", "dv_sum") }}
-{{ scores(edge, wide, "keys", "queries", [("v_begin", "do_begin")]) }}
+{{ gather(edge, "queries", "do_transposed", "dv_sum") }}
+{{ scores(edge, "keys", "v_begin", "queries", "do_begin") }}
             workgroupBarrier();
-            grade(rows, row_base, base, range, q_factor, subgroup, lane);
+{% for r in range(rows_each) %}
+{{ each_quad(r) }}
+                let weight = {{ four("weights", "to") }};
+                let d_weight = {{ four("sums", "at") }} * v_scale{{ r }};
+                let graded = weight * ((d_weight - {{ four("delta", "local_other") }}) * range);
+                // Others are seen by nobody, or as good as.
+                let d_score = select(vec4<f32>(0.0), graded, weight > vec4<f32>(0.0)) * {{ four("q_ratio", "local_other") }};
+{{ stage("to", "d_score") }}
+            }
+{% endfor %}
             workgroupBarrier();
-{{ gather(edge, wide, "queries", "q_begin", "dk_sum") }}
+{{ gather(edge, "queries", "q_transposed", "dk_sum") }}
         }
     }
 
-{{ in_memory(edge, wide, "dv_sum", "finish_dv", "row_base, kv_head, do_factor, subgroup, lane") }}
-{{ in_memory(edge, wide, "dk_sum", "finish_dk", "row_base, kv_head, do_factor, range, q_factor, subgroup, lane") }}
+{{ in_memory(edge, "dv_sum", "finish_dv", "row_base, kv_head, all_do") }}
+{{ in_memory(edge, "dk_sum", "finish_dk", "row_base, kv_head, all_do, range, all_q") }}
 }
 
-fn finish_dv(right: u32, row_base: u32, kv_head: u32, do_factor: f32, subgroup: u32, lane: u32) {
-    for (var i = lane; i < 256u; i = i + {{ lanes }}u) {
-        let local = 16u * subgroup + i / 16u;
-        let d = right + i % 16u;
-        if (row_base + local < p.keys && d < {{ head_dim }}u) {
-            let value = sums[local * {{ sum_stride }}u + i % 16u] / WEIGHT_FACTOR / do_factor;
-            dv[((row_base + local) * p.kv_heads + kv_head) * {{ head_dim }}u + d] = value;
+fn finish_dv(d: u32, strip: u32, sums_begin: u32, lane: u32, row_base: u32, kv_head: u32, all_do: f32) {
+    for (var i = lane; i < 64u; i = i + {{ lanes }}u) {
+        let key = row_base + 16u * strip + i / 4u;
+        let first = d + i % 4u * 4u;
+        if (key < p.keys && first < {{ head_dim }}u) {
+            let at = sums_begin + i / 4u * {{ sum_stride }}u + i % 4u * 4u;
+            dv[(key * p.kv_heads + kv_head) * {{ head_dim // 4 }}u + first / 4u] = {{ four("sums", "at") }} / WEIGHT_FACTOR * all_do;
         }
     }
 }
 
 fn finish_dk(
-    right: u32, row_base: u32, kv_head: u32, do_factor: f32, range: f32, q_factor: f32, subgroup: u32, lane: u32,
+    d: u32, strip: u32, sums_begin: u32, lane: u32, row_base: u32, kv_head: u32, all_do: f32, range: f32, all_q: f32,
 ) {
-    for (var i = lane; i < 256u; i = i + {{ lanes }}u) {
-        let local = 16u * subgroup + i / 16u;
-        let d = right + i % 16u;
-        if (row_base + local < p.keys && d < {{ head_dim }}u) {
-            let sum = sums[local * {{ sum_stride }}u + i % 16u] / WEIGHT_FACTOR;
-            let value = sum / do_factor / range / q_factor;
-            dk[((row_base + local) * p.kv_heads + kv_head) * {{ head_dim }}u + d] = value * p.scale;
+    for (var i = lane; i < 64u; i = i + {{ lanes }}u) {
+        let key = row_base + 16u * strip + i / 4u;
+        let first = d + i % 4u * 4u;
+        if (key < p.keys && first < {{ head_dim }}u) {
+            let at = sums_begin + i / 4u * {{ sum_stride }}u + i % 4u * 4u;
+            let value = {{ four("sums", "at") }} / WEIGHT_FACTOR * all_do / range * all_q;
+            dk[(key * p.kv_heads + kv_head) * {{ head_dim // 4 }}u + first / 4u] = value * p.scale;
         }
     }
 }

@@ -1,22 +1,27 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// dQ of attention by cooperative matrices: queries over the keys that they see. With P = exp(scale * Q * K^T - lse) and
-// dS = P * (dO * V^T - delta): dQ = scale * dS * K. Scores are as exact as the forward's, all else is one f16; sums are f32.
+// dQ of attention by cooperative matrices: queries over the keys that they see. With P = exp(scale
+// * Q * K^T - lse) and dS = P * (dO * V^T - delta): dQ = scale * dS * K. Scores are as exact as
+// the forward's, all else is one f16; sums are f32.
+//
+// Floor: bytes of packed Q, dO, K and V and of dQ, D * (10 * M * H + 8 * keys * Hkv), over the
+// memory's bandwidth; 10 * H * D FLOP of f16 matrices a pair of a query and a key that it sees (M
+// * keys pairs, half of them in causal order) over their rate.
 {{ "" }}
-{% from "coop.wgsl" import accumulators, least %}
-{% from "attention_strips.wgsl" import sum_stride, weight_stride, begin_queries, begin, scores, split_scores, gather, in_memory %}
+{% from "coop.wgsl" import enter, accumulators, least %}
+{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, share, rows_each, each_quad, packed_rows, begin, ranges, scores, gather, in_memory, four, stage %}
 
 {% include "attention_coop.wgsl" %}
-@group(0) @binding(0) var<storage, read> queries: array<f16>;          // Q in two planes, dO
-@group(0) @binding(1) var<storage, read> keys: array<f16>;             // K in two planes, V
-@group(0) @binding(2) var<storage, read> query_factors: array<f32>;    // of Q, of dO
-@group(0) @binding(3) var<storage, read> key_factors: array<f32>;      // of K, of V
+@group(0) @binding(0) var<storage, read> queries: array<f16>;          // Q in two planes and transposed, dO
+@group(0) @binding(1) var<storage, read> keys: array<f16>;             // K in two planes and transposed, V
+@group(0) @binding(2) var<storage, read> query_scales: array<f32>;     // of Q, of dO
+@group(0) @binding(3) var<storage, read> key_scales: array<vec4<f32>>; // of K, of V
 @group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // of each query and head: lse, delta
 @group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
-@group(0) @binding(6) var<storage, read_write> dq: array<f32>;
+@group(0) @binding(6) var<storage, read_write> dq: array<vec4<f32>>;
 
-{% set own, other, own_count = "query", "key", "p.queries" %}
-{% include "attention_coop_backward.wgsl" %}
+// Of weights as f16.
+const WEIGHT_FACTOR = 16384.0;
 
 @compute @workgroup_size({{ 4 * lanes }})
 fn main(
@@ -26,47 +31,79 @@ fn main(
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-{{ begin_queries(wide) }}
-    var k_least = 0x1p126f;
-    var v_least = 0x1p126f;
-    for (var key = start + thread; key < end; key = key + {{ 4 * lanes }}u) {
-        k_least = min(k_least, key_factors[rows.k + key]);
-        v_least = min(v_least, key_factors[rows.v + key]);
-    }
-    let k_factor = least_of(k_least, subgroup);
-    // Packed values are below 2^14: no value of dO * V^T and no delta, once V's factor is undone, exceeds the inverse.
-    let range = least_of(v_least, subgroup) * 0x1p-28f / {{ wide }}.0;
+{{ enter() }}
+    let block = group / p.heads;
+    let head = group - block * p.heads;
+    let kv_head = head / (p.heads / p.kv_heads);
+    let row_base = block * {{ own_rows }}u;
+{{ packed_rows() }}
 {{ begin() }}
-    let q_begin = (rows.q + row_base + 16u * subgroup) * {{ wide }}u;
-    let do_begin = q_begin + 2u * q_plane;
-{{ accumulators(edge, 16, wide) }}
+{{ ranges("key_ranges", "p.queries") }}
+    var k_most = 0x1p-126f;
+    var v_most = 0x1p-126f;
+    for (var key = start + thread; key < end; key = key + {{ 4 * lanes }}u) {
+        k_most = max(k_most, key_scales[(k_row + key) / 4u][key % 4u]);
+        v_most = max(v_most, key_scales[(v_row + key) / 4u][key % 4u]);
+    }
+    let k_scale = -least_of(-k_most, subgroup);
+    // Packed values are below 2^14: times this no value of dO * V^T and no delta, with V's scale,
+    // exceeds 1.
+    let range = 0x1p-28f / {{ wide }}.0 / -least_of(-v_most, subgroup);
+    // It brings all rows of K to one scale.
+    let k_inverse = 1.0 / k_scale;
+{% for r in range(rows_each) %}
+    let undo{{ r }} = query_scales[q_row + row_base + local{{ r }}] * p.scale;
+    let stat{{ r }} = stats[min(row_base + local{{ r }}, p.queries - 1u) * p.heads + head];
+    let delta{{ r }} = stat{{ r }}.y / query_scales[do_row + row_base + local{{ r }}];
+{% endfor %}
+    let q_begin = (q_row + row_base + 16u * strip) * {{ wide }}u;
+    let do_begin = 3u * q_plane + q_begin;
+{{ accumulators(edge, 16, 16 * own_tiles) }}
 
-    for (var base = start & ~31u; base < end; base = base + 32u) {
-        let k_begin = (rows.k + base) * {{ wide }}u;
-        let v_begin = k_begin + 2u * k_plane;
-{{ split_scores(edge, wide, "queries", "keys", "q_begin", "k_begin", "q_plane", "k_plane") }}
+    for (var base = start & ~{{ other_rows - 1 }}u; base < end; base = base + {{ other_rows }}u) {
+        let k_begin = (k_row + base + 32u * half) * {{ wide }}u;
+        let v_begin = 3u * k_plane + k_begin;
+        let k_transposed = 2u * k_plane + (k_row + base) * {{ wide }}u;
+{{ scores(edge, "queries", "q_begin", "keys", "k_begin", "q_plane", "k_plane") }}
         workgroupBarrier();
-        weigh(rows, row_base, base, subgroup, lane);
+{% for r in range(rows_each) %}
+{{ each_quad(r) }}
+                let score = {{ four("sums", "at") }} * undo{{ r }} * key_scales[(k_row + other) / 4u];
+                let weight = select(vec4<f32>(0.0), exp(score - vec4<f32>(stat{{ r }}.x)), visible(other, seen{{ r }}));
+                let staged = weight * WEIGHT_FACTOR;
+{{ stage("to", "staged") }}
+            }
+{% endfor %}
         workgroupBarrier();
-{{ scores(edge, wide, "queries", "keys", [("do_begin", "v_begin")]) }}
+{{ scores(edge, "queries", "do_begin", "keys", "v_begin") }}
         workgroupBarrier();
-        grade(rows, row_base, base, range, k_factor, subgroup, lane);
+{% for r in range(rows_each) %}
+{{ each_quad(r) }}
+                let weight = {{ four("weights", "to") }};
+                let d_weight = {{ four("sums", "at") }} * key_scales[(v_row + other) / 4u];
+                let graded = weight * ((d_weight - vec4<f32>(delta{{ r }})) * range);
+                // Others are seen by nobody, or as good as.
+                let d_score = select(vec4<f32>(0.0), graded, weight > vec4<f32>(0.0)) * (key_scales[(k_row + other) / 4u] * k_inverse);
+{{ stage("to", "d_score") }}
+            }
+{% endfor %}
         workgroupBarrier();
-{{ gather(edge, wide, "keys", "k_begin", "sum") }}
+{{ gather(edge, "keys", "k_transposed", "sum") }}
     }
 
-{{ in_memory(edge, wide, "sum", "finish", "row_base, rows, range, k_factor, subgroup, lane") }}
+{{ in_memory(edge, "sum", "finish", "row_base, do_row, head, k_scale, range") }}
 }
 
-fn finish(right: u32, row_base: u32, rows: Rows, range: f32, k_factor: f32, subgroup: u32, lane: u32) {
-    for (var i = lane; i < 256u; i = i + {{ lanes }}u) {
-        let local = 16u * subgroup + i / 16u;
-        let query = row_base + local;
-        let d = right + i % 16u;
-        if (query < p.queries && d < {{ head_dim }}u) {
-            let sum = sums[local * {{ sum_stride }}u + i % 16u] / WEIGHT_FACTOR;
-            let value = sum / query_factors[rows.d_o + query] / range / k_factor;
-            dq[(query * p.heads + rows.head) * {{ head_dim }}u + d] = value * p.scale;
+fn finish(
+    d: u32, strip: u32, sums_begin: u32, lane: u32, row_base: u32, do_row: u32, head: u32, k_scale: f32, range: f32,
+) {
+    for (var i = lane; i < 64u; i = i + {{ lanes }}u) {
+        let query = row_base + 16u * strip + i / 4u;
+        let first = d + i % 4u * 4u;
+        if (query < p.queries && first < {{ head_dim }}u) {
+            let at = sums_begin + i / 4u * {{ sum_stride }}u + i % 4u * 4u;
+            let value = {{ four("sums", "at") }} / WEIGHT_FACTOR * query_scales[do_row + query] / range * k_scale;
+            dq[(query * p.heads + head) * {{ head_dim // 4 }}u + first / 4u] = value * p.scale;
         }
     }
 }

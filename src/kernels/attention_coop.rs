@@ -1,8 +1,9 @@
-//! [`attention`](super::attention) of many queries by cooperative matrices: 64 queries of a head a workgroup over tiles of 32 keys,
-//! as f16 with sums in f32. One shader for both sizes of matrices.
+//! [`attention`](super::attention) of many queries by cooperative matrices: 64 or 32 queries of a
+//! head a workgroup over tiles of keys, as f16 with sums in f32. One shader for both sizes of
+//! matrices.
 
 use super::attention::{AttentionParams, AttentionShape, flops_per_group};
-use super::attention_pack::{Packed, TILE, head_defines};
+use super::attention_pack::{Packed, head_defines, own_rows};
 use super::kernel;
 use super::visibility::Visibility;
 use crate::device::{Cooperative, Dispatch, Gpu};
@@ -12,7 +13,7 @@ use crate::tensor::Tensor;
 kernel! {
     /// `shaders/attention_coop.wgsl`
     KERNEL = "attention_coop", AttentionParams,
-        [queries: Read, keys: Read, query_factors: Read, key_factors: Read, key_ranges: Read, o: Write, lse: Write]
+        [queries: Read, keys: Read, query_scales: Read, key_scales: Read, key_ranges: Read, o: Write, lse: Write]
 }
 
 pub(crate) fn dispatch(
@@ -25,7 +26,7 @@ pub(crate) fn dispatch(
     [o, lse]: [&Tensor; 2],
 ) -> Result<()> {
     let packed = Packed::new(gpu, op, qkv, None, shape, visibility)?;
-    let groups = (visibility.queries().div_ceil(TILE) * shape.heads) as u64;
+    let groups = (visibility.queries().div_ceil(own_rows(shape.head_dim)) * shape.heads) as u64;
     let own = [visibility.key_ranges().buffer(gpu, op)?, o.buffer(gpu, op)?, lse.buffer(gpu, op)?];
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,

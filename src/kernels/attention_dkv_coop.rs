@@ -1,9 +1,10 @@
-//! [`attention_dkv`](super::attention_dkv) by cooperative matrices: 64 keys of a head a workgroup over tiles of 32 queries, as f16
-//! with sums in f32. One shader for both sizes of matrices.
+//! [`attention_dkv`](super::attention_dkv) by cooperative matrices: 64 or 32 keys of a head a
+//! workgroup over tiles of queries, as f16 with sums in f32. One shader for both sizes of
+//! matrices.
 
 use super::attention::{AttentionParams, flops_per_group};
 use super::attention_backward::GpuCall;
-use super::attention_pack::{Packed, TILE, head_defines};
+use super::attention_pack::{Packed, head_defines, own_rows};
 use super::kernel;
 use crate::device::{Cooperative, Dispatch};
 use crate::error::Result;
@@ -13,7 +14,7 @@ kernel! {
     /// `shaders/attention_dkv_coop.wgsl`
     KERNEL = "attention_dkv_coop", AttentionParams,
         [
-            queries: Read, keys: Read, query_factors: Read, key_factors: Read, stats: Read, query_ranges: Read, dk: Write,
+            queries: Read, keys: Read, query_scales: Read, key_scales: Read, stats: Read, query_ranges: Read, dk: Write,
             dv: Write,
         ]
 }
@@ -25,7 +26,7 @@ pub(crate) fn dispatch(
     [dk, dv]: [&Tensor; 2],
 ) -> Result<()> {
     let GpuCall { op, gpu, stats, shape, visibility, .. } = *call;
-    let groups = (visibility.keys().div_ceil(TILE) * shape.kv_heads) as u64;
+    let groups = (visibility.keys().div_ceil(own_rows(shape.head_dim)) * shape.kv_heads) as u64;
     let own = [stats, visibility.query_ranges()?.buffer(gpu, op)?, dk.buffer(gpu, op)?, dv.buffer(gpu, op)?];
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,

@@ -1,9 +1,9 @@
-//! [`attention_dq`](super::attention_dq) by cooperative matrices: 64 queries of a head a workgroup over tiles of 32 keys, as f16
-//! with sums in f32. One shader for both sizes of matrices.
+//! [`attention_dq`](super::attention_dq) by cooperative matrices: 64 or 32 queries of a head a
+//! workgroup over tiles of keys, as f16 with sums in f32. One shader for both sizes of matrices.
 
 use super::attention::{AttentionParams, flops_per_group};
 use super::attention_backward::GpuCall;
-use super::attention_pack::{Packed, TILE, head_defines};
+use super::attention_pack::{Packed, head_defines, own_rows};
 use super::kernel;
 use crate::device::{Cooperative, Dispatch};
 use crate::error::Result;
@@ -12,12 +12,12 @@ use crate::tensor::Tensor;
 kernel! {
     /// `shaders/attention_dq_coop.wgsl`
     KERNEL = "attention_dq_coop", AttentionParams,
-        [queries: Read, keys: Read, query_factors: Read, key_factors: Read, stats: Read, key_ranges: Read, dq: Write]
+        [queries: Read, keys: Read, query_scales: Read, key_scales: Read, stats: Read, key_ranges: Read, dq: Write]
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, packed: &Packed, cooperative: Cooperative, dq: &Tensor) -> Result<()> {
     let GpuCall { op, gpu, stats, shape, visibility, .. } = *call;
-    let groups = (visibility.queries().div_ceil(TILE) * shape.heads) as u64;
+    let groups = (visibility.queries().div_ceil(own_rows(shape.head_dim)) * shape.heads) as u64;
     let own = [stats, visibility.key_ranges().buffer(gpu, op)?, dq.buffer(gpu, op)?];
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
