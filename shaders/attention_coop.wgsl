@@ -43,9 +43,10 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) subgroup_size: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-{{ enter() }}
+{{ enter("lse") }}
     let block = group / p.heads;
     let head = group - block * p.heads;
     let kv_head = head / (p.heads / p.kv_heads);

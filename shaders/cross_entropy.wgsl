@@ -1,6 +1,8 @@
 // Softmax cross-entropy of rows of logits [rows, K] (K = V, the vocabulary) and their labels:
 // loss = log(sum(exp(logits))) - logits[label]; with `gradient` the logits become (softmax - onehot(label)) * scale.
 // Both are 0 where the label is 0xffffffff. A team owns a row.
+//
+// Floor: 8 M V bytes over the bandwidth with `gradient`, 4 M V without; 5 M V FLOP and an exponential a logit are less.
 
 struct Params {
     first_group: u32,

@@ -126,8 +126,9 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) subgroup_size: u32,
 ) {
-{{ enter() }}
+{{ enter("out") }}
     let all_rows = group / p.column_groups;
     let part = all_rows / p.row_groups;
     let column_base = (group - all_rows * p.column_groups) * {{ columns }}u;

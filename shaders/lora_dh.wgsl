@@ -1,4 +1,6 @@
 // G = s * dY * B: [M, r] from dY [M, N] and B [N, r]; both row-major f32. Lanes that run along r read B next to each other.
+//
+// Floor: the 4 M N bytes of dY over the bandwidth, or 2 M N r FLOP over the rate of f32.
 
 struct Params {
     first_group: u32,

@@ -1,5 +1,7 @@
 // H = X * A^T with dropout on X: [M, r] from X [M, K] and A [r, K]; both row-major f32. Of up to three A at a time, which read the same
 // X and drop different values of it.
+//
+// Floor: the 4 M K bytes of X over the bandwidth, or 2 M K r FLOP for each A over the rate of f32.
 
 struct Params {
     first_group: u32,

@@ -1,5 +1,7 @@
 // OUT [P, Q] = s * the sum over tokens m of L[m, p] * R[m, q], from L [M, P] and R [M, Q]; dropout on R.
 //
+// Floor: the 4 M (P + Q) bytes of L and R over the bandwidth, or 2 M P Q FLOP over the rate of f32.
+//
 // Threads run along the wider of P and Q, `wide`, and each owns {{ columns }} of its columns by {{ ranks }} of the other's, `narrow`, in
 // registers. Sums over many tokens come in several parts, one [P, Q] each, which column_sum adds up.
 {% if share %}

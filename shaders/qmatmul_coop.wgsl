@@ -41,9 +41,10 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) subgroup_size: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-{{ enter() }}
+{{ enter("y", "vec4<f32>" if quads else "f32") }}
     fill_codebook(thread);
 {{ begin_tile(side) }}
     let x_begin = piece_row * {{ stride }}u;
@@ -160,9 +161,23 @@ fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
 {% endfor %}
 {{ sums4("i / 4u", "i % 4u * 4u") }}
         var up = vec4<f32>(0.0);
-        for (var j = 0u; j < p.rank; j = j + 1u) {
-            up = up + h[row * p.rank + j] * vec4<f32>(b[n0 * p.rank + j], b[n1 * p.rank + j], b[n2 * p.rank + j], b[n3 * p.rank + j]);
+{% if rank_quads %}
+        let ranks = p.rank >> 2u;
+        for (var j = 0u; j < ranks; j = j + 1u) {
+            let left = h[row * ranks + j];
+{% for c in range(4) %}
+            let right{{ c }} = b[n{{ c }} * ranks + j];
+{% endfor %}
+{% for e in "xyzw" %}
+            up = up + left.{{ e }} * vec4<f32>(right0.{{ e }}, right1.{{ e }}, right2.{{ e }}, right3.{{ e }});
+{% endfor %}
         }
+{% else %}
+        for (var j = 0u; j < p.rank; j = j + 1u) {
+            let right = vec4<f32>(b[n0 * p.rank + j], b[n1 * p.rank + j], b[n2 * p.rank + j], b[n3 * p.rank + j]);
+            up = up + h[row * p.rank + j] * right;
+        }
+{% endif %}
         var value = sum * (1.0 / row_factor[row] / p.m.factor) + p.lora_scale * up;
         if (p.has_bias != 0u) {
             value = value + vec4<f32>(bias[n0], bias[n1], bias[n2], bias[n3]);

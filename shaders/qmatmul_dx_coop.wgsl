@@ -48,9 +48,10 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_size) subgroup_size: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-{{ enter() }}
+{{ enter("dx", "f32" if ragged else "vec4<f32>") }}
     fill_codebook(thread);
 {{ begin_tile(side) }}
     let dy_begin = piece_row * {{ stride }}u;
@@ -179,9 +180,18 @@ fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
         let row = p.row + min(local, p.rows - 1u);
         if (local < p.rows && 4u * q < p.k) {
             var down = vec4<f32>(0.0);
+{% if rank_quads %}
+            for (var j = 0u; j < p.rank; j = j + 4u) {
+                let left = g[(row * p.rank + j) >> 2u];
+{% for e in range(4) %}
+                down = down + left.{{ "xyzw"[e] }} * a4(j + {{ e }}u, q);
+{% endfor %}
+            }
+{% else %}
             for (var j = 0u; j < p.rank; j = j + 1u) {
                 down = down + g[row * p.rank + j] * a4(j, q);
             }
+{% endif %}
 {{ sums4("i / 4u", "i % 4u * 4u") }}
             var value = sum * (1.0 / row_factor[row] / p.m.factor) + down{{ " * dropout_factor4(row, 4u * q)" if dropout }};
             if (p.accumulate != 0u) { value = value + load4(row, q); }

@@ -1,5 +1,7 @@
 // Input gradient of y = x * rstd * w, for each row of K values:
 // dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)), with rstd found again from x. A team owns a row.
+//
+// Floor: 12 M K bytes over the bandwidth: dy and x are read once from memory, dx is written; 9 M K FLOP are less.
 
 struct Params {
     first_group: u32,

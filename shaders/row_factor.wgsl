@@ -1,4 +1,6 @@
 // factor[m] = the power of two that brings the largest |X[m, :]| into [2^13, 2^14).
+//
+// Floor: the 4 M K bytes of X over the bandwidth.
 
 struct Params {
     first_group: u32,

@@ -86,6 +86,7 @@ pub mod indices;
 pub mod kernels;
 mod memory;
 pub mod nn;
+mod open;
 pub mod optim;
 mod printable;
 pub mod quant;

@@ -8,10 +8,14 @@
 {# Values of the contracted index that are staged at a time. #}
 {% set depth = 32 %}
 
-{# `group_index` of groups.wgsl, spelled out: naga takes no result of a function for uniform. #}
-{% macro enter() %}
+{# `group_index` of groups.wgsl, spelled out: naga takes no result of a function for uniform. Where there is nothing to do, the host
+   asks for the size of subgroups: `out` is the last buffer, of elements of `type`. #}
+{% macro enter(out, type="f32") %}
     let group = p.first_group + workgroup.y * count.x + workgroup.x;
     if (group >= p.groups) {
+        if (p.groups == 0u && thread == 0u) {
+            {{ out }}[0] = {{ type }}(f32(subgroup_size));
+        }
         return;
     }
 {% endmacro %}

@@ -16,9 +16,11 @@ struct Params {
 }
 {% include "matrix_params.wgsl" %}
 
+{# H and B are read four ranks at a time. #}
+{% set ranks = "vec4<f32>" if rank_quads is defined and rank_quads else "f32" %}
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> x: array<{{ "f32" if ragged or share else "vec4<f32>" }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
 @group(0) @binding(2) var<storage, read> bias: array<f32>;
-@group(0) @binding(3) var<storage, read> h: array<f32>;
-@group(0) @binding(4) var<storage, read> b: array<f32>;
+@group(0) @binding(3) var<storage, read> h: array<{{ ranks }}>;
+@group(0) @binding(4) var<storage, read> b: array<{{ ranks }}>;

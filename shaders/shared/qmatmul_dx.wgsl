@@ -24,7 +24,7 @@ struct Params {
 {% set wide = wide is defined and wide %}
 @group(0) @binding(0) var<storage, read> dy: array<{{ "vec4<f32>" if wide and quads else "f32" }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
-@group(0) @binding(2) var<storage, read> g: array<f32>;
+@group(0) @binding(2) var<storage, read> g: array<{{ "vec4<f32>" if rank_quads is defined and rank_quads else "f32" }}>;
 @group(0) @binding(3) var<storage, read> a: array<{{ "f32" if ragged else "vec4<f32>" }}>;
 {% if dropout %}
 

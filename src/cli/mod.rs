@@ -54,6 +54,7 @@ const INTERRUPTED: u8 = 130;
     QLORA_DEVICE  device where none is given: cpu, gpu, best, an index or a part of a name\n  \
     QLORA_TIER    kernels to use: software, plain, subgroup, f16, subgroup-f16 or cooperative-matrix\n  \
     QLORA_TUNE    0: do not measure which variant of a kernel is the fastest, take the table's; 1: do\n  \
+    QLORA_CHECK   0: do not compare a new driver's results with the CPU's before it is used; 1: do\n  \
     QLORA_LOG     what is told of what is done, instead of -v: debug, or qlora_wgpu::train=info\n  \
     NO_COLOR      no colours; CLICOLOR_FORCE=1: colours, terminal or not\n\n\
     Results are printed on stdout, everything else on stderr; --json makes the result one JSON value.\n\n\

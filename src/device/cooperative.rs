@@ -24,29 +24,42 @@ impl Cooperative {
         defines.with("edge", self.edge).with("lanes", self.lanes)
     }
 
-    /// Square matrices of f16 whose products add up in f32, the larger ones first. None where there are none, or where
-    /// subgroups may come in several sizes: a workgroup must have a known number of them.
-    pub(super) fn of(adapter: &wgpu::Adapter) -> Option<Cooperative> {
+    /// Square matrices of f16 whose products add up in f32, the larger ones first, by subgroups of each size that the adapter may
+    /// run them with. Which one it is shows when a pipeline is compiled: most drivers take their largest.
+    pub(super) fn candidates(adapter: &wgpu::Adapter) -> Vec<Cooperative> {
         let info = adapter.get_info();
         let sizes = [info.subgroup_min_size, info.subgroup_max_size];
-        Cooperative::among(&adapter.cooperative_matrix_properties(), sizes)
+        let threads = adapter.limits().max_compute_invocations_per_workgroup;
+        Cooperative::among(&adapter.cooperative_matrix_properties(), sizes, threads)
     }
 
-    fn among(shapes: &[wgpu::CooperativeMatrixProperties], [min_lanes, max_lanes]: [u32; 2]) -> Option<Cooperative> {
+    fn among(
+        shapes: &[wgpu::CooperativeMatrixProperties],
+        [min_lanes, max_lanes]: [u32; 2],
+        max_threads: u32,
+    ) -> Vec<Cooperative> {
         let has = |edge: &u32| {
             shapes.iter().any(|shape| {
                 [shape.m_size, shape.n_size, shape.k_size] == [*edge; 3]
                     && (shape.ab_type, shape.cr_type) == (Scalar::F16, Scalar::F32)
             })
         };
-        let one_size = min_lanes == max_lanes && min_lanes > 0;
-        [16, 8].into_iter().find(has).filter(|_| one_size).map(|edge| Cooperative { edge, lanes: min_lanes })
+        let fits = |lanes: &u32| (min_lanes..=max_lanes).contains(lanes) && SUBGROUPS * lanes <= max_threads;
+        let edge = [16, 8].into_iter().find(has);
+        edge.into_iter()
+            .flat_map(|edge| LANES.into_iter().filter(fits).map(move |lanes| Cooperative { edge, lanes }))
+            .collect()
     }
 }
 
+/// Sizes of subgroups that the kernels can be compiled for, largest first.
+const LANES: [u32; 4] = [64, 32, 16, 8];
+/// Subgroups of a workgroup, at least.
+const SUBGROUPS: u32 = 4;
+
 /// Features as tiers count them: cooperative matrices only where there are those that the kernels are written for.
-pub(super) fn usable(mut features: wgpu::Features, cooperative: Option<Cooperative>) -> wgpu::Features {
-    if cooperative.is_none() {
+pub(super) fn usable(mut features: wgpu::Features, cooperative: bool) -> wgpu::Features {
+    if !cooperative {
         features.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);
     }
     features
@@ -65,17 +78,21 @@ mod tests {
     fn the_larger_square_shape_is_taken_and_others_are_not() {
         let small = shape([8; 3], Scalar::F16, Scalar::F32);
         let large = shape([16; 3], Scalar::F16, Scalar::F32);
-        let found = |shapes: &[_], lanes| Cooperative::among(shapes, lanes).map(|found| (found.edge, found.lanes));
-        assert_eq!(found(&[small], [8, 8]), Some((8, 8)));
-        assert_eq!(found(&[small, large], [32, 32]), Some((16, 32)));
-        // Not of one size, or of none that is known.
-        assert_eq!(found(&[large], [32, 64]), None);
-        assert_eq!(found(&[large], [0, 0]), None);
+        let found = |shapes: &[_], lanes, threads| -> Vec<_> {
+            Cooperative::among(shapes, lanes, threads).iter().map(|found| (found.edge, found.lanes)).collect()
+        };
+        assert_eq!(found(&[small], [8, 8], 1024), [(8, 8)]);
+        assert_eq!(found(&[small, large], [32, 32], 1024), [(16, 32)]);
+        // RDNA, and Metal as wgpu reports it.
+        assert_eq!(found(&[large], [32, 64], 1024), [(16, 64), (16, 32)]);
+        assert_eq!(found(&[small], [4, 64], 1024), [(8, 64), (8, 32), (8, 16), (8, 8)]);
+        assert_eq!(found(&[large], [32, 64], 128), [(16, 32)]);
+        assert_eq!(found(&[large], [0, 0], 1024), []);
         let others = [
             shape([16, 8, 16], Scalar::F16, Scalar::F32),
             shape([16; 3], Scalar::F16, Scalar::F16),
             shape([8; 3], Scalar::F32, Scalar::F32),
         ];
-        assert_eq!(found(&others, [32, 32]), None);
+        assert_eq!(found(&others, [32, 32], 1024), []);
     }
 }

@@ -148,7 +148,8 @@ impl Gpu {
         let wanted =
             F::SUBGROUP | F::SHADER_F16 | F::IMMEDIATES | F::TIMESTAMP_QUERY | F::TIMESTAMP_QUERY_INSIDE_ENCODERS;
         let info = adapter.get_info();
-        let required_features = usable(adapter.features(), wrap.cooperative) & (wanted | wrap.tier.features());
+        let required_features =
+            usable(adapter.features(), wrap.cooperative.is_some()) & (wanted | wrap.tier.features());
         let experimental = required_features.intersects(F::all_experimental_mask());
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("qlora-wgpu"),
@@ -188,7 +189,7 @@ impl Gpu {
     /// Wraps a device that the caller made; leaves its error and loss handlers as they are.
     pub(super) fn wrap(info: wgpu::AdapterInfo, raw: wgpu::Device, queue: wgpu::Queue, wrap: Wrap) -> Result<Gpu> {
         let name = device_name(&info);
-        let features = usable(raw.features(), wrap.cooperative);
+        let features = usable(raw.features(), wrap.cooperative.is_some());
         if !features.contains(wrap.tier.features()) {
             return Err(Error::Unsupported {
                 device: name,

@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use super::Device;
 use super::cooperative::{Cooperative, usable};
-use super::gpu::{Gpu, Wrap, device_name, driver_name};
+use super::gpu::{Gpu, device_name, driver_name};
+use super::settle::{Ability, Check, Wanted, settle};
 use super::tier::Tier;
 use super::tune;
 use crate::error::{Error, Result};
@@ -71,7 +72,7 @@ pub struct DeviceInfo {
     pub backend: String,
     /// The driver and its version.
     pub driver: String,
-    /// The tier it gets by default; empty for the CPU device.
+    /// The tier it gets by default, where that tier's results agree with the CPU's; empty for the CPU device.
     pub tier: String,
     /// Every tier it can run.
     pub tiers: Vec<String>,
@@ -105,7 +106,7 @@ pub fn devices() -> Vec<DeviceInfo> {
 fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
     let info = adapter.get_info();
     let features = adapter.features();
-    let runnable = usable(features, Cooperative::of(adapter));
+    let runnable = usable(features, !Cooperative::candidates(adapter).is_empty());
     DeviceInfo {
         index,
         name: device_name(&info),
@@ -118,7 +119,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
         },
         backend: info.backend.to_string(),
         driver: driver_name(&info),
-        tier: Tier::best(info.device_type, features).to_string(),
+        tier: Tier::best(info.device_type, runnable).to_string(),
         tiers: Tier::runnable(runnable).map(|tier| tier.to_string()).collect(),
         max_binding_bytes: adapter.limits().max_storage_buffer_binding_size,
         subgroup_sizes: [info.subgroup_min_size, info.subgroup_max_size],
@@ -127,7 +128,7 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
 }
 
 /// Adapters that can run compute shaders.
-fn adapters() -> Vec<wgpu::Adapter> {
+pub(super) fn adapters() -> Vec<wgpu::Adapter> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
     // Indirect dispatches are not used; their validation would only cost memory and a buffer-size limit.
     descriptor.flags.remove(wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL);
@@ -142,26 +143,26 @@ fn adapters() -> Vec<wgpu::Adapter> {
 }
 
 /// The first hardware GPU by performance.
-pub(super) fn hardware() -> Result<Option<Gpu>> {
+pub(crate) fn hardware(check: Check) -> Result<Option<Gpu>> {
     let adapter = ranked(adapters(), false).into_iter().next();
     match adapter.filter(|adapter| adapter.get_info().device_type != wgpu::DeviceType::Cpu) {
-        Some(adapter) => open_adapter(&adapter, &GpuOptions::default()).map(Some),
+        Some(adapter) => open_adapter(&adapter, &GpuOptions::default(), check).map(Some),
         None => Ok(None),
     }
 }
 
 /// Opens the adapter that the options and the environment mean.
-pub(super) fn open(options: &GpuOptions) -> Result<Gpu> {
+pub(crate) fn open(options: &GpuOptions, check: Check) -> Result<Gpu> {
     match (&options.select, std::env::var("QLORA_DEVICE")) {
         (Select::HighPerformance | Select::LowPower, Ok(name)) if !["", "gpu", "best"].contains(&name.as_str()) => {
-            open_selected(options, name.parse().map_or(Select::Name(name), Select::Index))
+            open_selected(options, name.parse().map_or(Select::Name(name), Select::Index), check)
         }
-        (select, _) => open_selected(options, select.clone()),
+        (select, _) => open_selected(options, select.clone(), check),
     }
 }
 
 /// Opens the adapter that `wanted` means, whatever the environment says.
-pub(super) fn open_selected(options: &GpuOptions, wanted: Select) -> Result<Gpu> {
+pub(crate) fn open_selected(options: &GpuOptions, wanted: Select, check: Check) -> Result<Gpu> {
     let found = adapters();
     let names: Vec<String> = found.iter().map(|adapter| device_name(&adapter.get_info())).collect();
     let is_hardware = found.iter().any(|adapter| adapter.get_info().device_type != wgpu::DeviceType::Cpu);
@@ -177,7 +178,7 @@ pub(super) fn open_selected(options: &GpuOptions, wanted: Select) -> Result<Gpu>
         }
     };
     let adapter = chosen.ok_or_else(|| no_device(&wanted, &names, is_hardware))?;
-    open_adapter(&adapter, options)
+    open_adapter(&adapter, options, check)
 }
 
 /// What there is instead of the adapter that is wanted: these, in the order of [`devices`].
@@ -235,29 +236,42 @@ fn ranked(mut adapters: Vec<wgpu::Adapter>, low_power: bool) -> Vec<wgpu::Adapte
     adapters
 }
 
-fn open_adapter(adapter: &wgpu::Adapter, options: &GpuOptions) -> Result<Gpu> {
-    tune::check_variable()?;
-    let tier = tier(options, &adapter.get_info(), adapter.features())?;
-    pollster::block_on(Gpu::open(adapter, settings(options, tier, adapter)))
+fn open_adapter(adapter: &wgpu::Adapter, options: &GpuOptions, check: Check) -> Result<Gpu> {
+    tune::check_variables()?;
+    let info = adapter.get_info();
+    let ability = ability(adapter, adapter.features());
+    let wanted = wanted(options, &info, &ability)?;
+    settle(&info, &ability, wanted, options, check, |wrap| pollster::block_on(Gpu::open(adapter, wrap)))
 }
 
 /// Wraps the caller's device.
-pub(super) fn wrap(
+pub(crate) fn wrap(
     adapter: &wgpu::Adapter,
-    device: wgpu::Device,
-    queue: wgpu::Queue,
+    device: &wgpu::Device,
+    queue: &wgpu::Queue,
     options: &GpuOptions,
+    check: Check,
 ) -> Result<Gpu> {
     let info = adapter.get_info();
-    let tier = tier(options, &info, device.features())?;
-    Gpu::wrap(info, device, queue, settings(options, tier, adapter))
+    let ability = ability(adapter, device.features());
+    let wanted = wanted(options, &info, &ability)?;
+    let open = |wrap| Gpu::wrap(info.clone(), device.clone(), queue.clone(), wrap);
+    settle(&info, &ability, wanted, options, check, open)
 }
 
-fn tier(options: &GpuOptions, info: &wgpu::AdapterInfo, features: wgpu::Features) -> Result<Tier> {
-    match options.tier {
-        Some(tier) => Ok(tier),
-        None => Ok(tier_variable()?.unwrap_or_else(|| Tier::best(info.device_type, features))),
+fn ability(adapter: &wgpu::Adapter, features: wgpu::Features) -> Ability {
+    let cooperative = Cooperative::candidates(adapter);
+    Ability {
+        features: usable(features, !cooperative.is_empty()),
+        cooperative,
+        trusted: adapter.get_info().device_type == wgpu::DeviceType::Cpu,
     }
+}
+
+fn wanted(options: &GpuOptions, info: &wgpu::AdapterInfo, ability: &Ability) -> Result<Wanted> {
+    let asked = options.tier.map_or_else(tier_variable, |tier| Ok(Some(tier)))?;
+    let tier = asked.unwrap_or_else(|| Tier::best(info.device_type, ability.features));
+    Ok(Wanted { tier, forced: asked.is_some() })
 }
 
 /// The tier that `QLORA_TIER` asks for.
@@ -275,22 +289,11 @@ fn tier_variable() -> Result<Option<Tier>> {
 /// Checks the variables that have few values, whether or not a device reads them.
 ///
 /// # Errors
-/// [`Error::Invalid`] for `QLORA_TIER` or `QLORA_TUNE` with a value that it cannot have.
+/// [`Error::Invalid`] for `QLORA_TIER`, `QLORA_TUNE` or `QLORA_CHECK` with a value that it cannot have.
 #[cfg(feature = "cli")]
 pub(crate) fn check_environment() -> Result<()> {
     tier_variable()?;
-    tune::check_variable()
-}
-
-fn settings(options: &GpuOptions, tier: Tier, adapter: &wgpu::Adapter) -> Wrap {
-    Wrap {
-        tier,
-        cooperative: Cooperative::of(adapter),
-        max_binding_bytes: options.max_binding_bytes,
-        memory_limit: options.memory_limit,
-        immediates: options.immediates,
-        tune: options.tune.clone(),
-    }
+    tune::check_variables()
 }
 
 #[cfg(test)]

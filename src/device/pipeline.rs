@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::gpu::Gpu;
+use super::lanes;
 use super::shader::{Access, Defines, Kernel, compose};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Bind groups kept per pipeline before its cache starts over.
 const MAX_BIND_GROUPS: usize = 1024;
@@ -106,6 +107,16 @@ impl Pipeline {
             (raw, layout)
         })?;
         tracing::debug!(ms = start.elapsed().as_secs_f64() * 1e3, "compiled {label}");
+        if let Some(cooperative) = gpu.cooperative().filter(|_| defines.is_cooperative()) {
+            let measured = lanes::measured(gpu, &label, kernel, &raw, &layout)?;
+            if measured != cooperative.lanes {
+                return Err(Error::Unsupported {
+                    device: gpu.name().to_owned(),
+                    what: format!("{label} by subgroups of {measured}, for which it was not compiled,"),
+                    hint: "QLORA_TIER=subgroup-f16 does without cooperative matrices".into(),
+                });
+            }
+        }
         Ok(Pipeline { raw, layout, label, bind_groups: Mutex::default() })
     }
 

@@ -88,6 +88,11 @@ impl Defines {
         self.0.iter().any(|(other, value)| *other == name && *value == Define::Flag(true))
     }
 
+    /// Whether the variant multiplies cooperative matrices: it has the size of these.
+    pub(crate) fn is_cooperative(&self) -> bool {
+        self.0.iter().any(|(name, _)| *name == "edge")
+    }
+
     /// The variant in one line, for labels and messages.
     pub fn label(&self) -> String {
         let show = |(name, value): &(&str, Define)| match value {

@@ -22,8 +22,7 @@ pub enum Tier {
     /// Subgroup reductions and f16 staging.
     SubgroupF16,
     /// As `SubgroupF16`, with the large products by cooperative matrices (tensor cores) of f16 that add up in f32, 16 x 16
-    /// or 8 x 8 as the adapter has them. Never the default: wgpu counts them as experimental, and no hardware has been
-    /// measured yet.
+    /// or 8 x 8 as the adapter has them.
     CooperativeMatrix,
 }
 
@@ -56,13 +55,18 @@ impl Tier {
         features
     }
 
-    /// The best tier for an adapter of this type and these features, without those that are only on demand.
+    /// The best tier for an adapter of this type and these features.
     pub fn best(device_type: wgpu::DeviceType, features: wgpu::Features) -> Tier {
         if device_type == wgpu::DeviceType::Cpu {
             return Tier::Software;
         }
-        let runs = |tier: &&Tier| features.contains(tier.features()) && !tier.cooperative();
-        Tier::ALL.iter().rev().find(runs).copied().unwrap_or(Tier::Plain)
+        Tier::runnable(features).last().unwrap_or(Tier::Plain)
+    }
+
+    /// What to fall back on where this tier's results are wrong: the tiers of hardware below it, most capable first.
+    pub(super) fn below(self, features: wgpu::Features) -> impl Iterator<Item = Tier> {
+        let lower = move |tier: &Tier| *tier < self && *tier != Tier::Software && features.contains(tier.features());
+        Tier::ALL.into_iter().rev().filter(lower)
     }
 
     /// The tiers that a device with these features can run, least capable first.
@@ -121,9 +125,13 @@ mod tests {
         assert_eq!(Tier::best(DeviceType::Cpu, all), Tier::Software);
         assert_eq!(Tier::best(DeviceType::DiscreteGpu, all), Tier::SubgroupF16);
         let cooperative = all | Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
-        assert_eq!(Tier::best(DeviceType::DiscreteGpu, cooperative), Tier::SubgroupF16);
+        assert_eq!(Tier::best(DeviceType::DiscreteGpu, cooperative), Tier::CooperativeMatrix);
+        assert_eq!(Tier::best(DeviceType::Cpu, cooperative), Tier::Software);
         assert_eq!(Tier::runnable(cooperative).last(), Some(Tier::CooperativeMatrix));
         assert_eq!(Tier::runnable(all).last(), Some(Tier::SubgroupF16));
+        let below: Vec<_> = Tier::CooperativeMatrix.below(all).collect();
+        assert_eq!(below, [Tier::SubgroupF16, Tier::F16, Tier::Subgroup, Tier::Plain]);
+        assert_eq!(Tier::Subgroup.below(all).collect::<Vec<_>>(), [Tier::Plain]);
         assert_eq!(Tier::best(DeviceType::DiscreteGpu, Features::SHADER_F16), Tier::F16);
         assert_eq!(Tier::best(DeviceType::IntegratedGpu, Features::SUBGROUP), Tier::Subgroup);
         assert_eq!(Tier::best(DeviceType::Other, Features::empty()), Tier::Plain);

@@ -21,7 +21,7 @@ const RUNS: usize = 3;
 const MOST_BYTES: u64 = 16 << 20;
 
 /// Cases, and the variant of each.
-type Choices = BTreeMap<String, usize>;
+pub(super) type Choices = BTreeMap<String, usize>;
 
 /// What has been chosen on a device.
 pub(super) struct Tuner {
@@ -32,23 +32,31 @@ pub(super) struct Tuner {
     file: Option<PathBuf>,
 }
 
-/// The values of `QLORA_TUNE`.
-const SWITCH: [&str; 3] = ["", "0", "1"];
+/// The variables that switch something off, and what that is.
+const SWITCHES: [(&str, &str); 2] = [
+    ("QLORA_TUNE", "do not measure variants of kernels"),
+    ("QLORA_CHECK", "do not compare a new driver's results with the CPU's"),
+];
 
-/// Checks what `QLORA_TUNE` says.
+/// Checks what these variables say.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a value that it cannot have.
-pub(super) fn check_variable() -> Result<()> {
-    match std::env::var_os("QLORA_TUNE") {
-        Some(value) if !SWITCH.iter().any(|known| value == **known) => Err(Error::Invalid {
-            op: "the environment",
-            what: "QLORA_TUNE",
-            got: value.to_string_lossy().into_owned(),
-            expected: "it must be 0 (do not measure variants of kernels) or 1 (the default)".into(),
-        }),
-        _ => Ok(()),
+/// [`Error::Invalid`] for a value that one of them cannot have.
+pub(super) fn check_variables() -> Result<()> {
+    for (what, off) in SWITCHES {
+        match std::env::var_os(what) {
+            Some(value) if !["", "0", "1"].iter().any(|known| value == **known) => {
+                return Err(Error::Invalid {
+                    op: "the environment",
+                    what,
+                    got: value.to_string_lossy().into_owned(),
+                    expected: format!("it must be 0 ({off}) or 1 (the default)"),
+                });
+            }
+            _ => {}
+        }
     }
+    Ok(())
 }
 
 /// The file of choices, unless `QLORA_TUNE` is 0: in `QLORA_CACHE`, or the user's folder for such.
@@ -63,12 +71,7 @@ pub(super) fn default_file() -> Option<PathBuf> {
 impl Tuner {
     /// With the choices that `file` has for `device`. A file that cannot be read is one without any, and said so.
     pub(super) fn new(device: String, file: Option<PathBuf>) -> Tuner {
-        let known = file.as_deref().filter(|file| file.exists()).map(|file| {
-            read(file).map(|all| of_device(&all, &device)).unwrap_or_else(|error| {
-                tracing::warn!("variants of kernels are measured again: {error}");
-                Choices::new()
-            })
-        });
+        let known = file.as_deref().map(|file| recall(file, &device));
         Tuner { known: Mutex::new(known.unwrap_or_default()), device, file }
     }
 
@@ -76,13 +79,29 @@ impl Tuner {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a choice. Whether it could be written down does not change what is computed, and is only said.
+    /// Keeps a choice.
     fn set(&self, case: &str, choice: usize) {
         let mut known = self.known();
         known.insert(case.to_owned(), choice);
-        if let Some(Err(error)) = self.file.as_deref().map(|file| write(file, &self.device, &known)) {
-            tracing::warn!("the choice of a kernel's variant is not kept: {error}");
-        }
+        keep(self.file.as_deref(), &self.device, &known);
+    }
+}
+
+/// What the file has for a device; nothing where it cannot be read, which is said.
+pub(super) fn recall(file: &Path, device: &str) -> Choices {
+    if !file.exists() {
+        return Choices::new();
+    }
+    read(file).map(|all| of_device(&all, device)).unwrap_or_else(|error| {
+        tracing::warn!("kernels are measured and checked again: {error}");
+        Choices::new()
+    })
+}
+
+/// Writes that down. Whether it could be does not change what is computed, and is only said.
+pub(super) fn keep(file: Option<&Path>, device: &str, choices: &Choices) {
+    if let Some(Err(error)) = file.map(|file| write(file, device, choices)) {
+        tracing::warn!("what was found out about the device is not kept: {error}");
     }
 }
 

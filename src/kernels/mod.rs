@@ -40,6 +40,7 @@ pub mod lora_dw;
 pub mod matrix;
 mod matrix_spec;
 mod packing;
+mod parity;
 mod product;
 pub mod qmatmul;
 mod qmatmul_coop;
@@ -73,6 +74,7 @@ pub mod visibility;
 
 pub use matrix::{DeviceMatrix, HostMatrix};
 pub use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
+pub(crate) use parity::disagreement;
 pub(crate) use scratch::Scratch;
 
 /// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry test compares with

@@ -14,18 +14,33 @@ kernel! {
         [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write]
 }
 
-/// Text constants beside the matrix's. `quads`: results are stored four at a time.
-pub(crate) fn defines(matrix: Defines, cooperative: Cooperative, side: u32, quads: bool) -> Defines {
-    cooperative.defines(matrix).with("side", side).with("quads", quads).with("share", false)
+/// What a variant's text depends on beside the matrix and the device.
+#[derive(Clone, Copy)]
+struct Form {
+    /// Rows and columns of a tile.
+    side: u32,
+    /// Results are stored four at a time.
+    quads: bool,
+    /// H and B are read four ranks at a time.
+    rank_quads: bool,
+}
+
+/// Text constants beside the matrix's.
+fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
+    let matrix = cooperative.defines(matrix).with("side", form.side).with("quads", form.quads);
+    matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {
-        all.extend(matrices.iter().map(|matrix| defines(matrix.clone(), cooperative, 64, true)));
-        let sizes = [(64, false), (128, true), (128, false)];
-        all.extend(sizes.map(|(side, quads)| defines(matrices[0].clone(), cooperative, side, quads)));
+        let of = |matrix: &Defines, side, quads, rank_quads| {
+            defines(matrix.clone(), cooperative, Form { side, quads, rank_quads })
+        };
+        all.extend(matrices.iter().map(|matrix| of(matrix, 64, true, true)));
+        let sizes = [(64, false, false), (128, true, true), (128, false, false)];
+        all.extend(sizes.map(|(side, quads, rank_quads)| of(&matrices[0], side, quads, rank_quads)));
     }
     all
 }
@@ -36,13 +51,14 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer, coopera
     let (n, k) = (part.rows.len(), call.w.cols());
     let rows = call.m.next_power_of_two();
     let case = || format!("qmatmul_coop {} m={rows} n={n} k={k}", call.w.wide_defines().label());
+    let form = Form { side: 0, quads: call.stores_quads(part), rank_quads: call.reads_rank_quads() };
     let run = |side: u32| {
         let operands = call.operands(part)?;
         let column_groups = (n as u32).div_ceil(side);
         let params = QmatmulParams { column_groups, ..call.params(part) };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
-            defines: &defines(call.w.wide_defines(), cooperative, side, call.stores_quads(part)),
+            defines: &defines(call.w.wide_defines(), cooperative, Form { side, ..form }),
             buffers: &[&operands[..], &[factor, &part.buffer, call.y]].concat(),
             params: bytemuck::bytes_of(&params),
             groups: u64::from((call.m as u32).div_ceil(side)) * u64::from(column_groups),

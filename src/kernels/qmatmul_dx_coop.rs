@@ -14,16 +14,31 @@ kernel! {
         [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write]
 }
 
-/// Text constants beside the matrix's. `quads`: dY is read four values at a time.
-fn defines(matrix: Defines, cooperative: Cooperative, side: u32, quads: bool, dropout: bool) -> Defines {
-    cooperative.defines(matrix).with("side", side).with("quads", quads).with("dropout", dropout)
+/// What a variant's text depends on beside the matrix and the device.
+#[derive(Clone, Copy)]
+struct Form {
+    /// Rows and columns of a tile.
+    side: u32,
+    /// dY is read four values at a time.
+    quads: bool,
+    /// G is read four ranks at a time.
+    rank_quads: bool,
+    dropout: bool,
+}
+
+/// Text constants beside the matrix's.
+fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
+    let matrix = cooperative.defines(matrix).with("side", form.side).with("quads", form.quads);
+    matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {
-        let of = |matrix: &Defines, side, quads, dropout| defines(matrix.clone(), cooperative, side, quads, dropout);
+        let of = |matrix: &Defines, side, quads, dropout| {
+            defines(matrix.clone(), cooperative, Form { side, quads, rank_quads: quads, dropout })
+        };
         all.extend(matrices.iter().flat_map(|matrix| [false, true].map(|dropout| of(matrix, 64, true, dropout))));
         let sizes = [(64, false, false), (128, true, false), (128, true, true), (128, false, false)];
         all.extend(sizes.map(|(side, quads, dropout)| of(&matrices[0], side, quads, dropout)));
@@ -37,14 +52,19 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, coope
     let (m, n, k) = (call.m as u32, part.rows.len(), call.w.cols());
     let rows = call.m.next_power_of_two();
     let case = || format!("qmatmul_dx_coop {} m={rows} n={n} k={k}", call.w.wide_defines().label());
+    let form = Form {
+        side: 0,
+        quads: call.loads_quads(part),
+        rank_quads: call.reads_rank_quads(part),
+        dropout: call.dropout(part).is_some(),
+    };
     let run = |side: u32| {
         let operands = call.operands(part)?;
         let column_groups = (k as u32).div_ceil(side);
         let params = QmatmulDxParams { column_groups, ..call.params(part) };
-        let dropout = call.dropout(part).is_some();
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
-            defines: &defines(call.w.wide_defines(), cooperative, side, call.loads_quads(part), dropout),
+            defines: &defines(call.w.wide_defines(), cooperative, Form { side, ..form }),
             buffers: &[&operands[..], &[factor, &part.buffer, call.dx]].concat(),
             params: bytemuck::bytes_of(&params),
             groups: u64::from(m.div_ceil(side)) * u64::from(column_groups),

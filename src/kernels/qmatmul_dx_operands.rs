@@ -116,6 +116,11 @@ impl<'a> GpuDxCall<'a> {
         [self.w.rows(), part.rows.start, part.rows.len()].iter().all(|size| size.is_multiple_of(4))
     }
 
+    /// Whether rows of G end at whole quads.
+    pub(crate) fn reads_rank_quads(&self, part: &Part) -> bool {
+        self.adapter(part).is_none_or(|lora| lora.rank().is_multiple_of(4))
+    }
+
     /// Floating-point operations of `rows` x `columns` of dX from this part.
     pub(crate) fn flops(&self, part: &Part, rows: u64, columns: u64) -> u64 {
         let rank = self.adapter(part).map_or(0, |lora| lora.rank());

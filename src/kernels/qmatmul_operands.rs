@@ -101,6 +101,11 @@ impl<'a> GpuCall<'a> {
         [self.w.rows(), part.rows.start, part.rows.len()].iter().all(|size| size.is_multiple_of(4))
     }
 
+    /// Whether rows of H and of B end at whole quads.
+    pub(crate) fn reads_rank_quads(&self) -> bool {
+        self.adapter().is_none_or(|lora| lora.b.shape()[1].is_multiple_of(4))
+    }
+
     /// Floating-point operations of `rows` x `columns` of Y.
     pub(crate) fn flops(&self, rows: u64, columns: u64) -> u64 {
         let rank = self.lora.map_or(0, |lora| lora.b.shape()[1]);

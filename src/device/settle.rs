@@ -1,0 +1,154 @@
+//! Which tier a device runs: the best one whose results agree with the CPU's, found out once for a driver's version and kept
+//! beside the tuned choices. Nobody has seen every driver, and a wrong result that nobody notices is the worst there is.
+
+use super::cooperative::Cooperative;
+use super::gpu::{Gpu, Wrap, device_name};
+use super::list::GpuOptions;
+use super::tier::Tier;
+use super::tune;
+use crate::error::{Error, Result};
+
+/// Says where a device's results differ from the CPU's, if they do.
+pub(crate) type Check = fn(&Gpu) -> Result<Option<String>>;
+
+/// What is kept for a tier that failed.
+const FAILED: usize = usize::MAX;
+
+/// The tier that is wanted, and whether there is no other that will do.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    pub tier: Tier,
+    pub forced: bool,
+}
+
+/// What decides which forms of the kernels an adapter can run.
+pub(super) struct Ability {
+    pub features: wgpu::Features,
+    /// With each size of subgroups that may be the one.
+    pub cooperative: Vec<Cooperative>,
+    /// Software drivers are those that every change is tested on: they are taken as they are.
+    pub trusted: bool,
+}
+
+/// Opens a device with the best tier that passes `check`.
+///
+/// # Errors
+/// Those of `open`; [`Error::Device`] where no tier passes.
+pub(super) fn settle(
+    info: &wgpu::AdapterInfo,
+    ability: &Ability,
+    wanted: Wanted,
+    options: &GpuOptions,
+    check: Check,
+    open: impl Fn(Wrap) -> Result<Gpu>,
+) -> Result<Gpu> {
+    let any = ability.cooperative.first().copied();
+    if ability.trusted || std::env::var("QLORA_CHECK").is_ok_and(|value| value == "0") {
+        return open(settings(options, wanted.tier, any));
+    }
+    let device = format!("{}, {} {}, {}", device_name(info), info.driver, info.driver_info, env!("CARGO_PKG_VERSION"));
+    let file = options.tune.as_deref();
+    let mut known = file.map(|file| tune::recall(file, &device)).unwrap_or_default();
+    let mut faults = Vec::new();
+    let fallbacks = wanted.tier.below(ability.features).filter(|_| !wanted.forced);
+    for tier in std::iter::once(wanted.tier).chain(fallbacks) {
+        let case = format!("agrees with the CPU as {tier}");
+        let forms =
+            if tier.cooperative() { ability.cooperative.iter().copied().map(Some).collect() } else { vec![any] };
+        let lanes = |form: &Option<Cooperative>| form.map_or(0, |form| form.lanes as usize);
+        match known.get(&case) {
+            Some(&FAILED) if !wanted.forced => continue,
+            Some(&FAILED) | None => {}
+            Some(&passed) => {
+                if let Some(form) = forms.iter().find(|form| lanes(form) == passed) {
+                    return open(settings(options, tier, *form));
+                }
+            }
+        }
+        // A tier that the adapter cannot run is for `open` to refuse.
+        let none = [any];
+        for form in if forms.is_empty() { &none[..] } else { &forms } {
+            let gpu = open(settings(options, tier, *form))?;
+            let fault = match check(&gpu) {
+                Ok(None) => {
+                    known.insert(case, lanes(form));
+                    tune::keep(file, &device, &known);
+                    return Ok(gpu);
+                }
+                Ok(Some(fault)) => fault,
+                Err(error) => error.to_string(),
+            };
+            faults.push(format!("tier {tier}: {fault}"));
+        }
+        tracing::warn!(
+            "{}: tier {tier} is not used, as its results are not the CPU's: {}",
+            device_name(info),
+            faults.join("; ")
+        );
+        known.insert(case, FAILED);
+        tune::keep(file, &device, &known);
+    }
+    if faults.is_empty() {
+        faults.push("no tier agreed when this driver was checked; remove tuned.json to check it again".into());
+    }
+    Err(Error::Device {
+        device: device_name(info),
+        op: "comparing its results with the CPU's".into(),
+        message: faults.join("; "),
+    })
+}
+
+fn settings(options: &GpuOptions, tier: Tier, cooperative: Option<Cooperative>) -> Wrap {
+    Wrap {
+        tier,
+        cooperative,
+        max_binding_bytes: options.max_binding_bytes,
+        memory_limit: options.memory_limit,
+        immediates: options.immediates,
+        tune: options.tune.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::list;
+
+    #[test]
+    fn a_tier_that_is_wrong_is_left_and_not_tried_again() {
+        if std::env::var("QLORA_TEST_DEVICES").is_ok_and(|wanted| wanted == "cpu") {
+            return;
+        }
+        let only_plain: Check = |gpu| Ok((gpu.tier() != Tier::Plain).then(|| "y is off".into()));
+        let never: Check = |_| unreachable!("what is known is not checked again");
+        for adapter in list::adapters() {
+            let info = adapter.get_info();
+            let features = adapter.features() & (wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16);
+            let ability = Ability { features, cooperative: Vec::new(), trusted: false };
+            let best = Tier::runnable(features).last().unwrap();
+            let folder = tempfile::tempdir().unwrap();
+            let options = GpuOptions { tune: Some(folder.path().join("tuned.json")), ..GpuOptions::default() };
+            let open = |tier, forced, check| {
+                let wanted = Wanted { tier, forced };
+                settle(&info, &ability, wanted, &options, check, |wrap| pollster::block_on(Gpu::open(&adapter, wrap)))
+            };
+            assert_eq!(open(best, false, only_plain).unwrap().tier(), Tier::Plain);
+            assert_eq!(open(best, false, never).unwrap().tier(), Tier::Plain);
+            assert_eq!(open(Tier::Plain, true, never).unwrap().tier(), Tier::Plain);
+            if best != Tier::Plain {
+                // Who asks for a tier is told that it is wrong, each time.
+                for _ in 0..2 {
+                    let error = open(best, true, only_plain).map(|gpu| gpu.tier()).unwrap_err().to_string();
+                    assert!(error.contains(&format!("tier {best}: y is off")), "{error}");
+                }
+            }
+            let always: Check = |_| Ok(Some("y is off".into()));
+            let options = GpuOptions { tune: None, ..options.clone() };
+            let wanted = Wanted { tier: best, forced: false };
+            let error =
+                settle(&info, &ability, wanted, &options, always, |wrap| pollster::block_on(Gpu::open(&adapter, wrap)));
+            let error = error.map(|gpu| gpu.tier()).unwrap_err().to_string();
+            assert!(error.contains("tier plain: y is off"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! Whether a device computes what the CPU does: small products, attention and reductions of a training step, forward and
+//! backward, in the device's own tier. It is asked once for a driver's version, before anything else runs there.
+
+use super::attention::{AttentionShape, attention};
+use super::attention_backward::attention_backward;
+use super::linear_cross_entropy::linear_cross_entropy;
+use super::lora_dh::lora_dh;
+use super::lora_down::lora_down;
+use super::lora_dw::lora_dw;
+use super::qmatmul::qmatmul;
+use super::qmatmul_dx::{LoraDx, qmatmul_dx};
+use super::rms_norm::rms_norm;
+use super::rms_norm_backward::rms_norm_backward;
+use super::visibility::Visibility;
+use super::{DeviceMatrix, HostMatrix, LoraUp};
+use crate::device::{Device, Gpu, Tier};
+use crate::error::Result;
+use crate::indices::Indices;
+use crate::quant::{QuantOptions, QuantizedMatrix};
+use crate::seed::mix;
+use crate::tensor::Tensor;
+
+/// Tokens: more than a tile of 64, and no whole number of anything.
+const M: usize = 70;
+const N: usize = 96;
+const K: usize = 128;
+const RANK: usize = 8;
+
+/// The kernel whose results are farthest from the CPU's, if they are farther than rounding explains: its name and by how much.
+///
+/// # Errors
+/// Those of either device.
+pub(crate) fn disagreement(gpu: &Gpu) -> Result<Option<String>> {
+    let wanted = results(&Device::cpu())?;
+    let found = results(&Device::Gpu(gpu.clone()))?;
+    let errors = wanted.iter().zip(&found).map(|((name, wanted), (_, found))| (*name, relative_error(found, wanted)));
+    let worst = errors.max_by(|(_, one), (_, other)| one.total_cmp(other));
+    Ok(worst.filter(|(_, error)| *error > allowed(gpu.tier())).map(|(name, error)| {
+        format!("{name} is off by {error:.1e} of the largest value, and rounding explains {:.0e}", allowed(gpu.tier()))
+    }))
+}
+
+/// Relative to the largest value of a result: f32 sums in another order, or operands of f16.
+fn allowed(tier: Tier) -> f64 {
+    if tier.f16() { 1e-2 } else { 1e-4 }
+}
+
+/// Infinite where a value is not finite, or has no counterpart.
+fn relative_error(found: &[f32], wanted: &[f32]) -> f64 {
+    if found.len() != wanted.len() || found.iter().any(|value| !value.is_finite()) {
+        return f64::INFINITY;
+    }
+    let largest = wanted.iter().fold(f64::MIN_POSITIVE, |most, value| most.max(f64::from(value.abs())));
+    let error = |(found, wanted): (&f32, &f32)| f64::from((found - wanted).abs());
+    found.iter().zip(wanted).map(error).fold(0.0, f64::max) / largest
+}
+
+/// Values in -1..1.
+fn values(seed: u64, len: usize) -> Vec<f32> {
+    (0..len as u64).map(|i| (mix(seed, i) >> 40) as f32 / (1 << 23) as f32 - 1.0).collect()
+}
+
+fn results(device: &Device) -> Result<Vec<(&'static str, Vec<f32>)>> {
+    let tensor = |seed, shape: [usize; 2]| Tensor::from_slice(device, &shape, &values(seed, shape[0] * shape[1]));
+    let matrix =
+        QuantizedMatrix::quantize(values(1, N * K).as_slice().into(), N, K, &QuantOptions::nf4().double_quant())?;
+    let w = DeviceMatrix::new(device, HostMatrix::Quantized(matrix))?;
+    let (x, a, b) = (tensor(2, [M, K])?, tensor(3, [RANK, K])?, tensor(4, [N, RANK])?);
+    let dy = tensor(5, [M, N])?;
+
+    let h = lora_down(&x, &a, None)?;
+    let y = qmatmul(&x, &w, None, Some(LoraUp { h: &h, b: &b, scale: 0.5 }))?;
+    let (one, one_h) = (tensor(6, [1, K])?, tensor(7, [1, RANK])?);
+    let y_of_one = qmatmul(&one, &w, None, Some(LoraUp { h: &one_h, b: &b, scale: 0.5 }))?;
+    let g = lora_dh(&dy, &b, 0.5)?;
+    let dx = qmatmul_dx(&dy, &w, Some(LoraDx { g: &g, a: &a, dropout: None }))?;
+    let d_a = lora_dw(&g, &x, 1.0, None)?;
+    let d_b = lora_dw(&dy, &h, 0.5, None)?;
+
+    let weight = Tensor::from_slice(device, &[K], &values(8, K))?;
+    let normed = rms_norm(&x, &weight, 1e-5)?;
+    let d_normed = rms_norm_backward(&normed, &x, &weight, 1e-5)?;
+    let labels: Vec<u32> = (0..M).map(|i| (i * 7 % N) as u32).collect();
+    let losses = linear_cross_entropy(&x, &w, &Indices::from_slice(device, &labels)?, 1.0, true)?;
+
+    let shape = AttentionShape { heads: 2, kv_heads: 1, head_dim: 64, scale: 0.125 };
+    let seen = Visibility::causal(device, &[0; M], M, None)?;
+    let (q, k, v) = (tensor(9, [M, 128])?, tensor(10, [M, 64])?, tensor(11, [M, 64])?);
+    let attended = attention(&q, &k, &v, &shape, &seen)?;
+    let grads = attention_backward(&tensor(12, [M, 128])?, &q, &k, &v, &attended, &shape, &seen)?;
+
+    let d_hidden = losses.d_hidden.map(|gradient| ("cross-entropy's gradient", gradient));
+    [
+        ("H of the adapter", h),
+        ("the product", y),
+        ("the product of one row", y_of_one),
+        ("G of the adapter", g),
+        ("the input's gradient", dx),
+        ("A's gradient", d_a),
+        ("B's gradient", d_b),
+        ("rms_norm", normed),
+        ("rms_norm's gradient", d_normed),
+        ("cross-entropy", losses.token_losses),
+        ("attention", attended.o),
+        ("the gradient of attention's queries", grads.dq),
+        ("the gradient of attention's keys", grads.dk),
+        ("the gradient of attention's values", grads.dv),
+    ]
+    .into_iter()
+    .chain(d_hidden)
+    .map(|(name, result)| Ok((name, result.to_vec()?)))
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn every_device_agrees_in_every_tier() {
+        for device in testing::gpus() {
+            let Device::Gpu(gpu) = &device else { continue };
+            assert_eq!(disagreement(gpu).unwrap(), None, "{}", testing::name(&device));
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_far_from_what_is_allowed() {
+        let right = values(1, 1000);
+        assert_eq!(relative_error(&right, &right), 0.0);
+        let with = |change: fn(&mut Vec<f32>)| {
+            let mut wrong = right.clone();
+            change(&mut wrong);
+            relative_error(&wrong, &right)
+        };
+        // A tile's part that was not computed, values in others' places, no number.
+        assert!(with(|wrong| wrong[500..516].fill(0.0)) > 0.1);
+        assert!(with(|wrong| wrong.rotate_left(1)) > 0.1);
+        assert_eq!(with(|wrong| wrong[7] = f32::NAN), f64::INFINITY);
+        assert_eq!(with(|wrong| wrong.truncate(999)), f64::INFINITY);
+    }
+}
