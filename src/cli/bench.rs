@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
+use super::hardware::{self, HardwareArgs};
 use super::plot::speed;
 use super::{output, print_json, print_line, table};
 use crate::bench::Row;
@@ -25,7 +26,8 @@ use crate::quant::{Format, QuantOptions};
 #[command(after_help = "Examples:\n  \
     qlora bench --device best --m 1,64 --n 4096 --k 4096 --double-quant --json\n  \
     qlora bench --op forward,backward --m 1,512 --against target/peers/bitsandbytes --output cpu.json --plot cpu.png\n  \
-    qlora bench --op step --tokens 256 --hidden 576 --ffn 1536 --layers 30 --heads 9 --kv-heads 3 --vocabulary 49152")]
+    qlora bench --op step --tokens 256 --hidden 576 --ffn 1536 --layers 30 --heads 9 --kv-heads 3 --vocabulary 49152\n  \
+    qlora bench --hardware --output results")]
 pub struct BenchArgs {
     /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
     #[arg(long, default_value = "best")]
@@ -56,6 +58,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "COMMAND")]
     against: Vec<String>,
     /// Also write a JSON file: version, date, machine (cpu, cores, memory_bytes, os, load), device, driver, and the rows of --json.
+    /// With --hardware: version, date, machine, device (as of `qlora devices --json`), quick, and parts; in a folder, if it is one.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Also draw the times, with those of --against, as SVG or PNG by the file's ending.
@@ -63,6 +66,8 @@ pub struct BenchArgs {
     plot: Option<PathBuf>,
     #[command(flatten)]
     step: StepArgs,
+    #[command(flatten)]
+    hardware: HardwareArgs,
     /// Print JSON, an object a case: op, device (cpu or gpu), adapter (its name), tier, format, double_quant, m, n, k, rank,
     /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes, its shape and its
     /// profile; with --against peers: name, ms_min, ms_median, ratio (theirs to ours) or skipped.
@@ -138,6 +143,12 @@ fn rank(text: &str) -> Result<usize, String> {
 }
 
 pub fn run(args: &BenchArgs) -> Result<()> {
+    if args.hardware.hardware {
+        return hardware::run(&args.hardware, &args.device, &args.against, args.output.as_deref());
+    }
+    if let Some(mib) = args.hardware.copy {
+        return hardware::copy(&Device::named(&args.device)?, mib, args.json);
+    }
     output::check([&args.output, &args.plot].into_iter().filter_map(|path| path.as_deref()), &[])?;
     if let (Some(output), Some(plot)) = (&args.output, &args.plot) {
         output::check_apart(plot, (output, "--output"))?;

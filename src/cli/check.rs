@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::{bundled, table};
 use crate::bench::Row;
+use crate::bench::hardware::allowed;
 use crate::bench::layer::{Case, Op, measure};
 use crate::device::{Device, DeviceInfo, GpuOptions, Select};
 use crate::error::{Error, Result};
@@ -19,11 +20,6 @@ const WEIGHT: &str = "model.embed_tokens.weight";
 /// Rows of X: one as in decoding, many as in training.
 const ROWS: [usize; 2] = [1, 256];
 const RANK: usize = 16;
-
-/// Relative to the largest value of Y: f32 sums in another order, or f16 operands.
-fn allowed(tier: &str) -> f64 {
-    if tier.contains("f16") { 2e-3 } else { 1e-5 }
-}
 
 /// A result of one device.
 #[derive(Serialize)]
@@ -142,7 +138,7 @@ impl Checked {
         match row {
             // A NaN does not agree.
             Ok(row) => Checked {
-                agrees: row.max_rel_err_vs_cpu <= allowed(&row.tier),
+                agrees: row.max_rel_err_vs_cpu <= allowed(row.tier.parse().ok(), false),
                 tier: Some(row.tier),
                 ms_median: Some(row.ms_median),
                 gflops: Some(row.gflops),

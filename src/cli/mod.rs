@@ -11,6 +11,7 @@ mod eval;
 mod export;
 mod finetune;
 mod generate;
+mod hardware;
 mod hub;
 mod inspect;
 mod merge;
