@@ -261,7 +261,7 @@ impl Tensor {
     pub(crate) fn id(&self) -> TensorId {
         match &self.storage {
             Storage::Cpu(_, values) => TensorId(Arc::as_ptr(values).addr() as u64),
-            Storage::Gpu(_, buffer) => TensorId(buffer.id()),
+            Storage::Gpu(_, buffer) => TensorId(buffer.id().into()),
         }
     }
 

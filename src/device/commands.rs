@@ -62,27 +62,17 @@ impl Gpu {
         debug_assert_eq!(call.params.len(), call.kernel.params_bytes);
         debug_assert_eq!(call.buffers.len(), call.kernel.bindings.len());
         let pipeline = self.pipelines().get(self, call.kernel, call.defines)?;
-        let ids = call.buffers.iter().map(|buffer| buffer.id()).collect();
-        let mut resources: Vec<_> = call.buffers.iter().map(|buffer| buffer.binding()).collect();
-        let mut guard = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-        let recorder = &mut *guard;
-        if !self.immediates() {
-            let uniforms = match &recorder.uniform_buffer {
-                Some(buffer) => buffer.clone(),
-                None => self.uniform_buffer()?,
-            };
-            let uniforms = recorder.uniform_buffer.insert(uniforms);
-            resources.push(wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                buffer: uniforms,
-                offset: 0,
-                size: wgpu::BufferSize::new(u64::from(MAX_PARAMS_BYTES)),
-            }));
+        let recorder = &mut *self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.immediates() && recorder.uniform_buffer.is_none() {
+            recorder.uniform_buffer = Some(self.uniform_buffer()?);
         }
-        let bind_group = pipeline.bind_group(self, ids, &resources)?;
+        let bind_group = pipeline.bind_group(self, call.buffers, recorder.uniform_buffer.as_ref())?;
 
         let max_flops = if self.tier() == Tier::Software { MAX_FLOPS_SOFTWARE } else { MAX_FLOPS };
         let part = (max_flops / call.flops_per_group.max(1)).clamp(1, u64::from(u32::MAX));
-        let mut params = call.params.to_vec();
+        let mut params = [0; MAX_PARAMS_BYTES as usize];
+        let params = &mut params[..call.params.len()];
+        params.copy_from_slice(call.params);
         let mut first = 0;
         while first < call.groups {
             let end = (first + part).min(call.groups);
@@ -93,14 +83,14 @@ impl Gpu {
             if full && recorder.dispatches > 0 {
                 self.submit(recorder)?;
             }
-            let offset = recorder.stage_uniform(self, &params);
+            let offset = recorder.stage_uniform(self, params);
             let pass = recorder.pass(self, call.kernel.name)?;
             pass.set_pipeline(&pipeline.raw);
             match offset {
                 Some(offset) => pass.set_bind_group(0, &bind_group, &[offset]),
                 None => {
                     pass.set_bind_group(0, &bind_group, &[]);
-                    pass.set_immediates(0, &params);
+                    pass.set_immediates(0, params);
                 }
             }
             let (x, y) = fold(end - first, self.limits().max_workgroups);

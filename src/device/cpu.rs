@@ -91,7 +91,7 @@ impl Drop for Counted {
 
 impl Drop for HostBuffer {
     fn drop(&mut self) {
-        self.pool.put(self.size, std::mem::take(&mut self.values));
+        self.pool.put(self.size, 0, std::mem::take(&mut self.values));
     }
 }
 

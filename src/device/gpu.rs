@@ -45,6 +45,8 @@ pub struct GpuLimits {
     pub workgroup_bytes: u32,
     /// The most invocations of a workgroup.
     pub workgroup_threads: u32,
+    /// The most storage buffers of a kernel.
+    pub max_storage_buffers: u32,
     /// Parameters travel as immediate data; otherwise in a uniform buffer.
     pub immediates: bool,
     /// Alignment of uniform offsets, in bytes.
@@ -72,13 +74,13 @@ struct Fault {
 
 /// The pool, and the buffers that are gone for good, whose bind groups can be forgotten.
 struct Buffers {
-    pool: Pool<(u64, wgpu::Buffer)>,
+    pool: Pool<(u32, wgpu::Buffer)>,
     next_id: AtomicU64,
-    retired: Mutex<Vec<(u64, wgpu::Buffer)>>,
+    retired: Mutex<Vec<(u32, wgpu::Buffer)>>,
 }
 
 impl Buffers {
-    fn retire(&self, buffers: impl IntoIterator<Item = (u64, wgpu::Buffer)>) {
+    fn retire(&self, buffers: impl IntoIterator<Item = (u32, wgpu::Buffer)>) {
         self.retired.lock().unwrap_or_else(PoisonError::into_inner).extend(buffers);
     }
 }
@@ -89,7 +91,7 @@ pub struct Buffer(Arc<BufferInner>);
 
 struct BufferInner {
     raw: wgpu::Buffer,
-    id: u64,
+    id: u32,
     bytes: u64,
     size: u64,
     pooled: bool,
@@ -112,7 +114,7 @@ impl Buffer {
     }
 
     /// Tells live buffers apart; a later life of the same memory has the same id.
-    pub(crate) fn id(&self) -> u64 {
+    pub(crate) fn id(&self) -> u32 {
         self.0.id
     }
 
@@ -130,7 +132,7 @@ impl Buffer {
 impl Drop for BufferInner {
     fn drop(&mut self) {
         if self.pooled {
-            self.home.pool.put(self.size, (self.id, self.raw.clone()));
+            self.home.pool.put(self.size, self.id.into(), (self.id, self.raw.clone()));
         } else {
             self.home.pool.forget(self.size);
             self.home.retire([(self.id, self.raw.clone())]);
@@ -208,6 +210,7 @@ impl Gpu {
             max_workgroups: device_limits.max_compute_workgroups_per_dimension,
             workgroup_bytes: device_limits.max_compute_workgroup_storage_size,
             workgroup_threads: device_limits.max_compute_invocations_per_workgroup,
+            max_storage_buffers: device_limits.max_storage_buffers_per_shader_stage,
             immediates: wrap.immediates
                 && features.contains(wgpu::Features::IMMEDIATES)
                 && device_limits.max_immediate_size >= MAX_PARAMS_BYTES,
@@ -462,7 +465,12 @@ impl Gpu {
             Taken::Allocate { trimmed } => {
                 home.retire(trimmed);
                 self.forget_retired();
-                let id = home.next_id.fetch_add(1, Ordering::Relaxed);
+                let Ok(id) = u32::try_from(home.next_id.fetch_add(1, Ordering::Relaxed)) else {
+                    home.pool.forget(size);
+                    return Err(
+                        self.error(what, "the device has made 2^32 buffers, and there are no more numbers".into())
+                    );
+                };
                 let descriptor =
                     wgpu::BufferDescriptor { label: Some(what), size, usage: STORAGE, mapped_at_creation: !pooled };
                 let create = || {
@@ -500,7 +508,7 @@ impl Gpu {
     pub(super) fn forget_retired(&self) {
         let retired = std::mem::take(&mut *self.0.buffers.retired.lock().unwrap_or_else(PoisonError::into_inner));
         if !retired.is_empty() {
-            let ids: Vec<u64> = retired.iter().map(|(id, _)| *id).collect();
+            let ids: Vec<u32> = retired.iter().map(|(id, _)| *id).collect();
             let groups = self.0.pipelines.forget_buffers(&ids);
             // Not before: who compiles a kernel holds the list of kernels and waits for its turn.
             let _turn = self.turn();

@@ -4,26 +4,60 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use super::gpu::Gpu;
+use super::gpu::{Buffer, Gpu, MAX_PARAMS_BYTES};
 use super::lanes;
 use super::shader::{Access, Defines, Kernel, compose};
 use crate::error::{Error, Result};
+use crate::hash::QuickState;
 
-/// Bind groups kept per pipeline before its cache starts over.
-const MAX_BIND_GROUPS: usize = 1024;
+/// The most storage buffers of a kernel.
+const MAX_BINDINGS: usize = 16;
+/// Bind groups of a pipeline that are made before those that were not used meanwhile are dropped.
+const MAX_BIND_GROUPS: usize = 2048;
 
 /// A compiled variant of a kernel.
 pub(super) struct Pipeline {
     pub(super) raw: wgpu::ComputePipeline,
     layout: wgpu::BindGroupLayout,
     label: String,
-    bind_groups: Mutex<HashMap<Vec<u64>, wgpu::BindGroup>>,
+    bind_groups: Mutex<BindGroups>,
 }
 
-/// All pipelines of a device.
+/// All pipelines of a device, by the kernel's name and the variant.
 #[derive(Default)]
 pub(super) struct Pipelines {
-    compiled: Mutex<HashMap<(&'static str, Defines), Arc<Pipeline>>>,
+    compiled: Mutex<HashMap<&'static str, Variants, QuickState>>,
+}
+
+type Variants = HashMap<Defines, Arc<Pipeline>, QuickState>;
+
+/// Bind groups by the buffers' ids: those used of late, and those used before.
+#[derive(Default)]
+struct BindGroups {
+    young: ByIds,
+    old: ByIds,
+}
+
+/// Ids of a kernel's buffers, 0 after them: of a fixed size, so that a key lies in the map itself.
+type Ids = [u32; MAX_BINDINGS];
+type ByIds = HashMap<Ids, wgpu::BindGroup, QuickState>;
+
+impl BindGroups {
+    fn get(&mut self, ids: &Ids) -> Option<wgpu::BindGroup> {
+        if let Some(group) = self.young.get(ids) {
+            return Some(group.clone());
+        }
+        let group = self.old.remove(ids)?;
+        self.insert(*ids, group.clone());
+        Some(group)
+    }
+
+    fn insert(&mut self, ids: Ids, group: wgpu::BindGroup) {
+        if self.young.len() >= MAX_BIND_GROUPS {
+            self.old = std::mem::take(&mut self.young);
+        }
+        self.young.insert(ids, group);
+    }
 }
 
 impl Pipelines {
@@ -31,27 +65,30 @@ impl Pipelines {
     pub(super) fn get(&self, gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Arc<Pipeline>> {
         // Held while compiling: two threads that want the same variant compile it once.
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = compiled.get(&(kernel.name, defines.clone())) {
+        let variants = compiled.entry(kernel.name).or_default();
+        if let Some(pipeline) = variants.get(defines) {
             return Ok(pipeline.clone());
         }
         let pipeline = Arc::new(Pipeline::compile(gpu, kernel, defines)?);
-        compiled.insert((kernel.name, defines.clone()), pipeline.clone());
+        variants.insert(defines.clone(), pipeline.clone());
         Ok(pipeline)
     }
 
     /// How many variants have been compiled.
     pub(super) fn len(&self) -> usize {
-        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).values().map(HashMap::len).sum()
     }
 
     /// Takes out the bind groups of buffers that no longer exist: once they are dropped, the memory is given back.
-    pub(super) fn forget_buffers(&self, retired: &[u64]) -> Vec<wgpu::BindGroup> {
+    pub(super) fn forget_buffers(&self, retired: &[u32]) -> Vec<wgpu::BindGroup> {
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         let mut forgotten = Vec::new();
-        for pipeline in compiled.values() {
-            let mut groups = pipeline.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
-            forgotten
-                .extend(groups.extract_if(|ids, _| ids.iter().any(|id| retired.contains(id))).map(|(_, group)| group));
+        for pipeline in compiled.values().flat_map(HashMap::values) {
+            let groups = &mut *pipeline.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
+            for groups in [&mut groups.young, &mut groups.old] {
+                let gone = groups.extract_if(|ids, _| ids.iter().any(|&id| retired.contains(&id)));
+                forgotten.extend(gone.map(|(_, group)| group));
+            }
         }
         forgotten
     }
@@ -63,6 +100,9 @@ impl Pipeline {
         let start = Instant::now();
         let label = format!("{} {}", kernel.name, defines.label());
         let immediates = gpu.immediates();
+        if kernel.bindings.len() > MAX_BINDINGS {
+            return Err(gpu.error(&label, format!("a kernel has at most {MAX_BINDINGS} buffers")));
+        }
         let source = compose(kernel, defines, immediates).map_err(|message| gpu.error(&label, message))?;
         let storage = kernel.bindings.iter().map(|(_, access)| wgpu::BindingType::Buffer {
             ty: wgpu::BufferBindingType::Storage { read_only: *access == Access::Read },
@@ -120,24 +160,29 @@ impl Pipeline {
         Ok(Pipeline { raw, layout, label, bind_groups: Mutex::default() })
     }
 
-    /// The bind group of these buffers (`ids` name them), made on first use.
+    /// The bind group of these buffers, and of the batch's parameters where they are in a buffer; made on first use.
     pub(super) fn bind_group(
         &self,
         gpu: &Gpu,
-        ids: Vec<u64>,
-        resources: &[wgpu::BindingResource<'_>],
+        buffers: &[&Buffer],
+        uniforms: Option<&wgpu::Buffer>,
     ) -> Result<wgpu::BindGroup> {
+        let mut ids = [0; MAX_BINDINGS];
+        ids.iter_mut().zip(buffers).for_each(|(id, buffer)| *id = buffer.id());
         let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(group) = groups.get(&ids) {
-            return Ok(group.clone());
+            return Ok(group);
         }
-        if groups.len() >= MAX_BIND_GROUPS {
-            groups.clear();
-        }
-        let entries: Vec<_> = (0..)
-            .zip(resources)
-            .map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource: resource.clone() })
-            .collect();
+        let parameters = uniforms.map(|buffer| {
+            wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer,
+                offset: 0,
+                size: wgpu::BufferSize::new(u64::from(MAX_PARAMS_BYTES)),
+            })
+        });
+        let resources = buffers.iter().map(|buffer| buffer.binding()).chain(parameters);
+        let entries: Vec<_> =
+            (0..).zip(resources).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
         let group = gpu.scoped(&self.label, |device| {
             device.create_bind_group(&wgpu::BindGroupDescriptor {
                 label: Some(&self.label),

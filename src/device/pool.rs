@@ -46,7 +46,8 @@ pub(crate) struct Pool<T> {
 }
 
 struct State<T> {
-    free: BTreeMap<u64, Vec<T>>,
+    /// By size; of a size the lowest number last, with what it belongs to.
+    free: BTreeMap<u64, Vec<(u64, T)>>,
     counters: MemoryCounters,
     /// What was held when it was last told.
     told: u64,
@@ -78,7 +79,7 @@ impl<T> Pool<T> {
     /// new one is wanted (`reuse` is false) the caller always has to.
     pub(crate) fn take(&self, size: u64, reuse: bool) -> Taken<T> {
         let state = &mut *self.state();
-        let reused = state.free.get_mut(&size).filter(|_| reuse).and_then(Vec::pop);
+        let reused = state.free.get_mut(&size).filter(|_| reuse).and_then(Vec::pop).map(|(_, item)| item);
         if reused.is_some() {
             state.counters.pooled_bytes -= size;
             state.counters.reuses += 1;
@@ -90,7 +91,7 @@ impl<T> Pool<T> {
         let mut trimmed = Vec::new();
         if reused.is_none() {
             if counters.pooled_bytes > counters.live_bytes + SLACK_BYTES || over(counters) {
-                trimmed = std::mem::take(&mut state.free).into_values().flatten().collect();
+                trimmed = items(&mut state.free);
                 counters.pooled_bytes = 0;
             }
             if over(counters) {
@@ -107,12 +108,15 @@ impl<T> Pool<T> {
         self.state().counters.add_live(size);
     }
 
-    /// Takes back an item of `size` bytes: kept for reuse.
-    pub(crate) fn put(&self, size: u64, item: T) {
+    /// Takes back an item of `size` bytes: kept for reuse. The free item with the lowest number is the next to be taken, among
+    /// equals the last to come back. With a number for each, what is taken depends on which items are free, and not on the
+    /// order in which they came back: a training step takes the buffers of the step before, and its bind groups are there.
+    pub(crate) fn put(&self, size: u64, number: u64, item: T) {
         let state = &mut *self.state();
         state.counters.live_bytes -= size;
         state.counters.pooled_bytes += size;
-        state.free.entry(size).or_default().push(item);
+        let free = state.free.entry(size).or_default();
+        free.insert(free.partition_point(|(other, _)| *other >= number), (number, item));
     }
 
     /// An item of `size` bytes is gone: dropped by its owner, or never allocated after [`Pool::take`].
@@ -124,7 +128,7 @@ impl<T> Pool<T> {
     pub(crate) fn trim(&self) -> Vec<T> {
         let state = &mut *self.state();
         state.counters.pooled_bytes = 0;
-        std::mem::take(&mut state.free).into_values().flatten().collect()
+        items(&mut state.free)
     }
 
     /// Tells who listens that more is held than ever, where it has doubled.
@@ -153,6 +157,11 @@ impl<T> Pool<T> {
     }
 }
 
+/// Takes all of them out.
+fn items<T>(free: &mut BTreeMap<u64, Vec<(u64, T)>>) -> Vec<T> {
+    std::mem::take(free).into_values().flatten().map(|(_, item)| item).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,7 +180,7 @@ mod tests {
     fn an_item_comes_back_and_the_counters_follow() {
         let pool = Pool::new(None);
         assert!(matches!(pool.take(512, true), Taken::Allocate { .. }));
-        pool.put(512, "first");
+        pool.put(512, 0, "first");
         assert!(matches!(pool.take(1024, true), Taken::Allocate { .. }), "another size is another list");
         assert!(matches!(pool.take(512, false), Taken::Allocate { .. }), "a new one, although one is pooled");
         pool.forget(512);
@@ -180,17 +189,33 @@ mod tests {
         assert_eq!((counters.live_bytes, counters.peak_bytes), (1536, 1536));
         assert_eq!((counters.allocations, counters.reuses, counters.pooled_bytes), (3, 1, 0));
         assert_eq!(counters.peak_held_bytes, 2048, "with the pooled 512 beside two live ones");
-        pool.put(1024, "second");
+        pool.put(1024, 0, "second");
         pool.reset_peak();
         let counters = pool.counters();
         assert_eq!((counters.peak_bytes, counters.peak_held_bytes), (512, 1536));
     }
 
     #[test]
+    fn the_lowest_number_is_taken_first_and_among_equals_the_last_to_come_back() {
+        let pool = Pool::new(None);
+        let order = |numbers: [u64; 5]| {
+            numbers.iter().for_each(|_| drop(pool.take(256, false)));
+            (0..).zip(numbers).for_each(|(item, number)| pool.put(256, number, item));
+            let next =
+                |_| if let Taken::Reused(item) = pool.take(256, true) { numbers[item] * 10 + item as u64 } else { 0 };
+            let taken: Vec<u64> = (0..5).map(next).collect();
+            (0..5).for_each(|_| pool.forget(256));
+            taken
+        };
+        assert_eq!(order([3, 1, 5, 2, 4]), [11, 23, 30, 44, 52]);
+        assert_eq!(order([1, 0, 1, 0, 1]), [3, 1, 14, 12, 10]);
+    }
+
+    #[test]
     fn a_limit_trims_first_and_then_refuses() {
         let pool = Pool::new(Some(1000));
         assert!(matches!(pool.take(600, true), Taken::Allocate { .. }));
-        pool.put(600, 1);
+        pool.put(600, 0, 1);
         match pool.take(700, true) {
             Taken::Allocate { trimmed } => assert_eq!(trimmed, [1]),
             _ => panic!("the pooled 600 bytes make room"),

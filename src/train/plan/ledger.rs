@@ -224,7 +224,7 @@ impl Drop for Held {
     fn drop(&mut self) {
         self.ledger.tally.borrow_mut().live[self.part] -= self.size;
         if self.pooled {
-            self.ledger.pool.put(self.size, ());
+            self.ledger.pool.put(self.size, 0, ());
         } else {
             self.ledger.pool.forget(self.size);
         }
