@@ -1,4 +1,4 @@
-// From the squared norms of n gradients and their total: values = [norm, factor, loss, norms of the n gradients].
+// From the sums of squares of runs of n gradients and their total: values = [norm, factor, loss, norms of the n gradients].
 // factor = min(1, max_norm / (norm + 1e-6)), or NaN if the norm or the loss is not finite.
 
 struct Params {
@@ -8,6 +8,7 @@ struct Params {
     clip: u32,     // 0: the factor of finite gradients is 1
     has_loss: u32,
     max_norm: f32,
+    runs: u32,     // sums of squares of each gradient
 }
 
 {{ param_space }} p: Params;
@@ -35,7 +36,11 @@ fn main(
         return;
     }
     if (i < p.count) {
-        values[3u + i] = bitcast<u32>(sqrt(squares[i]));
+        var sum = squares[i * p.runs];
+        for (var run = 1u; run < p.runs; run = run + 1u) {
+            sum = sum + squares[i * p.runs + run];
+        }
+        values[3u + i] = bitcast<u32>(sqrt(sum));
     }
     if (i > 0u) {
         return;

@@ -8,7 +8,8 @@ use rayon::prelude::*;
 
 use super::grad_norm::GradNorm;
 use super::quads::{self, CPU_CHUNK};
-use super::{expect_shape, kernel, params};
+use super::{adamw_several, expect_shape, kernel, params};
+use crate::device::{Buffer, Gpu};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -98,6 +99,18 @@ impl AdamW {
     }
 }
 
+/// A tensor that a step updates.
+pub struct Update<'a> {
+    /// The values.
+    pub param: &'a mut Tensor,
+    /// Their gradient.
+    pub grad: &'a Tensor,
+    /// The mean of gradients; zeros at first.
+    pub m: &'a mut Tensor,
+    /// The mean of squared gradients; zeros at first.
+    pub v: &'a mut Tensor,
+}
+
 /// Updates `param` and its moments `m` and `v` (all of one shape, moments zero at first) by `grad`, multiplied by the clip
 /// factor that `norm` holds on the device. `step` counts from 1. If the factor is NaN all three stay as they are.
 ///
@@ -112,30 +125,69 @@ pub fn adamw(
     step: u32,
     norm: &GradNorm,
 ) -> Result<()> {
+    adamw_all(&mut [Update { param, grad, m, v }], config, step, norm)
+}
+
+/// As [`adamw`], of many tensors.
+///
+/// # Errors
+/// As [`adamw`]; nothing is updated if shapes, devices or settings are at fault.
+pub fn adamw_all(updates: &mut [Update<'_>], config: &AdamW, step: u32, norm: &GradNorm) -> Result<()> {
     config.check(step)?;
-    for (what, tensor) in [("gradient", grad), ("m", m), ("v", v)] {
-        expect_shape(OP, what, tensor, param.shape())?;
-    }
-    for tensor in [grad, m, v, &norm.values] {
-        param.device().same(&tensor.device(), OP)?;
-    }
     if norm.values.len() < 2 {
         let (expected, got) = ("[norm, factor, loss, ..]".into(), format!("{:?}", norm.values.shape()));
         return Err(Error::Shape { op: OP, what: "gradient norm", expected, got });
     }
-    for tensor in [&mut *param, &mut *m, &mut *v] {
-        tensor.unshare()?;
+    for Update { param, grad, m, v } in &*updates {
+        for (what, tensor) in [("gradient", *grad), ("m", &**m), ("v", &**v)] {
+            expect_shape(OP, what, tensor, param.shape())?;
+        }
+        for tensor in [*grad, &**m, &**v, &norm.values] {
+            param.device().same(&tensor.device(), OP)?;
+        }
     }
-    let params = config.params(step, param.len());
-    if let Storage::Gpu(gpu, buffer) = param.storage() {
-        let buffers =
-            [buffer, grad.buffer(gpu, OP)?, m.buffer(gpu, OP)?, v.buffer(gpu, OP)?, norm.values.buffer(gpu, OP)?];
-        return quads::dispatch_with(gpu, &KERNEL, &buffers, param.len(), bytemuck::bytes_of(&params));
+    for Update { param, m, v, .. } in &mut *updates {
+        [&mut **param, &mut **m, &mut **v].into_iter().try_for_each(Tensor::unshare)?;
     }
-    let factor = norm.values.host(OP)?[1];
+    match norm.values.storage() {
+        Storage::Gpu(gpu, norm) => on_gpu(gpu, updates, config, step, norm),
+        Storage::Cpu(_, norm) => {
+            updates.iter_mut().try_for_each(|update| on_cpu(update, &config.params(step, 0), norm[1]))
+        }
+    }
+}
+
+fn on_gpu(gpu: &Gpu, updates: &[Update<'_>], config: &AdamW, step: u32, norm: &Buffer) -> Result<()> {
+    let buffers = |update: &'_ Update<'_>| -> Result<[Buffer; 4]> {
+        let Update { param, grad, m, v } = update;
+        let [param, grad, m, v] = [&**param, *grad, &**m, &**v].map(|tensor| tensor.buffer(gpu, OP).cloned());
+        Ok([param?, grad?, m?, v?])
+    };
+    let (threes, rest) = match adamw_several::fits(gpu) {
+        true => updates.as_chunks::<{ adamw_several::TENSORS }>(),
+        false => (&[][..], updates),
+    };
+    for three in threes {
+        let [a, b, c] = three.each_ref().map(buffers);
+        let ([a0, a1, a2, a3], [b0, b1, b2, b3], [c0, c1, c2, c3]) = (&a?, &b?, &c?);
+        let all = [norm, a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3];
+        let lens = three.each_ref().map(|update| update.param.len());
+        adamw_several::dispatch(gpu, &all, lens, &config.params(step, 0))?;
+    }
+    for update in rest {
+        let [param, grad, m, v] = &buffers(update)?;
+        let len = update.param.len();
+        let params = config.params(step, len);
+        quads::dispatch_with(gpu, &KERNEL, &[param, grad, m, v, norm], len, bytemuck::bytes_of(&params))?;
+    }
+    Ok(())
+}
+
+fn on_cpu(update: &mut Update<'_>, params: &AdamWParams, factor: f32) -> Result<()> {
     if !factor.is_finite() {
         return Ok(());
     }
+    let Update { param, grad, m, v } = update;
     let moments = m.host_mut(OP)?.par_chunks_mut(CPU_CHUNK).zip(v.host_mut(OP)?.par_chunks_mut(CPU_CHUNK));
     let inputs = moments.zip(grad.host(OP)?.par_chunks(CPU_CHUNK));
     param.host_mut(OP)?.par_chunks_mut(CPU_CHUNK).zip(inputs).for_each(|(param, ((m, v), grad))| {
@@ -204,6 +256,35 @@ mod tests {
             for amplitude in [1e-8, 1e4] {
                 check(&device, 37, amplitude);
             }
+        }
+    }
+
+    #[test]
+    fn many_tensors_have_the_bits_of_one_at_a_time() {
+        for device in testing::devices() {
+            let tensors = |seed: u64| -> Vec<Tensor> {
+                let new = |(i, len): (u64, &usize)| {
+                    Tensor::from_slice(&device, &[*len], &testing::values(seed + i, *len, 1.0)).unwrap()
+                };
+                (0..).zip(&[1, 1000, 7, 0, 4096, 257, 3, 20_001]).map(new).collect()
+            };
+            let grads = tensors(100);
+            let norm = grad_norm(&grads.iter().collect::<Vec<_>>(), None, Some(0.5)).unwrap();
+            let run = |together: bool| {
+                let (mut params, mut m, mut v) = (tensors(1), tensors(20), tensors(1));
+                let mut updates: Vec<Update<'_>> = params
+                    .iter_mut()
+                    .zip(&grads)
+                    .zip(m.iter_mut().zip(&mut v))
+                    .map(|((param, grad), (m, v))| Update { param, grad, m, v })
+                    .collect();
+                let size = if together { updates.len() } else { 1 };
+                updates.chunks_mut(size).for_each(|updates| adamw_all(updates, &CONFIG, 3, &norm).unwrap());
+                let all = params.iter().chain(&m).chain(&v);
+                all.map(|tensor| tensor.to_vec().unwrap().into_iter().map(f32::to_bits).collect())
+                    .collect::<Vec<Vec<_>>>()
+            };
+            assert_eq!(run(true), run(false), "{}", testing::name(&device));
         }
     }
 

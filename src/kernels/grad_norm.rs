@@ -3,8 +3,8 @@
 //!
 //! The factor is NaN where the norm or the loss is not finite; [`adamw`](super::adamw) then changes nothing.
 
-use super::{expect_shape, kernel, params, sum};
-use crate::device::{Defines, Dispatch, Gpu};
+use super::{Scratch, expect_shape, kernel, params, square_sums, sum};
+use crate::device::{Defines, Device, Dispatch, Gpu};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -20,6 +20,8 @@ params! {
         clip: u32,
         has_loss: u32,
         max_norm: f32,
+        /// Sums of squares of each tensor.
+        runs: u32,
     }
 }
 
@@ -93,17 +95,24 @@ pub fn grad_norm(grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<f32>
 
 fn on_gpu(gpu: &Gpu, grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<f32>) -> Result<Tensor> {
     let values = Tensor::uninit(gpu, OP, &[EACH + grads.len()])?;
-    let squares = gpu.alloc("squared norms", 4 * grads.len() as u64)?;
+    let runs = runs(gpu);
+    let squares = gpu.alloc("squared norms", 4 * (runs * grads.len()) as u64)?;
     let total = gpu.alloc("squared norm", 4)?;
-    for (slot, grad) in grads.iter().enumerate() {
-        sum::on_gpu(gpu, grad.buffer(gpu, OP)?, grad.len(), true, 1.0, &squares, slot)?;
+    if square_sums::fits(gpu) {
+        let tensors = grads.iter().map(|grad| Ok((grad.buffer(gpu, OP)?, grad.len()))).collect::<Result<Vec<_>>>()?;
+        square_sums::dispatch(gpu, &tensors, &squares)?;
+    } else {
+        for (slot, grad) in grads.iter().enumerate() {
+            sum::on_gpu(gpu, grad.buffer(gpu, OP)?, grad.len(), true, 1.0, &squares, slot)?;
+        }
     }
-    sum::on_gpu(gpu, &squares, grads.len(), false, 1.0, &total, 0)?;
+    sum::on_gpu(gpu, &squares, runs * grads.len(), false, 1.0, &total, 0)?;
     let params = GradNormParams {
         count: grads.len() as u32,
         clip: max_norm.is_some().into(),
         has_loss: loss.is_some().into(),
         max_norm: max_norm.unwrap_or_default(),
+        runs: runs as u32,
         ..Default::default()
     };
     let loss = loss.map_or_else(|| gpu.unused(), |loss| loss.buffer(gpu, OP))?;
@@ -116,6 +125,19 @@ fn on_gpu(gpu: &Gpu, grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<
         flops_per_group: u64::from(THREADS),
     })?;
     Ok(values)
+}
+
+/// Sums of squares that a tensor has on the way to its norm.
+fn runs(gpu: &Gpu) -> usize {
+    if square_sums::fits(gpu) { square_sums::RUNS } else { 1 }
+}
+
+/// What [`grad_norm`] takes beside its result for so many gradients, as long as a sum takes one pass.
+pub(crate) fn scratch(device: &Device, grads: usize) -> Scratch {
+    match device {
+        Device::Cpu(_) => Scratch::default(),
+        Device::Gpu(gpu) => Scratch::kept([runs(gpu) * grads, 1]),
+    }
 }
 
 fn factor(norm: f32, loss: f32, max_norm: Option<f32>) -> f32 {
@@ -138,7 +160,6 @@ pub fn reference(grads: &[&[f64]], loss: Option<f64>, max_norm: Option<f64>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::Device;
     use crate::testing::{self, wide};
 
     fn norms(device: &Device, grads: &[Vec<f32>], loss: Option<f32>, max_norm: Option<f32>) -> Vec<f32> {

@@ -4,6 +4,7 @@
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
 pub mod adamw;
+mod adamw_several;
 pub mod add;
 pub mod add_assign;
 pub mod append;
@@ -69,6 +70,7 @@ mod scratch;
 pub mod silu_mul;
 pub mod silu_mul_backward;
 mod simd;
+mod square_sums;
 pub mod sum;
 pub mod visibility;
 

@@ -18,7 +18,7 @@ params! {
 pub(super) const CPU_CHUNK: usize = 16 << 10;
 
 /// Invocations a workgroup.
-const THREADS: u32 = 64;
+pub(super) const THREADS: u32 = 64;
 
 /// The text constants of every such kernel.
 pub(crate) fn defines() -> Defines {

@@ -2,12 +2,12 @@
 
 use super::matrix::{dense_defines, quant_defines, wide};
 use super::{
-    adamw, add, add_assign, append, attention, attention_coop, attention_delta, attention_dkv, attention_dkv_coop,
-    attention_dkv_lanes, attention_dkv_tile, attention_dq, attention_dq_coop, attention_dq_lanes, attention_dq_tile,
-    attention_lanes, attention_pack, attention_tile, column_sum, cross_entropy, dequantize, dora_norm, dropout_mix,
-    embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop, qmatmul_dx_coop, qmatmul_dx_lanes,
-    qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm, rms_norm_backward, rope, row_factor,
-    sample, scale_columns, silu_mul, silu_mul_backward, sum,
+    adamw, adamw_several, add, add_assign, append, attention, attention_coop, attention_delta, attention_dkv,
+    attention_dkv_coop, attention_dkv_lanes, attention_dkv_tile, attention_dq, attention_dq_coop, attention_dq_lanes,
+    attention_dq_tile, attention_lanes, attention_pack, attention_tile, column_sum, cross_entropy, dequantize,
+    dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop,
+    qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm,
+    rms_norm_backward, rope, row_factor, sample, scale_columns, silu_mul, silu_mul_backward, square_sums, sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -25,6 +25,7 @@ pub struct Entry {
 /// All kernels.
 pub static KERNELS: &[Entry] = &[
     Entry { kernel: &adamw::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
+    Entry { kernel: &adamw_several::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
     Entry { kernel: &add::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &append::KERNEL, variants: |_| vec![quads::defines()], twin: "append::reference" },
@@ -108,6 +109,7 @@ pub static KERNELS: &[Entry] = &[
         variants: |_| vec![quads::defines()],
         twin: "silu_mul_backward::reference",
     },
+    Entry { kernel: &square_sums::KERNEL, variants: square_sums::variants, twin: "grad_norm::reference" },
     Entry { kernel: &sum::KERNEL, variants: sum::variants, twin: "sum::reference" },
 ];
 

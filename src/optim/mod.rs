@@ -4,11 +4,12 @@ mod schedule;
 
 pub use schedule::{Decay, Schedule};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::error::{Error, Result};
+use crate::hash::QuickState;
 pub use crate::kernels::adamw::AdamW;
-use crate::kernels::adamw::adamw;
+use crate::kernels::adamw::{Update, adamw_all};
 use crate::kernels::grad_norm::GradNorm;
 use crate::tensor::Tensor;
 
@@ -73,19 +74,42 @@ impl Optimizer {
         factor: f64,
         norm: &GradNorm,
     ) -> Result<()> {
-        if self.step == 0 {
-            let expected = "begin an update first".into();
-            return Err(Error::Invalid { op: "AdamW", what: "the step", got: "0".into(), expected });
-        }
-        let moments = match self.moments.entry(name.to_owned()) {
-            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::btree_map::Entry::Vacant(entry) => {
-                let zeros = || Tensor::zeros(&tensor.device(), tensor.shape());
-                entry.insert(Moments { m: zeros()?, v: zeros()? })
-            }
+        self.update_all(vec![(name, tensor, gradient)], factor, norm)
+    }
+
+    /// As [`Optimizer::update`], of all tensors with their names and gradients: a GPU takes several at a time.
+    ///
+    /// # Errors
+    /// As [`Optimizer::update`]; [`Error::Invalid`] for a name that is there twice.
+    pub fn update_all(
+        &mut self,
+        parameters: Vec<(&str, &mut Tensor, &Tensor)>,
+        factor: f64,
+        norm: &GradNorm,
+    ) -> Result<()> {
+        let invalid = |what, got: &str, expected: &str| {
+            Err(Error::Invalid { op: "AdamW", what, got: got.into(), expected: expected.into() })
         };
+        if self.step == 0 {
+            return invalid("the step", "0", "begin an update first");
+        }
+        for (name, tensor, _) in &parameters {
+            if !self.moments.contains_key(*name) {
+                let zeros = || Tensor::zeros(&tensor.device(), tensor.shape());
+                self.moments.insert((*name).to_owned(), Moments { m: zeros()?, v: zeros()? });
+            }
+        }
+        let mut moments: HashMap<&str, &mut Moments, QuickState> =
+            self.moments.iter_mut().map(|(name, moments)| (name.as_str(), moments)).collect();
+        let mut updates = Vec::with_capacity(parameters.len());
+        for (name, param, grad) in parameters {
+            let Some(Moments { m, v }) = moments.remove(name) else {
+                return invalid("a tensor's name", name, "each is there once");
+            };
+            updates.push(Update { param, grad, m, v });
+        }
         let config = AdamW { lr: self.config.lr * factor, ..self.config };
-        adamw(tensor, gradient, &mut moments.m, &mut moments.v, &config, self.step, norm)
+        adamw_all(&mut updates, &config, self.step, norm)
     }
 
     /// Bytes of the moments on their device.

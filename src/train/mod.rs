@@ -130,9 +130,9 @@ impl Trainer {
         let norm = grad_norm(&found, Some(&loss), self.options.max_norm)?;
         let factor = self.options.schedule.factor(step);
         self.optimizer.begin();
-        for ((name, tensor), gradient) in parameters.iter_mut().zip(found) {
-            self.optimizer.update(name, tensor, gradient, factor, &norm)?;
-        }
+        let updates = parameters.iter_mut().zip(found);
+        let updates = updates.map(|((name, tensor), gradient)| (name.as_str(), &mut **tensor, gradient)).collect();
+        self.optimizer.update_all(updates, factor, &norm)?;
         // One read for all: each waits for the device.
         let values = norm.values.to_vec()?;
         let (total, loss, each) = (values[0], values[2], &values[EACH..]);

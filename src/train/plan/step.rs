@@ -12,7 +12,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
 use crate::kernels::attention::{self, AttentionShape};
-use crate::kernels::grad_norm::EACH;
+use crate::kernels::grad_norm::{self, EACH};
 use crate::kernels::linear_cross_entropy::chunk_rows;
 use crate::kernels::visibility::Visibility;
 use crate::kernels::{attention_backward, qmatmul, qmatmul_dx};
@@ -191,9 +191,7 @@ impl Model {
         let count = parameters().count();
         let new = |len: usize| self.ledger.tensor(Part::Activations, &[len]);
         let _norms = new(EACH + count)?;
-        if let Device::Gpu(_) = self.ledger.device {
-            let _squares = (new(count)?, new(1)?);
-        }
+        self.ledger.scratch(&grad_norm::scratch(&self.ledger.device, count))?;
         if self.moments.is_empty() {
             let moments = parameters().flat_map(|parameter| [parameter; 2]);
             self.moments = moments.map(|parameter| parameter.another(Part::Optimizer)).collect();
