@@ -123,11 +123,13 @@ pub struct Summary {
 
 impl Summary {
     /// The innermost loop around the most matrix instructions or, where there are none, the most
-    /// FMAs; of equal ones the last of the smallest.
+    /// FMAs; the first of equal ones, for what a product appends (its adapter) comes last.
     fn hot(&self) -> Option<usize> {
         let matrix = self.loops.iter().any(|it| it.own[0] > 0);
         let value = |at: &usize| self.loops[*at].own[usize::from(!matrix)];
-        (0..self.loops.len()).filter(|at| value(at) > 0).max_by_key(value)
+        (0..self.loops.len())
+            .filter(|at| value(at) > 0)
+            .max_by_key(|at| (value(at), std::cmp::Reverse(self.loops[*at].head)))
     }
 
     /// The counts of the hot loop; of the whole kernel if it has none.

@@ -142,8 +142,7 @@ impl Record {
         }
         if let Some(summary) = &self.summary {
             self.matrices(&summary.whole, &mut court);
-            let looped = self.cooperative() || ["gemv", "_tile"].iter().any(|part| self.kernel.contains(part));
-            if self.product() && looped && !self.flag("ragged") {
+            if self.loads_fit() {
                 self.loads(summary.loading_counts(), &mut court);
             }
         }
@@ -151,6 +150,20 @@ impl Record {
             self.compare(&measure, table.get(&self.key(gpu, &measure)), &mut court);
         }
         (court.right, court.broken)
+    }
+
+    /// Whether the loops are those of a product, of shapes that loads of 16 bytes fit: `ragged` ones
+    /// and those whose rows are no whole chunks or quads do without, and so does Q8_0, which has 8
+    /// weights in 8 bytes.
+    fn loads_fit(&self) -> bool {
+        let gemv = self.kernel.contains("gemv");
+        let looped = gemv || self.cooperative() || self.kernel.contains("_tile");
+        let fits = match word(&self.label, "kind") {
+            Some("quant") => self.flag("chunked"),
+            Some("q8_0") => false,
+            _ => !self.flag("ragged"),
+        };
+        self.product() && looped && fits && (gemv || self.flag("quads"))
     }
 
     fn matrices(&self, whole: &Counts, court: &mut Court) {
