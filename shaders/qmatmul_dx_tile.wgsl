@@ -34,7 +34,7 @@ var<workgroup> g_tile: array<vec4<f32>, {{ side * (rank_staged + 1) }}>;
 var<workgroup> a_tile: array<vec4<f32>, {{ 4 * rank_staged * (side // 4 + 1) }}>;
 {% endif %}
 
-{{ rank4("g") }}
+{{ rank4("g", rank_quads) }}
 
 {# Does something with each four results of a thread that are in dX: `sumI_H`, at `row` and `q`. #}
 {% macro each_four(what) %}

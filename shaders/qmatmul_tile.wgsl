@@ -32,8 +32,8 @@ var<workgroup> h_tile: array<vec4<f32>, {{ side * (rank_staged + 1) }}>;
 var<workgroup> b_tile: array<vec4<f32>, {{ slots * (rank_staged + 1) }}>;
 {% endif %}
 
-{{ rank4("h") }}
-{{ rank4("b") }}
+{{ rank4("h", rank_quads) }}
+{{ rank4("b", rank_quads) }}
 
 {# Rows of X, or of H, that a thread stages: one in so many. #}
 {% set threads = side * side // 64 %}

@@ -49,11 +49,16 @@
         }
 {% endmacro %}
 
-{# Four values of a row of an adapter's operand from rank j on, zero past the rank: all loads at once, none of them guarded. #}
-{% macro rank4(name) %}
+{# Four values of a row of an adapter's operand from rank j on, zero past the rank: one load, or four at once that nothing guards. #}
+{% macro rank4(name, rank_quads) %}
 fn {{ name }}4(row: u32, j: u32) -> vec4<f32> {
+{% if rank_quads %}
+    let values = {{ name }}[(row * p.rank + min(j, p.rank - 4u)) >> 2u];
+    return select(vec4<f32>(0.0), values, j < p.rank);
+{% else %}
     let place = min(vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.rank - 1u)) + vec4<u32>(row * p.rank);
     let values = vec4<f32>({{ name }}[place.x], {{ name }}[place.y], {{ name }}[place.z], {{ name }}[place.w]);
     return select(vec4<f32>(0.0), values, vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.rank));
+{% endif %}
 }
 {% endmacro %}

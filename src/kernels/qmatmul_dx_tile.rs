@@ -14,14 +14,31 @@ kernel! {
         [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write]
 }
 
-/// Text constants beside the matrix's. `quads`: dY is read four values at a time.
-fn defines(matrix: Defines, f16: bool, side: u32, quads: bool, dropout: bool) -> Defines {
-    matrix.with("f16", f16).with("side", side).with("quads", quads).with("dropout", dropout)
+/// What a variant's text depends on beside the matrix.
+#[derive(Clone, Copy)]
+struct Form {
+    /// Operands are staged as f16.
+    f16: bool,
+    /// Rows and columns of a tile.
+    side: u32,
+    /// dY is read four values at a time.
+    quads: bool,
+    /// G is read four ranks at a time.
+    rank_quads: bool,
+    dropout: bool,
+}
+
+/// Text constants beside the matrix's.
+fn defines(matrix: Defines, form: Form) -> Defines {
+    let matrix = matrix.with("f16", form.f16).with("side", form.side).with("quads", form.quads);
+    matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
-    let of = |matrix: &Defines, side, quads, dropout| defines(matrix.clone(), f16, side, quads, dropout);
+    let of = |matrix: &Defines, side, quads, dropout| {
+        defines(matrix.clone(), Form { f16, side, quads, rank_quads: quads, dropout })
+    };
     let mut all: Vec<_> =
         matrices.iter().flat_map(|matrix| [false, true].map(|dropout| of(matrix, 64, true, dropout))).collect();
     let sizes = [(64, false, false), (128, true, false), (128, true, true), (128, false, false)];
@@ -46,10 +63,16 @@ fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, side: u32) ->
     let (m, k) = (call.m as u32, call.w.cols() as u32);
     let column_groups = k.div_ceil(side);
     let params = QmatmulDxParams { column_groups, ..call.params(part) };
-    let dropout = call.dropout(part).is_some();
+    let form = Form {
+        f16: call.gpu.tier().f16(),
+        side,
+        quads: call.loads_quads(part),
+        rank_quads: call.reads_rank_quads(part),
+        dropout: call.dropout(part).is_some(),
+    };
     call.gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(call.w.wide_defines(), call.gpu.tier().f16(), side, call.loads_quads(part), dropout),
+        defines: &defines(call.w.wide_defines(), form),
         buffers: &[&operands[..], &[factor, &part.buffer, call.dx]].concat(),
         params: bytemuck::bytes_of(&params),
         groups: u64::from(m.div_ceil(side)) * u64::from(column_groups),

@@ -28,16 +28,31 @@ pub(super) fn sides(gpu: &Gpu, rows: usize, threads: u32) -> &'static [u32] {
     if fits && rows > SIDES[0] as usize { &SIDES } else { &SIDES[..1] }
 }
 
-/// Text constants beside the matrix's. `quads`: results are stored four at a time.
-pub(crate) fn defines(matrix: Defines, f16: bool, side: u32, quads: bool) -> Defines {
-    matrix.with("f16", f16).with("side", side).with("quads", quads).with("share", false)
+/// What a variant's text depends on beside the matrix.
+#[derive(Clone, Copy)]
+struct Form {
+    /// Operands are staged as f16.
+    f16: bool,
+    /// Rows and columns of a tile.
+    side: u32,
+    /// Results are stored four at a time.
+    quads: bool,
+    /// H and B are read four ranks at a time.
+    rank_quads: bool,
+}
+
+/// Text constants beside the matrix's.
+fn defines(matrix: Defines, form: Form) -> Defines {
+    let matrix = matrix.with("f16", form.f16).with("side", form.side).with("quads", form.quads);
+    matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
-    let of = |matrix: &Defines, side, quads| defines(matrix.clone(), f16, side, quads);
-    let mut all: Vec<_> = matrices.iter().map(|matrix| of(matrix, 64, true)).collect();
-    all.extend([(64, false), (128, true), (128, false)].map(|(side, quads)| of(&matrices[0], side, quads)));
+    let of = |matrix: &Defines, side, quads, rank_quads| defines(matrix.clone(), Form { f16, side, quads, rank_quads });
+    let mut all: Vec<_> = matrices.iter().map(|matrix| of(matrix, 64, true, true)).collect();
+    let sizes = [(64, false, false), (128, true, true), (128, false, false)];
+    all.extend(sizes.map(|(side, quads, rank_quads)| of(&matrices[0], side, quads, rank_quads)));
     all
 }
 
@@ -55,10 +70,12 @@ fn dispatch_as(call: &GpuCall<'_>, part: &Part, factor: &Buffer, side: u32) -> R
     let operands = call.operands(part)?;
     let n = part.rows.len() as u32;
     let column_groups = n.div_ceil(side);
+    let form =
+        Form { f16: call.gpu.tier().f16(), side, quads: call.stores_quads(part), rank_quads: call.reads_rank_quads() };
     let params = QmatmulParams { column_groups, ..call.params(part) };
     call.gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(call.w.wide_defines(), call.gpu.tier().f16(), side, call.stores_quads(part)),
+        defines: &defines(call.w.wide_defines(), form),
         buffers: &[&operands[..], &[factor, &part.buffer, call.y]].concat(),
         params: bytemuck::bytes_of(&params),
         groups: u64::from((call.m as u32).div_ceil(side)) * u64::from(column_groups),
