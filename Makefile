@@ -30,10 +30,7 @@ demo:
 	$(CARGO) build --release --bin qlora
 	$(CARGO) run --release --quiet --bin qlora -- demo
 
-demo-test-codegen:
-	@sh scripts/codegen.sh
-
-smollm2:
+demo-smollm2:
 	@sh scripts/setup.sh demo
 	$(CARGO) build --release --bin qlora
 	@model=$$(sh scripts/smollm2.sh) && $(CARGO) run --release --quiet --bin qlora -- demo --model "$$model"
@@ -48,6 +45,9 @@ test-drivers:
 
 test-coop:
 	@sh scripts/test_drivers.sh coop
+
+test-codegen:
+	@sh scripts/codegen.sh
 
 smollm2:
 	@sh scripts/smollm2.sh

@@ -6,7 +6,7 @@ use crate::kernels::disagreement;
 
 impl Device {
     /// An adapter, software drivers included. Where `options` names none (`Select::HighPerformance` or
-    /// `Select::LowPower`), `QLORA_DEVICE` may: a part of its name, its backend, or its index in [`devices`].
+    /// `Select::LowPower`), `QLORA_DEVICE` may: a part of its name, its backend, or its index in [`devices`](crate::device::devices).
     ///
     /// # Errors
     /// [`Error::NoDevice`] if nothing matches, with what was found; [`Error::Unsupported`] if the adapter cannot run
@@ -16,7 +16,7 @@ impl Device {
     }
 
     /// A hardware GPU if there is one, else the CPU: software drivers are slower than the CPU device.
-    /// `QLORA_DEVICE` (`cpu`, `gpu`, a part of a name, or an index in [`devices`]) overrides.
+    /// `QLORA_DEVICE` (`cpu`, `gpu`, a part of a name, or an index in [`devices`](crate::device::devices)) overrides.
     pub fn best() -> Result<Device> {
         match std::env::var("QLORA_DEVICE") {
             Ok(name) if !name.is_empty() && name != "best" => Device::named(&name).map_err(|error| match error {
@@ -32,7 +32,7 @@ impl Device {
         }
     }
 
-    /// The device that a command-line word means: `cpu`, `gpu` (any adapter), `best`, an index in [`devices`], or a
+    /// The device that a command-line word means: `cpu`, `gpu` (any adapter), `best`, an index in [`devices`](crate::device::devices), or a
     /// part of an adapter's name or backend.
     pub fn named(name: &str) -> Result<Device> {
         match name.to_ascii_lowercase().as_str() {

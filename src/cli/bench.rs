@@ -26,7 +26,6 @@ use crate::quant::{Format, QuantOptions};
 #[command(after_help = "Examples:\n  \
     qlora bench --device best --m 1,64 --n 4096 --k 4096 --double-quant --json\n  \
     qlora bench --op forward,backward --m 1,512 --against target/peers/bitsandbytes --output cpu.json --plot cpu.png\n  \
-    qlora bench --op step --tokens 256 --hidden 576 --ffn 1536 --layers 30 --heads 9 --kv-heads 3 --vocabulary 49152\n  \
     qlora bench --hardware --output results")]
 pub struct BenchArgs {
     /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
