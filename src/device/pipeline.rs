@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::gpu::{Buffer, Gpu, MAX_PARAMS_BYTES};
 use super::lanes;
+use super::settle::checks;
 use super::shader::{Access, Defines, Kernel, compose};
 use crate::error::{Error, Result};
 use crate::hash::QuickState;
@@ -147,7 +148,7 @@ impl Pipeline {
             (raw, layout)
         })?;
         tracing::debug!(ms = start.elapsed().as_secs_f64() * 1e3, "compiled {label}");
-        if let Some(cooperative) = gpu.cooperative().filter(|_| defines.is_cooperative()) {
+        if let Some(cooperative) = gpu.cooperative().filter(|_| defines.is_cooperative() && checks()) {
             let measured = lanes::measured(gpu, &label, kernel, &raw, &layout)?;
             if measured != cooperative.lanes {
                 return Err(Error::Unsupported {

@@ -43,7 +43,7 @@ pub(super) fn settle(
     open: impl Fn(Wrap) -> Result<Gpu>,
 ) -> Result<Gpu> {
     let any = ability.cooperative.first().copied();
-    if ability.trusted || std::env::var("QLORA_CHECK").is_ok_and(|value| value == "0") {
+    if ability.trusted || !checks() {
         return open(settings(options, wanted.tier, any));
     }
     let device = format!("{}, {} {}, {}", device_name(info), info.driver, info.driver_info, env!("CARGO_PKG_VERSION"));
@@ -96,6 +96,11 @@ pub(super) fn settle(
         op: "comparing its results with the CPU's".into(),
         message: faults.join("; "),
     })
+}
+
+/// Whether devices are checked: `QLORA_CHECK` is not 0.
+pub(super) fn checks() -> bool {
+    !std::env::var("QLORA_CHECK").is_ok_and(|value| value == "0")
 }
 
 fn settings(options: &GpuOptions, tier: Tier, cooperative: Option<Cooperative>) -> Wrap {
