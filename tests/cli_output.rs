@@ -15,7 +15,9 @@ use tempfile::TempDir;
 
 fn qlora(line: &str) -> Command {
     let mut command = Command::new(assert_cmd::cargo::cargo_bin("qlora"));
-    for variable in ["QLORA_DEVICE", "QLORA_TIER", "QLORA_TUNE", "QLORA_LOG", "NO_COLOR", "CLICOLOR_FORCE"] {
+    for variable in
+        ["QLORA_DEVICE", "QLORA_TIER", "QLORA_TUNE", "QLORA_CHECK", "QLORA_LOG", "NO_COLOR", "CLICOLOR_FORCE"]
+    {
         command.env_remove(variable);
     }
     command.args(shlex::split(line).unwrap()).stdin(Stdio::null());
@@ -205,6 +207,7 @@ fn wrong_words_are_answered_with_right_ones() {
     assert!(text.contains("Did you mean gpu?") && text.contains("0 cpu") && text.contains("qlora devices"), "{text}");
     for (variable, value, wanted) in [
         ("QLORA_TUNE", "maybe", "QLORA_TUNE is maybe; it must be 0"),
+        ("QLORA_CHECK", "no", "QLORA_CHECK is no; it must be 0"),
         ("QLORA_TIER", "fast", "QLORA_TIER is fast; it must be one of software, plain"),
         ("QLORA_LOG", "qlora_wgpu=loud", "QLORA_LOG is qlora_wgpu=loud"),
         ("QLORA_DEVICE", "gpuu", "QLORA_DEVICE=\"gpuu\""),
