@@ -12,7 +12,7 @@ use qlora_wgpu::wgpu::{self, Features, hal, naga};
 
 use crate::variants::{Variant, number};
 
-/// What a driver says of a compiled variant.
+/// A compiled variant, as a driver describes it.
 pub struct Compiled {
     /// Threads a subgroup.
     pub subgroup: u32,
@@ -96,8 +96,8 @@ impl Driver {
         })
     }
 
-    /// Whether the device has what the variant is for: matrices of its edge, in subgroups of its
-    /// lanes.
+    /// Returns whether the device has the cooperative matrices that the variant multiplies, in
+    /// subgroups of its size.
     pub fn runs(&self, variant: &Variant) -> bool {
         let [least, most] = self.subgroup_sizes;
         let edge = number(&variant.label, "edge").is_none_or(|edge| self.cooperative_edges.contains(&edge));

@@ -9,11 +9,11 @@ use crate::listing::Listing;
 
 /// A GPU that mesa-drm-shim can feign.
 pub struct Gpu {
-    /// As the options and the table call it.
+    /// Its name in options and in the table.
     pub name: &'static str,
-    /// Of the shim: "amdgpu" is libamdgpu_noop_drm_shim.so.
+    /// The shim's name: "amdgpu" stands for libamdgpu_noop_drm_shim.so.
     shim: &'static str,
-    /// Of the driver: "radeon" is libvulkan_radeon.so.
+    /// The driver's name: "radeon" stands for libvulkan_radeon.so.
     driver: &'static str,
     /// Which GPU of the driver's it is.
     id: &'static str,

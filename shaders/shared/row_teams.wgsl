@@ -1,7 +1,6 @@
 // A team of threads for every row: a subgroup, `team` threads, or one thread on software drivers. The including shader's
 // `one_row(row, team, mine)` is called by all threads of a workgroup together; it stores only where `mine`.
-// Include after `Params`; how many rows there are is `all_rows`, by default `p.rows`.
-{% set all_rows = all_rows | default("p.rows") %}
+// Include after `Params`.
 {% include "groups.wgsl" %}
 {% include "reduce.wgsl" %}
 
@@ -37,7 +36,7 @@ fn main(
     for (var i = 0u; i < {{ group_rows }}u; i = i + teams) {
         // Teams past the last row work on it again and do not store.
         let wanted = group * {{ group_rows }}u + i + team_id;
-        let mine = i + team_id < {{ group_rows }}u && wanted < {{ all_rows }};
-        one_row(min(wanted, {{ all_rows }} - 1u), Team(lane, team_size, thread), mine);
+        let mine = i + team_id < {{ group_rows }}u && wanted < p.rows;
+        one_row(min(wanted, p.rows - 1u), Team(lane, team_size, thread), mine);
     }
 }

@@ -4,7 +4,7 @@
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_operands::{GpuCall, QmatmulParams};
-use super::qmatmul_tile::sides;
+use super::qmatmul_tile::with_side;
 use crate::device::{Buffer, Cooperative, Defines, Dispatch};
 use crate::error::Result;
 
@@ -47,14 +47,10 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
 
 /// `factor`: that of the rows of X ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer, cooperative: Cooperative) -> Result<()> {
-    let sides = sides(call.gpu, call.m, 8 * cooperative.lanes);
-    let (n, k) = (part.rows.len(), call.w.cols());
-    let rows = call.m.next_power_of_two();
-    let case = || format!("qmatmul_coop {} m={rows} n={n} k={k}", call.w.wide_defines().label());
     let form = Form { side: 0, quads: call.stores_quads(part), rank_quads: call.reads_rank_quads() };
     let run = |side: u32| {
         let operands = call.operands(part)?;
-        let column_groups = (n as u32).div_ceil(side);
+        let column_groups = (part.rows.len() as u32).div_ceil(side);
         let params = QmatmulParams { column_groups, ..call.params(part) };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
@@ -65,5 +61,5 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer, coopera
             flops_per_group: call.flops(side.into(), side.into()),
         })
     };
-    run(sides[call.gpu.tuned(case, sides.len(), |variant| run(sides[variant]))?])
+    with_side(call.gpu, &KERNEL, (call.m, call.w, part), 8 * cooperative.lanes, true, run)
 }

@@ -4,7 +4,7 @@
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
-use super::qmatmul_tile::sides;
+use super::qmatmul_tile::with_side;
 use crate::device::{Buffer, Cooperative, Defines, Dispatch};
 use crate::error::Result;
 
@@ -48,10 +48,7 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
 
 /// `factor`: that of the rows of dY ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, cooperative: Cooperative) -> Result<()> {
-    let sides = sides(call.gpu, call.m, 8 * cooperative.lanes);
-    let (m, n, k) = (call.m as u32, part.rows.len(), call.w.cols());
-    let rows = call.m.next_power_of_two();
-    let case = || format!("qmatmul_dx_coop {} m={rows} n={n} k={k}", call.w.wide_defines().label());
+    let (m, k) = (call.m as u32, call.w.cols() as u32);
     let form = Form {
         side: 0,
         quads: call.loads_quads(part),
@@ -60,7 +57,7 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, coope
     };
     let run = |side: u32| {
         let operands = call.operands(part)?;
-        let column_groups = (k as u32).div_ceil(side);
+        let column_groups = k.div_ceil(side);
         let params = QmatmulDxParams { column_groups, ..call.params(part) };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
@@ -72,6 +69,6 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, coope
         })
     };
     // A part that adds to dX would do so again.
-    let measured = if call.accumulates(part) { 1 } else { sides.len() };
-    run(sides[call.gpu.tuned(case, measured, |variant| run(sides[variant]))?])
+    let again = !call.accumulates(part);
+    with_side(call.gpu, &KERNEL, (call.m, call.w, part), 8 * cooperative.lanes, again, run)
 }

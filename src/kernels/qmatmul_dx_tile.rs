@@ -4,7 +4,7 @@
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
-use super::qmatmul_tile::{LARGE_THREADS, sides};
+use super::qmatmul_tile::{LARGE_THREADS, with_side};
 use crate::device::{Buffer, Defines, Dispatch};
 use crate::error::Result;
 
@@ -48,14 +48,10 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
 
 /// `factor`: that of the rows of dY, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
-    let sides = sides(call.gpu, call.m, LARGE_THREADS);
-    let (n, k) = (part.rows.len(), call.w.cols());
-    let rows = call.m.next_power_of_two();
-    let case = || format!("qmatmul_dx_tile {} m={rows} n={n} k={k}", call.w.wide_defines().label());
     let run = |side| dispatch_as(call, part, factor, side);
     // A part that adds to dX would do so again.
-    let measured = if call.accumulates(part) { 1 } else { sides.len() };
-    run(sides[call.gpu.tuned(case, measured, |variant| run(sides[variant]))?])
+    let again = !call.accumulates(part);
+    with_side(call.gpu, &KERNEL, (call.m, call.w, part), LARGE_THREADS, again, run)
 }
 
 fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {

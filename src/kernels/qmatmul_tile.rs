@@ -2,9 +2,10 @@
 //! (as f16 where the tier says so, with powers of two that keep their range), 8 x 8 values of Y an invocation.
 
 use super::kernel;
+use super::matrix::DeviceMatrix;
 use super::packing::Part;
 use super::qmatmul_operands::{GpuCall, QmatmulParams};
-use crate::device::{Buffer, Defines, Dispatch, Gpu};
+use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel};
 use crate::error::Result;
 
 kernel! {
@@ -21,11 +22,22 @@ const LARGE_BYTES: u32 = 32 << 10;
 /// Threads of the largest tile.
 pub(super) const LARGE_THREADS: u32 = 256;
 
-/// The sides of tiles that a device runs for so many rows, where the largest takes `threads`.
-pub(super) fn sides(gpu: &Gpu, rows: usize, threads: u32) -> &'static [u32] {
+/// Runs a product by tiles of the fastest side that the device has for `m` rows, where the largest tile takes `threads`. `again`:
+/// it may be run more than once, so that sides can be measured.
+pub(super) fn with_side(
+    gpu: &Gpu,
+    kernel: &Kernel,
+    (m, w, part): (usize, &DeviceMatrix, &Part),
+    threads: u32,
+    again: bool,
+    run: impl Fn(u32) -> Result<()>,
+) -> Result<()> {
     let limits = gpu.limits();
     let fits = limits.workgroup_bytes >= LARGE_BYTES && limits.workgroup_threads >= threads;
-    if fits && rows > SIDES[0] as usize { &SIDES } else { &SIDES[..1] }
+    let measured = if fits && again && m > SIDES[0] as usize { SIDES.len() } else { 1 };
+    let (rows, n, k) = (m.next_power_of_two(), part.rows.len(), w.cols());
+    let case = || format!("{} {} m={rows} n={n} k={k}", kernel.name, w.wide_defines().label());
+    run(SIDES[gpu.tuned(case, measured, |variant| run(SIDES[variant]))?])
 }
 
 /// What a variant's text depends on beside the matrix.
@@ -58,12 +70,8 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
 
 /// `factor`: that of the rows of X, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
-    let sides = sides(call.gpu, call.m, LARGE_THREADS);
-    let (n, k) = (part.rows.len(), call.w.cols());
-    let rows = call.m.next_power_of_two();
-    let case = || format!("qmatmul_tile {} m={rows} n={n} k={k}", call.w.wide_defines().label());
     let run = |side| dispatch_as(call, part, factor, side);
-    run(sides[call.gpu.tuned(case, sides.len(), |variant| run(sides[variant]))?])
+    with_side(call.gpu, &KERNEL, (call.m, call.w, part), LARGE_THREADS, true, run)
 }
 
 fn dispatch_as(call: &GpuCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {
