@@ -2,6 +2,7 @@
 // K and V [keys, Hkv * D], lse [M, H]. Online softmax: key after key, so that a query's result does not depend on where
 // its keys lie among the others'.
 // For software drivers; its floor is that of attention_tile.
+{% from "attention_heads.wgsl" import query_block %}
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
@@ -20,13 +21,7 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
-    let block = group / p.heads;
-    let head = group - block * p.heads;
-    let kv_head = head / (p.heads / p.kv_heads);
+{{ query_block() }}
     let part = thread / {{ rows }}u;
     let row = block * {{ rows }}u + thread % {{ rows }}u;
     let query = min(row, p.queries - 1u);

@@ -1,6 +1,7 @@
 // dK and dV of attention, [keys, Hkv * D]: a key over the queries that see it, of every head that shares it. With
 // P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV = P^T * dO, dK = scale * dS^T * Q.
 // For software drivers; its floor is that of attention_dkv_tile.
+{% from "attention_heads.wgsl" import key_block %}
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
@@ -18,13 +19,7 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
-    let block = group / p.kv_heads;
-    let kv_head = group - block * p.kv_heads;
-    let heads = p.heads / p.kv_heads;
+{{ key_block() }}
     let part = thread / {{ rows }}u;
     let row = block * {{ rows }}u + thread % {{ rows }}u;
     let key = min(row, p.keys - 1u);

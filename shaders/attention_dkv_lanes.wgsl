@@ -1,5 +1,6 @@
 // dK and dV of attention, [keys, Hkv * D], for software drivers: keys over the queries that see them, of every head that shares
 // them. With P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV = P^T * dO, dK = scale * dS^T * Q.
+{% from "attention_heads.wgsl" import key_block %}
 {% from "attention_lanes.wgsl" import dots, add_up, zeros, eight %}
 {% include "attention_params.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<f32>;
@@ -17,13 +18,7 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
-    let block = group / p.kv_heads;
-    let kv_head = group - block * p.kv_heads;
-    let heads = p.heads / p.kv_heads;
+{{ key_block() }}
 {% for r in range(rows) %}
     let key{{ r }} = min(block * {{ rows }}u + {{ r }}u, p.keys - 1u);
     let seen_by{{ r }} = query_ranges[key{{ r }}];

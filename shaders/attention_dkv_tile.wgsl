@@ -6,6 +6,7 @@
 // bandwidth; 8 * H * D FLOP a pair of a query and a key that it sees (M * keys pairs, half of them
 // in causal order) over the rate of f32.
 {{ "" }}
+{% from "attention_heads.wgsl" import key_block %}
 {% from "attention_tiles.wgsl" import across, quads, own_rows, other_rows, threads, staged_quads, begin, begins, product, stage_weights, gather, store, zeros, ranges, visible %}
 {# Of this thread's four queries. #}
 {% macro of_others(array, part) -%}
@@ -30,13 +31,7 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
-    let block = group / p.kv_heads;
-    let kv_head = group - block * p.kv_heads;
-    let heads = p.heads / p.kv_heads;
+{{ key_block() }}
     let base = block * {{ own_rows }}u;
 {{ begin() }}
 {{ ranges("query_ranges", "base", "p.keys") }}

@@ -1,6 +1,7 @@
 // dQ of attention, [M, H * D]: a query over the keys that it sees. With P = exp(scale * Q * K^T - lse) and
 // dS = P * (dO * V^T - delta): dQ = scale * dS * K.
 // For software drivers; its floor is that of attention_dq_tile.
+{% from "attention_heads.wgsl" import query_block %}
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
@@ -17,13 +18,7 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
-    let block = group / p.heads;
-    let head = group - block * p.heads;
-    let kv_head = head / (p.heads / p.kv_heads);
+{{ query_block() }}
     let part = thread / {{ rows }}u;
     let row = block * {{ rows }}u + thread % {{ rows }}u;
     let query = min(row, p.queries - 1u);

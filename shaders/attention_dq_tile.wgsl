@@ -5,6 +5,7 @@
 // bandwidth; 6 * H * D FLOP a pair of a query and a key that it sees (M * keys pairs, half of them
 // in causal order) over the rate of f32.
 {{ "" }}
+{% from "attention_heads.wgsl" import query_block %}
 {% from "attention_tiles.wgsl" import across, quads, own_rows, other_rows, threads, staged_quads, begin, begins, product, stage_weights, gather, store, zeros, ranges, visible %}
 {% include "attention_params.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
@@ -24,13 +25,7 @@ fn main(
     @builtin(num_workgroups) count: vec3<u32>,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
-    let block = group / p.heads;
-    let head = group - block * p.heads;
-    let kv_head = head / (p.heads / p.kv_heads);
+{{ query_block() }}
     let base = block * {{ own_rows }}u;
 {{ begin() }}
 {{ ranges("key_ranges", "base", "p.queries") }}

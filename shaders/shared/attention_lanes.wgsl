@@ -2,16 +2,11 @@
    of one head; it goes over the other side eight at a time. Scores have a lane for each of the eight; what is added up from
    them has a lane for each of eight values of a head. What all lanes need, each loads an eighth of, and broadcasts hand it
    round: these drivers load lane by lane. #}
+{% from "attention_heads.wgsl" import query_block %}
 
 {# The workgroup's queries, their head, and the keys that they see; ends the workgroups past the last. #}
 {% macro begin_queries() %}
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
-    let block = group / p.heads;
-    let head = group - block * p.heads;
-    let kv_head = head / (p.heads / p.kv_heads);
+{{ query_block() }}
 {% for r in range(rows) %}
     let query{{ r }} = min(block * {{ rows }}u + {{ r }}u, p.queries - 1u);
     let seen{{ r }} = key_ranges[query{{ r }}];

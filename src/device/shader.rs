@@ -127,6 +127,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     for (name, source) in shared![
         "attention_coop.wgsl",
+        "attention_heads.wgsl",
         "attention_lanes.wgsl",
         "attention_params.wgsl",
         "attention_rows.wgsl",
