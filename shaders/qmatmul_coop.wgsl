@@ -8,18 +8,9 @@ enable wgpu_cooperative_matrix;
 //
 // The adapter's part is f32: it is small beside the rest, and may be much smaller or larger in value.
 {{ "" }}
-{% from "coop.wgsl" import depth, enter, begin_tile, accumulators, multiply, sums_memory, finish_tile, sums4 %}
-{# Rows of a tile are padded by 8 values, which spreads the banks. #}
-{% set stride = depth + 8 %}
-{% set threads = side // 16 * lanes %}
-{# Quads of X that a thread stages, one row in so many. #}
-{% set x_step = threads // 8 %}
-{% set x_each = side // x_step %}
-{# Words of W that a thread stages: whole chunks of four words, or a part of one. #}
-{% set words_each = side * 4 // threads %}
-{% set sharing = [4 // words_each, 1] | max %}
-{% set chunks_each = [words_each // 4, 1] | max %}
-{% set chunk_words = [words_each, 4] | min %}
+{% set natural = false %}
+{% from "coop.wgsl" import depth, enter %}
+{% from "coop_tiles.wgsl" import threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, multiply, finish_all, quads_wide, row_step, rows_each, four %}
 
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row
@@ -30,11 +21,7 @@ enable wgpu_cooperative_matrix;
 {% set operand = "x" %}
 {% include "rows.wgsl" %}
 
-// [row][k]
-var<workgroup> x_tile: array<f16, {{ side * stride }}>;
-var<workgroup> w_tile: array<f16, {{ side * stride }}>;
-{{ sums_memory(side) }}
-
+{{ memory() }}
 @compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -46,20 +33,18 @@ fn main(
 ) {
 {{ enter("y", "vec4<f32>" if quads else "f32") }}
     fill_codebook(thread);
-{{ begin_tile(side) }}
-    let x_begin = piece_row * {{ stride }}u;
-    let w_begin = piece_column * {{ stride }}u;
-{{ accumulators(edge, side // 2, 32) }}
+{{ begin() }}
 
     // What this thread stages. Rows past the end repeat the last one.
     let quads = (p.k + 3u) >> 2u;
     let words = (p.k + 7u) >> 3u;
-    let x_quad = thread % 8u;
-    let x_local = thread / 8u;
-{% for i in range(x_each) %}
-    let row{{ i }} = p.row + min(row_base + x_local + {{ x_step * i }}u, p.rows - 1u);
+    let x_oct = thread % {{ octs }}u;
+    let x_local = thread / {{ octs }}u;
+{% for i in range(left_each) %}
+    let row{{ i }} = p.row + min(row_base + x_local + {{ left_step * i }}u, p.rows - 1u);
     let factor{{ i }} = row_factor[row{{ i }}];
-    var own{{ i }}: vec4<f32>;
+    var lo{{ i }}: vec4<f32>;
+    var hi{{ i }}: vec4<f32>;
 {% endfor %}
     let w_local = thread / {{ sharing }}u;
     let w_part = thread % {{ sharing }}u * {{ chunk_words }}u;
@@ -73,8 +58,10 @@ fn main(
 {% endfor %}
 {# Loads what is staged from quad `start` on. Past K the last values come again, of which X's count as zero. #}
 {% macro fetch(start) %}
-{% for i in range(x_each) %}
-        own{{ i }} = x4(row{{ i }}, min({{ start }} + x_quad, quads - 1u));
+        let x_quad = {{ start }} + 2u * x_oct;
+{% for i in range(left_each) %}
+        lo{{ i }} = x4(row{{ i }}, min(x_quad, quads - 1u));
+        hi{{ i }} = x4(row{{ i }}, min(x_quad + 1u, quads - 1u));
 {% endfor %}
 {% if chunked %}
         let chunk = min({{ start }} >> 3u, (words - 1u) >> 2u);
@@ -94,19 +81,22 @@ fn main(
 
     for (var start = 0u; start < quads; start = start + {{ depth // 4 }}u) {
         workgroupBarrier();
-{% for i in range(x_each) %}
+{% for i in range(left_each) %}
         {
+{% if chunked %}
             // Chunks of W fill whole stages.
-            let values = {{ "own" ~ i ~ " * factor" ~ i if chunked else "select(vec4<f32>(0.0), own" ~ i ~ " * factor" ~ i ~ ", start + x_quad < quads)" }};
-            let at = (x_local + {{ x_step * i }}u) * {{ stride }}u + 4u * x_quad;
-{% for e in range(4) %}
-            x_tile[at + {{ e }}u] = f16(values.{{ "xyzw"[e] }});
-{% endfor %}
+            let lo = lo{{ i }} * factor{{ i }};
+            let hi = hi{{ i }} * factor{{ i }};
+{% else %}
+            let quad = start + 2u * x_oct;
+            let lo = select(vec4<f32>(0.0), lo{{ i }} * factor{{ i }}, quad < quads);
+            let hi = select(vec4<f32>(0.0), hi{{ i }} * factor{{ i }}, quad + 1u < quads);
+{% endif %}
+{{ stage("left", "x_local + " ~ left_step * i ~ "u", "x_oct", "lo", "hi") }}
         }
 {% endfor %}
 {% for i in range(chunks_each) %}
         {
-            let to = (w_local + {{ threads // sharing * i }}u) * {{ stride }}u + 8u * w_part;
 {% if chunked and chunk_words == 2 %}
             let pair = select(codes{{ i }}.xy, codes{{ i }}.zw, w_part != 0u);
 {% elif chunked and chunk_words == 1 %}
@@ -129,9 +119,7 @@ fn main(
                 let lo = decode_low(word) * scale{{ i }}{{ " + low" ~ i if mins != "none" }};
                 let hi = decode_high(word) * scale{{ i }}{{ " + low" ~ i if mins != "none" }};
 {% endif %}
-{% for e in range(8) %}
-                w_tile[to + {{ 8 * j + e }}u] = f16({{ "lo" if e < 4 else "hi" }}.{{ "xyzw"[e % 4] }});
-{% endfor %}
+{{ stage("right", "w_local + " ~ threads // sharing * i ~ "u", "w_part + " ~ j ~ "u", "lo", "hi") }}
             }
 {% endfor %}
         }
@@ -141,56 +129,64 @@ fn main(
             let next = start + {{ depth // 4 }}u;
 {{ fetch("next") }}
         }
-{{ multiply(edge, side // 2, 32,
-    {"name": "x_tile", "begin": "x_begin", "stride": stride, "along": true},
-    {"name": "w_tile", "begin": "w_begin", "stride": stride, "along": true}) }}
+{{ multiply() }}
     }
 
-{{ finish_tile(edge, side) }}
+{{ finish_all() }}
 }
 
-// Stores 16 x 16 results, four of a row a thread.
+// Stores 16 rows of a subgroup's results, four of a row a thread at a time.
 fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
-    for (var turn = 0u; turn < {{ 64 // lanes }}u; turn = turn + 1u) {
-        let i = lane + turn * {{ lanes }}u;
-        let n = column_first + i % 4u * 4u;
-        let local = row_first + i / 4u;
-        let row = p.row + min(local, p.rows - 1u);
-{% for j in range(4) %}
-        let n{{ j }} = p.column + min(n + {{ j }}u, p.n - 1u);
+    let first_row = lane / {{ quads_wide }}u;
+{% for i in range(rows_each) %}
+    let local{{ i }} = row_first + first_row + {{ row_step * i }}u;
+    let row{{ i }} = p.row + min(local{{ i }}, p.rows - 1u);
 {% endfor %}
-{{ sums4("i / 4u", "i % 4u * 4u") }}
-        var up = vec4<f32>(0.0);
-{% if rank_quads %}
-        let ranks = p.rank >> 2u;
-        for (var j = 0u; j < ranks; j = j + 1u) {
-            let left = h[row * ranks + j];
+    let quad = lane % {{ quads_wide }}u;
+    let n = column_first + 4u * quad;
 {% for c in range(4) %}
-            let right{{ c }} = b[n{{ c }} * ranks + j];
+    let n{{ c }} = p.column + min(n + {{ c }}u, p.n - 1u);
 {% endfor %}
+{% for i in range(rows_each) %}
+    var up{{ i }} = vec4<f32>(0.0);
+{% endfor %}
+{% if rank_quads %}
+    let ranks = p.rank >> 2u;
+    for (var j = 0u; j < ranks; j = j + 1u) {
+{% for c in range(4) %}
+        let right{{ c }} = b[n{{ c }} * ranks + j];
+{% endfor %}
+{% for i in range(rows_each) %}
+        let left{{ i }} = h[row{{ i }} * ranks + j];
 {% for e in "xyzw" %}
-            up = up + left.{{ e }} * vec4<f32>(right0.{{ e }}, right1.{{ e }}, right2.{{ e }}, right3.{{ e }});
+        up{{ i }} = up{{ i }} + left{{ i }}.{{ e }} * vec4<f32>(right0.{{ e }}, right1.{{ e }}, right2.{{ e }}, right3.{{ e }});
 {% endfor %}
-        }
+{% endfor %}
+    }
 {% else %}
-        for (var j = 0u; j < p.rank; j = j + 1u) {
-            let right = vec4<f32>(b[n0 * p.rank + j], b[n1 * p.rank + j], b[n2 * p.rank + j], b[n3 * p.rank + j]);
-            up = up + h[row * p.rank + j] * right;
-        }
+    for (var j = 0u; j < p.rank; j = j + 1u) {
+        let right = vec4<f32>(b[n0 * p.rank + j], b[n1 * p.rank + j], b[n2 * p.rank + j], b[n3 * p.rank + j]);
+{% for i in range(rows_each) %}
+        up{{ i }} = up{{ i }} + h[row{{ i }} * p.rank + j] * right;
+{% endfor %}
+    }
 {% endif %}
-        var value = sum * (1.0 / row_factor[row] / p.m.factor) + p.lora_scale * up;
-        if (p.has_bias != 0u) {
-            value = value + vec4<f32>(bias[n0], bias[n1], bias[n2], bias[n3]);
-        }
-        let to = row * p.y_stride + p.column + n;
-        if (local < p.rows) {
+    var offset = vec4<f32>(0.0);
+    if (p.has_bias != 0u) {
+        offset = vec4<f32>(bias[n0], bias[n1], bias[n2], bias[n3]);
+    }
+{% for i in range(rows_each) %}
+    if (local{{ i }} < p.rows) {
+        let sum = {{ four("first_row + " ~ row_step * i ~ "u", "quad") }};
+        let value = sum * (1.0 / row_factor[row{{ i }}] / p.m.factor) + p.lora_scale * up{{ i }} + offset;
+        let to = row{{ i }} * p.y_stride + p.column + n;
 {% if quads %}
-            if (n < p.n) { y[to >> 2u] = value; }
+        if (n < p.n) { y[to >> 2u] = value; }
 {% else %}
 {% for e in range(4) %}
-            if (n + {{ e }}u < p.n) { y[to + {{ e }}u] = value.{{ "xyzw"[e] }}; }
+        if (n + {{ e }}u < p.n) { y[to + {{ e }}u] = value.{{ "xyzw"[e] }}; }
 {% endfor %}
 {% endif %}
-        }
     }
+{% endfor %}
 }

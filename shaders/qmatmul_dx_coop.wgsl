@@ -8,19 +8,10 @@ enable wgpu_cooperative_matrix;
 //
 // The adapter's part is f32, as in the forward.
 {{ "" }}
-{% from "coop.wgsl" import depth, enter, begin_tile, accumulators, multiply, sums_memory, finish_tile, sums4 %}
-{# Rows of a tile are padded by 8 values, which spreads the banks. #}
-{% set stride = depth + 8 %}
-{% set threads = side // 16 * lanes %}
-{# Quads of dY that a thread stages, one row in so many. #}
-{% set dy_step = threads // 8 %}
-{% set dy_each = side // dy_step %}
-{# A thread stages quads of two neighbouring rows of W, so that what it stores are pairs: one quad, or whole words. #}
-{% set pairs = depth // 2 %}
-{% set quads_each = pairs * side // 4 // threads %}
-{% set words_each = quads_each // 2 %}
-{# Scales of chunks of 32, where they are staged by themselves. #}
-{% set scales_staged = depth * side // 32 %}
+{% from "coop.wgsl" import depth, enter %}
+{% from "coop_tiles.wgsl" import threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, multiply, finish_all, quads_wide, row_step, rows_each, four %}
+{# Chunks of 32 columns, or words of eight, of a row of W, that a thread stages of one row in so many. #}
+{% set units = threads // sharing %}
 
 {% include "qmatmul_dx.wgsl" %}
 @group(0) @binding(4) var<storage, read> row_factor: array<f32>; // of dY, a power of two a row
@@ -31,17 +22,7 @@ enable wgpu_cooperative_matrix;
 {% set operand = "a" %}
 {% include "rows.wgsl" %}
 
-var<workgroup> dy_tile: array<f16, {{ side * stride }}>; // [row][n]
-var<workgroup> w_tile: array<f16, {{ side * stride }}>;  // [k][n]
-{{ sums_memory(side) }}
-{% if chunked %}
-// Of this stage and of the next, times `m.factor`: [n][chunk].
-var<workgroup> scale_tile: array<f32, {{ 2 * scales_staged }}>;
-{% if mins != "none" %}
-var<workgroup> min_tile: array<f32, {{ 2 * scales_staged }}>;
-{% endif %}
-{% endif %}
-
+{{ memory() }}
 @compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -53,149 +34,142 @@ fn main(
 ) {
 {{ enter("dx", "f32" if ragged else "vec4<f32>") }}
     fill_codebook(thread);
-{{ begin_tile(side) }}
-    let dy_begin = piece_row * {{ stride }}u;
-    let w_begin = piece_column * {{ stride }}u;
-{{ accumulators(edge, side // 2, 32) }}
+{{ begin() }}
 
     // What this thread stages. Rows and columns past the end repeat the last ones.
-    let dy_quad = thread % 8u;
-    let dy_local = thread / 8u;
-{% for i in range(dy_each) %}
-    let row{{ i }} = p.row + min(row_base + dy_local + {{ dy_step * i }}u, p.rows - 1u);
+    let dy_oct = thread % {{ octs }}u;
+    let dy_local = thread / {{ octs }}u;
+{% for i in range(left_each) %}
+    let row{{ i }} = p.row + min(row_base + dy_local + {{ left_step * i }}u, p.rows - 1u);
     let factor{{ i }} = row_factor[row{{ i }}];
-    var own{{ i }}: vec4<f32>;
+    var lo{{ i }}: vec4<f32>;
+    var hi{{ i }}: vec4<f32>;
 {% endfor %}
-    // Neighbours stage neighbouring pairs, whose stores fall into different banks.
-    let pair = 2u * (thread % {{ pairs }}u);
-    let w_quad = thread / {{ pairs }}u{{ " * " ~ quads_each ~ "u" if quads_each > 1 }};
-{% for i in range([words_each, 1] | max) %}
-    let word{{ i }} = min((column_base / 4u + w_quad) / 2u + {{ i }}u, p.words - 1u);
+    let w_part = thread % {{ sharing }}u * {{ chunk_words }}u;
+{% for i in range(chunks_each) %}
+    // Neighbours have two chunks of a few rows, whose stores fall into different banks.
+    let unit{{ i }} = thread / {{ sharing }}u + {{ units * i }}u;
+    let w_local{{ i }} = unit{{ i }} / 2u % {{ depth }}u;
+    let w_chunk{{ i }} = unit{{ i }} % 2u + unit{{ i }} / {{ 2 * depth }}u * 2u;
 {% if chunked %}
-    var first{{ i }}: u32;
-    var second{{ i }}: u32;
+    var codes{{ i }}: vec4<u32>;
+    var scale{{ i }}: f32;
+    var low{{ i }}: f32;
 {% endif %}
 {% endfor %}
-{# Loads what is staged from row `start` of W on. Past N the last values come again, of which dY's count as zero. #}
+{# Loads what is staged from row `start` of W on. Past N the last row comes again, of which dY's values count as zero. #}
 {% macro fetch(start) %}
-{% for i in range(dy_each) %}
-        own{{ i }} = dy4(row{{ i }}, {{ start }} + 4u * dy_quad);
+{% for i in range(left_each) %}
+        lo{{ i }} = dy4(row{{ i }}, {{ start }} + 8u * dy_oct);
+        hi{{ i }} = dy4(row{{ i }}, {{ start }} + 8u * dy_oct + 4u);
 {% endfor %}
 {% if chunked %}
-        let n0 = min({{ start }} + pair, p.n - 1u) * p.m.row_words;
-        let n1 = min({{ start }} + pair + 1u, p.n - 1u) * p.m.row_words;
-{% for i in range([words_each, 1] | max) %}
-        first{{ i }} = w[n0 + word{{ i }}];
-        second{{ i }} = w[n1 + word{{ i }}];
-{% endfor %}
-{% endif %}
-{% endmacro %}
-{# Stages the scales from row `start` of W on, in the half of their memory that `half` says. #}
-{% macro stage_scales(start, half) %}
-{% if chunked %}
-        for (var i = thread; i < {{ scales_staged }}u; i = i + {{ threads }}u) {
-            let n = min({{ start }} + i / {{ side // 32 }}u, p.n - 1u);
-            let chunk = min(column_base / 32u + i % {{ side // 32 }}u, (p.words - 1u) >> 2u);
-            let block = block_of(n, 32u * chunk);
-            scale_tile[{{ half }} + i] = scale_of(block) * p.m.factor;
+{% for i in range(chunks_each) %}
+        let n{{ i }} = min({{ start }} + w_local{{ i }}, p.n - 1u);
+        let chunk{{ i }} = min(column_base / 32u + w_chunk{{ i }}, (p.words - 1u) >> 2u);
+        codes{{ i }} = codes_of(n{{ i }}, chunk{{ i }});
+        let block{{ i }} = block_of(n{{ i }}, 32u * chunk{{ i }});
+        scale{{ i }} = scale_of(block{{ i }}) * p.m.factor;
 {% if mins != "none" %}
-            min_tile[{{ half }} + i] = min_of(block) * p.m.factor;
+        low{{ i }} = min_of(block{{ i }}) * p.m.factor;
 {% endif %}
-        }
+{% endfor %}
 {% endif %}
 {% endmacro %}
     {
 {{ fetch("0u") }}
-{{ stage_scales("0u", "0u") }}
     }
 
-    var half = 0u;
     for (var start = 0u; start < p.n; start = start + {{ depth }}u) {
         workgroupBarrier();
-{% for i in range(dy_each) %}
+{% for i in range(left_each) %}
         {
-            let values = own{{ i }} * factor{{ i }};
-            let at = (dy_local + {{ dy_step * i }}u) * {{ stride }}u + 4u * dy_quad;
-{% for e in range(4) %}
-            dy_tile[at + {{ e }}u] = f16(values.{{ "xyzw"[e] }});
-{% endfor %}
+            let lo = lo{{ i }} * factor{{ i }};
+            let hi = hi{{ i }} * factor{{ i }};
+{{ stage("left", "dy_local + " ~ left_step * i ~ "u", "dy_oct", "lo", "hi") }}
         }
 {% endfor %}
-{% for i in range([words_each, 1] | max) %}
+{% for i in range(chunks_each) %}
         {
-            let to = 4u * (w_quad + {{ 2 * i }}u) * {{ stride }}u + pair;
-{% if chunked %}
-            let scales = half + pair * {{ side // 32 }}u + (w_quad + {{ 2 * i }}u) / 8u;
-{% for which, name in [(0, "first"), (1, "second")] %}
-            let scale{{ which }} = scale_tile[scales + {{ which * side // 32 }}u];
-{% if mins != "none" %}
-            let low{{ which }} = min_tile[scales + {{ which * side // 32 }}u];
+{% if chunked and chunk_words == 2 %}
+            let pair = select(codes{{ i }}.xy, codes{{ i }}.zw, w_part != 0u);
+{% elif chunked and chunk_words == 1 %}
+            let pair = select(codes{{ i }}.xz, codes{{ i }}.yw, (w_part & 1u) != 0u);
 {% endif %}
-{% if words_each == 0 %}
-            let {{ name }}_0 = decode_low({{ name }}{{ i }} >> (16u * (w_quad & 1u))) * scale{{ which }}{{ " + low" ~ which if mins != "none" }};
+{% for j in range(chunk_words) %}
+            {
+{% if not chunked %}
+                let n = min(start + w_local{{ i }}, p.n - 1u);
+                let weights = weights8(n, min(column_base / 8u + 4u * w_chunk{{ i }} + w_part + {{ j }}u, p.words - 1u));
+                let lo = weights.lo * p.m.factor;
+                let hi = weights.hi * p.m.factor;
 {% else %}
-            let {{ name }}_0 = decode_low({{ name }}{{ i }}) * scale{{ which }}{{ " + low" ~ which if mins != "none" }};
-            let {{ name }}_1 = decode_high({{ name }}{{ i }}) * scale{{ which }}{{ " + low" ~ which if mins != "none" }};
-{% endif %}
-{% endfor %}
+{% if chunk_words == 4 %}
+                let word = codes{{ i }}.{{ "xyzw"[j] }};
+{% elif chunk_words == 2 %}
+                let word = pair.{{ "xy"[j] }};
 {% else %}
-{% for which, name in [(0, "first"), (1, "second")] %}
-            let n{{ which }} = min(start + pair + {{ which }}u, p.n - 1u);
-{% if words_each == 0 %}
-            let {{ name }}_0 = weights4(n{{ which }}, min(column_base / 4u + w_quad, 2u * p.words - 1u)) * p.m.factor;
-{% else %}
-            let {{ name }} = weights8(n{{ which }}, word{{ i }});
-            let {{ name }}_0 = {{ name }}.lo * p.m.factor;
-            let {{ name }}_1 = {{ name }}.hi * p.m.factor;
+                let word = select(pair.x, pair.y, w_part > 1u);
 {% endif %}
-{% endfor %}
+                let lo = decode_low(word) * scale{{ i }}{{ " + low" ~ i if mins != "none" }};
+                let hi = decode_high(word) * scale{{ i }}{{ " + low" ~ i if mins != "none" }};
 {% endif %}
-{% for e in range(4 if words_each == 0 else 8) %}
-            w_tile[to + {{ e * stride }}u] = f16(first_{{ e // 4 }}.{{ "xyzw"[e % 4] }});
-            w_tile[to + {{ e * stride + 1 }}u] = f16(second_{{ e // 4 }}.{{ "xyzw"[e % 4] }});
+{{ stage("right", "w_local" ~ i, "4u * w_chunk" ~ i ~ " + w_part + " ~ j ~ "u", "lo", "hi") }}
+            }
 {% endfor %}
         }
 {% endfor %}
         workgroupBarrier();
         {
             let next = start + {{ depth }}u;
-            half = {{ scales_staged }}u - half;
 {{ fetch("next") }}
-{{ stage_scales("next", "half") }}
         }
-{{ multiply(edge, side // 2, 32,
-    {"name": "dy_tile", "begin": "dy_begin", "stride": stride, "along": true},
-    {"name": "w_tile", "begin": "w_begin", "stride": stride, "along": true}) }}
+{{ multiply() }}
     }
 
-{{ finish_tile(edge, side) }}
+{{ finish_all() }}
 }
 
-// Stores 16 x 16 results, four of a row a thread.
+// Stores 16 rows of a subgroup's results, four of a row a thread at a time.
 fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
-    for (var turn = 0u; turn < {{ 64 // lanes }}u; turn = turn + 1u) {
-        let i = lane + turn * {{ lanes }}u;
-        let q = column_first / 4u + i % 4u;
-        let local = row_first + i / 4u;
-        let row = p.row + min(local, p.rows - 1u);
-        if (local < p.rows && 4u * q < p.k) {
-            var down = vec4<f32>(0.0);
-{% if rank_quads %}
-            for (var j = 0u; j < p.rank; j = j + 4u) {
-                let left = g[(row * p.rank + j) >> 2u];
-{% for e in range(4) %}
-                down = down + left.{{ "xyzw"[e] }} * a4(j + {{ e }}u, q);
+    let first_row = lane / {{ quads_wide }}u;
+{% for i in range(rows_each) %}
+    let local{{ i }} = row_first + first_row + {{ row_step * i }}u;
+    let row{{ i }} = p.row + min(local{{ i }}, p.rows - 1u);
 {% endfor %}
-            }
-{% else %}
-            for (var j = 0u; j < p.rank; j = j + 1u) {
-                down = down + g[row * p.rank + j] * a4(j, q);
-            }
-{% endif %}
-{{ sums4("i / 4u", "i % 4u * 4u") }}
-            var value = sum * (1.0 / row_factor[row] / p.m.factor) + down{{ " * dropout_factor4(row, 4u * q)" if dropout }};
-            if (p.accumulate != 0u) { value = value + load4(row, q); }
-            store4(row, q, value);
-        }
+    let quad = lane % {{ quads_wide }}u;
+    let q = column_first / 4u + quad;
+    // Columns past the end are not stored, and read as the last ones.
+    let near = min(q, (p.k - 1u) >> 2u);
+{% for i in range(rows_each) %}
+    var down{{ i }} = vec4<f32>(0.0);
+{% endfor %}
+{% if rank_quads %}
+    for (var j = 0u; j < p.rank; j = j + 4u) {
+{% for e in range(4) %}
+        let right{{ e }} = a4(j + {{ e }}u, near);
+{% endfor %}
+{% for i in range(rows_each) %}
+        let left{{ i }} = g[(row{{ i }} * p.rank + j) >> 2u];
+{% for e in range(4) %}
+        down{{ i }} = down{{ i }} + left{{ i }}.{{ "xyzw"[e] }} * right{{ e }};
+{% endfor %}
+{% endfor %}
     }
+{% else %}
+    for (var j = 0u; j < p.rank; j = j + 1u) {
+        let right = a4(j, near);
+{% for i in range(rows_each) %}
+        down{{ i }} = down{{ i }} + g[row{{ i }} * p.rank + j] * right;
+{% endfor %}
+    }
+{% endif %}
+{% for i in range(rows_each) %}
+    if (local{{ i }} < p.rows && 4u * q < p.k) {
+        let sum = {{ four("first_row + " ~ row_step * i ~ "u", "quad") }};
+        var value = sum * (1.0 / row_factor[row{{ i }}] / p.m.factor) + down{{ i }}{{ " * dropout_factor4(row" ~ i ~ ", 4u * q)" if dropout }};
+        if (p.accumulate != 0u) { value = value + load4(row{{ i }}, q); }
+        store4(row{{ i }}, q, value);
+    }
+{% endfor %}
 }

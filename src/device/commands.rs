@@ -13,11 +13,17 @@ use crate::error::Result;
 
 /// The most dispatches in one submission: those of a token of a model with a hundred layers.
 pub(super) const BATCH: usize = 2048;
-/// The most floating-point operations of a submission with several dispatches: those of a token of 15 billion parameters.
-/// Longer work begins before all of it is recorded.
+/// The most floating-point operations of a submission with several dispatches, on a device of unknown speed: those of a token
+/// of 15 billion parameters. Longer work begins before all of it is recorded.
 const BATCH_FLOPS: u64 = 32_000_000_000;
-/// The most floating-point operations of one dispatch: about 0.2 s at 100 GFLOP/s, so that no desktop watchdog ends it.
+/// On a device whose speed is known: what it does in 5 ms, if that is more.
+const BATCHES_PER_SECOND: u64 = 200;
+/// The most floating-point operations of one dispatch on a device of unknown speed: about 0.2 s at 100 GFLOP/s, so that no
+/// desktop watchdog ends it.
 const MAX_FLOPS: u64 = 20_000_000_000;
+/// On a device whose speed is known: what it does in a tenth of a second, if that is more. A fast device would have too little to
+/// do with less.
+const DISPATCHES_PER_SECOND: u64 = 10;
 /// The same for software drivers, which run at a tenth of that; nothing watches them, but others want the cores.
 const MAX_FLOPS_SOFTWARE: u64 = 4_000_000_000;
 
@@ -30,6 +36,8 @@ pub(super) struct Recorder {
     dispatches: usize,
     /// Of the dispatches.
     flops: u64,
+    /// Of all dispatches there have been.
+    total_flops: u64,
     /// How many there have been.
     submissions: u64,
     /// Parameters of the batch where there are no immediates: one slot of `uniform_alignment` bytes a dispatch.
@@ -68,7 +76,13 @@ impl Gpu {
         }
         let bind_group = pipeline.bind_group(self, call.buffers, recorder.uniform_buffer.as_ref())?;
 
-        let max_flops = if self.tier() == Tier::Software { MAX_FLOPS_SOFTWARE } else { MAX_FLOPS };
+        let speed = self.tuner().speed();
+        let max_flops = if self.tier() == Tier::Software {
+            MAX_FLOPS_SOFTWARE
+        } else {
+            MAX_FLOPS.max(speed / DISPATCHES_PER_SECOND)
+        };
+        let batch_flops = BATCH_FLOPS.max(speed / BATCHES_PER_SECOND);
         let part = (max_flops / call.flops_per_group.max(1)).clamp(1, u64::from(u32::MAX));
         let mut params = [0; MAX_PARAMS_BYTES as usize];
         let params = &mut params[..call.params.len()];
@@ -79,7 +93,7 @@ impl Gpu {
             params[..4].copy_from_slice(&(first as u32).to_ne_bytes());
             params[4..8].copy_from_slice(&(end as u32).to_ne_bytes());
             let flops = (end - first) * call.flops_per_group;
-            let full = recorder.dispatches >= BATCH || recorder.flops + flops > BATCH_FLOPS;
+            let full = recorder.dispatches >= BATCH || recorder.flops + flops > batch_flops;
             if full && recorder.dispatches > 0 {
                 self.submit(recorder)?;
             }
@@ -97,6 +111,7 @@ impl Gpu {
             pass.dispatch_workgroups(x, y, 1);
             recorder.dispatches += 1;
             recorder.flops += flops;
+            recorder.total_flops += flops;
             first = end;
         }
         Ok(())
@@ -110,6 +125,11 @@ impl Gpu {
     /// How often recorded work has been submitted.
     pub fn submissions(&self) -> u64 {
         self.recorder().lock().unwrap_or_else(PoisonError::into_inner).submissions
+    }
+
+    /// Floating-point operations of all dispatches there have been.
+    pub(super) fn recorded_flops(&self) -> u64 {
+        self.recorder().lock().unwrap_or_else(PoisonError::into_inner).total_flops
     }
 
     /// Submits what has been recorded and waits until the device has done it.

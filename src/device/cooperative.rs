@@ -12,16 +12,22 @@ pub(crate) struct Cooperative {
     pub edge: u32,
     /// Invocations a subgroup.
     pub lanes: u32,
+    /// Matrices can be loaded from arrays of vectors, which are stored eight bytes at a time.
+    pub vectors: bool,
 }
 
 impl Cooperative {
     /// One of each size, with subgroups as drivers have them with it: for the registry test.
-    pub(crate) const ALL: [Cooperative; 3] =
-        [Cooperative { edge: 8, lanes: 8 }, Cooperative { edge: 16, lanes: 32 }, Cooperative { edge: 16, lanes: 64 }];
+    pub(crate) const ALL: [Cooperative; 4] = [
+        Cooperative { edge: 8, lanes: 8, vectors: true },
+        Cooperative { edge: 8, lanes: 32, vectors: false },
+        Cooperative { edge: 16, lanes: 32, vectors: true },
+        Cooperative { edge: 16, lanes: 64, vectors: true },
+    ];
 
     /// Adds the text constants of `shaders/shared/coop.wgsl`.
     pub(crate) fn defines(self, defines: Defines) -> Defines {
-        defines.with("edge", self.edge).with("lanes", self.lanes)
+        defines.with("edge", self.edge).with("lanes", self.lanes).with("vectors", self.vectors)
     }
 
     /// Square matrices of f16 whose products add up in f32, the larger ones first, by subgroups of each size that the adapter may
@@ -30,13 +36,15 @@ impl Cooperative {
         let info = adapter.get_info();
         let sizes = [info.subgroup_min_size, info.subgroup_max_size];
         let threads = adapter.limits().max_compute_invocations_per_workgroup;
-        Cooperative::among(&adapter.cooperative_matrix_properties(), sizes, threads)
+        let vectors = info.backend == wgpu::Backend::Vulkan;
+        Cooperative::among(&adapter.cooperative_matrix_properties(), sizes, threads, vectors)
     }
 
     fn among(
         shapes: &[wgpu::CooperativeMatrixProperties],
         [min_lanes, max_lanes]: [u32; 2],
         max_threads: u32,
+        vectors: bool,
     ) -> Vec<Cooperative> {
         let has = |edge: &u32| {
             shapes.iter().any(|shape| {
@@ -47,7 +55,7 @@ impl Cooperative {
         let fits = |lanes: &u32| (min_lanes..=max_lanes).contains(lanes) && SUBGROUPS * lanes <= max_threads;
         let edge = [16, 8].into_iter().find(has);
         edge.into_iter()
-            .flat_map(|edge| LANES.into_iter().filter(fits).map(move |lanes| Cooperative { edge, lanes }))
+            .flat_map(|edge| LANES.into_iter().filter(fits).map(move |lanes| Cooperative { edge, lanes, vectors }))
             .collect()
     }
 }
@@ -79,7 +87,7 @@ mod tests {
         let small = shape([8; 3], Scalar::F16, Scalar::F32);
         let large = shape([16; 3], Scalar::F16, Scalar::F32);
         let found = |shapes: &[_], lanes, threads| -> Vec<_> {
-            Cooperative::among(shapes, lanes, threads).iter().map(|found| (found.edge, found.lanes)).collect()
+            Cooperative::among(shapes, lanes, threads, true).iter().map(|found| (found.edge, found.lanes)).collect()
         };
         assert_eq!(found(&[small], [8, 8], 1024), [(8, 8)]);
         assert_eq!(found(&[small, large], [32, 32], 1024), [(16, 32)]);

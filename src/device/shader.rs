@@ -134,6 +134,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "attention_strips.wgsl",
         "attention_tiles.wgsl",
         "coop.wgsl",
+        "coop_tiles.wgsl",
         "dot_quads.wgsl",
         "dropout.wgsl",
         "factor.wgsl",

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
@@ -30,7 +31,13 @@ pub(super) struct Tuner {
     device: String,
     /// Where choices are kept. Without one nothing is measured.
     file: Option<PathBuf>,
+    /// The most floating-point operations a second of anything that was measured; 0: not known.
+    speed: AtomicU64,
 }
+
+/// The speed's case, in 10^9 floating-point operations a second.
+const SPEED: &str = "GFLOP/s";
+const GIGA: u64 = 1_000_000_000;
 
 /// The variables that switch something off, and what that is.
 const SWITCHES: [(&str, &str); 2] = [
@@ -72,7 +79,23 @@ impl Tuner {
     /// With the choices that `file` has for `device`. A file that cannot be read is one without any, and said so.
     pub(super) fn new(device: String, file: Option<PathBuf>) -> Tuner {
         let known = file.as_deref().map(|file| recall(file, &device));
-        Tuner { known: Mutex::new(known.unwrap_or_default()), device, file }
+        let known = known.unwrap_or_default();
+        let speed = AtomicU64::new(known.get(SPEED).map_or(0, |&speed| speed as u64 * GIGA));
+        Tuner { known: Mutex::new(known), device, file, speed }
+    }
+
+    /// Floating-point operations a second that the device is known to reach; 0 if it is not known.
+    pub(super) fn speed(&self) -> u64 {
+        self.speed.load(Ordering::Relaxed)
+    }
+
+    /// Takes note of a measured speed, in floating-point operations a second.
+    fn note_speed(&self, speed: f64) {
+        let speed = speed as u64;
+        // Small gains are not worth writing a file for.
+        if speed > GIGA && speed > self.speed.fetch_max(speed, Ordering::Relaxed) / 4 * 5 {
+            self.set(SPEED, (speed / GIGA) as usize);
+        }
     }
 
     fn known(&self) -> MutexGuard<'_, Choices> {
@@ -155,7 +178,9 @@ impl Gpu {
         for variant in 0..variants {
             run(variant)?;
             for _ in 0..RUNS {
+                let before = self.recorded_flops();
                 let time = self.time(|| run(variant))?.as_secs_f64();
+                tuner.note_speed((self.recorded_flops() - before) as f64 / time.max(1e-6));
                 if time < best.0 {
                     best = (time, variant);
                 }

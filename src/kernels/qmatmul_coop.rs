@@ -4,8 +4,8 @@
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_operands::{GpuCall, QmatmulParams};
-use super::qmatmul_tile::with_side;
-use crate::device::{Buffer, Cooperative, Defines, Dispatch};
+use super::qmatmul_tile::{has_room, with_tile};
+use crate::device::{Buffer, Cooperative, Defines, Dispatch, Gpu};
 use crate::error::Result;
 
 kernel! {
@@ -14,11 +14,33 @@ kernel! {
         [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write]
 }
 
+/// A square tile of the result, which some subgroups share.
+#[derive(Clone, Copy)]
+pub(super) struct Tile {
+    /// Rows and columns.
+    pub side: u32,
+    pub subgroups: u32,
+}
+
+impl Tile {
+    /// The smallest first. Which is the fastest is measured: a larger one decodes each weight for more rows, and subgroups that
+    /// own more of it read less memory for a product, but need more registers.
+    pub const ALL: [Tile; 3] =
+        [Tile { side: 64, subgroups: 4 }, Tile { side: 128, subgroups: 8 }, Tile { side: 128, subgroups: 4 }];
+
+    /// Those that a device has room for.
+    pub fn of(gpu: &Gpu, cooperative: Cooperative) -> Vec<Tile> {
+        Tile::ALL
+            .into_iter()
+            .filter(|tile| tile.side == 64 || has_room(gpu, tile.subgroups * cooperative.lanes))
+            .collect()
+    }
+}
+
 /// What a variant's text depends on beside the matrix and the device.
 #[derive(Clone, Copy)]
 struct Form {
-    /// Rows and columns of a tile.
-    side: u32,
+    tile: Tile,
     /// Results are stored four at a time.
     quads: bool,
     /// H and B are read four ranks at a time.
@@ -27,7 +49,11 @@ struct Form {
 
 /// Text constants beside the matrix's.
 fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
-    let matrix = cooperative.defines(matrix).with("side", form.side).with("quads", form.quads);
+    let matrix = cooperative
+        .defines(matrix)
+        .with("side", form.tile.side)
+        .with("subgroups", form.tile.subgroups)
+        .with("quads", form.quads);
     matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 
@@ -35,31 +61,33 @@ fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {
-        let of = |matrix: &Defines, side, quads, rank_quads| {
-            defines(matrix.clone(), cooperative, Form { side, quads, rank_quads })
+        let of = |matrix: &Defines, tile, quads| {
+            defines(matrix.clone(), cooperative, Form { tile, quads, rank_quads: quads })
         };
-        all.extend(matrices.iter().map(|matrix| of(matrix, 64, true, true)));
-        let sizes = [(64, false, false), (128, true, true), (128, false, false)];
-        all.extend(sizes.map(|(side, quads, rank_quads)| of(&matrices[0], side, quads, rank_quads)));
+        all.extend(matrices.iter().map(|matrix| of(matrix, Tile::ALL[0], true)));
+        all.push(of(&matrices[0], Tile::ALL[0], false));
+        all.extend(Tile::ALL[1..].iter().flat_map(|&tile| [true, false].map(|quads| of(&matrices[0], tile, quads))));
     }
     all
 }
 
 /// `factor`: that of the rows of X ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer, cooperative: Cooperative) -> Result<()> {
-    let form = Form { side: 0, quads: call.stores_quads(part), rank_quads: call.reads_rank_quads() };
-    let run = |side: u32| {
+    let (quads, rank_quads) = (call.stores_quads(part), call.reads_rank_quads());
+    let run = |tile: Tile| {
         let operands = call.operands(part)?;
+        let side = tile.side;
         let column_groups = (part.rows.len() as u32).div_ceil(side);
         let params = QmatmulParams { column_groups, ..call.params(part) };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
-            defines: &defines(call.w.wide_defines(), cooperative, Form { side, ..form }),
+            defines: &defines(call.w.wide_defines(), cooperative, Form { tile, quads, rank_quads }),
             buffers: &[&operands[..], &[factor, &part.buffer, call.y]].concat(),
             params: bytemuck::bytes_of(&params),
             groups: u64::from((call.m as u32).div_ceil(side)) * u64::from(column_groups),
             flops_per_group: call.flops(side.into(), side.into()),
         })
     };
-    with_side(call.gpu, &KERNEL, (call.m, call.w, part), 8 * cooperative.lanes, true, run)
+    let tiles = Tile::of(call.gpu, cooperative);
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), &tiles, true, run)
 }

@@ -3,8 +3,9 @@
 
 use super::kernel;
 use super::packing::Part;
+use super::qmatmul_coop::Tile;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
-use super::qmatmul_tile::with_side;
+use super::qmatmul_tile::with_tile;
 use crate::device::{Buffer, Cooperative, Defines, Dispatch};
 use crate::error::Result;
 
@@ -17,8 +18,7 @@ kernel! {
 /// What a variant's text depends on beside the matrix and the device.
 #[derive(Clone, Copy)]
 struct Form {
-    /// Rows and columns of a tile.
-    side: u32,
+    tile: Tile,
     /// dY is read four values at a time.
     quads: bool,
     /// G is read four ranks at a time.
@@ -28,20 +28,28 @@ struct Form {
 
 /// Text constants beside the matrix's.
 fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
-    let matrix = cooperative.defines(matrix).with("side", form.side).with("quads", form.quads);
-    matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout)
+    let matrix = cooperative
+        .defines(matrix)
+        .with("side", form.tile.side)
+        .with("subgroups", form.tile.subgroups)
+        .with("quads", form.quads);
+    matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout).with("natural", true)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {
-        let of = |matrix: &Defines, side, quads, dropout| {
-            defines(matrix.clone(), cooperative, Form { side, quads, rank_quads: quads, dropout })
+        let of = |matrix: &Defines, tile, quads, dropout| {
+            defines(matrix.clone(), cooperative, Form { tile, quads, rank_quads: quads, dropout })
         };
-        all.extend(matrices.iter().flat_map(|matrix| [false, true].map(|dropout| of(matrix, 64, true, dropout))));
-        let sizes = [(64, false, false), (128, true, false), (128, true, true), (128, false, false)];
-        all.extend(sizes.map(|(side, quads, dropout)| of(&matrices[0], side, quads, dropout)));
+        let small = Tile::ALL[0];
+        all.extend(matrices.iter().flat_map(|matrix| [false, true].map(|dropout| of(matrix, small, true, dropout))));
+        all.push(of(&matrices[0], small, false, false));
+        for tile in &Tile::ALL[1..] {
+            let forms = [(true, false), (true, true), (false, false)];
+            all.extend(forms.map(|(quads, dropout)| of(&matrices[0], *tile, quads, dropout)));
+        }
     }
     all
 }
@@ -49,19 +57,20 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
 /// `factor`: that of the rows of dY ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, cooperative: Cooperative) -> Result<()> {
     let (m, k) = (call.m as u32, call.w.cols() as u32);
-    let form = Form {
-        side: 0,
+    let form = |tile| Form {
+        tile,
         quads: call.loads_quads(part),
         rank_quads: call.reads_rank_quads(part),
         dropout: call.dropout(part).is_some(),
     };
-    let run = |side: u32| {
+    let run = |tile: Tile| {
         let operands = call.operands(part)?;
+        let side = tile.side;
         let column_groups = k.div_ceil(side);
         let params = QmatmulDxParams { column_groups, ..call.params(part) };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
-            defines: &defines(call.w.wide_defines(), cooperative, Form { side, ..form }),
+            defines: &defines(call.w.wide_defines(), cooperative, form(tile)),
             buffers: &[&operands[..], &[factor, &part.buffer, call.dx]].concat(),
             params: bytemuck::bytes_of(&params),
             groups: u64::from(m.div_ceil(side)) * u64::from(column_groups),
@@ -70,5 +79,6 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, coope
     };
     // A part that adds to dX would do so again.
     let again = !call.accumulates(part);
-    with_side(call.gpu, &KERNEL, (call.m, call.w, part), 8 * cooperative.lanes, again, run)
+    let tiles = Tile::of(call.gpu, cooperative);
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), &tiles, again, run)
 }

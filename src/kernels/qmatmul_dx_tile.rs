@@ -4,7 +4,7 @@
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
-use super::qmatmul_tile::{LARGE_THREADS, with_side};
+use super::qmatmul_tile::{sides, with_tile};
 use crate::device::{Buffer, Defines, Dispatch};
 use crate::error::Result;
 
@@ -51,7 +51,7 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer) -> Re
     let run = |side| dispatch_as(call, part, factor, side);
     // A part that adds to dX would do so again.
     let again = !call.accumulates(part);
-    with_side(call.gpu, &KERNEL, (call.m, call.w, part), LARGE_THREADS, again, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu), again, run)
 }
 
 fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {

@@ -18,26 +18,34 @@ kernel! {
 const SIDES: [u32; 2] = [64, 128];
 /// Bytes of workgroup memory that a tile of the largest side takes, at most.
 const LARGE_BYTES: u32 = 32 << 10;
-
 /// Threads of the largest tile.
-pub(super) const LARGE_THREADS: u32 = 256;
+const LARGE_THREADS: u32 = 256;
 
-/// Runs a product by tiles of the fastest side that the device has for `m` rows, where the largest tile takes `threads`. `again`:
-/// it may be run more than once, so that sides can be measured.
-pub(super) fn with_side(
+/// The sides that a device has room for.
+pub(super) fn sides(gpu: &Gpu) -> &'static [u32] {
+    if has_room(gpu, LARGE_THREADS) { &SIDES } else { &SIDES[..1] }
+}
+
+/// Whether a device has room for a tile of the largest side by so many threads.
+pub(super) fn has_room(gpu: &Gpu, threads: u32) -> bool {
+    let limits = gpu.limits();
+    limits.workgroup_bytes >= LARGE_BYTES && limits.workgroup_threads >= threads
+}
+
+/// Runs a product by tiles of the fastest of several forms for `m` rows, the smallest first. `again`: it may be run more than
+/// once, so that they can be measured.
+pub(super) fn with_tile<T: Copy>(
     gpu: &Gpu,
     kernel: &Kernel,
     (m, w, part): (usize, &DeviceMatrix, &Part),
-    threads: u32,
+    tiles: &[T],
     again: bool,
-    run: impl Fn(u32) -> Result<()>,
+    run: impl Fn(T) -> Result<()>,
 ) -> Result<()> {
-    let limits = gpu.limits();
-    let fits = limits.workgroup_bytes >= LARGE_BYTES && limits.workgroup_threads >= threads;
-    let measured = if fits && again && m > SIDES[0] as usize { SIDES.len() } else { 1 };
+    let measured = if again && m > SIDES[0] as usize { tiles.len() } else { 1 };
     let (rows, n, k) = (m.next_power_of_two(), part.rows.len(), w.cols());
     let case = || format!("{} {} m={rows} n={n} k={k}", kernel.name, w.wide_defines().label());
-    run(SIDES[gpu.tuned(case, measured, |variant| run(SIDES[variant]))?])
+    run(tiles[gpu.tuned(case, measured, |variant| run(tiles[variant]))?])
 }
 
 /// What a variant's text depends on beside the matrix.
@@ -71,7 +79,7 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
 /// `factor`: that of the rows of X, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
     let run = |side| dispatch_as(call, part, factor, side);
-    with_side(call.gpu, &KERNEL, (call.m, call.w, part), LARGE_THREADS, true, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu), true, run)
 }
 
 fn dispatch_as(call: &GpuCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {
