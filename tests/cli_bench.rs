@@ -1,6 +1,8 @@
 //! `qlora bench` beside other programs, and the files that it writes.
 #![cfg(unix)]
 
+mod common;
+
 use std::fs;
 use std::path::Path;
 
@@ -101,6 +103,38 @@ fn a_run_becomes_a_file_and_a_plot() {
     let svg = fs::read_to_string(&plot).unwrap();
     for text in ["forward, M = 1, 64 x 64", "backward, M = 8", "step of 8 tokens, 1 layers", "a peer 1.0", "9.00 ms"] {
         assert!(svg.contains(text), "{text} in {svg}");
+    }
+}
+
+#[test]
+fn a_profile_has_the_kernels_of_every_case() {
+    let line = |device: &str| {
+        let mut command = Command::cargo_bin("qlora").unwrap();
+        command.env_remove("QLORA_DEVICE").env("QLORA_TUNE", "0");
+        let sizes = "--op forward,backward --n 64 --k 64 --m 1,8 --rank 4";
+        command.args(format!("bench --json --profile --device {device} {sizes}").split(' '));
+        command.output().unwrap()
+    };
+    let cpu = line("cpu");
+    let unsupported = |output: &std::process::Output| {
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("time of each kernel"), "{output:?}");
+    };
+    unsupported(&cpu);
+    for info in common::adapters() {
+        let output = line(&info.index.to_string());
+        if !output.status.success() {
+            // A backend without timestamps.
+            unsupported(&output);
+            continue;
+        }
+        let rows: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(rows.as_array().unwrap().len(), 4);
+        for row in rows.as_array().unwrap() {
+            let kernels = row["profile"]["kernels"].as_array().unwrap();
+            assert!(kernels.iter().all(|kernel| kernel["ms"].as_f64().unwrap() > 0.0), "{row}");
+            assert!(!kernels.is_empty() && row["profile"]["outside_kernels"].is_number(), "{row}");
+        }
     }
 }
 

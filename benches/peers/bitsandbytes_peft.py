@@ -5,11 +5,12 @@ Needs torch, bitsandbytes, peft and transformers:
     qlora bench --device cpu --double-quant --m 1,512 --n 4096 --k 14336 --against "python benches/peers/bitsandbytes_peft.py"
 
 Cases are read from standard input, a line of JSON each, and times answered; see src/bench/peer.rs. Tensors are f32 on the CPU,
-as on the CPU device, and bf16 on a GPU. On CPUs with AVX-512 and bf16, bitsandbytes multiplies in bf16 without gradients; there it
-looks for a faster product on the Hugging Face hub, and the name says where it has got it. Of `backward` the forward pass is not
-timed. QLORA_PEER_DEVICE chooses the device.
+as on the CPU device, and bf16 on a GPU, also the weights that are quantized, as those of most models are. On CPUs with AVX-512 and
+bf16, bitsandbytes multiplies in bf16 without gradients; there it looks for a faster product on the Hugging Face hub, and the name
+says where it has got it. Of `backward` the forward pass is not timed. QLORA_PEER_DEVICE chooses the device.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -49,16 +50,35 @@ def repeat(run, prepare=lambda: None):
 def linear(n, k, case):
     """A 4-bit layer [n, k] of random weights."""
     layer = bnb.nn.Linear4bit(
-        k, n, bias=False, compute_dtype=DTYPE, quant_type=case["format"], compress_statistics=case["double_quant"]
+        k,
+        n,
+        bias=False,
+        compute_dtype=DTYPE,
+        quant_type=case["format"],
+        compress_statistics=case["double_quant"],
+        # Its own weight is replaced.
+        device="meta",
     )
     layer.weight = bnb.nn.Params4bit(
-        torch.randn(n, k) * 0.02,
+        torch.randn(n, k, device=DEVICE, dtype=DTYPE) * 0.02,
         requires_grad=False,
         quant_type=case["format"],
         compress_statistics=case["double_quant"],
         module=layer,
     )
     return layer.to(DEVICE)
+
+
+@contextlib.contextmanager
+def on_device():
+    """Makes tensors of DTYPE on DEVICE; a CPU takes minutes for the random weights of a large model."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device(DEVICE):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 class Holder(torch.nn.Module):
@@ -106,12 +126,12 @@ def step_times(case):
         tie_word_embeddings=True,
         use_cache=False,
     )
-    model = transformers.LlamaForCausalLM(config).to(DTYPE)
+    with on_device():
+        model = transformers.LlamaForCausalLM(config)
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, linear(module.out_features, module.in_features, case))
-    model = model.to(DEVICE)
     if case["checkpoint_activations"]:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use ndarray::ArrayView2;
 
+use super::kernel_times::KernelTimes;
 use super::{Row, relative_error, repeat, uniform};
 use crate::device::Device;
 use crate::error::Result;
@@ -201,8 +202,8 @@ impl Prepared {
     }
 }
 
-/// Times a case on a device and checks its result.
-pub fn measure(operands: &Operands, device: &Device) -> Result<Row> {
+/// Times a case on a device and checks its result; with `profile`, runs it once more for the time of each kernel.
+pub fn measure(operands: &Operands, device: &Device, profile: bool) -> Result<Row> {
     let prepared = operands.on(device)?;
     let result = prepared.run()?.to_vec()?;
     let error = match device {
@@ -211,14 +212,16 @@ pub fn measure(operands: &Operands, device: &Device) -> Result<Row> {
     };
     let Case { op, m, n, k, rank, quant } = operands.case;
     let times = repeat(|| prepared.time())?;
+    let profile = profile.then(|| KernelTimes::measure(device, || prepared.run().map(drop))).transpose()?;
     let op = if op == Op::Forward { "forward" } else { "backward" };
     let row = Row::new(op, device, &quant, times, operands.case.flops(), operands.weight_bytes(), error);
-    Ok(Row { m, n, k, rank, ..row })
+    Ok(Row { m, n, k, rank, profile, ..row })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     #[test]
     fn a_case_is_measured_and_right_on_every_device() {
@@ -226,10 +229,35 @@ mod tests {
             let case = Case { op, m: 3, n: 130, k: 192, rank, quant: QuantOptions::nf4().double_quant() };
             let operands = case.operands().unwrap();
             for device in crate::testing::devices() {
-                let row = measure(&operands, &device).unwrap();
+                let row = measure(&operands, &device, false).unwrap();
                 let allowed = if op == Op::Backward && crate::testing::is_f16(&device) { 2e-3 } else { 1e-5 };
                 assert!(row.max_rel_err_vs_cpu < allowed, "{row:?}");
                 assert!(row.ms_min > 0.0 && row.ms_min <= row.ms_median && row.gflops > 0.0, "{row:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_profile_has_the_kernels_of_one_run() {
+        for op in [Op::Forward, Op::Backward] {
+            let case = Case { op, m: 3, n: 130, k: 192, rank: 4, quant: QuantOptions::nf4() };
+            let operands = case.operands().unwrap();
+            // Devices of its own: other tests' kernels would be seen too.
+            for device in crate::testing::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
+                let profile = match (measure(&operands, &device, true), &device) {
+                    (Ok(row), Device::Gpu(_)) => row.profile.unwrap(),
+                    // The CPU device, and backends without timestamps.
+                    (Err(error @ Error::Unsupported { .. }), _) => {
+                        assert!(error.to_string().contains("time of each kernel"), "{error}");
+                        continue;
+                    }
+                    (other, _) => panic!("{}: {other:?}", device.name()),
+                };
+                let dispatches: usize = profile.kernels.iter().map(|row| row.dispatches).sum();
+                // The timed runs, which are more than five, have two or more each.
+                assert!((2..12).contains(&dispatches), "{profile:?}");
+                assert!(profile.kernels.iter().all(|row| row.ms > 0.0), "{profile:?}");
+                assert!((0.0..1.0).contains(&profile.outside_kernels), "{profile:?}");
             }
         }
     }

@@ -1,9 +1,10 @@
 //! What `qlora bench`, `cargo bench` and `qlora demo` measure, timed alike: a layer ([`layer`]), and a whole training step
-//! ([`step`]); copies ([`copy`]); what other programs take for the same ([`peer`]); all of it as a file ([`report`]), and all there is to
-//! measure of a GPU as one ([`hardware`]).
+//! ([`step`]), and each kernel in one run of them ([`kernel_times`]); copies ([`copy`]); what other programs take for the same
+//! ([`peer`]); all of it as a file ([`report`]), and all there is to measure of a GPU as one ([`hardware`]).
 
 pub mod copy;
 pub mod hardware;
+pub mod kernel_times;
 pub mod layer;
 pub mod peer;
 pub mod report;
@@ -18,8 +19,9 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::quant::{DoubleQuant, QuantOptions};
 use crate::seed::mix;
+use kernel_times::KernelTimes;
 use peer::PeerTime;
-use step::{StepProfile, StepShape};
+use step::StepShape;
 
 /// What was measured; the fields of `qlora bench --json`.
 #[derive(Clone, Debug, Serialize)]
@@ -65,9 +67,9 @@ pub struct Row {
     /// The decoder of a step.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub shape: Option<StepShape>,
-    /// Where the time of a step went.
+    /// Where the time of one more run went.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub profile: Option<StepProfile>,
+    pub profile: Option<KernelTimes>,
     /// What others took for the same.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerTime>,
@@ -112,6 +114,14 @@ impl Row {
             shape: None,
             profile: None,
             peers: Vec::new(),
+        }
+    }
+
+    /// What the case is, as in "forward, M = 1, 4096 x 14336".
+    pub fn title(&self) -> String {
+        match &self.shape {
+            Some(shape) => format!("{} of {} tokens, {} layers", self.op, shape.tokens, shape.layers),
+            None => format!("{}, M = {}, {} x {}", self.op, self.m, self.n, self.k),
         }
     }
 }

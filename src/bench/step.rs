@@ -4,8 +4,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::kernel_times::KernelTimes;
 use super::{Row, repeat, uniform};
-use crate::device::{Device, KernelTime, Profile};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
 use crate::kernels::HostMatrix;
@@ -48,47 +49,6 @@ pub struct StepCase {
     pub quant: QuantOptions,
     /// Whether one more step is made for the time of each kernel.
     pub profile: bool,
-}
-
-/// Where the time of a step went.
-#[derive(Clone, Debug, Serialize)]
-pub struct StepProfile {
-    /// The whole step, in milliseconds.
-    pub ms: f64,
-    /// Between kernels, and while the device waited for the host, as a share of the step.
-    pub outside_kernels: f64,
-    /// Kernels, the one that took longest first.
-    pub kernels: Vec<KernelRow>,
-}
-
-/// A kernel of a step.
-#[derive(Clone, Debug, Serialize)]
-pub struct KernelRow {
-    /// Its name, which is its shader's.
-    pub kernel: &'static str,
-    /// How often it was dispatched.
-    pub dispatches: usize,
-    /// All of its dispatches together, in milliseconds.
-    pub ms: f64,
-    /// As a share of the step.
-    pub share: f64,
-}
-
-impl From<Profile> for StepProfile {
-    fn from(profile: Profile) -> StepProfile {
-        let wall = profile.wall.as_secs_f64();
-        let row = |kernel: &KernelTime| KernelRow {
-            kernel: kernel.kernel,
-            dispatches: kernel.dispatches,
-            ms: kernel.time.as_secs_f64() * 1e3,
-            share: kernel.time.as_secs_f64() / wall,
-        };
-        StepProfile {
-            ms: wall * 1e3,
-            outside_kernels: 1.0 - profile.in_kernels().as_secs_f64() / wall,
-            kernels: profile.kernels.iter().map(row).collect(),
-        }
-    }
 }
 
 /// Weights by their names' hash: the same on every device.
@@ -233,14 +193,7 @@ pub fn measure_step(case: &StepCase, device: &Device) -> Result<Row> {
     };
     let peak_bytes = device.memory().peak_bytes;
     let times = repeat(|| Ok(prepared.step()?.1))?;
-    let profile = match (case.profile, device) {
-        (false, _) => None,
-        (true, Device::Gpu(gpu)) => Some(gpu.profile(|| prepared.step().map(drop))?.into()),
-        (true, Device::Cpu(_)) => {
-            let (what, hint) = ("time of each kernel".into(), "a system's profiler, such as perf, shows it".into());
-            return Err(Error::Unsupported { device: device.name().to_owned(), what, hint });
-        }
-    };
+    let profile = case.profile.then(|| KernelTimes::measure(device, || prepared.step().map(drop))).transpose()?;
     let row = Row::new("step", device, &case.quant, times, case.flops(), prepared.weight_bytes, error);
     Ok(Row {
         m: case.shape.tokens,

@@ -9,10 +9,11 @@ use super::hardware::{self, HardwareArgs};
 use super::plot::speed;
 use super::{output, print_json, print_line, table};
 use crate::bench::Row;
+use crate::bench::kernel_times::KernelTimes;
 use crate::bench::layer::{self, Case, measure};
 use crate::bench::peer::Peer;
 use crate::bench::report::{Machine, Report};
-use crate::bench::step::{StepCase, StepProfile, StepShape, measure_step};
+use crate::bench::step::{StepCase, StepShape, measure_step};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
@@ -63,13 +64,18 @@ pub struct BenchArgs {
     /// Also draw the times, with those of --against, as SVG or PNG by the file's ending.
     #[arg(long, value_name = "FILE", value_parser = speed::path)]
     plot: Option<PathBuf>,
+    /// Run each case once more and show the time of each kernel in it (on a GPU with timestamp queries), and how much of the run
+    /// is none of theirs. Of a single layer that is mostly the host's time, which the times in the table leave out.
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     step: StepArgs,
     #[command(flatten)]
     hardware: HardwareArgs,
     /// Print JSON, an object a case: op, device (cpu or gpu), adapter (its name), tier, format, double_quant, m, n, k, rank,
-    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes, its shape and its
-    /// profile; with --against peers: name, ms_min, ms_median, ratio (theirs to ours) or skipped.
+    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes and its shape;
+    /// with --profile a profile: ms, outside_kernels (a share), kernels; with --against peers: name, ms_min, ms_median, ratio
+    /// (theirs to ours) or skipped.
     #[arg(long)]
     json: bool,
 }
@@ -102,10 +108,6 @@ struct StepArgs {
     /// Keep only layer inputs for the way back.
     #[arg(long)]
     checkpoint_activations: bool,
-    /// Make one more step and show the time of each kernel in it (on a GPU with timestamp queries), and how much of the step is
-    /// none of theirs.
-    #[arg(long)]
-    profile: bool,
 }
 
 impl StepArgs {
@@ -156,14 +158,6 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let device = Device::named(&args.device)?;
     let quant = QuantOptions { format: args.format, ..QuantOptions::default() };
     let quant = if args.double_quant { quant.double_quant() } else { quant };
-    if args.step.profile && !args.op.contains(&Op::Step) {
-        return Err(Error::Invalid {
-            op: "bench",
-            what: "--profile",
-            got: "with one layer".into(),
-            expected: "it is of a whole step; give --op step".into(),
-        });
-    }
     let mut peers = args.against.iter().map(|command| Peer::start(command)).collect::<Result<Vec<_>>>()?;
     let mut compare = |mut row: Row| {
         row.peers = peers.iter_mut().map(|peer| peer.measure(&row)).collect::<Result<_>>()?;
@@ -175,7 +169,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             Op::Forward => rows.extend(layers(args, layer::Op::Forward, quant, &device, &mut compare)?),
             Op::Backward => rows.extend(layers(args, layer::Op::Backward, quant, &device, &mut compare)?),
             Op::Step => {
-                let case = StepCase { shape: args.step.shape(), rank: args.rank, quant, profile: args.step.profile };
+                let case = StepCase { shape: args.step.shape(), rank: args.rank, quant, profile: args.profile };
                 rows.push(compare(measure_step(&case, &device)?)?);
             }
         }
@@ -206,7 +200,8 @@ fn layers(
     for &n in &args.n {
         for &k in &args.k {
             for &m in &args.m {
-                rows.push(compare(measure(&Case { op, m, n, k, rank: args.rank, quant }.operands()?, device)?)?);
+                let operands = Case { op, m, n, k, rank: args.rank, quant }.operands()?;
+                rows.push(compare(measure(&operands, device, args.profile)?)?);
             }
         }
     }
@@ -239,21 +234,21 @@ fn describe(rows: &[Row]) -> String {
     let step = step.map_or(String::new(), |(rate, peak)| {
         format!("\n{rate:.0} tokens/s, {:.0} MiB of device memory at the peak", peak as f64 / f64::from(1 << 20))
     });
-    let profile = rows.iter().find_map(|row| row.profile.as_ref()).map_or(String::new(), profile);
-    format!("{device}\n{}{step}{profile}{}", table(header, 2, cells.collect()), against(rows))
+    let profiles: String = rows.iter().filter_map(|row| Some(profile(&row.title(), row.profile.as_ref()?))).collect();
+    format!("{device}\n{}{step}{profiles}{}", table(header, 2, cells.collect()), against(rows))
 }
 
-/// Where the time of a step went, a line for each kernel.
-fn profile(profile: &StepProfile) -> String {
+/// Where the time of a case went, a line for each kernel.
+fn profile(title: &str, profile: &KernelTimes) -> String {
     let percent = |share: f64| format!("{:.1} %", share * 100.0);
     let cells = profile
         .kernels
         .iter()
-        .map(|row| [row.kernel.to_owned(), row.dispatches.to_string(), format!("{:.2}", row.ms), percent(row.share)]);
+        .map(|row| [row.kernel.to_owned(), row.dispatches.to_string(), format!("{:.3}", row.ms), percent(row.share)]);
     let outside = profile.outside_kernels;
-    let outside = ["(no kernel)".to_owned(), String::new(), format!("{:.2}", profile.ms * outside), percent(outside)];
-    let header = ["kernel", "dispatches", "ms", "of the step"];
-    format!("\n\n{}", table(header, 1, cells.chain([outside]).collect()))
+    let outside = ["(no kernel)".to_owned(), String::new(), format!("{:.3}", profile.ms * outside), percent(outside)];
+    let header = ["kernel", "dispatches", "ms", "of the run"];
+    format!("\n\n{title}, a run of {:.3} ms:\n{}", profile.ms, table(header, 1, cells.chain([outside]).collect()))
 }
 
 /// What peers took, a line for each case and peer.
@@ -279,4 +274,38 @@ fn against(rows: &[Row]) -> String {
     });
     let cells: Vec<_> = cells.collect();
     if cells.is_empty() { String::new() } else { format!("\n\n{}", table(header, 1, cells)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::kernel_times::KernelRow;
+
+    #[test]
+    fn every_profile_is_under_the_table_with_its_case() {
+        let rows = [1, 8].map(|m| {
+            let case = Case { op: layer::Op::Forward, m, n: 32, k: 64, rank: 0, quant: QuantOptions::nf4() };
+            let row = measure(&case.operands().unwrap(), &Device::cpu(), false).unwrap();
+            let kernel = KernelRow { kernel: "qmatmul_gemv", dispatches: 2, ms: 0.0205, share: 0.41 };
+            let kernels = vec![kernel];
+            Row { profile: Some(KernelTimes { ms: 0.05 * m as f64, outside_kernels: 0.59, kernels }), ..row }
+        });
+        let text = describe(&rows);
+        let (table, profiles) = text.split_once("\n\n").unwrap();
+        assert!(table.starts_with("cpu\n") && !table.contains("qmatmul_gemv"), "{text}");
+        let profiles: Vec<_> = profiles.split("\n\n").collect();
+        for (profile, title) in
+            profiles.iter().zip(["forward, M = 1, 32 x 64, a run of 0.050 ms:", "forward, M = 8, 32 x 64"])
+        {
+            assert!(profile.starts_with(title), "{text}");
+            assert!(profile.contains("of the run") && profile.contains("(no kernel)"), "{text}");
+            let kernel = profile.lines().find(|line| line.contains("qmatmul_gemv")).unwrap();
+            assert_eq!(
+                kernel.split_whitespace().collect::<Vec<_>>(),
+                ["qmatmul_gemv", "2", "0.021", "41.0", "%"],
+                "{text}"
+            );
+        }
+        assert_eq!(profiles.len(), 2, "{text}");
+    }
 }

@@ -75,7 +75,7 @@ impl Check {
                     0 => Ok(Device::cpu()),
                     index => Device::gpu(&GpuOptions { select: Select::Index(index), ..GpuOptions::default() }),
                 };
-                let row = device.and_then(|device| measure(&operands, &device));
+                let row = device.and_then(|device| measure(&operands, &device, false));
                 checked.push(Checked::new(info, m, row));
             }
         }

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::Device;
 use super::cooperative::{Cooperative, usable};
+use super::gl;
 use super::gpu::{Gpu, device_name, driver_name};
 use super::settle::{Ability, Check, Wanted, settle};
 use super::tier::Tier;
@@ -137,9 +138,22 @@ pub(super) fn adapters() -> Vec<wgpu::Adapter> {
         wgpu::MemoryBudgetThresholds { for_resource_creation: Some(95), for_device_loss: None };
     let instance = wgpu::Instance::new(descriptor);
     let mut adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    adapters.retain(computes);
     adapters
-        .retain(|adapter| adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS));
-    adapters
+}
+
+/// Whether an adapter can run compute shaders.
+fn computes(adapter: &wgpu::Adapter) -> bool {
+    if !adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS) {
+        return false;
+    }
+    let info = adapter.get_info();
+    // OpenGL's version is all that wgpu knows of the driver there.
+    let why = if info.backend == wgpu::Backend::Gl { gl::too_old(&info.driver_info) } else { None };
+    if let Some(why) = &why {
+        tracing::debug!("{} is left out: {why}", device_name(&info));
+    }
+    why.is_none()
 }
 
 /// The first hardware GPU by performance.

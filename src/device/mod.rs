@@ -5,6 +5,7 @@ mod capacity;
 mod commands;
 mod cooperative;
 mod cpu;
+mod gl;
 mod gpu;
 mod lanes;
 pub(crate) mod list;

@@ -72,7 +72,7 @@ impl Bars {
             tier => format!("qlora {version}, {device}, tier {tier}"),
         };
         let peers = first.peers.iter().map(|peer| peer.name.clone());
-        let cases: Vec<_> = rows.iter().map(|row| (name(row), times(row))).collect();
+        let cases: Vec<_> = rows.iter().map(|row| (row.title(), times(row))).collect();
         let all = || cases.iter().flat_map(|(_, times)| times.iter().flatten().copied());
         let decades = (all().fold(f64::MAX, f64::min).log10().floor(), all().fold(0.0, f64::max).log10().ceil());
         let day = date.split('T').next().unwrap_or_default();
@@ -98,14 +98,6 @@ impl Bars {
     fn end(&self, ms: f64) -> i32 {
         let (low, high) = (f64::from(self.decades.0), f64::from(self.decades.1));
         LEFT + (f64::from(WIDTH - RIGHT - LEFT) * (ms.log10() - low) / (high - low)).round() as i32
-    }
-}
-
-/// What a case is.
-fn name(row: &Row) -> String {
-    match &row.shape {
-        Some(shape) => format!("{} of {} tokens, {} layers", row.op, shape.tokens, shape.layers),
-        None => format!("{}, M = {}, {} x {}", row.op, row.m, row.n, row.k),
     }
 }
 
@@ -197,7 +189,7 @@ mod tests {
     fn report() -> Report {
         let row = |m: usize| {
             let case = Case { op: Op::Forward, m, n: 32, k: 64, rank: 0, quant: QuantOptions::nf4() };
-            let row = measure(&case.operands().unwrap(), &Device::cpu()).unwrap();
+            let row = measure(&case.operands().unwrap(), &Device::cpu(), false).unwrap();
             let ms_median = 4.0 * m as f64;
             let name = "a peer 1.0".to_owned();
             let skipped = (m > 1).then(|| "too large".to_owned());
