@@ -10,7 +10,7 @@ enable wgpu_cooperative_matrix;
 {{ "" }}
 {% set natural = false %}
 {% from "coop.wgsl" import depth, enter %}
-{% from "coop_tiles.wgsl" import threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, multiply, finish_all, quads_wide, row_step, rows_each, four %}
+{% from "coop_tiles.wgsl" import threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, word_of, stages, finish_all, quads_wide, row_step, rows_each, four %}
 
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row
@@ -43,95 +43,74 @@ fn main(
 {% for i in range(left_each) %}
     let row{{ i }} = p.row + min(row_base + x_local + {{ left_step * i }}u, p.rows - 1u);
     let factor{{ i }} = row_factor[row{{ i }}];
-    var lo{{ i }}: vec4<f32>;
-    var hi{{ i }}: vec4<f32>;
 {% endfor %}
     let w_local = thread / {{ sharing }}u;
     let w_part = thread % {{ sharing }}u * {{ chunk_words }}u;
 {% for i in range(chunks_each) %}
     let n{{ i }} = min(column_base + w_local + {{ threads // sharing * i }}u, p.n - 1u);
+{% endfor %}
+{% for set in range(2 if double else 1) %}
+{% for i in range(left_each) %}
+    var lo{{ set }}_{{ i }}: vec4<f32>;
+    var hi{{ set }}_{{ i }}: vec4<f32>;
+{% endfor %}
 {% if chunked %}
-    var codes{{ i }}: vec4<u32>;
-    var scale{{ i }}: f32;
-    var low{{ i }}: f32;
+{% for i in range(chunks_each) %}
+    var codes{{ set }}_{{ i }}: vec4<u32>;
+    var scale{{ set }}_{{ i }}: f32;
+    var low{{ set }}_{{ i }}: f32;
+{% endfor %}
 {% endif %}
 {% endfor %}
 {# Loads what is staged from quad `start` on. Past K the last values come again, of which X's count as zero. #}
-{% macro fetch(start) %}
+{% macro fetch(set, start) %}
+        {
         let x_quad = {{ start }} + 2u * x_oct;
 {% for i in range(left_each) %}
-        lo{{ i }} = x4(row{{ i }}, min(x_quad, quads - 1u));
-        hi{{ i }} = x4(row{{ i }}, min(x_quad + 1u, quads - 1u));
+        lo{{ set }}_{{ i }} = x4(row{{ i }}, min(x_quad, quads - 1u));
+        hi{{ set }}_{{ i }} = x4(row{{ i }}, min(x_quad + 1u, quads - 1u));
 {% endfor %}
 {% if chunked %}
-        let chunk = min({{ start }} >> 3u, (words - 1u) >> 2u);
+        let chunk = min(({{ start }}) >> 3u, (words - 1u) >> 2u);
 {% for i in range(chunks_each) %}
-        codes{{ i }} = codes_of(n{{ i }}, chunk);
+        codes{{ set }}_{{ i }} = codes_of(n{{ i }}, chunk);
         let block{{ i }} = block_of(n{{ i }}, 32u * chunk);
-        scale{{ i }} = scale_of(block{{ i }}) * p.m.factor;
+        scale{{ set }}_{{ i }} = scale_of(block{{ i }}) * p.m.factor;
 {% if mins != "none" %}
-        low{{ i }} = min_of(block{{ i }}) * p.m.factor;
+        low{{ set }}_{{ i }} = min_of(block{{ i }}) * p.m.factor;
 {% endif %}
 {% endfor %}
 {% endif %}
+        }
 {% endmacro %}
-    {
-{{ fetch("0u") }}
-    }
-
-    for (var start = 0u; start < quads; start = start + {{ depth // 4 }}u) {
-        workgroupBarrier();
+{# Stages that. #}
+{% macro stage_all(buffer, set, start) %}
 {% for i in range(left_each) %}
         {
-{% if chunked %}
-            // Chunks of W fill whole stages.
-            let lo = lo{{ i }} * factor{{ i }};
-            let hi = hi{{ i }} * factor{{ i }};
-{% else %}
-            let quad = start + 2u * x_oct;
-            let lo = select(vec4<f32>(0.0), lo{{ i }} * factor{{ i }}, quad < quads);
-            let hi = select(vec4<f32>(0.0), hi{{ i }} * factor{{ i }}, quad + 1u < quads);
-{% endif %}
-{{ stage("left", "x_local + " ~ left_step * i ~ "u", "x_oct", "lo", "hi") }}
+            let quad = {{ start }} + 2u * x_oct;
+            let lo = lo{{ set }}_{{ i }} * select(0.0, factor{{ i }}, quad < quads);
+            let hi = hi{{ set }}_{{ i }} * select(0.0, factor{{ i }}, quad + 1u < quads);
+{{ stage("left", buffer, "x_local + " ~ left_step * i ~ "u", "x_oct", "lo", "hi") }}
         }
 {% endfor %}
 {% for i in range(chunks_each) %}
-        {
-{% if chunked and chunk_words == 2 %}
-            let pair = select(codes{{ i }}.xy, codes{{ i }}.zw, w_part != 0u);
-{% elif chunked and chunk_words == 1 %}
-            let pair = select(codes{{ i }}.xz, codes{{ i }}.yw, (w_part & 1u) != 0u);
-{% endif %}
 {% for j in range(chunk_words) %}
-            {
-{% if not chunked %}
-                let weights = weights8(n{{ i }}, min(start / 2u + w_part + {{ j }}u, words - 1u));
-                let lo = weights.lo * p.m.factor;
-                let hi = weights.hi * p.m.factor;
-{% else %}
-{% if chunk_words == 4 %}
-                let word = codes{{ i }}.{{ "xyzw"[j] }};
-{% elif chunk_words == 2 %}
-                let word = pair.{{ "xy"[j] }};
-{% else %}
-                let word = select(pair.x, pair.y, w_part > 1u);
-{% endif %}
-                let lo = decode_low(word) * scale{{ i }}{{ " + low" ~ i if mins != "none" }};
-                let hi = decode_high(word) * scale{{ i }}{{ " + low" ~ i if mins != "none" }};
-{% endif %}
-{{ stage("right", "w_local + " ~ threads // sharing * i ~ "u", "w_part + " ~ j ~ "u", "lo", "hi") }}
-            }
-{% endfor %}
-        }
-{% endfor %}
-        workgroupBarrier();
         {
-            let next = start + {{ depth // 4 }}u;
-{{ fetch("next") }}
+{% if chunked %}
+{{ word_of("codes" ~ set ~ "_" ~ i, j) }}
+            let lo = decode_low(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
+            let hi = decode_high(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
+{% else %}
+            let weights = weights8(n{{ i }}, min(({{ start }}) / 2u + w_part + {{ j }}u, words - 1u));
+            let lo = weights.lo * p.m.factor;
+            let hi = weights.hi * p.m.factor;
+{% endif %}
+{{ stage("right", buffer, "w_local + " ~ threads // sharing * i ~ "u", "w_part + " ~ j ~ "u", "lo", "hi") }}
         }
-{{ multiply() }}
-    }
-
+{% endfor %}
+{% endfor %}
+{% endmacro %}
+{{ stages(fetch, stage_all, "quads", depth // 4) }}
 {{ finish_all() }}
 }
 

@@ -8,10 +8,19 @@ enable wgpu_cooperative_matrix;
 //
 // The adapter's part is f32, as in the forward.
 {{ "" }}
+{% set natural = true %}
 {% from "coop.wgsl" import depth, enter %}
-{% from "coop_tiles.wgsl" import threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, multiply, finish_all, quads_wide, row_step, rows_each, four %}
+{% from "coop_tiles.wgsl" import stride, threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, word_of, stages, finish_all, quads_wide, row_step, rows_each, four %}
 {# Chunks of 32 columns, or words of eight, of a row of W, that a thread stages of one row in so many. #}
 {% set units = threads // sharing %}
+{% if not double %}
+{# Quads of two neighbouring rows of W that a thread stages, so that what it stores are pairs: one quad, or whole words. #}
+{% set pairs = depth // 2 %}
+{% set quads_each = pairs * side // 4 // threads %}
+{% set pair_words = quads_each // 2 %}
+{# Scales of chunks of 32, which are staged by themselves. #}
+{% set scales_staged = depth * side // 32 %}
+{% endif %}
 
 {% include "qmatmul_dx.wgsl" %}
 @group(0) @binding(4) var<storage, read> row_factor: array<f32>; // of dY, a power of two a row
@@ -23,6 +32,14 @@ enable wgpu_cooperative_matrix;
 {% include "rows.wgsl" %}
 
 {{ memory() }}
+{% if chunked and not double %}
+// Of this stage and of the next, times `m.factor`: [n][chunk].
+var<workgroup> scale_tile: array<f32, {{ 2 * scales_staged }}>;
+{% if mins != "none" %}
+var<workgroup> min_tile: array<f32, {{ 2 * scales_staged }}>;
+{% endif %}
+{% endif %}
+
 @compute @workgroup_size({{ threads }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -42,9 +59,8 @@ fn main(
 {% for i in range(left_each) %}
     let row{{ i }} = p.row + min(row_base + dy_local + {{ left_step * i }}u, p.rows - 1u);
     let factor{{ i }} = row_factor[row{{ i }}];
-    var lo{{ i }}: vec4<f32>;
-    var hi{{ i }}: vec4<f32>;
 {% endfor %}
+{% if double %}
     let w_part = thread % {{ sharing }}u * {{ chunk_words }}u;
 {% for i in range(chunks_each) %}
     // Neighbours have two chunks of a few rows, whose stores fall into different banks.
@@ -52,81 +68,139 @@ fn main(
     let w_local{{ i }} = unit{{ i }} / 2u % {{ depth }}u;
     let w_chunk{{ i }} = unit{{ i }} % 2u + unit{{ i }} / {{ 2 * depth }}u * 2u;
 {% if chunked %}
-    var codes{{ i }}: vec4<u32>;
-    var scale{{ i }}: f32;
-    var low{{ i }}: f32;
+    let chunk{{ i }} = min(column_base / 32u + w_chunk{{ i }}, (p.words - 1u) >> 2u);
 {% endif %}
 {% endfor %}
-{# Loads what is staged from row `start` of W on. Past N the last row comes again, of which dY's values count as zero. #}
-{% macro fetch(start) %}
-{% for i in range(left_each) %}
-        lo{{ i }} = dy4(row{{ i }}, {{ start }} + 8u * dy_oct);
-        hi{{ i }} = dy4(row{{ i }}, {{ start }} + 8u * dy_oct + 4u);
-{% endfor %}
+{% else %}
+    // Neighbours stage neighbouring pairs, whose stores fall into different banks.
+    let pair = 2u * (thread % {{ pairs }}u);
+    let w_quad = thread / {{ pairs }}u{{ " * " ~ quads_each ~ "u" if quads_each > 1 }};
+{% for i in range([pair_words, 1] | max) %}
+    let word{{ i }} = min((column_base / 4u + w_quad) / 2u + {{ i }}u, p.words - 1u);
 {% if chunked %}
+    var first{{ i }}: u32;
+    var second{{ i }}: u32;
+{% endif %}
+{% endfor %}
+    var half = 0u;
+{% endif %}
+{% for set in range(2 if double else 1) %}
+{% for i in range(left_each) %}
+    var lo{{ set }}_{{ i }}: vec4<f32>;
+    var hi{{ set }}_{{ i }}: vec4<f32>;
+{% endfor %}
+{% if chunked and double %}
+{% for i in range(chunks_each) %}
+    var codes{{ set }}_{{ i }}: vec4<u32>;
+    var scale{{ set }}_{{ i }}: f32;
+    var low{{ set }}_{{ i }}: f32;
+{% endfor %}
+{% endif %}
+{% endfor %}
+{# Loads what is staged from row `start` of W on. Past N the last row comes again, and dY is zero. #}
+{% macro fetch(set, start) %}
+        {
+{% for i in range(left_each) %}
+        lo{{ set }}_{{ i }} = dy4(row{{ i }}, {{ start }} + 8u * dy_oct);
+        hi{{ set }}_{{ i }} = dy4(row{{ i }}, {{ start }} + 8u * dy_oct + 4u);
+{% endfor %}
+{% if chunked and double %}
 {% for i in range(chunks_each) %}
         let n{{ i }} = min({{ start }} + w_local{{ i }}, p.n - 1u);
-        let chunk{{ i }} = min(column_base / 32u + w_chunk{{ i }}, (p.words - 1u) >> 2u);
-        codes{{ i }} = codes_of(n{{ i }}, chunk{{ i }});
+        codes{{ set }}_{{ i }} = codes_of(n{{ i }}, chunk{{ i }});
         let block{{ i }} = block_of(n{{ i }}, 32u * chunk{{ i }});
-        scale{{ i }} = scale_of(block{{ i }}) * p.m.factor;
+        scale{{ set }}_{{ i }} = scale_of(block{{ i }}) * p.m.factor;
 {% if mins != "none" %}
-        low{{ i }} = min_of(block{{ i }}) * p.m.factor;
+        low{{ set }}_{{ i }} = min_of(block{{ i }}) * p.m.factor;
 {% endif %}
+{% endfor %}
+{% elif chunked %}
+        let n0 = min({{ start }} + pair, p.n - 1u) * p.m.row_words;
+        let n1 = min({{ start }} + pair + 1u, p.n - 1u) * p.m.row_words;
+{% for i in range([pair_words, 1] | max) %}
+        first{{ i }} = w[n0 + word{{ i }}];
+        second{{ i }} = w[n1 + word{{ i }}];
+{% endfor %}
+        // Scales, in the half of their memory that is not being read.
+        half = {{ scales_staged }}u - half;
+        for (var i = thread; i < {{ scales_staged }}u; i = i + {{ threads }}u) {
+            let n = min({{ start }} + i / {{ side // 32 }}u, p.n - 1u);
+            let chunk = min(column_base / 32u + i % {{ side // 32 }}u, (p.words - 1u) >> 2u);
+            let block = block_of(n, 32u * chunk);
+            scale_tile[half + i] = scale_of(block) * p.m.factor;
+{% if mins != "none" %}
+            min_tile[half + i] = min_of(block) * p.m.factor;
+{% endif %}
+        }
+{% endif %}
+        }
+{% endmacro %}
+{# Stages that. #}
+{% macro stage_all(buffer, set, start) %}
+{% for i in range(left_each) %}
+        {
+            let lo = lo{{ set }}_{{ i }} * factor{{ i }};
+            let hi = hi{{ set }}_{{ i }} * factor{{ i }};
+{{ stage("left", buffer, "dy_local + " ~ left_step * i ~ "u", "dy_oct", "lo", "hi") }}
+        }
+{% endfor %}
+{% if double %}
+{% for i in range(chunks_each) %}
+{% for j in range(chunk_words) %}
+        {
+{% if chunked %}
+{{ word_of("codes" ~ set ~ "_" ~ i, j) }}
+            let lo = decode_low(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
+            let hi = decode_high(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
+{% else %}
+            let n = min({{ start }} + w_local{{ i }}, p.n - 1u);
+            let weights = weights8(n, min(column_base / 8u + 4u * w_chunk{{ i }} + w_part + {{ j }}u, p.words - 1u));
+            let lo = weights.lo * p.m.factor;
+            let hi = weights.hi * p.m.factor;
+{% endif %}
+{{ stage("right", buffer, "w_local" ~ i, "4u * w_chunk" ~ i ~ " + w_part + " ~ j ~ "u", "lo", "hi") }}
+        }
+{% endfor %}
+{% endfor %}
+{% else %}
+{% for i in range([pair_words, 1] | max) %}
+        {
+            let to = 4u * (w_quad + {{ 2 * i }}u) * {{ stride }}u + pair;
+{% if chunked %}
+            let scales = half + pair * {{ side // 32 }}u + (w_quad + {{ 2 * i }}u) / 8u;
+{% for which, name in [(0, "first"), (1, "second")] %}
+            let scale{{ which }} = scale_tile[scales + {{ which * side // 32 }}u];
+{% if mins != "none" %}
+            let low{{ which }} = min_tile[scales + {{ which * side // 32 }}u];
+{% endif %}
+{% if pair_words == 0 %}
+            let {{ name }}_0 = decode_low({{ name }}{{ i }} >> (16u * (w_quad & 1u))) * scale{{ which }}{{ " + low" ~ which if mins != "none" }};
+{% else %}
+            let {{ name }}_0 = decode_low({{ name }}{{ i }}) * scale{{ which }}{{ " + low" ~ which if mins != "none" }};
+            let {{ name }}_1 = decode_high({{ name }}{{ i }}) * scale{{ which }}{{ " + low" ~ which if mins != "none" }};
+{% endif %}
+{% endfor %}
+{% else %}
+{% for which, name in [(0, "first"), (1, "second")] %}
+            let n{{ which }} = min({{ start }} + pair + {{ which }}u, p.n - 1u);
+{% if pair_words == 0 %}
+            let {{ name }}_0 = weights4(n{{ which }}, min(column_base / 4u + w_quad, 2u * p.words - 1u)) * p.m.factor;
+{% else %}
+            let {{ name }} = weights8(n{{ which }}, word{{ i }});
+            let {{ name }}_0 = {{ name }}.lo * p.m.factor;
+            let {{ name }}_1 = {{ name }}.hi * p.m.factor;
+{% endif %}
+{% endfor %}
+{% endif %}
+{% for e in range(4 if pair_words == 0 else 8) %}
+            right_tile0[to + {{ e * stride }}u] = f16(first_{{ e // 4 }}.{{ "xyzw"[e % 4] }});
+            right_tile0[to + {{ e * stride + 1 }}u] = f16(second_{{ e // 4 }}.{{ "xyzw"[e % 4] }});
+{% endfor %}
+        }
 {% endfor %}
 {% endif %}
 {% endmacro %}
-    {
-{{ fetch("0u") }}
-    }
-
-    for (var start = 0u; start < p.n; start = start + {{ depth }}u) {
-        workgroupBarrier();
-{% for i in range(left_each) %}
-        {
-            let lo = lo{{ i }} * factor{{ i }};
-            let hi = hi{{ i }} * factor{{ i }};
-{{ stage("left", "dy_local + " ~ left_step * i ~ "u", "dy_oct", "lo", "hi") }}
-        }
-{% endfor %}
-{% for i in range(chunks_each) %}
-        {
-{% if chunked and chunk_words == 2 %}
-            let pair = select(codes{{ i }}.xy, codes{{ i }}.zw, w_part != 0u);
-{% elif chunked and chunk_words == 1 %}
-            let pair = select(codes{{ i }}.xz, codes{{ i }}.yw, (w_part & 1u) != 0u);
-{% endif %}
-{% for j in range(chunk_words) %}
-            {
-{% if not chunked %}
-                let n = min(start + w_local{{ i }}, p.n - 1u);
-                let weights = weights8(n, min(column_base / 8u + 4u * w_chunk{{ i }} + w_part + {{ j }}u, p.words - 1u));
-                let lo = weights.lo * p.m.factor;
-                let hi = weights.hi * p.m.factor;
-{% else %}
-{% if chunk_words == 4 %}
-                let word = codes{{ i }}.{{ "xyzw"[j] }};
-{% elif chunk_words == 2 %}
-                let word = pair.{{ "xy"[j] }};
-{% else %}
-                let word = select(pair.x, pair.y, w_part > 1u);
-{% endif %}
-                let lo = decode_low(word) * scale{{ i }}{{ " + low" ~ i if mins != "none" }};
-                let hi = decode_high(word) * scale{{ i }}{{ " + low" ~ i if mins != "none" }};
-{% endif %}
-{{ stage("right", "w_local" ~ i, "4u * w_chunk" ~ i ~ " + w_part + " ~ j ~ "u", "lo", "hi") }}
-            }
-{% endfor %}
-        }
-{% endfor %}
-        workgroupBarrier();
-        {
-            let next = start + {{ depth }}u;
-{{ fetch("next") }}
-        }
-{{ multiply() }}
-    }
-
+{{ stages(fetch, stage_all, "p.n", depth) }}
 {{ finish_all() }}
 }
 

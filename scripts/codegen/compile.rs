@@ -97,12 +97,16 @@ impl Driver {
     }
 
     /// Returns whether the device has the cooperative matrices that the variant multiplies, in
-    /// subgroups of its size.
+    /// subgroups of its size, and is offered its tile.
     pub fn runs(&self, variant: &Variant) -> bool {
         let [least, most] = self.subgroup_sizes;
         let edge = number(&variant.label, "edge").is_none_or(|edge| self.cooperative_edges.contains(&edge));
+        // The tiles of products in src/kernels/qmatmul_coop.rs: AMD's GPUs, whose subgroups have
+        // two sizes, have one buffer, and NVIDIA's have two.
+        let tile = number(&variant.label, "subgroups").is_none()
+            || variant.label.split(' ').any(|part| part == "double") == (least == most);
         edge && (!variant.cooperative()
-            || number(&variant.label, "lanes").is_none_or(|lanes| (least..=most).contains(&lanes)))
+            || tile && number(&variant.label, "lanes").is_none_or(|lanes| (least..=most).contains(&lanes)))
     }
 
     /// Compiles one.

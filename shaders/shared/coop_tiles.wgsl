@@ -1,24 +1,30 @@
 {# Tiles of the two large products by cooperative matrices. A workgroup owns `side` x `side` results; each of its `subgroups` owns
    `rows` x `columns` of them, in accumulators `sumI_J`.
 
-   Both operands are staged as f16, 32 values of the contracted index at a time, eight of a row at once. `vectors`: they lie in
-   arrays of vec4, so that drivers know of wide loads and stores. Metal loads matrices from arrays of single values only.
+   Both operands are staged as f16, 32 values of the contracted index at a time. There are two forms.
 
-   Tiles of L are [row][contracted]. Tiles of R are [column][contracted], or with `natural` [contracted][column]. #}
+   Single: one buffer, filled and then multiplied, with two barriers a stage. It takes the least memory, so that many workgroups hide
+   each other's waiting. Tiles of R are [column][contracted], as matrices are loaded from memory along the contracted index.
+   `double`: two buffers, of which one is multiplied while the other is filled with what was loaded a stage before: one barrier a
+   stage, a whole stage's time for loads, and decoding that compilers mix with products, as the buffers are arrays of their own. It
+   is for devices with few workgroups of large tiles. Buffers are arrays of vec4, so that drivers know of wide loads and stores
+   (Metal loads matrices from arrays of single values only). With `natural`, tiles of R are [contracted][column], as W lies in
+   memory: such devices load transposed matrices as fast. #}
 {% from "coop.wgsl" import depth %}
 {% set rows = side // 2 %}
 {% set columns = 2 * side // subgroups %}
 {% set threads = subgroups * lanes %}
 {# Rows are padded by 8 values, which spreads the banks. #}
 {% set stride = depth + 8 %}
+{% set natural = double and natural %}
 {% set right_stride = side + 8 if natural else stride %}
 {# Results leave through memory in strips of 16 rows, as wide as there is room for. #}
 {% set strip = 128 // subgroups %}
-{% set sum_stride = strip + 4 %}
-{% set left_size = side * stride %}
-{% set right_size = (depth if natural else side) * right_stride %}
+{# The last row has no padding. #}
+{% set left_size = side * stride - 8 %}
+{% set right_size = (depth if natural else side) * right_stride - 8 %}
 {# Values in an element of what they lie in. #}
-{% set unit = 4 if vectors else 1 %}
+{% set unit = 4 if double else 1 %}
 {# Eights of L that a thread stages: of one row in so many. #}
 {% set octs = depth // 8 %}
 {% set left_step = threads // octs %}
@@ -30,11 +36,13 @@
 {% set chunk_words = [words_each, 4] | min %}
 
 {% macro memory() %}
-{% set type = "vec4<f16>" if vectors else "f16" %}
-var<workgroup> left_tile: array<{{ type }}, {{ left_size // unit }}>;
-var<workgroup> right_tile: array<{{ type }}, {{ right_size // unit }}>;
+{% set type = "vec4<f16>" if double else "f16" %}
+{% for buffer in range(2 if double else 1) %}
+var<workgroup> left_tile{{ buffer }}: array<{{ type }}, {{ left_size // unit }}>;
+var<workgroup> right_tile{{ buffer }}: array<{{ type }}, {{ right_size // unit }}>;
+{% endfor %}
 // A strip of each subgroup's results.
-var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups * 16 * sum_stride // unit }}>;
+var<workgroup> sums: array<{{ "vec4<f32>" if double else "f32" }}, {{ subgroups * 16 * strip // unit }}>;
 {% endmacro %}
 
 {# Where the workgroup's tile begins, and where in it this subgroup's piece does. #}
@@ -52,48 +60,58 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 {% endmacro %}
 
 {# Stages eight values, two vec4, from row `row` and eight `oct` of a tile on. #}
-{% macro stage(which, row, oct, lo, hi) %}
+{% macro stage(which, buffer, row, oct, lo, hi) %}
 {% set row_stride = stride if which == "left" else right_stride %}
             {
                 let at = ({{ row }}) * {{ row_stride // unit }}u + {{ 8 // unit }}u * ({{ oct }});
-{% if vectors %}
-                {{ which }}_tile[at] = vec4<f16>({{ lo }});
-                {{ which }}_tile[at + 1u] = vec4<f16>({{ hi }});
+{% if double %}
+                {{ which }}_tile{{ buffer }}[at] = vec4<f16>({{ lo }});
+                {{ which }}_tile{{ buffer }}[at + 1u] = vec4<f16>({{ hi }});
 {% else %}
 {% for e in range(8) %}
-                {{ which }}_tile[at + {{ e }}u] = f16({{ lo if e < 4 else hi }}.{{ "xyzw"[e % 4] }});
+                {{ which }}_tile{{ buffer }}[at + {{ e }}u] = f16({{ lo if e < 4 else hi }}.{{ "xyzw"[e % 4] }});
 {% endfor %}
 {% endif %}
             }
 {% endmacro %}
 
+{# The word of a chunk that a thread stages as its `j`-th, where threads share chunks. #}
+{% macro word_of(codes, j) %}
+{% if chunk_words == 4 %}
+                let word = {{ codes }}.{{ "xyzw"[j] }};
+{% elif chunk_words == 2 %}
+                let word = select({{ codes }}.{{ "xy"[j] }}, {{ codes }}.{{ "zw"[j] }}, w_part != 0u);
+{% else %}
+                let halves = select({{ codes }}.xz, {{ codes }}.yw, (w_part & 1u) != 0u);
+                let word = select(halves.x, halves.y, w_part > 1u);
+{% endif %}
+{% endmacro %}
+
 {# Adds the product of what is staged. coopLoadT reads rows of a matrix along memory, coopLoad columns. #}
-{% macro multiply() %}
-{% for k in range(0, depth, edge) %}
-        {
+{% macro multiply(buffer) %}
+        for (var k = 0u; k < {{ depth // unit }}u; k = k + {{ edge // unit }}u) {
 {% for i in range(rows // edge) %}
-            let a{{ i }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f16, A>>(&left_tile[left_begin + {{ (edge * i * stride + k) // unit }}u], {{ stride // unit }}u);
+            let a{{ i }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f16, A>>(&left_tile{{ buffer }}[left_begin + {{ edge * i * stride // unit }}u + k], {{ stride // unit }}u);
 {% endfor %}
 {% for j in range(columns // edge) %}
-            let b{{ j }} = coopLoad{{ "T" if natural }}<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&right_tile[right_begin + {{ (k * right_stride + edge * j if natural else edge * j * stride + k) // unit }}u], {{ right_stride // unit }}u);
+            let b{{ j }} = coopLoad{{ "T" if natural }}<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&right_tile{{ buffer }}[right_begin + {{ edge * j * (1 if natural else stride) // unit }}u + k{{ " * " ~ right_stride ~ "u" if natural }}], {{ right_stride // unit }}u);
 {% for i in range(rows // edge) %}
             sum{{ i }}_{{ j }} = coopMultiplyAdd(a{{ i }}, b{{ j }}, sum{{ i }}_{{ j }});
 {% endfor %}
 {% endfor %}
         }
-{% endfor %}
 {% endmacro %}
 
 {# Has `finish(row, column, sums_begin, lane)` take the results from `sums`, a strip of each subgroup at a time: where they begin in the
    result, and in `sums`. #}
 {% macro finish_all() %}
-    let sums_begin = subgroup * {{ 16 * sum_stride // unit }}u;
+    let sums_begin = subgroup * {{ 16 * strip // unit }}u;
 {% for down in range(0, rows, 16) %}{% for right in range(0, columns, strip) %}
     workgroupBarrier();
 {% for i in range(16 // edge) %}{% for j in range(strip // edge) %}
     {
         let value = sum{{ down // edge + i }}_{{ right // edge + j }};
-        coopStoreT(value, &sums[sums_begin + {{ (edge * i * sum_stride + edge * j) // unit }}u], {{ sum_stride // unit }}u);
+        coopStoreT(value, &sums[sums_begin + {{ (edge * i * strip + edge * j) // unit }}u], {{ strip // unit }}u);
     }
 {% endfor %}{% endfor %}
     workgroupBarrier();
@@ -108,6 +126,36 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 
 {# Four results, from row `row` and quad `quad` of a strip on. #}
 {% macro four(row, quad) -%}
-{% set at = "sums_begin + (" ~ row ~ ") * " ~ sum_stride // unit ~ "u + " ~ 4 // unit ~ "u * " ~ quad %}
-{%- if vectors %}sums[{{ at }}]{% else %}vec4<f32>(sums[{{ at }}], sums[{{ at }} + 1u], sums[{{ at }} + 2u], sums[{{ at }} + 3u]){% endif %}
+{% set at = "sums_begin + (" ~ row ~ ") * " ~ strip // unit ~ "u + " ~ 4 // unit ~ "u * " ~ quad %}
+{%- if double %}sums[{{ at }}]{% else %}vec4<f32>(sums[{{ at }}], sums[{{ at }} + 1u], sums[{{ at }} + 2u], sums[{{ at }} + 3u]){% endif %}
 {%- endmacro %}
+
+{# The stages of a product, where macros of the caller load and stage. `step`: what `start` is raised by for a stage. #}
+{% macro stages(fetch, stage_all, end, step) %}
+{{ fetch(0, "0u") }}
+{% if double %}
+{{ fetch(1, step ~ "u") }}
+    workgroupBarrier();
+{{ stage_all(0, 0, "0u") }}
+
+    for (var start = 0u; start < {{ end }}; start = start + {{ 2 * step }}u) {
+        workgroupBarrier();
+{{ fetch(0, "start + " ~ 2 * step ~ "u") }}
+{{ multiply(0) }}
+{{ stage_all(1, 1, "start + " ~ step ~ "u") }}
+        workgroupBarrier();
+{{ fetch(1, "start + " ~ 3 * step ~ "u") }}
+{{ multiply(1) }}
+{{ stage_all(0, 0, "start + " ~ 2 * step ~ "u") }}
+    }
+{% else %}
+
+    for (var start = 0u; start < {{ end }}; start = start + {{ step }}u) {
+        workgroupBarrier();
+{{ stage_all(0, 0, "start") }}
+        workgroupBarrier();
+{{ fetch(0, "start + " ~ step ~ "u") }}
+{{ multiply(0) }}
+    }
+{% endif %}
+{% endmacro %}

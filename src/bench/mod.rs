@@ -129,10 +129,21 @@ impl Row {
 /// Fewest and most timed runs of a case, and the time after which it has been timed enough.
 const RUNS: (usize, usize, Duration) = (5, 50, Duration::from_secs(2));
 
+/// For so long short runs are not timed: a GPU that has idled takes a while to reach its clock.
+const WARM_UP: Duration = Duration::from_millis(300);
+
 /// Times of repeated runs, in seconds.
 fn repeat(mut run: impl FnMut() -> Result<Duration>) -> Result<Vec<f64>> {
-    let start = Instant::now();
     let mut times = Vec::new();
+    let start = Instant::now();
+    while start.elapsed() < WARM_UP {
+        let time = run()?;
+        if time > WARM_UP / 10 {
+            times.push(time.as_secs_f64());
+            break;
+        }
+    }
+    let start = Instant::now();
     while times.len() < RUNS.0 || (times.len() < RUNS.1 && start.elapsed() < RUNS.2) {
         times.push(run()?.as_secs_f64());
     }

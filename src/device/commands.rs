@@ -24,6 +24,8 @@ const MAX_FLOPS: u64 = 20_000_000_000;
 /// On a device whose speed is known: what it does in a tenth of a second, if that is more. A fast device would have too little to
 /// do with less.
 const DISPATCHES_PER_SECOND: u64 = 10;
+/// What any discrete GPU of the last ten years does in a second.
+const DISCRETE_SPEED: u64 = 1_000_000_000_000;
 /// The same for software drivers, which run at a tenth of that; nothing watches them, but others want the cores.
 const MAX_FLOPS_SOFTWARE: u64 = 4_000_000_000;
 
@@ -76,7 +78,7 @@ impl Gpu {
         }
         let bind_group = pipeline.bind_group(self, call.buffers, recorder.uniform_buffer.as_ref())?;
 
-        let speed = self.tuner().speed();
+        let speed = self.speed();
         let max_flops = if self.tier() == Tier::Software {
             MAX_FLOPS_SOFTWARE
         } else {
@@ -125,6 +127,12 @@ impl Gpu {
     /// How often recorded work has been submitted.
     pub fn submissions(&self) -> u64 {
         self.recorder().lock().unwrap_or_else(PoisonError::into_inner).submissions
+    }
+
+    /// Floating-point operations a second that the device reaches at least; 0 if that is not known.
+    fn speed(&self) -> u64 {
+        let discrete = self.info().device_type == wgpu::DeviceType::DiscreteGpu;
+        self.tuner().speed().max(if discrete { DISCRETE_SPEED } else { 0 })
     }
 
     /// Floating-point operations of all dispatches there have been.

@@ -220,6 +220,11 @@ const MOST_PARTS: usize = 3;
 
 /// Rows of X and of A a workgroup owns on hardware, and its threads.
 const TILE: (u32, u32, u32) = (8, 4, 64);
+/// The same for few rows of X, of which there are two workgroups a processor at best: they own little, and more threads share it.
+const FEW: [(u32, u32); 4] = [(1, 1), (2, 1), (4, 2), (8, 2)];
+const FEW_THREADS: u32 = 256;
+/// Partial sums of a workgroup without subgroups.
+const PARTIAL_SUMS: u32 = 2048;
 /// The threads a workgroup on a software driver.
 const SOFTWARE_THREADS: u32 = 8;
 
@@ -238,11 +243,13 @@ pub(super) struct Tile {
 impl Tile {
     /// For `m` rows and `parts` right sides at a time. `share`: workgroups can be one subgroup of eight, and rows are whole words.
     pub fn new(tier: Tier, m: usize, parts: usize, share: bool) -> Tile {
-        let (tokens, ranks, threads) = TILE;
         if tier != Tier::Software {
+            let few = FEW.into_iter().find(|&(tokens, _)| m <= tokens as usize);
+            let (tokens, ranks, threads) = few.map_or(TILE, |(tokens, ranks)| (tokens, ranks, FEW_THREADS));
             // As many sums a thread, about.
-            let tokens = tokens >> (parts - 1);
-            return Tile { tokens, ranks, threads, share: false };
+            let tokens = tokens.min(TILE.0 >> (parts - 1));
+            let most = if tier.subgroups() { threads } else { PARTIAL_SUMS / (tokens * ranks) };
+            return Tile { tokens, ranks, threads: threads.min(most), share: false };
         }
         let most = if share { 32 / parts.next_power_of_two() } else { 8 };
         let tokens = m.next_power_of_two().min(most) as u32;

@@ -325,8 +325,8 @@ mod tests {
             ("qmatmul_gemv", 4),
             ("qmatmul_tile", 2),
             ("qmatmul_dx_tile", 2),
-            ("qmatmul_coop", 3),
-            ("qmatmul_dx_coop", 3),
+            ("qmatmul_coop", 4),
+            ("qmatmul_dx_coop", 4),
         ];
         let info = testing::adapters();
         let runs = |tier: &Tier| info.iter().all(|info| info.tiers.contains(&tier.to_string()));

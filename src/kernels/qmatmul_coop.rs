@@ -20,22 +20,52 @@ pub(super) struct Tile {
     /// Rows and columns.
     pub side: u32,
     pub subgroups: u32,
+    /// The form with two buffers of operands; `shaders/shared/coop_tiles.wgsl`.
+    pub double: bool,
 }
 
 impl Tile {
-    /// The smallest first. Which is the fastest is measured: a larger one decodes each weight for more rows, and subgroups that
-    /// own more of it read less memory for a product, but need more registers.
-    pub const ALL: [Tile; 3] =
-        [Tile { side: 64, subgroups: 4 }, Tile { side: 128, subgroups: 8 }, Tile { side: 128, subgroups: 4 }];
+    /// A larger tile decodes each weight for more rows. Which is the fastest is measured.
+    pub const ALL: [Tile; 4] = [
+        Tile { side: 64, subgroups: 4, double: false },
+        Tile { side: 128, subgroups: 8, double: false },
+        Tile { side: 64, subgroups: 4, double: true },
+        Tile { side: 128, subgroups: 8, double: true },
+    ];
 
-    /// Those that a device has room for.
+    /// Those that a device has room for, the smallest first. Of AMD and NVIDIA it is known which form is theirs.
     pub fn of(gpu: &Gpu, cooperative: Cooperative) -> Vec<Tile> {
-        Tile::ALL
-            .into_iter()
-            .filter(|tile| tile.side == 64 || has_room(gpu, tile.subgroups * cooperative.lanes))
-            .collect()
+        let info = gpu.info();
+        let fits = |tile: &Tile| {
+            let known = match info.vendor {
+                AMD => !tile.double,
+                NVIDIA => tile.double,
+                _ => true,
+            };
+            known
+                && (!tile.double || cooperative.vectors)
+                && has_room(gpu, tile.subgroups * cooperative.lanes, tile.bytes())
+        };
+        Tile::ALL.into_iter().filter(fits).collect()
+    }
+
+    /// Workgroup memory that it takes at most.
+    fn bytes(self) -> u32 {
+        let buffers = 2 * self.side * 40 * 2 * if self.double { 2 } else { 1 };
+        (buffers + RESULT_BYTES).next_multiple_of(1 << 10)
+    }
+
+    /// Adds the text constants of `shaders/shared/coop_tiles.wgsl`.
+    pub fn defines(self, defines: Defines) -> Defines {
+        defines.with("side", self.side).with("subgroups", self.subgroups).with("double", self.double)
     }
 }
+
+/// Workgroup memory for strips of results.
+const RESULT_BYTES: u32 = 8 << 10;
+/// PCI vendors.
+const AMD: u32 = 0x1002;
+const NVIDIA: u32 = 0x10de;
 
 /// What a variant's text depends on beside the matrix and the device.
 #[derive(Clone, Copy)]
@@ -49,11 +79,7 @@ struct Form {
 
 /// Text constants beside the matrix's.
 fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
-    let matrix = cooperative
-        .defines(matrix)
-        .with("side", form.tile.side)
-        .with("subgroups", form.tile.subgroups)
-        .with("quads", form.quads);
+    let matrix = form.tile.defines(cooperative.defines(matrix)).with("quads", form.quads);
     matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 

@@ -28,12 +28,8 @@ struct Form {
 
 /// Text constants beside the matrix's.
 fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
-    let matrix = cooperative
-        .defines(matrix)
-        .with("side", form.tile.side)
-        .with("subgroups", form.tile.subgroups)
-        .with("quads", form.quads);
-    matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout).with("natural", true)
+    let matrix = form.tile.defines(cooperative.defines(matrix)).with("quads", form.quads);
+    matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
 /// Every variant's text constants, for the registry test.

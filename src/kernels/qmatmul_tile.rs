@@ -23,13 +23,13 @@ const LARGE_THREADS: u32 = 256;
 
 /// The sides that a device has room for.
 pub(super) fn sides(gpu: &Gpu) -> &'static [u32] {
-    if has_room(gpu, LARGE_THREADS) { &SIDES } else { &SIDES[..1] }
+    if has_room(gpu, LARGE_THREADS, LARGE_BYTES) { &SIDES } else { &SIDES[..1] }
 }
 
-/// Whether a device has room for a tile of the largest side by so many threads.
-pub(super) fn has_room(gpu: &Gpu, threads: u32) -> bool {
+/// Whether a device has workgroups of so many threads and so much memory.
+pub(super) fn has_room(gpu: &Gpu, threads: u32, bytes: u32) -> bool {
     let limits = gpu.limits();
-    limits.workgroup_bytes >= LARGE_BYTES && limits.workgroup_threads >= threads
+    limits.workgroup_bytes >= bytes && limits.workgroup_threads >= threads
 }
 
 /// Runs a product by tiles of the fastest of several forms for `m` rows, the smallest first. `again`: it may be run more than
