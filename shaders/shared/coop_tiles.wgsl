@@ -18,8 +18,8 @@
 {% set stride = depth + 8 %}
 {% set natural = double and natural %}
 {% set right_stride = side + 8 if natural else stride %}
-{# Results leave through memory in strips of 16 rows, as wide as there is room for. #}
-{% set strip = 128 // subgroups %}
+{# Results leave through memory in strips of 16 rows, as wide as there is room for: `Tile::bytes` of src/kernels/qmatmul_coop.rs. #}
+{% set strip = 128 // subgroups if double else 16 %}
 {# The last row has no padding. #}
 {% set left_size = side * stride - 8 %}
 {% set right_size = (depth if natural else side) * right_stride - 8 %}

@@ -35,24 +35,26 @@ impl Tile {
 
     /// Those that a device has room for, the smallest first. Of AMD and NVIDIA it is known which form is theirs.
     pub fn of(gpu: &Gpu, cooperative: Cooperative) -> Vec<Tile> {
-        let info = gpu.info();
         let fits = |tile: &Tile| {
-            let known = match info.vendor {
+            let theirs = match gpu.info().vendor {
                 AMD => !tile.double,
                 NVIDIA => tile.double,
                 _ => true,
             };
-            known
-                && (!tile.double || cooperative.vectors)
-                && has_room(gpu, tile.subgroups * cooperative.lanes, tile.bytes())
+            let vectors = cooperative.vectors || !tile.double;
+            theirs && vectors && has_room(gpu, tile.subgroups * cooperative.lanes, tile.bytes())
         };
-        Tile::ALL.into_iter().filter(fits).collect()
+        let tiles: Vec<Tile> = Tile::ALL.into_iter().filter(fits).collect();
+        // The smallest is for every device.
+        if tiles.is_empty() { vec![Tile::ALL[0]] } else { tiles }
     }
 
-    /// Workgroup memory that it takes at most.
+    /// Workgroup memory that it takes at most: buffers of both operands, a strip of each subgroup's results, and tables.
     fn bytes(self) -> u32 {
-        let buffers = 2 * self.side * 40 * 2 * if self.double { 2 } else { 1 };
-        (buffers + RESULT_BYTES).next_multiple_of(1 << 10)
+        let buffers = if self.double { 2 } else { 1 };
+        let strip = if self.double { 128 / self.subgroups } else { 16 };
+        let operands = 2 * buffers * (2 * (40 * self.side - 8));
+        operands + 4 * 16 * strip * self.subgroups + if self.double { 64 } else { 4096 }
     }
 
     /// Adds the text constants of `shaders/shared/coop_tiles.wgsl`.
@@ -61,8 +63,6 @@ impl Tile {
     }
 }
 
-/// Workgroup memory for strips of results.
-const RESULT_BYTES: u32 = 8 << 10;
 /// PCI vendors.
 const AMD: u32 = 0x1002;
 const NVIDIA: u32 = 0x10de;
