@@ -100,7 +100,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &rms_norm::KERNEL, variants: rms_norm::variants, twin: "rms_norm::reference" },
     Entry { kernel: &rms_norm_backward::KERNEL, variants: rms_norm::variants, twin: "rms_norm_backward::reference" },
     Entry { kernel: &rope::KERNEL, variants: |_| rope::variants(), twin: "rope::reference" },
-    Entry { kernel: &row_factor::KERNEL, variants: |_| vec![row_factor::defines()], twin: "row_factor::reference" },
+    Entry { kernel: &row_factor::KERNEL, variants: |_| row_factor::variants(), twin: "row_factor::reference" },
     Entry { kernel: &sample::KERNEL, variants: sample::variants, twin: "sample::reference" },
     Entry { kernel: &scale_columns::KERNEL, variants: |_| scale_columns::variants(), twin: "scale_columns::reference" },
     Entry { kernel: &silu_mul::KERNEL, variants: |_| vec![quads::defines()], twin: "silu_mul::reference" },

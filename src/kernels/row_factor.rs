@@ -12,6 +12,8 @@ params! {
         groups: u32,
         /// K, in values.
         k: u32,
+        /// M.
+        rows: u32,
     }
 }
 
@@ -20,25 +22,43 @@ kernel! {
     KERNEL = "row_factor", RowFactorParams, [x: Read, factor: Write]
 }
 
-/// Invocations a workgroup; a power of two.
+/// Invocations a workgroup, at least; a power of two.
 const THREADS: u32 = 64;
+/// The fewest and the most that own a row; powers of two.
+const TEAMS: [u32; 2] = [4, 256];
+/// Values that one of them reads at a time, about.
+const EACH: usize = 16;
 
-/// The variant's text constants.
-pub(crate) fn defines() -> Defines {
-    Defines::new().with("threads", THREADS)
+/// The invocations that own a row of `k` values.
+fn team(k: usize) -> u32 {
+    let [fewest, most] = TEAMS;
+    k.div_ceil(EACH).next_power_of_two().clamp(fewest as usize, most as usize) as u32
+}
+
+/// The variant's text constants. `quads`: rows are whole quads, and are read four values at a time.
+fn defines(team: u32, quads: bool) -> Defines {
+    Defines::new().with("threads", THREADS.max(team)).with("team", team).with("quads", quads)
+}
+
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants() -> Vec<Defines> {
+    let [fewest, most] = TEAMS.map(u32::trailing_zeros);
+    (fewest..=most).flat_map(|log| [false, true].map(|quads| defines(1 << log, quads))).collect()
 }
 
 /// The factors of `rows` rows of `k` values.
 pub(crate) fn dispatch(gpu: &Gpu, x: &Buffer, rows: usize, k: usize) -> Result<Buffer> {
     let factor = gpu.alloc("row factors", rows as u64 * 4)?;
-    let params = RowFactorParams { k: k as u32, ..Default::default() };
+    let team = team(k);
+    let group_rows = THREADS.max(team) / team;
+    let params = RowFactorParams { k: k as u32, rows: rows as u32, ..Default::default() };
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(),
+        defines: &defines(team, k.is_multiple_of(4)),
         buffers: &[x, &factor],
         params: bytemuck::bytes_of(&params),
-        groups: rows as u64,
-        flops_per_group: 2 * k as u64,
+        groups: rows.div_ceil(group_rows as usize) as u64,
+        flops_per_group: 2 * u64::from(group_rows) * k as u64,
     })?;
     Ok(factor)
 }
@@ -60,18 +80,24 @@ mod tests {
 
     #[test]
     fn factors_bring_every_row_into_the_range_of_f16() {
-        let k = 77;
         let largest = [0.0, 1e-38, 2e-38, 1e-8, 0.3, 1.0, 2.0, 1e5, 3e38];
-        let x: Vec<f32> = (0..largest.len() * k)
-            .map(|i| largest[i / k] * [1.0, -0.25, 0.1, -1.0][i * 7 / 3 % 4] * ((i % k) as f32 / (k - 1) as f32))
-            .collect();
+        let rows = largest.len();
         for device in testing::gpus() {
             let Device::Gpu(gpu) = &device else { continue };
-            let tensor = Tensor::from_slice(&device, &[largest.len(), k], &x).unwrap();
-            let factors = dispatch(gpu, tensor.buffer(gpu, "test").unwrap(), largest.len(), k).unwrap();
-            let factors = from_bytes(&gpu.read(&factors, 4 * largest.len() as u64).unwrap());
-            for (row, factor) in x.chunks(k).zip(factors) {
-                assert_eq!(factor, reference(row), "{device:?}: {row:?}");
+            // Short rows and long ones, of whole quads and not; the largest value is the last or another one.
+            for k in [2, 3, 4, 16, 77, 80, 576, 1533, 1536, 5000] {
+                for at in [k / 3, k - 1] {
+                    let value = |i: usize| {
+                        let below = if i % k == at { 1.0 } else { [0.9, -0.25, 0.1][i * 7 / 3 % 3] };
+                        largest[i / k] * below * [1.0, -1.0][i % 2]
+                    };
+                    let x: Vec<f32> = (0..rows * k).map(value).collect();
+                    let tensor = Tensor::from_slice(&device, &[rows, k], &x).unwrap();
+                    let factors = dispatch(gpu, tensor.buffer(gpu, "test").unwrap(), rows, k).unwrap();
+                    let factors = from_bytes(&gpu.read(&factors, 4 * rows as u64).unwrap());
+                    let wanted: Vec<f32> = x.chunks(k).map(reference).collect();
+                    assert_eq!(factors, wanted, "{device:?} K={k}");
+                }
             }
         }
         assert_eq!(reference(&[0.0, -1.5]) * 1.5, 12288.0);
