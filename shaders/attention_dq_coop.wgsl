@@ -9,11 +9,11 @@ enable wgpu_cooperative_matrix;
 // * keys pairs, half of them in causal order) over their rate.
 {{ "" }}
 {% from "coop.wgsl" import enter, accumulators, least %}
-{% from "attention_strips.wgsl" import packed_type, own_rows, other_rows, sum_stride, weight_stride, own_tiles, share, rows_each, each_quad, packed_rows, begin, ranges, scores, gather, in_memory, four, stage %}
+{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, share, rows_each, each_quad, packed_rows, begin, ranges, scores, gather, in_memory, four, stage %}
 
 {% include "attention_coop.wgsl" %}
-@group(0) @binding(0) var<storage, read> queries: array<{{ packed_type }}>;          // Q in two planes and transposed, dO
-@group(0) @binding(1) var<storage, read> keys: array<{{ packed_type }}>;             // K in two planes and transposed, V
+@group(0) @binding(0) var<storage, read> queries: array<f16>;          // Q in two planes and transposed, dO
+@group(0) @binding(1) var<storage, read> keys: array<f16>;             // K in two planes and transposed, V
 @group(0) @binding(2) var<storage, read> query_scales: array<f32>;     // of Q, of dO
 @group(0) @binding(3) var<storage, read> key_scales: array<vec4<f32>>; // of K, of V
 @group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // of each query and head: lse, delta

@@ -52,97 +52,47 @@ fn main(
 
     let quads = (p.k + 3u) >> 2u;
     let words = (p.k + 7u) >> 3u;
-{# Quads of X that a thread stages. #}
-{% set each = [tokens * quads_staged // threads, 1] | max %}
-{# Loads of the next values are under way while these are multiplied, where there are registers for both. #}
-{% set early = tokens == 1 %}
-{% if early %}
-{% for i in range(each) %}
-    var own{{ i }}: vec4<f32>;
-{% endfor %}
-{% endif %}
-{% if chunked %}
-{% for r in range(rows) %}
-    var codes{{ r }}: vec4<u32>;
-    var scale{{ r }}: f32;
-    var low{{ r }}: f32;
-{% endfor %}
-{% endif %}
-{# Loads X and W from word `start` on. Past K the last weights come again, and X is zero. #}
-{% macro fetch(start) %}
-{% if early %}
-{% for i in range(each) %}
-        own{{ i }} = x4(p.row, min(2u * ({{ start }}) + thread + {{ threads * i }}u, quads - 1u));
-{% endfor %}
-{% endif %}
-{% if chunked %}
-        let chunk = min((({{ start }}) >> 2u) + lane, (words - 1u) >> 2u);
-{% for r in range(rows) %}
-        codes{{ r }} = codes_of(n{{ r }}, chunk);
-        let block{{ r }} = block_of(n{{ r }}, 32u * chunk);
-        scale{{ r }} = scale_of(block{{ r }});
-{% if mins != "none" %}
-        low{{ r }} = min_of(block{{ r }});
-{% endif %}
-{% endfor %}
-{% endif %}
-{% endmacro %}
-{% if early %}
-    {
-{{ fetch("0u") }}
-    }
-{% endif %}
     for (var start = 0u; start < words; start = start + {{ lanes * words }}u) {
-{% if not early %}
-{{ fetch("start") }}
+        // Loads of W are under way while X is staged. Past K the last weights come again, and X is zero.
+{% if chunked %}
+        let chunk = min((start >> 2u) + lane, (words - 1u) >> 2u);
+{% for r in range(rows) %}
+        var codes{{ r }} = codes_of(n{{ r }}, chunk);
+        let block{{ r }} = block_of(n{{ r }}, 32u * chunk);
+        let scale{{ r }} = scale_of(block{{ r }});
+{% if mins != "none" %}
+        let low{{ r }} = min_of(block{{ r }});
 {% endif %}
-{% if not chunked %}
+{% endfor %}
+{% else %}
         let word = min(start + lane, words - 1u);
 {% for r in range(rows) %}
         let weights{{ r }} = weights8(n{{ r }}, word);
 {% endfor %}
 {% endif %}
         workgroupBarrier();
-{% if early %}
-{% for i in range(each) %}
-        {
-            let local = thread + {{ threads * i }}u;
-            {{ "if (local < " ~ quads_staged ~ "u) " if quads_staged < threads }}{ x_tile[local + local / 8u] = select(vec4<f32>(0.0), own{{ i }}, 2u * start + local < quads); }
-        }
-{% endfor %}
-{% else %}
-        for (var turn = 0u; turn < {{ each }}u; turn = turn + 1u) {
+{% set each = tokens * quads_staged // threads %}
+        for (var turn = 0u; turn < {{ [each, 1] | max }}u; turn = turn + 1u) {
             let i = thread + turn * {{ threads }}u;
             let t = i / {{ quads_staged }}u;
             let local = i % {{ quads_staged }}u;
             let q = 2u * start + local;
             let values = x4(p.row + min(t, p.rows - 1u), min(q, quads - 1u));
-            {{ "if (t < " ~ tokens ~ "u) " if tokens * quads_staged < threads }}{
+{% if each == 0 %}
+            if (t < {{ tokens }}u) {
+{% else %}
+            {
+{% endif %}
                 x_tile[t * {{ stride }}u + local + local / 8u] = select(vec4<f32>(0.0), values, q < quads);
             }
         }
-{% endif %}
         workgroupBarrier();
-{% if chunked %}
-{% for r in range(rows) %}
-        var now{{ r }} = codes{{ r }};
-        let scale_now{{ r }} = scale{{ r }};
-{% if mins != "none" %}
-        let low_now{{ r }} = low{{ r }};
-{% endif %}
-{% endfor %}
-{% endif %}
-{% if early %}
-        {
-{{ fetch("start + " ~ lanes * words ~ "u") }}
-        }
-{% endif %}
 {% if chunked %}
         for (var word = 0u; word < 4u; word = word + 1u) {
 {% for r in range(rows) %}
-            let lo{{ r }} = decode_low(now{{ r }}.x);
-            let hi{{ r }} = decode_high(now{{ r }}.x);
-            now{{ r }} = now{{ r }}.yzwx;
+            let lo{{ r }} = decode_low(codes{{ r }}.x);
+            let hi{{ r }} = decode_high(codes{{ r }}.x);
+            codes{{ r }} = codes{{ r }}.yzwx;
 {% endfor %}
             let at = 9u * lane + 2u * word;
 {% else %}
@@ -166,9 +116,9 @@ fn main(
 {% for e in range(1, 8) %}
                 dot{{ r }} = dot{{ r }} + {{ "a" if e < 4 else "b" }}.{{ "xyzw"[e % 4] }} * {{ "lo" if e < 4 else "hi" }}{{ r }}.{{ "xyzw"[e % 4] }};
 {% endfor %}
-                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + dot{{ r }} * scale_now{{ r }};
+                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + dot{{ r }} * scale{{ r }};
 {% if mins != "none" %}
-                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + x_sum * low_now{{ r }};
+                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + x_sum * low{{ r }};
 {% endif %}
 {% else %}
 {% for e in range(8) %}

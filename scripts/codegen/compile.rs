@@ -102,9 +102,10 @@ impl Driver {
         let [least, most] = self.subgroup_sizes;
         let edge = number(&variant.label, "edge").is_none_or(|edge| self.cooperative_edges.contains(&edge));
         // The tiles of products in src/kernels/qmatmul_coop.rs: AMD's GPUs, whose subgroups have
-        // two sizes, have one buffer, and NVIDIA's have two.
+        // two sizes, have one buffer, and NVIDIA's large tile has two.
+        let double = variant.label.split(' ').any(|part| part == "double");
         let tile = number(&variant.label, "subgroups").is_none()
-            || variant.label.split(' ').any(|part| part == "double") == (least == most);
+            || if least == most { double || number(&variant.label, "side") == Some(64) } else { !double };
         edge && (!variant.cooperative()
             || tile && number(&variant.label, "lanes").is_none_or(|lanes| (least..=most).contains(&lanes)))
     }

@@ -4,8 +4,6 @@
    other rows; of what is added up from them the strip by the whole head, or by half of it where
    two subgroups share a strip. #}
 {% from "coop.wgsl" import store, load_again %}
-{# Values in an element of what is packed. #}
-{% set packed_type, unit = ("vec4<f16>", 4) if vectors else ("f16", 1) %}
 {% set halves = 4 // strips %}
 {% set own_rows = 16 * strips %}
 {% set other_rows = 32 * halves %}
@@ -67,17 +65,17 @@
         for (var k = 0u; k < {{ wide }}u; k = k + {{ edge }}u) {
             let step = {{ "k * 16u" if edge == 16 else "k / 16u * 256u + k % 16u" }};
 {% for i in range(16 // edge) %}
-            let a{{ i }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f16, A>>(&{{ own }}[({{ left }} + step) / {{ unit }}u + {{ 16 * edge * i // unit }}u], {{ 16 // unit }}u);
+            let a{{ i }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f16, A>>(&{{ own }}[{{ left }} + step + {{ 16 * edge * i }}u], 16u);
 {% if left_plane %}
-            let a_rest{{ i }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f16, A>>(&{{ own }}[({{ left }} + {{ left_plane }} + step) / {{ unit }}u + {{ 16 * edge * i // unit }}u], {{ 16 // unit }}u);
+            let a_rest{{ i }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f16, A>>(&{{ own }}[{{ left }} + {{ left_plane }} + step + {{ 16 * edge * i }}u], 16u);
 {% endif %}
 {% endfor %}
 {% for j in range(32 // edge) %}
             {
-                let at = ({{ right }} + step) / {{ unit }}u + {{ (edge * j // 16 * 16 * wide + edge * j % 16 * 16) // unit }}u;
-                let b = coopLoad<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&{{ other }}[at], {{ 16 // unit }}u);
+                let at = {{ right }} + step + {{ edge * j // 16 * 16 * wide + edge * j % 16 * 16 }}u;
+                let b = coopLoad<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&{{ other }}[at], 16u);
 {% if right_plane %}
-                let b_rest = coopLoad<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&{{ other }}[at + {{ right_plane }} / {{ unit }}u], {{ 16 // unit }}u);
+                let b_rest = coopLoad<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&{{ other }}[at + {{ right_plane }}], 16u);
 {% endif %}
 {% for i in range(16 // edge) %}
 {% if left_plane %}
@@ -104,8 +102,8 @@
 {% endfor %}
 {% for j in range(16 * own_tiles // edge) %}
             {
-                let at = ({{ right }} + step) / {{ unit }}u + {{ tile_of(edge * j // 16) }} * {{ 256 // unit }}u + {{ edge * j % 16 * 16 // unit }}u;
-                let b = coopLoad<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&{{ other }}[at], {{ 16 // unit }}u);
+                let at = {{ right }} + step + {{ tile_of(edge * j // 16) }} * 256u + {{ edge * j % 16 * 16 }}u;
+                let b = coopLoad<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&{{ other }}[at], 16u);
 {% for i in range(16 // edge) %}
                 {{ sum }}{{ i }}_{{ j }} = coopMultiplyAdd(a{{ i }}, b, {{ sum }}{{ i }}_{{ j }});
 {% endfor %}

@@ -141,12 +141,12 @@ var<workgroup> sums: array<{{ "vec4<f32>" if double else "f32" }}, {{ subgroups 
     for (var start = 0u; start < {{ end }}; start = start + {{ 2 * step }}u) {
         workgroupBarrier();
 {{ fetch(0, "start + " ~ 2 * step ~ "u") }}
-{{ multiply(0) }}
 {{ stage_all(1, 1, "start + " ~ step ~ "u") }}
+{{ multiply(0) }}
         workgroupBarrier();
 {{ fetch(1, "start + " ~ 3 * step ~ "u") }}
-{{ multiply(1) }}
 {{ stage_all(0, 0, "start + " ~ 2 * step ~ "u") }}
+{{ multiply(1) }}
     }
 {% else %}
 

@@ -12,7 +12,7 @@ pub(crate) struct Cooperative {
     pub edge: u32,
     /// Invocations a subgroup.
     pub lanes: u32,
-    /// Matrices can be loaded from arrays of vectors, from which drivers know of wide loads.
+    /// Matrices can be loaded from arrays of vectors: on Vulkan, but not on Metal.
     pub vectors: bool,
 }
 

@@ -33,12 +33,13 @@ impl Tile {
         Tile { side: 128, subgroups: 8, double: true },
     ];
 
-    /// Those that a device has room for, the smallest first. Of AMD and NVIDIA it is known which form is theirs.
+    /// Those that a device has room for, the smallest first. Two buffers leave AMD's GPUs too few workgroups, and on NVIDIA's
+    /// the large tile was always slower with one.
     pub fn of(gpu: &Gpu, cooperative: Cooperative) -> Vec<Tile> {
         let fits = |tile: &Tile| {
             let theirs = match gpu.info().vendor {
                 AMD => !tile.double,
-                NVIDIA => tile.double,
+                NVIDIA => tile.double || tile.side == 64,
                 _ => true,
             };
             let vectors = cooperative.vectors || !tile.double;
