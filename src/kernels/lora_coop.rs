@@ -5,7 +5,7 @@
 use super::column_sum::{self, rows_each};
 use super::lora_down::Dropout;
 use super::qmatmul_operands::GEMV_ROWS;
-use super::{Scratch, kernel, params, row_factor};
+use super::{Rows, Scratch, kernel, params};
 use crate::device::{Cooperative, Defines, Device, Dispatch, Gpu};
 use crate::error::Result;
 use crate::tensor::Tensor;
@@ -47,7 +47,7 @@ kernel! {
 /// An operand of the product.
 #[derive(Clone, Copy)]
 pub(super) struct Operand<'a> {
-    pub tensor: &'a Tensor,
+    pub rows: Rows<'a>,
     /// The contracted index runs along its rows: L [P, C], R [Q, C]; otherwise L is [C, P], R [C, Q].
     pub along: bool,
     /// Of its values; of one operand at most.
@@ -57,6 +57,11 @@ pub(super) struct Operand<'a> {
 /// The cooperative matrices of a device that multiplies `tokens` rows with them.
 pub(super) fn of(gpu: &Gpu, tokens: usize) -> Option<Cooperative> {
     gpu.cooperative().filter(|_| tokens > GEMV_ROWS)
+}
+
+/// Whether products over `tokens` rows stage their operands, with a factor a row.
+pub(crate) fn stages(device: &Device, tokens: usize) -> bool {
+    matches!(device, Device::Gpu(gpu) if of(gpu, tokens).is_some())
 }
 
 /// The longer and the shorter side of a tile of OUT, fixed in the shader by its four subgroups of 16 x 16.
@@ -128,18 +133,14 @@ pub(super) fn product(
     scale: f32,
 ) -> Result<Tensor> {
     let size = |operand: Operand<'_>| {
-        let (rows, columns) = (operand.tensor.shape()[0], operand.tensor.shape()[1]);
+        let (rows, columns) = (operand.rows.tensor.shape()[0], operand.rows.tensor.shape()[1]);
         if operand.along { (rows, columns) } else { (columns, rows) }
     };
     let ((rows, contracted), (columns, _)) = (size(left), size(right));
     let out = Tensor::uninit(gpu, what, &[rows, columns])?;
     let end = out.buffer(gpu, what)?;
     let division = Division::of(gpu, [rows, columns, contracted]);
-    let factor = |operand: Operand<'_>| {
-        let (rows, columns) = (operand.tensor.shape()[0], operand.tensor.shape()[1]);
-        row_factor::dispatch(gpu, operand.tensor.buffer(gpu, what)?, rows, columns)
-    };
-    let factors = [factor(left)?, factor(right)?];
+    let factors = [left.rows.found(gpu, what)?, right.rows.found(gpu, what)?];
     let parts = division.parts;
     let partial = match parts {
         1 => None,
@@ -166,15 +167,15 @@ pub(super) fn product(
         keep_scale: 1.0,
         ..Default::default()
     };
-    let quads = [left, right].iter().all(|operand| operand.tensor.shape()[1].is_multiple_of(4));
+    let quads = [left, right].iter().all(|operand| operand.rows.tensor.shape()[1].is_multiple_of(4));
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
         defines: &defines(cooperative, is_wide(rows, columns), quads, [left.along, right.along], dropped),
         buffers: &[
-            left.tensor.buffer(gpu, what)?,
-            right.tensor.buffer(gpu, what)?,
-            &factors[0],
-            &factors[1],
+            left.rows.tensor.buffer(gpu, what)?,
+            right.rows.tensor.buffer(gpu, what)?,
+            factors[0],
+            factors[1],
             partial.as_ref().unwrap_or(end),
         ],
         params: bytemuck::bytes_of(&params),
@@ -187,10 +188,11 @@ pub(super) fn product(
     Ok(out)
 }
 
-/// What [`product`] takes beside OUT [P, Q] for C contracted values, of operands with these rows.
-pub(super) fn scratch(gpu: &Gpu, sizes: [usize; 3], operand_rows: [usize; 2]) -> Scratch {
+/// What [`product`] takes beside OUT [P, Q] for C contracted values, and beside the factors of an operand that others share. The
+/// other one has so many rows.
+pub(super) fn scratch(gpu: &Gpu, sizes: [usize; 3], operand_rows: usize) -> Scratch {
     let parts = Division::of(gpu, sizes).parts;
-    let mut scratch = Scratch::kept(operand_rows);
+    let mut scratch = Scratch::kept([operand_rows]);
     if parts > 1 {
         let values = sizes[0] * sizes[1];
         scratch.kept.push(parts * values);

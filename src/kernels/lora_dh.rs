@@ -6,7 +6,7 @@ use super::lora_coop::{self, Operand};
 use super::lora_down::Tile;
 use super::matrix::is_ragged;
 use super::product::{Columns, View, parallelism};
-use super::{Real, Scratch, expect_2d, expect_shape, kernel, params};
+use super::{Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, kernel, params};
 use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::tensor::{Storage, Tensor};
@@ -39,11 +39,17 @@ kernel! {
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
 pub fn lora_dh(dy: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
-    let (m, n) = expect_2d(OP, "dY", dy)?;
+    of_rows(Rows { tensor: dy, factors: &RowFactors::default() }, b, scale)
+}
+
+/// As [`lora_dh`], of a dY that other kernels read too.
+pub(crate) fn of_rows(dy: Rows<'_>, b: &Tensor, scale: f32) -> Result<Tensor> {
+    let Rows { tensor, .. } = dy;
+    let (m, n) = expect_2d(OP, "dY", tensor)?;
     let (_, rank) = expect_2d(OP, "B", b)?;
     expect_shape(OP, "B", b, &[n, rank])?;
-    dy.device().same(&b.device(), OP)?;
-    match dy.storage() {
+    tensor.device().same(&b.device(), OP)?;
+    match tensor.storage() {
         Storage::Cpu(cpu, dy) => {
             let mut g = cpu.zeros(m * rank)?;
             let left = View { data: dy, row_stride: n, col_stride: 1 };
@@ -55,10 +61,10 @@ pub fn lora_dh(dy: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
     }
 }
 
-/// What [`lora_dh`] takes beside its result for dY [M, N] and a rank.
+/// What [`lora_dh`] takes beside its result and the factors of dY's rows, for dY [M, N] and a rank.
 pub(crate) fn scratch(device: &Device, [m, n, rank]: [usize; 3]) -> Scratch {
     match device {
-        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, n], [m, n]),
+        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, n], n),
         _ => Scratch::default(),
     }
 }
@@ -68,12 +74,13 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Tile::variants(tier, 1, &[false])
 }
 
-fn dispatch(gpu: &Gpu, dy: &Tensor, b: &Tensor, [m, n, rank]: [usize; 3], scale: f32) -> Result<Tensor> {
+fn dispatch(gpu: &Gpu, dy: Rows<'_>, b: &Tensor, [m, n, rank]: [usize; 3], scale: f32) -> Result<Tensor> {
     if m == 0 || n == 0 || rank == 0 {
-        return Tensor::zeros(&dy.device(), &[m, rank]);
+        return Tensor::zeros(&dy.tensor.device(), &[m, rank]);
     }
     if let Some(cooperative) = lora_coop::of(gpu, m) {
-        let [dy, b] = [(dy, true), (b, false)].map(|(tensor, along)| Operand { tensor, along, dropout: None });
+        let b = Rows { tensor: b, factors: &RowFactors::default() };
+        let [dy, b] = [(dy, true), (b, false)].map(|(rows, along)| Operand { rows, along, dropout: None });
         return lora_coop::product(gpu, cooperative, "g", [dy, b], scale);
     }
     let g = Tensor::uninit(gpu, "g", &[m, rank])?;
@@ -84,7 +91,7 @@ fn dispatch(gpu: &Gpu, dy: &Tensor, b: &Tensor, [m, n, rank]: [usize; 3], scale:
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
         defines: &tile.defines(gpu.tier(), 1, is_ragged(n), false),
-        buffers: &[dy.buffer(gpu, OP)?, b.buffer(gpu, OP)?, g.buffer(gpu, OP)?],
+        buffers: &[dy.tensor.buffer(gpu, OP)?, b.buffer(gpu, OP)?, g.buffer(gpu, OP)?],
         params: bytemuck::bytes_of(&params),
         groups: m.div_ceil(tile.tokens as usize) as u64 * u64::from(rank_groups),
         flops_per_group: 2 * u64::from(tile.tokens * tile.ranks) * n as u64,

@@ -9,7 +9,7 @@ use super::lora_coop::{self, Operand};
 use super::matrix::is_ragged;
 use super::product::{Columns, View, parallelism};
 use super::qmatmul_lanes::one_subgroup;
-use super::{Real, Scratch, expect_2d, expect_shape, kernel, params};
+use super::{Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, kernel, params};
 use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
@@ -150,6 +150,12 @@ impl Dropout {
 /// # Errors
 /// [`Error::Shape`], [`Error::DeviceMismatch`], [`Error::Invalid`] for a probability outside 0..1.
 pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    of_rows(Rows { tensor: x, factors: &RowFactors::default() }, a, dropout)
+}
+
+/// As [`lora_down`], of an X that other kernels read too.
+pub(crate) fn of_rows(rows: Rows<'_>, a: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
+    let x = rows.tensor;
     let (m, k) = expect_2d(OP, "x", x)?;
     let (rank, _) = expect_2d(OP, "A", a)?;
     expect_shape(OP, "A", a, &[rank, k])?;
@@ -174,19 +180,20 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
         }
         Storage::Gpu(gpu, _) => {
             if let Some(cooperative) = lora_coop::of(gpu, m).filter(|_| k > 0 && rank > 0) {
-                let operand = |(tensor, dropout)| Operand { tensor, along: true, dropout };
-                return lora_coop::product(gpu, cooperative, "h", [(x, dropout), (a, None)].map(operand), 1.0);
+                let a = Rows { tensor: a, factors: &RowFactors::default() };
+                let operand = |(rows, dropout)| Operand { rows, along: true, dropout };
+                return lora_coop::product(gpu, cooperative, "h", [(rows, dropout), (a, None)].map(operand), 1.0);
             }
             dispatch(gpu, x, &[(a, dropout)], [m, k, rank]).map(|mut hs| hs.remove(0))
         }
     }
 }
 
-/// What [`lora_down`] takes beside its result for X [M, K] and a rank, with dropout or not.
+/// What [`lora_down`] takes beside its result and the factors of X's rows, for X [M, K] and a rank, with dropout or not.
 pub(crate) fn scratch(device: &Device, [m, k, rank]: [usize; 3], dropout: bool) -> Scratch {
     match device {
         Device::Cpu(_) => Scratch::kept(dropout.then_some(m * k)),
-        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, k], [m, rank]),
+        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, k], rank),
         Device::Gpu(_) => Scratch::default(),
     }
 }
@@ -195,8 +202,9 @@ pub(crate) fn scratch(device: &Device, [m, k, rank]: [usize; 3], dropout: bool) 
 ///
 /// # Errors
 /// As [`lora_down`].
-pub(crate) fn lora_down_all(x: &Tensor, parts: &[(&Tensor, Option<Dropout>)]) -> Result<Vec<Tensor>> {
-    let each = || parts.iter().map(|&(a, dropout)| lora_down(x, a, dropout)).collect();
+pub(crate) fn lora_down_all(rows: Rows<'_>, parts: &[(&Tensor, Option<Dropout>)]) -> Result<Vec<Tensor>> {
+    let each = || parts.iter().map(|&(a, dropout)| of_rows(rows, a, dropout)).collect();
+    let x = rows.tensor;
     let Storage::Gpu(gpu, _) = x.storage() else { return each() };
     let [(first, dropout), others @ ..] = parts else { return each() };
     let probability = |dropout: &Option<Dropout>| dropout.map_or(0.0, |dropout| dropout.probability);
@@ -367,7 +375,8 @@ mod tests {
         let reseeded = |by| dropout.map(|dropout| Dropout { seed: dropout.seed.wrapping_add(by), ..dropout });
         let beside = [(&other, reseeded(1)), (&a_tensor, dropout), (&a_tensor, reseeded(2))];
         for count in 2..=3 {
-            let all = lora_down_all(&x_tensor, &beside[..count]).unwrap();
+            let rows = Rows { tensor: &x_tensor, factors: &RowFactors::default() };
+            let all = lora_down_all(rows, &beside[..count]).unwrap();
             for (all, &(a, dropout)) in all.iter().zip(&beside) {
                 let alone = lora_down(&x_tensor, a, dropout).unwrap();
                 assert_eq!(

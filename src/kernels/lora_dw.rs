@@ -13,7 +13,7 @@ use super::lora_coop::{self, Operand};
 use super::lora_down::Dropout;
 use super::product::{Columns, View, parallelism};
 use super::qmatmul_lanes::one_subgroup;
-use super::{Real, Scratch, expect_2d, kernel, params};
+use super::{Real, RowFactors, Rows, Scratch, expect_2d, kernel, params};
 use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
@@ -63,18 +63,24 @@ kernel! {
 /// [`Error::Shape`], [`Error::DeviceMismatch`], [`Error::Invalid`] for a dropout probability outside 0..1, and the
 /// device's own.
 pub fn lora_dw(l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
-    let (m, rows) = expect_2d(OP, "L", l)?;
-    let (r_m, cols) = expect_2d(OP, "R", r)?;
+    let factors = [RowFactors::default(), RowFactors::default()];
+    of_rows(Rows { tensor: l, factors: &factors[0] }, Rows { tensor: r, factors: &factors[1] }, scale, dropout)
+}
+
+/// As [`lora_dw`], of matrices that other kernels read too.
+pub(crate) fn of_rows(l: Rows<'_>, r: Rows<'_>, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
+    let (m, rows) = expect_2d(OP, "L", l.tensor)?;
+    let (r_m, cols) = expect_2d(OP, "R", r.tensor)?;
     if m != r_m {
         let (expected, got) = (format!("{m}, those of L"), r_m.to_string());
         return Err(Error::Shape { op: OP, what: "rows of R", expected, got });
     }
-    l.device().same(&r.device(), OP)?;
+    l.tensor.device().same(&r.tensor.device(), OP)?;
     let dropout = dropout.map_or(Ok(None), |dropout| dropout.active(OP))?;
-    match l.storage() {
+    match l.tensor.storage() {
         Storage::Cpu(cpu, l) => {
             let mut out = cpu.zeros(rows * cols)?;
-            let mut r = r.host(OP)?;
+            let mut r = r.tensor.host(OP)?;
             let mut dropped;
             if let Some(dropout) = dropout {
                 dropped = cpu.zeros(r.len())?;
@@ -160,11 +166,12 @@ impl Division {
     }
 }
 
-/// What [`lora_dw`] takes beside OUT [rows, cols] for `m` tokens, with dropout on R or not.
+/// What [`lora_dw`] takes beside OUT [rows, cols] for `m` tokens, with dropout on R or not, and beside the factors of dY's rows or
+/// X's.
 pub(crate) fn scratch(device: &Device, m: usize, rows: usize, cols: usize, dropout: bool) -> Scratch {
     match device {
         Device::Cpu(_) => Scratch::kept(dropout.then_some(m * cols)),
-        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [rows, cols, m], [m, m]),
+        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [rows, cols, m], m),
         Device::Gpu(gpu) => {
             let parts = Division::of(gpu, m, rows, cols).parts;
             let mut scratch = Scratch::kept((parts > 1).then_some(parts * rows * cols));
@@ -176,18 +183,18 @@ pub(crate) fn scratch(device: &Device, m: usize, rows: usize, cols: usize, dropo
     }
 }
 
-fn dispatch(gpu: &Gpu, l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
-    let (m, rows, cols) = (l.shape()[0], l.shape()[1], r.shape()[1]);
+fn dispatch(gpu: &Gpu, l: Rows<'_>, r: Rows<'_>, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
+    let (m, rows, cols) = (l.tensor.shape()[0], l.tensor.shape()[1], r.tensor.shape()[1]);
     if m == 0 || rows == 0 || cols == 0 {
-        return Tensor::zeros(&l.device(), &[rows, cols]);
+        return Tensor::zeros(&l.tensor.device(), &[rows, cols]);
     }
     if let Some(cooperative) = lora_coop::of(gpu, m) {
-        let [l, r] = [(l, None), (r, dropout)].map(|(tensor, dropout)| Operand { tensor, along: false, dropout });
+        let [l, r] = [(l, None), (r, dropout)].map(|(rows, dropout)| Operand { rows, along: false, dropout });
         return lora_coop::product(gpu, cooperative, "weight gradient", [l, r], scale);
     }
     let out = Tensor::uninit(gpu, "weight gradient", &[rows, cols])?;
     let r_is_wide = cols >= rows;
-    let (wide, narrow) = if r_is_wide { (r, l) } else { (l, r) };
+    let (wide, narrow) = if r_is_wide { (r.tensor, l.tensor) } else { (l.tensor, r.tensor) };
     let (wide_stride, narrow_stride) = if r_is_wide { (1, cols) } else { (cols, 1) };
     let Division { tile, wide_groups, narrow_groups, each, parts } = Division::of(gpu, m, rows, cols);
     let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(dropout);

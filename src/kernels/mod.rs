@@ -34,7 +34,7 @@ mod exp;
 pub mod grad_norm;
 mod host_matrix;
 pub mod linear_cross_entropy;
-mod lora_coop;
+pub(crate) mod lora_coop;
 pub mod lora_dh;
 pub mod lora_down;
 pub mod lora_dw;
@@ -77,6 +77,7 @@ pub mod visibility;
 pub use matrix::{DeviceMatrix, HostMatrix};
 pub use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
 pub(crate) use parity::disagreement;
+pub(crate) use row_factor::{RowFactors, Rows};
 pub(crate) use scratch::Scratch;
 
 /// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry test compares with

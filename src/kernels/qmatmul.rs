@@ -11,15 +11,13 @@
 //! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, register tiles, one by cooperative
 //! matrices, and one for software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
 
-use std::cell::OnceCell;
-
 use super::matrix::{DeviceMatrix, HostMatrix};
 use super::qmatmul_operands::{GEMV_ROWS, GpuCall, HostLora, OP};
 use super::{
-    LoraUp, Real, Scratch, expect_2d, expect_shape, qmatmul_coop, qmatmul_cpu, qmatmul_gemv, qmatmul_lanes,
-    qmatmul_tile, row_factor,
+    LoraUp, Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, qmatmul_coop, qmatmul_cpu, qmatmul_gemv,
+    qmatmul_lanes, qmatmul_tile,
 };
-use crate::device::{Buffer, Device, Gpu, Tier};
+use crate::device::{Device, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::{Storage, Tensor};
 
@@ -29,7 +27,7 @@ use crate::tensor::{Storage, Tensor};
 /// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], and the device's own errors. Values are not
 /// looked at: what is not finite comes out as it does in the formula.
 pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option<LoraUp<'_>>) -> Result<Tensor> {
-    product(x, &Staging::default(), Product { w, bias, lora })
+    product(Rows { tensor: x, factors: &RowFactors::default() }, Product { w, bias, lora })
 }
 
 /// What X is multiplied with.
@@ -43,12 +41,9 @@ pub(crate) struct Product<'a> {
     pub lora: Option<LoraUp<'a>>,
 }
 
-/// What the products of one X have in common, made when the first one wants it: where it is staged as f16 a factor a row.
-#[derive(Default)]
-pub(crate) struct Staging(OnceCell<Buffer>);
-
-/// As [`qmatmul`], of one of several products of `x`.
-pub(crate) fn product(x: &Tensor, staging: &Staging, Product { w, bias, lora }: Product<'_>) -> Result<Tensor> {
+/// As [`qmatmul`], of an X that other kernels read too.
+pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) -> Result<Tensor> {
+    let x = rows.tensor;
     let (m, k) = expect_2d(OP, "x", x)?;
     let n = w.rows();
     if k != w.cols() {
@@ -87,14 +82,7 @@ pub(crate) fn product(x: &Tensor, staging: &Staging, Product { w, bias, lora }: 
         (Storage::Gpu(gpu, x), _, Some((_, parts))) => {
             let y = Tensor::uninit(gpu, "y", &[m, n])?;
             let call = GpuCall { gpu, w, x, m, bias, lora, y: y.buffer(gpu, OP)? };
-            let factor = match staging.0.get() {
-                Some(factor) => factor,
-                None if stages(gpu, m) => {
-                    let factor = row_factor::dispatch(gpu, x, m, k)?;
-                    staging.0.get_or_init(|| factor)
-                }
-                None => gpu.unused()?,
-            };
+            let factor = if stages_on(gpu, m) { rows.found(gpu, OP)? } else { gpu.unused()? };
             for part in parts {
                 match (gpu.tier(), gpu.cooperative()) {
                     _ if m == 0 => {}
@@ -111,16 +99,20 @@ pub(crate) fn product(x: &Tensor, staging: &Staging, Product { w, bias, lora }: 
     }
 }
 
-/// What [`qmatmul`] takes beside its result for `m` rows of X and W [N, K].
+/// What [`qmatmul`] takes beside its result and the factors of X's rows, for `m` of them and W [N, K].
 pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch {
     match device {
         Device::Cpu(_) => qmatmul_cpu::scratch(m, n, k),
-        Device::Gpu(gpu) => Scratch::kept(stages(gpu, m).then_some(m)),
+        Device::Gpu(_) => Scratch::default(),
     }
 }
 
-/// Whether X is staged as f16, with a factor a row.
-fn stages(gpu: &Gpu, m: usize) -> bool {
+/// Whether an X of `m` rows is staged as f16, with a factor a row.
+pub(crate) fn stages(device: &Device, m: usize) -> bool {
+    matches!(device, Device::Gpu(gpu) if stages_on(gpu, m))
+}
+
+fn stages_on(gpu: &Gpu, m: usize) -> bool {
     gpu.tier().f16() && m > GEMV_ROWS
 }
 

@@ -15,8 +15,8 @@ use super::lora_down::Dropout;
 use super::matrix::DeviceMatrix;
 use super::qmatmul_dx_operands::{GpuDxCall, HostLoraDx, OP};
 use super::{
-    Real, Scratch, expect_2d, expect_shape, qmatmul_dx_coop, qmatmul_dx_cpu, qmatmul_dx_lanes, qmatmul_dx_tile,
-    row_factor,
+    Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, qmatmul_dx_coop, qmatmul_dx_cpu, qmatmul_dx_lanes,
+    qmatmul_dx_tile,
 };
 use crate::device::{Device, Tier};
 use crate::error::{Error, Result};
@@ -45,6 +45,12 @@ impl LoraDx<'_> {
 /// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], [`Error::Invalid`] for a dropout probability outside
 /// 0..1, and the device's own errors. Values are not looked at: what is not finite comes out as it does in the formula.
 pub fn qmatmul_dx(dy: &Tensor, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Result<Tensor> {
+    of_rows(Rows { tensor: dy, factors: &RowFactors::default() }, w, lora)
+}
+
+/// As [`qmatmul_dx`], of a dY that other kernels read too.
+pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Result<Tensor> {
+    let dy = rows.tensor;
     let (m, n) = expect_2d(OP, "dY", dy)?;
     let k = w.cols();
     if n != w.rows() {
@@ -86,12 +92,12 @@ pub fn qmatmul_dx(dy: &Tensor, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Re
                 return Ok(dx);
             }
             let call = GpuDxCall { gpu, w, dy, m, lora: adapter, dx: dx.buffer(gpu, OP)? };
-            let factor = if gpu.tier().f16() { row_factor::dispatch(gpu, dy, m, n)? } else { gpu.unused()?.clone() };
+            let factor = if gpu.tier().f16() { rows.found(gpu, OP)? } else { gpu.unused()? };
             for part in parts {
                 match (gpu.tier(), gpu.cooperative()) {
                     (Tier::Software, _) => qmatmul_dx_lanes::dispatch(&call, part)?,
-                    (_, Some(cooperative)) => qmatmul_dx_coop::dispatch(&call, part, &factor, cooperative)?,
-                    _ => qmatmul_dx_tile::dispatch(&call, part, &factor)?,
+                    (_, Some(cooperative)) => qmatmul_dx_coop::dispatch(&call, part, factor, cooperative)?,
+                    _ => qmatmul_dx_tile::dispatch(&call, part, factor)?,
                 }
             }
             Ok(dx)
@@ -101,13 +107,17 @@ pub fn qmatmul_dx(dy: &Tensor, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Re
     }
 }
 
-/// What [`qmatmul_dx`] takes beside its result for `m` rows of dY and W [N, K].
-pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch {
+/// What [`qmatmul_dx`] takes beside its result and the factors of dY's rows, for W [N, K].
+pub(crate) fn scratch(device: &Device, n: usize, k: usize) -> Scratch {
     match device {
         Device::Cpu(_) => qmatmul_dx_cpu::scratch(n, k),
-        // A factor a row.
-        Device::Gpu(gpu) => Scratch::kept(gpu.tier().f16().then_some(m)),
+        Device::Gpu(_) => Scratch::default(),
     }
+}
+
+/// Whether dY is staged as f16, with a factor a row.
+pub(crate) fn stages(device: &Device) -> bool {
+    matches!(device, Device::Gpu(gpu) if gpu.tier().f16())
 }
 
 /// The formula, for any real type: what every form is compared with. `dy` is [M, N], `w` [N, K], `lora` (G [M, r],

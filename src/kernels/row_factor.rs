@@ -2,9 +2,12 @@
 //! activations of 1e5 nor gradients of 1e-8 are lost. That of a row of zeros is the largest there is, 2^126, and so never the
 //! smallest of several rows'.
 
-use super::{kernel, params};
+use std::sync::{Arc, OnceLock};
+
+use super::{expect_2d, kernel, params};
 use crate::device::{Buffer, Defines, Dispatch, Gpu};
 use crate::error::Result;
+use crate::tensor::Tensor;
 
 params! {
     struct RowFactorParams {
@@ -46,8 +49,33 @@ pub(crate) fn variants() -> Vec<Defines> {
     (fewest..=most).flat_map(|log| [false, true].map(|quads| defines(1 << log, quads))).collect()
 }
 
+/// The factors of a matrix's rows. The first kernel that stages the matrix finds them, and clones share them. They are those of
+/// one matrix, whose values stay as they are.
+#[derive(Clone, Default)]
+pub(crate) struct RowFactors(Arc<OnceLock<Buffer>>);
+
+/// A matrix that several kernels may stage.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub tensor: &'a Tensor,
+    pub factors: &'a RowFactors,
+}
+
+impl<'a> Rows<'a> {
+    /// The factors, which are found now unless they are there.
+    pub fn found(self, gpu: &Gpu, op: &'static str) -> Result<&'a Buffer> {
+        let RowFactors(found) = self.factors;
+        if let Some(factors) = found.get() {
+            return Ok(factors);
+        }
+        let (rows, k) = expect_2d(op, "a matrix with row factors", self.tensor)?;
+        let factors = dispatch(gpu, self.tensor.buffer(gpu, op)?, rows, k)?;
+        Ok(found.get_or_init(|| factors))
+    }
+}
+
 /// The factors of `rows` rows of `k` values.
-pub(crate) fn dispatch(gpu: &Gpu, x: &Buffer, rows: usize, k: usize) -> Result<Buffer> {
+fn dispatch(gpu: &Gpu, x: &Buffer, rows: usize, k: usize) -> Result<Buffer> {
     let factor = gpu.alloc("row factors", rows as u64 * 4)?;
     let team = team(k);
     let group_rows = THREADS.max(team) / team;
@@ -75,8 +103,20 @@ pub(crate) fn reference(row: &[f32]) -> f32 {
 mod tests {
     use super::*;
     use crate::device::Device;
-    use crate::tensor::{Tensor, from_bytes};
+    use crate::tensor::from_bytes;
     use crate::testing;
+
+    #[test]
+    fn clones_share_what_the_first_reader_finds() {
+        for device in testing::gpus() {
+            let Device::Gpu(gpu) = &device else { continue };
+            let (tensor, factors) = (Tensor::zeros(&device, &[3, 8]).unwrap(), RowFactors::default());
+            let clone = factors.clone();
+            let [first, second] =
+                [&factors, &clone].map(|factors| Rows { tensor: &tensor, factors }.found(gpu, "test").unwrap());
+            assert!(std::ptr::eq(first, second), "{device:?}");
+        }
+    }
 
     #[test]
     fn factors_bring_every_row_into_the_range_of_f16() {

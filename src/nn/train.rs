@@ -16,16 +16,15 @@
 use super::adapter::LoraAdapter;
 use super::linear::AdaptedLinear;
 use crate::error::Result;
-use crate::kernels::LoraUp;
 use crate::kernels::column_sum::column_sum;
 use crate::kernels::dropout_mix::{Mix, dropout_mix};
-use crate::kernels::expect_shape;
-use crate::kernels::lora_dh::lora_dh;
-use crate::kernels::lora_down::{Dropout, lora_down, lora_down_all};
-use crate::kernels::lora_dw::lora_dw;
-use crate::kernels::qmatmul::{Product, Staging, product, qmatmul};
+use crate::kernels::lora_down::{Dropout, lora_down_all};
+use crate::kernels::qmatmul::{Product, product, qmatmul};
 use crate::kernels::qmatmul_dx::{LoraDx, qmatmul_dx};
 use crate::kernels::scale_columns::{divide_columns, scale_columns};
+use crate::kernels::{
+    LoraUp, RowFactors, Rows, expect_shape, lora_dh, lora_down, lora_dw, qmatmul_dx as input_gradient,
+};
 use crate::tensor::Tensor;
 
 const OP: &str = "linear layer's backward";
@@ -43,6 +42,8 @@ struct SavedAdapter {
     adapter: LoraAdapter,
     dropout: Option<Dropout>,
     x: Tensor,
+    /// Those of x, which all layers share that read it.
+    x_factors: RowFactors,
     h: Tensor,
     dora: Option<SavedDora>,
 }
@@ -102,7 +103,7 @@ impl<Base> AdaptedLinear<Base> {
     pub fn backward(&self, dy: &Tensor, saved: &Saved, need_dx: bool) -> Result<LinearGrads> {
         expect_shape(OP, "dY", dy, &[saved.rows, self.d_out()])?;
         let dbias = self.trained_bias().map(|_| column_sum(dy, None)).transpose()?;
-        let Some(SavedAdapter { adapter, dropout, x, h, dora }) = &saved.adapted else {
+        let Some(SavedAdapter { adapter, dropout, x, x_factors, h, dora }) = &saved.adapted else {
             let dx = need_dx.then(|| qmatmul_dx(dy, self.base(), None)).transpose()?;
             return Ok(LinearGrads { dx, dbias, ..LinearGrads::default() });
         };
@@ -112,20 +113,26 @@ impl<Base> AdaptedLinear<Base> {
             Some(dora) => &scale_columns(dy, &dora.factor.c, None)?,
             None => dy,
         };
-        let g = lora_dh(du, b, s)?;
+        let du_factors = RowFactors::default();
+        let du = Rows { tensor: du, factors: &du_factors };
+        let g = lora_dh::of_rows(du, b, s)?;
         let of_magnitude = |dora: &SavedDora| divide_columns(&column_sum(dy, Some(&dora.u))?, &dora.factor.norm);
         let dx = match (dora, dropout) {
             _ if !need_dx => None,
             (Some(_), Some(dropout)) => {
-                let kept = qmatmul_dx(du, self.base(), Some(LoraDx { g: &g, a, dropout: None }))?;
+                let kept = input_gradient::of_rows(du, self.base(), Some(LoraDx { g: &g, a, dropout: None }))?;
                 Some(dropout_mix(Mix::Both(&kept, &qmatmul_dx(dy, self.base(), None)?), *dropout)?)
             }
-            _ => Some(qmatmul_dx(du, self.base(), Some(LoraDx { g: &g, a, dropout: *dropout }))?),
+            _ => Some(input_gradient::of_rows(du, self.base(), Some(LoraDx { g: &g, a, dropout: *dropout }))?),
         };
+        // What only one product reads shares nothing.
+        let x = Rows { tensor: x, factors: x_factors };
+        let da = lora_dw::of_rows(Rows { tensor: &g, factors: &RowFactors::default() }, x, 1.0, *dropout)?;
+        let db = lora_dw::of_rows(du, Rows { tensor: h, factors: &RowFactors::default() }, s, None)?;
         Ok(LinearGrads {
             dx,
-            da: Some(lora_dw(&g, x, 1.0, *dropout)?),
-            db: Some(lora_dw(du, h, s, None)?),
+            da: Some(da),
+            db: Some(db),
             dmagnitude: dora.as_ref().map(of_magnitude).transpose()?,
             dbias,
         })
@@ -145,26 +152,30 @@ impl<Base> AdaptedLinear<Base> {
     /// As [`AdaptedLinear::run`], with DoRA's factor.
     fn run_dora(
         &self,
-        x: &Tensor,
+        x: Rows<'_>,
         adapter: &LoraAdapter,
         factor: &DoraFactor,
         dropout: Option<Dropout>,
     ) -> Result<(Tensor, Saved)> {
+        let (kept, kept_factors);
         let (xd, beside) = match dropout {
-            None => (x.clone(), self.bias().cloned()),
+            None => (x, self.bias().cloned()),
             Some(dropout) => {
-                let taken = dropout_mix(Mix::Rest(x), dropout)?;
+                let taken = dropout_mix(Mix::Rest(x.tensor), dropout)?;
                 let beside = qmatmul(&taken, self.base(), self.bias(), None)?;
-                (dropout_mix(Mix::Kept(x), dropout)?, Some(beside))
+                (kept, kept_factors) = (dropout_mix(Mix::Kept(x.tensor), dropout)?, RowFactors::default());
+                (Rows { tensor: &kept, factors: &kept_factors }, Some(beside))
             }
         };
-        let h = lora_down(&xd, adapter.a(), None)?;
+        let h = lora_down::of_rows(xd, adapter.a(), None)?;
         let up = LoraUp { h: &h, b: adapter.b(), scale: adapter.scale() };
-        let u = qmatmul(&xd, self.base(), None, Some(up))?;
+        let u = product(xd, Product { w: self.base(), bias: None, lora: Some(up) })?;
         let y = scale_columns(&u, &factor.c, beside.as_ref())?;
         let dora = Some(SavedDora { factor: factor.clone(), u });
-        let adapted = SavedAdapter { adapter: adapter.clone(), dropout, x: x.clone(), h, dora };
-        Ok((y, Saved { rows: x.shape()[0], adapted: Some(adapted) }))
+        let (x, x_factors) = (x.tensor.clone(), x.factors.clone());
+        let rows = x.shape()[0];
+        let adapted = SavedAdapter { adapter: adapter.clone(), dropout, x, x_factors, h, dora };
+        Ok((y, Saved { rows, adapted: Some(adapted) }))
     }
 }
 
@@ -183,18 +194,22 @@ pub(super) fn run_all<Base, const N: usize>(
         .zip(dropouts)
         .filter_map(|(adapter, dropout)| adapter.as_ref().map(|adapter| (adapter.a(), dropout)))
         .collect();
-    let mut hs = lora_down_all(x, &downs)?.into_iter();
-    let staging = Staging::default();
+    let x_factors = RowFactors::default();
+    let rows = Rows { tensor: x, factors: &x_factors };
+    let mut hs = lora_down_all(rows, &downs)?.into_iter();
     let mut results = Vec::with_capacity(N);
     for ((layer, adapter), dropout) in layers.into_iter().zip(adapters).zip(dropouts) {
         if let (Some(adapter), Some(factor)) = (layer.adapter_beside(), layer.dora_factor()?) {
-            results.push(layer.run_dora(x, adapter, factor, dropout)?);
+            results.push(layer.run_dora(rows, adapter, factor, dropout)?);
             continue;
         }
         let adapted = adapter.and_then(|adapter| Some((adapter, hs.next()?)));
         let lora = adapted.as_ref().map(|(adapter, h)| LoraUp { h, b: adapter.b(), scale: adapter.scale() });
-        let y = product(x, &staging, Product { w: layer.base(), bias: layer.bias(), lora })?;
-        let saved = |(adapter, h)| SavedAdapter { adapter, dropout, x: x.clone(), h, dora: None };
+        let y = product(rows, Product { w: layer.base(), bias: layer.bias(), lora })?;
+        let saved = |(adapter, h)| {
+            let (x, x_factors) = (x.clone(), x_factors.clone());
+            SavedAdapter { adapter, dropout, x, x_factors, h, dora: None }
+        };
         results.push((y, Saved { rows: x.shape()[0], adapted: adapted.map(saved) }));
     }
     let mut results = results.into_iter();

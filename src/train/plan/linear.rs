@@ -1,12 +1,13 @@
 //! A linear layer's passes, in memory alone: `nn/train.rs`, allocation by allocation.
 
 use std::cell::OnceCell;
+use std::rc::Rc;
 
-use super::ledger::{Bytes, Part};
+use super::ledger::{Bytes, Ledger, Part};
 use super::step::Pass;
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
-use crate::kernels::{column_sum, dora_norm, lora_dh, lora_down, lora_dw, qmatmul, qmatmul_dx};
+use crate::kernels::{column_sum, dora_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul, qmatmul_dx};
 
 /// A linear layer [d_out, d_in].
 pub(super) struct Linear {
@@ -31,9 +32,25 @@ pub(super) struct Factor {
     _c: Bytes,
 }
 
+/// The factors of a matrix's rows: as `RowFactors` of the kernels has them.
+#[derive(Clone, Default)]
+pub(super) struct Factors(Rc<OnceCell<Bytes>>);
+
+impl Factors {
+    /// What a kernel does that stages so many rows, or none.
+    pub fn find(&self, ledger: &Rc<Ledger>, rows: usize, stages: bool) -> Result<()> {
+        if stages && self.0.get().is_none() {
+            let factors = ledger.tensor(Part::Activations, &[rows])?;
+            self.0.get_or_init(|| factors);
+        }
+        Ok(())
+    }
+}
+
 /// What the backward pass needs; dropped with it.
 struct Saved {
     _x: Bytes,
+    x_factors: Factors,
     _h: Bytes,
     _dora: Option<(Factor, Bytes)>,
 }
@@ -52,53 +69,58 @@ impl Linear {
     }
 
     /// X * W^T and its scratch.
-    fn product(&self, pass: &Pass<'_>) -> Result<Bytes> {
+    fn product(&self, pass: &Pass<'_>, x: &Factors) -> Result<Bytes> {
         let y = pass.tensor(self.d_out)?;
+        x.find(pass.ledger, pass.tokens, qmatmul::stages(&pass.ledger.device, pass.tokens))?;
         pass.ledger.scratch(&qmatmul::scratch(&pass.ledger.device, pass.tokens, self.d_out, self.d_in))?;
         Ok(y)
     }
 
     /// dY * W and its scratch.
-    fn product_dx(&self, pass: &Pass<'_>) -> Result<Bytes> {
+    fn product_dx(&self, pass: &Pass<'_>, dy: &Factors) -> Result<Bytes> {
         let dx = pass.tensor(self.d_in)?;
-        pass.ledger.scratch(&qmatmul_dx::scratch(&pass.ledger.device, pass.tokens, self.d_out, self.d_in))?;
+        dy.find(pass.ledger, pass.tokens, qmatmul_dx::stages(&pass.ledger.device))?;
+        pass.ledger.scratch(&qmatmul_dx::scratch(&pass.ledger.device, self.d_out, self.d_in))?;
         Ok(dx)
     }
 
     /// H, where it is made beside those of the layers that read the same x: of an adapter that is not DoRA's.
-    fn down_beside(&self, pass: &Pass<'_>) -> Result<Option<Bytes>> {
+    fn down_beside(&self, pass: &Pass<'_>, x: &Factors) -> Result<Option<Bytes>> {
         let adapter = self.adapter.as_ref().filter(|adapter| adapter.magnitude.is_none());
-        adapter.map(|adapter| self.down(adapter, pass, pass.dropout)).transpose()
+        adapter.map(|adapter| self.down(adapter, pass, x, pass.dropout)).transpose()
     }
 
-    fn down(&self, adapter: &Adapter, pass: &Pass<'_>, dropout: bool) -> Result<Bytes> {
+    fn down(&self, adapter: &Adapter, pass: &Pass<'_>, x: &Factors, dropout: bool) -> Result<Bytes> {
         let h = pass.tensor(adapter.rank)?;
+        x.find(pass.ledger, pass.tokens, lora_coop::stages(&pass.ledger.device, pass.tokens))?;
         let shape = [pass.tokens, self.d_in, adapter.rank];
         pass.ledger.scratch(&lora_down::scratch(&pass.ledger.device, shape, dropout))?;
         Ok(h)
     }
 
-    fn run(&self, pass: &Pass<'_>, x: &Bytes, h: Option<Bytes>) -> Result<(Bytes, Option<Saved>)> {
-        let Some(adapter) = &self.adapter else { return Ok((self.product(pass)?, None)) };
+    fn run(&self, pass: &Pass<'_>, x: &Bytes, x_factors: &Factors, h: Option<Bytes>) -> Result<(Bytes, Option<Saved>)> {
+        let Some(adapter) = &self.adapter else { return Ok((self.product(pass, x_factors)?, None)) };
+        let saved = |h, dora| Saved { _x: x.clone(), x_factors: x_factors.clone(), _h: h, _dora: dora };
         if let Some(h) = h {
-            let y = self.product(pass)?;
-            return Ok((y, Some(Saved { _x: x.clone(), _h: h, _dora: None })));
+            let y = self.product(pass, x_factors)?;
+            return Ok((y, Some(saved(h, None))));
         }
         let factor = self.factor(adapter, pass)?;
-        let _beside = match pass.dropout {
+        let own = Factors::default();
+        let (_beside, xd_factors) = match pass.dropout {
             true => {
                 let taken = pass.tensor(self.d_in)?;
-                let beside = self.product(pass)?;
+                let beside = self.product(pass, &Factors::default())?;
                 let kept = pass.tensor(self.d_in)?;
                 drop(taken);
-                Some((beside, kept))
+                (Some((beside, kept)), &own)
             }
-            false => None,
+            false => (None, x_factors),
         };
-        let h = self.down(adapter, pass, false)?;
-        let u = self.product(pass)?;
+        let h = self.down(adapter, pass, xd_factors, false)?;
+        let u = self.product(pass, xd_factors)?;
         let y = pass.tensor(self.d_out)?;
-        Ok((y, Some(Saved { _x: x.clone(), _h: h, _dora: Some((factor, u)) })))
+        Ok((y, Some(saved(h, Some((factor, u))))))
     }
 
     fn factor(&self, adapter: &Adapter, pass: &Pass<'_>) -> Result<Factor> {
@@ -112,30 +134,34 @@ impl Linear {
         Ok(adapter.factor.get_or_init(|| factor).clone())
     }
 
-    fn backward(&self, pass: &Pass<'_>, need_dx: bool) -> Result<Vec<Option<Bytes>>> {
-        let Some(adapter) = &self.adapter else {
-            return Ok(vec![need_dx.then(|| self.product_dx(pass)).transpose()?]);
+    fn backward(&self, pass: &Pass<'_>, saved: Option<&Saved>, need_dx: bool) -> Result<Vec<Option<Bytes>>> {
+        let (Some(adapter), Some(Saved { x_factors, .. })) = (&self.adapter, saved) else {
+            return Ok(vec![need_dx.then(|| self.product_dx(pass, &Factors::default())).transpose()?]);
         };
+        let lora_stages = lora_coop::stages(&pass.ledger.device, pass.tokens);
         let dora = adapter.magnitude.is_some();
         let _du = dora.then(|| pass.tensor(self.d_out)).transpose()?;
+        let du_factors = Factors::default();
         let _g = pass.tensor(adapter.rank)?;
+        du_factors.find(pass.ledger, pass.tokens, lora_stages)?;
         pass.ledger.scratch(&lora_dh::scratch(&pass.ledger.device, [pass.tokens, self.d_out, adapter.rank]))?;
         let dx = if !need_dx {
             None
         } else if dora && pass.dropout {
-            let _both = (self.product_dx(pass)?, self.product_dx(pass)?);
+            let _both = (self.product_dx(pass, &du_factors)?, self.product_dx(pass, &Factors::default())?);
             Some(pass.tensor(self.d_in)?)
         } else {
-            Some(self.product_dx(pass)?)
+            Some(self.product_dx(pass, &du_factors)?)
         };
-        let weight = |rows: usize, cols: usize, dropout: bool| {
+        let weight = |rows: usize, cols: usize, factors: &Factors, dropout: bool| {
             let gradient = pass.ledger.tensor(Part::Gradients, &[rows, cols])?;
+            factors.find(pass.ledger, pass.tokens, lora_stages)?;
             pass.ledger.scratch(&lora_dw::scratch(&pass.ledger.device, pass.tokens, rows, cols, dropout))?;
             Ok(gradient)
         };
         let mut grads = vec![dx];
-        grads.push(Some(weight(adapter.rank, self.d_in, pass.dropout)?));
-        grads.push(Some(weight(self.d_out, adapter.rank, false)?));
+        grads.push(Some(weight(adapter.rank, self.d_in, x_factors, pass.dropout)?));
+        grads.push(Some(weight(self.d_out, adapter.rank, &du_factors, false)?));
         if dora {
             let _sums = pass.ledger.tensor(Part::Gradients, &[self.d_out])?;
             pass.ledger.scratch(&column_sum::scratch(&pass.ledger.device, pass.tokens, self.d_out))?;
@@ -152,8 +178,10 @@ pub(super) fn record_all<'a, const N: usize>(
     tape: &mut Tape<'a, Bytes>,
     x: &Var<Bytes>,
 ) -> Result<[Var<Bytes>; N]> {
-    let hs = layers.iter().map(|layer| layer.down_beside(pass)).collect::<Result<Vec<_>>>()?;
-    let results = layers.iter().zip(hs).map(|(layer, h)| layer.run(pass, x.value(), h)).collect::<Result<Vec<_>>>()?;
+    let factors = Factors::default();
+    let hs = layers.iter().map(|layer| layer.down_beside(pass, &factors)).collect::<Result<Vec<_>>>()?;
+    let run = |(layer, h): (&&Linear, _)| layer.run(pass, x.value(), &factors, h);
+    let results = layers.iter().zip(hs).map(run).collect::<Result<Vec<_>>>()?;
     let need_dx = x.needs_grad();
     let mut results = results.into_iter().zip(layers);
     Ok(std::array::from_fn(|_| {
@@ -161,7 +189,7 @@ pub(super) fn record_all<'a, const N: usize>(
         let mut inputs = vec![x.node()];
         inputs.extend(layer.adapter.iter().flat_map(Adapter::parameters).map(|tensor| tape.leaf(tensor)));
         tape.record(y, inputs, move |_, _| {
-            let grads = layer.backward(pass, need_dx);
+            let grads = layer.backward(pass, saved.as_ref(), need_dx);
             drop(saved);
             grads
         })

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::MicroBatches;
 use super::ledger::{Bytes, Ledger, Moment, Part};
-use super::linear::{Adapter, Linear, record_all};
+use super::linear::{Adapter, Factors, Linear, record_all};
 use crate::autograd::{Gradients, Tape, Var};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -117,10 +117,12 @@ impl Pass<'_> {
             let new = |part, width: usize| ledger.tensor(part, &[rows, width]);
             let chunk = if rows == m { hidden.value().clone() } else { new(Part::Activations, k)? };
             let _logits = new(Part::Logits, v)?;
+            Factors::default().find(ledger, rows, qmatmul::stages(&ledger.device, rows))?;
             ledger.scratch(&qmatmul::scratch(&ledger.device, rows, v, k))?;
             drop(chunk);
             let d_chunk = new(Part::Activations, k)?;
-            ledger.scratch(&qmatmul_dx::scratch(&ledger.device, rows, v, k))?;
+            Factors::default().find(ledger, rows, qmatmul_dx::stages(&ledger.device))?;
+            ledger.scratch(&qmatmul_dx::scratch(&ledger.device, v, k))?;
             if rows == m {
                 d_hidden = d_chunk;
             }
