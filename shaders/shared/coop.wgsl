@@ -47,40 +47,6 @@
 coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(&{{ tile.name }}[{{ tile.begin }} + {{ at ~ "u * " ~ tile.stride ~ "u + k" if tile.along else at ~ "u + k * " ~ tile.stride ~ "u" }}], {{ tile.stride }}u);
 {%- endmacro %}
 
-{# Tiles of `side` x `side` results. Four subgroups own 32 x 32 of 64 x 64, eight own 64 x 32 of 128 x 128. #}
-{# Where the workgroup's tile begins, and where in it this subgroup's piece does. #}
-{% macro begin_tile(side) %}
-    let row_group = group / p.column_groups;
-    let column_base = (group - row_group * p.column_groups) * {{ side }}u;
-    let row_base = row_group * {{ side }}u;
-    let piece_row = subgroup / {{ side // 32 }}u * {{ side // 2 }}u;
-    let piece_column = subgroup % {{ side // 32 }}u * 32u;
-{% endmacro %}
-
-{# Each subgroup's 16 x 16 results on their way out, in f32. Padding spreads the banks. #}
-{% set sum_stride = 16 + 4 %}
-{% macro sums_memory(side) %}
-var<workgroup> sums: array<f32, {{ side // 16 * 16 * sum_stride }}>;
-{% endmacro %}
-
-{# Has `finish(row, column, sums_begin, lane)` take the results from `sums`, 16 x 16 of each subgroup at a time: where they begin in
-   the result, and in `sums`. #}
-{% macro finish_tile(edge, side) %}
-    let sums_begin = subgroup * {{ 16 * sum_stride }}u;
-{% for down in range(0, side // 2, 16) %}{% for right in [0, 16] %}
-    workgroupBarrier();
-{{ store(edge, down, right, "sums", "sums_begin", sum_stride) }}
-    workgroupBarrier();
-    finish(row_base + piece_row + {{ down }}u, column_base + piece_column + {{ right }}u, sums_begin, lane);
-{% endfor %}{% endfor %}
-{% endmacro %}
-
-{# Four results of `sums`, from a row and column of its 16 x 16 on. #}
-{% macro sums4(row, column) %}
-            let at = sums_begin + {{ row }} * {{ sum_stride }}u + {{ column }};
-            let sum = vec4<f32>(sums[at], sums[at + 1u], sums[at + 2u], sums[at + 3u]);
-{% endmacro %}
-
 {# Stores 16 x 16 of a subgroup's results, from row `down` and column `right` on, into an array of f32. #}
 {% macro store(edge, down, right, array, begin, stride, sum="sum") %}
 {% for i in range(16 // edge) %}{% for j in range(16 // edge) %}
