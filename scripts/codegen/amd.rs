@@ -48,7 +48,7 @@ fn instruction(name: &str) -> Instruction {
     let class = class(name);
     let load = matches!(class, Class::GlobalLoad | Class::SharedLoad);
     let gathers = load && ["16", "short"].iter().any(|part| name.contains(part));
-    Instruction { class, name: name.to_owned(), bytes: bytes(name), gathers }
+    Instruction { class, name: name.to_owned(), bytes: bytes(name), gathers, transposes: false }
 }
 
 fn class(name: &str) -> Class {

@@ -46,8 +46,10 @@ pub struct Instruction {
     pub name: String,
     /// Bytes a thread, of loads from global memory.
     pub bytes: u32,
-    /// A load of 16 bits, or one that transposes a matrix register.
+    /// A load of 16 bits.
     pub gathers: bool,
+    /// Transposes a matrix register.
+    pub transposes: bool,
 }
 
 /// Blocks in the order of the listing; edges lead to the indices of blocks.
@@ -69,6 +71,7 @@ pub struct Counts {
     /// Loads from global memory, by their bytes a thread.
     pub loads: BTreeMap<u32, u32>,
     pub gathers: u32,
+    pub transposes: u32,
     /// Names of the instructions that touch memory.
     pub memory: BTreeMap<String, u32>,
 }
@@ -89,6 +92,7 @@ impl Counts {
     fn add(&mut self, instruction: &Instruction) {
         *self.classes.entry(instruction.class).or_default() += 1;
         self.gathers += u32::from(instruction.gathers);
+        self.transposes += u32::from(instruction.transposes);
         if instruction.class == Class::GlobalLoad {
             *self.loads.entry(instruction.bytes).or_default() += 1;
         }

@@ -7,7 +7,7 @@
 //! NAK is not NVIDIA's own compiler, nor Honeykrisp's Metal's.
 //!
 //! The rules, in `rules.rs`: everything compiles; nothing spills; so many subgroups fit on a unit
-//! at once; what is for matrix instructions has them, and no more gathers than these; the loops of
+//! at once; what is for matrix instructions has them, and no more gathers than these, nor transposes; the loops of
 //! products load 16 bytes at a time; and three measures are those of `table.json`, within 10 %:
 //!
 //! - `vector/matrix`: vector instructions a matrix instruction, of cooperative matrices

@@ -40,7 +40,8 @@ fn instruction(line: &str) -> Option<Instruction> {
     // Registers of the uniform unit, "ur1" and "up0".
     let class = if results.trim_start().starts_with('u') { Class::Scalar } else { class(name) };
     let narrow = matches!(class, Class::GlobalLoad | Class::SharedLoad) && bytes(name) == 2;
-    Some(Instruction { class, name: name.to_owned(), bytes: bytes(name), gathers: narrow || name.starts_with("movm") })
+    let transposes = name.starts_with("movm");
+    Some(Instruction { class, name: name.to_owned(), bytes: bytes(name), gathers: narrow, transposes })
 }
 
 fn class(name: &str) -> Class {

@@ -172,12 +172,14 @@ impl Record {
         if !self.cooperative() {
             return;
         }
-        let (matrix, gathers) = (whole.of(Class::Matrix), whole.gathers);
+        let matrix = whole.of(Class::Matrix);
         court.rule("matrices", matrix > 0, f64::INFINITY, || "no matrix instruction".into());
-        let excess = f64::from(gathers) / f64::from(matrix.max(1));
-        court.rule("gathers", gathers <= matrix, excess, || {
-            format!("{gathers} gathers of 16 bits or transposes for {matrix} matrix instructions")
-        });
+        for (name, what, count) in
+            [("gathers", "gathers of 16 bits", whole.gathers), ("transposes", "transposes", whole.transposes)]
+        {
+            let excess = f64::from(count) / f64::from(matrix.max(1));
+            court.rule(name, count <= matrix, excess, || format!("{count} {what} for {matrix} matrix instructions"));
+        }
     }
 
     fn loads(&self, counts: &Counts, court: &mut Court) {
