@@ -78,13 +78,7 @@ impl Gpu {
         }
         let bind_group = pipeline.bind_group(self, call.buffers, recorder.uniform_buffer.as_ref())?;
 
-        let speed = self.speed();
-        let max_flops = if self.tier() == Tier::Software {
-            MAX_FLOPS_SOFTWARE
-        } else {
-            MAX_FLOPS.max(speed / DISPATCHES_PER_SECOND)
-        };
-        let batch_flops = BATCH_FLOPS.max(speed / BATCHES_PER_SECOND);
+        let (max_flops, batch_flops) = limits(self.tier(), self.speed());
         let part = (max_flops / call.flops_per_group.max(1)).clamp(1, u64::from(u32::MAX));
         let mut params = [0; MAX_PARAMS_BYTES as usize];
         let params = &mut params[..call.params.len()];
@@ -379,6 +373,13 @@ struct ReadState {
     waker: Option<Waker>,
 }
 
+/// The most floating-point operations of a dispatch and of a submission, for a device of this speed (0: not known).
+fn limits(tier: Tier, speed: u64) -> (u64, u64) {
+    let dispatch =
+        if tier == Tier::Software { MAX_FLOPS_SOFTWARE } else { MAX_FLOPS.max(speed / DISPATCHES_PER_SECOND) };
+    (dispatch, BATCH_FLOPS.max(speed / BATCHES_PER_SECOND))
+}
+
 /// `groups` workgroups as x and y within the limit; y rows are full, the surplus is cut off in the shader.
 fn fold(groups: u64, max: u32) -> (u32, u32) {
     let y = groups.div_ceil(u64::from(max)).max(1);
@@ -387,7 +388,16 @@ fn fold(groups: u64, max: u32) -> (u32, u32) {
 
 #[cfg(test)]
 mod tests {
-    use super::fold;
+    use super::*;
+
+    #[test]
+    fn dispatches_are_as_long_as_the_device_is_fast() {
+        assert_eq!(limits(Tier::Plain, 0), (MAX_FLOPS, BATCH_FLOPS));
+        // 40 GFLOP/s and 100 TFLOP/s.
+        assert_eq!(limits(Tier::Plain, 40_000_000_000), (MAX_FLOPS, BATCH_FLOPS));
+        assert_eq!(limits(Tier::Plain, 100_000_000_000_000), (10_000_000_000_000, 500_000_000_000));
+        assert_eq!(limits(Tier::Software, 40_000_000_000), (MAX_FLOPS_SOFTWARE, BATCH_FLOPS));
+    }
 
     #[test]
     fn folding_covers_every_group_within_the_limit() {

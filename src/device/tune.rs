@@ -38,6 +38,8 @@ pub(super) struct Tuner {
 /// The speed's case, in 10^9 floating-point operations a second.
 const SPEED: &str = "GFLOP/s";
 const GIGA: u64 = 1_000_000_000;
+/// Of what a speed is taken from, in seconds.
+const SHORTEST: f64 = 1e-5;
 
 /// The variables that switch something off, and what that is.
 const SWITCHES: [(&str, &str); 2] = [
@@ -89,9 +91,13 @@ impl Tuner {
         self.speed.load(Ordering::Relaxed)
     }
 
-    /// Takes note of a measured speed, in floating-point operations a second.
-    fn note_speed(&self, speed: f64) {
-        let speed = speed as u64;
+    /// Takes note of how fast so many floating-point operations were done.
+    fn note_speed(&self, flops: u64, seconds: f64) {
+        // Clocks of GPUs are too coarse for less.
+        if seconds < SHORTEST {
+            return;
+        }
+        let speed = (flops as f64 / seconds) as u64;
         // Small gains are not worth writing a file for.
         if speed > GIGA && speed > self.speed.fetch_max(speed, Ordering::Relaxed) / 4 * 5 {
             self.set(SPEED, (speed / GIGA) as usize);
@@ -179,7 +185,7 @@ impl Gpu {
         let times = shortest(variants, |variant| {
             let before = self.recorded_flops();
             let time = self.time(|| run(variant))?.as_secs_f64();
-            tuner.note_speed((self.recorded_flops() - before) as f64 / time.max(1e-6));
+            tuner.note_speed(self.recorded_flops() - before, time);
             Ok(time)
         })?;
         let best = (0..variants).min_by(|&one, &other| times[one].total_cmp(&times[other])).unwrap_or_default();
@@ -253,6 +259,22 @@ mod tests {
             assert_eq!(times, [seconds, seconds * 0.9]);
             assert_eq!(runs, [0, 1].repeat(rounds), "{seconds}");
         }
+    }
+
+    #[test]
+    fn the_highest_speed_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tuned.json");
+        let new = |device: &str| Tuner::new(device.into(), Some(file.clone()));
+        let one = new("one");
+        assert_eq!(one.speed(), 0);
+        // Too short to be true, too slow to matter, and then true.
+        for (flops, seconds, wanted) in [(GIGA, 1e-9, 0), (GIGA, 2.0, 0), (6 * GIGA, 1e-3, 6000 * GIGA)] {
+            one.note_speed(flops, seconds);
+            assert_eq!((one.speed(), new("one").speed()), (wanted, wanted), "{flops} in {seconds} s");
+        }
+        one.note_speed(GIGA, 1e-3);
+        assert_eq!((new("one").speed(), new("other").speed()), (6000 * GIGA, 0));
     }
 
     #[test]
