@@ -1,6 +1,7 @@
 // One AdamW step, in place, on gradients multiplied by norm[1]; nothing changes if that is not finite.
 // param *= decay; m += (g - m) * (1 - beta1); v = beta2 * v + (1 - beta2) * g^2;
 // param -= step_size * m / (sqrt(v) / root2 + eps)
+{% from "adamw.wgsl" import update %}
 
 struct Params {
     first_group: u32,
@@ -20,7 +21,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> grad: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> m: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> v: array<vec4<f32>>;
-// As bits, to see a NaN: WGSL may assume that floats are none.
+// Read as bits, so that a NaN shows: WGSL may assume that there are none.
 @group(0) @binding(4) var<storage, read> norm: array<u32>;
 
 fn quad(i: u32) {
@@ -28,12 +29,7 @@ fn quad(i: u32) {
     if ((factor & 0x7f800000u) == 0x7f800000u) {
         return;
     }
-    let g = grad[i] * bitcast<f32>(factor);
-    let m_new = m[i] + (g - m[i]) * p.new1;
-    let v_new = v[i] * p.beta2 + g * g * p.new2;
-    m[i] = m_new;
-    v[i] = v_new;
-    param[i] = param[i] * p.decay - p.step_size * m_new / (sqrt(v_new) / p.root2 + vec4<f32>(p.eps));
+{{ update("", "bitcast<f32>(factor)") }}
 }
 
 {% include "quads.wgsl" %}

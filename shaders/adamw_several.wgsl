@@ -1,4 +1,5 @@
 // One AdamW step of up to three tensors, each as adamw.wgsl does it: a workgroup works on one of them.
+{% from "adamw.wgsl" import update %}
 
 struct Params {
     first_group: u32,
@@ -18,7 +19,7 @@ struct Params {
 }
 
 {{ param_space }} p: Params;
-// As bits, to see a NaN: WGSL may assume that floats are none.
+// Read as bits, so that a NaN shows: WGSL may assume that there are none.
 @group(0) @binding(0) var<storage, read> norm: array<u32>;
 {% for t in range(3) %}
 @group(0) @binding({{ 4 * t + 1 }}) var<storage, read_write> param{{ t }}: array<vec4<f32>>;
@@ -45,12 +46,7 @@ fn main(
     {{ "if" if t == 0 else "} else if" }} ({{ "true" if t == 2 else "group < p.first" ~ (t + 1) }}) {
         let i = (group - {{ "0u" if t == 0 else "p.first" ~ t }}) * {{ threads }}u + thread;
         if (i < p.quads{{ t }}) {
-            let g = grad{{ t }}[i] * factor;
-            let m_new = m{{ t }}[i] + (g - m{{ t }}[i]) * p.new1;
-            let v_new = v{{ t }}[i] * p.beta2 + g * g * p.new2;
-            m{{ t }}[i] = m_new;
-            v{{ t }}[i] = v_new;
-            param{{ t }}[i] = param{{ t }}[i] * p.decay - p.step_size * m_new / (sqrt(v_new) / p.root2 + vec4<f32>(p.eps));
+{{ update(t, "factor") }}
         }
 {% endfor %}
     }

@@ -10,7 +10,7 @@ enable wgpu_cooperative_matrix;
 {{ "" }}
 {% set natural = false %}
 {% from "coop.wgsl" import depth, enter %}
-{% from "coop_tiles.wgsl" import threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, word_of, stages, finish_all, quads_wide, row_step, rows_each, four %}
+{% from "coop_tiles.wgsl" import threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, loaded, load_chunk, decode_chunk, stages, finish_all, quads_wide, row_step, rows_each, four %}
 
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row
@@ -49,19 +49,7 @@ fn main(
 {% for i in range(chunks_each) %}
     let n{{ i }} = min(column_base + w_local + {{ threads // sharing * i }}u, p.n - 1u);
 {% endfor %}
-{% for set in range(2 if double else 1) %}
-{% for i in range(left_each) %}
-    var lo{{ set }}_{{ i }}: vec4<f32>;
-    var hi{{ set }}_{{ i }}: vec4<f32>;
-{% endfor %}
-{% if chunked %}
-{% for i in range(chunks_each) %}
-    var codes{{ set }}_{{ i }}: vec4<u32>;
-    var scale{{ set }}_{{ i }}: f32;
-    var low{{ set }}_{{ i }}: f32;
-{% endfor %}
-{% endif %}
-{% endfor %}
+{{ loaded(chunked) }}
 {# Loads what is staged from quad `start` on. Past K the last values come again, of which X's count as zero. #}
 {% macro fetch(set, start) %}
         {
@@ -73,12 +61,7 @@ fn main(
 {% if chunked %}
         let chunk = min(({{ start }}) >> 3u, (words - 1u) >> 2u);
 {% for i in range(chunks_each) %}
-        codes{{ set }}_{{ i }} = codes_of(n{{ i }}, chunk);
-        let block{{ i }} = block_of(n{{ i }}, 32u * chunk);
-        scale{{ set }}_{{ i }} = scale_of(block{{ i }}) * p.m.factor;
-{% if mins != "none" %}
-        low{{ set }}_{{ i }} = min_of(block{{ i }}) * p.m.factor;
-{% endif %}
+{{ load_chunk(set, i, "n" ~ i, "chunk") }}
 {% endfor %}
 {% endif %}
         }
@@ -97,9 +80,7 @@ fn main(
 {% for j in range(chunk_words) %}
         {
 {% if chunked %}
-{{ word_of("codes" ~ set ~ "_" ~ i, j) }}
-            let lo = decode_low(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
-            let hi = decode_high(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
+{{ decode_chunk(set, i, j) }}
 {% else %}
             let weights = weights8(n{{ i }}, min(({{ start }}) / 2u + w_part + {{ j }}u, words - 1u));
             let lo = weights.lo * p.m.factor;

@@ -10,7 +10,7 @@ enable wgpu_cooperative_matrix;
 {{ "" }}
 {% set natural = true %}
 {% from "coop.wgsl" import depth, enter %}
-{% from "coop_tiles.wgsl" import stride, threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, word_of, stages, finish_all, quads_wide, row_step, rows_each, four %}
+{% from "coop_tiles.wgsl" import stride, threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, loaded, load_chunk, decode_chunk, stages, finish_all, quads_wide, row_step, rows_each, four %}
 {# Chunks of 32 columns, or words of eight, of a row of W, that a thread stages of one row in so many. #}
 {% set units = threads // sharing %}
 {% if not double %}
@@ -84,19 +84,7 @@ fn main(
 {% endfor %}
     var half = 0u;
 {% endif %}
-{% for set in range(2 if double else 1) %}
-{% for i in range(left_each) %}
-    var lo{{ set }}_{{ i }}: vec4<f32>;
-    var hi{{ set }}_{{ i }}: vec4<f32>;
-{% endfor %}
-{% if chunked and double %}
-{% for i in range(chunks_each) %}
-    var codes{{ set }}_{{ i }}: vec4<u32>;
-    var scale{{ set }}_{{ i }}: f32;
-    var low{{ set }}_{{ i }}: f32;
-{% endfor %}
-{% endif %}
-{% endfor %}
+{{ loaded(chunked and double) }}
 {# Loads what is staged from row `start` of W on. Past N the last row comes again, and dY is zero. #}
 {% macro fetch(set, start) %}
         {
@@ -107,12 +95,7 @@ fn main(
 {% if chunked and double %}
 {% for i in range(chunks_each) %}
         let n{{ i }} = min({{ start }} + w_local{{ i }}, p.n - 1u);
-        codes{{ set }}_{{ i }} = codes_of(n{{ i }}, chunk{{ i }});
-        let block{{ i }} = block_of(n{{ i }}, 32u * chunk{{ i }});
-        scale{{ set }}_{{ i }} = scale_of(block{{ i }}) * p.m.factor;
-{% if mins != "none" %}
-        low{{ set }}_{{ i }} = min_of(block{{ i }}) * p.m.factor;
-{% endif %}
+{{ load_chunk(set, i, "n" ~ i, "chunk" ~ i) }}
 {% endfor %}
 {% elif chunked %}
         let n0 = min({{ start }} + pair, p.n - 1u) * p.m.row_words;
@@ -149,9 +132,7 @@ fn main(
 {% for j in range(chunk_words) %}
         {
 {% if chunked %}
-{{ word_of("codes" ~ set ~ "_" ~ i, j) }}
-            let lo = decode_low(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
-            let hi = decode_high(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
+{{ decode_chunk(set, i, j) }}
 {% else %}
             let n = min({{ start }} + w_local{{ i }}, p.n - 1u);
             let weights = weights8(n, min(column_base / 8u + 4u * w_chunk{{ i }} + w_part + {{ j }}u, p.words - 1u));

@@ -27,33 +27,34 @@
 {% endmacro %}
 
 {# Adds the product of `values` of the contracted index. `left` and `right` are tiles: the array's name, where the subgroup's
-   piece begins, their stride, and whether the contracted index runs along memory. #}
-{% macro multiply(edge, rows, columns, left, right, values=depth, sum="sum") %}
-        for (var k = 0u; k < {{ values }}u; k = k + {{ edge }}u) {
+   piece begins in it, their stride in values, and whether the contracted index runs along memory. An element of the arrays has
+   `unit` values. #}
+{% macro multiply(edge, rows, columns, left, right, values=depth, sum="sum", unit=1) %}
+        for (var k = 0u; k < {{ values // unit }}u; k = k + {{ edge // unit }}u) {
 {% for i in range(rows // edge) %}
-            let a{{ i }} = {{ load(edge, "A", left, edge * i, left.along) }}
+            let a{{ i }} = {{ load(edge, "A", left, edge * i, left.along, unit) }}
 {% endfor %}
 {% for j in range(columns // edge) %}
-            let b{{ j }} = {{ load(edge, "B", right, edge * j, not right.along) }}
-{% endfor %}
-{% for i in range(rows // edge) %}{% for j in range(columns // edge) %}
+            let b{{ j }} = {{ load(edge, "B", right, edge * j, not right.along, unit) }}
+{% for i in range(rows // edge) %}
             {{ sum }}{{ i }}_{{ j }} = coopMultiplyAdd(a{{ i }}, b{{ j }}, {{ sum }}{{ i }}_{{ j }});
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
         }
 {% endmacro %}
 
 {# coopLoadT reads rows of a matrix along memory, coopLoad columns. #}
-{% macro load(edge, role, tile, at, rows_along) %}
-coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(&{{ tile.name }}[{{ tile.begin }} + {{ at ~ "u * " ~ tile.stride ~ "u + k" if tile.along else at ~ "u + k * " ~ tile.stride ~ "u" }}], {{ tile.stride }}u);
+{% macro load(edge, role, tile, at, rows_along, unit) %}
+coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(&{{ tile.name }}[{{ tile.begin }} + {{ at * tile.stride // unit ~ "u + k" if tile.along else at // unit ~ "u + k * " ~ tile.stride ~ "u" }}], {{ tile.stride // unit }}u);
 {%- endmacro %}
 
-{# Stores 16 x 16 of a subgroup's results, from row `down` and column `right` on, into an array of f32. #}
-{% macro store(edge, down, right, array, begin, stride, sum="sum") %}
+{# Stores 16 x 16 of a subgroup's results, from row `down` and column `right` on, into an array whose elements have `unit` f32. #}
+{% macro store(edge, down, right, array, begin, stride, sum="sum", unit=1) %}
 {% for i in range(16 // edge) %}{% for j in range(16 // edge) %}
         {
-            let at = {{ begin }} + {{ edge * i * stride + edge * j }}u;
+            let at = {{ begin }} + {{ (edge * i * stride + edge * j) // unit }}u;
             let value = {{ sum }}{{ down // edge + i }}_{{ right // edge + j }};
-            coopStoreT(value, &{{ array }}[at], {{ stride }}u);
+            coopStoreT(value, &{{ array }}[at], {{ stride // unit }}u);
         }
 {% endfor %}{% endfor %}
 {% endmacro %}

@@ -10,7 +10,7 @@
    is for devices with few workgroups of large tiles. Buffers are arrays of vec4, so that drivers know of wide loads and stores
    (Metal loads matrices from arrays of single values only). With `natural`, tiles of R are [contracted][column], as W lies in
    memory: such devices load transposed matrices as fast. #}
-{% from "coop.wgsl" import depth %}
+{% from "coop.wgsl" import depth, accumulators, multiply as multiply_tiles, store %}
 {% set rows = side // 2 %}
 {% set columns = 2 * side // subgroups %}
 {% set threads = subgroups * lanes %}
@@ -54,9 +54,7 @@ var<workgroup> sums: array<{{ "vec4<f32>" if double else "f32" }}, {{ subgroups 
     let piece_column = subgroup % {{ subgroups // 2 }}u * {{ columns }}u;
     let left_begin = piece_row * {{ stride // unit }}u;
     let right_begin = piece_column{{ " / " ~ unit ~ "u" if natural else " * " ~ stride // unit ~ "u" }};
-{% for i in range(rows // edge) %}{% for j in range(columns // edge) %}
-    var sum{{ i }}_{{ j }} = coop_mat{{ edge }}x{{ edge }}<f32, C>();
-{% endfor %}{% endfor %}
+{{ accumulators(edge, rows, columns) }}
 {% endmacro %}
 
 {# Stages eight values, two vec4, from row `row` and eight `oct` of a tile on. #}
@@ -75,8 +73,36 @@ var<workgroup> sums: array<{{ "vec4<f32>" if double else "f32" }}, {{ subgroups 
             }
 {% endmacro %}
 
-{# The word of a chunk that a thread stages as its `j`-th, where threads share chunks. #}
-{% macro word_of(codes, j) %}
+{# What a thread has loaded and not yet staged: eights of L, and chunks of W with their scales. #}
+{% macro loaded(chunks) %}
+{% for set in range(2 if double else 1) %}
+{% for i in range(left_each) %}
+    var lo{{ set }}_{{ i }}: vec4<f32>;
+    var hi{{ set }}_{{ i }}: vec4<f32>;
+{% endfor %}
+{% if chunks %}
+{% for i in range(chunks_each) %}
+    var codes{{ set }}_{{ i }}: vec4<u32>;
+    var scale{{ set }}_{{ i }}: f32;
+    var low{{ set }}_{{ i }}: f32;
+{% endfor %}
+{% endif %}
+{% endfor %}
+{% endmacro %}
+
+{# Loads chunk `chunk` of row `n` of W. #}
+{% macro load_chunk(set, i, n, chunk) %}
+        codes{{ set }}_{{ i }} = codes_of({{ n }}, {{ chunk }});
+        let block{{ i }} = block_of({{ n }}, 32u * {{ chunk }});
+        scale{{ set }}_{{ i }} = scale_of(block{{ i }}) * p.m.factor;
+{% if mins != "none" %}
+        low{{ set }}_{{ i }} = min_of(block{{ i }}) * p.m.factor;
+{% endif %}
+{% endmacro %}
+
+{# Decodes the word of a chunk that a thread stages as its `j`-th: `lo` and `hi`. #}
+{% macro decode_chunk(set, i, j) %}
+{% set codes = "codes" ~ set ~ "_" ~ i %}
 {% if chunk_words == 4 %}
                 let word = {{ codes }}.{{ "xyzw"[j] }};
 {% elif chunk_words == 2 %}
@@ -85,21 +111,15 @@ var<workgroup> sums: array<{{ "vec4<f32>" if double else "f32" }}, {{ subgroups 
                 let halves = select({{ codes }}.xz, {{ codes }}.yw, (w_part & 1u) != 0u);
                 let word = select(halves.x, halves.y, w_part > 1u);
 {% endif %}
+            let lo = decode_low(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
+            let hi = decode_high(word) * scale{{ set }}_{{ i }}{{ " + low" ~ set ~ "_" ~ i if mins != "none" }};
 {% endmacro %}
 
-{# Adds the product of what is staged. coopLoadT reads rows of a matrix along memory, coopLoad columns. #}
+{# Adds the product of what is staged. #}
 {% macro multiply(buffer) %}
-        for (var k = 0u; k < {{ depth // unit }}u; k = k + {{ edge // unit }}u) {
-{% for i in range(rows // edge) %}
-            let a{{ i }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f16, A>>(&left_tile{{ buffer }}[left_begin + {{ edge * i * stride // unit }}u + k], {{ stride // unit }}u);
-{% endfor %}
-{% for j in range(columns // edge) %}
-            let b{{ j }} = coopLoad{{ "T" if natural }}<coop_mat{{ edge }}x{{ edge }}<f16, B>>(&right_tile{{ buffer }}[right_begin + {{ edge * j * (1 if natural else stride) // unit }}u + k{{ " * " ~ right_stride ~ "u" if natural }}], {{ right_stride // unit }}u);
-{% for i in range(rows // edge) %}
-            sum{{ i }}_{{ j }} = coopMultiplyAdd(a{{ i }}, b{{ j }}, sum{{ i }}_{{ j }});
-{% endfor %}
-{% endfor %}
-        }
+{{ multiply_tiles(edge, rows, columns,
+    {"name": "left_tile" ~ buffer, "begin": "left_begin", "stride": stride, "along": true},
+    {"name": "right_tile" ~ buffer, "begin": "right_begin", "stride": right_stride, "along": not natural}, unit=unit) }}
 {% endmacro %}
 
 {# Has `finish(row, column, sums_begin, lane)` take the results from `sums`, a strip of each subgroup at a time: where they begin in the
@@ -108,12 +128,9 @@ var<workgroup> sums: array<{{ "vec4<f32>" if double else "f32" }}, {{ subgroups 
     let sums_begin = subgroup * {{ 16 * strip // unit }}u;
 {% for down in range(0, rows, 16) %}{% for right in range(0, columns, strip) %}
     workgroupBarrier();
-{% for i in range(16 // edge) %}{% for j in range(strip // edge) %}
-    {
-        let value = sum{{ down // edge + i }}_{{ right // edge + j }};
-        coopStoreT(value, &sums[sums_begin + {{ (edge * i * strip + edge * j) // unit }}u], {{ strip // unit }}u);
-    }
-{% endfor %}{% endfor %}
+{% for piece in range(0, strip, 16) %}
+{{ store(edge, down, right + piece, "sums", "sums_begin + " ~ piece // unit ~ "u", strip, unit=unit) }}
+{% endfor %}
     workgroupBarrier();
     finish(row_base + piece_row + {{ down }}u, column_base + piece_column + {{ right }}u, sums_begin, lane);
 {% endfor %}{% endfor %}

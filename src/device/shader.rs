@@ -126,6 +126,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
     for (name, source) in shared![
+        "adamw.wgsl",
         "attention_coop.wgsl",
         "attention_heads.wgsl",
         "attention_lanes.wgsl",

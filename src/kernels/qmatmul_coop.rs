@@ -24,30 +24,26 @@ pub(super) struct Tile {
     pub double: bool,
 }
 
-impl Tile {
-    /// A larger tile decodes each weight for more rows. Which is the fastest is measured.
-    pub const ALL: [Tile; 4] = [
-        Tile { side: 64, subgroups: 4, double: false },
-        Tile { side: 128, subgroups: 8, double: false },
-        Tile { side: 64, subgroups: 4, double: true },
-        Tile { side: 128, subgroups: 8, double: true },
-    ];
+/// By what they take, the smallest first. A larger tile decodes each weight for more rows. Which is the fastest is measured.
+const SINGLE_64: Tile = Tile { side: 64, subgroups: 4, double: false };
+const DOUBLE_64: Tile = Tile { side: 64, subgroups: 4, double: true };
+const SINGLE_128: Tile = Tile { side: 128, subgroups: 8, double: false };
+const DOUBLE_128: Tile = Tile { side: 128, subgroups: 8, double: true };
 
-    /// Those that a device has room for, the smallest first. Two buffers leave AMD's GPUs too few workgroups, and on NVIDIA's
-    /// the large tile was always slower with one.
-    pub fn of(gpu: &Gpu, cooperative: Cooperative) -> Vec<Tile> {
-        let fits = |tile: &Tile| {
-            let theirs = match gpu.info().vendor {
-                AMD => !tile.double,
-                NVIDIA => tile.double || tile.side == 64,
-                _ => true,
-            };
-            let vectors = cooperative.vectors || !tile.double;
-            theirs && vectors && has_room(gpu, tile.subgroups * cooperative.lanes, tile.bytes())
+impl Tile {
+    pub const ALL: [Tile; 4] = [SINGLE_64, DOUBLE_64, SINGLE_128, DOUBLE_128];
+
+    /// Those that a device has room for, the smallest first; the first is for every device. Two buffers leave AMD's GPUs too few
+    /// workgroups, and on NVIDIA's the large tile was always slower with one.
+    pub fn of(gpu: &Gpu, cooperative: Cooperative) -> &'static [Tile] {
+        let tiles: &[Tile] = match gpu.info().vendor {
+            _ if !cooperative.vectors => &[SINGLE_64, SINGLE_128],
+            AMD => &[SINGLE_64, SINGLE_128],
+            NVIDIA => &[SINGLE_64, DOUBLE_64, DOUBLE_128],
+            _ => &Tile::ALL,
         };
-        let tiles: Vec<Tile> = Tile::ALL.into_iter().filter(fits).collect();
-        // The smallest is for every device.
-        if tiles.is_empty() { vec![Tile::ALL[0]] } else { tiles }
+        let fits = |tile: &&Tile| has_room(gpu, tile.subgroups * cooperative.lanes, tile.bytes());
+        &tiles[..tiles.iter().take_while(fits).count().max(1)]
     }
 
     /// Workgroup memory that it takes at most: buffers of both operands, a strip of each subgroup's results, and tables.
@@ -115,6 +111,5 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer, coopera
             flops_per_group: call.flops(side.into(), side.into()),
         })
     };
-    let tiles = Tile::of(call.gpu, cooperative);
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), &tiles, true, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative), true, run)
 }

@@ -75,6 +75,5 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, coope
     };
     // A part that adds to dX would do so again.
     let again = !call.accumulates(part);
-    let tiles = Tile::of(call.gpu, cooperative);
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), &tiles, again, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative), again, run)
 }
