@@ -154,7 +154,7 @@ impl Record {
         (court.right, court.broken)
     }
 
-    /// Whether the loops are those of a product, of shapes that loads of 16 bytes fit: `ragged` ones
+    /// Returns whether this is a product with loops whose shapes fit loads of 16 bytes. `ragged` ones
     /// and those whose rows are no whole chunks or quads do without, and so does Q8_0, which has 8
     /// weights in 8 bytes.
     fn loads_fit(&self) -> bool {

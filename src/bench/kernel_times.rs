@@ -21,11 +21,11 @@ pub struct KernelTimes {
 pub struct KernelRow {
     /// Its name, which is its shader's.
     pub kernel: &'static str,
-    /// How often it was dispatched.
+    /// Its number of dispatches.
     pub dispatches: usize,
     /// All of its dispatches together, in milliseconds.
     pub ms: f64,
-    /// As a share of the run.
+    /// Its share of the run.
     pub share: f64,
 }
 

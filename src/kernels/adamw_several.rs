@@ -2,8 +2,8 @@
 //! as much as any other. Bits are those of one at a time.
 
 use super::adamw::AdamWParams;
-use super::{kernel, params, quads};
-use crate::device::{Buffer, Dispatch, Gpu, Tier};
+use super::{kernel, params, quads, takes_several};
+use crate::device::{Buffer, Dispatch, Gpu};
 use crate::error::Result;
 
 params! {
@@ -42,9 +42,9 @@ kernel! {
 /// Tensors a dispatch.
 pub(super) const TENSORS: usize = 3;
 
-/// Whether a device binds so many buffers. Software drivers take one tensor at a time: a dispatch costs them little.
+/// Whether a device takes several tensors at a time.
 pub(super) fn fits(gpu: &Gpu) -> bool {
-    gpu.tier() != Tier::Software && gpu.limits().max_storage_buffers as usize >= KERNEL.bindings.len()
+    takes_several(gpu, &KERNEL)
 }
 
 /// Records the update of tensors of `lens` values; `buffers` are the norm, and the parameter, gradient, m and v of each.

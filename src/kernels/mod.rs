@@ -117,8 +117,15 @@ macro_rules! kernel {
 
 pub(crate) use {kernel, params};
 
+use crate::device::{Gpu, Kernel, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+
+/// Whether a device runs a kernel that takes several tensors at a time: it can bind all of them, and is no software driver, which a
+/// dispatch costs little.
+fn takes_several(gpu: &Gpu, kernel: &Kernel) -> bool {
+    gpu.tier() != Tier::Software && gpu.limits().max_storage_buffers as usize >= kernel.bindings.len()
+}
 
 /// The scalar of a CPU twin: f32 as the kernels compute, f64 for finite differences.
 pub trait Real:

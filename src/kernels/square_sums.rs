@@ -2,7 +2,7 @@
 //! tensor, a dozen tensors a dispatch. A model has hundreds of gradients, and each dispatch costs the host as much as any other.
 
 use super::row_teams::RowTeams;
-use super::{kernel, params};
+use super::{kernel, params, takes_several};
 use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
 
@@ -43,9 +43,9 @@ pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { Vec::new() } else { vec![defines(tier)] }
 }
 
-/// Whether a device binds so many buffers. Software drivers take one tensor at a time: a dispatch costs them little.
+/// Whether a device takes several tensors at a time.
 pub(super) fn fits(gpu: &Gpu) -> bool {
-    gpu.tier() != Tier::Software && gpu.limits().max_storage_buffers as usize >= KERNEL.bindings.len()
+    takes_several(gpu, &KERNEL)
 }
 
 /// Records y[RUNS * i + run] = the sum of the squares of a run of tensor i, of `tensors` with their numbers of values.
