@@ -156,8 +156,8 @@ fn main(
 {{ stage(right, columns) }}
         workgroupBarrier();
 {{ multiply(edge, 16, 16,
-    {"name": "left_tile", "begin": "left_begin", "stride": stride, "along": true},
-    {"name": "right_tile", "begin": "right_begin", "stride": stride, "along": true}) }}
+    {"name": "left_tile", "begin": "left_begin", "stride": stride, "along": true, "unit": 1},
+    {"name": "right_tile", "begin": "right_begin", "stride": stride, "along": true, "unit": 1}) }}
     }
 
     let sums_begin = subgroup * {{ 16 if wide else 16 * sum_stride }}u;

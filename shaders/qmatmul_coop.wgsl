@@ -1,16 +1,19 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// Y = X * W^T + bias + s * H * B^T by cooperative matrices, {{ side }} rows of X by {{ side }} rows of W a workgroup. Tiles of X and W are staged
-// in workgroup memory as f16, W decoded on the way: rows of X times a power of two from their own largest value, W times
-// `m.factor`; undone at the end.
+// Y = X * W^T + bias + s * H * B^T by cooperative matrices, {{ tile_rows }} rows of X by {{ tile_columns }} rows of W a workgroup. Tiles of X and W are staged
+// in workgroup memory as f16, W decoded on the way and times `m.factor`. X comes as f16, its rows times powers of two. Both
+// are undone at the end.
 //
-// Floor: 2 M N K FLOP over the rate of f16 matrices. X is read N / {{ side }} times, W is read and decoded M / {{ side }} times.
+// Floor: 2 M N K FLOP over the rate of f16 matrices. X is read N / {{ tile_columns }} times, W is read and decoded M / {{ tile_rows }} times.
+//
+// With `splits`, parts of K are added up by workgroups of their own, as [split][row][column], and column_sum adds those.
 //
 // The adapter's part is f32: it is small beside the rest, and may be much smaller or larger in value.
 {{ "" }}
 {% set natural = false %}
 {% from "coop.wgsl" import depth, enter %}
-{% from "coop_tiles.wgsl" import threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, loaded, load_chunk, decode_chunk, stages, finish_all, quads_wide, row_step, rows_each, four %}
+{% set packed = true %}
+{% from "coop_tiles.wgsl" import octs_of, stage_left, scale_chunk, threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, loaded, load_chunk, decode_chunk, stages, finish_all, quads_wide, row_step, rows_each, four %}
 
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row
@@ -18,8 +21,6 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(7) var<storage, read_write> y: array<{{ "vec4<f32>" if quads else "f32" }}>;
 
 {% include "matrix.wgsl" %}
-{% set operand = "x" %}
-{% include "rows.wgsl" %}
 
 {{ memory() }}
 @compute @workgroup_size({{ threads }})
@@ -33,16 +34,15 @@ fn main(
 ) {
 {{ enter("y", "vec4<f32>" if quads else "f32") }}
     fill_codebook(thread);
-{{ begin() }}
+{{ begin("p.n", "p.k") }}
 
     // What this thread stages. Rows past the end repeat the last one.
-    let quads = (p.k + 3u) >> 2u;
+    let x_octs = {{ octs_of("p.k") }};
     let words = (p.k + 7u) >> 3u;
     let x_oct = thread % {{ octs }}u;
     let x_local = thread / {{ octs }}u;
 {% for i in range(left_each) %}
-    let row{{ i }} = p.row + min(row_base + x_local + {{ left_step * i }}u, p.rows - 1u);
-    let factor{{ i }} = row_factor[row{{ i }}];
+    let x_row{{ i }} = (p.row + min(row_base + x_local + {{ left_step * i }}u, p.rows - 1u)) * x_octs;
 {% endfor %}
     let w_local = thread / {{ sharing }}u;
     let w_part = thread % {{ sharing }}u * {{ chunk_words }}u;
@@ -50,16 +50,15 @@ fn main(
     let n{{ i }} = min(column_base + w_local + {{ threads // sharing * i }}u, p.n - 1u);
 {% endfor %}
 {{ loaded(chunked) }}
-{# Loads what is staged from quad `start` on. Past K the last values come again, of which X's count as zero. #}
+{# Loads what is staged from eight `start` on. Past K the last weights come again, and X is padded by zeros. #}
 {% macro fetch(set, start) %}
         {
-        let x_quad = {{ start }} + 2u * x_oct;
+        let oct = min({{ start }} + x_oct, x_octs - 1u);
 {% for i in range(left_each) %}
-        lo{{ set }}_{{ i }} = x4(row{{ i }}, min(x_quad, quads - 1u));
-        hi{{ set }}_{{ i }} = x4(row{{ i }}, min(x_quad + 1u, quads - 1u));
+        left{{ set }}_{{ i }} = x[x_row{{ i }} + oct];
 {% endfor %}
 {% if chunked %}
-        let chunk = min(({{ start }}) >> 3u, (words - 1u) >> 2u);
+        let chunk = min({{ start }}, words - 1u) >> 2u;
 {% for i in range(chunks_each) %}
 {{ load_chunk(set, i, "n" ~ i, "chunk") }}
 {% endfor %}
@@ -68,35 +67,33 @@ fn main(
 {% endmacro %}
 {# Stages that. #}
 {% macro stage_all(buffer, set, start) %}
-{% for i in range(left_each) %}
-        {
-            let quad = {{ start }} + 2u * x_oct;
-            let lo = lo{{ set }}_{{ i }} * select(0.0, factor{{ i }}, quad < quads);
-            let hi = hi{{ set }}_{{ i }} * select(0.0, factor{{ i }}, quad + 1u < quads);
-{{ stage("left", buffer, "x_local + " ~ left_step * i ~ "u", "x_oct", "lo", "hi") }}
-        }
-{% endfor %}
+{{ stage_left(buffer, set, "x_local", "x_oct") }}
 {% for i in range(chunks_each) %}
+        {
+{% if chunked %}
+{{ scale_chunk(set, i) }}
+{% endif %}
 {% for j in range(chunk_words) %}
         {
 {% if chunked %}
 {{ decode_chunk(set, i, j) }}
 {% else %}
-            let weights = weights8(n{{ i }}, min(({{ start }}) / 2u + w_part + {{ j }}u, words - 1u));
+            let weights = weights8(n{{ i }}, min({{ start }} + w_part + {{ j }}u, words - 1u));
             let lo = weights.lo * p.m.factor;
             let hi = weights.hi * p.m.factor;
 {% endif %}
 {{ stage("right", buffer, "w_local + " ~ threads // sharing * i ~ "u", "w_part + " ~ j ~ "u", "lo", "hi") }}
         }
 {% endfor %}
+        }
 {% endfor %}
 {% endmacro %}
-{{ stages(fetch, stage_all, "quads", depth // 4) }}
+{{ stages(fetch, stage_all) }}
 {{ finish_all() }}
 }
 
 // Stores 16 rows of a subgroup's results, four of a row a thread at a time.
-fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
+fn finish(split: u32, row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
     let first_row = lane / {{ quads_wide }}u;
 {% for i in range(rows_each) %}
     let local{{ i }} = row_first + first_row + {{ row_step * i }}u;
@@ -110,8 +107,10 @@ fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
 {% for i in range(rows_each) %}
     var up{{ i }} = vec4<f32>(0.0);
 {% endfor %}
+    // The first split adds what is added once.
+    let rank = select(0u, p.rank, split == 0u);
 {% if rank_quads %}
-    let ranks = p.rank >> 2u;
+    let ranks = rank >> 2u;
     for (var j = 0u; j < ranks; j = j + 1u) {
 {% for c in range(4) %}
         let right{{ c }} = b[n{{ c }} * ranks + j];
@@ -124,7 +123,7 @@ fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
 {% endfor %}
     }
 {% else %}
-    for (var j = 0u; j < p.rank; j = j + 1u) {
+    for (var j = 0u; j < rank; j = j + 1u) {
         let right = vec4<f32>(b[n0 * p.rank + j], b[n1 * p.rank + j], b[n2 * p.rank + j], b[n3 * p.rank + j]);
 {% for i in range(rows_each) %}
         up{{ i }} = up{{ i }} + h[row{{ i }} * p.rank + j] * right;
@@ -132,14 +131,14 @@ fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
     }
 {% endif %}
     var offset = vec4<f32>(0.0);
-    if (p.has_bias != 0u) {
+    if (p.has_bias != 0u && split == 0u) {
         offset = vec4<f32>(bias[n0], bias[n1], bias[n2], bias[n3]);
     }
 {% for i in range(rows_each) %}
     if (local{{ i }} < p.rows) {
         let sum = {{ four("first_row + " ~ row_step * i ~ "u", "quad") }};
         let value = sum * (1.0 / row_factor[row{{ i }}] / p.m.factor) + p.lora_scale * up{{ i }} + offset;
-        let to = row{{ i }} * p.y_stride + p.column + n;
+        let to = (split * p.rows + row{{ i }}) * p.y_stride + p.column + n;
 {% if quads %}
         if (n < p.n) { y[to >> 2u] = value; }
 {% else %}

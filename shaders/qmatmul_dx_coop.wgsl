@@ -1,25 +1,28 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// dX = dY * W + mask * (G * A) by cooperative matrices, {{ side }} rows of dY by {{ side }} columns of W a workgroup. Tiles of dY and W are
-// staged in workgroup memory as f16, W decoded on the way: rows of dY times a power of two from their own largest value, W times
-// `m.factor`; undone at the end.
+// dX = dY * W + mask * (G * A) by cooperative matrices, {{ tile_rows }} rows of dY by {{ tile_columns }} columns of W a workgroup. Tiles of dY and W are
+// staged in workgroup memory as f16, W decoded on the way and times `m.factor`. dY comes as f16, its rows times powers of two.
+// Both are undone at the end.
 //
-// Floor: 2 M N K FLOP over the rate of f16 matrices. dY is read K / {{ side }} times, W is read and decoded M / {{ side }} times.
+// Floor: 2 M N K FLOP over the rate of f16 matrices. dY is read K / {{ tile_columns }} times, W is read and decoded M / {{ tile_rows }} times.
+//
+// With `splits`, parts of N are added up by workgroups of their own, as [split][row][column], and column_sum adds those.
 //
 // The adapter's part is f32, as in the forward.
 {{ "" }}
 {% set natural = true %}
+{% set packed = true %}
 {% from "coop.wgsl" import depth, enter %}
-{% from "coop_tiles.wgsl" import stride, threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, loaded, load_chunk, decode_chunk, stages, finish_all, quads_wide, row_step, rows_each, four %}
+{% from "coop_tiles.wgsl" import octs_of, stage_left, scale_chunk, stride, threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, loaded, load_chunk, decode_chunk, stages, finish_all, quads_wide, row_step, rows_each, four %}
 {# Chunks of 32 columns, or words of eight, of a row of W, that a thread stages of one row in so many. #}
 {% set units = threads // sharing %}
 {% if not double %}
 {# Quads of two neighbouring rows of W that a thread stages, so that what it stores are pairs: one quad, or whole words. #}
 {% set pairs = depth // 2 %}
-{% set quads_each = pairs * side // 4 // threads %}
+{% set quads_each = pairs * tile_columns // 4 // threads %}
 {% set pair_words = quads_each // 2 %}
 {# Scales of chunks of 32, which are staged by themselves. #}
-{% set scales_staged = depth * side // 32 %}
+{% set scales_staged = depth * tile_columns // 32 %}
 {% endif %}
 
 {% include "qmatmul_dx.wgsl" %}
@@ -51,14 +54,14 @@ fn main(
 ) {
 {{ enter("dx", "f32" if ragged else "vec4<f32>") }}
     fill_codebook(thread);
-{{ begin() }}
+{{ begin("p.k", "p.n") }}
 
     // What this thread stages. Rows and columns past the end repeat the last ones.
+    let dy_octs = {{ octs_of("p.dy_stride") }};
     let dy_oct = thread % {{ octs }}u;
     let dy_local = thread / {{ octs }}u;
 {% for i in range(left_each) %}
-    let row{{ i }} = p.row + min(row_base + dy_local + {{ left_step * i }}u, p.rows - 1u);
-    let factor{{ i }} = row_factor[row{{ i }}];
+    let dy_row{{ i }} = (p.row + min(row_base + dy_local + {{ left_step * i }}u, p.rows - 1u)) * dy_octs;
 {% endfor %}
 {% if double %}
     let w_part = thread % {{ sharing }}u * {{ chunk_words }}u;
@@ -85,21 +88,21 @@ fn main(
     var half = 0u;
 {% endif %}
 {{ loaded(chunked and double) }}
-{# Loads what is staged from row `start` of W on. Past N the last row comes again, and dY is zero. #}
+{# Loads what is staged from eight `start` of the rows of W on. Past N the last row comes again, and dY is padded by zeros. #}
 {% macro fetch(set, start) %}
         {
+        let oct = min(p.column / 8u + {{ start }} + dy_oct, dy_octs - 1u);
 {% for i in range(left_each) %}
-        lo{{ set }}_{{ i }} = dy4(row{{ i }}, {{ start }} + 8u * dy_oct);
-        hi{{ set }}_{{ i }} = dy4(row{{ i }}, {{ start }} + 8u * dy_oct + 4u);
+        left{{ set }}_{{ i }} = dy[dy_row{{ i }} + oct];
 {% endfor %}
 {% if chunked and double %}
 {% for i in range(chunks_each) %}
-        let n{{ i }} = min({{ start }} + w_local{{ i }}, p.n - 1u);
+        let n{{ i }} = min(8u * ({{ start }}) + w_local{{ i }}, p.n - 1u);
 {{ load_chunk(set, i, "n" ~ i, "chunk" ~ i) }}
 {% endfor %}
 {% elif chunked %}
-        let n0 = min({{ start }} + pair, p.n - 1u) * p.m.row_words;
-        let n1 = min({{ start }} + pair + 1u, p.n - 1u) * p.m.row_words;
+        let n0 = min(8u * ({{ start }}) + pair, p.n - 1u) * p.m.row_words;
+        let n1 = min(8u * ({{ start }}) + pair + 1u, p.n - 1u) * p.m.row_words;
 {% for i in range([pair_words, 1] | max) %}
         first{{ i }} = w[n0 + word{{ i }}];
         second{{ i }} = w[n1 + word{{ i }}];
@@ -107,8 +110,8 @@ fn main(
         // Scales, in the half of their memory that is not being read.
         half = {{ scales_staged }}u - half;
         for (var i = thread; i < {{ scales_staged }}u; i = i + {{ threads }}u) {
-            let n = min({{ start }} + i / {{ side // 32 }}u, p.n - 1u);
-            let chunk = min(column_base / 32u + i % {{ side // 32 }}u, (p.words - 1u) >> 2u);
+            let n = min(8u * ({{ start }}) + i / {{ tile_columns // 32 }}u, p.n - 1u);
+            let chunk = min(column_base / 32u + i % {{ tile_columns // 32 }}u, (p.words - 1u) >> 2u);
             let block = block_of(n, 32u * chunk);
             scale_tile[half + i] = scale_of(block) * p.m.factor;
 {% if mins != "none" %}
@@ -120,21 +123,19 @@ fn main(
 {% endmacro %}
 {# Stages that. #}
 {% macro stage_all(buffer, set, start) %}
-{% for i in range(left_each) %}
-        {
-            let lo = lo{{ set }}_{{ i }} * factor{{ i }};
-            let hi = hi{{ set }}_{{ i }} * factor{{ i }};
-{{ stage("left", buffer, "dy_local + " ~ left_step * i ~ "u", "dy_oct", "lo", "hi") }}
-        }
-{% endfor %}
+{{ stage_left(buffer, set, "dy_local", "dy_oct") }}
 {% if double %}
 {% for i in range(chunks_each) %}
+        {
+{% if chunked %}
+{{ scale_chunk(set, i) }}
+{% endif %}
 {% for j in range(chunk_words) %}
         {
 {% if chunked %}
 {{ decode_chunk(set, i, j) }}
 {% else %}
-            let n = min({{ start }} + w_local{{ i }}, p.n - 1u);
+            let n = min(8u * ({{ start }}) + w_local{{ i }}, p.n - 1u);
             let weights = weights8(n, min(column_base / 8u + 4u * w_chunk{{ i }} + w_part + {{ j }}u, p.words - 1u));
             let lo = weights.lo * p.m.factor;
             let hi = weights.hi * p.m.factor;
@@ -142,17 +143,18 @@ fn main(
 {{ stage("right", buffer, "w_local" ~ i, "4u * w_chunk" ~ i ~ " + w_part + " ~ j ~ "u", "lo", "hi") }}
         }
 {% endfor %}
+        }
 {% endfor %}
 {% else %}
 {% for i in range([pair_words, 1] | max) %}
         {
             let to = 4u * (w_quad + {{ 2 * i }}u) * {{ stride }}u + pair;
 {% if chunked %}
-            let scales = half + pair * {{ side // 32 }}u + (w_quad + {{ 2 * i }}u) / 8u;
+            let scales = half + pair * {{ tile_columns // 32 }}u + (w_quad + {{ 2 * i }}u) / 8u;
 {% for which, name in [(0, "first"), (1, "second")] %}
-            let scale{{ which }} = scale_tile[scales + {{ which * side // 32 }}u];
+            let scale{{ which }} = scale_tile[scales + {{ which * tile_columns // 32 }}u];
 {% if mins != "none" %}
-            let low{{ which }} = min_tile[scales + {{ which * side // 32 }}u];
+            let low{{ which }} = min_tile[scales + {{ which * tile_columns // 32 }}u];
 {% endif %}
 {% if pair_words == 0 %}
             let {{ name }}_0 = decode_low({{ name }}{{ i }} >> (16u * (w_quad & 1u))) * scale{{ which }}{{ " + low" ~ which if mins != "none" }};
@@ -163,7 +165,7 @@ fn main(
 {% endfor %}
 {% else %}
 {% for which, name in [(0, "first"), (1, "second")] %}
-            let n{{ which }} = min({{ start }} + pair + {{ which }}u, p.n - 1u);
+            let n{{ which }} = min(8u * ({{ start }}) + pair + {{ which }}u, p.n - 1u);
 {% if pair_words == 0 %}
             let {{ name }}_0 = weights4(n{{ which }}, min(column_base / 4u + w_quad, 2u * p.words - 1u)) * p.m.factor;
 {% else %}
@@ -181,12 +183,12 @@ fn main(
 {% endfor %}
 {% endif %}
 {% endmacro %}
-{{ stages(fetch, stage_all, "p.n", depth) }}
+{{ stages(fetch, stage_all) }}
 {{ finish_all() }}
 }
 
 // Stores 16 rows of a subgroup's results, four of a row a thread at a time.
-fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
+fn finish(split: u32, row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
     let first_row = lane / {{ quads_wide }}u;
 {% for i in range(rows_each) %}
     let local{{ i }} = row_first + first_row + {{ row_step * i }}u;
@@ -196,11 +198,13 @@ fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
     let q = column_first / 4u + quad;
     // Columns past the end are not stored, and read as the last ones.
     let near = min(q, (p.k - 1u) >> 2u);
+    // The first split adds what is added once.
+    let rank = select(0u, p.rank, split == 0u);
 {% for i in range(rows_each) %}
     var down{{ i }} = vec4<f32>(0.0);
 {% endfor %}
 {% if rank_quads %}
-    for (var j = 0u; j < p.rank; j = j + 4u) {
+    for (var j = 0u; j < rank; j = j + 4u) {
 {% for e in range(4) %}
         let right{{ e }} = a4(j + {{ e }}u, near);
 {% endfor %}
@@ -212,7 +216,7 @@ fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
 {% endfor %}
     }
 {% else %}
-    for (var j = 0u; j < p.rank; j = j + 1u) {
+    for (var j = 0u; j < rank; j = j + 1u) {
         let right = a4(j, near);
 {% for i in range(rows_each) %}
         down{{ i }} = down{{ i }} + g[row{{ i }} * p.rank + j] * right;
@@ -223,8 +227,9 @@ fn finish(row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
     if (local{{ i }} < p.rows && 4u * q < p.k) {
         let sum = {{ four("first_row + " ~ row_step * i ~ "u", "quad") }};
         var value = sum * (1.0 / row_factor[row{{ i }}] / p.m.factor) + down{{ i }}{{ " * dropout_factor4(row" ~ i ~ ", 4u * q)" if dropout }};
-        if (p.accumulate != 0u) { value = value + load4(row{{ i }}, q); }
-        store4(row{{ i }}, q, value);
+        let to = split * p.rows + row{{ i }};
+        if (p.accumulate != 0u) { value = value + load4(to, q); }
+        store4(to, q, value);
     }
 {% endfor %}
 }

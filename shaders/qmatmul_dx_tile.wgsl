@@ -72,8 +72,9 @@ fn main(
         return;
     }
     fill_codebook(thread);
-    let row_group = group / p.column_groups;
-    let quad_base = (group - row_group * p.column_groups) * {{ side // 4 }}u;
+    let column_groups = (p.k + {{ side - 1 }}u) / {{ side }}u;
+    let row_group = group / column_groups;
+    let quad_base = (group - row_group * column_groups) * {{ side // 4 }}u;
     let row_base = row_group * {{ side }}u;
     let tx = thread % {{ side // 8 }}u;
     let ty = thread / {{ side // 8 }}u;

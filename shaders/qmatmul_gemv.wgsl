@@ -59,9 +59,9 @@ fn main(
 {% for r in range(rows) %}
         var codes{{ r }} = codes_of(n{{ r }}, chunk);
         let block{{ r }} = block_of(n{{ r }}, 32u * chunk);
-        let scale{{ r }} = scale_of(block{{ r }});
+        let stored_scale{{ r }} = stored_scale(block{{ r }});
 {% if mins != "none" %}
-        let low{{ r }} = min_of(block{{ r }});
+        let stored_min{{ r }} = stored_min(block{{ r }});
 {% endif %}
 {% endfor %}
 {% else %}
@@ -88,6 +88,12 @@ fn main(
         }
         workgroupBarrier();
 {% if chunked %}
+{% for r in range(rows) %}
+        let scale{{ r }} = scale_from(stored_scale{{ r }});
+{% if mins != "none" %}
+        let low{{ r }} = min_from(stored_min{{ r }});
+{% endif %}
+{% endfor %}
         for (var word = 0u; word < 4u; word = word + 1u) {
 {% for r in range(rows) %}
             let lo{{ r }} = decode_low(codes{{ r }}.x);

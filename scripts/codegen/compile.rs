@@ -105,7 +105,7 @@ impl Driver {
         // two sizes, have one buffer, and NVIDIA's large tile has two.
         let double = variant.label.split(' ').any(|part| part == "double");
         let tile = number(&variant.label, "subgroups").is_none()
-            || if least == most { double || number(&variant.label, "side") == Some(64) } else { !double };
+            || if least == most { double || number(&variant.label, "tile_rows") == Some(64) } else { !double };
         edge && (!variant.cooperative()
             || tile && number(&variant.label, "lanes").is_none_or(|lanes| (least..=most).contains(&lanes)))
     }

@@ -27,15 +27,15 @@
 {% endmacro %}
 
 {# Adds the product of `values` of the contracted index. `left` and `right` are tiles: the array's name, where the subgroup's
-   piece begins in it, their stride in values, and whether the contracted index runs along memory. An element of the arrays has
-   `unit` values. #}
-{% macro multiply(edge, rows, columns, left, right, values=depth, sum="sum", unit=1) %}
-        for (var k = 0u; k < {{ values // unit }}u; k = k + {{ edge // unit }}u) {
+   piece begins in it, their stride in values, whether the contracted index runs along memory, and how many values an element of
+   the array has. #}
+{% macro multiply(edge, rows, columns, left, right, values=depth, sum="sum") %}
+        for (var k = 0u; k < {{ values }}u; k = k + {{ edge }}u) {
 {% for i in range(rows // edge) %}
-            let a{{ i }} = {{ load(edge, "A", left, edge * i, left.along, unit) }}
+            let a{{ i }} = {{ load(edge, "A", left, edge * i, left.along) }}
 {% endfor %}
 {% for j in range(columns // edge) %}
-            let b{{ j }} = {{ load(edge, "B", right, edge * j, not right.along, unit) }}
+            let b{{ j }} = {{ load(edge, "B", right, edge * j, not right.along) }}
 {% for i in range(rows // edge) %}
             {{ sum }}{{ i }}_{{ j }} = coopMultiplyAdd(a{{ i }}, b{{ j }}, {{ sum }}{{ i }}_{{ j }});
 {% endfor %}
@@ -44,8 +44,10 @@
 {% endmacro %}
 
 {# coopLoadT reads rows of a matrix along memory, coopLoad columns. #}
-{% macro load(edge, role, tile, at, rows_along, unit) %}
-coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(&{{ tile.name }}[{{ tile.begin }} + {{ at * tile.stride // unit ~ "u + k" if tile.along else at // unit ~ "u + k * " ~ tile.stride ~ "u" }}], {{ tile.stride // unit }}u);
+{% macro load(edge, role, tile, at, rows_along) %}
+{% set unit = tile.unit %}
+{% set place = at * tile.stride // unit ~ "u + k" ~ (" / " ~ unit ~ "u" if unit > 1) if tile.along else at // unit ~ "u + k * " ~ tile.stride // unit ~ "u" %}
+coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(&{{ tile.name }}[{{ tile.begin }} + {{ place }}], {{ tile.stride // unit }}u);
 {%- endmacro %}
 
 {# Stores 16 x 16 of a subgroup's results, from row `down` and column `right` on, into an array whose elements have `unit` f32. #}

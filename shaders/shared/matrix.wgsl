@@ -21,18 +21,42 @@ fn word_as_f32(at: u32) -> f32 {
     return bitcast<f32>(w[at]);
 }
 
+{# `NAME_of` in two steps, so that the second one, which has to wait for the code before it can look in the table, comes where
+   the loads of the first are done. #}
 {% macro block_value(name, how, at, supers, table, offset) %}
+{% if how == "double" %}
+// What memory holds for the {{ name }} of a block: the word with its code, which starts at bit `shift`, and its super-scale.
+struct Stored{{ name | title }} {
+    word: u32,
+    shift: u32,
+    above: f32,
+}
+
+fn stored_{{ name }}(block: u32) -> Stored{{ name | title }} {
+    let super_block = (block + p.m.first_block) >> p.m.super_shift;
+    return Stored{{ name | title }}(w[{{ at }} + (block >> 2u)], 8u * (block & 3u), word_as_f32({{ supers }} + super_block));
+}
+
+fn {{ name }}_from(stored: Stored{{ name | title }}) -> f32 {
+    // Rounded after the product and again after the sum, as the reference is.
+    let scaled = word_as_f32({{ table }} + ((stored.word >> stored.shift) & 255u)) * stored.above;
+    return scaled + {{ offset }};
+}
+{% else %}
+alias Stored{{ name | title }} = f32;
+
+fn stored_{{ name }}(block: u32) -> f32 {
+    return word_as_f32({{ at }} + block);
+}
+
+fn {{ name }}_from(stored: f32) -> f32 {
+    return stored;
+}
+{% endif %}
+
 // The {{ name }} of a block, counted from the first block of this part of the matrix.
 fn {{ name }}_of(block: u32) -> f32 {
-{% if how == "double" %}
-    let code = (w[{{ at }} + (block >> 2u)] >> (8u * (block & 3u))) & 255u;
-    let super_block = (block + p.m.first_block) >> p.m.super_shift;
-    // Rounded after the product and again after the sum, as the reference is.
-    let scaled = word_as_f32({{ table }} + code) * word_as_f32({{ supers }} + super_block);
-    return scaled + {{ offset }};
-{% else %}
-    return word_as_f32({{ at }} + block);
-{% endif %}
+    return {{ name }}_from(stored_{{ name }}(block));
 }
 {% endmacro %}
 

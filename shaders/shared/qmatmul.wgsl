@@ -8,7 +8,7 @@ struct Params {
     rows: u32,          // rows of X from there on
     column: u32,        // column of Y of this part's first row of W
     y_stride: u32,      // columns of Y
-    column_groups: u32, // workgroups along N
+    splits: u32,        // parts of the contracted index that are added up apart
     rank: u32,          // 0: no adapter
     has_bias: u32,
     lora_scale: f32,
@@ -18,8 +18,9 @@ struct Params {
 
 {# H and B are read four ranks at a time. #}
 {% set ranks = "vec4<f32>" if rank_quads is defined and rank_quads else "f32" %}
+{% set x_type = "vec4<u32>" if packed is defined else "f32" if ragged or share else "vec4<f32>" %}
 {{ param_space }} p: Params;
-@group(0) @binding(0) var<storage, read> x: array<{{ "f32" if ragged or share else "vec4<f32>" }}>;
+@group(0) @binding(0) var<storage, read> x: array<{{ x_type }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
 @group(0) @binding(2) var<storage, read> bias: array<f32>;
 @group(0) @binding(3) var<storage, read> h: array<{{ ranks }}>;

@@ -9,7 +9,7 @@ struct Params {
     rows: u32,          // rows of dX from there on
     column: u32,        // column of dY of this part's first row of W
     dy_stride: u32,     // columns of dY
-    column_groups: u32, // workgroups along K
+    splits: u32,        // parts of the contracted index that are added up apart
     rank: u32,          // 0: no adapter, or an earlier part has added it
     accumulate: u32,    // 1: add to dX
     seed_low: u32,      // of the dropout
@@ -22,7 +22,8 @@ struct Params {
 
 {{ param_space }} p: Params;
 {% set wide = wide is defined and wide %}
-@group(0) @binding(0) var<storage, read> dy: array<{{ "vec4<f32>" if wide and quads else "f32" }}>;
+{% set packed = packed is defined %}
+@group(0) @binding(0) var<storage, read> dy: array<{{ "vec4<u32>" if packed else "vec4<f32>" if wide and quads else "f32" }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
 @group(0) @binding(2) var<storage, read> g: array<{{ "vec4<f32>" if rank_quads is defined and rank_quads else "f32" }}>;
 @group(0) @binding(3) var<storage, read> a: array<{{ "f32" if ragged else "vec4<f32>" }}>;
@@ -72,7 +73,7 @@ fn store4(row: u32, q: u32, values: vec4<f32>) {
 {% endfor %}
 }
 {% endif %}
-{% if wide %}
+{% if wide and not packed %}
 
 // Four values of a row of this part's columns of dY, from the n-th on; zero past the end.
 fn dy4(row: u32, n: u32) -> vec4<f32> {

@@ -146,6 +146,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "qmatmul_dx.wgsl",
         "quads.wgsl",
         "reduce.wgsl",
+        "row_largest.wgsl",
         "row_teams.wgsl",
         "rows.wgsl",
         "skinny.wgsl",

@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::host_matrix::HostMatrix;
+use super::pack_rows::PACKED;
 use crate::device::{Device, Gpu};
 use crate::error::{Error, Result};
 use crate::quant::{Codebook, DenseData, DoubleQuant, DoubleScales, Q8_BLOCK, QuantOptions, Scales};
@@ -187,6 +188,8 @@ impl MatrixSpec {
             let (device, what) = (gpu.name().to_owned(), format!("a row of matrix {rows} x {cols}"));
             return Err(Error::TooLarge { device, what, bytes: row_bytes as u64 + overhead, limit });
         }
+        // Packed rows of dY are read from multiples of this on.
+        let rows_per_part = if rows_per_part > PACKED { rows_per_part / PACKED * PACKED } else { rows_per_part };
         Ok((0..rows).step_by(rows_per_part).map(move |start| start..(start + rows_per_part).min(rows)))
     }
 

@@ -40,6 +40,7 @@ pub mod lora_down;
 pub mod lora_dw;
 pub mod matrix;
 mod matrix_spec;
+pub(crate) mod pack_rows;
 mod packing;
 mod parity;
 mod product;
@@ -63,6 +64,7 @@ pub mod rms_norm_backward;
 pub mod rope;
 mod row_factor;
 mod row_teams;
+pub(crate) mod rows;
 pub mod sample;
 mod sample_cpu;
 pub mod scale_columns;
@@ -77,7 +79,7 @@ pub mod visibility;
 pub use matrix::{DeviceMatrix, HostMatrix};
 pub use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
 pub(crate) use parity::disagreement;
-pub(crate) use row_factor::{RowFactors, Rows};
+pub(crate) use rows::{RowFactors, Rows};
 pub(crate) use scratch::Scratch;
 
 /// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry test compares with

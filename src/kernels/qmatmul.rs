@@ -12,6 +12,7 @@
 //! matrices, and one for software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
 
 use super::matrix::{DeviceMatrix, HostMatrix};
+use super::qmatmul_coop::Splits;
 use super::qmatmul_operands::{GEMV_ROWS, GpuCall, HostLora, OP};
 use super::{
     LoraUp, Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, qmatmul_coop, qmatmul_cpu, qmatmul_gemv,
@@ -81,17 +82,22 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
         }
         (Storage::Gpu(gpu, x), _, Some((_, parts))) => {
             let y = Tensor::uninit(gpu, "y", &[m, n])?;
-            let call = GpuCall { gpu, w, x, m, bias, lora, y: y.buffer(gpu, OP)? };
-            let factor = if stages_on(gpu, m) { rows.found(gpu, OP)? } else { gpu.unused()? };
+            let splits = Splits::new(gpu, split_shape([m, n, k]))?;
+            let result = y.buffer(gpu, OP)?;
+            let call = GpuCall { gpu, w, x, m, bias, lora, splits: splits.count, y: splits.results(result) };
+            let factor = || if gpu.tier().f16() { rows.found(gpu, OP) } else { gpu.unused() };
             for part in parts {
                 match (gpu.tier(), gpu.cooperative()) {
                     _ if m == 0 => {}
                     (Tier::Software, _) => qmatmul_lanes::dispatch(&call, part)?,
                     _ if m <= GEMV_ROWS => qmatmul_gemv::dispatch(&call, part)?,
-                    (_, Some(cooperative)) => qmatmul_coop::dispatch(&call, part, factor, cooperative)?,
-                    _ => qmatmul_tile::dispatch(&call, part, factor)?,
+                    (_, Some(cooperative)) => {
+                        qmatmul_coop::dispatch(&call, part, rows.packed(gpu, OP)?, cooperative)?;
+                    }
+                    _ => qmatmul_tile::dispatch(&call, part, factor()?)?,
                 }
             }
+            splits.add_up(gpu, m * n, result)?;
             Ok(y)
         }
         // `same` has made sure of one device.
@@ -103,8 +109,13 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
 pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch {
     match device {
         Device::Cpu(_) => qmatmul_cpu::scratch(m, n, k),
-        Device::Gpu(_) => Scratch::default(),
+        Device::Gpu(gpu) => Splits::scratch(gpu, split_shape([m, n, k])),
     }
+}
+
+/// The shape of a product as [`Splits`] counts it: few rows of X are a matrix-vector product, which has none.
+fn split_shape([m, n, k]: [usize; 3]) -> [usize; 3] {
+    [m, n, if m > GEMV_ROWS { k } else { 0 }]
 }
 
 /// Whether an X of `m` rows is staged as f16, with a factor a row.
@@ -230,6 +241,8 @@ mod tests {
         }
         // The largest shapes take long to compile on software drivers: a few kinds of matrix stand for all.
         check_everywhere(&Case { m: 65, n: 130, k: 96, rank: 20, bias: true, seed: 7 }, |i| i % 4 == 1);
+        // Few tiles and a long K, which cooperative matrices add up in three splits.
+        check_everywhere(&Case { m: 12, n: 70, k: 3100, rank: 4, bias: true, seed: 7 }, |i| i % 4 == 1);
     }
 
     proptest! {

@@ -1,11 +1,11 @@
-//! [`qmatmul`](super::qmatmul) by cooperative matrices: square tiles of Y, operands staged as f16 in workgroup memory with powers
+//! [`qmatmul`](super::qmatmul) by cooperative matrices: tiles of Y, operands staged as f16 in workgroup memory with powers
 //! of two that keep their range, sums in f32. One shader for both sizes of matrices.
 
-use super::kernel;
 use super::packing::Part;
 use super::qmatmul_operands::{GpuCall, QmatmulParams};
 use super::qmatmul_tile::{has_room, with_tile};
-use crate::device::{Buffer, Cooperative, Defines, Dispatch, Gpu};
+use super::{Scratch, column_sum, kernel};
+use crate::device::{Buffer, Cooperative, Defines, Device, Dispatch, Gpu};
 use crate::error::Result;
 
 kernel! {
@@ -14,24 +14,25 @@ kernel! {
         [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write]
 }
 
-/// A square tile of the result, which some subgroups share.
+/// A tile of the result, which some subgroups share.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
-    /// Rows and columns.
-    pub side: u32,
+    pub rows: u32,
+    pub columns: u32,
     pub subgroups: u32,
     /// The form with two buffers of operands; `shaders/shared/coop_tiles.wgsl`.
     pub double: bool,
 }
 
 /// By what they take, the smallest first. A larger tile decodes each weight for more rows. Which is the fastest is measured.
-const SINGLE_64: Tile = Tile { side: 64, subgroups: 4, double: false };
-const DOUBLE_64: Tile = Tile { side: 64, subgroups: 4, double: true };
-const SINGLE_128: Tile = Tile { side: 128, subgroups: 8, double: false };
-const DOUBLE_128: Tile = Tile { side: 128, subgroups: 8, double: true };
+const SINGLE_64: Tile = Tile { rows: 64, columns: 64, subgroups: 4, double: false };
+const DOUBLE_64: Tile = Tile { double: true, ..SINGLE_64 };
+const SINGLE_128: Tile = Tile { rows: 128, columns: 128, subgroups: 8, double: false };
+const DOUBLE_WIDE: Tile = Tile { columns: 128, ..DOUBLE_64 };
+const DOUBLE_128: Tile = Tile { double: true, ..SINGLE_128 };
 
 impl Tile {
-    pub const ALL: [Tile; 4] = [SINGLE_64, DOUBLE_64, SINGLE_128, DOUBLE_128];
+    pub const ALL: [Tile; 5] = [SINGLE_64, DOUBLE_64, SINGLE_128, DOUBLE_WIDE, DOUBLE_128];
 
     /// Those that a device has room for, the smallest first; the first is for every device. Two buffers leave AMD's GPUs too few
     /// workgroups, and on NVIDIA's the large tile was always slower with one.
@@ -39,7 +40,7 @@ impl Tile {
         let tiles: &[Tile] = match gpu.info().vendor {
             _ if !cooperative.vectors => &[SINGLE_64, SINGLE_128],
             AMD => &[SINGLE_64, SINGLE_128],
-            NVIDIA => &[SINGLE_64, DOUBLE_64, DOUBLE_128],
+            NVIDIA => &[SINGLE_64, DOUBLE_64, DOUBLE_WIDE, DOUBLE_128],
             _ => &Tile::ALL,
         };
         let fits = |tile: &&Tile| has_room(gpu, tile.subgroups * cooperative.lanes, tile.bytes());
@@ -50,19 +51,81 @@ impl Tile {
     fn bytes(self) -> u32 {
         let buffers = if self.double { 2 } else { 1 };
         let strip = if self.double { 128 / self.subgroups } else { 16 };
-        let operands = 2 * buffers * (2 * (40 * self.side - 8));
+        let operands = buffers * 2 * (40 * (self.rows + self.columns) - 16);
         operands + 4 * 16 * strip * self.subgroups + if self.double { 64 } else { 4096 }
+    }
+
+    /// Workgroups for a result [m, n] of some splits.
+    pub fn groups(self, [m, n, splits]: [usize; 3]) -> u64 {
+        (m.div_ceil(self.rows as usize) * n.div_ceil(self.columns as usize) * splits) as u64
     }
 
     /// Adds the text constants of `shaders/shared/coop_tiles.wgsl`.
     pub fn defines(self, defines: Defines) -> Defines {
-        defines.with("side", self.side).with("subgroups", self.subgroups).with("double", self.double)
+        let sizes = defines.with("tile_rows", self.rows).with("tile_columns", self.columns);
+        sizes.with("subgroups", self.subgroups).with("double", self.double)
     }
 }
 
 /// PCI vendors.
 const AMD: u32 = 0x1002;
 const NVIDIA: u32 = 0x10de;
+
+/// Results of a product [m, n] over some splits of its contracted index, which are to be added up.
+pub(super) struct Splits {
+    pub count: usize,
+    partial: Option<Buffer>,
+}
+
+impl Splits {
+    /// Workgroups that occupy a large device.
+    const WANTED_GROUPS: usize = 256;
+    /// The fewest values of a split, so that what it stores is little beside what it reads.
+    const SHORTEST: usize = 1024;
+
+    /// How many there are. It depends on the shape alone, so that the order of sums does.
+    fn count(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> usize {
+        if gpu.cooperative().is_none() {
+            return 1;
+        }
+        let tiles = m.div_ceil(SINGLE_64.rows as usize) * n.div_ceil(SINGLE_64.columns as usize);
+        (Splits::WANTED_GROUPS / tiles.max(1)).min(contracted / Splits::SHORTEST).max(1)
+    }
+
+    pub fn new(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> Result<Splits> {
+        let count = Splits::count(gpu, [m, n, contracted]);
+        let partial = match count {
+            1 => None,
+            _ => Some(gpu.alloc("splits of a product", (4 * count * m * n) as u64)?),
+        };
+        Ok(Splits { count, partial })
+    }
+
+    /// Where the product's results go: the splits, or at once what they add up to.
+    pub fn results<'a>(&'a self, result: &'a Buffer) -> &'a Buffer {
+        self.partial.as_ref().unwrap_or(result)
+    }
+
+    /// Adds them up to `values` results.
+    pub fn add_up(&self, gpu: &Gpu, values: usize, result: &Buffer) -> Result<()> {
+        match &self.partial {
+            Some(partial) => column_sum::dispatch(gpu, partial, None, [self.count, values], 1.0, result),
+            None => Ok(()),
+        }
+    }
+
+    /// The memory that they take.
+    pub fn scratch(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> Scratch {
+        match Splits::count(gpu, [m, n, contracted]) {
+            1 => Scratch::default(),
+            count => {
+                let mut scratch = column_sum::scratch(&Device::Gpu(gpu.clone()), count, m * n);
+                scratch.kept.insert(0, count * m * n);
+                scratch
+            }
+        }
+    }
+}
 
 /// What a variant's text depends on beside the matrix and the device.
 #[derive(Clone, Copy)]
@@ -94,21 +157,19 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     all
 }
 
-/// `factor`: that of the rows of X ([`row_factor`](super::row_factor)).
-pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer, cooperative: Cooperative) -> Result<()> {
+/// `x`: packed rows of X, and their factors ([`row_factor`](super::row_factor)).
+pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, x: [&Buffer; 2], cooperative: Cooperative) -> Result<()> {
+    let [x, factor] = x;
     let (quads, rank_quads) = (call.stores_quads(part), call.reads_rank_quads());
     let run = |tile: Tile| {
-        let operands = call.operands(part)?;
-        let side = tile.side;
-        let column_groups = (part.rows.len() as u32).div_ceil(side);
-        let params = QmatmulParams { column_groups, ..call.params(part) };
+        let [_, operands @ ..] = call.operands(part)?;
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
             defines: &defines(call.w.wide_defines(), cooperative, Form { tile, quads, rank_quads }),
-            buffers: &[&operands[..], &[factor, &part.buffer, call.y]].concat(),
-            params: bytemuck::bytes_of(&params),
-            groups: u64::from((call.m as u32).div_ceil(side)) * u64::from(column_groups),
-            flops_per_group: call.flops(side.into(), side.into()),
+            buffers: &[&[x], &operands[..], &[factor, &part.buffer, call.y]].concat(),
+            params: bytemuck::bytes_of(&call.params(part)),
+            groups: tile.groups([call.m, part.rows.len(), call.splits]),
+            flops_per_group: call.flops(tile.rows.into(), tile.columns.into()) / call.splits as u64,
         })
     };
     with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative), true, run)

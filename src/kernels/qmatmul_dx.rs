@@ -13,7 +13,8 @@
 
 use super::lora_down::Dropout;
 use super::matrix::DeviceMatrix;
-use super::qmatmul_dx_operands::{GpuDxCall, HostLoraDx, OP};
+use super::qmatmul_coop::Splits;
+use super::qmatmul_dx_operands::{GpuDxCall, HostLoraDx, OP, reads_packed};
 use super::{
     Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, qmatmul_dx_coop, qmatmul_dx_cpu, qmatmul_dx_lanes,
     qmatmul_dx_tile,
@@ -91,15 +92,22 @@ pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>
             if m == 0 {
                 return Ok(dx);
             }
-            let call = GpuDxCall { gpu, w, dy, m, lora: adapter, dx: dx.buffer(gpu, OP)? };
-            let factor = if gpu.tier().f16() { rows.found(gpu, OP)? } else { gpu.unused()? };
+            let packed = parts.iter().all(|part| reads_packed(w, part));
+            // Tiles have no splits.
+            let splits = Splits::new(gpu, [m, k, if packed { n } else { 0 }])?;
+            let result = dx.buffer(gpu, OP)?;
+            let call = GpuDxCall { gpu, w, dy, m, lora: adapter, splits: splits.count, dx: splits.results(result) };
+            let factor = || if gpu.tier().f16() { rows.found(gpu, OP) } else { gpu.unused() };
             for part in parts {
                 match (gpu.tier(), gpu.cooperative()) {
                     (Tier::Software, _) => qmatmul_dx_lanes::dispatch(&call, part)?,
-                    (_, Some(cooperative)) => qmatmul_dx_coop::dispatch(&call, part, factor, cooperative)?,
-                    _ => qmatmul_dx_tile::dispatch(&call, part, factor)?,
+                    (_, Some(cooperative)) if packed => {
+                        qmatmul_dx_coop::dispatch(&call, part, rows.packed(gpu, OP)?, cooperative)?;
+                    }
+                    _ => qmatmul_dx_tile::dispatch(&call, part, factor()?)?,
                 }
             }
+            splits.add_up(gpu, m * k, result)?;
             Ok(dx)
         }
         // `same` has made sure of one device.
@@ -107,11 +115,11 @@ pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>
     }
 }
 
-/// What [`qmatmul_dx`] takes beside its result and the factors of dY's rows, for W [N, K].
-pub(crate) fn scratch(device: &Device, n: usize, k: usize) -> Scratch {
+/// What [`qmatmul_dx`] takes beside its result and the factors of dY's rows, for `m` of them and W [N, K].
+pub(crate) fn scratch(device: &Device, [m, n, k]: [usize; 3]) -> Scratch {
     match device {
         Device::Cpu(_) => qmatmul_dx_cpu::scratch(n, k),
-        Device::Gpu(_) => Scratch::default(),
+        Device::Gpu(gpu) => Splits::scratch(gpu, [m, k, n]),
     }
 }
 
@@ -230,6 +238,8 @@ mod tests {
         check_everywhere(&Case { m: 2, n: 33, k: 128, rank: 4, dropout: DROPOUT, seed: 7 }, |i| i % 4 == 1);
         // The largest shapes take long to compile on software drivers: one kind of matrix stands for all.
         check_everywhere(&Case { m: 65, n: 130, k: 192, rank: 20, dropout: None, seed: 7 }, |i| i == 1);
+        // Few tiles and a long N, which cooperative matrices add up in three splits.
+        check_everywhere(&Case { m: 3, n: 3100, k: 64, rank: 4, dropout: None, seed: 7 }, |i| i == 1);
     }
 
     proptest! {

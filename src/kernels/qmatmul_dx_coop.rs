@@ -1,4 +1,4 @@
-//! [`qmatmul_dx`](super::qmatmul_dx) by cooperative matrices: square tiles of dX, operands staged as f16 in workgroup memory
+//! [`qmatmul_dx`](super::qmatmul_dx) by cooperative matrices: tiles of dX, operands staged as f16 in workgroup memory
 //! with powers of two that keep their range, sums in f32. One shader for both sizes of matrices.
 
 use super::kernel;
@@ -19,8 +19,6 @@ kernel! {
 #[derive(Clone, Copy)]
 struct Form {
     tile: Tile,
-    /// dY is read four values at a time.
-    quads: bool,
     /// G is read four ranks at a time.
     rank_quads: bool,
     dropout: bool,
@@ -28,49 +26,40 @@ struct Form {
 
 /// Text constants beside the matrix's.
 fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
-    let matrix = form.tile.defines(cooperative.defines(matrix)).with("quads", form.quads);
-    matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout)
+    form.tile.defines(cooperative.defines(matrix)).with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {
-        let of = |matrix: &Defines, tile, quads, dropout| {
-            defines(matrix.clone(), cooperative, Form { tile, quads, rank_quads: quads, dropout })
+        let of = |matrix: &Defines, tile, rank_quads, dropout| {
+            defines(matrix.clone(), cooperative, Form { tile, rank_quads, dropout })
         };
         let small = Tile::ALL[0];
         all.extend(matrices.iter().flat_map(|matrix| [false, true].map(|dropout| of(matrix, small, true, dropout))));
         all.push(of(&matrices[0], small, false, false));
         for tile in &Tile::ALL[1..] {
             let forms = [(true, false), (true, true), (false, false)];
-            all.extend(forms.map(|(quads, dropout)| of(&matrices[0], *tile, quads, dropout)));
+            all.extend(forms.map(|(rank_quads, dropout)| of(&matrices[0], *tile, rank_quads, dropout)));
         }
     }
     all
 }
 
-/// `factor`: that of the rows of dY ([`row_factor`](super::row_factor)).
-pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, cooperative: Cooperative) -> Result<()> {
-    let (m, k) = (call.m as u32, call.w.cols() as u32);
-    let form = |tile| Form {
-        tile,
-        quads: call.loads_quads(part),
-        rank_quads: call.reads_rank_quads(part),
-        dropout: call.dropout(part).is_some(),
-    };
+/// `dy`: packed rows of dY, and their factors ([`row_factor`](super::row_factor)).
+pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, dy: [&Buffer; 2], cooperative: Cooperative) -> Result<()> {
+    let [dy, factor] = dy;
+    let form = |tile| Form { tile, rank_quads: call.reads_rank_quads(part), dropout: call.dropout(part).is_some() };
     let run = |tile: Tile| {
-        let operands = call.operands(part)?;
-        let side = tile.side;
-        let column_groups = k.div_ceil(side);
-        let params = QmatmulDxParams { column_groups, ..call.params(part) };
+        let [_, operands @ ..] = call.operands(part)?;
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
             defines: &defines(call.w.wide_defines(), cooperative, form(tile)),
-            buffers: &[&operands[..], &[factor, &part.buffer, call.dx]].concat(),
-            params: bytemuck::bytes_of(&params),
-            groups: u64::from(m.div_ceil(side)) * u64::from(column_groups),
-            flops_per_group: call.flops(part, side.into(), side.into()),
+            buffers: &[&[dy], &operands[..], &[factor, &part.buffer, call.dx]].concat(),
+            params: bytemuck::bytes_of(&call.params(part)),
+            groups: tile.groups([call.m, call.w.cols(), call.splits]),
+            flops_per_group: call.flops(part, tile.rows.into(), tile.columns.into()) / call.splits as u64,
         })
     };
     // A part that adds to dX would do so again.

@@ -96,7 +96,7 @@ fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, largest: (u32, u32), form: For
         let rows = left / tokens * tokens;
         let params = call.params(part);
         let column_groups = params.words.div_ceil(THREADS * words);
-        let params = QmatmulDxParams { row, rows, column_groups, ..params };
+        let params = QmatmulDxParams { row, rows, ..params };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
             defines: &defines(call.w.defines(), (tokens, words), form),

@@ -1,7 +1,10 @@
 //! What every form of [`qmatmul_dx`](super::qmatmul_dx) takes: its operands, checked, and its parameters.
 
+use std::ops::Range;
+
 use super::lora_down::Dropout;
 use super::matrix::DeviceMatrix;
+use super::pack_rows::PACKED;
 use super::packing::{MatrixLayout, Part};
 use super::params;
 use super::qmatmul_dx::LoraDx;
@@ -26,6 +29,9 @@ pub(crate) struct GpuDxCall<'a> {
     pub dy: &'a Buffer,
     pub m: usize,
     pub lora: Option<LoraDx<'a>>,
+    /// Parts of N that are added up apart.
+    pub splits: usize,
+    /// dX, or with splits [splits, M, K].
     pub dx: &'a Buffer,
 }
 
@@ -48,8 +54,8 @@ params! {
         column: u32,
         /// Columns of dY.
         dy_stride: u32,
-        /// Workgroups along K.
-        column_groups: u32,
+        /// Parts of the contracted index that are added up apart.
+        splits: u32,
         /// 0: no adapter, or an earlier part has added it.
         rank: u32,
         /// 1: add to dX.
@@ -63,6 +69,12 @@ params! {
         keep_scale: f32,
         m: MatrixLayout,
     }
+}
+
+/// Whether a part's columns of packed rows of dY begin and end at whole stages. Only tiny parts do not.
+pub(super) fn reads_packed(w: &DeviceMatrix, part: &Part) -> bool {
+    let Range { start, end } = part.rows;
+    start.is_multiple_of(PACKED) && (end.is_multiple_of(PACKED) || end == w.rows())
 }
 
 impl<'a> GpuDxCall<'a> {
@@ -92,6 +104,7 @@ impl<'a> GpuDxCall<'a> {
             seed_high: dropout.map_or(0, |dropout| (dropout.seed >> 32) as u32),
             drop_below: dropout.map_or(0, Dropout::drop_below),
             keep_scale: dropout.map_or(1.0, Dropout::keep_scale),
+            splits: self.splits as u32,
             m: part.layout,
             ..Default::default()
         }

@@ -58,7 +58,6 @@ fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, side: u32) ->
     let operands = call.operands(part)?;
     let (m, k) = (call.m as u32, call.w.cols() as u32);
     let column_groups = k.div_ceil(side);
-    let params = QmatmulDxParams { column_groups, ..call.params(part) };
     let form = Form {
         f16: call.gpu.tier().f16(),
         side,
@@ -70,7 +69,7 @@ fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, side: u32) ->
         kernel: &KERNEL,
         defines: &defines(call.w.wide_defines(), form),
         buffers: &[&operands[..], &[factor, &part.buffer, call.dx]].concat(),
-        params: bytemuck::bytes_of(&params),
+        params: bytemuck::bytes_of(&call.params(part)),
         groups: u64::from(m.div_ceil(side)) * u64::from(column_groups),
         flops_per_group: call.flops(part, side.into(), side.into()),
     })

@@ -98,7 +98,7 @@ fn dispatch_as(call: &GpuCall<'_>, part: &Part, largest: (u32, u32), share: bool
         let (tokens, columns) = fitting(SHAPES, share, largest, left);
         let rows = left / tokens * tokens;
         let column_groups = n.div_ceil(THREADS * columns);
-        let params = QmatmulParams { row, rows, column_groups, ..call.params(part) };
+        let params = QmatmulParams { row, rows, ..call.params(part) };
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
             defines: &defines(call.w.defines(), words_per_scale, (tokens, columns), share),

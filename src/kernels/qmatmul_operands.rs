@@ -29,6 +29,9 @@ pub(crate) struct GpuCall<'a> {
     pub m: usize,
     pub bias: Option<&'a Tensor>,
     pub lora: Option<LoraUp<'a>>,
+    /// Parts of K that are added up apart.
+    pub splits: usize,
+    /// Y, or with splits [splits, M, N].
     pub y: &'a Buffer,
 }
 
@@ -49,8 +52,8 @@ params! {
         column: u32,
         /// Columns of Y.
         y_stride: u32,
-        /// Workgroups along N.
-        column_groups: u32,
+        /// Parts of the contracted index that are added up apart.
+        splits: u32,
         /// 0: no adapter.
         rank: u32,
         has_bias: u32,
@@ -77,6 +80,7 @@ impl<'a> GpuCall<'a> {
             rank: adapter.map_or(0, |lora| lora.b.shape()[1] as u32),
             has_bias: u32::from(self.bias.is_some()),
             lora_scale: adapter.map_or(0.0, |lora| lora.scale),
+            splits: self.splits as u32,
             m: part.layout,
             ..Default::default()
         }

@@ -88,12 +88,11 @@ fn dispatch_as(call: &GpuCall<'_>, part: &Part, factor: &Buffer, side: u32) -> R
     let column_groups = n.div_ceil(side);
     let form =
         Form { f16: call.gpu.tier().f16(), side, quads: call.stores_quads(part), rank_quads: call.reads_rank_quads() };
-    let params = QmatmulParams { column_groups, ..call.params(part) };
     call.gpu.dispatch(Dispatch {
         kernel: &KERNEL,
         defines: &defines(call.w.wide_defines(), form),
         buffers: &[&operands[..], &[factor, &part.buffer, call.y]].concat(),
-        params: bytemuck::bytes_of(&params),
+        params: bytemuck::bytes_of(&call.params(part)),
         groups: u64::from((call.m as u32).div_ceil(side)) * u64::from(column_groups),
         flops_per_group: call.flops(side.into(), side.into()),
     })

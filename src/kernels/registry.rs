@@ -5,7 +5,7 @@ use super::{
     adamw, adamw_several, add, add_assign, append, attention, attention_coop, attention_delta, attention_dkv,
     attention_dkv_coop, attention_dkv_lanes, attention_dkv_tile, attention_dq, attention_dq_coop, attention_dq_lanes,
     attention_dq_tile, attention_lanes, attention_pack, attention_tile, column_sum, cross_entropy, dequantize,
-    dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul_coop,
+    dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, pack_rows, qmatmul_coop,
     qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm,
     rms_norm_backward, rope, row_factor, sample, scale_columns, silu_mul, silu_mul_backward, square_sums, sum,
 };
@@ -90,6 +90,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
     Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
     Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
+    Entry { kernel: &pack_rows::KERNEL, variants: pack_rows_variants, twin: "row_factor::reference" },
     Entry { kernel: &qmatmul_coop::KERNEL, variants: coop_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_dx_coop::KERNEL, variants: dx_coop_variants, twin: "qmatmul_dx::reference" },
     Entry { kernel: &qmatmul_dx_lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
@@ -115,6 +116,10 @@ pub static KERNELS: &[Entry] = &[
 
 fn coop_variants(tier: Tier) -> Vec<Defines> {
     if tier.cooperative() { qmatmul_coop::variants(&wide_matrices()) } else { Vec::new() }
+}
+
+fn pack_rows_variants(tier: Tier) -> Vec<Defines> {
+    if tier.cooperative() { pack_rows::variants() } else { Vec::new() }
 }
 
 fn dx_coop_variants(tier: Tier) -> Vec<Defines> {
@@ -271,7 +276,10 @@ mod tests {
                 }
             }
             // Every device has 16 KiB. Those with 32 and 48 KiB run large tiles, or tiles with two buffers, or both.
-            let more = [label.contains("side=128"), label.contains(" double ")].iter().filter(|&&more| more).count();
+            let more = [label.contains("side=128") || label.contains("tile_columns=128"), label.contains(" double ")]
+                .iter()
+                .filter(|&&more| more)
+                .count();
             let most = (16 << 10) * (1 + more as u32);
             assert!(memory <= most, "{label}: {memory} bytes of workgroup memory");
             assert_eq!(params, 1, "{label}: one variable holds the parameters");

@@ -172,7 +172,7 @@ impl<Base> AdaptedLinear<Base> {
         let u = product(xd, Product { w: self.base(), bias: None, lora: Some(up) })?;
         let y = scale_columns(&u, &factor.c, beside.as_ref())?;
         let dora = Some(SavedDora { factor: factor.clone(), u });
-        let (x, x_factors) = (x.tensor.clone(), x.factors.clone());
+        let (x, x_factors) = (x.tensor.clone(), x.factors.without_rows());
         let rows = x.shape()[0];
         let adapted = SavedAdapter { adapter: adapter.clone(), dropout, x, x_factors, h, dora };
         Ok((y, Saved { rows, adapted: Some(adapted) }))
@@ -207,7 +207,7 @@ pub(super) fn run_all<Base, const N: usize>(
         let lora = adapted.as_ref().map(|(adapter, h)| LoraUp { h, b: adapter.b(), scale: adapter.scale() });
         let y = product(rows, Product { w: layer.base(), bias: layer.bias(), lora })?;
         let saved = |(adapter, h)| {
-            let (x, x_factors) = (x.clone(), x_factors.clone());
+            let (x, x_factors) = (x.clone(), x_factors.without_rows());
             SavedAdapter { adapter, dropout, x, x_factors, h, dora: None }
         };
         results.push((y, Saved { rows: x.shape()[0], adapted: adapted.map(saved) }));

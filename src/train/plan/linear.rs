@@ -7,7 +7,9 @@ use super::ledger::{Bytes, Ledger, Part};
 use super::step::Pass;
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
-use crate::kernels::{column_sum, dora_norm, lora_coop, lora_dh, lora_down, lora_dw, qmatmul, qmatmul_dx};
+use crate::kernels::{
+    column_sum, dora_norm, lora_coop, lora_dh, lora_down, lora_dw, pack_rows, qmatmul, qmatmul_dx, rows,
+};
 
 /// A linear layer [d_out, d_in].
 pub(super) struct Linear {
@@ -32,18 +34,30 @@ pub(super) struct Factor {
     _c: Bytes,
 }
 
-/// The factors of a matrix's rows: as `RowFactors` of the kernels has them.
+/// The factors of a matrix's rows, and the rows packed with them: as `RowFactors` of the kernels has them.
 #[derive(Clone, Default)]
-pub(super) struct Factors(Rc<OnceCell<Bytes>>);
+pub(super) struct Factors {
+    factors: Rc<OnceCell<Bytes>>,
+    packed: Rc<OnceCell<Bytes>>,
+}
 
 impl Factors {
-    /// What a kernel does that stages so many rows, or none.
-    pub fn find(&self, ledger: &Rc<Ledger>, rows: usize, stages: bool) -> Result<()> {
-        if stages && self.0.get().is_none() {
-            let factors = ledger.tensor(Part::Activations, &[rows])?;
-            self.0.get_or_init(|| factors);
+    /// What a kernel does that stages so many rows of `k` values, or none.
+    pub fn find(&self, ledger: &Rc<Ledger>, [rows, k]: [usize; 2], stages: bool) -> Result<()> {
+        if !stages || self.factors.get().is_some() {
+            return Ok(());
         }
+        let factors = ledger.tensor(Part::Activations, &[rows])?;
+        if rows::packs(&ledger.device) {
+            let packed = ledger.tensor(Part::Activations, &[pack_rows::words(rows, k)])?;
+            self.packed.get_or_init(|| packed);
+        }
+        self.factors.get_or_init(|| factors);
         Ok(())
+    }
+
+    fn without_rows(&self) -> Factors {
+        Factors { factors: self.factors.clone(), ..Factors::default() }
     }
 }
 
@@ -71,7 +85,7 @@ impl Linear {
     /// X * W^T and its scratch.
     fn product(&self, pass: &Pass<'_>, x: &Factors) -> Result<Bytes> {
         let y = pass.tensor(self.d_out)?;
-        x.find(pass.ledger, pass.tokens, qmatmul::stages(&pass.ledger.device, pass.tokens))?;
+        x.find(pass.ledger, [pass.tokens, self.d_in], qmatmul::stages(&pass.ledger.device, pass.tokens))?;
         pass.ledger.scratch(&qmatmul::scratch(&pass.ledger.device, pass.tokens, self.d_out, self.d_in))?;
         Ok(y)
     }
@@ -79,8 +93,8 @@ impl Linear {
     /// dY * W and its scratch.
     fn product_dx(&self, pass: &Pass<'_>, dy: &Factors) -> Result<Bytes> {
         let dx = pass.tensor(self.d_in)?;
-        dy.find(pass.ledger, pass.tokens, qmatmul_dx::stages(&pass.ledger.device))?;
-        pass.ledger.scratch(&qmatmul_dx::scratch(&pass.ledger.device, self.d_out, self.d_in))?;
+        dy.find(pass.ledger, [pass.tokens, self.d_out], qmatmul_dx::stages(&pass.ledger.device))?;
+        pass.ledger.scratch(&qmatmul_dx::scratch(&pass.ledger.device, [pass.tokens, self.d_out, self.d_in]))?;
         Ok(dx)
     }
 
@@ -92,7 +106,7 @@ impl Linear {
 
     fn down(&self, adapter: &Adapter, pass: &Pass<'_>, x: &Factors, dropout: bool) -> Result<Bytes> {
         let h = pass.tensor(adapter.rank)?;
-        x.find(pass.ledger, pass.tokens, lora_coop::stages(&pass.ledger.device, pass.tokens))?;
+        x.find(pass.ledger, [pass.tokens, self.d_in], lora_coop::stages(&pass.ledger.device, pass.tokens))?;
         let shape = [pass.tokens, self.d_in, adapter.rank];
         pass.ledger.scratch(&lora_down::scratch(&pass.ledger.device, shape, dropout))?;
         Ok(h)
@@ -100,7 +114,7 @@ impl Linear {
 
     fn run(&self, pass: &Pass<'_>, x: &Bytes, x_factors: &Factors, h: Option<Bytes>) -> Result<(Bytes, Option<Saved>)> {
         let Some(adapter) = &self.adapter else { return Ok((self.product(pass, x_factors)?, None)) };
-        let saved = |h, dora| Saved { _x: x.clone(), x_factors: x_factors.clone(), _h: h, _dora: dora };
+        let saved = |h, dora| Saved { _x: x.clone(), x_factors: x_factors.without_rows(), _h: h, _dora: dora };
         if let Some(h) = h {
             let y = self.product(pass, x_factors)?;
             return Ok((y, Some(saved(h, None))));
@@ -143,7 +157,7 @@ impl Linear {
         let _du = dora.then(|| pass.tensor(self.d_out)).transpose()?;
         let du_factors = Factors::default();
         let _g = pass.tensor(adapter.rank)?;
-        du_factors.find(pass.ledger, pass.tokens, lora_stages)?;
+        du_factors.find(pass.ledger, [pass.tokens, self.d_out], lora_stages)?;
         pass.ledger.scratch(&lora_dh::scratch(&pass.ledger.device, [pass.tokens, self.d_out, adapter.rank]))?;
         let dx = if !need_dx {
             None
@@ -153,15 +167,15 @@ impl Linear {
         } else {
             Some(self.product_dx(pass, &du_factors)?)
         };
-        let weight = |rows: usize, cols: usize, factors: &Factors, dropout: bool| {
+        let weight = |[rows, cols]: [usize; 2], (factors, width): (&Factors, usize), dropout: bool| {
             let gradient = pass.ledger.tensor(Part::Gradients, &[rows, cols])?;
-            factors.find(pass.ledger, pass.tokens, lora_stages)?;
+            factors.find(pass.ledger, [pass.tokens, width], lora_stages)?;
             pass.ledger.scratch(&lora_dw::scratch(&pass.ledger.device, pass.tokens, rows, cols, dropout))?;
             Ok(gradient)
         };
         let mut grads = vec![dx];
-        grads.push(Some(weight(adapter.rank, self.d_in, x_factors, pass.dropout)?));
-        grads.push(Some(weight(self.d_out, adapter.rank, &du_factors, false)?));
+        grads.push(Some(weight([adapter.rank, self.d_in], (x_factors, self.d_in), pass.dropout)?));
+        grads.push(Some(weight([self.d_out, adapter.rank], (&du_factors, self.d_out), false)?));
         if dora {
             let _sums = pass.ledger.tensor(Part::Gradients, &[self.d_out])?;
             pass.ledger.scratch(&column_sum::scratch(&pass.ledger.device, pass.tokens, self.d_out))?;

@@ -117,12 +117,12 @@ impl Pass<'_> {
             let new = |part, width: usize| ledger.tensor(part, &[rows, width]);
             let chunk = if rows == m { hidden.value().clone() } else { new(Part::Activations, k)? };
             let _logits = new(Part::Logits, v)?;
-            Factors::default().find(ledger, rows, qmatmul::stages(&ledger.device, rows))?;
+            Factors::default().find(ledger, [rows, k], qmatmul::stages(&ledger.device, rows))?;
             ledger.scratch(&qmatmul::scratch(&ledger.device, rows, v, k))?;
             drop(chunk);
             let d_chunk = new(Part::Activations, k)?;
-            Factors::default().find(ledger, rows, qmatmul_dx::stages(&ledger.device))?;
-            ledger.scratch(&qmatmul_dx::scratch(&ledger.device, v, k))?;
+            Factors::default().find(ledger, [rows, v], qmatmul_dx::stages(&ledger.device))?;
+            ledger.scratch(&qmatmul_dx::scratch(&ledger.device, [rows, v, k]))?;
             if rows == m {
                 d_hidden = d_chunk;
             }
