@@ -13,6 +13,17 @@
 {# Sums that meet in workgroup memory at a time: of so many rows of W. #}
 {% set batch = [rows, [1024 // (tokens * threads), 1] | max] | min %}
 
+{# Scales are looked up when X is staged and their codes have arrived, unless registers are too short to keep what was loaded. #}
+{% set short = tokens > 2 %}
+{% macro scales() %}
+{% for r in range(rows) %}
+        let scale{{ r }} = scale_from(stored_scale{{ r }});
+{% if mins != "none" %}
+        let low{{ r }} = min_from(stored_min{{ r }});
+{% endif %}
+{% endfor %}
+{% endmacro %}
+
 {% include "qmatmul.wgsl" %}
 @group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>; // W again
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;
@@ -71,6 +82,7 @@ fn main(
 {% endfor %}
 {% endif %}
         workgroupBarrier();
+{{ scales() if chunked and short }}
 {% set each = tokens * quads_staged // threads %}
         for (var turn = 0u; turn < {{ [each, 1] | max }}u; turn = turn + 1u) {
             let i = thread + turn * {{ threads }}u;
@@ -88,12 +100,7 @@ fn main(
         }
         workgroupBarrier();
 {% if chunked %}
-{% for r in range(rows) %}
-        let scale{{ r }} = scale_from(stored_scale{{ r }});
-{% if mins != "none" %}
-        let low{{ r }} = min_from(stored_min{{ r }});
-{% endif %}
-{% endfor %}
+{{ scales() if not short }}
         for (var word = 0u; word < 4u; word = word + 1u) {
 {% for r in range(rows) %}
             let lo{{ r }} = decode_low(codes{{ r }}.x);
