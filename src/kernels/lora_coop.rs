@@ -41,17 +41,32 @@ params! {
 kernel! {
     /// `shaders/lora_coop.wgsl`
     KERNEL = "lora_coop", LoraCoopParams,
-        [left: Read, right: Read, left_factor: Read, right_factor: Read, out: Write]
+        [left: Read, right: Read, factor: Read, out: Write]
 }
 
-/// An operand of the product.
+/// The larger operand, whose row factors other kernels share.
 #[derive(Clone, Copy)]
-pub(super) struct Operand<'a> {
+pub(super) struct Large<'a> {
     pub rows: Rows<'a>,
     /// The contracted index runs along its rows: L [P, C], R [Q, C]; otherwise L is [C, P], R [C, Q].
     pub along: bool,
-    /// Of its values; of one operand at most.
+    /// Of its values.
     pub dropout: Option<Dropout>,
+}
+
+/// The operand with a rank, whose factors the workgroups find.
+#[derive(Clone, Copy)]
+pub(super) struct Small<'a> {
+    pub tensor: &'a Tensor,
+    /// As in [`Large`].
+    pub along: bool,
+}
+
+/// L and R.
+#[derive(Clone, Copy)]
+pub(super) enum Operands<'a> {
+    LargeLeft(Large<'a>, Small<'a>),
+    LargeRight(Small<'a>, Large<'a>),
 }
 
 /// The cooperative matrices of a device that multiplies `tokens` rows with them.
@@ -99,27 +114,44 @@ fn is_wide(rows: usize, columns: usize) -> bool {
     columns > rows
 }
 
-/// Text constants. `quads`: the rows of both operands end at whole quads, and are read four values at a time.
-fn defines(cooperative: Cooperative, wide: bool, quads: bool, along: [bool; 2], dropout: &'static str) -> Defines {
-    cooperative
-        .defines(Defines::new())
-        .with("wide", wide)
-        .with("quads", quads)
-        .with("left_along", along[0])
-        .with("right_along", along[1])
-        .with("dropout", dropout)
+/// What the operands are.
+#[derive(Clone, Copy)]
+struct Form {
+    /// The larger one: "left" or "right".
+    large: &'static str,
+    /// The contracted index runs along the rows of L, of R.
+    along: [bool; 2],
+    dropout: bool,
+}
+
+impl Form {
+    /// Of H, G, dA and dB.
+    const ALL: [Form; 4] = [
+        Form { large: "left", along: [true, true], dropout: true },
+        Form { large: "left", along: [true, false], dropout: false },
+        Form { large: "right", along: [false, false], dropout: true },
+        Form { large: "left", along: [false, false], dropout: false },
+    ];
+
+    /// Text constants. `quads`: the rows of both operands end at whole quads, and are read four values at a time.
+    fn defines(self, cooperative: Cooperative, wide: bool, quads: bool) -> Defines {
+        cooperative
+            .defines(Defines::new())
+            .with("wide", wide)
+            .with("quads", quads)
+            .with("large", self.large)
+            .with("left_along", self.along[0])
+            .with("right_along", self.along[1])
+            .with("dropout", self.dropout)
+    }
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
     let each = |cooperative| {
-        // H, G, dA and dB; a wide H where there are fewer tokens than ranks.
-        [([true, true], "left"), ([true, false], "none"), ([false, false], "right"), ([false, false], "none")]
-            .into_iter()
-            .flat_map(move |(along, dropout)| {
-                [(false, true), (true, true), (false, false), (true, false)]
-                    .map(|(wide, quads)| defines(cooperative, wide, quads, along, dropout))
-            })
+        // A wide H where there are fewer tokens than ranks.
+        let sizes = [(false, true), (true, true), (false, false), (true, false)];
+        Form::ALL.into_iter().flat_map(move |form| sizes.map(|(wide, quads)| form.defines(cooperative, wide, quads)))
     };
     Cooperative::ALL.into_iter().flat_map(each).collect()
 }
@@ -129,29 +161,30 @@ pub(super) fn product(
     gpu: &Gpu,
     cooperative: Cooperative,
     what: &'static str,
-    [left, right]: [Operand<'_>; 2],
+    operands: Operands<'_>,
     scale: f32,
 ) -> Result<Tensor> {
-    let size = |operand: Operand<'_>| {
-        let (rows, columns) = (operand.rows.tensor.shape()[0], operand.rows.tensor.shape()[1]);
-        if operand.along { (rows, columns) } else { (columns, rows) }
+    let (Operands::LargeLeft(large, small) | Operands::LargeRight(small, large)) = operands;
+    let sides = [(large.rows.tensor, large.along), (small.tensor, small.along)];
+    let (side, [left, right]) = match operands {
+        Operands::LargeLeft(..) => ("left", sides),
+        Operands::LargeRight(..) => ("right", [sides[1], sides[0]]),
+    };
+    let size = |(tensor, along): (&Tensor, bool)| {
+        let (rows, columns) = (tensor.shape()[0], tensor.shape()[1]);
+        if along { (rows, columns) } else { (columns, rows) }
     };
     let ((rows, contracted), (columns, _)) = (size(left), size(right));
     let out = Tensor::uninit(gpu, what, &[rows, columns])?;
     let end = out.buffer(gpu, what)?;
     let division = Division::of(gpu, [rows, columns, contracted]);
-    let factors = [left.rows.found(gpu, what)?, right.rows.found(gpu, what)?];
+    let factors = large.rows.found(gpu, what)?;
     let parts = division.parts;
     let partial = match parts {
         1 => None,
         _ => Some(gpu.alloc("parts of a product", (parts * rows * columns * 4) as u64)?),
     };
-    let (dropped, dropout) = match (left.dropout, right.dropout) {
-        (Some(dropout), _) => ("left", Some(dropout)),
-        (None, Some(dropout)) => ("right", Some(dropout)),
-        (None, None) => ("none", None),
-    };
-    let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(dropout);
+    let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(large.dropout);
     let params = LoraCoopParams {
         rows: rows as u32,
         columns: columns as u32,
@@ -167,17 +200,12 @@ pub(super) fn product(
         keep_scale: 1.0,
         ..Default::default()
     };
-    let quads = [left, right].iter().all(|operand| operand.rows.tensor.shape()[1].is_multiple_of(4));
+    let quads = sides.iter().all(|(tensor, _)| tensor.shape()[1].is_multiple_of(4));
+    let form = Form { large: side, along: [left.1, right.1], dropout: large.dropout.is_some() };
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(cooperative, is_wide(rows, columns), quads, [left.along, right.along], dropped),
-        buffers: &[
-            left.rows.tensor.buffer(gpu, what)?,
-            right.rows.tensor.buffer(gpu, what)?,
-            factors[0],
-            factors[1],
-            partial.as_ref().unwrap_or(end),
-        ],
+        defines: &form.defines(cooperative, is_wide(rows, columns), quads),
+        buffers: &[left.0.buffer(gpu, what)?, right.0.buffer(gpu, what)?, factors, partial.as_ref().unwrap_or(end)],
         params: bytemuck::bytes_of(&params),
         groups: (division.row_groups * division.column_groups * parts) as u64,
         flops_per_group: 2 * (TILE.0 * TILE.1 * division.each) as u64,
@@ -188,11 +216,10 @@ pub(super) fn product(
     Ok(out)
 }
 
-/// What [`product`] takes beside OUT [P, Q] for C contracted values, and beside the factors of an operand that others share. The
-/// other one has so many rows.
-pub(super) fn scratch(gpu: &Gpu, sizes: [usize; 3], operand_rows: usize) -> Scratch {
+/// What [`product`] takes beside OUT [P, Q] for C contracted values, and beside the factors that others share.
+pub(super) fn scratch(gpu: &Gpu, sizes: [usize; 3]) -> Scratch {
     let parts = Division::of(gpu, sizes).parts;
-    let mut scratch = Scratch::kept([operand_rows]);
+    let mut scratch = Scratch::default();
     if parts > 1 {
         let values = sizes[0] * sizes[1];
         scratch.kept.push(parts * values);

@@ -2,7 +2,7 @@
 //!
 //! f32, or f16 with powers of two and f32 sums where cooperative matrices multiply: a gradient of 1e-8 is as good as any other.
 
-use super::lora_coop::{self, Operand};
+use super::lora_coop::{self, Large, Operands, Small};
 use super::lora_down::Tile;
 use super::matrix::is_ragged;
 use super::product::{Columns, View, parallelism};
@@ -64,7 +64,7 @@ pub(crate) fn of_rows(dy: Rows<'_>, b: &Tensor, scale: f32) -> Result<Tensor> {
 /// What [`lora_dh`] takes beside its result and the factors of dY's rows, for dY [M, N] and a rank.
 pub(crate) fn scratch(device: &Device, [m, n, rank]: [usize; 3]) -> Scratch {
     match device {
-        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, n], n),
+        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, n]),
         _ => Scratch::default(),
     }
 }
@@ -79,9 +79,9 @@ fn dispatch(gpu: &Gpu, dy: Rows<'_>, b: &Tensor, [m, n, rank]: [usize; 3], scale
         return Tensor::zeros(&dy.tensor.device(), &[m, rank]);
     }
     if let Some(cooperative) = lora_coop::of(gpu, m) {
-        let b = Rows { tensor: b, factors: &RowFactors::default() };
-        let [dy, b] = [(dy, true), (b, false)].map(|(rows, along)| Operand { rows, along, dropout: None });
-        return lora_coop::product(gpu, cooperative, "g", [dy, b], scale);
+        let dy = Large { rows: dy, along: true, dropout: None };
+        let operands = Operands::LargeLeft(dy, Small { tensor: b, along: false });
+        return lora_coop::product(gpu, cooperative, "g", operands, scale);
     }
     let g = Tensor::uninit(gpu, "g", &[m, rank])?;
     let tile = Tile::of(gpu, [m, n], 1);

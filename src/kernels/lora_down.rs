@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use super::lora_coop::{self, Operand};
+use super::lora_coop::{self, Large, Operands, Small};
 use super::matrix::is_ragged;
 use super::product::{Columns, View, parallelism};
 use super::qmatmul_lanes::one_subgroup;
@@ -180,9 +180,9 @@ pub(crate) fn of_rows(rows: Rows<'_>, a: &Tensor, dropout: Option<Dropout>) -> R
         }
         Storage::Gpu(gpu, _) => {
             if let Some(cooperative) = lora_coop::of(gpu, m).filter(|_| k > 0 && rank > 0) {
-                let a = Rows { tensor: a, factors: &RowFactors::default() };
-                let operand = |(rows, dropout)| Operand { rows, along: true, dropout };
-                return lora_coop::product(gpu, cooperative, "h", [(rows, dropout), (a, None)].map(operand), 1.0);
+                let x = Large { rows, along: true, dropout };
+                let operands = Operands::LargeLeft(x, Small { tensor: a, along: true });
+                return lora_coop::product(gpu, cooperative, "h", operands, 1.0);
             }
             dispatch(gpu, x, &[(a, dropout)], [m, k, rank]).map(|mut hs| hs.remove(0))
         }
@@ -193,7 +193,7 @@ pub(crate) fn of_rows(rows: Rows<'_>, a: &Tensor, dropout: Option<Dropout>) -> R
 pub(crate) fn scratch(device: &Device, [m, k, rank]: [usize; 3], dropout: bool) -> Scratch {
     match device {
         Device::Cpu(_) => Scratch::kept(dropout.then_some(m * k)),
-        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, k], rank),
+        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, k]),
         Device::Gpu(_) => Scratch::default(),
     }
 }

@@ -9,7 +9,7 @@
 //! pass adds up, in a fixed order: the same bits on every run.
 
 use super::column_sum::{self, rows_each};
-use super::lora_coop::{self, Operand};
+use super::lora_coop::{self, Large, Operands, Small};
 use super::lora_down::Dropout;
 use super::product::{Columns, View, parallelism};
 use super::qmatmul_lanes::one_subgroup;
@@ -63,24 +63,42 @@ kernel! {
 /// [`Error::Shape`], [`Error::DeviceMismatch`], [`Error::Invalid`] for a dropout probability outside 0..1, and the
 /// device's own.
 pub fn lora_dw(l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
-    let factors = [RowFactors::default(), RowFactors::default()];
-    of_rows(Rows { tensor: l, factors: &factors[0] }, Rows { tensor: r, factors: &factors[1] }, scale, dropout)
+    let factors = RowFactors::default();
+    let drops = dropout.is_some_and(|dropout| dropout.probability != 0.0);
+    let shared = if l.shape().last() > r.shape().last() && !drops { Shared::L(&factors) } else { Shared::R(&factors) };
+    run(l, r, shared, scale, dropout)
 }
 
-/// As [`lora_dw`], of matrices that other kernels read too.
-pub(crate) fn of_rows(l: Rows<'_>, r: Rows<'_>, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
-    let (m, rows) = expect_2d(OP, "L", l.tensor)?;
-    let (r_m, cols) = expect_2d(OP, "R", r.tensor)?;
+/// dA = G^T * dropout(X), of an X that other kernels read too.
+pub(crate) fn of_a(g: &Tensor, x: Rows<'_>, dropout: Option<Dropout>) -> Result<Tensor> {
+    run(g, x.tensor, Shared::R(x.factors), 1.0, dropout)
+}
+
+/// dB = s * dY^T * H, of a dY that other kernels read too.
+pub(crate) fn of_b(dy: Rows<'_>, h: &Tensor, scale: f32) -> Result<Tensor> {
+    run(dy.tensor, h, Shared::L(dy.factors), scale, None)
+}
+
+/// Which operand is the larger one, and the factors of its rows. With dropout it is R.
+#[derive(Clone, Copy)]
+enum Shared<'a> {
+    L(&'a RowFactors),
+    R(&'a RowFactors),
+}
+
+fn run(l: &Tensor, r: &Tensor, shared: Shared<'_>, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
+    let (m, rows) = expect_2d(OP, "L", l)?;
+    let (r_m, cols) = expect_2d(OP, "R", r)?;
     if m != r_m {
         let (expected, got) = (format!("{m}, those of L"), r_m.to_string());
         return Err(Error::Shape { op: OP, what: "rows of R", expected, got });
     }
-    l.tensor.device().same(&r.tensor.device(), OP)?;
+    l.device().same(&r.device(), OP)?;
     let dropout = dropout.map_or(Ok(None), |dropout| dropout.active(OP))?;
-    match l.tensor.storage() {
+    match l.storage() {
         Storage::Cpu(cpu, l) => {
             let mut out = cpu.zeros(rows * cols)?;
-            let mut r = r.tensor.host(OP)?;
+            let mut r = r.host(OP)?;
             let mut dropped;
             if let Some(dropout) = dropout {
                 dropped = cpu.zeros(r.len())?;
@@ -92,7 +110,7 @@ pub(crate) fn of_rows(l: Rows<'_>, r: Rows<'_>, scale: f32, dropout: Option<Drop
             Columns::new(&mut out, rows, cols).product(left, right, m, scale, false, parallelism(m * rows * cols));
             Ok(Tensor::from_host(cpu, &[rows, cols], out))
         }
-        Storage::Gpu(gpu, _) => dispatch(gpu, l, r, scale, dropout),
+        Storage::Gpu(gpu, _) => dispatch(gpu, [l, r], shared, scale, dropout),
     }
 }
 
@@ -171,7 +189,7 @@ impl Division {
 pub(crate) fn scratch(device: &Device, m: usize, rows: usize, cols: usize, dropout: bool) -> Scratch {
     match device {
         Device::Cpu(_) => Scratch::kept(dropout.then_some(m * cols)),
-        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [rows, cols, m], m),
+        Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [rows, cols, m]),
         Device::Gpu(gpu) => {
             let parts = Division::of(gpu, m, rows, cols).parts;
             let mut scratch = Scratch::kept((parts > 1).then_some(parts * rows * cols));
@@ -183,18 +201,29 @@ pub(crate) fn scratch(device: &Device, m: usize, rows: usize, cols: usize, dropo
     }
 }
 
-fn dispatch(gpu: &Gpu, l: Rows<'_>, r: Rows<'_>, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
-    let (m, rows, cols) = (l.tensor.shape()[0], l.tensor.shape()[1], r.tensor.shape()[1]);
+fn dispatch(
+    gpu: &Gpu,
+    [l, r]: [&Tensor; 2],
+    shared: Shared<'_>,
+    scale: f32,
+    dropout: Option<Dropout>,
+) -> Result<Tensor> {
+    let (m, rows, cols) = (l.shape()[0], l.shape()[1], r.shape()[1]);
     if m == 0 || rows == 0 || cols == 0 {
-        return Tensor::zeros(&l.tensor.device(), &[rows, cols]);
+        return Tensor::zeros(&l.device(), &[rows, cols]);
     }
     if let Some(cooperative) = lora_coop::of(gpu, m) {
-        let [l, r] = [(l, None), (r, dropout)].map(|(rows, dropout)| Operand { rows, along: false, dropout });
-        return lora_coop::product(gpu, cooperative, "weight gradient", [l, r], scale);
+        let large = |tensor, factors| Large { rows: Rows { tensor, factors }, along: false, dropout };
+        let small = |tensor| Small { tensor, along: false };
+        let operands = match shared {
+            Shared::L(factors) => Operands::LargeLeft(large(l, factors), small(r)),
+            Shared::R(factors) => Operands::LargeRight(small(l), large(r, factors)),
+        };
+        return lora_coop::product(gpu, cooperative, "weight gradient", operands, scale);
     }
     let out = Tensor::uninit(gpu, "weight gradient", &[rows, cols])?;
     let r_is_wide = cols >= rows;
-    let (wide, narrow) = if r_is_wide { (r.tensor, l.tensor) } else { (l.tensor, r.tensor) };
+    let (wide, narrow) = if r_is_wide { (r, l) } else { (l, r) };
     let (wide_stride, narrow_stride) = if r_is_wide { (1, cols) } else { (cols, 1) };
     let Division { tile, wide_groups, narrow_groups, each, parts } = Division::of(gpu, m, rows, cols);
     let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(dropout);

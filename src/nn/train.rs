@@ -125,10 +125,8 @@ impl<Base> AdaptedLinear<Base> {
             }
             _ => Some(input_gradient::of_rows(du, self.base(), Some(LoraDx { g: &g, a, dropout: *dropout }))?),
         };
-        // What only one product reads shares nothing.
-        let x = Rows { tensor: x, factors: x_factors };
-        let da = lora_dw::of_rows(Rows { tensor: &g, factors: &RowFactors::default() }, x, 1.0, *dropout)?;
-        let db = lora_dw::of_rows(du, Rows { tensor: h, factors: &RowFactors::default() }, s, None)?;
+        let da = lora_dw::of_a(&g, Rows { tensor: x, factors: x_factors }, *dropout)?;
+        let db = lora_dw::of_b(du, h, s)?;
         Ok(LinearGrads {
             dx,
             da: Some(da),
