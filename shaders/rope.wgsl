@@ -1,4 +1,5 @@
-// Rotary position embedding: each pair of values of a head is turned by the angle of its token's position. X and Y [M, H * D].
+// Rotary position embedding: each pair of values of a head is turned by the angle of its token's position. X and Y [M, H * D]{{ "; after them
+// X1 and Y1, with heads of their own" if both }}.
 {% if interleaved %}
 // Pairs are neighbours: (2 i, 2 i + 1).
 {% else %}
@@ -7,19 +8,23 @@
 struct Params {
     first_group: u32,
     groups: u32,
-    pairs: u32,     // of all values, M * H * D / 2
-    row_pairs: u32, // of a token, H * D / 2
-    half: u32,      // of a head, D / 2
-    positions: u32, // rows of the table
-    sign: f32,      // of the angle: -1 for the backward
+    pairs: u32,      // of all values, M * H * D / 2
+    all_pairs: u32,  // with those of X1
+    row_pairs: u32,  // of a token, H * D / 2
+    row_pairs1: u32, // the same of X1
+    half: u32,       // of a head, D / 2
+    positions: u32,  // rows of the table
+    sign: f32,       // of the angle: -1 for the backward
 }
 
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> x: array<f32>;
-@group(0) @binding(1) var<storage, read> cosines: array<f32>; // [positions, D / 2]
-@group(0) @binding(2) var<storage, read> sines: array<f32>;   // [positions, D / 2]
-@group(0) @binding(3) var<storage, read> position: array<u32>; // of each token
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+@group(0) @binding(1) var<storage, read> x1: array<f32>;
+@group(0) @binding(2) var<storage, read> cosines: array<f32>; // [positions, D / 2]
+@group(0) @binding(3) var<storage, read> sines: array<f32>;   // [positions, D / 2]
+@group(0) @binding(4) var<storage, read> position: array<u32>; // of each token
+@group(0) @binding(5) var<storage, read_write> y: array<f32>;
+@group(0) @binding(6) var<storage, read_write> y1: array<f32>;
 
 {% include "groups.wgsl" %}
 
@@ -30,10 +35,18 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 ) {
     let group = group_index(workgroup, count);
-    let pair = group * {{ threads }}u + thread;
-    if (group >= p.groups || pair >= p.pairs) {
+    let own = group * {{ threads }}u + thread;
+    if (group >= p.groups || own >= p.all_pairs) {
         return;
     }
+{% if both %}
+    let later = own >= p.pairs;
+    let pair = own - select(0u, p.pairs, later);
+    let row_pairs = select(p.row_pairs, p.row_pairs1, later);
+{% else %}
+    let pair = own;
+    let row_pairs = p.row_pairs;
+{% endif %}
     let i = pair % p.half;
 {% if interleaved %}
     let first = 2u * pair;
@@ -42,11 +55,19 @@ fn main(
     let first = 2u * (pair - i) + i;
     let second = first + p.half;
 {% endif %}
-    let at = min(position[pair / p.row_pairs], p.positions - 1u) * p.half + i;
+    let at = min(position[pair / row_pairs], p.positions - 1u) * p.half + i;
     let cosine = cosines[at];
     let sine = p.sign * sines[at];
-    let a = x[first];
-    let b = x[second];
-    y[first] = a * cosine - b * sine;
-    y[second] = b * cosine + a * sine;
+{% for part in ["", "1"] if both or not part %}
+{% if both %}
+    {{ "if (!later)" if not part else "else" }} {
+{% endif %}
+    let a = x{{ part }}[first];
+    let b = x{{ part }}[second];
+    y{{ part }}[first] = a * cosine - b * sine;
+    y{{ part }}[second] = b * cosine + a * sine;
+{% if both %}
+    }
+{% endif %}
+{% endfor %}
 }

@@ -72,9 +72,9 @@ impl<V> Var<V> {
 /// The gradients of an op's inputs, in their order; `None` where none is wanted.
 pub(crate) type InputGrads<V = Tensor> = Vec<Option<V>>;
 
-/// How the gradient of an op's result becomes those of its inputs; it may add to gradients of trainable tensors of its own
-/// (a checkpointed stretch does).
-type Backward<'a, V> = Box<dyn FnOnce(&V, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a>;
+/// How the gradients of an op's results, those that came, become those of its inputs; it may add to gradients of trainable
+/// tensors of its own (a checkpointed stretch does).
+type Backward<'a, V> = Box<dyn FnOnce(Vec<Option<V>>, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a>;
 
 enum Node<'a, V> {
     /// A trainable tensor.
@@ -83,8 +83,12 @@ enum Node<'a, V> {
     Input,
     Op {
         inputs: Vec<Option<usize>>,
+        /// This node's, and those of so many [`Node::Further`] after it.
+        results: usize,
         backward: Backward<'a, V>,
     },
+    /// One more result of an op.
+    Further,
 }
 
 /// What has been computed, in order. It borrows the layers whose ops it has recorded.
@@ -220,11 +224,29 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         inputs: Vec<Option<usize>>,
         backward: impl FnOnce(&V, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a,
     ) -> Var<V> {
+        let [var] = self.record_several([value], inputs, |[dy], gradients| match dy {
+            Some(dy) => backward(&dy, gradients),
+            None => Ok(Vec::new()),
+        });
+        var
+    }
+
+    /// As [`Tape::record`], of an op with several results. `backward` takes the gradients of those that were used.
+    pub(crate) fn record_several<const N: usize>(
+        &mut self,
+        values: [V; N],
+        inputs: Vec<Option<usize>>,
+        backward: impl FnOnce([Option<V>; N], &mut Gradients<V>) -> Result<InputGrads<V>> + 'a,
+    ) -> [Var<V>; N] {
         if inputs.iter().all(Option::is_none) {
-            return Var { value, node: None };
+            return values.map(|value| Var { value, node: None });
         }
-        let node = self.push(Node::Op { inputs, backward: Box::new(backward) });
-        Var { value, node }
+        let backward = Box::new(move |dys: Vec<Option<V>>, gradients: &mut Gradients<V>| {
+            let mut dys = dys.into_iter();
+            backward(std::array::from_fn(|_| dys.next().flatten()), gradients)
+        });
+        let mut node = Some(Node::Op { inputs, results: N, backward });
+        values.map(|value| Var { value, node: self.push(node.take().unwrap_or(Node::Further)) })
     }
 
     /// Runs `stretch` on `x` and saves only `x`: on the way back the stretch runs again. It has to do the same each time;
@@ -245,11 +267,13 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         // The stretch's own trainable tensors are known only when it runs again, so it always counts as trainable.
         let node = self.push(Node::Op {
             inputs: vec![x.node],
-            backward: Box::new(move |dy, gradients| {
+            results: 1,
+            backward: Box::new(move |dys, gradients| {
                 let mut tape = Tape::empty(false);
                 let node = if wanted { tape.push(Node::Input) } else { None };
                 let y = stretch(&mut tape, &Var { value: saved, node })?;
-                Ok(vec![tape.run(&y, dy.clone(), gradients, node)?])
+                let dy = dys.into_iter().flatten().next();
+                Ok(vec![dy.map(|dy| tape.run(&y, dy, gradients, node)).transpose()?.flatten()])
             }),
         });
         Ok(Var { value: y.value, node })
@@ -268,17 +292,21 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         pending[last] = Some(dy);
         let mut answer = None;
         for (index, node) in self.nodes.into_iter().enumerate().rev() {
-            let Some(gradient) = pending[index].take() else { continue };
             match node {
-                Node::Leaf(id) => gradients.add(id, gradient)?,
+                // Its op comes next, and takes it.
+                Node::Further => {}
+                Node::Leaf(id) => pending[index].take().map_or(Ok(()), |gradient| gradients.add(id, gradient))?,
                 Node::Input => {
                     if wanted == Some(index) {
-                        answer = Some(gradient);
+                        answer = pending[index].take();
                     }
                 }
-                Node::Op { inputs, backward } => {
-                    let found = backward(&gradient, gradients)?;
-                    drop(gradient);
+                Node::Op { inputs, results, backward } => {
+                    let dys: Vec<_> = pending[index..index + results].iter_mut().map(Option::take).collect();
+                    if dys.iter().all(Option::is_none) {
+                        continue;
+                    }
+                    let found = backward(dys, gradients)?;
                     for (input, gradient) in inputs.into_iter().zip(found) {
                         let (Some(input), Some(gradient)) = (input, gradient) else { continue };
                         pending[input] = Some(match pending[input].take() {

@@ -12,7 +12,7 @@ use crate::kernels::attention_backward::attention_backward;
 use crate::kernels::linear_cross_entropy::linear_cross_entropy;
 use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::rms_norm_backward::rms_norm_backward;
-use crate::kernels::rope::{RopeTable, rope, rope_backward};
+use crate::kernels::rope::{RopeTable, rope_backward, rope_both};
 use crate::kernels::silu_mul::silu_mul;
 use crate::kernels::silu_mul_backward::silu_mul_backward;
 use crate::kernels::visibility::Visibility;
@@ -29,14 +29,19 @@ impl<'a> Tape<'a> {
         Ok(self.record(y, vec![x.node], move |dy, _| Ok(vec![Some(rms_norm_backward(dy, &saved, weight, eps)?)])))
     }
 
-    /// Rotary position embedding of every head in a row.
+    /// Rotary position embedding of every head in a row of q and of k.
     ///
     /// # Errors
-    /// As [`rope`].
-    pub fn rope(&mut self, x: &Var, table: &RopeTable, positions: &Indices) -> Result<Var> {
-        let y = rope(&x.value, table, positions)?;
+    /// As [`rope`](crate::kernels::rope::rope).
+    pub fn rope(&mut self, [q, k]: [&Var; 2], table: &RopeTable, positions: &Indices) -> Result<[Var; 2]> {
+        let ys = rope_both([&q.value, &k.value], table, positions, false)?;
         let (table, positions) = (table.clone(), positions.clone());
-        Ok(self.record(y, vec![x.node], move |dy, _| Ok(vec![Some(rope_backward(dy, &table, &positions)?)])))
+        Ok(self.record_several(ys, vec![q.node, k.node], move |dys, _| {
+            if let [Some(dq), Some(dk)] = &dys {
+                return Ok(rope_both([dq, dk], &table, &positions, true)?.map(Some).into());
+            }
+            dys.iter().map(|dy| dy.as_ref().map(|dy| rope_backward(dy, &table, &positions)).transpose()).collect()
+        }))
     }
 
     /// Softmax attention of q over k and v.

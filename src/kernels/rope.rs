@@ -7,10 +7,10 @@
 use rayon::prelude::*;
 
 use super::{Real, expect_2d, kernel, params};
-use crate::device::{Defines, Device, Dispatch, Gpu};
+use crate::device::{Cpu, Defines, Device, Dispatch, Gpu};
 use crate::error::{Error, Result};
 use crate::indices::Indices;
-use crate::tensor::{Storage, Tensor};
+use crate::tensor::Tensor;
 
 const OP: &str = "rope";
 
@@ -18,10 +18,13 @@ params! {
     struct RopeParams {
         first_group: u32,
         groups: u32,
-        /// M * H * D / 2.
+        /// M * H * D / 2 of the first X.
         pairs: u32,
-        /// H * D / 2.
+        /// Those of both.
+        all_pairs: u32,
+        /// H * D / 2 of each.
         row_pairs: u32,
+        row_pairs1: u32,
         /// D / 2.
         half: u32,
         /// Rows of the table.
@@ -33,7 +36,7 @@ params! {
 
 kernel! {
     /// `shaders/rope.wgsl`
-    KERNEL = "rope", RopeParams, [x: Read, cosines: Read, sines: Read, position: Read, y: Write]
+    KERNEL = "rope", RopeParams, [x: Read, x1: Read, cosines: Read, sines: Read, position: Read, y: Write, y1: Write]
 }
 
 /// Which values of a head are a pair.
@@ -167,41 +170,60 @@ impl RopeTable {
 /// # Errors
 /// [`Error::Shape`], [`Error::DeviceMismatch`]; on the CPU [`Error::Invalid`] for a position outside the table.
 pub fn rope(x: &Tensor, table: &RopeTable, positions: &Indices) -> Result<Tensor> {
-    turn(x, table, positions, 1.0)
+    turn([x], table, positions, 1.0).map(|[y]| y)
 }
 
 /// The gradient of X from `dy` [M, H * D], that of Y: turned back. Arguments and errors as of [`rope`].
 pub fn rope_backward(dy: &Tensor, table: &RopeTable, positions: &Indices) -> Result<Tensor> {
-    turn(dy, table, positions, -1.0)
+    turn([dy], table, positions, -1.0).map(|[dx]| dx)
 }
 
-fn turn(x: &Tensor, table: &RopeTable, positions: &Indices, sign: f32) -> Result<Tensor> {
-    let (m, cols) = expect_2d(OP, "x", x)?;
+/// As [`rope`], of queries and keys at once, or as [`rope_backward`] where `back`.
+pub(crate) fn rope_both(xs: [&Tensor; 2], table: &RopeTable, positions: &Indices, back: bool) -> Result<[Tensor; 2]> {
+    turn(xs, table, positions, if back { -1.0 } else { 1.0 })
+}
+
+/// The most X that a dispatch takes.
+const MOST: usize = 2;
+
+/// Of at most [`MOST`] X.
+fn turn<const N: usize>(xs: [&Tensor; N], table: &RopeTable, positions: &Indices, sign: f32) -> Result<[Tensor; N]> {
+    const { assert!(0 < N && N <= MOST) };
     let head_dim = table.config.head_dim;
-    if cols == 0 || !cols.is_multiple_of(head_dim) {
-        let expected = format!("[rows, a multiple of {head_dim}]");
-        return Err(Error::Shape { op: OP, what: "x", expected, got: format!("{:?}", x.shape()) });
-    }
-    positions.expect_len(OP, "positions", m)?;
-    x.device().same(&table.cosines.device(), OP)?;
-    x.device().same(&positions.device(), OP)?;
-    match x.storage() {
-        Storage::Cpu(cpu, x) => {
-            let positions = positions.host(OP)?;
-            if let Some(position) = positions.iter().find(|&&position| position as usize >= table.positions()) {
-                return Err(Error::Invalid {
-                    op: OP,
-                    what: "a position",
-                    got: position.to_string(),
-                    expected: format!("the table has {}", table.positions()),
-                });
-            }
-            let mut y = cpu.zeros(x.len())?;
-            turn_rows(x, table, positions, sign, cols, &mut y)?;
-            Ok(Tensor::from_host(cpu, &[m, cols], y))
+    for x in xs {
+        let (m, cols) = expect_2d(OP, "x", x)?;
+        if cols == 0 || !cols.is_multiple_of(head_dim) {
+            let expected = format!("[rows, a multiple of {head_dim}]");
+            return Err(Error::Shape { op: OP, what: "x", expected, got: format!("{:?}", x.shape()) });
         }
-        Storage::Gpu(gpu, _) => dispatch(gpu, x, table, positions, sign),
+        positions.expect_len(OP, "positions", m)?;
+        x.device().same(&table.cosines.device(), OP)?;
+        x.device().same(&positions.device(), OP)?;
     }
+    let ys = match positions.device() {
+        Device::Cpu(cpu) => on_cpu(&cpu, &xs, table, positions, sign)?,
+        Device::Gpu(gpu) => dispatch(&gpu, &xs, table, positions, sign)?,
+    };
+    let mut ys = ys.into_iter();
+    Ok(xs.map(|_| ys.next().unwrap_or_else(|| unreachable!("a result of each"))))
+}
+
+fn on_cpu(cpu: &Cpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sign: f32) -> Result<Vec<Tensor>> {
+    let positions = positions.host(OP)?;
+    if let Some(position) = positions.iter().find(|&&position| position as usize >= table.positions()) {
+        return Err(Error::Invalid {
+            op: OP,
+            what: "a position",
+            got: position.to_string(),
+            expected: format!("the table has {}", table.positions()),
+        });
+    }
+    let turned = |x: &&Tensor| {
+        let mut y = cpu.zeros(x.len())?;
+        turn_rows(x.host(OP)?, table, positions, sign, x.shape()[1], &mut y)?;
+        Ok(Tensor::from_host(cpu, x.shape(), y))
+    };
+    xs.iter().map(turned).collect()
 }
 
 /// Rows a task: enough for some microseconds of work.
@@ -239,21 +261,29 @@ fn turn_rows(x: &[f32], table: &RopeTable, positions: &[u32], sign: f32, cols: u
 const THREADS: u32 = 64;
 
 /// The variant's text constants.
-fn defines(layout: RopeLayout) -> Defines {
-    Defines::new().with("interleaved", layout == RopeLayout::Interleaved).with("threads", THREADS)
+fn defines(layout: RopeLayout, both: bool) -> Defines {
+    let interleaved = layout == RopeLayout::Interleaved;
+    Defines::new().with("interleaved", interleaved).with("both", both).with("threads", THREADS)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
-    [RopeLayout::HalfSplit, RopeLayout::Interleaved].map(defines).to_vec()
+    let layouts = [RopeLayout::HalfSplit, RopeLayout::Interleaved].into_iter();
+    layouts.flat_map(|layout| [false, true].map(|both| defines(layout, both))).collect()
 }
 
-fn dispatch(gpu: &Gpu, x: &Tensor, table: &RopeTable, positions: &Indices, sign: f32) -> Result<Tensor> {
-    let y = Tensor::uninit(gpu, "rope", x.shape())?;
-    let pairs = (x.len() / 2) as u32;
+fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sign: f32) -> Result<Vec<Tensor>> {
+    let ys = xs.iter().map(|x| Tensor::uninit(gpu, "rope", x.shape())).collect::<Result<Vec<_>>>()?;
+    // Where there is one, the other is not used: any buffer does.
+    let (x1, y1) = (xs[xs.len() - 1], &ys[ys.len() - 1]);
+    let pairs = (xs[0].len() / 2) as u32;
+    let all_pairs = xs.iter().map(|x| (x.len() / 2) as u32).sum();
+    let row_pairs = |x: &Tensor| (x.shape()[1] / 2) as u32;
     let params = RopeParams {
         pairs,
-        row_pairs: (x.shape()[1] / 2) as u32,
+        all_pairs,
+        row_pairs: row_pairs(xs[0]),
+        row_pairs1: row_pairs(x1),
         half: (table.config.head_dim / 2) as u32,
         positions: table.positions() as u32,
         sign,
@@ -261,19 +291,21 @@ fn dispatch(gpu: &Gpu, x: &Tensor, table: &RopeTable, positions: &Indices, sign:
     };
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(table.config.layout),
+        defines: &defines(table.config.layout, xs.len() > 1),
         buffers: &[
-            x.buffer(gpu, OP)?,
+            xs[0].buffer(gpu, OP)?,
+            x1.buffer(gpu, OP)?,
             table.cosines.buffer(gpu, OP)?,
             table.sines.buffer(gpu, OP)?,
             positions.buffer(gpu, OP)?,
-            y.buffer(gpu, OP)?,
+            ys[0].buffer(gpu, OP)?,
+            y1.buffer(gpu, OP)?,
         ],
         params: bytemuck::bytes_of(&params),
-        groups: u64::from(pairs.div_ceil(THREADS)),
+        groups: u64::from(all_pairs.div_ceil(THREADS)),
         flops_per_group: 6 * u64::from(THREADS),
     })?;
-    Ok(y)
+    Ok(ys)
 }
 
 /// The formula, for any real type; `sign` is -1 for the backward. Angles are those of the f32 frequencies.
@@ -337,6 +369,13 @@ mod tests {
             let context = format!("{} M={m} H={heads} {config:?} sign {sign}", testing::name(device));
             // Two products of values of 2 at most, and f32 cosines.
             testing::assert_close(&context, got, &wanted, &vec![1e-6; x.len()]);
+        }
+        // Beside others it is the same, to the bit.
+        let other = Tensor::from_slice(device, &[m, 2 * heads * config.head_dim], &[x.clone(), x].concat()).unwrap();
+        for (back, alone) in [false, true].into_iter().zip(&run) {
+            let turn = |xs| rope_both(xs, &table, &indices, back).unwrap().map(|y| y.to_vec().unwrap());
+            let ([first, others], [again, last]) = (turn([&tensor, &other]), turn([&other, &tensor]));
+            assert_eq!((&first, &last, &others), (alone, alone, &again), "{}", testing::name(device));
         }
     }
 

@@ -107,8 +107,7 @@ impl DecoderLayer {
             q = tape.rms_norm(&q, q_norm, eps)?;
             k = tape.rms_norm(&k, k_norm, eps)?;
         }
-        let q = tape.rope(&q, rope, positions)?;
-        let k = tape.rope(&k, rope, positions)?;
+        let [q, k] = tape.rope([&q, &k], rope, positions)?;
         let shape = AttentionShape {
             heads: config.heads,
             kv_heads: config.kv_heads,

@@ -58,6 +58,17 @@ impl Pass<'_> {
         self.map(tape, x, width, Some(x.value().clone()))
     }
 
+    fn rope<'a>(
+        &'a self,
+        tape: &mut Tape<'a, Bytes>,
+        xs: [&Var<Bytes>; 2],
+        widths: [usize; 2],
+    ) -> Result<[Var<Bytes>; 2]> {
+        let new = move || Ok([self.tensor(widths[0])?, self.tensor(widths[1])?]);
+        let inputs = xs.map(Var::node).into();
+        Ok(tape.record_several(new()?, inputs, move |_, _| Ok(new()?.map(Some).into())))
+    }
+
     fn add<'a>(
         &'a self,
         tape: &mut Tape<'a, Bytes>,
@@ -268,7 +279,8 @@ fn layer<'a>(
         q = pass.rms_norm(tape, &q, q_width)?;
         k = pass.rms_norm(tape, &k, k_width)?;
     }
-    let roped = [pass.map(tape, &q, q_width, None)?, pass.map(tape, &k, k_width, None)?, v];
+    let [q, k] = pass.rope(tape, [&q, &k], [q_width, k_width])?;
+    let roped = [q, k, v];
     let attended = pass.attention(tape, roped.each_ref(), windowed)?;
     drop(roped);
     let projected = o.record(pass, tape, &attended)?;
