@@ -34,12 +34,13 @@ const DOUBLE_128: Tile = Tile { double: true, ..SINGLE_128 };
 impl Tile {
     pub const ALL: [Tile; 5] = [SINGLE_64, DOUBLE_64, SINGLE_128, DOUBLE_WIDE, DOUBLE_128];
 
-    /// Those that a device has room for, the smallest first; the first is for every device. Two buffers leave AMD's GPUs too few
-    /// workgroups, and on NVIDIA's the large tile was always slower with one.
-    pub fn of(gpu: &Gpu, cooperative: Cooperative) -> &'static [Tile] {
+    /// Those that a device has room for and that `m` rows fill, the smallest first; the first is for every device. Two buffers leave
+    /// AMD's GPUs too few workgroups, and on NVIDIA's the large tile was always slower with one.
+    pub fn of(gpu: &Gpu, cooperative: Cooperative, m: usize) -> &'static [Tile] {
+        let few = m <= SINGLE_64.rows as usize;
         let tiles: &[Tile] = match gpu.info().vendor {
-            _ if !cooperative.vectors => &[SINGLE_64, SINGLE_128],
-            AMD => &[SINGLE_64, SINGLE_128],
+            vendor if !cooperative.vectors || vendor == AMD => &[SINGLE_64, SINGLE_128][..if few { 1 } else { 2 }],
+            _ if few => &[SINGLE_64, DOUBLE_64],
             NVIDIA => &[SINGLE_64, DOUBLE_64, DOUBLE_WIDE, DOUBLE_128],
             _ => &Tile::ALL,
         };
@@ -172,5 +173,5 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, x: [&Buffer; 2], coopera
             flops_per_group: call.flops(tile.rows.into(), tile.columns.into()) / call.splits as u64,
         })
     };
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative), true, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative, call.m), true, run)
 }

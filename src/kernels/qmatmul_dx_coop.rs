@@ -64,5 +64,5 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, dy: [&Buffer; 2], coop
     };
     // A part that adds to dX would do so again.
     let again = !call.accumulates(part);
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative), again, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative, call.m), again, run)
 }

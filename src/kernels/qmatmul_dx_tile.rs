@@ -51,7 +51,7 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer) -> Re
     let run = |side| dispatch_as(call, part, factor, side);
     // A part that adds to dX would do so again.
     let again = !call.accumulates(part);
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu), again, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu, call.m), again, run)
 }
 
 fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {

@@ -21,9 +21,9 @@ const LARGE_BYTES: u32 = 32 << 10;
 /// Threads of the largest tile.
 const LARGE_THREADS: u32 = 256;
 
-/// The sides that a device has room for.
-pub(super) fn sides(gpu: &Gpu) -> &'static [u32] {
-    if has_room(gpu, LARGE_THREADS, LARGE_BYTES) { &SIDES } else { &SIDES[..1] }
+/// The sides that a device has room for and that `m` rows fill.
+pub(super) fn sides(gpu: &Gpu, m: usize) -> &'static [u32] {
+    if m > SIDES[0] as usize && has_room(gpu, LARGE_THREADS, LARGE_BYTES) { &SIDES } else { &SIDES[..1] }
 }
 
 /// Whether a device has workgroups of so many threads and so much memory.
@@ -42,7 +42,7 @@ pub(super) fn with_tile<T: Copy>(
     again: bool,
     run: impl Fn(T) -> Result<()>,
 ) -> Result<()> {
-    let measured = if again && m > SIDES[0] as usize { tiles.len() } else { 1 };
+    let measured = if again { tiles.len() } else { 1 };
     let (rows, n, k) = (m.next_power_of_two(), part.rows.len(), w.cols());
     let case = || format!("{} {} m={rows} n={n} k={k}", kernel.name, w.wide_defines().label());
     run(tiles[gpu.tuned(case, measured, |variant| run(tiles[variant]))?])
@@ -79,7 +79,7 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
 /// `factor`: that of the rows of X, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
     let run = |side| dispatch_as(call, part, factor, side);
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu), true, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu, call.m), true, run)
 }
 
 fn dispatch_as(call: &GpuCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {
