@@ -85,6 +85,8 @@ const TILE: (usize, usize) = (64, 16);
 const DEPTH: usize = 32;
 /// The fewest of a part, so that what it stores is little beside what it reads.
 const SHORTEST: usize = 256;
+/// The longest contracted index that is no parts: adding these up takes a dispatch, which costs as much as they would save.
+const WHOLE: usize = 1536;
 /// Values of all parts together, at most: 32 MiB.
 const MAX_PARTIAL_VALUES: usize = 8 << 20;
 
@@ -105,7 +107,8 @@ impl Division {
         let (row_groups, column_groups) = (rows.div_ceil(tile.0), columns.div_ceil(tile.1));
         let most_parts = (MAX_PARTIAL_VALUES / (rows * columns)).max(1);
         let filling = rows_each(gpu.tier(), row_groups * column_groups, contracted);
-        let each = filling.max(SHORTEST).max(contracted.div_ceil(most_parts)).next_multiple_of(DEPTH);
+        let shortest = if contracted > WHOLE { SHORTEST } else { contracted };
+        let each = filling.max(shortest).max(contracted.div_ceil(most_parts)).next_multiple_of(DEPTH);
         Division { row_groups, column_groups, each, parts: contracted.div_ceil(each) }
     }
 }
