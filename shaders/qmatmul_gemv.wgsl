@@ -15,7 +15,7 @@
 
 {# Scales are looked up when X is staged and their codes have arrived, unless registers are too short to keep what was loaded. #}
 {% set short = tokens > 2 %}
-{% macro scales() %}
+{% macro look_up() %}
 {% for r in range(rows) %}
         let scale{{ r }} = scale_from(stored_scale{{ r }});
 {% if mins != "none" %}
@@ -82,7 +82,7 @@ fn main(
 {% endfor %}
 {% endif %}
         workgroupBarrier();
-{{ scales() if chunked and short }}
+{{ look_up() if chunked and short }}
 {% set each = tokens * quads_staged // threads %}
         for (var turn = 0u; turn < {{ [each, 1] | max }}u; turn = turn + 1u) {
             let i = thread + turn * {{ threads }}u;
@@ -100,7 +100,7 @@ fn main(
         }
         workgroupBarrier();
 {% if chunked %}
-{{ scales() if not short }}
+{{ look_up() if not short }}
         for (var word = 0u; word < 4u; word = word + 1u) {
 {% for r in range(rows) %}
             let lo{{ r }} = decode_low(codes{{ r }}.x);
