@@ -5,9 +5,8 @@
 //! one of these, three where scales are double-quantized, and as many again with minimums. A
 //! matrix-vector product has a block of each of its rows in a turn. In tiles as many rows of W are
 //! staged as of X, and 32 weights, a block at least, and as many values of X take 9 loads of 16
-//! bytes: a block for 9 of them, two where tiles are not square. `lora_coop` loads a factor for each
-//! row that it stages, too. `qmatmul_dx_coop` takes words, not chunks, of two rows of W, so that
-//! what it stages are pairs, and loads the scales of two blocks.
+//! bytes: a block for 9 of them, two where tiles are not square. `qmatmul_dx_coop` takes words, not
+//! chunks, of two rows of W, so that what it stages are pairs, and loads the scales of two blocks.
 
 use std::collections::BTreeMap;
 
@@ -198,7 +197,6 @@ impl Record {
         let (blocks, others) = match self.kernel.as_str() {
             "qmatmul_gemv" => (self.rows(), 0),
             "qmatmul_dx_coop" => (2, 4),
-            "lora_coop" => (0, wide),
             _ => ((2 * wide).div_ceil(9), 0),
         };
         let allowed = a_block * blocks + others;

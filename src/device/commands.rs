@@ -6,6 +6,7 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::gpu::{Buffer, Gpu, MAX_PARAMS_BYTES};
+use super::pipeline::Pipeline;
 use super::profile::{self, Stamps};
 use super::shader::{Defines, Kernel};
 use super::tier::Tier;
@@ -32,8 +33,8 @@ const MAX_FLOPS_SOFTWARE: u64 = 4_000_000_000;
 /// What has been recorded and not yet submitted.
 #[derive(Default)]
 pub(super) struct Recorder {
-    // The pass stays open across dispatches, and must end before its encoder does.
-    pass: Option<wgpu::ComputePass<'static>>,
+    // The pass stays open across dispatches, and must end before its encoder does. With the pipeline that is set.
+    pass: Option<(wgpu::ComputePass<'static>, Arc<Pipeline>)>,
     encoder: Option<wgpu::CommandEncoder>,
     dispatches: usize,
     /// Of the dispatches.
@@ -94,8 +95,7 @@ impl Gpu {
                 self.submit(recorder)?;
             }
             let offset = recorder.stage_uniform(self, params);
-            let pass = recorder.pass(self, call.kernel.name)?;
-            pass.set_pipeline(&pipeline.raw);
+            let pass = recorder.pass(self, call.kernel.name, &pipeline)?;
             match offset {
                 Some(offset) => pass.set_bind_group(0, &bind_group, &[offset]),
                 None => {
@@ -332,19 +332,28 @@ impl Recorder {
         Ok(self.encoder.insert(encoder))
     }
 
-    /// The pass of the encoder for a dispatch of `kernel`: the open one, or its own while a profile is made.
-    fn pass(&mut self, gpu: &Gpu, kernel: &'static str) -> Result<&mut wgpu::ComputePass<'static>> {
-        let pass = match (self.pass.take(), self.stamps.take()) {
+    /// The pass of the encoder for a dispatch of `kernel` with this pipeline set: the open one, or its own while a profile is made.
+    fn pass(
+        &mut self,
+        gpu: &Gpu,
+        kernel: &'static str,
+        pipeline: &Arc<Pipeline>,
+    ) -> Result<&mut wgpu::ComputePass<'static>> {
+        let mut pass = match (self.pass.take(), self.stamps.take()) {
             (open, Some(mut stamps)) => {
                 drop(open);
                 let pass = stamps.pass(gpu, self.any_encoder(gpu)?, kernel);
                 self.stamps = Some(stamps);
                 pass?
             }
-            (Some(pass), None) => pass,
+            (Some((pass, set)), None) if Arc::ptr_eq(&set, pipeline) => {
+                return Ok(&mut self.pass.insert((pass, set)).0);
+            }
+            (Some((pass, _)), None) => pass,
             (None, None) => self.any_encoder(gpu)?.begin_compute_pass(&Default::default()).forget_lifetime(),
         };
-        Ok(self.pass.insert(pass))
+        pass.set_pipeline(&pipeline.raw);
+        Ok(&mut self.pass.insert((pass, pipeline.clone())).0)
     }
 
     /// Where there are no immediates: puts the parameters in the batch's buffer and returns their offset.

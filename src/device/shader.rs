@@ -1,7 +1,7 @@
 //! Shader text: whole `.wgsl` files with a few template tags for tile sizes, unrolled loops and shared snippets.
 
 use std::collections::BTreeMap;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value};
@@ -43,8 +43,8 @@ pub enum Define {
     Number(u32),
     /// A word out of a fixed set.
     Word(&'static str),
-    /// The bits of f32 values, so that they compare and reach the shader exactly.
-    Floats(Vec<u32>),
+    /// The bits of f32 values, so that they compare and reach the shader exactly. Every dispatch has a clone.
+    Floats(Arc<[u32]>),
 }
 
 impl From<bool> for Define {

@@ -4,7 +4,8 @@
 //! `QLORA_TUNE=0` leaves it at the first variant, that of the kernel's table. Variants that add up in another order are never
 //! chosen here: what a run computes must not depend on how fast something was.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{BuildHasher, Hash};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,6 +15,7 @@ use serde_json::Value;
 use super::gpu::Gpu;
 use crate::error::{Error, Result};
 use crate::formats::input::read_small;
+use crate::hash::QuickState;
 
 /// Fewest and most rounds of timed runs, each of every variant once, and the seconds in them after which it is enough.
 const ROUNDS: (usize, usize, f64) = (3, 10, 0.01);
@@ -27,6 +29,8 @@ pub(super) type Choices = BTreeMap<String, usize>;
 /// What has been chosen on a device.
 pub(super) struct Tuner {
     known: Mutex<Choices>,
+    /// By the hash of a case: what a dispatch asks. Should two cases be alike in it, one may have a slower variant.
+    quick: Mutex<HashMap<u64, usize, QuickState>>,
     /// The adapter, its driver, the tier and this crate's version: what a choice holds for.
     device: String,
     /// Where choices are kept. Without one nothing is measured.
@@ -83,7 +87,7 @@ impl Tuner {
         let known = file.as_deref().map(|file| recall(file, &device));
         let known = known.unwrap_or_default();
         let speed = AtomicU64::new(known.get(SPEED).map_or(0, |&speed| speed as u64 * GIGA));
-        Tuner { known: Mutex::new(known), device, file, speed }
+        Tuner { known: Mutex::new(known), quick: Mutex::default(), device, file, speed }
     }
 
     /// Floating-point operations a second that the device is known to reach; 0 if it is not known.
@@ -106,6 +110,10 @@ impl Tuner {
 
     fn known(&self) -> MutexGuard<'_, Choices> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn quick(&self) -> MutexGuard<'_, HashMap<u64, usize, QuickState>> {
+        self.quick.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps a choice.
@@ -159,10 +167,12 @@ fn write(file: &Path, device: &str, choices: &Choices) -> Result<()> {
 }
 
 impl Gpu {
-    /// The fastest of so many variants for a case. `case` names the kernel and what its time depends on. `run` records one of
-    /// them; it may be called often, and leaves the same every time. Nothing is measured while a profile is made.
+    /// The fastest of so many variants for a case. `case` names the kernel and what its time depends on, and `key` is the same
+    /// without text. `run` records one of them; it may be called often, and leaves the same every time. Nothing is measured while
+    /// a profile is made.
     pub(crate) fn tuned(
         &self,
+        key: impl Hash,
         case: impl FnOnce() -> String,
         variants: usize,
         run: impl Fn(usize) -> Result<()>,
@@ -171,9 +181,15 @@ impl Gpu {
         if variants < 2 || tuner.file.is_none() {
             return Ok(0);
         }
+        let key = QuickState::default().hash_one(key);
+        let quick = tuner.quick().get(&key).copied();
+        if let Some(choice) = quick.filter(|&choice| choice < variants) {
+            return Ok(choice);
+        }
         let case = case();
         let known = tuner.known().get(&case).copied();
         if let Some(choice) = known.filter(|&choice| choice < variants) {
+            tuner.quick().insert(key, choice);
             return Ok(choice);
         }
         if self.is_profiling() {
@@ -192,6 +208,7 @@ impl Gpu {
         let ms: Vec<String> = times.iter().map(|time| format!("{:.4}", time * 1e3)).collect();
         tracing::debug!("tuned {case}: variant {best} of [{}] ms", ms.join(", "));
         tuner.set(&case, best);
+        tuner.quick().insert(key, best);
         Ok(best)
     }
 }
@@ -294,18 +311,20 @@ mod tests {
                 (0..[40, 1, 40][variant]).try_for_each(|_| add(&x, &x).map(drop))
             };
             let case = || format!("case {index}");
-            assert_eq!(gpu.tuned(case, 3, run).unwrap(), 1, "{}", testing::name(&device));
+            assert_eq!(gpu.tuned(index, case, 3, run).unwrap(), 1, "{}", testing::name(&device));
             let measured = runs.borrow().clone();
             assert!(measured.chunks(3).all(|round| round == [0, 1, 2]), "they take turns: {measured:?}");
             assert!((3 * (1 + ROUNDS.0)..=3 * (1 + ROUNDS.1)).contains(&measured.len()), "{measured:?}");
-            assert_eq!(gpu.tuned(case, 3, run).unwrap(), 1);
-            assert_eq!(runs.borrow().len(), measured.len(), "it is known");
+            for key in [index, index + 100] {
+                assert_eq!(gpu.tuned(key, case, 3, run).unwrap(), 1);
+                assert_eq!(runs.borrow().len(), measured.len(), "it is known");
+            }
             // A choice that no longer exists is made again.
-            assert_eq!(gpu.tuned(case, 1, run).unwrap(), 0);
+            assert_eq!(gpu.tuned(index, case, 1, run).unwrap(), 0);
         }
         let plain = Device::gpu(&GpuOptions { tune: None, ..GpuOptions::default() });
         if let Ok(Device::Gpu(gpu)) = plain {
-            assert_eq!(gpu.tuned(|| "case".into(), 3, |_| panic!("nothing is measured")).unwrap(), 0);
+            assert_eq!(gpu.tuned(0, || "case".into(), 3, |_| panic!("nothing is measured")).unwrap(), 0);
         }
     }
 }

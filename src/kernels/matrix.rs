@@ -4,6 +4,7 @@
 //! decodes them follows in the same buffer: scales, super-scales, tables, minima. A matrix over the binding limit
 //! is split by rows into parts. There is one copy, and forward and backward read it.
 
+use std::hash::Hash;
 use std::sync::Arc;
 
 pub use super::host_matrix::HostMatrix;
@@ -130,6 +131,11 @@ impl DeviceMatrix {
     /// The same for the form that hardware reads, 16 bytes at a time.
     pub(crate) fn wide_defines(&self) -> Defines {
         wide(self.defines.clone(), self.words_per_scale >= 4)
+    }
+
+    /// What tells its variant from others.
+    pub(crate) fn variant(&self) -> impl Hash {
+        (&self.defines, self.words_per_scale)
     }
 
     /// Words of eight weights in a row that share a scale, wherever they start at a multiple of that many.

@@ -67,5 +67,6 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
             flops_per_group: call.flops(tokens.into(), group_rows.into()),
         })
     };
-    run(shapes[call.gpu.tuned(case, shapes.len(), |variant| run(shapes[variant]))?])
+    let key = (KERNEL.name, call.w.variant(), tokens, n, k);
+    run(shapes[call.gpu.tuned(key, case, shapes.len(), |variant| run(shapes[variant]))?])
 }

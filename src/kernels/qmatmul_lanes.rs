@@ -74,8 +74,10 @@ pub(super) fn tuned<const N: usize>(
     if m < most as usize {
         return Ok(shapes[0]);
     }
-    let case = || format!("{} {} n={} k={}", kernel.name, w.defines().label(), part.rows.len(), w.cols());
-    Ok(shapes[gpu.tuned(case, N, |variant| run(shapes[variant]))?])
+    let (n, k) = (part.rows.len(), w.cols());
+    let case = || format!("{} {} n={n} k={k}", kernel.name, w.defines().label());
+    let key = (kernel.name, w.variant(), n, k);
+    Ok(shapes[gpu.tuned(key, case, N, |variant| run(shapes[variant]))?])
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {

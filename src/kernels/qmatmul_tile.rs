@@ -45,7 +45,8 @@ pub(super) fn with_tile<T: Copy>(
     let measured = if again { tiles.len() } else { 1 };
     let (rows, n, k) = (m.next_power_of_two(), part.rows.len(), w.cols());
     let case = || format!("{} {} m={rows} n={n} k={k}", kernel.name, w.wide_defines().label());
-    run(tiles[gpu.tuned(case, measured, |variant| run(tiles[variant]))?])
+    let key = (kernel.name, w.variant(), rows, n, k);
+    run(tiles[gpu.tuned(key, case, measured, |variant| run(tiles[variant]))?])
 }
 
 /// What a variant's text depends on beside the matrix.
