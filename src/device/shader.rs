@@ -77,6 +77,12 @@ impl Defines {
         Self::default()
     }
 
+    /// Their names.
+    #[cfg(test)]
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.0.iter().map(|(name, _)| *name)
+    }
+
     /// Adds one constant.
     pub fn with(mut self, name: &'static str, value: impl Into<Define>) -> Self {
         self.0.push((name, value.into()));

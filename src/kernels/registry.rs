@@ -346,6 +346,16 @@ mod tests {
     }
 
     #[test]
+    fn no_macro_of_a_shader_hides_a_text_constant() {
+        let macros = |source: &'static str| source.split("{% macro ").skip(1).filter_map(|rest| rest.split('(').next());
+        each(|entry, defines, _| {
+            let hidden: Vec<_> =
+                macros(entry.kernel.source).filter(|name| defines.names().any(|given| given == *name)).collect();
+            assert!(hidden.is_empty(), "shaders/{}.wgsl: {hidden:?}", entry.kernel.name);
+        });
+    }
+
+    #[test]
     fn names_are_those_of_the_shaders_and_of_their_rust_files() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         let shaders = std::fs::read_dir(root.join("shaders")).unwrap().filter_map(|file| {
