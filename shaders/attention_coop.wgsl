@@ -14,11 +14,13 @@ enable wgpu_cooperative_matrix;
 // O.
 {{ "" }}
 {% from "coop.wgsl" import enter, accumulators, least %}
-{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, share, rows_each, each_quad, packed_rows, begin, ranges, scores, gather, in_memory, four, stage %}
+{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, of_strip, of_half, share, rows_each, unit, memory, each_quad, query_rows, key_rows, begin, ranges, fetch_own, scores, gather, in_memory, four, stage, result_at %}
 
 {% include "attention_coop.wgsl" %}
-@group(0) @binding(0) var<storage, read> queries: array<f16>;          // Q in two planes
-@group(0) @binding(1) var<storage, read> keys: array<f16>;             // K in two planes, V transposed
+// Q in two planes.
+@group(0) @binding(0) var<storage, read> queries: array<{{ "vec4<f16>" if staged else "f16" }}>;
+// K in two planes, V transposed.
+@group(0) @binding(1) var<storage, read> keys: array<{{ "vec4<f16>" if staged else "f16" }}>;
 @group(0) @binding(2) var<storage, read> query_scales: array<f32>;     // of Q
 @group(0) @binding(3) var<storage, read> key_scales: array<vec4<f32>>; // of K, of V
 @group(0) @binding(4) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
@@ -32,6 +34,7 @@ const SLACK = 3.4657359;
 // Of weights as f16, which keeps those down to 2^-24 exact and those of 32 finite.
 const WEIGHT_FACTOR = 1024.0;
 
+{{ memory() }}
 // Of each query: by what O shrinks with this tile, and in the end what it is times.
 var<workgroup> shrink: array<f32, {{ own_rows }}>;
 // Whether O of any query of a subgroup's threads shrinks.
@@ -51,7 +54,8 @@ fn main(
     let head = group - block * p.heads;
     let kv_head = head / (p.heads / p.kv_heads);
     let row_base = block * {{ own_rows }}u;
-{{ packed_rows() }}
+{{ query_rows() }}
+{{ key_rows() }}
 {{ begin() }}
 {{ ranges("key_ranges", "p.queries") }}
     // Of smaller values less is kept: this may not overflow in `weight_factor`.
@@ -67,13 +71,14 @@ fn main(
     var most{{ r }} = LOWEST;
     var total{{ r }} = 0.0; // of this thread's weights
 {% endfor %}
-    let q_begin = (q_row + row_base + 16u * strip) * {{ wide }}u;
+    let q_begin = (q_row + row_base{{ of_strip }}) * {{ wide }}u;
+{{ fetch_own(edge, "queries", "q_begin", 0, 2, "q_plane") }}
 {{ accumulators(edge, 16, 16 * own_tiles) }}
 
     for (var base = start & ~{{ other_rows - 1 }}u; base < end; base = base + {{ other_rows }}u) {
-        let k_begin = (k_row + base + 32u * half) * {{ wide }}u;
+        let k_begin = (k_row + base{{ of_half }}) * {{ wide }}u;
         let v_begin = 2u * k_plane + (k_row + base) * {{ wide }}u;
-{{ scores(edge, "queries", "q_begin", "keys", "k_begin", "q_plane", "k_plane") }}
+{{ scores(edge, "queries", "q_begin", "keys", "k_begin", 0, "q_plane", "k_plane") }}
         workgroupBarrier();
         var shrinking = false;
 {% for r in range(rows_each) %}
@@ -130,9 +135,10 @@ fn main(
 }
 
 fn rescale(d: u32, strip: u32, sums_begin: u32, lane: u32) {
-    for (var i = lane; i < 256u; i = i + {{ lanes }}u) {
-        let at = sums_begin + i / 16u * {{ sum_stride }}u + i % 16u;
-        sums[at] = sums[at] * shrink[16u * strip + i / 16u];
+    for (var i = lane; i < {{ 256 // unit }}u; i = i + {{ lanes }}u) {
+        let row = i / {{ 16 // unit }}u;
+        let at = sums_begin + row * {{ sum_stride // unit }}u + i % {{ 16 // unit }}u;
+        sums[at] = sums[at] * shrink[16u * strip + row];
     }
 }
 
@@ -141,7 +147,7 @@ fn finish(d: u32, strip: u32, sums_begin: u32, lane: u32, row_base: u32, head: u
         let local = 16u * strip + i / 4u;
         let first = d + i % 4u * 4u;
         if (row_base + local < p.queries && first < {{ head_dim }}u) {
-            let at = sums_begin + i / 4u * {{ sum_stride }}u + i % 4u * 4u;
+            let at = {{ result_at("i / 4u", "i % 4u") }};
             let value = {{ four("sums", "at") }} / WEIGHT_FACTOR * v_scale;
             o[((row_base + local) * p.heads + head) * {{ head_dim // 4 }}u + first / 4u] = value * shrink[local];
         }

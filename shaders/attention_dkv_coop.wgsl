@@ -10,11 +10,13 @@ enable wgpu_cooperative_matrix;
 // (M * keys pairs, half of them in causal order) over their rate.
 {{ "" }}
 {% from "coop.wgsl" import enter, accumulators, least %}
-{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, share, rows_each, each_quad, packed_rows, begin, ranges, scores, gather, in_memory, four, stage %}
+{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, of_strip, of_half, share, rows_each, unit, memory, each_quad, query_rows, key_rows, begin, ranges, fetch_own, scores, gather, in_memory, four, four_of, stage, result_at %}
 
 {% include "attention_coop.wgsl" %}
-@group(0) @binding(0) var<storage, read> queries: array<f16>;            // Q in two planes and transposed, dO in one and transposed
-@group(0) @binding(1) var<storage, read> keys: array<f16>;               // K in two planes and transposed, V
+// Q in two planes and transposed, dO in one and transposed.
+@group(0) @binding(0) var<storage, read> queries: array<{{ "vec4<f16>" if staged else "f16" }}>;
+// K in two planes and transposed, V.
+@group(0) @binding(1) var<storage, read> keys: array<{{ "vec4<f16>" if staged else "f16" }}>;
 @group(0) @binding(2) var<storage, read> query_scales: array<f32>;       // of Q, of dO
 @group(0) @binding(3) var<storage, read> key_scales: array<f32>;         // of K, of V
 @group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // of each query and head: lse, delta
@@ -33,6 +35,8 @@ var<workgroup> do_ratio: array<f32, {{ other_rows }}>;
 var<workgroup> q_ratio: array<f32, {{ other_rows }}>;
 var<workgroup> delta: array<f32, {{ other_rows }}>;
 
+{{ memory() }}
+
 @compute @workgroup_size({{ 4 * lanes }})
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -48,13 +52,14 @@ fn main(
     let heads = p.heads / p.kv_heads;
     let row_base = block * {{ own_rows }}u;
 {{ begin() }}
+{{ key_rows() }}
 {{ ranges("query_ranges", "p.keys") }}
     var q_most = 0x1p-126f;
     var do_most = 0x1p-126f;
     var v_most = 0x1p-126f;
     var delta_most = 0x1p-126f;
     for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
-{{ packed_rows() }}
+{{ query_rows() }}
         for (var query = start + thread; query < end; query = query + {{ 4 * lanes }}u) {
             let of_do = query_scales[do_row + query];
             q_most = max(q_most, query_scales[q_row + query]);
@@ -71,18 +76,20 @@ fn main(
     // exceeds 1.
     let range = min(0x1p-28f / {{ wide }}.0 / -least_of(-v_most, subgroup), 1.0 / -least_of(-delta_most, subgroup));
 {% for r in range(rows_each) %}
-    let undo{{ r }} = key_scales[kv_head * padded(p.keys) + row_base + local{{ r }}] * p.scale;
-    let v_scale{{ r }} = key_scales[(p.kv_heads + kv_head) * padded(p.keys) + row_base + local{{ r }}];
+    let undo{{ r }} = key_scales[k_row + row_base + local{{ r }}] * p.scale;
+    let v_scale{{ r }} = key_scales[v_row + row_base + local{{ r }}];
 {% endfor %}
+    let k_begin = (k_row + row_base{{ of_strip }}) * {{ wide }}u;
+    let v_begin = 3u * k_plane + k_begin;
+{{ fetch_own(edge, "keys", "k_begin", 0, 2, "k_plane") }}
+{{ fetch_own(edge, "keys", "v_begin", 2) }}
 {{ accumulators(edge, 16, 16 * own_tiles, "dk_sum") }}
 {{ accumulators(edge, 16, 16 * own_tiles, "dv_sum") }}
 
     for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
-{{ packed_rows() }}
-        let k_begin = (k_row + row_base + 16u * strip) * {{ wide }}u;
-        let v_begin = 3u * k_plane + k_begin;
+{{ query_rows() }}
         for (var base = start & ~{{ other_rows - 1 }}u; base < end; base = base + {{ other_rows }}u) {
-            let q_begin = (q_row + base + 32u * half) * {{ wide }}u;
+            let q_begin = (q_row + base{{ of_half }}) * {{ wide }}u;
             let do_begin = 3u * q_plane + q_begin;
             let q_transposed = 2u * q_plane + (q_row + base) * {{ wide }}u;
             let do_transposed = q_transposed + 2u * q_plane;
@@ -96,27 +103,27 @@ fn main(
                 q_ratio[i] = of_q / all_q;
                 delta[i] = stat.y / of_do;
             }
-{{ scores(edge, "keys", "k_begin", "queries", "q_begin", "k_plane", "q_plane") }}
+{{ scores(edge, "keys", "k_begin", "queries", "q_begin", 0, "k_plane", "q_plane") }}
             workgroupBarrier();
 {% for r in range(rows_each) %}
 {{ each_quad(r) }}
-                let score = {{ four("sums", "at") }} * undo{{ r }} * {{ four("q_scale", "local_other") }};
-                let seen = select(vec4<f32>(0.0), exp(score - {{ four("lse", "local_other") }}), visible(other, seen{{ r }}));
-                let weight = seen * WEIGHT_FACTOR * {{ four("do_ratio", "local_other") }};
+                let score = {{ four("sums", "at") }} * undo{{ r }} * {{ four_of("q_scale", "local_other") }};
+                let seen = select(vec4<f32>(0.0), exp(score - {{ four_of("lse", "local_other") }}), visible(other, seen{{ r }}));
+                let weight = seen * WEIGHT_FACTOR * {{ four_of("do_ratio", "local_other") }};
 {{ stage("to", "weight") }}
             }
 {% endfor %}
             workgroupBarrier();
 {{ gather(edge, "queries", "do_transposed", "dv_sum") }}
-{{ scores(edge, "keys", "v_begin", "queries", "do_begin") }}
+{{ scores(edge, "keys", "v_begin", "queries", "do_begin", 2) }}
             workgroupBarrier();
 {% for r in range(rows_each) %}
 {{ each_quad(r) }}
                 let weight = {{ four("weights", "to") }};
                 let d_weight = {{ four("sums", "at") }} * v_scale{{ r }};
-                let graded = weight * ((d_weight - {{ four("delta", "local_other") }}) * range);
+                let graded = weight * ((d_weight - {{ four_of("delta", "local_other") }}) * range);
                 // Others are seen by nobody, or as good as.
-                let d_score = select(vec4<f32>(0.0), graded, weight > vec4<f32>(0.0)) * {{ four("q_ratio", "local_other") }};
+                let d_score = select(vec4<f32>(0.0), graded, weight > vec4<f32>(0.0)) * {{ four_of("q_ratio", "local_other") }};
 {{ stage("to", "d_score") }}
             }
 {% endfor %}
@@ -134,7 +141,7 @@ fn finish_dv(d: u32, strip: u32, sums_begin: u32, lane: u32, row_base: u32, kv_h
         let key = row_base + 16u * strip + i / 4u;
         let first = d + i % 4u * 4u;
         if (key < p.keys && first < {{ head_dim }}u) {
-            let at = sums_begin + i / 4u * {{ sum_stride }}u + i % 4u * 4u;
+            let at = {{ result_at("i / 4u", "i % 4u") }};
             dv[(key * p.kv_heads + kv_head) * {{ head_dim // 4 }}u + first / 4u] = {{ four("sums", "at") }} / WEIGHT_FACTOR * all_do;
         }
     }
@@ -147,7 +154,7 @@ fn finish_dk(
         let key = row_base + 16u * strip + i / 4u;
         let first = d + i % 4u * 4u;
         if (key < p.keys && first < {{ head_dim }}u) {
-            let at = sums_begin + i / 4u * {{ sum_stride }}u + i % 4u * 4u;
+            let at = {{ result_at("i / 4u", "i % 4u") }};
             let value = {{ four("sums", "at") }} / WEIGHT_FACTOR * all_do / range * all_q;
             dk[(key * p.kv_heads + kv_head) * {{ head_dim // 4 }}u + first / 4u] = value * p.scale;
         }

@@ -9,11 +9,13 @@ enable wgpu_cooperative_matrix;
 // * keys pairs, half of them in causal order) over their rate.
 {{ "" }}
 {% from "coop.wgsl" import enter, accumulators, least %}
-{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, share, rows_each, each_quad, packed_rows, begin, ranges, scores, gather, in_memory, four, stage %}
+{% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, of_strip, of_half, share, rows_each, unit, memory, each_quad, query_rows, key_rows, begin, ranges, fetch_own, scores, gather, in_memory, four, stage, result_at %}
 
 {% include "attention_coop.wgsl" %}
-@group(0) @binding(0) var<storage, read> queries: array<f16>;          // Q in two planes and transposed, dO
-@group(0) @binding(1) var<storage, read> keys: array<f16>;             // K in two planes and transposed, V
+// Q in two planes and transposed, dO.
+@group(0) @binding(0) var<storage, read> queries: array<{{ "vec4<f16>" if staged else "f16" }}>;
+// K in two planes and transposed, V.
+@group(0) @binding(1) var<storage, read> keys: array<{{ "vec4<f16>" if staged else "f16" }}>;
 @group(0) @binding(2) var<storage, read> query_scales: array<f32>;     // of Q, of dO
 @group(0) @binding(3) var<storage, read> key_scales: array<vec4<f32>>; // of K, of V
 @group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // of each query and head: lse, delta
@@ -22,6 +24,8 @@ enable wgpu_cooperative_matrix;
 
 // Of weights as f16.
 const WEIGHT_FACTOR = 16384.0;
+
+{{ memory() }}
 
 @compute @workgroup_size({{ 4 * lanes }})
 fn main(
@@ -37,7 +41,8 @@ fn main(
     let head = group - block * p.heads;
     let kv_head = head / (p.heads / p.kv_heads);
     let row_base = block * {{ own_rows }}u;
-{{ packed_rows() }}
+{{ query_rows() }}
+{{ key_rows() }}
 {{ begin() }}
 {{ ranges("key_ranges", "p.queries") }}
     var k_most = 0x1p-126f;
@@ -57,15 +62,17 @@ fn main(
     let stat{{ r }} = stats[min(row_base + local{{ r }}, p.queries - 1u) * p.heads + head];
     let delta{{ r }} = stat{{ r }}.y / query_scales[do_row + row_base + local{{ r }}];
 {% endfor %}
-    let q_begin = (q_row + row_base + 16u * strip) * {{ wide }}u;
+    let q_begin = (q_row + row_base{{ of_strip }}) * {{ wide }}u;
     let do_begin = 3u * q_plane + q_begin;
+{{ fetch_own(edge, "queries", "q_begin", 0, 2, "q_plane") }}
+{{ fetch_own(edge, "queries", "do_begin", 2) }}
 {{ accumulators(edge, 16, 16 * own_tiles) }}
 
     for (var base = start & ~{{ other_rows - 1 }}u; base < end; base = base + {{ other_rows }}u) {
-        let k_begin = (k_row + base + 32u * half) * {{ wide }}u;
+        let k_begin = (k_row + base{{ of_half }}) * {{ wide }}u;
         let v_begin = 3u * k_plane + k_begin;
         let k_transposed = 2u * k_plane + (k_row + base) * {{ wide }}u;
-{{ scores(edge, "queries", "q_begin", "keys", "k_begin", "q_plane", "k_plane") }}
+{{ scores(edge, "queries", "q_begin", "keys", "k_begin", 0, "q_plane", "k_plane") }}
         workgroupBarrier();
 {% for r in range(rows_each) %}
 {{ each_quad(r) }}
@@ -76,7 +83,7 @@ fn main(
             }
 {% endfor %}
         workgroupBarrier();
-{{ scores(edge, "queries", "do_begin", "keys", "v_begin") }}
+{{ scores(edge, "queries", "do_begin", "keys", "v_begin", 2) }}
         workgroupBarrier();
 {% for r in range(rows_each) %}
 {{ each_quad(r) }}
@@ -102,7 +109,7 @@ fn finish(
         let query = row_base + 16u * strip + i / 4u;
         let first = d + i % 4u * 4u;
         if (query < p.queries && first < {{ head_dim }}u) {
-            let at = sums_begin + i / 4u * {{ sum_stride }}u + i % 4u * 4u;
+            let at = {{ result_at("i / 4u", "i % 4u") }};
             let value = {{ four("sums", "at") }} / WEIGHT_FACTOR * query_scales[do_row + query] / range * k_scale;
             dq[(query * p.heads + head) * {{ head_dim // 4 }}u + first / 4u] = value * p.scale;
         }

@@ -1,39 +1,37 @@
 enable f16;
-// What the cooperative matrices of attention read of Q (or K, V, dO), X [M, H * D]: for every head
-// and row f16 times a power of two from the row's own largest value, padded by zeros to {{ wide }}
-// values and to whole tiles of 16 x 16, each in one piece: packed[plane][head][row / 16][d /
-// 16][row % 16][d % 16].
+// What the cooperative matrices of attention read of Q, K, V and, `backward`, of dO, each
+// [M, H * D]: for every head and row f16 times a power of two from the row's own largest value,
+// padded by zeros to {{ wide }} values and to whole tiles of 16 x 16, each in one piece:
+// packed[plane][head][row / 16][d / 16][row % 16][d % 16].
+//
+// Q and K have two planes of f16, with 22 bits together: the value rounded to 11, and what is left.
+// V and dO have one of values rounded to f16. Products that contract over rows read one that is
+// transposed: [row / 16][d / 16][d % 16][row % 16].
+//
+// Floor: bytes of what is packed and of its planes, (4 + 2 a plane) * M * H * D each, over the
+// memory's bandwidth; M * H * D FLOP each.
 {{ "" }}
-{% if split %}
-// Two planes of f16, with 22 bits together: the value rounded to 11, and what is left.
-{% endif %}
-{% if whole %}
-// A plane of values rounded to f16.
-{% endif %}
-{% if transposed %}
-// A plane of values rounded to f16, for products that contract over rows: [row / 16][d / 16][d %
-// 16][row % 16].
-{% endif %}
-{{ "" }}
-// Floor: bytes of X and of the planes, (4 + 2 a plane) * M * H * D, over the memory's bandwidth; M
-// * H * D FLOP.
-
 struct Params {
     first_group: u32,
     groups: u32,
-    rows: u32,       // all heads' padded rows
-    padded: u32,     // rows of a head
-    count: u32,      // M, those of X
-    heads: u32,      // H
+    queries: u32,    // M of Q and dO
+    keys: u32,       // M of K and V
+    heads: u32,      // H of Q and dO
+    kv_heads: u32,   // H of K and V
     head_quads: u32, // D / 4
-    plane: u32,      // the first of X
-    scales: u32,     // where those of X begin
 }
 
 {{ param_space }} p: Params;
-@group(0) @binding(0) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(1) var<storage, read_write> packed: array<vec4<f16>>;
-@group(0) @binding(2) var<storage, read_write> scales: array<f32>; // of each packed row, what its values are times; 2^-126 where there are only zeros
+@group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>; // not read, unless `backward`
+@group(0) @binding(4) var<storage, read_write> queries: array<vec4<f16>>; // planes of Q, of dO
+@group(0) @binding(5) var<storage, read_write> keys: array<vec4<f16>>;    // planes of K, of V
+// Of each packed row of Q and of dO, of K and of V, what its values are times; 2^-126 where there
+// are only zeros.
+@group(0) @binding(6) var<storage, read_write> query_scales: array<f32>;
+@group(0) @binding(7) var<storage, read_write> key_scales: array<f32>;
 
 {% include "groups.wgsl" %}
 {% include "factor.wgsl" %}
@@ -41,6 +39,43 @@ struct Params {
 {% set quads = wide // 4 %}
 {# Padding spreads the banks. #}
 {% set stride = quads + 1 %}
+{# In the order of their workgroups: the tensor, the group that its workgroups end before, whose rows
+   they are, whether its scales are the second ones there, its first plane, and which planes it has.
+   #}
+{% set tensors = [
+    {"name": "q", "end": "k_first", "side": "query", "second": false, "plane": 0, "split": true, "whole": false, "transposed": backward},
+    {"name": "k", "end": "v_first", "side": "key", "second": false, "plane": 0, "split": true, "whole": false, "transposed": backward},
+    {"name": "v", "end": "do_first", "side": "key", "second": true,
+        "plane": 3 if backward else 2, "split": false, "whole": backward, "transposed": not backward},
+    {"name": "d_o", "end": "p.groups", "side": "query", "second": true, "plane": 3, "split": false, "whole": true, "transposed": true},
+] %}
+{% set tensors = tensors if backward else tensors[:3] %}
+{% macro pack(packed, tensor) %}
+{% for tile in range(wide // 16) %}
+        {
+            let to = to + {{ tensor.plane }}u * plane + {{ 64 * tile }}u;
+{% if tensor.split or tensor.whole %}
+            let value = rows[at + {{ 4 * tile }}u + thread % 4u];
+{% endif %}
+{% if tensor.split %}
+            // Rounded to 11 bits, which all are f16's. By conversion to f16 and back it cannot be
+            // had: Mesa takes that for no change.
+            let larger = bitcast<vec4<f32>>((bitcast<vec4<u32>>(value) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u));
+            {{ packed }}[to] = vec4<f16>(larger);
+            {{ packed }}[to + plane] = vec4<f16>(value - larger);
+{% elif tensor.whole %}
+            {{ packed }}[to] = vec4<f16>(value);
+{% endif %}
+{% if tensor.transposed %}
+            // Of four rows one value each.
+            let from_row = thread % 4u * {{ 4 * stride }}u + {{ 4 * tile }}u + thread / 16u;
+            let e = thread / 4u % 4u;
+            let column = vec4<f32>(rows[from_row][e], rows[from_row + {{ stride }}u][e], rows[from_row + {{ 2 * stride }}u][e], rows[from_row + {{ 3 * stride }}u][e]);
+            {{ packed }}[to + {{ 2 if tensor.split else 1 if tensor.whole else 0 }}u * plane] = vec4<f16>(column);
+{% endif %}
+        }
+{% endfor %}
+{% endmacro %}
 // The workgroup's 16 rows, times their factors.
 var<workgroup> rows: array<vec4<f32>, {{ 16 * stride }}>;
 // The largest value of each thread's.
@@ -56,16 +91,47 @@ fn main(
     if (group >= p.groups) {
         return;
     }
+    // Rows of a head as they are packed, and tiles of 16 of them of all heads.
+    let query_padded = (p.queries + 63u) / 64u * 64u;
+    let key_padded = (p.keys + 63u) / 64u * 64u;
+    let query_tiles = p.heads * (query_padded / 16u);
+    let key_tiles = p.kv_heads * (key_padded / 16u);
+    // Tiles of 16 rows before those of K, of V and of dO.
+    let k_first = query_tiles;
+    let v_first = k_first + key_tiles;
+    let do_first = v_first + key_tiles;
+
+    let of_keys = group >= k_first && group < do_first;
+    let padded = select(query_padded, key_padded, of_keys);
+    let heads = select(p.heads, p.kv_heads, of_keys);
+    let tiles = select(query_tiles, key_tiles, of_keys);
+    let first = select(
+        select(0u, k_first, group >= k_first),
+        select(v_first, do_first, group >= do_first),
+        group >= v_first,
+    );
+    let tile = group - first;
     // Four threads a row.
-    let row = group * 16u + thread / 4u;
-    let head = row / p.padded;
-    let m = row - head * p.padded;
-    let begin = (min(m, p.count - 1u) * p.heads + head) * p.head_quads;
+    let row = tile * 16u + thread / 4u;
+    let head = row / padded;
+    let m = row - head * padded;
+    let rows_of_x = select(p.queries, p.keys, of_keys);
+    let begin = (min(m, rows_of_x - 1u) * heads + head) * p.head_quads;
     let at = thread / 4u * {{ stride }}u;
-    var most = vec4<f32>(0.0);
 {% for i in range(quads // 4) %}
     let quad{{ i }} = thread % 4u + {{ 4 * i }}u;
-    let value{{ i }} = select(vec4<f32>(0.0), x[begin + min(quad{{ i }}, p.head_quads - 1u)], vec4<bool>(m < p.count && quad{{ i }} < p.head_quads));
+    var value{{ i }}: vec4<f32>;
+{% endfor %}
+{% for tensor in tensors %}
+    {{ "if" if loop.first else "else if" }} (group < {{ tensor.end }}) {
+{% for i in range(quads // 4) %}
+        value{{ i }} = {{ tensor.name }}[begin + min(quad{{ i }}, p.head_quads - 1u)];
+{% endfor %}
+    }
+{% endfor %}
+    var most = vec4<f32>(0.0);
+{% for i in range(quads // 4) %}
+    value{{ i }} = select(vec4<f32>(0.0), value{{ i }}, vec4<bool>(m < rows_of_x && quad{{ i }} < p.head_quads));
     most = max(most, abs(value{{ i }}));
 {% endfor %}
     largest[thread] = max(max(most.x, most.y), max(most.z, most.w));
@@ -75,34 +141,17 @@ fn main(
 {% for i in range(quads // 4) %}
     rows[at + quad{{ i }}] = value{{ i }} * factor;
 {% endfor %}
-    // The inverse of a power of two, exactly.
-    if (thread % 4u == 0u) { scales[p.scales + row] = bitcast<f32>(0x7f000000u - bitcast<u32>(factor)); }
     workgroupBarrier();
 
+    // The inverse of a power of two, exactly.
+    let scale = bitcast<f32>(0x7f000000u - bitcast<u32>(factor));
     // A vec4 of every tile.
-    let first = p.plane * p.rows * {{ quads }}u + group * {{ 16 * quads }}u + thread;
-    let plane = p.rows * {{ quads }}u;
-{% for tile in range(wide // 16) %}
-    {
-{% if split or whole %}
-        let value = rows[at + {{ 4 * tile }}u + thread % 4u];
-{% if split %}
-        // Rounded to 11 bits, which all are f16's. By conversion to f16 and back it cannot be had:
-        // Mesa takes that for no change.
-        let larger = bitcast<vec4<f32>>((bitcast<vec4<u32>>(value) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u));
-        packed[first + {{ 64 * tile }}u] = vec4<f16>(larger);
-        packed[first + {{ 64 * tile }}u + plane] = vec4<f16>(value - larger);
-{% else %}
-        packed[first + {{ 64 * tile }}u] = vec4<f16>(value);
-{% endif %}
-{% endif %}
-{% if transposed %}
-        // Of four rows one value each.
-        let from_row = thread % 4u * {{ 4 * stride }}u + {{ 4 * tile }}u + thread / 16u;
-        let e = thread / 4u % 4u;
-        let column = vec4<f32>(rows[from_row][e], rows[from_row + {{ stride }}u][e], rows[from_row + {{ 2 * stride }}u][e], rows[from_row + {{ 3 * stride }}u][e]);
-        packed[first + {{ 64 * tile }}u + {{ 2 if split else 1 if whole else 0 }}u * plane] = vec4<f16>(column);
-{% endif %}
+    let plane = tiles * {{ 16 * quads }}u;
+    let to = tile * {{ 16 * quads }}u + thread;
+{% for tensor in tensors %}
+    {{ "if" if loop.first else "else if" }} (group < {{ tensor.end }}) {
+        if (thread % 4u == 0u) { {{ tensor.side }}_scales[{{ "16u * tiles + " if tensor.second }}row] = scale; }
+{{ pack("queries" if tensor.side == "query" else "keys", tensor) }}
     }
 {% endfor %}
 }

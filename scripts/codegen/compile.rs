@@ -106,8 +106,11 @@ impl Driver {
         let double = variant.label.split(' ').any(|part| part == "double");
         let tile = number(&variant.label, "subgroups").is_none()
             || if least == most { double || number(&variant.label, "tile_rows") == Some(64) } else { !double };
+        // Attention's matrices are loaded from buffers there, and elsewhere from workgroup memory.
+        let staged = variant.label.split(' ').any(|part| part == "staged");
+        let form = number(&variant.label, "strips").is_none() || staged == (least == most);
         edge && (!variant.cooperative()
-            || tile && number(&variant.label, "lanes").is_none_or(|lanes| (least..=most).contains(&lanes)))
+            || tile && form && number(&variant.label, "lanes").is_none_or(|lanes| (least..=most).contains(&lanes)))
     }
 
     /// Compiles one.

@@ -3,9 +3,9 @@
 {% include "attention_params.wgsl" %}
 
 // Scores, or results on their way out: [own row][other row].
-var<workgroup> sums: array<f32, {{ own_rows * sum_stride }}>;
+var<workgroup> sums: array<{{ "vec4<f32>" if staged else "f32" }}, {{ own_rows * sum_stride // unit }}>;
 // What follows from the scores, as the next product reads it: [own row][other row].
-var<workgroup> weights: array<f16, {{ own_rows * weight_stride }}>;
+var<workgroup> weights: array<{{ "vec4<f16>" if staged else "f16" }}, {{ own_rows * weight_stride // unit }}>;
 {{ least() }}
 
 // Rows of a head as attention_pack pads them.

@@ -62,9 +62,9 @@ coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(
 {% endmacro %}
 
 {# Loads 16 x 16 of a subgroup's results again, from where `store` has put them. #}
-{% macro load_again(edge, down, right, array, begin, stride, sum="sum") %}
+{% macro load_again(edge, down, right, array, begin, stride, sum="sum", unit=1) %}
 {% for i in range(16 // edge) %}{% for j in range(16 // edge) %}
-        {{ sum }}{{ down // edge + i }}_{{ right // edge + j }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f32, C>>(&{{ array }}[{{ begin }} + {{ edge * i * stride + edge * j }}u], {{ stride }}u);
+        {{ sum }}{{ down // edge + i }}_{{ right // edge + j }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f32, C>>(&{{ array }}[{{ begin }} + {{ (edge * i * stride + edge * j) // unit }}u], {{ stride // unit }}u);
 {% endfor %}{% endfor %}
 {% endmacro %}
 

@@ -5,6 +5,7 @@
 //! Forms: tiles in workgroup memory for hardware, and for many queries in the tier `cooperative-matrix` products of f16; for
 //! software drivers tiles in registers, or a thread a row. All but the products of f16 is f32.
 
+use super::attention_form::{Form, Pass};
 use super::visibility::Visibility;
 use super::{
     Real, Scratch, attention_coop, attention_cpu, attention_lanes, attention_pack, attention_tile, expect_2d,
@@ -117,7 +118,8 @@ pub fn attention(
             } else if gpu.tier() == Tier::Software {
                 dispatch(gpu, qkv, shape, visibility, results)?;
             } else if let Some(cooperative) = attention_pack::cooperative(gpu, shape, visibility) {
-                attention_coop::dispatch(gpu, cooperative, OP, qkv, shape, visibility, results)?;
+                let form = Form::of(Pass::Forward, gpu, cooperative, shape.head_dim);
+                attention_coop::dispatch(gpu, form, OP, qkv, shape, visibility, results)?;
             } else {
                 attention_tile::dispatch(gpu, OP, qkv, shape, visibility, results)?;
             }

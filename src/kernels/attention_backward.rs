@@ -7,6 +7,7 @@
 //! varies.
 
 use super::attention::{Attended, AttentionShape, expect_qkv};
+use super::attention_form::{Form, Pass};
 use super::attention_pack::Packed;
 use super::visibility::Visibility;
 use super::{
@@ -92,8 +93,9 @@ pub fn attention_backward(
                 attention_dkv::dispatch(&call, &grads.dk, &grads.dv)?;
             } else if let Some(cooperative) = attention_pack::cooperative(gpu, shape, visibility) {
                 let packed = Packed::new(gpu, OP, [q, k, v], Some(d_o), shape, visibility)?;
-                attention_dq_coop::dispatch(&call, &packed, cooperative, &grads.dq)?;
-                attention_dkv_coop::dispatch(&call, &packed, cooperative, [&grads.dk, &grads.dv])?;
+                let form = |pass| Form::of(pass, gpu, cooperative, shape.head_dim);
+                attention_dq_coop::dispatch(&call, &packed, form(Pass::Dq), &grads.dq)?;
+                attention_dkv_coop::dispatch(&call, &packed, form(Pass::Dkv), [&grads.dk, &grads.dv])?;
             } else {
                 attention_dq_tile::dispatch(&call, &grads.dq)?;
                 attention_dkv_tile::dispatch(&call, &grads.dk, &grads.dv)?;

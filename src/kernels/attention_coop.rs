@@ -3,10 +3,11 @@
 //! matrices.
 
 use super::attention::{AttentionParams, AttentionShape, flops_per_group};
-use super::attention_pack::{Packed, head_defines, own_rows};
+use super::attention_form::Form;
+use super::attention_pack::Packed;
 use super::kernel;
 use super::visibility::Visibility;
-use crate::device::{Cooperative, Dispatch, Gpu};
+use crate::device::{Dispatch, Gpu};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -18,7 +19,7 @@ kernel! {
 
 pub(crate) fn dispatch(
     gpu: &Gpu,
-    cooperative: Cooperative,
+    form: Form,
     op: &'static str,
     qkv: [&Tensor; 3],
     shape: &AttentionShape,
@@ -26,11 +27,11 @@ pub(crate) fn dispatch(
     [o, lse]: [&Tensor; 2],
 ) -> Result<()> {
     let packed = Packed::new(gpu, op, qkv, None, shape, visibility)?;
-    let groups = (visibility.queries().div_ceil(own_rows(shape.head_dim)) * shape.heads) as u64;
+    let groups = (visibility.queries().div_ceil(form.own_rows()) * shape.heads) as u64;
     let own = [visibility.key_ranges().buffer(gpu, op)?, o.buffer(gpu, op)?, lse.buffer(gpu, op)?];
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &head_defines(cooperative, shape.head_dim),
+        defines: &form.defines(),
         buffers: &[&packed.operands()[..], &own].concat(),
         params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
         groups,

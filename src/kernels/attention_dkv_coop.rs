@@ -4,9 +4,10 @@
 
 use super::attention::{AttentionParams, flops_per_group};
 use super::attention_backward::GpuCall;
-use super::attention_pack::{Packed, head_defines, own_rows};
+use super::attention_form::Form;
+use super::attention_pack::Packed;
 use super::kernel;
-use crate::device::{Cooperative, Dispatch};
+use crate::device::Dispatch;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -19,18 +20,13 @@ kernel! {
         ]
 }
 
-pub(crate) fn dispatch(
-    call: &GpuCall<'_>,
-    packed: &Packed,
-    cooperative: Cooperative,
-    [dk, dv]: [&Tensor; 2],
-) -> Result<()> {
+pub(crate) fn dispatch(call: &GpuCall<'_>, packed: &Packed, form: Form, [dk, dv]: [&Tensor; 2]) -> Result<()> {
     let GpuCall { op, gpu, stats, shape, visibility, .. } = *call;
-    let groups = (visibility.keys().div_ceil(own_rows(shape.head_dim)) * shape.kv_heads) as u64;
+    let groups = (visibility.keys().div_ceil(form.own_rows()) * shape.kv_heads) as u64;
     let own = [stats, visibility.query_ranges()?.buffer(gpu, op)?, dk.buffer(gpu, op)?, dv.buffer(gpu, op)?];
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &head_defines(cooperative, shape.head_dim),
+        defines: &form.defines(),
         buffers: &[&packed.operands()[..], &own].concat(),
         params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
         groups,

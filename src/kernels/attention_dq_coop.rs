@@ -3,9 +3,10 @@
 
 use super::attention::{AttentionParams, flops_per_group};
 use super::attention_backward::GpuCall;
-use super::attention_pack::{Packed, head_defines, own_rows};
+use super::attention_form::Form;
+use super::attention_pack::Packed;
 use super::kernel;
-use crate::device::{Cooperative, Dispatch};
+use crate::device::Dispatch;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -15,13 +16,13 @@ kernel! {
         [queries: Read, keys: Read, query_scales: Read, key_scales: Read, stats: Read, key_ranges: Read, dq: Write]
 }
 
-pub(crate) fn dispatch(call: &GpuCall<'_>, packed: &Packed, cooperative: Cooperative, dq: &Tensor) -> Result<()> {
+pub(crate) fn dispatch(call: &GpuCall<'_>, packed: &Packed, form: Form, dq: &Tensor) -> Result<()> {
     let GpuCall { op, gpu, stats, shape, visibility, .. } = *call;
-    let groups = (visibility.queries().div_ceil(own_rows(shape.head_dim)) * shape.heads) as u64;
+    let groups = (visibility.queries().div_ceil(form.own_rows()) * shape.heads) as u64;
     let own = [stats, visibility.key_ranges().buffer(gpu, op)?, dq.buffer(gpu, op)?];
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &head_defines(cooperative, shape.head_dim),
+        defines: &form.defines(),
         buffers: &[&packed.operands()[..], &own].concat(),
         params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
         groups,

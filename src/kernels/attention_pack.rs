@@ -14,47 +14,34 @@ params! {
     struct AttentionPackParams {
         first_group: u32,
         groups: u32,
-        /// All heads' padded rows.
-        rows: u32,
-        /// Rows of a head, padded.
-        padded: u32,
-        /// M, rows of X.
-        count: u32,
-        /// H.
+        /// M, rows of Q and dO.
+        queries: u32,
+        /// Rows of K and V.
+        keys: u32,
+        /// H, of Q and dO.
         heads: u32,
+        /// Of K and V.
+        kv_heads: u32,
         /// D / 4.
         head_quads: u32,
-        /// The first plane of X.
-        plane: u32,
-        /// Where its scales begin.
-        scales: u32,
     }
 }
 
 kernel! {
     /// `shaders/attention_pack.wgsl`
-    KERNEL = "attention_pack", AttentionPackParams, [x: Read, packed: Write, scales: Write]
+    KERNEL = "attention_pack", AttentionPackParams,
+        [
+            q: Read, k: Read, v: Read, d_o: Read, queries: Write, keys: Write, query_scales: Write, key_scales: Write,
+        ]
 }
 
 /// Rows of a head are padded to a multiple of so many, which those of a workgroup and of its steps
 /// divide.
 const PADDED: usize = 64;
 /// Rows and columns of a packed tile.
-const TILE: usize = 16;
+pub(crate) const TILE: usize = 16;
 /// The largest head whose results fit the registers of a subgroup, in values.
 const LARGEST_HEAD: usize = 128;
-/// The largest of which a subgroup has whole rows of results, in values: else half of them.
-const LARGEST_WHOLE: usize = 80;
-
-/// Rows that a workgroup of the attention kernels owns, 16 a strip.
-pub(crate) fn own_rows(head_dim: usize) -> usize {
-    TILE * strips(head_dim)
-}
-
-/// Of the own rows of a workgroup's four subgroups.
-fn strips(head_dim: usize) -> usize {
-    if wide(head_dim) <= LARGEST_WHOLE { 4 } else { 2 }
-}
 
 /// The cooperative matrices of a device that attends with them: over so many queries, if it can
 /// pack what they read.
@@ -66,91 +53,40 @@ pub(crate) fn cooperative(gpu: &Gpu, shape: &AttentionShape, visibility: &Visibi
     lora_coop::of(gpu, visibility.queries()).filter(|_| all)
 }
 
-/// Text constants of the attention kernels of cooperative matrices.
-pub(crate) fn head_defines(cooperative: Cooperative, head_dim: usize) -> Defines {
-    cooperative
-        .defines(Defines::new())
-        .with("head_dim", head_dim as u32)
-        .with("wide", wide(head_dim) as u32)
-        .with("strips", strips(head_dim) as u32)
-}
-
-/// Every variant of [`head_defines`], for the registry test.
-pub(crate) fn head_variants(tier: Tier) -> Vec<Defines> {
-    let each = |cooperative| [8, 44, 64, 80, 112, 128].map(|head_dim| head_defines(cooperative, head_dim));
-    if tier.cooperative() { Cooperative::ALL.into_iter().flat_map(each).collect() } else { Vec::new() }
-}
-
 /// Values of a packed head.
-fn wide(head_dim: usize) -> usize {
+pub(crate) fn wide(head_dim: usize) -> usize {
     head_dim.next_multiple_of(TILE)
 }
 
-/// The f16 of a tensor's values, each of them a plane.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Planes {
-    /// Two, the value rounded and what is left.
-    split: bool,
-    /// One.
-    whole: bool,
-    /// One, its tiles transposed; the last plane.
-    transposed: bool,
-}
-
-impl Planes {
-    const SPLIT: Planes = Planes { split: true, whole: false, transposed: false };
-    const WHOLE: Planes = Planes { split: false, whole: true, transposed: false };
-    const TRANSPOSED: Planes = Planes { split: false, whole: false, transposed: true };
-
-    fn and_transposed(self) -> Planes {
-        Planes { transposed: true, ..self }
-    }
-
-    fn count(self) -> usize {
-        2 * usize::from(self.split) + usize::from(self.whole) + usize::from(self.transposed)
-    }
-}
-
-/// Queries or keys to pack.
+/// Queries or keys, packed.
 #[derive(Clone, Copy)]
 struct Side {
     count: usize,
     heads: usize,
     head_dim: usize,
-    /// Of Q and dO, or K and V.
-    planes: [Planes; 2],
+    /// Of f16: the shader says which.
+    planes: usize,
 }
 
 impl Side {
-    /// Of queries and of keys. The forward wants no dO; its planes are there, and empty.
+    /// Of queries and of keys.
     fn of(shape: &AttentionShape, visibility: &Visibility, backward: bool) -> [Side; 2] {
-        let none = Planes { split: false, whole: false, transposed: false };
-        let (queries, keys) = if backward {
-            let split = Planes::SPLIT.and_transposed();
-            ([split, Planes::WHOLE.and_transposed()], [split, Planes::WHOLE])
-        } else {
-            ([Planes::SPLIT, none], [Planes::SPLIT, Planes::TRANSPOSED])
-        };
+        let [queries, keys] = if backward { [5, 4] } else { [2, 3] };
         let side = |count, heads, planes| Side { count, heads, head_dim: shape.head_dim, planes };
         [side(visibility.queries(), shape.heads, queries), side(visibility.keys(), shape.kv_heads, keys)]
     }
 
-    fn padded(self) -> usize {
-        self.count.next_multiple_of(PADDED)
-    }
-
-    /// Of all heads.
+    /// Of all heads, padded.
     fn rows(self) -> usize {
-        self.heads * self.padded()
+        self.heads * self.count.next_multiple_of(PADDED)
     }
 
     /// f32 that have the size of what is packed.
     fn values(self) -> usize {
-        let planes: usize = self.planes.iter().map(|planes| planes.count()).sum();
-        planes * self.rows() * wide(self.head_dim) / 2
+        self.planes * self.rows() * wide(self.head_dim) / 2
     }
 
-    /// Scales of two tensors.
+    /// Scales of two tensors; the forward wants none of dO.
     fn scales(self) -> usize {
         2 * self.rows()
     }
@@ -159,32 +95,11 @@ impl Side {
         [self.values(), self.scales()]
     }
 
-    /// Packs Q or K, then dO or V.
-    fn pack(self, gpu: &Gpu, op: &'static str, tensors: [Option<&Tensor>; 2]) -> Result<[Buffer; 2]> {
-        let values = gpu.alloc("packed rows of attention", 4 * self.values() as u64)?;
-        let scales = gpu.alloc("scales of attention", 4 * self.scales() as u64)?;
-        for (at, (tensor, planes)) in tensors.into_iter().zip(self.planes).enumerate() {
-            let Some(tensor) = tensor else { continue };
-            let params = AttentionPackParams {
-                rows: self.rows() as u32,
-                padded: self.padded() as u32,
-                count: self.count as u32,
-                heads: self.heads as u32,
-                head_quads: (self.head_dim / 4) as u32,
-                plane: if at == 0 { 0 } else { self.planes[0].count() as u32 },
-                scales: (at * self.rows()) as u32,
-                ..Default::default()
-            };
-            gpu.dispatch(Dispatch {
-                kernel: &KERNEL,
-                defines: &defines(wide(self.head_dim), planes),
-                buffers: &[tensor.buffer(gpu, op)?, &values, &scales],
-                params: bytemuck::bytes_of(&params),
-                groups: (self.rows() / TILE) as u64,
-                flops_per_group: (4 * TILE * self.head_dim) as u64,
-            })?;
-        }
-        Ok([values, scales])
+    fn alloc(self, gpu: &Gpu) -> Result<[Buffer; 2]> {
+        Ok([
+            gpu.alloc("packed rows of attention", 4 * self.values() as u64)?,
+            gpu.alloc("scales of attention", 4 * self.scales() as u64)?,
+        ])
     }
 }
 
@@ -202,18 +117,38 @@ pub(crate) struct Packed {
 
 impl Packed {
     /// Packs Q, K and V, and dO for a backward pass.
-    pub fn new(
+    pub fn new<'a>(
         gpu: &Gpu,
         op: &'static str,
-        [q, k, v]: [&Tensor; 3],
-        d_o: Option<&Tensor>,
+        [q, k, v]: [&'a Tensor; 3],
+        d_o: Option<&'a Tensor>,
         shape: &AttentionShape,
         visibility: &Visibility,
     ) -> Result<Packed> {
-        let [of_queries, of_keys] = Side::of(shape, visibility, d_o.is_some());
-        let [queries, query_scales] = of_queries.pack(gpu, op, [Some(q), d_o])?;
-        let [keys, key_scales] = of_keys.pack(gpu, op, [Some(k), Some(v)])?;
-        Ok(Packed { queries, keys, query_scales, key_scales })
+        let sides @ [of_queries, of_keys] = Side::of(shape, visibility, d_o.is_some());
+        let [queries, query_scales] = of_queries.alloc(gpu)?;
+        let [keys, key_scales] = of_keys.alloc(gpu)?;
+        let packed = Packed { queries, keys, query_scales, key_scales };
+        let params = AttentionPackParams {
+            queries: visibility.queries() as u32,
+            keys: visibility.keys() as u32,
+            heads: shape.heads as u32,
+            kv_heads: shape.kv_heads as u32,
+            head_quads: (shape.head_dim / 4) as u32,
+            ..Default::default()
+        };
+        let [query_tiles, key_tiles] = sides.map(|side| (side.rows() / TILE) as u64);
+        let buffer = |tensor: &'a Tensor| tensor.buffer(gpu, op);
+        let inputs = [buffer(q)?, buffer(k)?, buffer(v)?, buffer(d_o.unwrap_or(q))?];
+        gpu.dispatch(Dispatch {
+            kernel: &KERNEL,
+            defines: &defines(wide(shape.head_dim), d_o.is_some()),
+            buffers: &[inputs, [&packed.queries, &packed.keys, &packed.query_scales, &packed.key_scales]].concat(),
+            params: bytemuck::bytes_of(&params),
+            groups: query_tiles * if d_o.is_some() { 2 } else { 1 } + 2 * key_tiles,
+            flops_per_group: (4 * TILE * shape.head_dim) as u64,
+        })?;
+        Ok(packed)
     }
 
     /// The first bindings of the attention kernels of cooperative matrices.
@@ -227,28 +162,14 @@ pub(crate) fn scratch(shape: &AttentionShape, visibility: &Visibility, backward:
     Scratch::kept(Side::of(shape, visibility, backward).into_iter().flat_map(Side::scratch))
 }
 
-fn defines(wide: usize, planes: Planes) -> Defines {
-    Defines::new()
-        .with("wide", wide as u32)
-        .with("split", planes.split)
-        .with("whole", planes.whole)
-        .with("transposed", planes.transposed)
-        .with("f16", true)
+fn defines(wide: usize, backward: bool) -> Defines {
+    Defines::new().with("wide", wide as u32).with("backward", backward).with("f16", true)
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    if !tier.cooperative() {
-        return Vec::new();
-    }
-    let all = [
-        Planes::SPLIT,
-        Planes::TRANSPOSED,
-        Planes::WHOLE,
-        Planes::SPLIT.and_transposed(),
-        Planes::WHOLE.and_transposed(),
-    ];
-    [48, 128].into_iter().flat_map(|wide| all.map(|planes| defines(wide, planes))).collect()
+    let widths = [48, 128].into_iter().filter(|_| tier.cooperative());
+    widths.flat_map(|wide| [false, true].map(|backward| defines(wide, backward))).collect()
 }
 
 /// The formula for one row of a head: what packed values are times, and the values of the planes
@@ -269,46 +190,87 @@ mod tests {
     use crate::tensor::from_bytes;
     use crate::testing;
 
+    /// Checks a packed tensor, whose first plane is number `first` of its side: `planes` says of each which of the reference's
+    /// it is, and whether it is transposed.
+    fn check(
+        context: &str,
+        x: &[f32],
+        side: Side,
+        (values, scales): (&[f32], &[f32]),
+        first: usize,
+        planes: &[(usize, bool)],
+    ) {
+        let Side { count, heads, head_dim, .. } = side;
+        let (wide, padded) = (wide(head_dim), side.rows() / heads);
+        for (at, (head, m)) in (0..heads).flat_map(|head| (0..padded).map(move |m| (head, m))).enumerate() {
+            let row = (m < count).then(|| &x[(m * heads + head) * head_dim..][..head_dim]);
+            let (scale, wanted) = reference(row.unwrap_or(&[]), wide);
+            assert_eq!(scales[at], scale, "{context}: head {head} row {m}");
+            for (plane, &(of, transposed)) in (first..).zip(planes) {
+                let value = |d: usize| {
+                    let (row, column) = if transposed { (d % TILE, at % TILE) } else { (at % TILE, d % TILE) };
+                    let tile = (plane * side.rows() + at) / TILE * (wide / TILE) + d / TILE;
+                    values[tile * TILE * TILE + row * TILE + column]
+                };
+                let got: Vec<f32> = (0..wide).map(value).collect();
+                let wanted = &wanted[of];
+                // A driver may flush subnormals, and round to either side.
+                let bounds: Vec<f64> = wanted.iter().map(|value| 1e-3 * f64::from(value.abs()) + 7e-5).collect();
+                let context = format!("{context}: head {head} row {m} plane {plane}");
+                testing::assert_close(&context, &got, &testing::wide(wanted), &bounds);
+            }
+        }
+    }
+
     #[test]
     fn rows_of_every_size_are_packed_and_padded() {
-        let (count, heads, head_dim) = (70, 2, 44);
-        let mut x = testing::values(3, count * heads * head_dim, 1.0);
-        for (row, amplitude) in [1e5, 1e-8, 0.0, 1e30].into_iter().enumerate() {
-            x[row * head_dim..(row + 1) * head_dim].iter_mut().for_each(|value| *value *= amplitude);
-        }
-        let planes = [Planes::SPLIT.and_transposed(), Planes::WHOLE.and_transposed()];
-        let side = Side { count, heads, head_dim, planes };
-        let (wide, padded) = (wide(head_dim), side.padded());
+        let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 44, scale: 1.0 };
+        let (queries, keys) = (70, 131);
+        let values = |seed, rows: usize| {
+            let mut x = testing::values(seed, rows * shape.head_dim, 1.0);
+            for (row, amplitude) in [1e5, 1e-8, 0.0, 1e30].into_iter().enumerate() {
+                x[row * shape.head_dim..(row + 1) * shape.head_dim].iter_mut().for_each(|value| *value *= amplitude);
+            }
+            x
+        };
+        let [q, d_o] = [1, 2].map(|seed| values(seed, queries * shape.heads));
+        let [k, v] = [3, 4].map(|seed| values(seed, keys * shape.kv_heads));
         for device in testing::gpus() {
             let Device::Gpu(gpu) = &device else { continue };
             if gpu.cooperative().is_none() {
                 continue;
             }
-            let tensor = Tensor::from_slice(&device, &[count, heads * head_dim], &x).unwrap();
-            let [values, scales] = side.pack(gpu, "test", [Some(&tensor); 2]).unwrap();
-            let scales = from_bytes(&gpu.read(&scales, 4 * side.scales() as u64).unwrap());
-            let bytes = gpu.read(&values, 4 * side.values() as u64).unwrap();
-            let half = |pair: &[u8]| half::f16::from_le_bytes([pair[0], pair[1]]).to_f32();
-            let values: Vec<f32> = bytes.chunks(2).map(half).collect();
-            for (at, (head, m)) in (0..heads).flat_map(|head| (0..padded).map(move |m| (head, m))).enumerate() {
-                let row = (m < count).then(|| &x[(m * heads + head) * head_dim..][..head_dim]);
-                let (scale, wanted) = reference(row.unwrap_or(&[]), wide);
-                assert_eq!([scales[at], scales[side.rows() + at]], [scale; 2], "{device:?}: head {head} row {m}");
+            let tensor = |heads: usize, x: &[f32]| {
+                let columns = heads * shape.head_dim;
+                Tensor::from_slice(&device, &[x.len() / columns, columns], x).unwrap()
+            };
+            let [of_q, of_do] = [&q, &d_o].map(|x| tensor(shape.heads, x));
+            let [of_k, of_v] = [&k, &v].map(|x| tensor(shape.kv_heads, x));
+            let visibility = Visibility::ranges(&device, &vec![(0, keys as u32); queries], keys).unwrap();
+            for backward in [false, true] {
+                let qkv = [&of_q, &of_k, &of_v];
+                let packed = Packed::new(gpu, "test", qkv, backward.then_some(&of_do), &shape, &visibility).unwrap();
+                let read = |buffer, count: usize| gpu.read(buffer, 4 * count as u64).unwrap();
+                let halves = |buffer, side: Side| -> Vec<f32> {
+                    let half = |pair: &[u8]| half::f16::from_le_bytes([pair[0], pair[1]]).to_f32();
+                    read(buffer, side.values()).chunks(2).map(half).collect()
+                };
+                let [of_queries, of_keys] = Side::of(&shape, &visibility, backward);
+                let scales = |buffer, side: Side| from_bytes(&read(buffer, side.scales()));
+                let (queries, keys) = (halves(&packed.queries, of_queries), halves(&packed.keys, of_keys));
+                let query_scales = scales(&packed.query_scales, of_queries);
+                let key_scales = scales(&packed.key_scales, of_keys);
+                let context = |what| format!("{device:?} backward={backward} {what}");
                 // The planes in their order, and which of the reference's they are.
-                for (plane, (of, transposed)) in
-                    [(0, false), (1, false), (2, true), (2, false), (2, true)].into_iter().enumerate()
-                {
-                    let value = |d: usize| {
-                        let (row, column) = if transposed { (d % TILE, at % TILE) } else { (at % TILE, d % TILE) };
-                        let tile = (plane * side.rows() + at) / TILE * (wide / TILE) + d / TILE;
-                        values[tile * TILE * TILE + row * TILE + column]
-                    };
-                    let got: Vec<f32> = (0..wide).map(value).collect();
-                    let wanted = &wanted[of];
-                    // A driver may flush subnormals, and round to either side.
-                    let bounds: Vec<f64> = wanted.iter().map(|value| 1e-3 * f64::from(value.abs()) + 7e-5).collect();
-                    let context = format!("{device:?}: head {head} row {m} plane {plane}");
-                    testing::assert_close(&context, &got, &testing::wide(wanted), &bounds);
+                let exact = [(0, false), (1, false), (2, true)];
+                let exact = if backward { &exact[..] } else { &exact[..2] };
+                check(&context("Q"), &q, of_queries, (&queries, &query_scales), 0, exact);
+                check(&context("K"), &k, of_keys, (&keys, &key_scales), 0, exact);
+                let of_v = (&keys[..], &key_scales[of_keys.rows()..]);
+                check(&context("V"), &v, of_keys, of_v, exact.len(), &[(2, !backward)]);
+                if backward {
+                    let of_do = (&queries[..], &query_scales[of_queries.rows()..]);
+                    check(&context("dO"), &d_o, of_queries, of_do, 3, &[(2, false), (2, true)]);
                 }
             }
         }

@@ -21,6 +21,7 @@ mod attention_dq;
 mod attention_dq_coop;
 mod attention_dq_lanes;
 mod attention_dq_tile;
+mod attention_form;
 mod attention_lanes;
 mod attention_pack;
 mod attention_tile;

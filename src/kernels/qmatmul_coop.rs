@@ -69,7 +69,7 @@ impl Tile {
 }
 
 /// PCI vendors.
-const AMD: u32 = 0x1002;
+pub(super) const AMD: u32 = 0x1002;
 const NVIDIA: u32 = 0x10de;
 
 /// Results of a product [m, n] over some splits of its contracted index, which are to be added up.

@@ -1,5 +1,6 @@
 //! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
 
+use super::attention_form::{Form, Pass};
 use super::matrix::{dense_defines, quant_defines, wide};
 use super::{
     adamw, adamw_several, add, add_assign, append, attention, attention_coop, attention_delta, attention_dkv,
@@ -30,7 +31,11 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
     Entry { kernel: &append::KERNEL, variants: |_| vec![quads::defines()], twin: "append::reference" },
     Entry { kernel: &attention::KERNEL, variants: attention::variants, twin: "attention::reference" },
-    Entry { kernel: &attention_coop::KERNEL, variants: attention_pack::head_variants, twin: "attention::reference" },
+    Entry {
+        kernel: &attention_coop::KERNEL,
+        variants: |tier| Form::variants(Pass::Forward, tier),
+        twin: "attention::reference",
+    },
     Entry {
         kernel: &attention_delta::KERNEL,
         variants: |tier| vec![attention_delta::defines(tier)],
@@ -39,7 +44,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &attention_dkv::KERNEL, variants: attention_dkv::variants, twin: "attention_backward::reference" },
     Entry {
         kernel: &attention_dkv_coop::KERNEL,
-        variants: attention_pack::head_variants,
+        variants: |tier| Form::variants(Pass::Dkv, tier),
         twin: "attention_backward::reference",
     },
     Entry {
@@ -55,7 +60,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &attention_dq::KERNEL, variants: attention_dq::variants, twin: "attention_backward::reference" },
     Entry {
         kernel: &attention_dq_coop::KERNEL,
-        variants: attention_pack::head_variants,
+        variants: |tier| Form::variants(Pass::Dq, tier),
         twin: "attention_backward::reference",
     },
     Entry {
@@ -275,11 +280,16 @@ mod tests {
                     _ => {}
                 }
             }
-            // Every device has 16 KiB. Those with 32 and 48 KiB run large tiles, or tiles with two buffers, or both.
-            let more = [label.contains("side=128") || label.contains("tile_columns=128"), label.contains(" double ")]
-                .iter()
-                .filter(|&&more| more)
-                .count();
+            // Every device has 16 KiB. Those with 32 and 48 KiB run large tiles, or tiles with two buffers, or both, and
+            // attention from workgroup memory.
+            let held = label.contains(" held=") && !label.contains(" held=0");
+            let more = [
+                label.contains("side=128") || label.contains("tile_columns=128"),
+                label.contains(" double "),
+                label.contains(" staged"),
+                held,
+            ];
+            let more = more.iter().filter(|&&more| more).count();
             let most = (16 << 10) * (1 + more as u32);
             assert!(memory <= most, "{label}: {memory} bytes of workgroup memory");
             assert_eq!(params, 1, "{label}: one variable holds the parameters");

@@ -1,0 +1,208 @@
+//! How the kernels of [`attention`](super::attention) by cooperative matrices are laid out for a
+//! head and a device: `shaders/shared/attention_strips.wgsl`.
+
+use super::attention_pack::{TILE, wide};
+use super::qmatmul_coop::AMD;
+use super::qmatmul_tile::has_room;
+use crate::device::{Cooperative, Defines, Gpu, Tier};
+
+/// Which of the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pass {
+    Forward,
+    Dq,
+    Dkv,
+}
+
+impl Pass {
+    /// Workgroup memory for single values of rows, in bytes.
+    fn values_of_rows(self, own: u32, other: u32) -> u32 {
+        match self {
+            Pass::Forward => 4 * own + 32,
+            Pass::Dq => 16,
+            Pass::Dkv => 20 * other + 16,
+        }
+    }
+}
+
+/// The layout of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Form {
+    pub cooperative: Cooperative,
+    head_dim: usize,
+    /// Of 16 own rows each, of the workgroup's four subgroups: two subgroups share one, and the
+    /// head's values, where there are fewer.
+    strips: u32,
+    staged: Option<Staged>,
+}
+
+/// Matrices are loaded from workgroup memory, not from buffers.
+#[derive(Clone, Copy, Debug)]
+struct Staged {
+    /// Values of the other rows' heads that are copied at a time.
+    slice: u32,
+    /// Planes of the own rows in registers.
+    kept: u32,
+    /// Further ones in workgroup memory.
+    held: u32,
+}
+
+impl Form {
+    /// The one that a device runs. AMD's GPUs load whole rows of matrices from buffers; NVIDIA's
+    /// compiler makes single values of them.
+    pub fn of(pass: Pass, gpu: &Gpu, cooperative: Cooperative, head_dim: usize) -> Form {
+        let staged = if cooperative.vectors && gpu.info().vendor != AMD {
+            Form::staged(pass, cooperative, head_dim, |bytes| has_room(gpu, 4 * cooperative.lanes, bytes))
+        } else {
+            None
+        };
+        staged.unwrap_or(Form::from_buffers(cooperative, head_dim))
+    }
+
+    fn from_buffers(cooperative: Cooperative, head_dim: usize) -> Form {
+        let strips = if wide(head_dim) <= 80 { 4 } else { 2 };
+        Form { cooperative, head_dim, strips, staged: None }
+    }
+
+    /// The one with workgroup memory that `fits`, with further own planes there if there is room for
+    /// all that shall be. A thread has 168 registers where three workgroups share a processor of
+    /// NVIDIA's: less of larger heads is kept in them, least where slices are no powers of two, and
+    /// two subgroups share the gradients of heads over 64.
+    fn staged(pass: Pass, cooperative: Cooperative, head_dim: usize, fits: impl Fn(u32) -> bool) -> Option<Form> {
+        let wide = wide(head_dim) as u32;
+        let (strips, slice, kept, most_held) = match (pass, wide) {
+            (Pass::Forward, ..=80) => (4, wide, 2, 0),
+            (Pass::Forward, _) => (2, wide.div_ceil(32) * 16, 1, 1),
+            (Pass::Dq, ..=64) => (4, wide, 3, 0),
+            (Pass::Dkv, ..=64) => (4, wide, 2, 1),
+            (Pass::Dq, 128) => (2, 32, 1, 2),
+            (Pass::Dq | Pass::Dkv, _) => (2, 32, 0, 2),
+        };
+        let form = |held| Form { cooperative, head_dim, strips, staged: Some(Staged { slice, kept, held }) };
+        [most_held, 0].into_iter().map(form).find(|form| fits(form.bytes(pass)))
+    }
+
+    /// Workgroup memory of the staged form.
+    fn bytes(self, pass: Pass) -> u32 {
+        let Some(Staged { slice, held, .. }) = self.staged else { return 0 };
+        let (own, other) = (self.own_rows() as u32, 128 / self.strips);
+        let own_plane = own * (wide(self.head_dim) as u32 + 8);
+        let copied = own_plane.max(2 * other * (slice + 8));
+        4 * own * (other + 4)
+            + 2 * own * (other + 8)
+            + 2 * (copied + held * own_plane)
+            + pass.values_of_rows(own, other)
+    }
+
+    /// Rows that a workgroup owns.
+    pub fn own_rows(self) -> usize {
+        TILE * self.strips as usize
+    }
+
+    /// Text constants of the kernel.
+    pub fn defines(self) -> Defines {
+        let defines = self
+            .cooperative
+            .defines(Defines::new())
+            .with("head_dim", self.head_dim as u32)
+            .with("wide", wide(self.head_dim) as u32)
+            .with("strips", self.strips)
+            .with("staged", self.staged.is_some());
+        match self.staged {
+            Some(Staged { slice, kept, held }) => defines.with("slice", slice).with("kept", kept).with("held", held),
+            None => defines,
+        }
+    }
+
+    /// Every variant's text constants, for the registry test: those of devices with little and
+    /// with much workgroup memory.
+    pub fn variants(pass: Pass, tier: Tier) -> Vec<Defines> {
+        let mut all = Vec::new();
+        for cooperative in Cooperative::ALL.into_iter().filter(|_| tier.cooperative()) {
+            for head_dim in [8, 44, 64, 80, 112, 128] {
+                all.push(Form::from_buffers(cooperative, head_dim));
+                let rooms = [32 << 10, 48 << 10].into_iter().filter(|_| cooperative.vectors);
+                all.extend(rooms.filter_map(|room| Form::staged(pass, cooperative, head_dim, |bytes| bytes <= room)));
+            }
+        }
+        all.into_iter().map(Form::defines).collect()
+    }
+
+    /// Every form that fits a device, the one from buffers first: all give the same bits.
+    #[cfg(test)]
+    fn all(pass: Pass, gpu: &Gpu, cooperative: Cooperative, head_dim: usize) -> Vec<Form> {
+        let mut all = vec![Form::from_buffers(cooperative, head_dim)];
+        let limit = if cooperative.vectors { gpu.limits().workgroup_bytes } else { 0 };
+        let largest = Form::staged(pass, cooperative, head_dim, |bytes| bytes <= limit);
+        let smaller = Form::staged(pass, cooperative, head_dim, |bytes| {
+            largest.is_some_and(|largest| bytes < largest.bytes(pass))
+        });
+        all.extend(largest.into_iter().chain(smaller));
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::attention::Attended;
+    use super::super::attention::tests::Case;
+    use super::super::attention_backward::GpuCall;
+    use super::super::attention_pack::{Packed, cooperative};
+    use super::super::{attention_coop, attention_delta, attention_dkv_coop, attention_dq_coop};
+    use super::*;
+    use crate::device::Device;
+    use crate::tensor::Tensor;
+    use crate::testing;
+
+    const OP: &str = "test";
+
+    /// All forms of a pass, and what `run` gives by them, which is to be the same.
+    fn same(name: &str, forms: Vec<Form>, run: impl Fn(Form) -> Vec<Tensor>) {
+        let bits = |form| -> Vec<Vec<u32>> {
+            let bits = |tensor: &Tensor| tensor.to_vec().unwrap().into_iter().map(f32::to_bits).collect();
+            run(form).iter().map(bits).collect()
+        };
+        let wanted = bits(forms[0]);
+        for &form in &forms[1..] {
+            assert!(bits(form) == wanted, "{name}: {form:?} and {:?} differ", forms[0]);
+        }
+    }
+
+    #[test]
+    fn every_form_gives_the_same_bits() {
+        for device in testing::gpus() {
+            let Device::Gpu(gpu) = &device else { continue };
+            for head_dim in [44, 112] {
+                let segments = [[1; 70].as_slice(), &[2; 30]].concat();
+                let case = Case::causal([2, 1, head_dim], &segments, 100, None);
+                let ([q, k, v], visibility, shape) = (case.qkv(&device), case.visibility(&device), &case.shape);
+                let Some(cooperative) = cooperative(gpu, shape, &visibility) else { continue };
+                let forms = |pass| Form::all(pass, gpu, cooperative, head_dim);
+                let name = case.name(&device);
+                let empty = |like: &Tensor| Tensor::uninit(gpu, OP, like.shape()).unwrap();
+                let Attended { o, lse } = case.attend(&device);
+                same(&format!("{name} forward"), forms(Pass::Forward), |form| {
+                    let results = [empty(&o), empty(&lse)];
+                    attention_coop::dispatch(gpu, form, OP, [&q, &k, &v], shape, &visibility, results.each_ref())
+                        .unwrap();
+                    results.into()
+                });
+                let d_o = case.tensor(&device, shape.heads, &testing::values(99, case.q.len(), 1.0));
+                let stats = attention_delta::dispatch(gpu, &d_o, &o, &lse, head_dim).unwrap();
+                let packed = Packed::new(gpu, OP, [&q, &k, &v], Some(&d_o), shape, &visibility).unwrap();
+                let tensors = [&q, &k, &v, &d_o];
+                let call = GpuCall { op: OP, gpu, tensors, stats: &stats, shape, visibility: &visibility };
+                same(&format!("{name} dQ"), forms(Pass::Dq), |form| {
+                    let dq = empty(&q);
+                    attention_dq_coop::dispatch(&call, &packed, form, &dq).unwrap();
+                    vec![dq]
+                });
+                same(&format!("{name} dK and dV"), forms(Pass::Dkv), |form| {
+                    let results = [empty(&k), empty(&v)];
+                    attention_dkv_coop::dispatch(&call, &packed, form, results.each_ref()).unwrap();
+                    results.into()
+                });
+            }
+        }
+    }
+}
