@@ -69,8 +69,8 @@ impl Tile {
 }
 
 /// PCI vendors.
-pub(super) const AMD: u32 = 0x1002;
-const NVIDIA: u32 = 0x10de;
+const AMD: u32 = 0x1002;
+pub(super) const NVIDIA: u32 = 0x10de;
 
 /// Results of a product [m, n] over some splits of its contracted index, which are to be added up.
 pub(super) struct Splits {
