@@ -65,13 +65,12 @@ impl Form {
         Form { cooperative, head_dim, strips, staged: None }
     }
 
-    /// The one with workgroup memory that `fits`, with further own planes there if there is room for
-    /// all that shall be. A thread has 168 registers where three workgroups share a processor of
-    /// NVIDIA's: less of larger heads is kept in them, least where slices are no powers of two, and
-    /// two subgroups share the gradients of heads over 64.
+    /// The one with workgroup memory, if it `fits`. A thread has 168 registers where three
+    /// workgroups share a processor of NVIDIA's: less of larger heads is kept in them, least where
+    /// slices are no powers of two, and two subgroups share the gradients of heads over 64.
     fn staged(pass: Pass, cooperative: Cooperative, head_dim: usize, fits: impl Fn(u32) -> bool) -> Option<Form> {
         let wide = wide(head_dim) as u32;
-        let (strips, slice, kept, most_held) = match (pass, wide) {
+        let (strips, slice, kept, held) = match (pass, wide) {
             (Pass::Forward, ..=80) => (4, wide, 2, 0),
             (Pass::Forward, _) => (2, wide.div_ceil(32) * 16, 1, 1),
             (Pass::Dq, ..=64) => (4, wide, 3, 0),
@@ -79,8 +78,8 @@ impl Form {
             (Pass::Dq, 128) => (2, 32, 1, 2),
             (Pass::Dq | Pass::Dkv, _) => (2, 32, 0, 2),
         };
-        let form = |held| Form { cooperative, head_dim, strips, staged: Some(Staged { slice, kept, held }) };
-        [most_held, 0].into_iter().map(form).find(|form| fits(form.bytes(pass)))
+        let form = Form { cooperative, head_dim, strips, staged: Some(Staged { slice, kept, held }) };
+        fits(form.bytes(pass)).then_some(form)
     }
 
     /// Workgroup memory of the staged form.
@@ -115,15 +114,14 @@ impl Form {
         }
     }
 
-    /// Every variant's text constants, for the registry test: those of devices with little and
-    /// with much workgroup memory.
+    /// Every variant's text constants, for the registry test.
     pub fn variants(pass: Pass, tier: Tier) -> Vec<Defines> {
         let mut all = Vec::new();
         for cooperative in Cooperative::ALL.into_iter().filter(|_| tier.cooperative()) {
             for head_dim in [8, 44, 64, 80, 112, 128] {
                 all.push(Form::from_buffers(cooperative, head_dim));
-                let rooms = [32 << 10, 48 << 10].into_iter().filter(|_| cooperative.vectors);
-                all.extend(rooms.filter_map(|room| Form::staged(pass, cooperative, head_dim, |bytes| bytes <= room)));
+                let staged = || Form::staged(pass, cooperative, head_dim, |bytes| bytes <= 48 << 10);
+                all.extend(cooperative.vectors.then(staged).flatten());
             }
         }
         all.into_iter().map(Form::defines).collect()
@@ -137,9 +135,9 @@ impl Form {
         let fits = |form: &Form| form.bytes(pass) <= limit;
         let small = Form::staged(pass, cooperative, head_dim, |bytes| bytes <= limit);
         let of_large_heads: &[(u32, u32)] = match pass {
-            Pass::Forward => &[(1, 1), (1, 0)],
-            Pass::Dq => &[(1, 2), (0, 2), (0, 0)],
-            Pass::Dkv => &[(0, 2), (0, 0)],
+            Pass::Forward => &[(1, 1)],
+            Pass::Dq => &[(1, 2)],
+            Pass::Dkv => &[(0, 2)],
         };
         let from_buffers = Form::from_buffers(cooperative, head_dim);
         let large = Form { strips: 2, ..from_buffers };
