@@ -207,9 +207,11 @@ fn main(
     let {{ own.name }}_factor{{ i }} = found[min({{ own.name }}_local{{ i }}, {{ own.width - 1 }}u)];
 {% endfor %}
 {% else %}
-    var largest = largest0;
-{% for i in range(1, own.each) %}
-    largest = max(largest, largest{{ i }});
+    var largest = 0.0;
+{% for i in range(own.each) %}
+    {{ within(own, i) }}{
+        largest = max(largest, largest{{ i }});
+    }
 {% endfor %}
     let {{ own.name }}_least = least_of(factor_of(largest), subgroup);
 {% endif %}

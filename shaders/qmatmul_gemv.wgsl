@@ -13,8 +13,8 @@
 {# Sums that meet in workgroup memory at a time: of so many rows of W. #}
 {% set batch = [rows, [1024 // (tokens * threads), 1] | max] | min %}
 
-{# Scales are looked up when X is staged and their codes have arrived, unless registers are too short to keep what was loaded. #}
-{% set short = tokens > 2 %}
+{# Scales are looked up when X is staged and their codes have arrived, unless there are too few registers to keep what was loaded. #}
+{% set few_registers = tokens > 2 %}
 {% macro look_up() %}
 {% for r in range(rows) %}
         let scale{{ r }} = scale_from(stored_scale{{ r }});
@@ -82,7 +82,7 @@ fn main(
 {% endfor %}
 {% endif %}
         workgroupBarrier();
-{{ look_up() if chunked and short }}
+{{ look_up() if chunked and few_registers }}
 {% set each = tokens * quads_staged // threads %}
         for (var turn = 0u; turn < {{ [each, 1] | max }}u; turn = turn + 1u) {
             let i = thread + turn * {{ threads }}u;
@@ -100,7 +100,7 @@ fn main(
         }
         workgroupBarrier();
 {% if chunked %}
-{{ look_up() if not short }}
+{{ look_up() if not few_registers }}
         for (var word = 0u; word < 4u; word = word + 1u) {
 {% for r in range(rows) %}
             let lo{{ r }} = decode_low(codes{{ r }}.x);

@@ -1,5 +1,5 @@
-// Rotary position embedding: each pair of values of a head is turned by the angle of its token's position. X and Y [M, H * D]{{ "; after them
-// X1 and Y1, with heads of their own" if both }}.
+// Rotary position embedding: each pair of values of a head is turned by the angle of its token's position. X and Y are [M, H * D].{{ "
+// X1 and Y1 follow, and have their own number of heads." if both }}
 {% if interleaved %}
 // Pairs are neighbours: (2 i, 2 i + 1).
 {% else %}
@@ -19,7 +19,7 @@ struct Params {
 
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> x: array<f32>;
-@group(0) @binding(1) var<storage, read> x1: array<f32>;
+@group(0) @binding(1) var<storage, read> x1: array<f32>; // where there is none, X again
 @group(0) @binding(2) var<storage, read> cosines: array<f32>; // [positions, D / 2]
 @group(0) @binding(3) var<storage, read> sines: array<f32>;   // [positions, D / 2]
 @group(0) @binding(4) var<storage, read> position: array<u32>; // of each token

@@ -31,7 +31,7 @@
 {# What is added to the first rows of a tile: of this subgroup, where its threads alone load them. #}
 {% set of_strip = "" if staged else " + 16u * strip" %}
 {% set of_half = "" if staged else " + 32u * half" %}
-{# Of what is copied, by rows of a head and of own rows; their padding spreads the banks. #}
+{# Strides of copied rows: of a slice of other rows, and of whole own rows. Padding spreads the banks. #}
 {% set slice_stride = slice + 8 if staged %}
 {% set own_stride = wide + 8 %}
 {% set copied = [2 * other_rows * slice_stride, own_rows * own_stride] | max if staged %}

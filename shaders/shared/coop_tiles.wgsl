@@ -19,7 +19,7 @@
 {% set threads = subgroups * lanes %}
 {# Rows are padded by 8 values, which spreads the banks. #}
 {% set stride = depth + 8 %}
-{# Values in an element of what they lie in. #}
+{# An element of an array has so many values. #}
 {% set unit = 4 if vectors else 1 %}
 {% set right_unit = unit if double or not natural else 1 %}
 {% set natural = double and natural %}
@@ -29,7 +29,7 @@
 {# The last row has no padding. #}
 {% set left_size = tile_rows * stride - 8 %}
 {% set right_size = (depth if natural else tile_columns) * right_stride - 8 %}
-{# Eights of L that a thread stages: of one row in so many. #}
+{# A thread stages an eight of every so many rows of L. #}
 {% set octs = depth // 8 %}
 {% set left_step = threads // octs %}
 {% set left_each = tile_rows // left_step %}

@@ -29,7 +29,7 @@ pub(super) type Choices = BTreeMap<String, usize>;
 /// What has been chosen on a device.
 pub(super) struct Tuner {
     known: Mutex<Choices>,
-    /// By the hash of a case: what a dispatch asks. Should two cases be alike in it, one may have a slower variant.
+    /// A dispatch looks its case up by a hash. Should two cases have the same, one may run a slower variant.
     quick: Mutex<HashMap<u64, usize, QuickState>>,
     /// The adapter, its driver, the tier and this crate's version: what a choice holds for.
     device: String,

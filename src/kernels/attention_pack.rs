@@ -35,7 +35,7 @@ kernel! {
         ]
 }
 
-/// Rows of a head are padded to a multiple of so many, which those of a workgroup and of its steps
+/// Rows of a head are padded to a multiple of this, which the rows of a workgroup and of its steps
 /// divide.
 const PADDED: usize = 64;
 /// Rows and columns of a packed tile.

@@ -181,7 +181,11 @@ pub(super) fn product(
     let out = Tensor::uninit(gpu, what, &[rows, columns])?;
     let end = out.buffer(gpu, what)?;
     let division = Division::of(gpu, [rows, columns, contracted]);
-    let factors = large.rows.found(gpu, what)?;
+    // Products read X and dY too, whose rows run along the contracted index here.
+    let factors = match large.along {
+        true => large.rows.found_beside_product(gpu, what)?,
+        false => large.rows.found(gpu, what)?,
+    };
     let parts = division.parts;
     let partial = match parts {
         1 => None,

@@ -176,6 +176,7 @@ mod tests {
 
     use super::*;
     use crate::kernels::matrix::HostMatrix;
+    use crate::kernels::qmatmul_coop::Tile;
     use crate::kernels::qmatmul_dx::{LoraDx, qmatmul_dx};
     use crate::testing;
 
@@ -330,8 +331,8 @@ mod tests {
             ("qmatmul_gemv", 4),
             ("qmatmul_tile", 2),
             ("qmatmul_dx_tile", 2),
-            ("qmatmul_coop", 4),
-            ("qmatmul_dx_coop", 4),
+            ("qmatmul_coop", Tile::ALL.len()),
+            ("qmatmul_dx_coop", Tile::ALL.len()),
         ];
         let info = testing::adapters();
         let runs = |tier: &Tier| info.iter().all(|info| info.tiers.contains(&tier.to_string()));
@@ -355,7 +356,7 @@ mod tests {
                 continue;
             };
             let mut seen = 0;
-            for variant in 0..4 {
+            for variant in 0..Tile::ALL.len() {
                 let mut chosen: serde_json::Value = serde_json::from_str(&text).unwrap();
                 for (case, choice) in
                     chosen.as_object_mut().unwrap().values_mut().flat_map(|d| d.as_object_mut().unwrap())

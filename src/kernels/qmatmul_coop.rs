@@ -84,7 +84,7 @@ impl Splits {
     /// The fewest values of a split, so that what it stores is little beside what it reads.
     const SHORTEST: usize = 1024;
 
-    /// How many there are. It depends on the shape alone, so that the order of sums does.
+    /// How many there are, where matrices are cooperative. It depends on the shape alone, so that the order of sums does.
     fn count(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> usize {
         if gpu.cooperative().is_none() {
             return 1;

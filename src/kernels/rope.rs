@@ -274,8 +274,16 @@ pub(crate) fn variants() -> Vec<Defines> {
 
 fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sign: f32) -> Result<Vec<Tensor>> {
     let ys = xs.iter().map(|x| Tensor::uninit(gpu, "rope", x.shape())).collect::<Result<Vec<_>>>()?;
-    // Where there is one, the other is not used: any buffer does.
-    let (x1, y1) = (xs[xs.len() - 1], &ys[ys.len() - 1]);
+    // Where there is one, the other is not used; a result of its own, as no buffer may be written under two names.
+    let x1 = xs[xs.len() - 1];
+    let unused;
+    let y1 = match ys.get(1) {
+        Some(y1) => y1.buffer(gpu, OP)?,
+        None => {
+            unused = gpu.alloc("unused result", 4)?;
+            &unused
+        }
+    };
     let pairs = (xs[0].len() / 2) as u32;
     let all_pairs = xs.iter().map(|x| (x.len() / 2) as u32).sum();
     let row_pairs = |x: &Tensor| (x.shape()[1] / 2) as u32;
@@ -299,7 +307,7 @@ fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, s
             table.sines.buffer(gpu, OP)?,
             positions.buffer(gpu, OP)?,
             ys[0].buffer(gpu, OP)?,
-            y1.buffer(gpu, OP)?,
+            y1,
         ],
         params: bytemuck::bytes_of(&params),
         groups: u64::from(all_pairs.div_ceil(THREADS)),

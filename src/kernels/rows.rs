@@ -36,14 +36,18 @@ impl<'a> Rows<'a> {
         if let Some(found) = factors.get() {
             return Ok(found);
         }
-        if gpu.cooperative().is_some() {
-            let [_, found] = self.packed(gpu, op)?;
-            return Ok(found);
-        }
         let (rows, k) = self.shape(op)?;
         let found = gpu.alloc("row factors", rows as u64 * 4)?;
         row_factor::dispatch(gpu, self.tensor.buffer(gpu, op)?, &found, [rows, k])?;
         Ok(factors.get_or_init(|| found))
+    }
+
+    /// The factors for a kernel beside a product with the same matrix: where that reads packed rows, one pass finds both.
+    pub fn found_beside_product(self, gpu: &Gpu, op: &'static str) -> Result<&'a Buffer> {
+        if self.factors.factors.get().is_none() && gpu.cooperative().is_some() {
+            self.packed(gpu, op)?;
+        }
+        self.found(gpu, op)
     }
 
     /// The rows as f16 for cooperative matrices, and their factors. They are packed now unless they are there.

@@ -42,17 +42,23 @@ pub(super) struct Factors {
 }
 
 impl Factors {
-    /// What a kernel does that stages so many rows of `k` values, or none.
+    /// What a product does that stages so many rows of `k` values, or none, and a kernel beside it.
     pub fn find(&self, ledger: &Rc<Ledger>, [rows, k]: [usize; 2], stages: bool) -> Result<()> {
-        if !stages || self.factors.get().is_some() {
-            return Ok(());
-        }
-        let factors = ledger.tensor(Part::Activations, &[rows])?;
-        if rows::packs(&ledger.device) {
+        let packs = stages && self.factors.get().is_none() && rows::packs(&ledger.device);
+        self.find_alone(ledger, rows, stages)?;
+        if packs {
             let packed = ledger.tensor(Part::Activations, &[pack_rows::words(rows, k)])?;
             self.packed.get_or_init(|| packed);
         }
-        self.factors.get_or_init(|| factors);
+        Ok(())
+    }
+
+    /// What another kernel does.
+    fn find_alone(&self, ledger: &Rc<Ledger>, rows: usize, stages: bool) -> Result<()> {
+        if stages && self.factors.get().is_none() {
+            let factors = ledger.tensor(Part::Activations, &[rows])?;
+            self.factors.get_or_init(|| factors);
+        }
         Ok(())
     }
 
@@ -167,15 +173,15 @@ impl Linear {
         } else {
             Some(self.product_dx(pass, &du_factors)?)
         };
-        let weight = |[rows, cols]: [usize; 2], (factors, width): (&Factors, usize), dropout: bool| {
+        let weight = |rows: usize, cols: usize, factors: &Factors, dropout: bool| {
             let gradient = pass.ledger.tensor(Part::Gradients, &[rows, cols])?;
-            factors.find(pass.ledger, [pass.tokens, width], lora_stages)?;
+            factors.find_alone(pass.ledger, pass.tokens, lora_stages)?;
             pass.ledger.scratch(&lora_dw::scratch(&pass.ledger.device, pass.tokens, rows, cols, dropout))?;
             Ok(gradient)
         };
         let mut grads = vec![dx];
-        grads.push(Some(weight([adapter.rank, self.d_in], (x_factors, self.d_in), pass.dropout)?));
-        grads.push(Some(weight([self.d_out, adapter.rank], (&du_factors, self.d_out), false)?));
+        grads.push(Some(weight(adapter.rank, self.d_in, x_factors, pass.dropout)?));
+        grads.push(Some(weight(self.d_out, adapter.rank, &du_factors, false)?));
         if dora {
             let _sums = pass.ledger.tensor(Part::Gradients, &[self.d_out])?;
             pass.ledger.scratch(&column_sum::scratch(&pass.ledger.device, pass.tokens, self.d_out))?;

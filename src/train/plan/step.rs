@@ -128,12 +128,15 @@ impl Pass<'_> {
             let new = |part, width: usize| ledger.tensor(part, &[rows, width]);
             let chunk = if rows == m { hidden.value().clone() } else { new(Part::Activations, k)? };
             let _logits = new(Part::Logits, v)?;
-            Factors::default().find(ledger, [rows, k], qmatmul::stages(&ledger.device, rows))?;
+            let factors = Factors::default();
+            factors.find(ledger, [rows, k], qmatmul::stages(&ledger.device, rows))?;
             ledger.scratch(&qmatmul::scratch(&ledger.device, rows, v, k))?;
-            drop(chunk);
+            drop((chunk, factors));
             let d_chunk = new(Part::Activations, k)?;
-            Factors::default().find(ledger, [rows, v], qmatmul_dx::stages(&ledger.device))?;
+            let factors = Factors::default();
+            factors.find(ledger, [rows, v], qmatmul_dx::stages(&ledger.device))?;
             ledger.scratch(&qmatmul_dx::scratch(&ledger.device, [rows, v, k]))?;
+            drop(factors);
             if rows == m {
                 d_hidden = d_chunk;
             }
