@@ -199,7 +199,7 @@ run_stack() {
         for name in layers layer_backward model_golden train_golden; do
             run_tests "$name"
         done
-        run_tests qlora_wgpu kernels::qmatmul kernels::lora_ kernels::attention kernels::linear_cross_entropy kernels::row_factor \
+        run_tests qlora_wgpu kernels::qmatmul kernels::lora_ kernels::attention kernels::linear_cross_entropy kernels::rows \
             bench::
     else
         for name in device layers layer_backward seed_parity_layer model_golden train_golden; do
