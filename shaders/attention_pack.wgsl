@@ -1,6 +1,5 @@
 enable f16;
-// What the cooperative matrices of attention read of Q, K, V and, `backward`, of dO, each
-// [M, H * D]: for every head and row f16 times a power of two from the row's own largest value,
+// Packs Q, K, V and, `backward`, dO for attention by cooperative matrices, each [M, H * D]: for every head and row f16 times a power of two from the row's own largest value,
 // padded by zeros to {{ wide }} values and to whole tiles of 16 x 16, each in one piece:
 // packed[plane][head][row / 16][d / 16][row % 16][d % 16].
 //
@@ -28,7 +27,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>; // not read, unless `backward`
 @group(0) @binding(4) var<storage, read_write> queries: array<vec4<f16>>; // planes of Q, of dO
 @group(0) @binding(5) var<storage, read_write> keys: array<vec4<f16>>;    // planes of K, of V
-// Of each packed row of Q and of dO, of K and of V, what its values are times; 2^-126 where there
+// The values of a packed row of Q and of dO, or of K and of V, are times these; 2^-126 where there
 // are only zeros.
 @group(0) @binding(6) var<storage, read_write> query_scales: array<f32>;
 @group(0) @binding(7) var<storage, read_write> key_scales: array<f32>;
@@ -67,7 +66,7 @@ struct Params {
             {{ packed }}[to] = vec4<f16>(value);
 {% endif %}
 {% if tensor.transposed %}
-            // Of four rows one value each.
+            // It takes a value of each of four rows.
             let from_row = thread % 4u * {{ 4 * stride }}u + {{ 4 * tile }}u + thread / 16u;
             let e = thread / 4u % 4u;
             let column = vec4<f32>(rows[from_row][e], rows[from_row + {{ stride }}u][e], rows[from_row + {{ 2 * stride }}u][e], rows[from_row + {{ 3 * stride }}u][e]);

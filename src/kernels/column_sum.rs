@@ -107,6 +107,44 @@ pub(super) fn rows_each(tier: Tier, groups: usize, rows: usize) -> usize {
     rows.div_ceil(wanted / groups.clamp(1, wanted)).clamp(SHORTEST, LONGEST)
 }
 
+/// Where workgroups put parts of a result's sums, which are added up in their order: the result itself if it is one part.
+pub(super) struct Partial {
+    parts: usize,
+    values: usize,
+    buffer: Option<Buffer>,
+}
+
+impl Partial {
+    /// Room for so many parts of `values` results.
+    pub fn new(gpu: &Gpu, what: &'static str, parts: usize, values: usize) -> Result<Partial> {
+        let buffer = if parts > 1 { Some(gpu.alloc(what, (4 * parts * values) as u64)?) } else { None };
+        Ok(Partial { parts, values, buffer })
+    }
+
+    /// What the workgroups write: [parts, values], or `result`.
+    pub fn or<'a>(&'a self, result: &'a Buffer) -> &'a Buffer {
+        self.buffer.as_ref().unwrap_or(result)
+    }
+
+    /// Adds the parts up into `result`.
+    pub fn add_up(&self, gpu: &Gpu, result: &Buffer) -> Result<()> {
+        match &self.buffer {
+            Some(buffer) => dispatch(gpu, buffer, None, [self.parts, self.values], 1.0, result),
+            None => Ok(()),
+        }
+    }
+
+    /// The memory that this takes.
+    pub fn scratch(gpu: &Gpu, parts: usize, values: usize) -> Scratch {
+        if parts < 2 {
+            return Scratch::default();
+        }
+        let mut taken = scratch(&Device::Gpu(gpu.clone()), parts, values);
+        taken.kept.insert(0, parts * values);
+        taken
+    }
+}
+
 /// Records the sums of `a` (and `b`) times `scale` into `out`.
 pub(super) fn dispatch(
     gpu: &Gpu,

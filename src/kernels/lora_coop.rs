@@ -2,7 +2,7 @@
 //! [`lora_dh`](super::lora_dh) and [`lora_dw`](super::lora_dw) are for many tokens in that tier. Operands are staged as f16 with
 //! powers of two that keep their range, sums are f32, in parts that a second pass adds up in a fixed order.
 
-use super::column_sum::{self, rows_each};
+use super::column_sum::{Partial, rows_each};
 use super::lora_down::Dropout;
 use super::qmatmul_operands::GEMV_ROWS;
 use super::{Rows, Scratch, kernel, params};
@@ -187,10 +187,7 @@ pub(super) fn product(
         false => large.rows.found(gpu, what)?,
     };
     let parts = division.parts;
-    let partial = match parts {
-        1 => None,
-        _ => Some(gpu.alloc("parts of a product", (parts * rows * columns * 4) as u64)?),
-    };
+    let partial = Partial::new(gpu, "parts of a product", parts, rows * columns)?;
     let (seed_low, seed_high, drop_below, keep_scale) = Dropout::params(large.dropout);
     let params = LoraCoopParams {
         rows: rows as u32,
@@ -212,27 +209,18 @@ pub(super) fn product(
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
         defines: &form.defines(cooperative, is_wide(rows, columns), quads),
-        buffers: &[left.0.buffer(gpu, what)?, right.0.buffer(gpu, what)?, factors, partial.as_ref().unwrap_or(end)],
+        buffers: &[left.0.buffer(gpu, what)?, right.0.buffer(gpu, what)?, factors, partial.or(end)],
         params: bytemuck::bytes_of(&params),
         groups: (division.row_groups * division.column_groups * parts) as u64,
         flops_per_group: 2 * (TILE.0 * TILE.1 * division.each) as u64,
     })?;
-    if let Some(partial) = partial {
-        column_sum::dispatch(gpu, &partial, None, [parts, rows * columns], 1.0, end)?;
-    }
+    partial.add_up(gpu, end)?;
     Ok(out)
 }
 
 /// What [`product`] takes beside OUT [P, Q] for C contracted values, and beside the factors that others share.
 pub(super) fn scratch(gpu: &Gpu, sizes: [usize; 3]) -> Scratch {
-    let parts = Division::of(gpu, sizes).parts;
-    let mut scratch = Scratch::default();
-    if parts > 1 {
-        let values = sizes[0] * sizes[1];
-        scratch.kept.push(parts * values);
-        scratch.kept.extend(column_sum::scratch(&Device::Gpu(gpu.clone()), parts, values).kept);
-    }
-    scratch
+    Partial::scratch(gpu, Division::of(gpu, sizes).parts, sizes[0] * sizes[1])
 }
 
 /// The bound of tests of a product over so many tokens, relative to the sum of its terms' absolute values: that of f16 operands

@@ -11,8 +11,9 @@
 //! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, register tiles, one by cooperative
 //! matrices, and one for software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
 
+use super::column_sum::Partial;
 use super::matrix::{DeviceMatrix, HostMatrix};
-use super::qmatmul_coop::Splits;
+use super::qmatmul_coop::splits;
 use super::qmatmul_operands::{GEMV_ROWS, GpuCall, HostLora, OP};
 use super::{
     LoraUp, Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, qmatmul_coop, qmatmul_cpu, qmatmul_gemv,
@@ -82,9 +83,10 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
         }
         (Storage::Gpu(gpu, x), _, Some((_, parts))) => {
             let y = Tensor::uninit(gpu, "y", &[m, n])?;
-            let splits = Splits::new(gpu, split_shape([m, n, k]))?;
+            let splits = splits(gpu, split_shape([m, n, k]));
+            let partial = Partial::new(gpu, "splits of a product", splits, m * n)?;
             let result = y.buffer(gpu, OP)?;
-            let call = GpuCall { gpu, w, x, m, bias, lora, splits: splits.count, y: splits.results(result) };
+            let call = GpuCall { gpu, w, x, m, bias, lora, splits, y: partial.or(result) };
             let factor = || if gpu.tier().f16() { rows.found(gpu, OP) } else { gpu.unused() };
             for part in parts {
                 match (gpu.tier(), gpu.cooperative()) {
@@ -97,7 +99,7 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
                     _ => qmatmul_tile::dispatch(&call, part, factor()?)?,
                 }
             }
-            splits.add_up(gpu, m * n, result)?;
+            partial.add_up(gpu, result)?;
             Ok(y)
         }
         // `same` has made sure of one device.
@@ -109,11 +111,11 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
 pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch {
     match device {
         Device::Cpu(_) => qmatmul_cpu::scratch(m, n, k),
-        Device::Gpu(gpu) => Splits::scratch(gpu, split_shape([m, n, k])),
+        Device::Gpu(gpu) => Partial::scratch(gpu, splits(gpu, split_shape([m, n, k])), m * n),
     }
 }
 
-/// The shape of a product as [`Splits`] counts it: few rows of X are a matrix-vector product, which has none.
+/// The shape of a product as [`splits`] counts it: few rows of X are a matrix-vector product, which has none.
 fn split_shape([m, n, k]: [usize; 3]) -> [usize; 3] {
     [m, n, if m > GEMV_ROWS { k } else { 0 }]
 }

@@ -1,11 +1,11 @@
 //! [`qmatmul`](super::qmatmul) by cooperative matrices: tiles of Y, operands staged as f16 in workgroup memory with powers
 //! of two that keep their range, sums in f32. One shader for both sizes of matrices.
 
+use super::kernel;
 use super::packing::Part;
 use super::qmatmul_operands::{GpuCall, QmatmulParams};
 use super::qmatmul_tile::{has_room, with_tile};
-use super::{Scratch, column_sum, kernel};
-use crate::device::{Buffer, Cooperative, Defines, Device, Dispatch, Gpu};
+use crate::device::{Buffer, Cooperative, Defines, Dispatch, Gpu};
 use crate::error::Result;
 
 kernel! {
@@ -72,60 +72,19 @@ impl Tile {
 const AMD: u32 = 0x1002;
 pub(super) const NVIDIA: u32 = 0x10de;
 
-/// Results of a product [m, n] over some splits of its contracted index, which are to be added up.
-pub(super) struct Splits {
-    pub count: usize,
-    partial: Option<Buffer>,
-}
+/// Workgroups that occupy a large device.
+const WANTED_GROUPS: usize = 256;
+/// The fewest values of a split, so that what it stores is little beside what it reads.
+const SHORTEST: usize = 1024;
 
-impl Splits {
-    /// Workgroups that occupy a large device.
-    const WANTED_GROUPS: usize = 256;
-    /// The fewest values of a split, so that what it stores is little beside what it reads.
-    const SHORTEST: usize = 1024;
-
-    /// How many there are, where matrices are cooperative. It depends on the shape alone, so that the order of sums does.
-    fn count(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> usize {
-        if gpu.cooperative().is_none() {
-            return 1;
-        }
-        let tiles = m.div_ceil(SINGLE_64.rows as usize) * n.div_ceil(SINGLE_64.columns as usize);
-        (Splits::WANTED_GROUPS / tiles.max(1)).min(contracted / Splits::SHORTEST).max(1)
+/// The splits of a product's contracted index, where matrices are cooperative. Their number depends on the shape alone, so that
+/// the order of sums does.
+pub(super) fn splits(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> usize {
+    if gpu.cooperative().is_none() {
+        return 1;
     }
-
-    pub fn new(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> Result<Splits> {
-        let count = Splits::count(gpu, [m, n, contracted]);
-        let partial = match count {
-            1 => None,
-            _ => Some(gpu.alloc("splits of a product", (4 * count * m * n) as u64)?),
-        };
-        Ok(Splits { count, partial })
-    }
-
-    /// Where the product's results go: the splits, or at once what they add up to.
-    pub fn results<'a>(&'a self, result: &'a Buffer) -> &'a Buffer {
-        self.partial.as_ref().unwrap_or(result)
-    }
-
-    /// Adds them up to `values` results.
-    pub fn add_up(&self, gpu: &Gpu, values: usize, result: &Buffer) -> Result<()> {
-        match &self.partial {
-            Some(partial) => column_sum::dispatch(gpu, partial, None, [self.count, values], 1.0, result),
-            None => Ok(()),
-        }
-    }
-
-    /// The memory that they take.
-    pub fn scratch(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> Scratch {
-        match Splits::count(gpu, [m, n, contracted]) {
-            1 => Scratch::default(),
-            count => {
-                let mut scratch = column_sum::scratch(&Device::Gpu(gpu.clone()), count, m * n);
-                scratch.kept.insert(0, count * m * n);
-                scratch
-            }
-        }
-    }
+    let tiles = m.div_ceil(SINGLE_64.rows as usize) * n.div_ceil(SINGLE_64.columns as usize);
+    (WANTED_GROUPS / tiles.max(1)).min(contracted / SHORTEST).max(1)
 }
 
 /// What a variant's text depends on beside the matrix and the device.
@@ -158,7 +117,7 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     all
 }
 
-/// `x`: packed rows of X, and their factors ([`row_factor`](super::row_factor)).
+/// `x`: packed rows of X, and their factors ([`pack_rows`](super::pack_rows)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, x: [&Buffer; 2], cooperative: Cooperative) -> Result<()> {
     let [x, factor] = x;
     let (quads, rank_quads) = (call.stores_quads(part), call.reads_rank_quads());

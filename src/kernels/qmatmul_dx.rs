@@ -11,9 +11,10 @@
 //! dequantized f32 values; sums are f32. Forms: a register tile, one by cooperative matrices, and one for software drivers; on
 //! the CPU a GEMM crate over decoded tiles. Where W is in several parts, by rows, they add to dX one after another.
 
+use super::column_sum::Partial;
 use super::lora_down::Dropout;
 use super::matrix::DeviceMatrix;
-use super::qmatmul_coop::Splits;
+use super::qmatmul_coop::splits;
 use super::qmatmul_dx_operands::{GpuDxCall, HostLoraDx, OP, reads_packed};
 use super::{
     Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, qmatmul_dx_coop, qmatmul_dx_cpu, qmatmul_dx_lanes,
@@ -94,9 +95,10 @@ pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>
             }
             let packed = parts.iter().all(|part| reads_packed(w, part));
             // Tiles have no splits.
-            let splits = Splits::new(gpu, [m, k, if packed { n } else { 0 }])?;
+            let splits = splits(gpu, [m, k, if packed { n } else { 0 }]);
+            let partial = Partial::new(gpu, "splits of a product", splits, m * k)?;
             let result = dx.buffer(gpu, OP)?;
-            let call = GpuDxCall { gpu, w, dy, m, lora: adapter, splits: splits.count, dx: splits.results(result) };
+            let call = GpuDxCall { gpu, w, dy, m, lora: adapter, splits, dx: partial.or(result) };
             let factor = || if gpu.tier().f16() { rows.found(gpu, OP) } else { gpu.unused() };
             for part in parts {
                 match (gpu.tier(), gpu.cooperative()) {
@@ -107,7 +109,7 @@ pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>
                     _ => qmatmul_dx_tile::dispatch(&call, part, factor()?)?,
                 }
             }
-            splits.add_up(gpu, m * k, result)?;
+            partial.add_up(gpu, result)?;
             Ok(dx)
         }
         // `same` has made sure of one device.
@@ -119,7 +121,7 @@ pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>
 pub(crate) fn scratch(device: &Device, [m, n, k]: [usize; 3]) -> Scratch {
     match device {
         Device::Cpu(_) => qmatmul_dx_cpu::scratch(n, k),
-        Device::Gpu(gpu) => Splits::scratch(gpu, [m, k, n]),
+        Device::Gpu(gpu) => Partial::scratch(gpu, splits(gpu, [m, k, n]), m * k),
     }
 }
 

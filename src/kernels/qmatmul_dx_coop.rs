@@ -47,7 +47,7 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     all
 }
 
-/// `dy`: packed rows of dY, and their factors ([`row_factor`](super::row_factor)).
+/// `dy`: packed rows of dY, and their factors ([`pack_rows`](super::pack_rows)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, dy: [&Buffer; 2], cooperative: Cooperative) -> Result<()> {
     let [dy, factor] = dy;
     let form = |tile| Form { tile, rank_quads: call.reads_rank_quads(part), dropout: call.dropout(part).is_some() };
