@@ -3,6 +3,8 @@
 mod common;
 
 use qlora_wgpu::device::{Device, Gpu, GpuOptions, Select, Tier, devices};
+use qlora_wgpu::kernels::add::add;
+use qlora_wgpu::kernels::silu_mul::silu_mul;
 use qlora_wgpu::nn::{LoraAdapter, LoraConfig, QLoraLinear};
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::{Error, Tensor, wgpu};
@@ -180,6 +182,42 @@ fn forward_passes_reuse_buffers_pipelines_and_return_to_the_same_level() {
         }
         drop((layer, x));
         assert_eq!(device.memory().live_bytes, if matches!(device, Device::Gpu(_)) { 16 } else { 0 }, "all given back");
+    }
+}
+
+#[test]
+fn a_pass_unlike_the_one_before_binds_its_own_buffers() {
+    let tensor = |device: &Device, seed: usize| {
+        let values: Vec<f32> = (0..64).map(|i| ((i + seed) as f32 * 0.37).sin()).collect();
+        Tensor::from_slice(device, &[64], &values).unwrap()
+    };
+    // Each list is a pass with one read at its end: the same kernels with other tensors, in another order, fewer and more.
+    let passes = [[0, 1, 2].as_slice(), &[0, 1, 2], &[1, 0, 2], &[2], &[2, 1], &[0, 1, 2, 1, 0], &[0, 1, 2, 1, 0]];
+    let run = |device: &Device| {
+        let all: Vec<Tensor> = (0..4).map(|seed| tensor(device, seed)).collect();
+        let mut results = Vec::new();
+        for (index, pass) in passes.iter().enumerate() {
+            let mut sum = all[index % 3].clone();
+            for &op in *pass {
+                sum = match op {
+                    0 => add(&sum, &all[3]).unwrap(),
+                    1 => silu_mul(&sum, &all[index % 2]).unwrap(),
+                    _ => add(&all[2], &sum).unwrap(),
+                };
+            }
+            results.extend(sum.to_vec().unwrap());
+            if let (Device::Gpu(gpu), 4) = (device, index) {
+                // Every pooled buffer goes, and what was bound with it.
+                gpu.trim();
+            }
+        }
+        results
+    };
+    let wanted = run(&Device::cpu());
+    for device in common::gpus_with(|_| {}) {
+        for (got, wanted) in run(&device).iter().zip(&wanted) {
+            assert!((got - wanted).abs() <= 1e-5 * wanted.abs().max(1.0), "{}: {got} {wanted}", device.name());
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::gpu::{Buffer, Gpu, MAX_PARAMS_BYTES};
-use super::pipeline::Pipeline;
+use super::pipeline::{Bound, Pipeline};
 use super::profile::{self, Stamps};
 use super::shader::{Defines, Kernel};
 use super::tier::Tier;
@@ -72,12 +72,11 @@ impl Gpu {
     pub(crate) fn dispatch(&self, call: Dispatch<'_>) -> Result<()> {
         debug_assert_eq!(call.params.len(), call.kernel.params_bytes);
         debug_assert_eq!(call.buffers.len(), call.kernel.bindings.len());
-        let pipeline = self.pipelines().get(self, call.kernel, call.defines)?;
+        let bound = match self.pipelines().expected(call.kernel, call.defines, call.buffers) {
+            Some(bound) => bound,
+            None => self.bind(&call)?,
+        };
         let recorder = &mut *self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.immediates() && recorder.uniform_buffer.is_none() {
-            recorder.uniform_buffer = Some(self.uniform_buffer()?);
-        }
-        let bind_group = pipeline.bind_group(self, call.buffers, recorder.uniform_buffer.as_ref())?;
 
         let (max_flops, batch_flops) = limits(self.tier(), self.speed());
         let part = (max_flops / call.flops_per_group.max(1)).clamp(1, u64::from(u32::MAX));
@@ -95,11 +94,11 @@ impl Gpu {
                 self.submit(recorder)?;
             }
             let offset = recorder.stage_uniform(self, params);
-            let pass = recorder.pass(self, call.kernel.name, &pipeline)?;
+            let pass = recorder.pass(self, call.kernel.name, &bound.pipeline)?;
             match offset {
-                Some(offset) => pass.set_bind_group(0, &bind_group, &[offset]),
+                Some(offset) => pass.set_bind_group(0, &bound.group, &[offset]),
                 None => {
-                    pass.set_bind_group(0, &bind_group, &[]);
+                    pass.set_bind_group(0, &bound.group, &[]);
                     pass.set_immediates(0, params);
                 }
             }
@@ -111,6 +110,17 @@ impl Gpu {
             first = end;
         }
         Ok(())
+    }
+
+    /// What a dispatch binds, looked up or made, and kept for the next time.
+    fn bind(&self, call: &Dispatch<'_>) -> Result<Bound> {
+        // Compiled before the recorder is locked: that takes long.
+        let pipeline = self.pipelines().get(self, call.kernel, call.defines)?;
+        let uniforms = if self.immediates() { None } else { Some(self.uniforms()?) };
+        let group = pipeline.bind_group(self, call.buffers, uniforms.as_ref())?;
+        let bound = Bound { pipeline, group };
+        self.pipelines().note(call.buffers, &bound);
+        Ok(bound)
     }
 
     /// Submits what has been recorded, without waiting for it.
@@ -165,15 +175,21 @@ impl Gpu {
         self.check()
     }
 
-    fn uniform_buffer(&self) -> Result<wgpu::Buffer> {
-        self.scoped("parameters", |device| {
+    /// The buffer of the batch's parameters, where there are no immediates.
+    fn uniforms(&self) -> Result<wgpu::Buffer> {
+        let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(buffer) = &recorder.uniform_buffer {
+            return Ok(buffer.clone());
+        }
+        let buffer = self.scoped("parameters", |device| {
             device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("parameters"),
                 size: u64::from(self.limits().uniform_alignment) * BATCH as u64,
                 usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
                 mapped_at_creation: false,
             })
-        })
+        })?;
+        Ok(recorder.uniform_buffer.insert(buffer).clone())
     }
 
     /// None if nothing was recorded.
@@ -243,6 +259,7 @@ impl Gpu {
         })?;
         recorder.encoder(self)?.copy_buffer_to_buffer(buffer.raw(), 0, &staging, 0, size);
         let submission = self.submit(&mut recorder)?;
+        self.pipelines().restart_trail();
         let state = Arc::new(Mutex::new(ReadState::default()));
         let shared = state.clone();
         self.scoped("reading back", |_| {

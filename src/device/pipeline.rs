@@ -1,7 +1,7 @@
 //! Compute pipelines, compiled once per kernel variant, and the bind groups that go with them.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::gpu::{Buffer, Gpu, MAX_PARAMS_BYTES};
@@ -19,6 +19,8 @@ const MAX_BIND_GROUPS: usize = 2048;
 /// A compiled variant of a kernel.
 pub(super) struct Pipeline {
     pub(super) raw: wgpu::ComputePipeline,
+    kernel: &'static str,
+    defines: Defines,
     layout: wgpu::BindGroupLayout,
     label: String,
     bind_groups: Mutex<BindGroups>,
@@ -28,6 +30,7 @@ pub(super) struct Pipeline {
 #[derive(Default)]
 pub(super) struct Pipelines {
     compiled: Mutex<HashMap<&'static str, Variants, QuickState>>,
+    trail: Mutex<Trail>,
 }
 
 type Variants = HashMap<Defines, Arc<Pipeline>, QuickState>;
@@ -41,6 +44,32 @@ struct BindGroups {
 
 /// Ids of a kernel's buffers, 0 after them: of a fixed size, so that a key lies in the map itself.
 type Ids = [u32; MAX_BINDINGS];
+
+fn ids(buffers: &[&Buffer]) -> Ids {
+    let mut ids = [0; MAX_BINDINGS];
+    ids.iter_mut().zip(buffers).for_each(|(id, buffer)| *id = buffer.id());
+    ids
+}
+
+/// What a dispatch binds.
+#[derive(Clone)]
+pub(super) struct Bound {
+    pub(super) pipeline: Arc<Pipeline>,
+    pub(super) group: wgpu::BindGroup,
+}
+
+/// What the dispatches since the last read have bound, in their order. A training step, or a token, binds what the one before
+/// it did, so that the next dispatch finds its own here and asks no map.
+#[derive(Default)]
+struct Trail {
+    /// `None` for one whose buffers are gone.
+    steps: Vec<Option<(Ids, Bound)>>,
+    /// Where the next dispatch is.
+    at: usize,
+}
+
+/// The most dispatches of a trail; those after them are looked up.
+const MAX_TRAIL: usize = 1 << 14;
 type ByIds = HashMap<Ids, wgpu::BindGroup, QuickState>;
 
 impl BindGroups {
@@ -62,6 +91,44 @@ impl BindGroups {
 }
 
 impl Pipelines {
+    /// What this dispatch binds, if it is the one that came here the last time.
+    pub(super) fn expected(&self, kernel: &Kernel, defines: &Defines, buffers: &[&Buffer]) -> Option<Bound> {
+        let trail = &mut *self.trail();
+        let (ids, bound) = trail.steps.get(trail.at)?.as_ref()?;
+        let pipeline = &*bound.pipeline;
+        // Names of kernels are unique.
+        let same = std::ptr::eq(pipeline.kernel, kernel.name)
+            && buffers.iter().zip(ids).all(|(buffer, id)| buffer.id() == *id)
+            && pipeline.defines == *defines;
+        same.then(|| {
+            trail.at += 1;
+            bound.clone()
+        })
+    }
+
+    /// Keeps what a dispatch that was not expected has bound.
+    pub(super) fn note(&self, buffers: &[&Buffer], bound: &Bound) {
+        let trail = &mut *self.trail();
+        let step = Some((ids(buffers), bound.clone()));
+        if let Some(place) = trail.steps.get_mut(trail.at) {
+            *place = step;
+        } else if trail.steps.len() < MAX_TRAIL {
+            trail.steps.push(step);
+        } else {
+            return;
+        }
+        trail.at += 1;
+    }
+
+    /// The next dispatch is the first one again.
+    pub(super) fn restart_trail(&self) {
+        self.trail().at = 0;
+    }
+
+    fn trail(&self) -> MutexGuard<'_, Trail> {
+        self.trail.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The pipeline of this variant, compiled on first use.
     pub(super) fn get(&self, gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Arc<Pipeline>> {
         // Held while compiling: two threads that want the same variant compile it once.
@@ -83,12 +150,17 @@ impl Pipelines {
     /// Takes out the bind groups of buffers that no longer exist: once they are dropped, the memory is given back.
     pub(super) fn forget_buffers(&self, retired: &[u32]) -> Vec<wgpu::BindGroup> {
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = |ids: &Ids| ids.iter().any(|id| retired.contains(id));
         let mut forgotten = Vec::new();
+        for step in &mut self.trail().steps {
+            let step = step.take_if(|(ids, _)| gone(ids));
+            forgotten.extend(step.map(|(_, bound)| bound.group));
+        }
         for pipeline in compiled.values().flat_map(HashMap::values) {
             let groups = &mut *pipeline.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
             for groups in [&mut groups.young, &mut groups.old] {
-                let gone = groups.extract_if(|ids, _| ids.iter().any(|&id| retired.contains(&id)));
-                forgotten.extend(gone.map(|(_, group)| group));
+                let groups = groups.extract_if(|ids, _| gone(ids));
+                forgotten.extend(groups.map(|(_, group)| group));
             }
         }
         forgotten
@@ -158,7 +230,8 @@ impl Pipeline {
                 });
             }
         }
-        Ok(Pipeline { raw, layout, label, bind_groups: Mutex::default() })
+        let (kernel, defines) = (kernel.name, defines.clone());
+        Ok(Pipeline { raw, kernel, defines, layout, label, bind_groups: Mutex::default() })
     }
 
     /// The bind group of these buffers, and of the batch's parameters where they are in a buffer; made on first use.
@@ -168,8 +241,7 @@ impl Pipeline {
         buffers: &[&Buffer],
         uniforms: Option<&wgpu::Buffer>,
     ) -> Result<wgpu::BindGroup> {
-        let mut ids = [0; MAX_BINDINGS];
-        ids.iter_mut().zip(buffers).for_each(|(id, buffer)| *id = buffer.id());
+        let ids = ids(buffers);
         let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(group) = groups.get(&ids) {
             return Ok(group);

@@ -1,6 +1,7 @@
 //! Buffer reuse by size class, with counters that say what is resident.
 
-use std::collections::BTreeMap;
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BinaryHeap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Memory of one device, in bytes; read with [`Device::memory`](super::Device::memory).
@@ -46,11 +47,39 @@ pub(crate) struct Pool<T> {
 }
 
 struct State<T> {
-    /// By size; of a size the lowest number last, with what it belongs to.
-    free: BTreeMap<u64, Vec<(u64, T)>>,
+    /// By size.
+    free: BTreeMap<u64, BinaryHeap<Free<T>>>,
+    /// Items that have come back so far.
+    returns: u64,
     counters: MemoryCounters,
     /// What was held when it was last told.
     told: u64,
+}
+
+/// A free item. The greatest is the next to be taken: that with the lowest number, and among equals the last to come back.
+struct Free<T> {
+    order: (Reverse<u64>, u64),
+    item: T,
+}
+
+impl<T> PartialEq for Free<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.order == other.order
+    }
+}
+
+impl<T> Eq for Free<T> {}
+
+impl<T> PartialOrd for Free<T> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl<T> Ord for Free<T> {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.order.cmp(&other.order)
+    }
 }
 
 /// What [`Pool::take`] answers.
@@ -66,7 +95,8 @@ pub(crate) enum Taken<T> {
 impl<T> Pool<T> {
     /// An empty pool; `limit` bounds live and pooled bytes together.
     pub(crate) fn new(limit: Option<u64>) -> Self {
-        let state = State { free: BTreeMap::new(), counters: MemoryCounters::default(), told: 1 << 20 };
+        let state =
+            State { free: BTreeMap::new(), returns: 0, counters: MemoryCounters::default(), told: 1 << 20 };
         Pool { limit, state: Mutex::new(state) }
     }
 
@@ -79,7 +109,7 @@ impl<T> Pool<T> {
     /// new one is wanted (`reuse` is false) the caller always has to.
     pub(crate) fn take(&self, size: u64, reuse: bool) -> Taken<T> {
         let state = &mut *self.state();
-        let reused = state.free.get_mut(&size).filter(|_| reuse).and_then(Vec::pop).map(|(_, item)| item);
+        let reused = state.free.get_mut(&size).filter(|_| reuse).and_then(BinaryHeap::pop).map(|free| free.item);
         if reused.is_some() {
             state.counters.pooled_bytes -= size;
             state.counters.reuses += 1;
@@ -115,8 +145,9 @@ impl<T> Pool<T> {
         let state = &mut *self.state();
         state.counters.live_bytes -= size;
         state.counters.pooled_bytes += size;
-        let free = state.free.entry(size).or_default();
-        free.insert(free.partition_point(|(other, _)| *other >= number), (number, item));
+        state.returns += 1;
+        let order = (Reverse(number), state.returns);
+        state.free.entry(size).or_default().push(Free { order, item });
     }
 
     /// An item of `size` bytes is gone: dropped by its owner, or never allocated after [`Pool::take`].
@@ -158,8 +189,8 @@ impl<T> Pool<T> {
 }
 
 /// Takes all of them out.
-fn items<T>(free: &mut BTreeMap<u64, Vec<(u64, T)>>) -> Vec<T> {
-    std::mem::take(free).into_values().flatten().map(|(_, item)| item).collect()
+fn items<T>(free: &mut BTreeMap<u64, BinaryHeap<Free<T>>>) -> Vec<T> {
+    std::mem::take(free).into_values().flatten().map(|free| free.item).collect()
 }
 
 #[cfg(test)]

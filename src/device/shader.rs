@@ -1,6 +1,8 @@
 //! Shader text: whole `.wgsl` files with a few template tags for tile sizes, unrolled loops and shared snippets.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::{Arc, LazyLock};
 
 use minijinja::syntax::SyntaxConfig;
@@ -31,8 +33,46 @@ pub struct Kernel {
 }
 
 /// Text constants of one variant of a kernel. Their values are part of a pipeline's identity.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Defines(Vec<(&'static str, Define)>);
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub struct Defines(Vec<(Word, Define)>);
+
+/// A word of the program's text.
+#[derive(Clone, Copy, Debug, Eq)]
+pub struct Word(&'static str);
+
+impl PartialEq for Word {
+    fn eq(&self, other: &Word) -> bool {
+        // A variant is asked for at the same place each time, so that its words are the same bytes: most comparisons end here.
+        std::ptr::eq(self.0, other.0) || self.0 == other.0
+    }
+}
+
+impl Hash for Word {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.hash(state);
+    }
+}
+
+impl fmt::Display for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl Default for Defines {
+    fn default() -> Self {
+        Defines(Vec::with_capacity(Defines::ROOM))
+    }
+}
+
+impl Clone for Defines {
+    fn clone(&self) -> Self {
+        // With the room that a copy of the list has not.
+        let mut all = Vec::with_capacity(Defines::ROOM.max(self.0.len()));
+        all.extend_from_slice(&self.0);
+        Defines(all)
+    }
+}
 
 /// The value of a text constant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -42,7 +82,7 @@ pub enum Define {
     /// A size or a count.
     Number(u32),
     /// A word out of a fixed set.
-    Word(&'static str),
+    Word(Word),
     /// The bits of f32 values, so that they compare and reach the shader exactly. Every dispatch has a clone.
     Floats(Arc<[u32]>),
 }
@@ -61,7 +101,7 @@ impl From<u32> for Define {
 
 impl From<&'static str> for Define {
     fn from(value: &'static str) -> Self {
-        Define::Word(value)
+        Define::Word(Word(value))
     }
 }
 
@@ -72,6 +112,9 @@ impl From<&[f32]> for Define {
 }
 
 impl Defines {
+    /// Constants that a list has room for from the start. No variant has more, so a dispatch allocates its list once.
+    pub(crate) const ROOM: usize = 24;
+
     /// No constants yet.
     pub fn new() -> Self {
         Self::default()
@@ -80,29 +123,29 @@ impl Defines {
     /// Their names.
     #[cfg(test)]
     pub fn names(&self) -> impl Iterator<Item = &'static str> {
-        self.0.iter().map(|(name, _)| *name)
+        self.0.iter().map(|(name, _)| name.0)
     }
 
     /// Adds one constant.
     pub fn with(mut self, name: &'static str, value: impl Into<Define>) -> Self {
-        self.0.push((name, value.into()));
+        self.0.push((Word(name), value.into()));
         self
     }
 
     /// Whether a flag of this name is set.
     pub fn flag(&self, name: &str) -> bool {
-        self.0.iter().any(|(other, value)| *other == name && *value == Define::Flag(true))
+        self.0.iter().any(|(other, value)| other.0 == name && *value == Define::Flag(true))
     }
 
     /// Whether the variant multiplies cooperative matrices: it has the size of these.
     pub(crate) fn is_cooperative(&self) -> bool {
-        self.0.iter().any(|(name, _)| *name == "edge")
+        self.0.iter().any(|(name, _)| name.0 == "edge")
     }
 
     /// The variant in one line, for labels and messages.
     pub fn label(&self) -> String {
-        let show = |(name, value): &(&str, Define)| match value {
-            Define::Flag(true) => Some((*name).to_owned()),
+        let show = |(name, value): &(Word, Define)| match value {
+            Define::Flag(true) => Some(name.0.to_owned()),
             Define::Flag(false) | Define::Floats(_) => None,
             Define::Number(number) => Some(format!("{name}={number}")),
             Define::Word(word) => Some(format!("{name}={word}")),
@@ -174,10 +217,10 @@ pub fn compose(kernel: &Kernel, defines: &Defines, immediates: bool) -> Result<S
             let value = match value {
                 Define::Flag(flag) => Value::from(*flag),
                 Define::Number(number) => Value::from(*number),
-                Define::Word(word) => Value::from(*word),
+                Define::Word(word) => Value::from(word.0),
                 Define::Floats(bits) => bits.iter().map(|&bits| Value::from(wgsl_float(bits))).collect(),
             };
-            (*name, value)
+            (name.0, value)
         })
         .collect();
     let space = if immediates {

@@ -157,25 +157,25 @@ pub fn adamw_all(updates: &mut [Update<'_>], config: &AdamW, step: u32, norm: &G
     }
 }
 
+/// Those of the values, the gradient and the moments.
+fn buffers<'a>(gpu: &Gpu, Update { param, grad, m, v }: &'a Update<'_>) -> Result<[&'a Buffer; 4]> {
+    Ok([param.buffer(gpu, OP)?, grad.buffer(gpu, OP)?, m.buffer(gpu, OP)?, v.buffer(gpu, OP)?])
+}
+
 fn on_gpu(gpu: &Gpu, updates: &[Update<'_>], config: &AdamW, step: u32, norm: &Buffer) -> Result<()> {
-    let buffers = |update: &'_ Update<'_>| -> Result<[Buffer; 4]> {
-        let Update { param, grad, m, v } = update;
-        let [param, grad, m, v] = [&**param, *grad, &**m, &**v].map(|tensor| tensor.buffer(gpu, OP).cloned());
-        Ok([param?, grad?, m?, v?])
-    };
     let (threes, rest) = match adamw_several::fits(gpu) {
         true => updates.as_chunks::<{ adamw_several::TENSORS }>(),
         false => (&[][..], updates),
     };
     for three in threes {
-        let [a, b, c] = three.each_ref().map(buffers);
-        let ([a0, a1, a2, a3], [b0, b1, b2, b3], [c0, c1, c2, c3]) = (&a?, &b?, &c?);
+        let [a, b, c] = three.each_ref().map(|update| buffers(gpu, update));
+        let ([a0, a1, a2, a3], [b0, b1, b2, b3], [c0, c1, c2, c3]) = (a?, b?, c?);
         let all = [norm, a0, a1, a2, a3, b0, b1, b2, b3, c0, c1, c2, c3];
         let lens = three.each_ref().map(|update| update.param.len());
         adamw_several::dispatch(gpu, &all, lens, &config.params(step, 0))?;
     }
     for update in rest {
-        let [param, grad, m, v] = &buffers(update)?;
+        let [param, grad, m, v] = buffers(gpu, update)?;
         let len = update.param.len();
         let params = config.params(step, len);
         quads::dispatch_with(gpu, &KERNEL, &[param, grad, m, v, norm], len, bytemuck::bytes_of(&params))?;

@@ -366,6 +366,14 @@ mod tests {
     }
 
     #[test]
+    fn a_list_of_text_constants_has_room_for_every_variant() {
+        each(|entry, defines, _| {
+            let count = defines.names().count();
+            assert!(count <= Defines::ROOM, "{} has {count}", entry.kernel.name);
+        });
+    }
+
+    #[test]
     fn names_are_those_of_the_shaders_and_of_their_rust_files() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
         let shaders = std::fs::read_dir(root.join("shaders")).unwrap().filter_map(|file| {

@@ -4,10 +4,9 @@ mod schedule;
 
 pub use schedule::{Decay, Schedule};
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use crate::error::{Error, Result};
-use crate::hash::QuickState;
 pub use crate::kernels::adamw::AdamW;
 use crate::kernels::adamw::{Update, adamw_all};
 use crate::kernels::grad_norm::GradNorm;
@@ -19,12 +18,16 @@ use crate::tensor::Tensor;
 pub struct Optimizer {
     /// Rates and decay; `lr` is what a schedule multiplies.
     pub config: AdamW,
-    moments: BTreeMap<String, Moments>,
+    /// In the order of their first updates.
+    moments: Vec<Moments>,
+    /// Where a name's moments are.
+    places: HashMap<String, usize>,
     step: u32,
 }
 
 #[derive(Clone, Debug)]
 struct Moments {
+    name: String,
     m: Tensor,
     v: Tensor,
 }
@@ -32,7 +35,7 @@ struct Moments {
 impl Optimizer {
     /// No moments yet: a tensor's are made, as zeros, when it is first updated.
     pub fn new(config: AdamW) -> Optimizer {
-        Optimizer { config, moments: BTreeMap::new(), step: 0 }
+        Optimizer::restored(config, 0, [])
     }
 
     /// An optimizer as it was after `steps` updates, with the moments that [`Optimizer::moments`] gave.
@@ -41,8 +44,9 @@ impl Optimizer {
         steps: u32,
         moments: impl IntoIterator<Item = (String, Tensor, Tensor)>,
     ) -> Optimizer {
-        let moments = moments.into_iter().map(|(name, m, v)| (name, Moments { m, v })).collect();
-        Optimizer { config, moments, step: steps }
+        let moments: Vec<_> = moments.into_iter().map(|(name, m, v)| Moments { name, m, v }).collect();
+        let places = moments.iter().enumerate().map(|(at, moments)| (moments.name.clone(), at)).collect();
+        Optimizer { config, moments, places, step: steps }
     }
 
     /// Updates so far.
@@ -93,17 +97,19 @@ impl Optimizer {
         if self.step == 0 {
             return invalid("the step", "0", "begin an update first");
         }
-        for (name, tensor, _) in &parameters {
-            if !self.moments.contains_key(*name) {
-                let zeros = || Tensor::zeros(&tensor.device(), tensor.shape());
-                self.moments.insert((*name).to_owned(), Moments { m: zeros()?, v: zeros()? });
-            }
+        let mut places = Vec::with_capacity(parameters.len());
+        for (index, (name, tensor, _)) in parameters.iter().enumerate() {
+            // Most often the same tensors come in the same order.
+            let place = match self.moments.get(index) {
+                Some(moments) if moments.name == *name => index,
+                _ => self.place(name, tensor)?,
+            };
+            places.push(place);
         }
-        let mut moments: HashMap<&str, &mut Moments, QuickState> =
-            self.moments.iter_mut().map(|(name, moments)| (name.as_str(), moments)).collect();
+        let mut moments: Vec<_> = self.moments.iter_mut().map(Some).collect();
         let mut updates = Vec::with_capacity(parameters.len());
-        for (name, param, grad) in parameters {
-            let Some(Moments { m, v }) = moments.remove(name) else {
+        for ((name, param, grad), place) in parameters.into_iter().zip(places) {
+            let Some(Moments { m, v, .. }) = moments[place].take() else {
                 return invalid("a tensor's name", name, "each is there once");
             };
             updates.push(Update { param, grad, m, v });
@@ -112,13 +118,25 @@ impl Optimizer {
         adamw_all(&mut updates, &config, self.step, norm)
     }
 
-    /// Bytes of the moments on their device.
-    pub fn resident_bytes(&self) -> u64 {
-        self.moments.values().map(|moments| moments.m.resident_bytes() + moments.v.resident_bytes()).sum()
+    /// Where the moments of this name are; they are made, as zeros, where there are none.
+    fn place(&mut self, name: &str, tensor: &Tensor) -> Result<usize> {
+        if let Some(place) = self.places.get(name) {
+            return Ok(*place);
+        }
+        let zeros = || Tensor::zeros(&tensor.device(), tensor.shape());
+        self.moments.push(Moments { name: name.to_owned(), m: zeros()?, v: zeros()? });
+        let place = self.moments.len() - 1;
+        self.places.insert(name.to_owned(), place);
+        Ok(place)
     }
 
-    /// The moments by name, first and second: what a checkpoint keeps, with [`Optimizer::steps`].
+    /// Bytes of the moments on their device.
+    pub fn resident_bytes(&self) -> u64 {
+        self.moments.iter().map(|moments| moments.m.resident_bytes() + moments.v.resident_bytes()).sum()
+    }
+
+    /// The moments with their names, first and second: what a checkpoint keeps, with [`Optimizer::steps`].
     pub fn moments(&self) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
-        self.moments.iter().map(|(name, moments)| (name.as_str(), &moments.m, &moments.v))
+        self.moments.iter().map(|moments| (moments.name.as_str(), &moments.m, &moments.v))
     }
 }
