@@ -1,4 +1,4 @@
-// Rows of K and of V [M, width] after those that the cache has: keys[first + i] = k[i], values[first + i] = v[i].
+// Copies rows of K and of V [M, width]: keys[first + i] = k[i], values[first + i] = v[i].
 
 struct Params {
     first_group: u32,

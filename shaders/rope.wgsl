@@ -1,10 +1,5 @@
 // Rotary position embedding: each pair of values of a head is turned by the angle of its token's position. X and Y are [M, H * D].{{ "
 // X1 and Y1 follow, and have their own number of heads." if both }}
-{% if interleaved %}
-// Pairs are neighbours: (2 i, 2 i + 1).
-{% else %}
-// Pairs are half a head apart: (i, i + D / 2).
-{% endif %}
 struct Params {
     first_group: u32,
     groups: u32,
@@ -27,6 +22,7 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> y1: array<f32>;
 
 {% include "groups.wgsl" %}
+{% include "rope_pairs.wgsl" %}
 
 @compute @workgroup_size({{ threads }})
 fn main(
@@ -47,25 +43,16 @@ fn main(
     let pair = own;
     let row_pairs = p.row_pairs;
 {% endif %}
-    let i = pair % p.half;
-{% if interleaved %}
-    let first = 2u * pair;
-    let second = first + 1u;
-{% else %}
-    let first = 2u * (pair - i) + i;
-    let second = first + p.half;
-{% endif %}
-    let at = min(position[pair / row_pairs], p.positions - 1u) * p.half + i;
-    let cosine = cosines[at];
-    let sine = p.sign * sines[at];
+    let at = places(pair);
+    var by = angle(pair, position[pair / row_pairs]);
+    by.y = p.sign * by.y;
 {% for part in ["", "1"] if both or not part %}
 {% if both %}
     {{ "if (!later)" if not part else "else" }} {
 {% endif %}
-    let a = x{{ part }}[first];
-    let b = x{{ part }}[second];
-    y{{ part }}[first] = a * cosine - b * sine;
-    y{{ part }}[second] = b * cosine + a * sine;
+    let result = turned(x{{ part }}[at.x], x{{ part }}[at.y], by);
+    y{{ part }}[at.x] = result.x;
+    y{{ part }}[at.y] = result.y;
 {% if both %}
     }
 {% endif %}

@@ -195,6 +195,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "qmatmul_dx.wgsl",
         "quads.wgsl",
         "reduce.wgsl",
+        "rope_pairs.wgsl",
         "row_largest.wgsl",
         "row_teams.wgsl",
         "rows.wgsl",

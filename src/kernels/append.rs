@@ -1,5 +1,5 @@
-//! `keys[first + i] = k[i]` and `values[first + i] = v[i]`, for the rows of K and V [M, width]: what a sequence's cache takes in.
-//! One dispatch among others: copies would end the pass of each layer twice.
+//! `keys[first + i] = k[i]` and `values[first + i] = v[i]`, for the rows of K and V [M, width]: copies by a kernel, which
+//! `bench --copy` times beside those of the driver.
 
 use super::{expect_2d, expect_shape, kernel, params, quads};
 use crate::error::{Error, Result};

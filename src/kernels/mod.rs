@@ -63,6 +63,7 @@ pub mod registry;
 pub mod rms_norm;
 pub mod rms_norm_backward;
 pub mod rope;
+pub mod rope_append;
 mod row_factor;
 mod row_teams;
 pub(crate) mod rows;

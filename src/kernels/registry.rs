@@ -8,7 +8,8 @@ use super::{
     attention_dq_tile, attention_lanes, attention_pack, attention_tile, column_sum, cross_entropy, dequantize,
     dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, pack_rows, qmatmul_coop,
     qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm,
-    rms_norm_backward, rope, row_factor, sample, scale_columns, silu_mul, silu_mul_backward, square_sums, sum,
+    rms_norm_backward, rope, rope_append, row_factor, sample, scale_columns, silu_mul, silu_mul_backward, square_sums,
+    sum,
 };
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
@@ -106,6 +107,7 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &rms_norm::KERNEL, variants: rms_norm::variants, twin: "rms_norm::reference" },
     Entry { kernel: &rms_norm_backward::KERNEL, variants: rms_norm::variants, twin: "rms_norm_backward::reference" },
     Entry { kernel: &rope::KERNEL, variants: |_| rope::variants(), twin: "rope::reference" },
+    Entry { kernel: &rope_append::KERNEL, variants: |_| rope::layouts(), twin: "rope_append::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| row_factor::variants(), twin: "row_factor::reference" },
     Entry { kernel: &sample::KERNEL, variants: sample::variants, twin: "sample::reference" },
     Entry { kernel: &scale_columns::KERNEL, variants: |_| scale_columns::variants(), twin: "scale_columns::reference" },

@@ -157,6 +157,16 @@ impl RopeTable {
         &self.config
     }
 
+    /// [positions, D / 2].
+    pub(super) fn cosines(&self) -> &Tensor {
+        &self.cosines
+    }
+
+    /// [positions, D / 2].
+    pub(super) fn sines(&self) -> &Tensor {
+        &self.sines
+    }
+
     /// How many positions it has.
     pub fn positions(&self) -> usize {
         self.cosines.shape()[0]
@@ -229,7 +239,15 @@ fn on_cpu(cpu: &Cpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sig
 /// Rows a task: enough for some microseconds of work.
 const TASK: usize = 16;
 
-fn turn_rows(x: &[f32], table: &RopeTable, positions: &[u32], sign: f32, cols: usize, y: &mut [f32]) -> Result<()> {
+/// Turns the rows of `x`, which have `cols` values each, into `y`.
+pub(super) fn turn_rows(
+    x: &[f32],
+    table: &RopeTable,
+    positions: &[u32],
+    sign: f32,
+    cols: usize,
+    y: &mut [f32],
+) -> Result<()> {
     let half = table.config.head_dim / 2;
     let (cosines, sines) = (table.cosines.host(OP)?, table.sines.host(OP)?);
     let rows = x.par_chunks_exact(cols).zip(y.par_chunks_exact_mut(cols)).zip(positions);
@@ -258,18 +276,21 @@ fn turn_rows(x: &[f32], table: &RopeTable, positions: &[u32], sign: f32, cols: u
 }
 
 /// Invocations a workgroup, each a pair.
-const THREADS: u32 = 64;
+pub(super) const THREADS: u32 = 64;
 
-/// The variant's text constants.
-fn defines(layout: RopeLayout, both: bool) -> Defines {
-    let interleaved = layout == RopeLayout::Interleaved;
-    Defines::new().with("interleaved", interleaved).with("both", both).with("threads", THREADS)
+/// The text constants of a layout.
+pub(super) fn defines(layout: RopeLayout) -> Defines {
+    Defines::new().with("interleaved", layout == RopeLayout::Interleaved).with("threads", THREADS)
+}
+
+/// The text constants of every layout, for the registry test.
+pub(crate) fn layouts() -> Vec<Defines> {
+    [RopeLayout::HalfSplit, RopeLayout::Interleaved].map(defines).into()
 }
 
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
-    let layouts = [RopeLayout::HalfSplit, RopeLayout::Interleaved].into_iter();
-    layouts.flat_map(|layout| [false, true].map(|both| defines(layout, both))).collect()
+    layouts().into_iter().flat_map(|layout| [false, true].map(|both| layout.clone().with("both", both))).collect()
 }
 
 fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sign: f32) -> Result<Vec<Tensor>> {
@@ -299,7 +320,7 @@ fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, s
     };
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
-        defines: &defines(table.config.layout, xs.len() > 1),
+        defines: &defines(table.config.layout).with("both", xs.len() > 1),
         buffers: &[
             xs[0].buffer(gpu, OP)?,
             x1.buffer(gpu, OP)?,

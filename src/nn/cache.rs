@@ -4,10 +4,10 @@ use super::decoder::Decoder;
 use crate::autograd::Tape;
 use crate::error::{Error, Result};
 use crate::indices::Indices;
-use crate::kernels::append::append;
 use crate::kernels::attention::attention;
 use crate::kernels::embedding::{check_ids, embedding};
 use crate::kernels::qmatmul::qmatmul;
+use crate::kernels::rope_append::rope_append;
 use crate::kernels::visibility::Visibility;
 use crate::tensor::Tensor;
 
@@ -76,23 +76,22 @@ impl Decoder {
             });
         }
         let rope = self.rope_table(end)?;
-        let positions: Vec<u32> = (start as u32..end as u32).collect();
         let seen = |window: Option<usize>| {
-            let range = |&at: &u32| (window.map_or(0, |window| (at + 1).saturating_sub(window as u32)), at + 1);
-            Visibility::ranges(&self.device, &positions.iter().map(range).collect::<Vec<_>>(), cache.capacity)
+            let range = |at: u32| (window.map_or(0, |window| (at + 1).saturating_sub(window as u32)), at + 1);
+            let ranges: Vec<_> = (start as u32..end as u32).map(range).collect();
+            Visibility::ranges(&self.device, &ranges, cache.capacity)
         };
         let all = seen(None)?;
         let window = self.config.sliding_window();
         let windowed = window.filter(|&window| window < end).map(|window| seen(Some(window))).transpose()?;
-        let positions = Indices::from_slice(&self.device, &positions)?;
 
         let mut tape = Tape::inference();
         let mut h = tape.constant(embedding(&self.embedding, ids)?);
         for (layer, [keys, values]) in self.layers.iter().zip(&mut cache.layers) {
             let visibility = windowed.as_ref().filter(|_| layer.windowed).unwrap_or(&all);
-            h = layer.forward(&mut tape, &h, &self.config, (&rope, &positions), None, |tape, [q, k, v], shape| {
-                append([&mut *keys, &mut *values], start, [k.value(), v.value()])?;
-                Ok(tape.constant(attention(q.value(), keys, values, &shape, visibility)?.o))
+            h = layer.forward(&mut tape, &h, &self.config, None, |tape, [q, k, v], shape| {
+                let q = rope_append([&mut *keys, &mut *values], start, [q.value(), k.value(), v.value()], &rope)?;
+                Ok(tape.constant(attention(&q, keys, values, &shape, visibility)?.o))
             })?;
         }
         cache.len = end;

@@ -13,7 +13,6 @@ use super::tape::record_all;
 use crate::autograd::{Tape, Var};
 use crate::device::Device;
 use crate::error::Result;
-use crate::indices::Indices;
 use crate::kernels::DeviceMatrix;
 use crate::kernels::attention::AttentionShape;
 use crate::kernels::embedding::embedding;
@@ -86,13 +85,13 @@ impl DecoderLayer {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
     }
 
-    /// The layer's result for `x` [M, hidden]; `attend` makes what the heads give, [M, heads * head_dim], of q, k and v.
+    /// The layer's result for `x` [M, hidden]. `attend` turns q and k to their positions and makes what the heads give,
+    /// [M, heads * head_dim].
     pub(super) fn forward<'a>(
         &'a self,
         tape: &mut Tape<'a>,
         x: &Var,
         config: &ModelConfig,
-        (rope, positions): (&RopeTable, &Indices),
         seed: Option<u64>,
         attend: impl FnOnce(&mut Tape<'a>, [Var; 3], AttentionShape) -> Result<Var>,
     ) -> Result<Var> {
@@ -107,7 +106,6 @@ impl DecoderLayer {
             q = tape.rms_norm(&q, q_norm, eps)?;
             k = tape.rms_norm(&k, k_norm, eps)?;
         }
-        let [q, k] = tape.rope([&q, &k], rope, positions)?;
         let shape = AttentionShape {
             heads: config.heads,
             kv_heads: config.kv_heads,
@@ -220,7 +218,8 @@ impl Decoder {
             let visibility = batch.windowed.as_ref().filter(|_| layer.windowed).unwrap_or(&batch.visibility).clone();
             let (rope, positions) = (rope.clone(), batch.positions.clone());
             let stretch = move |tape: &mut Tape<'a>, h: &Var| {
-                layer.forward(tape, h, &self.config, (&rope, &positions), seed, |tape, [q, k, v], shape| {
+                layer.forward(tape, h, &self.config, seed, |tape, [q, k, v], shape| {
+                    let [q, k] = tape.rope([&q, &k], &rope, &positions)?;
                     tape.attention([&q, &k, &v], shape, &visibility)
                 })
             };
