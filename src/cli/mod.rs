@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn every_command_has_examples_and_they_parse_as_those_of_the_readme_do() {
+    fn every_command_has_examples_and_they_parse_as_those_of_the_documents_do() {
         Cli::command().debug_assert();
         let folder = tempfile::tempdir().unwrap();
         let settings = folder.path().join("run.toml").display().to_string();
@@ -279,14 +279,18 @@ mod tests {
             assert!(name == "qlora" || lines.iter().all(|line| line.split(' ').nth(1) == Some(&name)), "{lines:?}");
             lines.iter().for_each(|line| parse(line, &settings));
         }
-        let readme = include_str!("../../README.md").lines().filter(|line| line.starts_with("qlora "));
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let docs = std::fs::read_dir(root.join("docs")).unwrap().map(|file| file.unwrap().path());
+        let pages = docs.chain(["README.md", "CONTRIBUTING.md"].map(|name| root.join(name)));
+        let pages = pages.filter(|path| path.extension().is_some_and(|ending| ending == "md"));
+        let text: String = pages.map(|path| std::fs::read_to_string(path).unwrap()).collect();
         let mut named = std::collections::BTreeSet::new();
-        for line in readme {
+        for line in text.lines().filter(|line| line.starts_with("qlora ")) {
             parse(line, &settings);
             named.extend(line.split(' ').nth(1));
         }
         for command in cli.get_subcommands_mut() {
-            assert!(named.contains(command.get_name()), "the README shows no {}", command.get_name());
+            assert!(named.contains(command.get_name()), "the documents show no {}", command.get_name());
         }
     }
 }
