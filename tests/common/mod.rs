@@ -1,4 +1,4 @@
-//! Devices for integration tests; see `QLORA_TEST_DEVICES` in the README.
+//! Devices for integration tests; see `QLORA_TEST_DEVICES` in CONTRIBUTING.md.
 
 #![allow(dead_code, reason = "every test program uses its own part of this")]
 
