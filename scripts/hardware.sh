@@ -2,7 +2,7 @@
 # Measures everything about this machine's GPU: `qlora bench --hardware`, beside torch's products where torch is there and finds the
 # GPU. Usage: hardware.sh [OPTION...], options of that command; ten minutes or so.
 #
-# Writes benches/results/<card>.json, prints the README's tables, and says how to send the file to the project. A machine without Rust
+# Writes benches/results/<card>.json, prints the tables of docs/performance.md, and says how to send the file to the project. A machine without Rust
 # needs the command alone: qlora bench --hardware.
 #
 # QLORA  the command to measure; by default a release build is made.

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Measures what the README says of speed: on the CPU device beside bitsandbytes and llama.cpp's CPU backend, and on the lavapipe
+# Measures the tables of docs/performance.md: on the CPU device beside bitsandbytes and llama.cpp's CPU backend, and on the lavapipe
 # of Debian's unstable release beside llama.cpp's Vulkan backend. Usage: speed.sh; about ten minutes on two cores, which nothing
 # else should use.
 #
-# Writes benches/results/{cpu,lavapipe}.{json,png} and prints the README's tables.
+# Writes benches/results/{cpu,lavapipe}.{json,png} and prints these tables.
 #
 # QLORA  the command to measure; by default a release build is made.
 set -eu

@@ -1,4 +1,4 @@
-"""Files of `qlora bench --output` as the README's tables, in Markdown: what each program takes for a case, and how that is to ours."""
+"""Files of `qlora bench --output` as the tables of docs/performance.md, in Markdown: what each program takes for a case, and how that is to ours."""
 
 import json
 import sys

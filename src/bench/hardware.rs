@@ -194,8 +194,8 @@ impl HardwareReport {
         row[if op == "forward" { "forward_tflops" } else { "dx_tflops" }].as_f64()
     }
 
-    /// Tables in Markdown, for people and the README: a layer's passes by tier and rows, and
-    /// steps.
+    /// Tables in Markdown, for people and `docs/performance.md`: a layer's passes by tier and rows,
+    /// and steps.
     pub fn markdown(&self) -> String {
         let number =
             |value: Option<f64>, unit: &str| value.map_or("unknown".into(), |value| format!("{value:.0} {unit}"));
