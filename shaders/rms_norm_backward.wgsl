@@ -1,7 +1,10 @@
 // Input gradient of y = x * rstd * w, for each row of K values:
 // dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)), with rstd found again from x. A team owns a row.
+{% if adds %}
+// It adds to what is in dx.
+{% endif %}
 //
-// Floor: 12 M K bytes over the bandwidth: dy and x are read once from memory, dx is written; 9 M K FLOP are less.
+// Floor: {{ 16 if adds else 12 }} M K bytes over the bandwidth: dy and x are read once from memory, dx is written{{ " and read" if adds }}; 9 M K FLOP are less.
 
 struct Params {
     first_group: u32,
@@ -17,7 +20,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read> w: array<{{ "f32" if ragged else "vec4<f32>" }}>;
 @group(0) @binding(3) var<storage, read_write> dx: array<{{ "f32" if ragged else "vec4<f32>" }}>;
 
-{% for name in ["dy", "x", "w"] %}
+{% for name in ["dy", "x", "w"] + (["dx"] if adds else []) %}
 {% set operand = name %}
 {% include "rows.wgsl" %}
 {% endfor %}
@@ -38,6 +41,6 @@ fn one_row(row: u32, team: Team, mine: bool) {
     let rstd = 1.0 / sqrt(team_sum(squares, team.thread) / k + p.eps);
     let along = team_sum(products, team.thread) / k * rstd * rstd;
     for (var q = team.lane; mine && q < quads; q = q + team.size) {
-        store_dx4(row, q, rstd * (w4(0u, q) * dy4(row, q) - along * x4(row, q)));
+        store_dx4(row, q, {{ "dx4(row, q) + " if adds }}rstd * (w4(0u, q) * dy4(row, q) - along * x4(row, q)));
     }
 }

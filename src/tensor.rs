@@ -249,14 +249,6 @@ impl Tensor {
         }
     }
 
-    /// Whether other tensors share the values.
-    pub(crate) fn is_shared(&self) -> bool {
-        match &self.storage {
-            Storage::Cpu(_, values) => Arc::strong_count(values) > 1,
-            Storage::Gpu(_, buffer) => buffer.is_shared(),
-        }
-    }
-
     /// Tells live tensors apart: equal for those that share their values, and for no others.
     pub(crate) fn id(&self) -> TensorId {
         match &self.storage {

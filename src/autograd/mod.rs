@@ -9,9 +9,9 @@
 mod ops;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use crate::error::{Error, Result};
-use crate::kernels::add::add;
 use crate::kernels::add_assign::add_assign;
 use crate::tensor::{Tensor, TensorId};
 
@@ -19,25 +19,13 @@ use crate::tensor::{Tensor, TensorId};
 pub(crate) trait Value: Clone {
     /// Equal for those that share their memory, and for no others that live.
     fn id(&self) -> TensorId;
-    /// Whether others share the memory.
-    fn is_shared(&self) -> bool;
-    /// The sum, in memory of its own.
-    fn plus(&self, other: &Self) -> Result<Self>;
-    /// Adds to a value that is not shared.
+    /// Adds to it, in memory of its own: those that shared it keep what was there.
     fn add_in_place(&mut self, other: &Self) -> Result<()>;
 }
 
 impl Value for Tensor {
     fn id(&self) -> TensorId {
         self.id()
-    }
-
-    fn is_shared(&self) -> bool {
-        self.is_shared()
-    }
-
-    fn plus(&self, other: &Tensor) -> Result<Tensor> {
-        add(self, other)
     }
 
     fn add_in_place(&mut self, other: &Tensor) -> Result<()> {
@@ -72,9 +60,10 @@ impl<V> Var<V> {
 /// The gradients of an op's inputs, in their order; `None` where none is wanted.
 pub(crate) type InputGrads<V = Tensor> = Vec<Option<V>>;
 
-/// How the gradients of an op's results, those that came, become those of its inputs; it may add to gradients of trainable
-/// tensors of its own (a checkpointed stretch does).
-type Backward<'a, V> = Box<dyn FnOnce(Vec<Option<V>>, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a>;
+/// How the gradients of an op's results, those that came, become those of its inputs. It is handed the gradient that its first
+/// input has so far, if it adds to that one itself, and it may add to gradients of trainable tensors of its own (a
+/// checkpointed stretch does).
+type Backward<'a, V> = Box<dyn FnOnce(Vec<Option<V>>, Option<V>, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a>;
 
 enum Node<'a, V> {
     /// A trainable tensor.
@@ -85,6 +74,8 @@ enum Node<'a, V> {
         inputs: Vec<Option<usize>>,
         /// This node's, and those of so many [`Node::Further`] after it.
         results: usize,
+        /// Whether it adds to the first input's gradient itself.
+        adds: bool,
         backward: Backward<'a, V>,
     },
     /// One more result of an op.
@@ -125,21 +116,14 @@ impl Gradients {
 impl<V: Value> Gradients<V> {
     /// Adds to that of a trainable tensor.
     fn add(&mut self, id: TensorId, gradient: V) -> Result<()> {
-        match self.by_tensor.remove(&id) {
-            Some(sum) => self.by_tensor.insert(id, accumulate(sum, &gradient)?),
-            None => self.by_tensor.insert(id, gradient),
-        };
-        Ok(())
+        match self.by_tensor.entry(id) {
+            Entry::Occupied(mut sum) => sum.get_mut().add_in_place(&gradient),
+            Entry::Vacant(place) => {
+                place.insert(gradient);
+                Ok(())
+            }
+        }
     }
-}
-
-/// `sum + gradient`, in the memory of `sum` if nobody else has it.
-fn accumulate<V: Value>(mut sum: V, gradient: &V) -> Result<V> {
-    if sum.is_shared() {
-        return sum.plus(gradient);
-    }
-    sum.add_in_place(gradient)?;
-    Ok(sum)
 }
 
 impl Default for Tape<'_> {
@@ -238,14 +222,39 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         inputs: Vec<Option<usize>>,
         backward: impl FnOnce([Option<V>; N], &mut Gradients<V>) -> Result<InputGrads<V>> + 'a,
     ) -> [Var<V>; N] {
+        self.push_op(values, inputs, false, |dys, _, gradients| backward(dys, gradients))
+    }
+
+    /// As [`Tape::record`], of an op that adds to the gradient of its first input itself, which saves a dispatch. `backward`
+    /// takes what has come of that gradient so far, and returns the sum.
+    pub(crate) fn record_adding(
+        &mut self,
+        value: V,
+        inputs: Vec<Option<usize>>,
+        backward: impl FnOnce(&V, Option<V>) -> Result<InputGrads<V>> + 'a,
+    ) -> Var<V> {
+        let [var] = self.push_op([value], inputs, true, |[dy], sum, _| match dy {
+            Some(dy) => backward(&dy, sum),
+            None => Ok(vec![sum]),
+        });
+        var
+    }
+
+    fn push_op<const N: usize>(
+        &mut self,
+        values: [V; N],
+        inputs: Vec<Option<usize>>,
+        adds: bool,
+        backward: impl FnOnce([Option<V>; N], Option<V>, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a,
+    ) -> [Var<V>; N] {
         if inputs.iter().all(Option::is_none) {
             return values.map(|value| Var { value, node: None });
         }
-        let backward = Box::new(move |dys: Vec<Option<V>>, gradients: &mut Gradients<V>| {
+        let backward = Box::new(move |dys: Vec<Option<V>>, sum: Option<V>, gradients: &mut Gradients<V>| {
             let mut dys = dys.into_iter();
-            backward(std::array::from_fn(|_| dys.next().flatten()), gradients)
+            backward(std::array::from_fn(|_| dys.next().flatten()), sum, gradients)
         });
-        let mut node = Some(Node::Op { inputs, results: N, backward });
+        let mut node = Some(Node::Op { inputs, results: N, adds, backward });
         values.map(|value| Var { value, node: self.push(node.take().unwrap_or(Node::Further)) })
     }
 
@@ -268,7 +277,8 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         let node = self.push(Node::Op {
             inputs: vec![x.node],
             results: 1,
-            backward: Box::new(move |dys, gradients| {
+            adds: false,
+            backward: Box::new(move |dys, _, gradients| {
                 let mut tape = Tape::empty(false);
                 let node = if wanted { tape.push(Node::Input) } else { None };
                 let y = stretch(&mut tape, &Var { value: saved, node })?;
@@ -301,18 +311,19 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
                         answer = pending[index].take();
                     }
                 }
-                Node::Op { inputs, results, backward } => {
+                Node::Op { inputs, results, adds, backward } => {
                     let dys: Vec<_> = pending[index..index + results].iter_mut().map(Option::take).collect();
                     if dys.iter().all(Option::is_none) {
                         continue;
                     }
-                    let found = backward(dys, gradients)?;
+                    let sum = if adds { inputs[0].and_then(|input| pending[input].take()) } else { None };
+                    let found = backward(dys, sum, gradients)?;
                     for (input, gradient) in inputs.into_iter().zip(found) {
                         let (Some(input), Some(gradient)) = (input, gradient) else { continue };
-                        pending[input] = Some(match pending[input].take() {
-                            Some(sum) => accumulate(sum, &gradient)?,
-                            None => gradient,
-                        });
+                        match &mut pending[input] {
+                            Some(sum) => sum.add_in_place(&gradient)?,
+                            none => *none = Some(gradient),
+                        }
                     }
                 }
             }
@@ -330,7 +341,8 @@ mod tests {
     use crate::quant::{DenseData, DenseMatrix};
     use crate::testing;
 
-    /// A small graph in which a value is used three times: loss(rms_norm(silu(x) * x + x)).
+    /// A small graph: h = silu(x) * x + x, y = norm(h) + h, loss(norm(silu(y) * y + norm(y))). The sum that the first norm
+    /// adds to is also its own gradient, and that of the second is nobody else's.
     struct Graph {
         weight: Tensor,
         head: DeviceMatrix,
@@ -352,7 +364,12 @@ mod tests {
         fn body<'a>(&'a self, tape: &mut Tape<'a>, x: &Var) -> Result<Var> {
             let h = tape.silu_mul(x, x)?;
             let h = tape.add(&h, x)?;
-            tape.rms_norm(&h, &self.weight, 1e-5)
+            let normed = tape.rms_norm(&h, &self.weight, 1e-5)?;
+            let y = tape.add(&normed, &h)?;
+            let normed = tape.rms_norm(&y, &self.weight, 1e-5)?;
+            let product = tape.silu_mul(&y, &y)?;
+            let sum = tape.add(&product, &normed)?;
+            tape.rms_norm(&sum, &self.weight, 1e-5)
         }
 
         fn loss<'a>(&'a self, tape: &mut Tape<'a>, x: &Var, checkpoint: bool) -> Var {

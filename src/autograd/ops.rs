@@ -11,7 +11,7 @@ use crate::kernels::attention::{AttentionShape, attention};
 use crate::kernels::attention_backward::attention_backward;
 use crate::kernels::linear_cross_entropy::linear_cross_entropy;
 use crate::kernels::rms_norm::rms_norm;
-use crate::kernels::rms_norm_backward::rms_norm_backward;
+use crate::kernels::rms_norm_backward;
 use crate::kernels::rope::{RopeTable, rope_backward, rope_both};
 use crate::kernels::silu_mul::silu_mul;
 use crate::kernels::silu_mul_backward::silu_mul_backward;
@@ -26,7 +26,9 @@ impl<'a> Tape<'a> {
     pub fn rms_norm(&mut self, x: &Var, weight: &'a Tensor, eps: f32) -> Result<Var> {
         let y = rms_norm(&x.value, weight, eps)?;
         let saved = x.value.clone();
-        Ok(self.record(y, vec![x.node], move |dy, _| Ok(vec![Some(rms_norm_backward(dy, &saved, weight, eps)?)])))
+        Ok(self.record_adding(y, vec![x.node], move |dy, sum| {
+            Ok(vec![Some(rms_norm_backward::onto(sum, dy, &saved, weight, eps)?)])
+        }))
     }
 
     /// Rotary position embedding of every head in a row of q and of k.

@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use super::quads::{self, CPU_CHUNK, QuadParams};
 use super::{expect_shape, kernel};
+use crate::device::Gpu;
 use crate::error::Result;
 use crate::tensor::{Storage, Tensor};
 
@@ -30,4 +31,20 @@ pub fn add_assign(y: &mut Tensor, x: &Tensor) -> Result<()> {
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
     });
     Ok(())
+}
+
+/// The gradient that a kernel is to write on `gpu`, or where there is a sum already, to add to: in memory of its own.
+pub(super) fn begin(gpu: &Gpu, op: &'static str, sum: Option<Tensor>, shape: &[usize]) -> Result<Tensor> {
+    let Some(mut sum) = sum else { return Tensor::uninit(gpu, "gradient", shape) };
+    expect_shape(op, "the sum of gradients", &sum, shape)?;
+    sum.buffer(gpu, op)?;
+    sum.unshare()?;
+    Ok(sum)
+}
+
+/// `gradient`, added to the sum where there is one: for those that do not add in their kernel.
+pub(crate) fn finish(sum: Option<Tensor>, gradient: Tensor) -> Result<Tensor> {
+    let Some(mut sum) = sum else { return Ok(gradient) };
+    add_assign(&mut sum, &gradient)?;
+    Ok(sum)
 }

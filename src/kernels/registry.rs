@@ -105,7 +105,11 @@ pub static KERNELS: &[Entry] = &[
     Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
     Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
     Entry { kernel: &rms_norm::KERNEL, variants: rms_norm::variants, twin: "rms_norm::reference" },
-    Entry { kernel: &rms_norm_backward::KERNEL, variants: rms_norm::variants, twin: "rms_norm_backward::reference" },
+    Entry {
+        kernel: &rms_norm_backward::KERNEL,
+        variants: rms_norm_backward::variants,
+        twin: "rms_norm_backward::reference",
+    },
     Entry { kernel: &rope::KERNEL, variants: |_| rope::variants(), twin: "rope::reference" },
     Entry { kernel: &rope_append::KERNEL, variants: |_| rope::layouts(), twin: "rope_append::reference" },
     Entry { kernel: &row_factor::KERNEL, variants: |_| row_factor::variants(), twin: "row_factor::reference" },

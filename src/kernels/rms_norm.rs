@@ -32,6 +32,11 @@ kernel! {
     KERNEL = "rms_norm", RmsNormParams, [x: Read, w: Read, y: Write]
 }
 
+/// Text constants for rows of `k` values.
+pub(super) fn defines(tier: Tier, k: usize) -> Defines {
+    RowTeams::short(tier).row_defines(is_ragged(k))
+}
+
 /// Every variant's text constants, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].map(|ragged| RowTeams::short(tier).row_defines(ragged)).to_vec()
@@ -59,7 +64,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
         }
         Storage::Gpu(gpu, buffer) => {
             let y = Tensor::uninit(gpu, OP, x.shape())?;
-            dispatch(gpu, &KERNEL, &[buffer, weight.buffer(gpu, OP)?, y.buffer(gpu, OP)?], x.len(), k, eps)?;
+            let buffers = [buffer, weight.buffer(gpu, OP)?, y.buffer(gpu, OP)?];
+            dispatch(gpu, &KERNEL, &defines(gpu.tier(), k), &buffers, [x.len(), k], eps)?;
             Ok(y)
         }
     }
@@ -88,13 +94,13 @@ pub(super) fn rstd(squares: f32, k: usize, eps: f32) -> f32 {
     1.0 / (squares / k as f32 + eps).sqrt()
 }
 
-/// Records the kernel, or the backward one, for `len` values.
+/// Records the kernel, or the backward one, for `len` values in rows of `k`.
 pub(super) fn dispatch(
     gpu: &Gpu,
     kernel: &'static Kernel,
+    defines: &Defines,
     buffers: &[&Buffer],
-    len: usize,
-    k: usize,
+    [len, k]: [usize; 2],
     eps: f32,
 ) -> Result<()> {
     let teams = RowTeams::short(gpu.tier());
@@ -102,7 +108,7 @@ pub(super) fn dispatch(
     let params = RmsNormParams { k: k as u32, rows: rows as u32, eps, ..Default::default() };
     gpu.dispatch(Dispatch {
         kernel,
-        defines: &teams.row_defines(is_ragged(k)),
+        defines,
         buffers,
         params: bytemuck::bytes_of(&params),
         groups: teams.groups(rows),

@@ -4,9 +4,10 @@
 
 use rayon::prelude::*;
 
-use super::rms_norm::{RmsNormParams, cpu_task, dispatch, row_len, rstd};
+use super::rms_norm::{self, RmsNormParams, cpu_task, dispatch, row_len, rstd};
 use super::simd::dot;
-use super::{Real, expect_shape, kernel};
+use super::{Real, add_assign, expect_shape, kernel};
+use crate::device::{Defines, Tier};
 use crate::error::Result;
 use crate::tensor::{Storage, Tensor};
 
@@ -17,12 +18,23 @@ kernel! {
     KERNEL = "rms_norm_backward", RmsNormParams, [dy: Read, x: Read, w: Read, dx: Write]
 }
 
+/// Every variant's text constants, for the registry test.
+pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+    let adding = |defines: Defines| [false, true].map(|adds| defines.clone().with("adds", adds));
+    rms_norm::variants(tier).into_iter().flat_map(adding).collect()
+}
+
 /// The gradient of the input `x` of [`rms_norm`](super::rms_norm::rms_norm) from that of its result, both of any shape that
 /// is made of rows of K; `weight` is `[K]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
 pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
+    onto(None, dy, x, weight, eps)
+}
+
+/// As [`rms_norm_backward`], added to `sum`, what has come of the gradient before.
+pub(crate) fn onto(sum: Option<Tensor>, dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let k = row_len(OP, x, weight)?;
     expect_shape(OP, "dy", dy, x.shape())?;
     x.device().same(&weight.device(), OP)?;
@@ -42,12 +54,13 @@ pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f32) -> 
                     dx.iter_mut().zip(x).for_each(|(dx, x)| *dx = rstd * (*dx - along * x));
                 }
             });
-            Ok(Tensor::from_host(cpu, x.shape(), dx))
+            add_assign::finish(sum, Tensor::from_host(cpu, x.shape(), dx))
         }
         Storage::Gpu(gpu, buffer) => {
-            let dx = Tensor::uninit(gpu, "dx", x.shape())?;
+            let defines = rms_norm::defines(gpu.tier(), k).with("adds", sum.is_some());
+            let dx = add_assign::begin(gpu, OP, sum, x.shape())?;
             let buffers = [dy.buffer(gpu, OP)?, buffer, weight.buffer(gpu, OP)?, dx.buffer(gpu, OP)?];
-            dispatch(gpu, &KERNEL, &buffers, x.len(), k, eps)?;
+            dispatch(gpu, &KERNEL, &defines, &buffers, [x.len(), k], eps)?;
             Ok(dx)
         }
     }
@@ -79,8 +92,9 @@ mod tests {
         let x = testing::values(seed, rows * k, 1.0);
         let (dy, weight) = (testing::values(seed + 1, rows * k, amplitude), testing::values(seed + 2, k, 2.0));
         let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(device, shape, values).unwrap();
-        let (x_tensor, dy_tensor) = (tensor(&[rows, k], &x), tensor(&[rows, k], &dy));
-        let dx = rms_norm_backward(&dy_tensor, &x_tensor, &tensor(&[k], &weight), eps).unwrap();
+        let (x_tensor, dy_tensor, weight_tensor) =
+            (tensor(&[rows, k], &x), tensor(&[rows, k], &dy), tensor(&[k], &weight));
+        let dx = rms_norm_backward(&dy_tensor, &x_tensor, &weight_tensor, eps).unwrap();
         assert_eq!(dx.shape(), [rows, k]);
         let (dy, x, weight) = (wide(&dy), wide(&x), wide(&weight));
         let wanted = reference(&dy, &x, &weight, eps.into());
@@ -93,6 +107,28 @@ mod tests {
         let bounds: Vec<f64> = (0..rows * k).map(bound).collect();
         let context = format!("{} {rows} x {k} amplitude {amplitude}", testing::name(device));
         testing::assert_close(&context, &dx.to_vec().unwrap(), &wanted, &bounds);
+        check_sum(&context, &dx, |sum| onto(sum, &dy_tensor, &x_tensor, &weight_tensor, eps).unwrap());
+    }
+
+    /// What adds to a sum is `dx` added to it, whether others share the sum or not; a fused multiply-add of a GPU may round
+    /// once where there were two.
+    fn check_sum(context: &str, dx: &Tensor, onto: impl Fn(Option<Tensor>) -> Tensor) {
+        let device = dx.device();
+        let before = testing::values(99, dx.len(), 1e-2);
+        let sum = Tensor::from_slice(&device, dx.shape(), &before).unwrap();
+        let shared = onto(Some(sum.clone())).to_vec().unwrap();
+        assert_eq!(sum.to_vec().unwrap(), before, "{context}: a clone is no alias");
+        let id = sum.id();
+        let own = onto(Some(sum));
+        assert!(own.id() == id, "{context}: a sum that nobody shares is added to in place");
+        let own = own.to_vec().unwrap();
+        assert_eq!(own, shared, "{context}");
+        let dx = dx.to_vec().unwrap();
+        let wanted: Vec<f64> = before.iter().zip(&dx).map(|(sum, dx)| f64::from(sum + dx)).collect();
+        let exact = !matches!(&device, Device::Gpu(gpu) if gpu.tier() != Tier::Software);
+        let rounding = |i: usize| f64::from(f32::EPSILON) * (wanted[i].abs() + f64::from(dx[i].abs()));
+        let bounds: Vec<f64> = (0..dx.len()).map(|i| if exact { 0.0 } else { rounding(i) }).collect();
+        testing::assert_close(&format!("{context} added to a sum"), &own, &wanted, &bounds);
     }
 
     proptest! {

@@ -218,6 +218,20 @@ impl Bytes {
     pub fn another(&self, part: Part) -> Bytes {
         self.0.ledger.take(part, self.0.size, true)
     }
+
+    /// Added to the sum where there is one.
+    pub fn added_to(self, sum: Option<Bytes>) -> Result<Bytes> {
+        let Some(mut sum) = sum else { return Ok(self) };
+        sum.add_in_place(&self)?;
+        Ok(sum)
+    }
+
+    /// As a tensor's: makes this the only one with its memory.
+    pub fn unshare(&mut self) {
+        if Rc::strong_count(&self.0) > 1 {
+            *self = self.another(self.0.part);
+        }
+    }
 }
 
 impl Drop for Held {
@@ -236,15 +250,8 @@ impl Value for Bytes {
         TensorId(Rc::as_ptr(&self.0).addr() as u64)
     }
 
-    fn is_shared(&self) -> bool {
-        Rc::strong_count(&self.0) > 1
-    }
-
-    fn plus(&self, _: &Bytes) -> Result<Bytes> {
-        Ok(self.another(self.0.part))
-    }
-
     fn add_in_place(&mut self, _: &Bytes) -> Result<()> {
+        self.unshare();
         Ok(())
     }
 }

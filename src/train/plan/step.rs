@@ -38,24 +38,31 @@ impl Pass<'_> {
         self.ledger.tensor(Part::Activations, &[self.tokens, width])
     }
 
-    /// The result of an op that has one input, of a tensor [M, `width`]; what it saves is dropped with the way back.
-    fn map<'a>(
-        &'a self,
-        tape: &mut Tape<'a, Bytes>,
-        x: &Var<Bytes>,
-        width: usize,
-        saved: Option<Bytes>,
-    ) -> Result<Var<Bytes>> {
-        let y = self.tensor(width)?;
-        Ok(tape.record(y, vec![x.node()], move |_, _| {
-            let dx = self.tensor(width)?;
-            drop(saved);
-            Ok(vec![Some(dx)])
-        }))
+    /// The gradient [M, `width`] that a kernel adds to `sum`, and what it takes `beside`: on a GPU it adds in place, on the CPU
+    /// afterwards.
+    pub fn gradient(&self, sum: Option<Bytes>, width: usize, beside: impl FnOnce() -> Result<()>) -> Result<Bytes> {
+        match (sum, &self.ledger.device) {
+            (Some(mut sum), Device::Gpu(_)) => {
+                sum.unshare();
+                beside()?;
+                Ok(sum)
+            }
+            (sum, _) => {
+                let dx = self.tensor(width)?;
+                beside()?;
+                dx.added_to(sum)
+            }
+        }
     }
 
     fn rms_norm<'a>(&'a self, tape: &mut Tape<'a, Bytes>, x: &Var<Bytes>, width: usize) -> Result<Var<Bytes>> {
-        self.map(tape, x, width, Some(x.value().clone()))
+        let y = self.tensor(width)?;
+        let saved = x.value().clone();
+        Ok(tape.record_adding(y, vec![x.node()], move |_, sum| {
+            let dx = self.gradient(sum, width, || Ok(()))?;
+            drop(saved);
+            Ok(vec![Some(dx)])
+        }))
     }
 
     fn rope<'a>(
