@@ -1,5 +1,5 @@
 // OUT [S, N] = s * the sums over the rows of A [M, N] (* B [M, N]), a row of OUT for each `rows_each` rows: S = 1, or
-// partial sums that a second pass adds up. A thread owns a column.
+// partial sums that a second pass adds up. A thread owns a column. `accumulate`: it is added to what is in OUT.
 
 struct Params {
     first_group: u32,
@@ -9,6 +9,7 @@ struct Params {
     columns: u32,       // N
     column_groups: u32, // workgroups along N
     scale: f32,         // s
+    accumulate: u32,    // 1: add to OUT
 }
 
 {{ param_space }} p: Params;
@@ -44,5 +45,8 @@ fn main(
         sum = sum + a[i];
 {% endif %}
     }
-    sums[split * p.columns + column] = p.scale * sum;
+    sum = p.scale * sum;
+    let to = split * p.columns + column;
+    if (p.accumulate != 0u) { sum = sums[to] + sum; }
+    sums[to] = sum;
 }

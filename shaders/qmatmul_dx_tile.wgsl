@@ -124,15 +124,11 @@ fn main(
 {% endif %}
 {% if f16 %}
     if (p.rank > 0u) {
-{{ each_four("store4(row, q, SUM);") }}
+{{ each_four("if (p.accumulate != 0u) { SUM = SUM + load4(row, q); } store4(row, q, SUM);") }}
 {% for i in range(8) %}
         sum{{ i }}_0 = vec4<f32>(0.0);
         sum{{ i }}_1 = vec4<f32>(0.0);
 {% endfor %}
-    }
-{% else %}
-    if (p.accumulate != 0u) {
-{{ each_four("SUM = load4(row, q);") }}
     }
 {% endif %}
 
@@ -186,10 +182,7 @@ fn main(
 {{ multiply_columns(side, "dy_tile", "w_tile", quads_staged, quads_staged) }}
     }
 
-{% if f16 %}
-    let add = p.accumulate != 0u || p.rank > 0u;
-{{ each_four("SUM = SUM * (1.0 / row_factor[row] / p.m.factor); if (add) { SUM = SUM + load4(row, q); } store4(row, q, SUM);") }}
-{% else %}
-{{ each_four("store4(row, q, SUM);") }}
-{% endif %}
+    let add = p.accumulate != 0u{{ " || p.rank > 0u" if f16 }};
+{% set unscale = "SUM = SUM * (1.0 / row_factor[row] / p.m.factor); " if f16 else "" %}
+{{ each_four(unscale ~ "if (add) { SUM = SUM + load4(row, q); } store4(row, q, SUM);") }}
 }

@@ -4,11 +4,13 @@ use std::sync::LazyLock;
 
 pub use crate::bench::uniform as values;
 use crate::device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices as list};
+use crate::error::Result;
 use crate::kernels::HostMatrix;
 use crate::quant::{
     Codebook, DenseData, DenseMatrix, DoubleQuant, DoubleScales, Dtype, Format, Parts, QuantOptions, QuantizedMatrix,
     Scales,
 };
+use crate::tensor::Tensor;
 
 /// The devices that tests run on: the CPU, and every adapter in every tier that it can run, or in that of `QLORA_TIER`.
 /// `QLORA_TEST_DEVICES` is `cpu` for the CPU alone, or a part of the names of the adapters wanted.
@@ -169,6 +171,32 @@ pub fn assert_close(context: &str, got: &[f32], wanted: &[f64], bounds: &[f64]) 
         got.len(),
         shown.collect::<Vec<_>>().join("; ")
     );
+}
+
+/// Checks a kernel that adds its result to a sum: that is `result` added to it, within bounds of the values wanted, whether
+/// others share the sum or not, and in place if they do not.
+///
+/// # Panics
+/// If it is not.
+pub fn assert_adds(
+    context: &str,
+    result: &Tensor,
+    bound: impl Fn(usize, f64) -> f64,
+    onto: impl Fn(Option<Tensor>) -> Result<Tensor>,
+) {
+    let before = values(99, result.len(), 1e-2);
+    let sum = Tensor::from_slice(&result.device(), result.shape(), &before).unwrap();
+    let shared = onto(Some(sum.clone())).unwrap().to_vec().unwrap();
+    assert_eq!(sum.to_vec().unwrap(), before, "{context}: a clone is no alias");
+    let id = sum.id();
+    let own = onto(Some(sum)).unwrap();
+    assert!(own.id() == id, "{context}: a sum of its own is not copied");
+    let own = own.to_vec().unwrap();
+    assert_eq!(own, shared, "{context}: shared and not");
+    let result = result.to_vec().unwrap();
+    let wanted: Vec<f64> = before.iter().zip(&result).map(|(sum, result)| f64::from(sum + result)).collect();
+    let bounds: Vec<f64> = wanted.iter().enumerate().map(|(i, &wanted)| bound(i, wanted)).collect();
+    assert_close(&format!("{context} added to a sum"), &own, &wanted, &bounds);
 }
 
 /// What a reference makes of these values in f64, and of their absolute values: sums of products, and the sums of the

@@ -25,6 +25,8 @@ params! {
         column_groups: u32,
         /// The sums are multiplied by it.
         scale: f32,
+        /// 1: added to what is there.
+        accumulate: u32,
     }
 }
 
@@ -52,7 +54,7 @@ pub fn column_sum(a: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
         Storage::Gpu(gpu, a) => {
             let sums = Tensor::uninit(gpu, "column sums", &[n])?;
             let b = b.map(|b| b.buffer(gpu, OP)).transpose()?;
-            dispatch(gpu, a, b, [m, n], 1.0, sums.buffer(gpu, OP)?)?;
+            dispatch(gpu, a, b, [m, n], 1.0, sums.buffer(gpu, OP)?, false)?;
             Ok(sums)
         }
     }
@@ -112,13 +114,20 @@ pub(super) struct Partial {
     parts: usize,
     values: usize,
     buffer: Option<Buffer>,
+    /// Whether they are added to what is in the result.
+    adds: bool,
 }
 
 impl Partial {
     /// Room for so many parts of `values` results.
     pub fn new(gpu: &Gpu, what: &'static str, parts: usize, values: usize) -> Result<Partial> {
         let buffer = if parts > 1 { Some(gpu.alloc(what, (4 * parts * values) as u64)?) } else { None };
-        Ok(Partial { parts, values, buffer })
+        Ok(Partial { parts, values, buffer, adds: false })
+    }
+
+    /// The same, for a result to which the sums are added if `adds`.
+    pub fn adding(self, adds: bool) -> Partial {
+        Partial { adds, ..self }
     }
 
     /// What the workgroups write: [parts, values], or `result`.
@@ -129,7 +138,7 @@ impl Partial {
     /// Adds the parts up into `result`.
     pub fn add_up(&self, gpu: &Gpu, result: &Buffer) -> Result<()> {
         match &self.buffer {
-            Some(buffer) => dispatch(gpu, buffer, None, [self.parts, self.values], 1.0, result),
+            Some(buffer) => dispatch(gpu, buffer, None, [self.parts, self.values], 1.0, result, self.adds),
             None => Ok(()),
         }
     }
@@ -145,7 +154,7 @@ impl Partial {
     }
 }
 
-/// Records the sums of `a` (and `b`) times `scale` into `out`.
+/// Records the sums of `a` (and `b`) times `scale` into `out`, or where it `adds`, onto what is there.
 pub(super) fn dispatch(
     gpu: &Gpu,
     a: &Buffer,
@@ -153,6 +162,7 @@ pub(super) fn dispatch(
     [m, n]: [usize; 2],
     scale: f32,
     out: &Buffer,
+    adds: bool,
 ) -> Result<()> {
     if n == 0 {
         return Ok(());
@@ -160,13 +170,14 @@ pub(super) fn dispatch(
     let column_groups = (n as u32).div_ceil(threads(gpu.tier()));
     let each = each(gpu.tier(), m, n);
     let splits = m.div_ceil(each);
-    let pass = |a: &Buffer, b: Option<&Buffer>, rows: usize, rows_each: usize, scale: f32, out: &Buffer| {
+    let pass = |a: &Buffer, b: Option<&Buffer>, rows: usize, rows_each: usize, scale: f32, out: &Buffer, adds: bool| {
         let params = ColumnSumParams {
             rows: rows as u32,
             rows_each: rows_each as u32,
             columns: n as u32,
             column_groups,
             scale,
+            accumulate: adds.into(),
             ..Default::default()
         };
         gpu.dispatch(Dispatch {
@@ -180,11 +191,11 @@ pub(super) fn dispatch(
         })
     };
     if splits <= 1 {
-        return pass(a, b, m, each, scale, out);
+        return pass(a, b, m, each, scale, out, adds);
     }
     let partial = gpu.alloc("partial column sums", (splits * n * 4) as u64)?;
-    pass(a, b, m, each, 1.0, &partial)?;
-    pass(&partial, None, splits, splits, scale, out)
+    pass(a, b, m, each, 1.0, &partial, false)?;
+    pass(&partial, None, splits, splits, scale, out, adds)
 }
 
 /// What [`column_sum`] takes beside its result for A [M, N].

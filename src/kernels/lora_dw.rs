@@ -260,7 +260,7 @@ fn dispatch(
         flops_per_group: 2 * u64::from(tile.columns * tile.ranks * tile.threads) * each as u64,
     })?;
     if let Some(partial) = partial {
-        column_sum::dispatch(gpu, &partial, None, [parts, rows * cols], scale, end)?;
+        column_sum::dispatch(gpu, &partial, None, [parts, rows * cols], scale, end, false)?;
     }
     Ok(out)
 }

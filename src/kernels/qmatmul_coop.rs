@@ -132,5 +132,5 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, x: [&Buffer; 2], coopera
             flops_per_group: call.flops(tile.rows.into(), tile.columns.into()) / call.splits as u64,
         })
     };
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative, call.m), true, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative, call.m), run, run)
 }

@@ -17,8 +17,8 @@ use super::matrix::DeviceMatrix;
 use super::qmatmul_coop::splits;
 use super::qmatmul_dx_operands::{GpuDxCall, HostLoraDx, OP, reads_packed};
 use super::{
-    Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, qmatmul_dx_coop, qmatmul_dx_cpu, qmatmul_dx_lanes,
-    qmatmul_dx_tile,
+    Real, RowFactors, Rows, Scratch, add_assign, expect_2d, expect_shape, qmatmul_dx_coop, qmatmul_dx_cpu,
+    qmatmul_dx_lanes, qmatmul_dx_tile,
 };
 use crate::device::{Device, Tier};
 use crate::error::{Error, Result};
@@ -47,11 +47,11 @@ impl LoraDx<'_> {
 /// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], [`Error::Invalid`] for a dropout probability outside
 /// 0..1, and the device's own errors. Values are not looked at: what is not finite comes out as it does in the formula.
 pub fn qmatmul_dx(dy: &Tensor, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Result<Tensor> {
-    of_rows(Rows { tensor: dy, factors: &RowFactors::default() }, w, lora)
+    onto(None, Rows { tensor: dy, factors: &RowFactors::default() }, w, lora)
 }
 
-/// As [`qmatmul_dx`], of a dY that other kernels read too.
-pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Result<Tensor> {
+/// As [`qmatmul_dx`], of a dY that other kernels read too, and added to `sum`, what has come of the gradient before.
+pub(crate) fn onto(sum: Option<Tensor>, rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Result<Tensor> {
     let dy = rows.tensor;
     let (m, n) = expect_2d(OP, "dY", dy)?;
     let k = w.cols();
@@ -86,19 +86,22 @@ pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>
                 None => None,
             };
             qmatmul_dx_cpu::backward(cpu, dy.host(OP)?, matrix, lora, &mut dx)?;
-            Ok(Tensor::from_host(cpu, &[m, k], dx))
+            add_assign::finish(sum, Tensor::from_host(cpu, &[m, k], dx))
         }
         (Storage::Gpu(gpu, dy), _, Some((_, parts))) => {
-            let dx = Tensor::uninit(gpu, "dx", &[m, k])?;
+            let (sum, later) = if adds_in_place(&w.device()) { (sum, None) } else { (None, sum) };
+            let adds = sum.is_some();
+            let dx = add_assign::begin(gpu, OP, sum, &[m, k])?;
             if m == 0 {
-                return Ok(dx);
+                return add_assign::finish(later, dx);
             }
             let packed = parts.iter().all(|part| reads_packed(w, part));
             // Tiles have no splits.
             let splits = splits(gpu, [m, k, if packed { n } else { 0 }]);
-            let partial = Partial::new(gpu, "splits of a product", splits, m * k)?;
+            let partial = Partial::new(gpu, "splits of a product", splits, m * k)?.adding(adds);
             let result = dx.buffer(gpu, OP)?;
-            let call = GpuDxCall { gpu, w, dy, m, lora: adapter, splits, dx: partial.or(result) };
+            let adds = adds && splits == 1;
+            let call = GpuDxCall { gpu, w, dy, m, lora: adapter, splits, dx: partial.or(result), adds };
             let factor = || if gpu.tier().f16() { rows.found(gpu, OP) } else { gpu.unused() };
             for part in parts {
                 match (gpu.tier(), gpu.cooperative()) {
@@ -110,7 +113,7 @@ pub(crate) fn of_rows(rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>
                 }
             }
             partial.add_up(gpu, result)?;
-            Ok(dx)
+            add_assign::finish(later, dx)
         }
         // `same` has made sure of one device.
         _ => Err(Error::DeviceMismatch { op: OP, left: dy.device().name().into(), right: w.device().name().into() }),
@@ -123,6 +126,12 @@ pub(crate) fn scratch(device: &Device, [m, n, k]: [usize; 3]) -> Scratch {
         Device::Cpu(_) => qmatmul_dx_cpu::scratch(n, k),
         Device::Gpu(gpu) => Partial::scratch(gpu, splits(gpu, [m, k, n]), m * k),
     }
+}
+
+/// Whether the kernel adds to a sum of gradients itself. The CPU and software drivers have no dispatches to save; on Mesa's
+/// a kernel that also loads what it stores takes half as long again to compile.
+pub(crate) fn adds_in_place(device: &Device) -> bool {
+    matches!(device, Device::Gpu(gpu) if gpu.tier() != Tier::Software)
 }
 
 /// Whether dY is staged as f16, with a factor a row.
@@ -169,8 +178,10 @@ mod tests {
 
     use super::*;
     use crate::kernels::HostMatrix;
+    use crate::kernels::add::add;
     use crate::kernels::lora_down;
     use crate::kernels::qmatmul::{self, dense_of};
+    use crate::kernels::qmatmul_tile::sides;
     use crate::testing;
 
     #[derive(Clone, Copy, Debug)]
@@ -198,18 +209,30 @@ mod tests {
         let w = DeviceMatrix::new(device, matrix.clone()).unwrap();
         let (g_tensor, a_tensor) = (tensor(&[m, rank], &g), tensor(&[rank, k], &a));
         let lora = LoraDx { g: &g_tensor, a: &a_tensor, dropout };
-        let dx = qmatmul_dx(&tensor(&[m, n], &dy), &w, Some(lora)).unwrap();
+        let dy_tensor = tensor(&[m, n], &dy);
+        let dx = qmatmul_dx(&dy_tensor, &w, Some(lora)).unwrap();
         assert_eq!(dx.shape(), [m, k]);
+        // Parts add up one after another, and the f16 tiles add the adapter before the rest.
+        let whole_first = match device {
+            Device::Cpu(_) => true,
+            Device::Gpu(gpu) => {
+                let adapter_apart = gpu.tier().f16() && gpu.cooperative().is_none() && rank > 0;
+                w.part_count() == 1 && !adapter_apart
+            }
+        };
+        let onto = |sum| onto(sum, Rows { tensor: &dy_tensor, factors: &RowFactors::default() }, &w, Some(lora));
 
-        let (dy, w, g, a) = (wide(&dy), dense_of::<f64>(matrix), wide(&g), wide(&a));
-        let (wanted, terms) = reference(&dy, &w, [m, n, k], Some((&g, &a, dropout)));
+        let (dy, dense, g, a) = (wide(&dy), dense_of::<f64>(matrix), wide(&g), wide(&a));
+        let (wanted, terms) = reference(&dy, &dense, [m, n, k], Some((&g, &a, dropout)));
         let row_norm = |i: usize| dy[i * n..][..n].iter().map(|value| value * value).sum::<f64>().sqrt();
-        let col_norm = |j: usize| (0..n).map(|e| w[e * k + j] * w[e * k + j]).sum::<f64>().sqrt();
+        let col_norm = |j: usize| (0..n).map(|e| dense[e * k + j] * dense[e * k + j]).sum::<f64>().sqrt();
         let f16 = testing::is_f16(device);
         let (rows, cols): (Vec<_>, Vec<_>) = ((0..m).map(row_norm).collect(), (0..k).map(col_norm).collect());
         let bound = |i: usize| 1e-5 * terms[i] + 1e-30 + if f16 { 2e-3 * rows[i / k] * cols[i % k] } else { 0.0 };
         let bounds: Vec<f64> = (0..m * k).map(bound).collect();
         testing::assert_close(&context, &dx.to_vec().unwrap(), &wanted, &bounds);
+        let rounding = |i: usize, sum: f64| 1e-5 * (terms[i] + sum.abs());
+        testing::assert_adds(&context, &dx, |i, sum| if whole_first { 0.0 } else { rounding(i, sum) }, onto);
     }
 
     /// Only software drivers' form uses subgroups: the tiers that differ in nothing else are left to the smaller tests.
@@ -302,6 +325,36 @@ mod tests {
                     check(&device, kind, matrix, &case);
                     check(&device, kind, matrix, &Case { m: 3, dropout: None, ..case });
                 }
+            }
+        }
+    }
+
+    /// A sum is handed in before its tiles have been measured.
+    #[test]
+    fn what_is_measured_does_not_add_up() {
+        let (m, n, k) = (70, 150, 128);
+        let info = testing::adapters();
+        let runs = |tier: &Tier| info.iter().all(|info| info.tiers.contains(&tier.to_string()));
+        for tier in [Tier::Plain, Tier::F16, Tier::CooperativeMatrix].into_iter().filter(runs) {
+            let folder = tempfile::tempdir().unwrap();
+            let file = folder.path().join("tuned.json");
+            for device in testing::gpus_with(|options| {
+                options.tier = Some(tier);
+                options.tune = Some(file.clone());
+            }) {
+                let (_, matrix) = testing::matrices(2, n, k, 0.1).swap_remove(0);
+                let w = DeviceMatrix::new(&device, matrix).unwrap();
+                let tensor = |seed, shape: [usize; 2]| {
+                    Tensor::from_slice(&device, &shape, &testing::values(seed, shape[0] * shape[1], 1.0)).unwrap()
+                };
+                let (dy, sum) = (tensor(1, [m, n]), tensor(2, [m, k]));
+                let rows = Rows { tensor: &dy, factors: &RowFactors::default() };
+                let run = || onto(Some(sum.clone()), rows, &w, None).unwrap().to_vec().unwrap();
+                let (measuring, then) = (run(), run());
+                let wanted = add(&sum, &qmatmul_dx(&dy, &w, None).unwrap()).unwrap().to_vec().unwrap();
+                assert!(measuring == wanted && then == wanted, "{}", testing::name(&device));
+                let Device::Gpu(gpu) = &device else { unreachable!("only GPUs were asked for") };
+                assert!(file.exists() || sides(gpu, m).len() == 1, "{} measures", testing::name(&device));
             }
         }
     }

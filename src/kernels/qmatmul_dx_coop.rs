@@ -5,7 +5,6 @@ use super::kernel;
 use super::packing::Part;
 use super::qmatmul_coop::Tile;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
-use super::qmatmul_tile::with_tile;
 use crate::device::{Buffer, Cooperative, Defines, Dispatch};
 use crate::error::Result;
 
@@ -51,7 +50,7 @@ pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, dy: [&Buffer; 2], cooperative: Cooperative) -> Result<()> {
     let [dy, factor] = dy;
     let form = |tile| Form { tile, rank_quads: call.reads_rank_quads(part), dropout: call.dropout(part).is_some() };
-    let run = |tile: Tile| {
+    let run = |call: &GpuDxCall<'_>, tile: Tile| {
         let [_, operands @ ..] = call.operands(part)?;
         call.gpu.dispatch(Dispatch {
             kernel: &KERNEL,
@@ -62,7 +61,5 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, dy: [&Buffer; 2], coop
             flops_per_group: call.flops(part, tile.rows.into(), tile.columns.into()) / call.splits as u64,
         })
     };
-    // A part that adds to dX would do so again.
-    let again = !call.accumulates(part);
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), Tile::of(call.gpu, cooperative, call.m), again, run)
+    call.with_tile(&KERNEL, part, Tile::of(call.gpu, cooperative, call.m), run)
 }

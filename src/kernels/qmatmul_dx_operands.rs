@@ -8,7 +8,8 @@ use super::pack_rows::PACKED;
 use super::packing::{MatrixLayout, Part};
 use super::params;
 use super::qmatmul_dx::LoraDx;
-use crate::device::{Buffer, Gpu};
+use super::qmatmul_tile::with_tile;
+use crate::device::{Buffer, Gpu, Kernel};
 use crate::error::Result;
 
 pub(super) const OP: &str = "qmatmul_dx";
@@ -23,6 +24,7 @@ pub(crate) struct HostLoraDx<'a> {
 }
 
 /// The operands of a call on a GPU, checked: an adapter has a rank, and a dropout drops something.
+#[derive(Clone, Copy)]
 pub(crate) struct GpuDxCall<'a> {
     pub gpu: &'a Gpu,
     pub w: &'a DeviceMatrix,
@@ -33,6 +35,8 @@ pub(crate) struct GpuDxCall<'a> {
     pub splits: usize,
     /// dX, or with splits [splits, M, K].
     pub dx: &'a Buffer,
+    /// Whether the first part adds to it too.
+    pub adds: bool,
 }
 
 params! {
@@ -119,9 +123,31 @@ impl<'a> GpuDxCall<'a> {
         Ok([self.dy, &part.buffer, g, a])
     }
 
-    /// Whether a part adds to the dX of an earlier one.
-    pub(crate) fn accumulates(&self, part: &Part) -> bool {
-        part.rows.start > 0
+    /// Whether a part adds to what is in dX.
+    fn accumulates(&self, part: &Part) -> bool {
+        self.adds || part.rows.start > 0
+    }
+
+    /// Runs a part by the fastest of these tiles.
+    pub(crate) fn with_tile<T: Copy>(
+        &self,
+        kernel: &'static Kernel,
+        part: &Part,
+        tiles: &[T],
+        run: impl Fn(&GpuDxCall<'_>, T) -> Result<()>,
+    ) -> Result<()> {
+        let try_out = |tile| self.try_out(part, |call| run(call, tile));
+        with_tile(self.gpu, kernel, (self.m, self.w, part), tiles, try_out, |tile| run(self, tile))
+    }
+
+    /// Runs what is measured: where a part adds to dX, which must not be done twice, on memory of its own.
+    pub(crate) fn try_out(&self, part: &Part, run: impl Fn(&GpuDxCall<'_>) -> Result<()>) -> Result<()> {
+        if !self.accumulates(part) {
+            return run(self);
+        }
+        let values = self.splits * self.m * self.w.cols();
+        let dx = self.gpu.alloc("a product that is measured", 4 * values as u64)?;
+        run(&GpuDxCall { dx: &dx, ..*self })
     }
 
     /// Whether the columns of dY that belong to a part begin and end at whole quads, in every row.

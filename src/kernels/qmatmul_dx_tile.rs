@@ -4,7 +4,7 @@
 use super::kernel;
 use super::packing::Part;
 use super::qmatmul_dx_operands::{GpuDxCall, QmatmulDxParams};
-use super::qmatmul_tile::{sides, with_tile};
+use super::qmatmul_tile::sides;
 use crate::device::{Buffer, Defines, Dispatch};
 use crate::error::Result;
 
@@ -48,10 +48,8 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
 
 /// `factor`: that of the rows of dY, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
-    let run = |side| dispatch_as(call, part, factor, side);
-    // A part that adds to dX would do so again.
-    let again = !call.accumulates(part);
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu, call.m), again, run)
+    let run = |call: &GpuDxCall<'_>, side| dispatch_as(call, part, factor, side);
+    call.with_tile(&KERNEL, part, sides(call.gpu, call.m), run)
 }
 
 fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {

@@ -32,21 +32,20 @@ pub(super) fn has_room(gpu: &Gpu, threads: u32, bytes: u32) -> bool {
     limits.workgroup_bytes >= bytes && limits.workgroup_threads >= threads
 }
 
-/// Runs a product by tiles of the fastest of several forms for `m` rows, the smallest first. `again`: it may be run more than
-/// once, so that they can be measured.
+/// Runs a product by tiles of the fastest of several forms for `m` rows, the smallest first. They are measured by `try_out`,
+/// which is called often.
 pub(super) fn with_tile<T: Copy>(
     gpu: &Gpu,
     kernel: &Kernel,
     (m, w, part): (usize, &DeviceMatrix, &Part),
     tiles: &[T],
-    again: bool,
+    try_out: impl Fn(T) -> Result<()>,
     run: impl Fn(T) -> Result<()>,
 ) -> Result<()> {
-    let measured = if again { tiles.len() } else { 1 };
     let (rows, n, k) = (m.next_power_of_two(), part.rows.len(), w.cols());
     let case = || format!("{} {} m={rows} n={n} k={k}", kernel.name, w.wide_defines().label());
     let key = (kernel.name, w.variant(), rows, n, k);
-    run(tiles[gpu.tuned(key, case, measured, |variant| run(tiles[variant]))?])
+    run(tiles[gpu.tuned(key, case, tiles.len(), |variant| try_out(tiles[variant]))?])
 }
 
 /// What a variant's text depends on beside the matrix.
@@ -80,7 +79,7 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
 /// `factor`: that of the rows of X, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
     let run = |side| dispatch_as(call, part, factor, side);
-    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu, call.m), true, run)
+    with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu, call.m), run, run)
 }
 
 fn dispatch_as(call: &GpuCall<'_>, part: &Part, factor: &Buffer, side: u32) -> Result<()> {

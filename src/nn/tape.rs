@@ -40,8 +40,8 @@ pub(super) fn record_all<'a, Base, const N: usize>(
         let ((y, saved), layer) = results.next().unwrap_or_else(|| unreachable!("a result for each layer"));
         let mut inputs = vec![x.node()];
         inputs.extend(layer.parameters().map(|(_, tensor)| tape.leaf(tensor)));
-        tape.record(y, inputs, move |dy, _| {
-            let LinearGrads { dx, da, db, dmagnitude, dbias } = layer.backward(dy, &saved, need_dx)?;
+        tape.record_adding(y, inputs, move |dy, sum| {
+            let LinearGrads { dx, da, db, dmagnitude, dbias } = layer.backward_onto(sum, dy, &saved, need_dx)?;
             // In the order of `parameters`: of an optional one, those that are trained.
             let trained = [da, db, dmagnitude, dbias].into_iter().flatten().map(Some);
             Ok(std::iter::once(dx).chain(trained).collect())

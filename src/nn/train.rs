@@ -20,11 +20,9 @@ use crate::kernels::column_sum::column_sum;
 use crate::kernels::dropout_mix::{Mix, dropout_mix};
 use crate::kernels::lora_down::{Dropout, lora_down_all};
 use crate::kernels::qmatmul::{Product, product, qmatmul};
-use crate::kernels::qmatmul_dx::{LoraDx, qmatmul_dx};
+use crate::kernels::qmatmul_dx::{self, LoraDx, qmatmul_dx};
 use crate::kernels::scale_columns::{divide_columns, scale_columns};
-use crate::kernels::{
-    LoraUp, RowFactors, Rows, expect_shape, lora_dh, lora_down, lora_dw, qmatmul_dx as input_gradient,
-};
+use crate::kernels::{LoraUp, RowFactors, Rows, add_assign, expect_shape, lora_dh, lora_down, lora_dw};
 use crate::tensor::Tensor;
 
 const OP: &str = "linear layer's backward";
@@ -101,10 +99,22 @@ impl<Base> AdaptedLinear<Base> {
     /// # Errors
     /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
     pub fn backward(&self, dy: &Tensor, saved: &Saved, need_dx: bool) -> Result<LinearGrads> {
+        self.backward_onto(None, dy, saved, need_dx)
+    }
+
+    /// As [`AdaptedLinear::backward`], with the gradient of the input added to `sum`, what has come of it before.
+    pub(super) fn backward_onto(
+        &self,
+        sum: Option<Tensor>,
+        dy: &Tensor,
+        saved: &Saved,
+        need_dx: bool,
+    ) -> Result<LinearGrads> {
         expect_shape(OP, "dY", dy, &[saved.rows, self.d_out()])?;
         let dbias = self.trained_bias().map(|_| column_sum(dy, None)).transpose()?;
         let Some(SavedAdapter { adapter, dropout, x, x_factors, h, dora }) = &saved.adapted else {
-            let dx = need_dx.then(|| qmatmul_dx(dy, self.base(), None)).transpose()?;
+            let rows = Rows { tensor: dy, factors: &RowFactors::default() };
+            let dx = need_dx.then(|| qmatmul_dx::onto(sum, rows, self.base(), None)).transpose()?;
             return Ok(LinearGrads { dx, dbias, ..LinearGrads::default() });
         };
         let (a, b, s) = (adapter.a(), adapter.b(), adapter.scale());
@@ -117,13 +127,15 @@ impl<Base> AdaptedLinear<Base> {
         let du = Rows { tensor: du, factors: &du_factors };
         let g = lora_dh::of_rows(du, b, s)?;
         let of_magnitude = |dora: &SavedDora| divide_columns(&column_sum(dy, Some(&dora.u))?, &dora.factor.norm);
+        let of_u = |sum, dropout| qmatmul_dx::onto(sum, du, self.base(), Some(LoraDx { g: &g, a, dropout }));
         let dx = match (dora, dropout) {
             _ if !need_dx => None,
             (Some(_), Some(dropout)) => {
-                let kept = input_gradient::of_rows(du, self.base(), Some(LoraDx { g: &g, a, dropout: None }))?;
-                Some(dropout_mix(Mix::Both(&kept, &qmatmul_dx(dy, self.base(), None)?), *dropout)?)
+                let kept = of_u(None, None)?;
+                let dx = dropout_mix(Mix::Both(&kept, &qmatmul_dx(dy, self.base(), None)?), *dropout)?;
+                Some(add_assign::finish(sum, dx)?)
             }
-            _ => Some(input_gradient::of_rows(du, self.base(), Some(LoraDx { g: &g, a, dropout: *dropout }))?),
+            _ => Some(of_u(sum, *dropout)?),
         };
         let da = lora_dw::of_a(&g, Rows { tensor: x, factors: x_factors }, *dropout)?;
         let db = lora_dw::of_b(du, h, s)?;
@@ -213,4 +225,45 @@ pub(super) fn run_all<Base, const N: usize>(
     let mut results = results.into_iter();
     // As many as there are layers.
     Ok(std::array::from_fn(|_| results.next().unwrap_or_else(|| unreachable!("a result for each layer"))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::{Linear, Scaling};
+    use crate::testing;
+
+    #[test]
+    fn the_input_s_gradient_is_added_to_what_came_before() {
+        const SIZES: [usize; 4] = [11, 20, 24, 4];
+        let [m, d_out, d_in, rank] = SIZES;
+        for device in testing::devices() {
+            let tensor = |seed, shape: &[usize]| {
+                Tensor::from_slice(&device, shape, &testing::values(seed, shape.iter().product(), 1.0)).unwrap()
+            };
+            let (x, dy) = (tensor(1, &[m, d_in]), tensor(2, &[m, d_out]));
+            // Without an adapter, and with LoRA and DoRA, whose dropout takes two products.
+            for (adapted, dora, probability) in
+                [(false, false, 0.0), (true, false, 0.0), (true, false, 0.3), (true, true, 0.0), (true, true, 0.3)]
+            {
+                let (_, matrix) = testing::matrices(3, d_out, d_in, 0.3).swap_remove(1);
+                let mut layer = Linear::new(&device, matrix).unwrap();
+                if adapted {
+                    let (a, b) = (tensor(4, &[rank, d_in]), tensor(5, &[d_out, rank]));
+                    let adapter = LoraAdapter::from_tensors(a, b, 8.0, Scaling::Standard).unwrap();
+                    let mut adapter = adapter.with_dropout(probability).unwrap();
+                    if dora {
+                        adapter = adapter.with_magnitude(tensor(6, &[d_out])).unwrap();
+                    }
+                    layer = layer.with_adapter("default", adapter).unwrap();
+                }
+                let (_, saved) = layer.forward_train(&x, 7).unwrap();
+                let dx = |sum| layer.backward_onto(sum, &dy, &saved, true).unwrap().dx.unwrap();
+                // The f16 tiles add the adapter before the rest.
+                let bound = |_, sum: f64| if testing::is_f16(&device) { 1e-4 * (1.0 + sum.abs()) } else { 0.0 };
+                let context = format!("{} DoRA {dora}, dropout {probability}", testing::name(&device));
+                testing::assert_adds(&context, &dx(None), bound, |sum| Ok(dx(sum)));
+            }
+        }
+    }
 }

@@ -96,12 +96,13 @@ impl Linear {
         Ok(y)
     }
 
-    /// dY * W and its scratch.
-    fn product_dx(&self, pass: &Pass<'_>, dy: &Factors) -> Result<Bytes> {
-        let dx = pass.tensor(self.d_in)?;
-        dy.find(pass.ledger, [pass.tokens, self.d_out], qmatmul_dx::stages(&pass.ledger.device))?;
-        pass.ledger.scratch(&qmatmul_dx::scratch(&pass.ledger.device, [pass.tokens, self.d_out, self.d_in]))?;
-        Ok(dx)
+    /// dY * W, added to `sum`, and its scratch.
+    fn product_dx(&self, pass: &Pass<'_>, dy: &Factors, sum: Option<Bytes>) -> Result<Bytes> {
+        let in_place = qmatmul_dx::adds_in_place(&pass.ledger.device);
+        pass.gradient(sum, self.d_in, in_place, || {
+            dy.find(pass.ledger, [pass.tokens, self.d_out], qmatmul_dx::stages(&pass.ledger.device))?;
+            pass.ledger.scratch(&qmatmul_dx::scratch(&pass.ledger.device, [pass.tokens, self.d_out, self.d_in]))
+        })
     }
 
     /// H, where it is made beside those of the layers that read the same x: of an adapter that is not DoRA's.
@@ -154,9 +155,15 @@ impl Linear {
         Ok(adapter.factor.get_or_init(|| factor).clone())
     }
 
-    fn backward(&self, pass: &Pass<'_>, saved: Option<&Saved>, need_dx: bool) -> Result<Vec<Option<Bytes>>> {
+    fn backward(
+        &self,
+        pass: &Pass<'_>,
+        sum: Option<Bytes>,
+        saved: Option<&Saved>,
+        need_dx: bool,
+    ) -> Result<Vec<Option<Bytes>>> {
         let (Some(adapter), Some(Saved { x_factors, .. })) = (&self.adapter, saved) else {
-            return Ok(vec![need_dx.then(|| self.product_dx(pass, &Factors::default())).transpose()?]);
+            return Ok(vec![need_dx.then(|| self.product_dx(pass, &Factors::default(), sum)).transpose()?]);
         };
         let lora_stages = lora_coop::stages(&pass.ledger.device, pass.tokens);
         let dora = adapter.magnitude.is_some();
@@ -168,10 +175,10 @@ impl Linear {
         let dx = if !need_dx {
             None
         } else if dora && pass.dropout {
-            let _both = (self.product_dx(pass, &du_factors)?, self.product_dx(pass, &Factors::default())?);
-            Some(pass.tensor(self.d_in)?)
+            let _both = (self.product_dx(pass, &du_factors, None)?, self.product_dx(pass, &Factors::default(), None)?);
+            Some(pass.tensor(self.d_in)?.added_to(sum)?)
         } else {
-            Some(self.product_dx(pass, &du_factors)?)
+            Some(self.product_dx(pass, &du_factors, sum)?)
         };
         let weight = |rows: usize, cols: usize, factors: &Factors, dropout: bool| {
             let gradient = pass.ledger.tensor(Part::Gradients, &[rows, cols])?;
@@ -208,8 +215,8 @@ pub(super) fn record_all<'a, const N: usize>(
         let ((y, saved), layer) = results.next().unwrap_or_else(|| unreachable!("a result for each layer"));
         let mut inputs = vec![x.node()];
         inputs.extend(layer.adapter.iter().flat_map(Adapter::parameters).map(|tensor| tape.leaf(tensor)));
-        tape.record(y, inputs, move |_, _| {
-            let grads = layer.backward(pass, saved.as_ref(), need_dx);
+        tape.record_adding(y, inputs, move |_, sum| {
+            let grads = layer.backward(pass, sum, saved.as_ref(), need_dx);
             drop(saved);
             grads
         })

@@ -38,28 +38,31 @@ impl Pass<'_> {
         self.ledger.tensor(Part::Activations, &[self.tokens, width])
     }
 
-    /// The gradient [M, `width`] that a kernel adds to `sum`, and what it takes `beside`: on a GPU it adds in place, on the CPU
-    /// afterwards.
-    pub fn gradient(&self, sum: Option<Bytes>, width: usize, beside: impl FnOnce() -> Result<()>) -> Result<Bytes> {
-        match (sum, &self.ledger.device) {
-            (Some(mut sum), Device::Gpu(_)) => {
+    /// The gradient [M, `width`] that a kernel adds to `sum`, `in_place` or afterwards, and what it takes `beside`.
+    pub fn gradient(
+        &self,
+        sum: Option<Bytes>,
+        width: usize,
+        in_place: bool,
+        beside: impl FnOnce() -> Result<()>,
+    ) -> Result<Bytes> {
+        let (dx, later) = match sum {
+            Some(mut sum) if in_place => {
                 sum.unshare();
-                beside()?;
-                Ok(sum)
+                (sum, None)
             }
-            (sum, _) => {
-                let dx = self.tensor(width)?;
-                beside()?;
-                dx.added_to(sum)
-            }
-        }
+            sum => (self.tensor(width)?, sum),
+        };
+        beside()?;
+        dx.added_to(later)
     }
 
     fn rms_norm<'a>(&'a self, tape: &mut Tape<'a, Bytes>, x: &Var<Bytes>, width: usize) -> Result<Var<Bytes>> {
         let y = self.tensor(width)?;
         let saved = x.value().clone();
         Ok(tape.record_adding(y, vec![x.node()], move |_, sum| {
-            let dx = self.gradient(sum, width, || Ok(()))?;
+            let in_place = matches!(self.ledger.device, Device::Gpu(_));
+            let dx = self.gradient(sum, width, in_place, || Ok(()))?;
             drop(saved);
             Ok(vec![Some(dx)])
         }))
