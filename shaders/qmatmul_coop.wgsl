@@ -130,14 +130,19 @@ fn finish(split: u32, row_first: u32, column_first: u32, sums_begin: u32, lane: 
 {% endfor %}
     }
 {% endif %}
-    var offset = vec4<f32>(0.0);
-    if (p.has_bias != 0u && split == 0u) {
-        offset = vec4<f32>(bias[n0], bias[n1], bias[n2], bias[n3]);
-    }
+    let biased = p.bias_rows > 0u && split == 0u;
 {% for i in range(rows_each) %}
     if (local{{ i }} < p.rows) {
         let sum = {{ four("first_row + " ~ row_step * i ~ "u", "quad") }};
-        let value = sum * (1.0 / row_factor[row{{ i }}] / p.m.factor) + p.lora_scale * up{{ i }} + offset;
+        var value = sum * (1.0 / row_factor[row{{ i }}] / p.m.factor) + p.lora_scale * up{{ i }};
+        if (biased) {
+{% if quads %}
+            value = value + bias[bias_at(row{{ i }}, n0) >> 2u];
+{% else %}
+            let at = bias_at(row{{ i }}, 0u);
+            value = value + vec4<f32>(bias[at + n0], bias[at + n1], bias[at + n2], bias[at + n3]);
+{% endif %}
+        }
         let to = (split * p.rows + row{{ i }}) * p.y_stride + p.column + n;
 {% if quads %}
         if (n < p.n) { y[to >> 2u] = value; }

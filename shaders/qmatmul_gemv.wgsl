@@ -187,7 +187,7 @@ fn finish(first: u32, some: u32, group: u32, thread: u32) {
         let r = first + i / {{ teams * tokens }}u;
         let n = group * {{ teams * rows }}u + r * {{ teams }}u + team;
         if (n < p.n && t < p.rows) {
-            if (p.has_bias != 0u) { result = result + bias[p.column + n]; }
+            if (p.bias_rows > 0u) { result = result + bias[bias_at(p.row + t, p.column + n)]; }
             y[(p.row + t) * p.y_stride + p.column + n] = result;
         }
     }

@@ -131,12 +131,13 @@ fn main(
 
 {% for c in range(columns) %}
     if (n_base + {{ c * threads }}u < p.n) {
-        var bias{{ c }} = 0.0;
-        if (p.has_bias != 0u) {
-            bias{{ c }} = bias[p.column + n{{ c }}];
+        if (p.bias_rows > 0u) {
+{% for t in range(tokens) %}
+            y{{ t }}_{{ c }} = y{{ t }}_{{ c }} + bias[bias_at(row{{ t }}, p.column + n{{ c }})];
+{% endfor %}
         }
 {% for t in range(tokens) %}
-        y[row{{ t }} * p.y_stride + p.column + n{{ c }}] = y{{ t }}_{{ c }} + bias{{ c }};
+        y[row{{ t }} * p.y_stride + p.column + n{{ c }}] = y{{ t }}_{{ c }};
 {% endfor %}
     }
 {% endfor %}

@@ -156,18 +156,25 @@ fn main(
 {% for half in range(2) %}
     {
         let column = n_base + {{ side // 2 * half }}u + 4u * tx;
-        var offset = vec4<f32>(0.0);
-        if (p.has_bias != 0u) {
+{% if not quads %}
 {% for j in range(4) %}
-            offset.{{ "xyzw"[j] }} = bias[p.column + min(column + {{ j }}u, p.n - 1u)];
+        let c{{ j }} = p.column + min(column + {{ j }}u, p.n - 1u);
 {% endfor %}
-        }
+{% endif %}
 {% for i in range(8) %}
         {
             let row = row_base + {{ side // 8 * i }}u + ty;
-            let value = sum{{ i }}_{{ half }} + offset;
+            var value = sum{{ i }}_{{ half }};
             let at = (p.row + row) * p.y_stride + p.column + column;
             if (row < p.rows) {
+                if (p.bias_rows > 0u) {
+{% if quads %}
+                    value = value + bias[bias_at(p.row + row, p.column + min(column, p.n - 4u)) >> 2u];
+{% else %}
+                    let first = bias_at(p.row + row, 0u);
+                    value = value + vec4<f32>(bias[first + c0], bias[first + c1], bias[first + c2], bias[first + c3]);
+{% endif %}
+                }
 {% if quads %}
                 if (column < p.n) { y[at >> 2u] = value; }
 {% else %}

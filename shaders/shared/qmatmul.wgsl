@@ -10,7 +10,7 @@ struct Params {
     y_stride: u32,      // columns of Y
     splits: u32,        // parts of the contracted index that are added up apart
     rank: u32,          // 0: no adapter
-    has_bias: u32,
+    bias_rows: u32,     // 0: no bias; 1: the same for every row of Y; else a row for each
     lora_scale: f32,
     m: Matrix,
 }
@@ -22,6 +22,11 @@ struct Params {
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> x: array<{{ x_type }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
-@group(0) @binding(2) var<storage, read> bias: array<f32>;
+@group(0) @binding(2) var<storage, read> bias: array<{{ "vec4<f32>" if quads is defined and quads else "f32" }}>;
 @group(0) @binding(3) var<storage, read> h: array<{{ ranks }}>;
 @group(0) @binding(4) var<storage, read> b: array<{{ ranks }}>;
+
+// Where the bias has the value for a row of Y and a column.
+fn bias_at(row: u32, column: u32) -> u32 {
+    return select(0u, row * p.y_stride, p.bias_rows > 1u) + column;
+}

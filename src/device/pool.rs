@@ -95,8 +95,7 @@ pub(crate) enum Taken<T> {
 impl<T> Pool<T> {
     /// An empty pool; `limit` bounds live and pooled bytes together.
     pub(crate) fn new(limit: Option<u64>) -> Self {
-        let state =
-            State { free: BTreeMap::new(), returns: 0, counters: MemoryCounters::default(), told: 1 << 20 };
+        let state = State { free: BTreeMap::new(), returns: 0, counters: MemoryCounters::default(), told: 1 << 20 };
         Pool { limit, state: Mutex::new(state) }
     }
 

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | X | activations | [M, K] |
 //! | W | 4-bit or dense matrix, decoded on the way and never whole | [N, K] |
-//! | bias | added to every row | `[N]` |
+//! | bias | added to every row; or a residual, added row by row | `[N]` or [M, N] |
 //! | H, B, s | adapter: H = X * A^T ([`lora_down`](super::lora_down)), B and its scale | [M, r], [N, r] |
 //!
 //! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, equation 5. W counts with its
@@ -37,7 +37,7 @@ pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option
 pub(crate) struct Product<'a> {
     /// W, [N, K].
     pub w: &'a DeviceMatrix,
-    /// Of N values.
+    /// `[N]`, added to every row of the result, or [M, N], added row by row.
     pub bias: Option<&'a Tensor>,
     /// The adapter's part.
     pub lora: Option<LoraUp<'a>>,
@@ -58,7 +58,8 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
     }
     x.device().same(&w.device(), OP)?;
     if let Some(bias) = bias {
-        expect_shape(OP, "bias", bias, &[n])?;
+        let rows = if bias.shape().len() == 1 { [].as_slice() } else { &[m] };
+        expect_shape(OP, "bias", bias, &[rows, &[n]].concat())?;
     }
     if let Some(lora) = lora {
         let (_, rank) = expect_2d(OP, "B", lora.b)?;
@@ -157,7 +158,7 @@ pub fn reference<T: Real>(
                 }
             }
             if let Some(bias) = bias {
-                add(bias[j]);
+                add(bias[if bias.len() == n { j } else { i * n + j }]);
             }
             (y[i * n + j], terms[i * n + j]) = (sum, magnitude);
         }
@@ -182,27 +183,37 @@ mod tests {
     use crate::kernels::qmatmul_dx::{LoraDx, qmatmul_dx};
     use crate::testing;
 
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Bias {
+        No,
+        /// The same for all rows.
+        Row,
+        /// A residual.
+        Rows,
+    }
+
     struct Case {
         m: usize,
         n: usize,
         k: usize,
         rank: usize,
-        bias: bool,
+        bias: Bias,
         seed: u64,
     }
 
     /// Runs a case on a device and compares with the twin in f64.
     fn check(device: &Device, kind: &str, matrix: &HostMatrix, case: &Case) {
         let &Case { m, n, k, rank, bias, seed } = case;
-        let context = format!("{} {kind} M={m} N={n} K={k} r={rank} bias={bias}", testing::name(device));
+        let context = format!("{} {kind} M={m} N={n} K={k} r={rank} bias={bias:?}", testing::name(device));
         let x = testing::values(seed + 10, m * k, 1.0);
         let h = testing::values(seed + 11, m * rank, 1.0);
         let b = testing::values(seed + 12, n * rank, 0.1);
-        let offsets = testing::values(seed + 13, n, 1.0);
+        let bias_shape = if bias == Bias::Rows { vec![m, n] } else { vec![n] };
+        let offsets = testing::values(seed + 13, bias_shape.iter().product(), 1.0);
         let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(device, shape, values).unwrap();
         let w = DeviceMatrix::new(device, matrix.clone()).unwrap();
         let (h_tensor, b_tensor) = (tensor(&[m, rank], &h), tensor(&[n, rank], &b));
-        let bias_tensor = bias.then(|| tensor(&[n], &offsets));
+        let bias_tensor = (bias != Bias::No).then(|| tensor(&bias_shape, &offsets));
         let lora = (rank > 0).then_some(LoraUp { h: &h_tensor, b: &b_tensor, scale: 2.0 });
         let y = qmatmul(&tensor(&[m, k], &x), &w, bias_tensor.as_ref(), lora).unwrap();
         assert_eq!(y.shape(), [m, n]);
@@ -211,7 +222,7 @@ mod tests {
         let (x, w, h, b) = (wide(&x), dense_of::<f64>(matrix), wide(&h), wide(&b));
         let offsets = wide(&offsets);
         let lora = (rank > 0).then_some((h.as_slice(), b.as_slice(), 2.0));
-        let (wanted, terms) = reference(&x, &w, [m, n, k], bias.then_some(&offsets), lora);
+        let (wanted, terms) = reference(&x, &w, [m, n, k], (bias != Bias::No).then_some(&offsets), lora);
         let norm = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>().sqrt();
         let bounds: Vec<f64> = (0..m * n)
             .map(|i| {
@@ -239,13 +250,19 @@ mod tests {
     #[test]
     fn every_kind_of_matrix_on_every_device_and_tier() {
         // Blocks within rows and across them; whole tiles and ragged edges; few rows and many.
-        for (m, n, k, rank) in [(1, 70, 128, 16), (9, 66, 100, 3), (9, 66, 96, 20)] {
-            check_everywhere(&Case { m, n, k, rank, bias: true, seed: 7 }, |_| true);
+        for (m, n, k, rank, bias) in
+            [(1, 70, 128, 16, Bias::Row), (9, 66, 100, 3, Bias::Row), (9, 66, 96, 20, Bias::Rows)]
+        {
+            check_everywhere(&Case { m, n, k, rank, bias, seed: 7 }, |_| true);
         }
         // The largest shapes take long to compile on software drivers: a few kinds of matrix stand for all.
-        check_everywhere(&Case { m: 65, n: 130, k: 96, rank: 20, bias: true, seed: 7 }, |i| i % 4 == 1);
+        check_everywhere(&Case { m: 65, n: 130, k: 96, rank: 20, bias: Bias::Row, seed: 7 }, |i| i % 4 == 1);
+        // Results are stored by fours where N allows it.
+        for bias in [Bias::Row, Bias::Rows] {
+            check_everywhere(&Case { m: 12, n: 72, k: 64, rank: 4, bias, seed: 7 }, |i| i == 1);
+        }
         // Few tiles and a long K, which cooperative matrices add up in three splits.
-        check_everywhere(&Case { m: 12, n: 70, k: 3100, rank: 4, bias: true, seed: 7 }, |i| i % 4 == 1);
+        check_everywhere(&Case { m: 12, n: 70, k: 3100, rank: 4, bias: Bias::Rows, seed: 7 }, |i| i % 4 == 1);
     }
 
     proptest! {
@@ -256,7 +273,7 @@ mod tests {
             n in 1..=257usize,
             k in prop_oneof![1..=257usize, (1..=32usize).prop_map(|words| 8 * words)],
             rank in prop_oneof![Just(0usize), 1..=40usize, Just(512usize)],
-            bias: bool,
+            bias in prop_oneof![Just(Bias::No), Just(Bias::Row), Just(Bias::Rows)],
             seed in 0..1000u64,
         ) {
             let chosen = seed as usize % testing::matrices(seed, n, k, 0.1).len();
@@ -284,7 +301,7 @@ mod tests {
 
     #[test]
     fn a_matrix_over_the_binding_limit_is_split_by_rows() {
-        let case = Case { m: 3, n: 601, k: 96, rank: 5, bias: true, seed: 3 };
+        let case = Case { m: 3, n: 601, k: 96, rank: 5, bias: Bias::Rows, seed: 3 };
         // Without immediates: the way of a browser.
         for device in testing::gpus_with(|options| {
             options.max_binding_bytes = Some(24_000);
@@ -305,7 +322,7 @@ mod tests {
         for k in [64, 128, 192, 576, 640, 1312] {
             for (kind, matrix) in testing::matrices(5, 37, k, 0.1) {
                 for m in 1..=8 {
-                    check(&Device::cpu(), &kind, &matrix, &Case { m, n: 37, k, rank: 3, bias: true, seed: 5 });
+                    check(&Device::cpu(), &kind, &matrix, &Case { m, n: 37, k, rank: 3, bias: Bias::Row, seed: 5 });
                 }
             }
         }

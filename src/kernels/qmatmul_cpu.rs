@@ -12,7 +12,7 @@ use super::simd::{self, FewRows};
 use crate::device::Cpu;
 use crate::error::Result;
 
-/// Y [M, N] of `x` [M, K]; the caller has checked the shapes.
+/// Y [M, N] of `x` [M, K]; the caller has checked the shapes. `bias` is `[N]` or [M, N].
 pub(crate) fn forward(
     cpu: &Cpu,
     x: &[f32],
@@ -28,6 +28,11 @@ pub(crate) fn forward(
         1..=GEMV_ROWS => few_rows(cpu, x, w, bias, lora, y),
         _ => many_rows(cpu, x, w, bias, lora, y),
     }
+}
+
+/// What `bias` adds to a row of Y, which has `n` values.
+fn bias_row(bias: &[f32], row: usize, n: usize) -> &[f32] {
+    if bias.len() == n { bias } else { &bias[row * n..][..n] }
 }
 
 /// Rows of W a task.
@@ -53,7 +58,7 @@ fn few_rows(
                     if let Some(HostLora { h, b, rank, scale }) = lora {
                         *out += scale * simd::dot(&h[t * rank..][..rank], &b[row * rank..][..rank]);
                     }
-                    *out += bias.map_or(0.0, |bias| bias[row]);
+                    *out += bias.map_or(0.0, |bias| bias_row(bias, t, n)[row]);
                 }
             }
         })
@@ -123,7 +128,8 @@ fn many_rows(
         }
         if let Some(bias) = bias {
             for row in 0..m {
-                y.row(row).iter_mut().zip(&bias[rows.clone()]).for_each(|(value, bias)| *value += bias);
+                let bias = &bias_row(bias, row, n)[rows.clone()];
+                y.row(row).iter_mut().zip(bias).for_each(|(value, bias)| *value += bias);
             }
         }
         Ok(())

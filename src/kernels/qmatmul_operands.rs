@@ -56,7 +56,8 @@ params! {
         splits: u32,
         /// 0: no adapter.
         rank: u32,
-        has_bias: u32,
+        /// Those of the bias: 0 without one, 1 for all rows of Y the same, else one for each.
+        bias_rows: u32,
         lora_scale: f32,
         m: MatrixLayout,
     }
@@ -78,7 +79,7 @@ impl<'a> GpuCall<'a> {
             column: part.rows.start as u32,
             y_stride: self.w.rows() as u32,
             rank: adapter.map_or(0, |lora| lora.b.shape()[1] as u32),
-            has_bias: u32::from(self.bias.is_some()),
+            bias_rows: self.bias.map_or(0, |bias| if bias.shape().len() == 1 { 1 } else { self.m as u32 }),
             lora_scale: adapter.map_or(0.0, |lora| lora.scale),
             splits: self.splits as u32,
             m: part.layout,
