@@ -100,7 +100,7 @@ impl DecoderLayer {
 
         let normed = tape.rms_norm(x, &self.input_norm, eps)?;
         let seeds = [seed(0), seed(1), seed(2)];
-        let [mut q, mut k, v] = record_all([&self.q, &self.k, &self.v], tape, &normed, seeds)?;
+        let [mut q, mut k, v] = record_all([&self.q, &self.k, &self.v], tape, &normed, seeds, [None; 3])?;
         drop(normed);
         if let Some((q_norm, k_norm)) = &self.qk_norm {
             q = tape.rms_norm(&q, q_norm, eps)?;
@@ -113,17 +113,16 @@ impl DecoderLayer {
             scale: 1.0 / (config.head_dim as f32).sqrt(),
         };
         let attended = attend(tape, [q, k, v], shape)?;
-        let attended = self.o.record(tape, &attended, seed(3))?;
-        let h = tape.add(x, &attended)?;
+        let h = self.o.record_onto(tape, &attended, x, seed(3))?;
         drop(attended);
 
         let normed = tape.rms_norm(&h, &self.post_norm, eps)?;
-        let [gate, up] = record_all([&self.gate, &self.up], tape, &normed, [seed(4), seed(5)])?;
+        let seeds = [seed(4), seed(5)];
+        let [gate, up] = record_all([&self.gate, &self.up], tape, &normed, seeds, [None; 2])?;
         drop(normed);
         let hidden = tape.silu_mul(&gate, &up)?;
         drop((gate, up));
-        let down = self.down.record(tape, &hidden, seed(6))?;
-        tape.add(&h, &down)
+        self.down.record_onto(tape, &hidden, &h, seed(6))
     }
 }
 

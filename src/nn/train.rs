@@ -150,8 +150,13 @@ impl<Base> AdaptedLinear<Base> {
 
     /// y of x, and what a backward pass needs.
     pub(super) fn run(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Saved)> {
-        let [result] = run_all([self], x, [dropout])?;
+        let [result] = run_all([self], x, [dropout], [None])?;
         Ok(result)
+    }
+
+    /// Whether its product adds a residual: it takes one in place of a bias, and DoRA scales the product's result.
+    pub(super) fn adds_residuals(&self) -> bool {
+        self.bias().is_none() && self.adapter_beside().is_none_or(|adapter| !adapter.is_dora())
     }
 
     /// The active adapter, unless it is in the base.
@@ -189,12 +194,13 @@ impl<Base> AdaptedLinear<Base> {
     }
 }
 
-/// As [`AdaptedLinear::run`], of several layers that read the same x: it is staged once for all of them, and one pass over it
-/// makes the H of all.
+/// As [`AdaptedLinear::run`], for several layers that read the same x: it is staged once for all of them, and one pass over it
+/// makes the H of all. Residuals [M, d_out] are for layers that add them ([`AdaptedLinear::adds_residuals`]).
 pub(super) fn run_all<Base, const N: usize>(
     layers: [&AdaptedLinear<Base>; N],
     x: &Tensor,
     dropouts: [Option<Dropout>; N],
+    residuals: [Option<&Tensor>; N],
 ) -> Result<[(Tensor, Saved); N]> {
     // DoRA's adapter is no part of the product.
     let plain = |layer: &'_ AdaptedLinear<Base>| layer.adapter_beside().filter(|adapter| !adapter.is_dora()).cloned();
@@ -208,14 +214,15 @@ pub(super) fn run_all<Base, const N: usize>(
     let rows = Rows { tensor: x, factors: &x_factors };
     let mut hs = lora_down_all(rows, &downs)?.into_iter();
     let mut results = Vec::with_capacity(N);
-    for ((layer, adapter), dropout) in layers.into_iter().zip(adapters).zip(dropouts) {
+    let beside = dropouts.into_iter().zip(residuals);
+    for ((layer, adapter), (dropout, residual)) in layers.into_iter().zip(adapters).zip(beside) {
         if let (Some(adapter), Some(factor)) = (layer.adapter_beside(), layer.dora_factor()?) {
             results.push(layer.run_dora(rows, adapter, factor, dropout)?);
             continue;
         }
         let adapted = adapter.and_then(|adapter| Some((adapter, hs.next()?)));
         let lora = adapted.as_ref().map(|(adapter, h)| LoraUp { h, b: adapter.b(), scale: adapter.scale() });
-        let y = product(rows, Product { w: layer.base(), bias: layer.bias(), lora })?;
+        let y = product(rows, Product { w: layer.base(), bias: residual.or(layer.bias()), lora })?;
         let saved = |(adapter, h)| {
             let (x, x_factors) = (x.clone(), x_factors.without_rows());
             SavedAdapter { adapter, dropout, x, x_factors, h, dora: None }

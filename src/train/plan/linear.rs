@@ -84,7 +84,24 @@ impl Adapter {
 
 impl Linear {
     pub fn record<'a>(&'a self, pass: &'a Pass<'a>, tape: &mut Tape<'a, Bytes>, x: &Var<Bytes>) -> Result<Var<Bytes>> {
-        let [y] = record_all([self], pass, tape, x)?;
+        let [y] = record_all([self], pass, tape, x, [None])?;
+        Ok(y)
+    }
+
+    /// With a residual added, by a layer with a bias or without.
+    pub fn record_onto<'a>(
+        &'a self,
+        pass: &'a Pass<'a>,
+        tape: &mut Tape<'a, Bytes>,
+        x: &Var<Bytes>,
+        residual: &Var<Bytes>,
+        bias: bool,
+    ) -> Result<Var<Bytes>> {
+        if bias || self.adapter.as_ref().is_some_and(|adapter| adapter.magnitude.is_some()) {
+            let y = self.record(pass, tape, x)?;
+            return pass.add(tape, residual, &y, self.d_out);
+        }
+        let [y] = record_all([self], pass, tape, x, [Some(residual)])?;
         Ok(y)
     }
 
@@ -204,21 +221,27 @@ pub(super) fn record_all<'a, const N: usize>(
     pass: &'a Pass<'a>,
     tape: &mut Tape<'a, Bytes>,
     x: &Var<Bytes>,
+    residuals: [Option<&Var<Bytes>>; N],
 ) -> Result<[Var<Bytes>; N]> {
     let factors = Factors::default();
     let hs = layers.iter().map(|layer| layer.down_beside(pass, &factors)).collect::<Result<Vec<_>>>()?;
     let run = |(layer, h): (&&Linear, _)| layer.run(pass, x.value(), &factors, h);
     let results = layers.iter().zip(hs).map(run).collect::<Result<Vec<_>>>()?;
     let need_dx = x.needs_grad();
-    let mut results = results.into_iter().zip(layers);
+    let mut results = results.into_iter().zip(layers.into_iter().zip(residuals));
     Ok(std::array::from_fn(|_| {
-        let ((y, saved), layer) = results.next().unwrap_or_else(|| unreachable!("a result for each layer"));
+        let ((y, saved), (layer, residual)) = results.next().unwrap_or_else(|| unreachable!("a result for each layer"));
         let mut inputs = vec![x.node()];
+        inputs.extend(residual.map(Var::node));
+        let has_residual = residual.is_some();
         inputs.extend(layer.adapter.iter().flat_map(Adapter::parameters).map(|tensor| tape.leaf(tensor)));
-        tape.record_adding(y, inputs, move |_, sum| {
-            let grads = layer.backward(pass, sum, saved.as_ref(), need_dx);
+        tape.record_adding(y, inputs, move |dy, sum| {
+            let mut grads = layer.backward(pass, sum, saved.as_ref(), need_dx)?;
             drop(saved);
-            grads
+            if has_residual {
+                grads.insert(1, Some(dy.clone()));
+            }
+            Ok(grads)
         })
     }))
 }

@@ -79,7 +79,7 @@ impl Pass<'_> {
         Ok(tape.record_several(new()?, inputs, move |_, _| Ok(new()?.map(Some).into())))
     }
 
-    fn add<'a>(
+    pub fn add<'a>(
         &'a self,
         tape: &mut Tape<'a, Bytes>,
         a: &Var<Bytes>,
@@ -286,7 +286,7 @@ fn layer<'a>(
 ) -> Result<Var<Bytes>> {
     let (hidden, inner, q_width, k_width) = (q.d_in, down.d_in, q.d_out, k.d_out);
     let normed = pass.rms_norm(tape, x, hidden)?;
-    let [mut q, mut k, v] = record_all([q, k, v], pass, tape, &normed)?;
+    let [mut q, mut k, v] = record_all([q, k, v], pass, tape, &normed, [None; 3])?;
     drop(normed);
     if config.qk_norm {
         q = pass.rms_norm(tape, &q, q_width)?;
@@ -296,15 +296,13 @@ fn layer<'a>(
     let roped = [q, k, v];
     let attended = pass.attention(tape, roped.each_ref(), windowed)?;
     drop(roped);
-    let projected = o.record(pass, tape, &attended)?;
-    let h = pass.add(tape, x, &projected, hidden)?;
-    drop(projected);
+    let h = o.record_onto(pass, tape, &attended, x, config.o_bias)?;
+    drop(attended);
 
     let normed = pass.rms_norm(tape, &h, hidden)?;
-    let [gate, up] = record_all([gate, up], pass, tape, &normed)?;
+    let [gate, up] = record_all([gate, up], pass, tape, &normed, [None; 2])?;
     drop(normed);
     let product = pass.silu_mul(tape, &gate, &up, inner)?;
     drop((gate, up));
-    let down = down.record(pass, tape, &product)?;
-    pass.add(tape, &h, &down, hidden)
+    down.record_onto(pass, tape, &product, &h, config.mlp_bias)
 }
