@@ -135,7 +135,7 @@ fn read_header(tensors: &impl Tensors, weight: &str) -> Result<Header> {
 /// How the 4-bit weight called `weight` is stored, from its `quant_state` alone.
 ///
 /// # Errors
-/// As [`read`], of what the `quant_state` says.
+/// Same as [`read`], of what the `quant_state` says.
 pub fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
     let Header { rows, cols, block, nested, .. } = read_header(tensors, weight)?;
     let double = |Nested { super_block, .. }| ScaleKind::Double { super_block };

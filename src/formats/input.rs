@@ -36,7 +36,7 @@ pub(crate) fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
 /// The text of a regular file of at most `most` bytes, without the byte order mark that some editors put before it.
 ///
 /// # Errors
-/// As [`read_small`]; [`Error::File`] if it is not UTF-8.
+/// Same as [`read_small`]; [`Error::File`] if it is not UTF-8.
 pub(crate) fn read_small_text(path: &Path, most: u64) -> Result<String> {
     let not_utf8 =
         |e: std::string::FromUtf8Error| Error::File { path: path.into(), message: format!("is not UTF-8: {e}") };

@@ -59,7 +59,7 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// As [`sync_folder`], of the folder that a path is in.
+/// Like [`sync_folder`], of the folder that a path is in.
 pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     sync_folder(path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")))
 }

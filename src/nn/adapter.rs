@@ -1,5 +1,7 @@
-//! A LoRA adapter: s * B * A beside a frozen weight. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
-//! 2021; rank-stabilized scaling from Kalajdzievski, 2023; with a magnitude for each row, Liu et al., "DoRA:
+//! LoRA adapters: s * B * A beside a frozen weight.
+//!
+//! LoRA: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. Rank-stabilized
+//! scaling: Kalajdzievski, 2023. DoRA, with a magnitude per row: Liu et al., "DoRA:
 //! Weight-Decomposed Low-Rank Adaptation", 2024.
 
 use ndarray::{Array2, ArrayViewMut2};
@@ -13,7 +15,7 @@ use crate::tensor::{Tensor, element_count};
 
 const OP: &str = "LoRA adapter";
 
-/// How alpha and the rank make the scale s.
+/// How the scale s follows from alpha and rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scaling {
     /// s = alpha / r.
@@ -23,32 +25,34 @@ pub enum Scaling {
     RankStabilized,
 }
 
-/// The values that A and B start with.
+/// Initial values of A and B.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LoraInit {
-    /// PEFT's: A uniform in +-1 / sqrt(d_in), B zero. The same seed gives the same values on every platform.
+    /// PEFT's default: A uniform in +-1 / sqrt(d_in), B zero. The same seed gives the same values
+    /// on every platform.
     KaimingUniform {
-        /// Of the generator (ChaCha8).
+        /// Seed of the generator (ChaCha8).
         seed: u64,
     },
-    /// That of the layer which this crate grew from: A\[i\] = 0.01 sin(0.1 i) over the flat index, B zero.
+    /// A\[i\] = 0.01 sin(0.1 i) over the flat index, B zero. Used by the layer that this crate
+    /// grew from.
     Sine,
 }
 
-/// What a new adapter is like.
+/// Settings for a new adapter.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
-    /// r, at least 1.
+    /// Rank r, at least 1.
     pub rank: usize,
     /// alpha.
     pub alpha: f32,
-    /// How s follows from both.
+    /// How s follows from alpha and rank.
     pub scaling: Scaling,
-    /// Probability that a value of X is dropped before A, in training; in 0..1.
+    /// Probability, in 0..1, of dropping a value of X before A. Applies in training only.
     pub dropout: f32,
-    /// First values.
+    /// Initial values.
     pub init: LoraInit,
-    /// DoRA: W + s * B * A is brought to a trained magnitude, row by row.
+    /// DoRA: scales each row of W + s * B * A to a trained magnitude.
     pub dora: bool,
 }
 
@@ -60,18 +64,18 @@ impl LoraConfig {
     }
 }
 
-/// Whether an adapter is DoRA, and its magnitude.
+/// DoRA's magnitude, if the adapter is DoRA.
 #[derive(Clone, Debug)]
 enum Magnitude {
-    /// It is LoRA.
+    /// Plain LoRA.
     None,
-    /// The row norms of the layer that it will be added to.
+    /// Will be the row norms of the layer that the adapter is added to.
     OfLayer,
     Values(Tensor),
 }
 
-/// A pair A [r, d_in], B [d_out, r] on a device, with its scale, and for DoRA a magnitude `[d_out]`. Clones share the
-/// values.
+/// A pair A [r, d_in], B [d_out, r] on a device, with its scale and, for DoRA, a magnitude
+/// `[d_out]`. Clones share the values.
 #[derive(Clone, Debug)]
 pub struct LoraAdapter {
     a: Tensor,
@@ -83,20 +87,20 @@ pub struct LoraAdapter {
 }
 
 impl LoraAdapter {
-    /// A new adapter for a layer [d_out, d_in].
+    /// Creates an adapter for a layer [d_out, d_in].
     ///
     /// # Errors
-    /// [`Error::Invalid`] for rank 0, an alpha that is not finite or a dropout outside 0..1.
+    /// [`Error::Invalid`] for rank 0, an alpha that isn't finite or a dropout outside 0..1.
     pub fn new(device: &Device, d_out: usize, d_in: usize, config: &LoraConfig) -> Result<LoraAdapter> {
         let rank = config.rank;
-        // Checked before anything of that size is made.
+        // Check the sizes before allocating anything.
         element_count(&[rank, d_in])?;
         element_count(&[d_out, rank])?;
         let a: Vec<f32> = match config.init {
             LoraInit::KaimingUniform { seed } => {
                 let mut random = ChaCha8Rng::seed_from_u64(seed);
                 let bound = 1.0 / (d_in as f32).sqrt();
-                // 24 random bits are every f32 step of 0..1.
+                // 24 random bits cover every multiple of 2^-24 in 0..1.
                 let uniform = |bits: u32| (bits >> 8) as f32 * (1.0 / 16_777_216.0);
                 (0..rank * d_in).map(|_| (2.0 * uniform(random.next_u32()) - 1.0) * bound).collect()
             }
@@ -108,11 +112,12 @@ impl LoraAdapter {
         Ok(if config.dora { adapter.with_dora() } else { adapter })
     }
 
-    /// An adapter of given values: A [r, d_in], B [d_out, r], both on one device. No dropout, no DoRA.
+    /// Creates an adapter with these values: A [r, d_in], B [d_out, r], both on one device. No
+    /// dropout, no DoRA.
     ///
     /// # Errors
-    /// [`Error::Shape`] if the ranks disagree, [`Error::Invalid`] for rank 0 or an alpha that is not finite,
-    /// [`Error::DeviceMismatch`].
+    /// [`Error::Shape`] if the ranks disagree, [`Error::Invalid`] for rank 0 or an alpha that
+    /// isn't finite, [`Error::DeviceMismatch`].
     pub fn from_tensors(a: Tensor, b: Tensor, alpha: f32, scaling: Scaling) -> Result<LoraAdapter> {
         let (rank, _) = expect_2d(OP, "A", &a)?;
         let (_, b_rank) = expect_2d(OP, "B", &b)?;
@@ -120,7 +125,7 @@ impl LoraAdapter {
             return Err(Error::Shape {
                 op: OP,
                 what: "rank of B",
-                expected: format!("{rank}, that of A"),
+                expected: format!("{rank}, the rank of A"),
                 got: b_rank.to_string(),
             });
         }
@@ -136,10 +141,10 @@ impl LoraAdapter {
         Ok(LoraAdapter { a, b, alpha, scaling, dropout: 0.0, magnitude: Magnitude::None })
     }
 
-    /// The same with this dropout probability.
+    /// Sets the dropout probability.
     ///
     /// # Errors
-    /// [`Error::Invalid`] outside 0..1.
+    /// [`Error::Invalid`] for a probability outside 0..1.
     pub fn with_dropout(mut self, probability: f32) -> Result<LoraAdapter> {
         if !(0.0..1.0).contains(&probability) {
             return Err(Error::Invalid {
@@ -153,14 +158,14 @@ impl LoraAdapter {
         Ok(self)
     }
 
-    /// The same as DoRA, with a magnitude that becomes that of the layer when it is added to one: the row norms of
-    /// W + s * B * A, so that adding it changes nothing.
+    /// Makes it a DoRA adapter whose magnitude is set when it is added to a layer: to the row
+    /// norms of W + s * B * A, so that adding it changes nothing.
     pub fn with_dora(mut self) -> LoraAdapter {
         self.magnitude = Magnitude::OfLayer;
         self
     }
 
-    /// The same as DoRA, with this magnitude `[d_out]`.
+    /// Makes it a DoRA adapter with this magnitude `[d_out]`.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::DeviceMismatch`].
@@ -171,12 +176,12 @@ impl LoraAdapter {
         Ok(self)
     }
 
-    /// Whether it is DoRA.
+    /// Whether this is a DoRA adapter.
     pub fn is_dora(&self) -> bool {
         !matches!(self.magnitude, Magnitude::None)
     }
 
-    /// DoRA's magnitude, `[d_out]`; none before the adapter is added to a layer.
+    /// DoRA's magnitude, `[d_out]`; `None` before the adapter is added to a layer.
     pub fn magnitude(&self) -> Option<&Tensor> {
         match &self.magnitude {
             Magnitude::Values(magnitude) => Some(magnitude),
@@ -184,13 +189,14 @@ impl LoraAdapter {
         }
     }
 
-    /// What is trained, by PEFT's names: "lora_A", "lora_B", and "lora_magnitude_vector" of DoRA.
+    /// Trained tensors by PEFT's names: "lora_A", "lora_B" and, for DoRA, "lora_magnitude_vector".
     pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
         let magnitude = self.magnitude().map(|magnitude| ("lora_magnitude_vector", magnitude));
         [("lora_A", &self.a), ("lora_B", &self.b)].into_iter().chain(magnitude)
     }
 
-    /// As [`LoraAdapter::parameters`], to update. Shapes must stay: another one is an error of the next pass.
+    /// Like [`LoraAdapter::parameters`], for updates. Keep the shapes: a changed shape makes the
+    /// next pass fail.
     pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
         let magnitude = match &mut self.magnitude {
             Magnitude::Values(magnitude) => Some(("lora_magnitude_vector", magnitude)),
@@ -209,7 +215,7 @@ impl LoraAdapter {
         &self.b
     }
 
-    /// r.
+    /// Rank r.
     pub fn rank(&self) -> usize {
         self.a.shape()[0]
     }
@@ -233,7 +239,7 @@ impl LoraAdapter {
         }
     }
 
-    /// Probability that a value of X is dropped before A, in training.
+    /// Probability of dropping a value of X before A in training.
     pub fn dropout(&self) -> f32 {
         self.dropout
     }
@@ -253,10 +259,11 @@ impl LoraAdapter {
         self.parameters().map(|(_, tensor)| tensor.len()).sum()
     }
 
-    /// Replaces A and B by tensors of the same device; rank may change, `d_in` and `d_out` may not. A magnitude stays.
+    /// Replaces A and B with tensors on the same device. The rank may change; `d_in` and `d_out`
+    /// may not. A magnitude is kept.
     ///
     /// # Errors
-    /// As [`LoraAdapter::from_tensors`]; the adapter is then as before.
+    /// Same as [`LoraAdapter::from_tensors`]; on an error the adapter is unchanged.
     pub fn replace(&mut self, a: Tensor, b: Tensor) -> Result<()> {
         self.a.device().same(&a.device(), OP)?;
         let new = LoraAdapter::from_tensors(a, b, self.alpha, self.scaling)?;
@@ -272,7 +279,7 @@ impl LoraAdapter {
         Ok(())
     }
 
-    /// Reads A and B back, lets `change` edit them in place, and writes them to the device again.
+    /// Reads A and B back, lets `change` edit them in place, and writes them to the device.
     pub fn edit(&mut self, change: impl FnOnce(ArrayViewMut2<'_, f32>, ArrayViewMut2<'_, f32>)) -> Result<()> {
         let (mut a, mut b) = (self.a.to_array2()?, self.b.to_array2()?);
         change(a.view_mut(), b.view_mut());
@@ -283,7 +290,7 @@ impl LoraAdapter {
         Tensor::from_array(&self.a.device(), array)
     }
 
-    /// The same adapter on another device.
+    /// Copies the adapter to another device.
     pub fn to_device(&self, device: &Device) -> Result<LoraAdapter> {
         let mut moved = self.clone();
         for (_, tensor) in moved.parameters_mut() {
@@ -292,7 +299,7 @@ impl LoraAdapter {
         Ok(moved)
     }
 
-    /// Bytes of what is trained on its device.
+    /// Bytes of the trained tensors on their device.
     pub fn resident_bytes(&self) -> u64 {
         self.parameters().map(|(_, tensor)| tensor.resident_bytes()).sum()
     }
@@ -322,10 +329,10 @@ mod tests {
         let bound = 1.0 / 20.0;
         assert!(a.iter().all(|value| value.abs() <= bound));
         let variance = a.iter().map(|value| f64::from(value * value)).sum::<f64>() / a.len() as f64;
-        assert!((variance / (f64::from(bound).powi(2) / 3.0) - 1.0).abs() < 0.02, "a uniform's variance: {variance}");
+        assert!((variance / (f64::from(bound).powi(2) / 3.0) - 1.0).abs() < 0.02, "variance of a uniform distribution: {variance}");
         assert_eq!(a, new(1).a().to_vec().unwrap());
         assert_ne!(a, new(2).a().to_vec().unwrap());
-        // Pinned: another generator would break reproducibility of published runs.
+        // Pinned: another generator would break the reproducibility of published runs.
         assert_eq!(a[..3], [0.004_937_821_5, -0.009_751_439, 0.048_459_71]);
         assert!(new(1).b().to_vec().unwrap().iter().all(|&value| value == 0.0));
     }

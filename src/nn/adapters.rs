@@ -1,4 +1,4 @@
-//! Adapters over a whole model: which layers get one, and PEFT's directories in and out.
+//! Adapters for a whole model: which layers get one, and reading and writing PEFT directories.
 
 use std::collections::BTreeSet;
 
@@ -20,12 +20,13 @@ fn scaling(config: &PeftConfig) -> Scaling {
 }
 
 impl Decoder {
-    /// Gives every layer that the configuration targets a new adapter of this name, and activates it as
-    /// [`Decoder::activate`] does: A random by PEFT's rule (the same for the same seed), B zero. Returns how many.
+    /// Adds a new adapter of this name to every layer that the configuration targets, and
+    /// activates it like [`Decoder::activate`]. A is random by PEFT's rule (the same for the same
+    /// seed), B is zero. Returns the number of layers.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if no layer matches, or what the configuration asks for is not supported, or an adapter of this
-    /// name is there.
+    /// [`Error::Invalid`] if no layer matches, the configuration asks for something unsupported,
+    /// or the name is taken.
     pub fn attach(&mut self, name: &str, config: &PeftConfig, seed: u64) -> Result<usize> {
         self.check_new(name)?;
         check_supported(config)?;
@@ -52,11 +53,13 @@ impl Decoder {
         Ok(count as usize)
     }
 
-    /// Gives layers the adapters of a PEFT directory under this name, and activates them as [`Decoder::activate`] does.
+    /// Adds the adapters of a PEFT directory under this name, and activates them like
+    /// [`Decoder::activate`].
     ///
     /// # Errors
-    /// [`Error::Invalid`] if a module is not in the model, what the configuration asks for is not supported, or an adapter of
-    /// this name is there; [`Error::Shape`] for tensors of another shape. The model is then as before.
+    /// [`Error::Invalid`] if the model lacks a module, the configuration asks for something
+    /// unsupported, or the name is taken; [`Error::Shape`] for tensors of another shape. On an
+    /// error the model is unchanged.
     pub fn attach_peft(&mut self, name: &str, adapter: &PeftAdapter) -> Result<usize> {
         self.check_new(name)?;
         check_modules(adapter, self.linears().map(|(path, _)| path))?;
@@ -79,11 +82,11 @@ impl Decoder {
         Ok(adapter.modules.len())
     }
 
-    /// The adapter of this name as PEFT writes it, with this configuration (ranks and alphas are those of the tensors as
-    /// long as it is the one that they were made with).
+    /// Exports the adapter of this name for PEFT, with this configuration. Ranks and alphas match the
+    /// tensors only if the adapter was made with the same configuration.
     ///
     /// # Errors
-    /// [`Error::NoSuchAdapter`], and the device's own.
+    /// [`Error::NoSuchAdapter`], and errors of the device.
     pub fn to_peft(&self, name: &str, config: &PeftConfig) -> Result<PeftAdapter> {
         let mut adapter = PeftAdapter { config: config.clone(), modules: Default::default() };
         for (path, linear) in self.linears() {
@@ -104,11 +107,11 @@ impl Decoder {
         Ok(adapter)
     }
 
-    /// Uses the adapter of this name from now on, in the layers that have it; the others use their base alone. Nothing is
-    /// loaded again.
+    /// Uses the adapter of this name from now on, in the layers that have it; other layers use
+    /// their base alone. Nothing is loaded again.
     ///
     /// # Errors
-    /// [`Error::NoSuchAdapter`] if no layer has it; the model is then as before.
+    /// [`Error::NoSuchAdapter`] if no layer has it; the model is then unchanged.
     pub fn activate(&mut self, name: &str) -> Result<()> {
         if self.linears().all(|(_, linear)| linear.adapter(name).is_err()) {
             return Err(Error::NoSuchAdapter { name: name.to_owned(), loaded: self.adapters_for_message() });
@@ -130,7 +133,7 @@ impl Decoder {
         if self.linears().all(|(_, linear)| linear.adapter(name).is_err()) {
             return Ok(());
         }
-        let expected = "the model has one of this name already".into();
+        let expected = "the model already has an adapter of this name".into();
         Err(Error::Invalid { op: OP, what: "the adapter's name", got: name.to_owned(), expected })
     }
 
@@ -142,10 +145,11 @@ impl Decoder {
 }
 
 impl LoraAdapter {
-    /// What a PEFT adapter has for the module at `path`, a layer [d_out, d_in].
+    /// Builds the adapter for the module at `path`, a layer [d_out, d_in], from a PEFT adapter.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it has nothing, [`Error::Shape`] if it is for a layer of another shape.
+    /// [`Error::Invalid`] if the PEFT adapter lacks the module, [`Error::Shape`] if it is for a
+    /// layer of another shape.
     pub(crate) fn from_peft(
         device: &Device,
         adapter: &PeftAdapter,
@@ -176,10 +180,10 @@ impl LoraAdapter {
     }
 }
 
-/// Checks that an adapter is one of such a model.
+/// Checks that an adapter fits this model.
 ///
 /// # Errors
-/// As [`Decoder::attach_peft`].
+/// Same as [`Decoder::attach_peft`].
 pub(crate) fn check_fits(adapter: &PeftAdapter, model: &ModelSpec) -> Result<()> {
     check_modules(adapter, model.linears().map(|(path, _)| path))?;
     let cpu = Device::cpu();
@@ -189,10 +193,10 @@ pub(crate) fn check_fits(adapter: &PeftAdapter, model: &ModelSpec) -> Result<()>
     })
 }
 
-/// Checks that an adapter is one of a model with these linear layers.
+/// Checks that an adapter fits a model with these linear layers.
 ///
 /// # Errors
-/// [`Error::Invalid`] for what is not supported, and with the first module that the model does not have.
+/// [`Error::Invalid`] for an unsupported setting, or for the first module that the model lacks.
 fn check_modules(adapter: &PeftAdapter, linears: impl Iterator<Item = String>) -> Result<()> {
     check_supported(&adapter.config)?;
     let known: Vec<String> = linears.collect();
@@ -211,14 +215,14 @@ fn check_supported(config: &PeftConfig) -> Result<()> {
     if !config.lora_bias {
         return Ok(());
     }
-    let expected = "layers here have no bias of B; only an adapter without one can be used".into();
+    let expected = "biases of lora_B aren't supported".into();
     Err(Error::Invalid { op: OP, what: "lora_bias", got: "true".into(), expected })
 }
 
-/// Which of a model's linear layers the configuration targets.
+/// Selects the linear layers of a model that the configuration targets.
 ///
 /// # Errors
-/// [`Error::Invalid`] if there is none, or it targets what cannot have an adapter.
+/// [`Error::Invalid`] if there are none, or if it targets a module that can't have an adapter.
 pub(crate) fn targeted(config: &PeftConfig, paths: impl Iterator<Item = String>) -> Result<BTreeSet<String>> {
     let error = |expected| {
         let got = match config.targets.modules() {
@@ -228,9 +232,9 @@ pub(crate) fn targeted(config: &PeftConfig, paths: impl Iterator<Item = String>)
         };
         Error::Invalid { op: OP, what: "target_modules", got, expected }
     };
-    // PEFT would adapt these too; leaving them out in silence would train something else.
+    // PEFT would adapt these too; silently leaving them out would train something else.
     if let Some(path) = ["lm_head", "model.embed_tokens"].into_iter().find(|path| config.targets.matches(path, true)) {
-        return Err(error(format!("it matches {path}, and only linear layers inside the decoder can have adapters")));
+        return Err(error(format!("it matches {path}, but only linear layers inside the decoder can have adapters")));
     }
     let paths: Vec<String> = paths.collect();
     let known = span(&paths);
@@ -241,7 +245,7 @@ pub(crate) fn targeted(config: &PeftConfig, paths: impl Iterator<Item = String>)
     Ok(found)
 }
 
-/// The first and the last of some paths, for messages.
+/// First and last of some paths, for messages.
 fn span(paths: &[String]) -> String {
     let end = |path: Option<&String>| path.cloned().unwrap_or_default();
     format!("{} to {}", end(paths.first()), end(paths.last()))

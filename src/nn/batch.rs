@@ -1,4 +1,4 @@
-//! Token sequences as the decoder takes them.
+//! Token sequences in the form that the decoder takes.
 
 use std::sync::Arc;
 
@@ -10,28 +10,29 @@ use crate::kernels::visibility::Visibility;
 
 const OP: &str = "batch";
 
-/// The label that carries no loss, as Hugging Face writes it.
+/// Label of tokens without loss, as in Hugging Face.
 pub const IGNORE_LABEL: i64 = -100;
 
-/// The segment of padding.
+/// Segment number of padding.
 pub const PADDING: u32 = 0;
 
-/// `rows` sequences of `length` tokens, row-major, with what says who sees whom.
+/// `rows` sequences of `length` tokens, row-major, with segments that decide which tokens see each
+/// other.
 #[derive(Clone, Debug)]
 pub struct Tokens {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// Sequences.
+    /// Number of sequences.
     pub rows: usize,
-    /// Tokens a sequence, padding included.
+    /// Tokens per sequence, padding included.
     pub length: usize,
-    /// Which of the packed sequences of its row a token belongs to, from 1 on; [`PADDING`] for padding. A token sees
-    /// itself and the earlier ones of its segment.
+    /// Which packed sequence of its row a token belongs to, from 1; [`PADDING`] for padding. A
+    /// token sees itself and the earlier tokens of its segment.
     pub segments: Vec<u32>,
 }
 
 impl Tokens {
-    /// Whole sequences without padding.
+    /// Full-length sequences without padding.
     ///
     /// # Errors
     /// [`Error::Shape`] if `ids` are not `rows` rows.
@@ -40,7 +41,7 @@ impl Tokens {
         Tokens::packed(ids, rows, segments)
     }
 
-    /// Sequences with a mask: 1 for tokens, 0 for padding at either end.
+    /// Sequences with a mask: 1 for tokens, 0 for padding, which may be at either end.
     ///
     /// # Errors
     /// [`Error::Shape`].
@@ -49,14 +50,14 @@ impl Tokens {
         Tokens::packed(ids, rows, segments)
     }
 
-    /// Several sequences a row, by segment ids.
+    /// Several sequences per row, told apart by segment ids.
     ///
     /// # Errors
     /// [`Error::Shape`].
     pub fn packed(ids: Vec<u32>, rows: usize, segments: Vec<u32>) -> Result<Tokens> {
         let shape = |what, expected: String, got: usize| Error::Shape { op: OP, what, expected, got: got.to_string() };
         if rows == 0 || ids.is_empty() || !ids.len().is_multiple_of(rows) {
-            return Err(shape("number of token ids", format!("{rows} rows of one length"), ids.len()));
+            return Err(shape("number of token ids", format!("{rows} rows of equal length"), ids.len()));
         }
         if segments.len() != ids.len() {
             return Err(shape("number of segment ids (or mask values)", ids.len().to_string(), segments.len()));
@@ -64,7 +65,7 @@ impl Tokens {
         Ok(Tokens { length: ids.len() / rows, ids, rows, segments })
     }
 
-    /// Each token's place within its segment.
+    /// Each token's position within its segment.
     pub(crate) fn positions(&self) -> Vec<u32> {
         let mut positions = vec![0; self.ids.len()];
         for at in 0..positions.len() {
@@ -76,11 +77,12 @@ impl Tokens {
     }
 }
 
-/// Labels in Hugging Face's form (one a token, [`IGNORE_LABEL`] for none) as the loss takes them: each position has the
-/// label of the next one, and the last of a row, or of a segment, has none.
+/// Shifts labels in Hugging Face's form (one per token, [`IGNORE_LABEL`] for none) into the form
+/// that the loss takes: each position has the label of the next token. The last position of a row
+/// or segment has none.
 ///
 /// # Errors
-/// [`Error::Shape`], and [`Error::Invalid`] for a label outside the vocabulary, with its place.
+/// [`Error::Shape`], and [`Error::Invalid`] for a label outside the vocabulary, with its position.
 pub fn shifted_labels(tokens: &Tokens, labels: &[i64], vocabulary: usize) -> Result<Vec<u32>> {
     if labels.len() != tokens.ids.len() {
         let (expected, got) = (tokens.ids.len().to_string(), labels.len().to_string());
@@ -96,7 +98,7 @@ pub fn shifted_labels(tokens: &Tokens, labels: &[i64], vocabulary: usize) -> Res
                 op: OP,
                 what: "a label",
                 got: format!("{label} at token {at}"),
-                expected: format!("labels are {IGNORE_LABEL} or under {vocabulary}, the vocabulary's size"),
+                expected: format!("a label must be {IGNORE_LABEL} or below the vocabulary size, {vocabulary}"),
             });
         }
         if at % tokens.length > 0 && tokens.segments[at] == tokens.segments[at - 1] && tokens.segments[at] != PADDING {
@@ -111,9 +113,9 @@ pub fn shifted_labels(tokens: &Tokens, labels: &[i64], vocabulary: usize) -> Res
 pub struct Batch {
     pub(super) ids: Indices,
     pub(super) positions: Indices,
-    /// One past the largest position.
+    /// Largest position plus 1.
     pub(super) positions_end: usize,
-    /// Without a window, and with the model's where some layers have one.
+    /// Visibility without a window and, if some layers have one, with the model's window.
     pub(super) visibility: Arc<Visibility>,
     pub(super) windowed: Option<Arc<Visibility>>,
     labels: Option<Indices>,
@@ -122,12 +124,12 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Puts tokens, and labels from [`shifted_labels`] if there is to be a loss, on a device. `vocabulary` bounds the ids;
-    /// `window` is that of the model's sliding-window layers.
+    /// Copies tokens to a device, with labels from [`shifted_labels`] if a loss will be computed.
+    /// `vocabulary` bounds the ids; `window` is the model's sliding window.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an id or a label outside the vocabulary, [`Error::Shape`] for labels that are too few or too many, and
-    /// the device's own.
+    /// [`Error::Invalid`] for an id or a label outside the vocabulary, [`Error::Shape`] if the
+    /// number of labels is wrong, and errors of the device.
     pub fn new(
         device: &Device,
         tokens: &Tokens,
@@ -150,7 +152,7 @@ impl Batch {
             positions_end: positions.iter().max().map_or(0, |&last| last as usize + 1),
             positions: Indices::from_slice(device, &positions)?,
             visibility: visibility(None)?,
-            // A window that no sequence fills changes nothing.
+            // A window at least as long as every sequence changes nothing.
             windowed: window
                 .filter(|&window| window < tokens.length)
                 .map(|window| visibility(Some(window)))
@@ -161,12 +163,12 @@ impl Batch {
         })
     }
 
-    /// Rows and tokens a row.
+    /// Rows, and tokens per row.
     pub fn shape(&self) -> [usize; 2] {
         self.shape
     }
 
-    /// Tokens, padding included.
+    /// Number of tokens, padding included.
     pub fn len(&self) -> usize {
         self.shape[0] * self.shape[1]
     }
@@ -176,21 +178,21 @@ impl Batch {
         self.len() == 0
     }
 
-    /// Positions that carry loss.
+    /// Number of positions with loss.
     pub fn label_tokens(&self) -> usize {
         self.label_tokens
     }
 
-    /// The shifted labels.
+    /// Shifted labels.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it was made without.
+    /// [`Error::Invalid`] if the batch was made without labels.
     pub fn labels(&self) -> Result<&Indices> {
         self.labels.as_ref().ok_or_else(|| Error::Invalid {
             op: OP,
             what: "the batch",
             got: "without labels".into(),
-            expected: "a loss needs them".into(),
+            expected: "a loss needs labels".into(),
         })
     }
 }
@@ -210,7 +212,7 @@ mod tests {
     fn labels_move_to_the_position_that_predicts_them() {
         let tokens = Tokens::packed(vec![1; 6], 1, vec![1, 1, 1, 2, 2, 0]).unwrap();
         let shifted = shifted_labels(&tokens, &[10, 11, -100, 13, 14, 15], 20).unwrap();
-        // Neither a segment's first label nor that of padding can be predicted.
+        // The first label of a segment and the labels of padding can't be predicted.
         assert_eq!(shifted, [11, IGNORE, IGNORE, 14, IGNORE, IGNORE]);
         let error = shifted_labels(&tokens, &[10, 11, 20, 13, 14, 15], 20).unwrap_err().to_string();
         assert!(error.contains("20 at token 2"), "{error}");

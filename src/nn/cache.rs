@@ -1,4 +1,4 @@
-//! Generation: tokens go through the model once, and their keys and values are kept.
+//! Generation: each token goes through the model once; its keys and values are kept.
 
 use super::decoder::Decoder;
 use crate::autograd::Tape;
@@ -11,41 +11,41 @@ use crate::kernels::rope_append::rope_append;
 use crate::kernels::visibility::Visibility;
 use crate::tensor::Tensor;
 
-/// Keys and values of the tokens of one sequence, of every layer.
+/// Keys and values for the tokens of one sequence, in every layer.
 pub struct KvCache {
-    /// Keys (rotated) and values, [capacity, kv_heads * head_dim] each.
+    /// Per layer: keys (rotated) and values, [capacity, kv_heads * head_dim] each.
     layers: Vec<[Tensor; 2]>,
     capacity: usize,
     len: usize,
 }
 
 impl KvCache {
-    /// Tokens that it holds.
+    /// Number of tokens in the cache.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether it holds none.
+    /// Whether the cache is empty.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Tokens that it has room for.
+    /// Maximum number of tokens.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// Forgets the tokens after the first `len`.
+    /// Forgets all tokens after the first `len`.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);
     }
 }
 
 impl Decoder {
-    /// An empty cache for `capacity` tokens.
+    /// Creates an empty cache for `capacity` tokens.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for more than the model's positions; the device's own.
+    /// [`Error::Invalid`] if the model has fewer positions; errors of the device.
     pub fn cache(&self, capacity: usize) -> Result<KvCache> {
         self.rope_table(capacity)?;
         let width = self.config.kv_heads * self.config.head_dim;
@@ -54,17 +54,18 @@ impl Decoder {
         Ok(KvCache { layers, capacity, len: 0 })
     }
 
-    /// Appends tokens to a sequence and returns the logits of the one after the last, [1, vocabulary].
+    /// Appends tokens to a sequence and returns the logits for the next one, [1, vocabulary].
     ///
     /// # Errors
-    /// [`Error::Invalid`] for no tokens, an id outside the vocabulary, or more tokens than the cache has room for; the
-    /// device's own. After an error the cache is to be truncated or made anew.
+    /// [`Error::Invalid`] for no tokens, an id outside the vocabulary, or more tokens than the
+    /// cache has room for; errors of the device. After an error, truncate the cache or make a new
+    /// one.
     pub fn extend(&self, cache: &mut KvCache, ids: &[u32]) -> Result<Tensor> {
         check_ids(ids, self.config.vocab_size)?;
         self.append(cache, &Indices::from_slice(&self.device, ids)?)
     }
 
-    /// As [`Decoder::extend`], for ids that are on the device, whose values it does not check.
+    /// Like [`Decoder::extend`], for ids on the device; doesn't check them.
     pub(crate) fn append(&self, cache: &mut KvCache, ids: &Indices) -> Result<Tensor> {
         let (start, end) = (cache.len, cache.len + ids.len());
         if ids.is_empty() || end > cache.capacity {

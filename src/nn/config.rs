@@ -1,8 +1,8 @@
-//! The `config.json` of a Hugging Face checkpoint: what a decoder is made of.
+//! Decoder configurations, read from the `config.json` of a Hugging Face checkpoint.
 //!
-//! Absent keys mean what they mean to transformers 5, and both of its spellings are read: `dtype` or `torch_dtype`,
-//! `rope_parameters` or `rope_scaling` beside `rope_theta`. A key that would change the arithmetic in a way that is not
-//! implemented is an error that names it.
+//! An absent key has the default of transformers 5. Both spellings are read: `dtype` or
+//! `torch_dtype`; `rope_parameters`, or `rope_scaling` beside `rope_theta`. A key that asks for
+//! arithmetic that isn't implemented is an error that names it.
 
 mod write;
 
@@ -17,7 +17,8 @@ use crate::formats::json::JsonObject;
 use crate::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
 use crate::quant::Dtype;
 
-/// Keys that change the arithmetic of models akin to these, and the number that leaves it as it is (true is 1, false 0).
+/// Keys that change the arithmetic in related models, with the value that changes nothing (true is
+/// 1, false 0).
 const NEUTRAL: &[(&str, f64)] = &[
     ("alibi", 0.0),
     ("attention_dropout", 0.0),
@@ -42,16 +43,16 @@ const NEUTRAL: &[(&str, f64)] = &[
     ("use_mrope", 0.0),
 ];
 
-/// The embedding's name in a checkpoint.
+/// Name of the embedding in a checkpoint.
 pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// The output head's. Many a file has it though the head is the embedding: as a copy.
+/// Name of the output head. Many files have it although it is tied: as a copy of the embedding.
 pub(crate) const HEAD: &str = "lm_head.weight";
 
-/// A bound for what is made per layer.
+/// Maximum number of layers; bounds what is allocated per layer.
 pub(super) const MAX_LAYERS: usize = 10_000;
 
-/// A family of decoders, by the `model_type` of its config.
+/// Model family, by the `model_type` of its config.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Architecture {
     /// `llama`.
@@ -60,7 +61,7 @@ pub enum Architecture {
     Mistral,
     /// `qwen2`: biases on q, k and v; a sliding window in some layers.
     Qwen2,
-    /// `qwen3`: norms on the heads of q and k.
+    /// `qwen3`: RMSNorm on the heads of q and k.
     Qwen3,
 }
 
@@ -69,7 +70,7 @@ impl Architecture {
     pub const ALL: [Architecture; 4] =
         [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
 
-    /// The `model_type` of its configs.
+    /// `model_type` in config.json.
     pub fn model_type(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
@@ -86,32 +87,32 @@ impl fmt::Display for Architecture {
     }
 }
 
-/// What a decoder is made of.
+/// Sizes and settings of a decoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
-    /// The family.
+    /// Model family.
     pub architecture: Architecture,
-    /// V, rows of the embedding and the head.
+    /// Vocabulary size: rows of the embedding and of the head.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width of the MLP.
     pub intermediate_size: usize,
-    /// Decoder layers.
+    /// Number of decoder layers.
     pub layers: usize,
-    /// Query heads; a multiple of `kv_heads`.
+    /// Number of query heads; a multiple of `kv_heads`.
     pub heads: usize,
-    /// Key and value heads.
+    /// Number of key and value heads.
     pub kv_heads: usize,
-    /// Values per head; even.
+    /// Values per head; an even number.
     pub head_dim: usize,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f32,
     /// Rotary position embeddings.
     pub rope: RopeConfig,
-    /// Tokens of context that the model was made for.
+    /// Context length in tokens that the model was made for.
     pub max_position_embeddings: usize,
-    /// Whether the head is the embedding matrix.
+    /// Whether the head shares the embedding matrix.
     pub tie_word_embeddings: bool,
     /// Whether q_proj, k_proj and v_proj have biases.
     pub qkv_bias: bool,
@@ -119,19 +120,19 @@ pub struct ModelConfig {
     pub o_bias: bool,
     /// Whether gate_proj, up_proj and down_proj have biases.
     pub mlp_bias: bool,
-    /// Whether the heads of q and k go through an RMSNorm each.
+    /// Whether each head of q and k goes through an RMSNorm.
     pub qk_norm: bool,
-    /// One per layer, as [`window`](Self::window) gives it.
+    /// Sliding window of each layer; see [`window`](Self::window).
     pub windows: Vec<Option<usize>>,
-    /// Type of the weights.
+    /// Storage type of the weights.
     pub dtype: Option<Dtype>,
-    /// Token that begins a text.
+    /// Token at the start of a text.
     pub bos_token_id: Option<u32>,
-    /// Tokens that end one.
+    /// Tokens that end a text.
     pub eos_token_ids: Vec<u32>,
-    /// Token that fills a batch.
+    /// Padding token.
     pub pad_token_id: Option<u32>,
-    /// Whether the checkpoint declares 4-bit weights of bitsandbytes.
+    /// Whether the checkpoint declares 4-bit bitsandbytes weights.
     pub quantized: bool,
 }
 
@@ -139,8 +140,8 @@ impl ModelConfig {
     /// Reads `config.json` in `folder`.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io) if it cannot be read; [`Error::File`](crate::Error::File), naming the key, for a
-    /// value that is missing, malformed or contradicts another, and for whatever is not supported.
+    /// [`Error::Io`](crate::Error::Io) if it can't be read; [`Error::File`](crate::Error::File),
+    /// naming the key, for a value that is missing, malformed, contradictory or unsupported.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let json = JsonObject::read(&folder.as_ref().join("config.json"))?;
         let architecture = architecture(&json)?;
@@ -153,7 +154,7 @@ impl ModelConfig {
         let heads = size("num_attention_heads")?;
         let kv_heads = kv_heads(&json, architecture, heads)?;
         let head_dim = head_dim(&json, architecture, hidden_size, heads)?;
-        // Defaults of the config classes.
+        // Defaults of the config classes in transformers.
         let (context, bos, eos) = match architecture {
             Architecture::Llama => (2048, Some(1), vec![2]),
             Architecture::Mistral => (131_072, Some(1), vec![2]),
@@ -166,7 +167,7 @@ impl ModelConfig {
             return Err(json.error("rms_norm_eps", format!("is {rms_norm_eps}; it must be at least 0")));
         }
         let (qkv_bias, o_bias) = match architecture {
-            // Whatever the config says.
+            // The config is ignored here.
             Architecture::Qwen2 => (true, false),
             _ => {
                 let bias = bias(&json, "attention_bias", architecture, architecture != Architecture::Mistral)?;
@@ -199,16 +200,16 @@ impl ModelConfig {
         })
     }
 
-    /// That of a checkpoint with these tensors: where the config ties the head to the embedding and there is another head, the
-    /// head is the checkpoint's own, with a warning.
+    /// Adapts the config to the tensors of a checkpoint: if the config ties the head to the
+    /// embedding but the checkpoint has a different head, uses that head and warns.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File) for a file that has been cut short.
+    /// [`Error::File`](crate::Error::File) for a truncated file.
     pub(crate) fn with_head_of(mut self, checkpoint: &Checkpoint) -> Result<ModelConfig> {
         if self.tie_word_embeddings && checkpoint.contains(HEAD) && !checkpoint.is_copy(HEAD, EMBEDDING)? {
             tracing::warn!(
-                "{}: config.json says that the head is the embedding (tie_word_embeddings), but there is another {HEAD}, \
-                 which is used",
+                "{}: config.json ties the head to the embedding (tie_word_embeddings), but the file has another {HEAD}; \
+                 using that one",
                 checkpoint.folder().display()
             );
             self.tie_word_embeddings = false;
@@ -216,7 +217,8 @@ impl ModelConfig {
         Ok(self)
     }
 
-    /// How many positions a token of `layer` attends to, itself and those just before it; none if to all before it.
+    /// Number of positions that a token of `layer` attends to: itself and those just before it.
+    /// `None` for all before it.
     ///
     /// # Panics
     /// If there is no such layer.
@@ -224,7 +226,7 @@ impl ModelConfig {
         self.windows[layer]
     }
 
-    /// The window of the layers that have one: a model has one size of it.
+    /// Window of the layers that have one; all of them have the same.
     pub(crate) fn sliding_window(&self) -> Option<usize> {
         self.windows.iter().copied().flatten().next()
     }
@@ -239,7 +241,7 @@ fn architecture(json: &JsonObject) -> Result<Architecture> {
     })
 }
 
-/// An error for the first key that asks for arithmetic which is not implemented.
+/// Fails for the first key that asks for arithmetic that isn't implemented.
 fn refuse_unsupported(json: &JsonObject) -> Result<()> {
     for &(key, neutral) in NEUTRAL {
         if let Some(value) = json.value(key).filter(|value| !is_neutral(value, neutral)) {
@@ -263,7 +265,7 @@ fn is_neutral(value: &Value, neutral: f64) -> bool {
     }
 }
 
-/// `value`, if it is a size that anything could have: their products do not overflow.
+/// Returns `value` if it is a plausible size, so that products of two don't overflow.
 fn positive(json: &JsonObject, key: &str, value: usize) -> Result<usize> {
     match value {
         0 => Err(json.error(key, "is 0; it must be at least 1")),
@@ -274,7 +276,7 @@ fn positive(json: &JsonObject, key: &str, value: usize) -> Result<usize> {
 
 fn kv_heads(json: &JsonObject, architecture: Architecture, heads: usize) -> Result<usize> {
     const KEY: &str = "num_key_value_heads";
-    // An absent key is the default of the config class, a null one is as many as query heads.
+    // An absent key means the default of the config class; null means one per query head.
     let default = match architecture {
         Architecture::Mistral if !json.contains(KEY) => 8,
         Architecture::Qwen2 | Architecture::Qwen3 if !json.contains(KEY) => 32,
@@ -294,17 +296,17 @@ fn head_dim(json: &JsonObject, architecture: Architecture, hidden_size: usize, h
         None if architecture == Architecture::Qwen3 => 128,
         None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
         None => {
-            let message = format!("is {hidden_size}, no multiple of num_attention_heads, {heads}");
+            let message = format!("is {hidden_size}, which isn't a multiple of num_attention_heads, {heads}");
             return Err(json.error("hidden_size", message));
         }
     };
     if !head_dim.is_multiple_of(2) {
-        return Err(json.error(KEY, format!("is {head_dim}; rotary embeddings need an even one")));
+        return Err(json.error(KEY, format!("is {head_dim}; rotary embeddings need an even number")));
     }
     Ok(head_dim)
 }
 
-/// The flag `key`; an error if it is set and `architecture` has no such biases.
+/// Reads the flag `key`; fails if it is set and `architecture` has no such biases.
 fn bias(json: &JsonObject, key: &str, architecture: Architecture, possible: bool) -> Result<bool> {
     match json.get(key)?.unwrap_or(false) {
         true if !possible => Err(json.error(key, format!("is true; {architecture} has no such biases"))),
@@ -327,7 +329,7 @@ fn rope(json: &JsonObject, head_dim: usize, max_position_embeddings: usize) -> R
     ];
     let (old, new) = (json.object("rope_scaling")?, json.object("rope_parameters")?);
     if old.is_some() && new.is_some() {
-        return Err(json.error("rope_scaling", "is given beside `rope_parameters`; one of them must go"));
+        return Err(json.error("rope_scaling", "is given beside `rope_parameters`; remove one of them"));
     }
     let theta = |theta: f32, json: &JsonObject| {
         let valid = theta.is_finite() && theta > 0.0;
@@ -354,7 +356,7 @@ fn rope(json: &JsonObject, head_dim: usize, max_position_embeddings: usize) -> R
         "llama3" => {
             let (low_freq_factor, high_freq_factor) = (factor("low_freq_factor")?, factor("high_freq_factor")?);
             if low_freq_factor >= high_freq_factor {
-                let message = format!("is {high_freq_factor}, not above low_freq_factor, {low_freq_factor}");
+                let message = format!("is {high_freq_factor}, not above low_freq_factor, which is {low_freq_factor}");
                 return Err(rope.error("high_freq_factor", message));
             }
             const ORIGINAL: &str = "original_max_position_embeddings";
@@ -374,7 +376,7 @@ fn rope(json: &JsonObject, head_dim: usize, max_position_embeddings: usize) -> R
 fn windows(json: &JsonObject, architecture: Architecture, layers: usize) -> Result<Vec<Option<usize>>> {
     let given: Option<usize> = json.get("sliding_window")?;
     let enabled: Option<bool> = json.get("use_sliding_window")?;
-    // An absent window is the default of the config class, a null one is none.
+    // An absent window means the default of the config class; null means no window.
     let window = if json.contains("sliding_window") { given } else { Some(4096) };
     let window = match architecture {
         Architecture::Llama => {
@@ -413,9 +415,10 @@ fn windows(json: &JsonObject, architecture: Architecture, layers: usize) -> Resu
             other => Err(json.error(KEY, format!("has {other:?}; supported are full_attention, sliding_attention"))),
         })
         .collect::<Result<_>>()?;
-    // The model of Mistral does not look at this key; a config that would need it to is of another architecture.
+    // transformers ignores this key for Mistral. A config that relies on it is for another
+    // architecture.
     if architecture == Architecture::Mistral && windows != uniform {
-        return Err(json.error(KEY, "contradicts `sliding_window`, which holds for all layers of mistral"));
+        return Err(json.error(KEY, "contradicts `sliding_window`, which applies to all layers of mistral"));
     }
     Ok(windows)
 }
@@ -426,7 +429,7 @@ fn dtype(json: &JsonObject) -> Result<Option<Dtype>> {
     dtype.map(|dtype| dtype.parse().map_err(|e| json.error(key, e))).transpose()
 }
 
-/// One token or a list of them; old configs have -1 for none.
+/// Reads one token or a list of them; old configs have -1 for none.
 fn tokens(json: &JsonObject, key: &str) -> Result<Vec<u32>> {
     let values: Vec<i64> = match json.value(key) {
         None => vec![],
@@ -437,19 +440,19 @@ fn tokens(json: &JsonObject, key: &str) -> Result<Vec<u32>> {
     tokens.map(|value| u32::try_from(value).map_err(|e| json.error(key, format!("is {value}: {e}")))).collect()
 }
 
-/// Whether `quantization_config` is that of 4-bit bitsandbytes; an error for any other.
+/// Whether `quantization_config` declares 4-bit bitsandbytes; fails for any other quantization.
 fn quantized(json: &JsonObject) -> Result<bool> {
     let Some(config) = json.object("quantization_config")? else { return Ok(false) };
     let flag = |key: &str| Ok(config.get(key)?.unwrap_or(false));
     let (four, eight) = (flag("load_in_4bit")? || flag("_load_in_4bit")?, flag("load_in_8bit")?);
-    // The first configs of bitsandbytes did not say whose they are.
+    // Early bitsandbytes configs have no `quant_method`.
     let unnamed = if four || eight { "bitsandbytes" } else { "unknown" };
     let method: String = config.get("quant_method")?.unwrap_or_else(|| unnamed.into());
     if method != "bitsandbytes" {
         return Err(config.error("quant_method", format!("is {method:?}; only \"bitsandbytes\" is supported")));
     }
     if eight || !four {
-        return Err(config.error("load_in_4bit", "is false; of bitsandbytes only 4-bit weights are supported"));
+        return Err(config.error("load_in_4bit", "is false; only 4-bit bitsandbytes weights are supported"));
     }
     Ok(true)
 }

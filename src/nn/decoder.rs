@@ -1,7 +1,8 @@
-//! A decoder-only language model of the Llama family (Llama, Mistral, Qwen2, Qwen3) over frozen matrices, with adapters
-//! on its linear layers.
+//! A decoder-only language model of the Llama family (Llama, Mistral, Qwen2, Qwen3): frozen
+//! matrices, with adapters on the linear layers.
 //!
-//! h = embedding(ids); for every layer h += attention(rms_norm(h)), h += mlp(rms_norm(h)); logits = rms_norm(h) * headᵀ.
+//! h = embedding(ids); in every layer h += attention(rms_norm(h)), then h += mlp(rms_norm(h));
+//! logits = rms_norm(h) * headᵀ.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -32,31 +33,31 @@ pub struct Decoder {
     pub(super) layers: Vec<DecoderLayer>,
     /// `[hidden]`
     pub(super) norm: Tensor,
-    /// [vocabulary, hidden]; the embedding itself where they are tied.
+    /// [vocabulary, hidden]; shared with the embedding if they are tied.
     pub(super) head: Arc<DeviceMatrix>,
     /// Grows with the longest sequence seen.
     pub(super) rope: Mutex<RopeTable>,
     pub(super) fingerprint: Fingerprint,
 }
 
-/// One layer.
+/// One decoder layer.
 pub(super) struct DecoderLayer {
     pub input_norm: Tensor,
     pub q: Linear,
     pub k: Linear,
     pub v: Linear,
     pub o: Linear,
-    /// Over every head's values; Qwen3.
+    /// Norms of each head of q and k; Qwen3 only.
     pub qk_norm: Option<(Tensor, Tensor)>,
     pub post_norm: Tensor,
     pub gate: Linear,
     pub up: Linear,
     pub down: Linear,
-    /// Whether it sees only the model's sliding window.
+    /// Whether this layer uses the model's sliding window.
     pub windowed: bool,
 }
 
-/// A layer's linear modules, as Hugging Face calls them, in the order of the seeds.
+/// Linear modules of a layer by their Hugging Face names, in the order of their seeds.
 pub(super) const MODULES: [&str; 7] = [
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -67,12 +68,12 @@ pub(super) const MODULES: [&str; 7] = [
     "mlp.down_proj",
 ];
 
-/// How a pass is run.
+/// Settings of a forward pass.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pass {
-    /// Of the adapters' dropout; `None`: no dropout.
+    /// Seed for the adapters' dropout; `None` disables dropout.
     pub dropout_seed: Option<u64>,
-    /// Keep only every layer's input for the way back.
+    /// Keep only each layer's input and recompute the layer in the backward pass.
     pub checkpoint: bool,
 }
 
@@ -85,8 +86,8 @@ impl DecoderLayer {
         [&mut self.q, &mut self.k, &mut self.v, &mut self.o, &mut self.gate, &mut self.up, &mut self.down]
     }
 
-    /// The layer's result for `x` [M, hidden]. `attend` turns q and k to their positions and makes what the heads give,
-    /// [M, heads * head_dim].
+    /// Returns the layer's output for `x` [M, hidden]. `attend` rotates q and k to their positions
+    /// and returns the heads' results, [M, heads * head_dim].
     pub(super) fn forward<'a>(
         &'a self,
         tape: &mut Tape<'a>,
@@ -127,17 +128,17 @@ impl DecoderLayer {
 }
 
 impl Decoder {
-    /// What the model is.
+    /// Sizes and settings of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// What tells its base from other models.
+    /// Identifies the base model.
     pub fn fingerprint(&self) -> &Fingerprint {
         &self.fingerprint
     }
 
-    /// Where it is.
+    /// Device of the model.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -147,26 +148,28 @@ impl Decoder {
         &self.embedding
     }
 
-    /// The output head, [vocabulary, hidden]; the embedding itself where they are tied.
+    /// The output head, [vocabulary, hidden]; shared with the embedding if they are tied.
     pub fn head(&self) -> &DeviceMatrix {
         &self.head
     }
 
-    /// Every linear layer that can have an adapter, with its path, such as `model.layers.0.self_attn.q_proj`.
+    /// Every linear layer that can have an adapter, with its path, such as
+    /// `model.layers.0.self_attn.q_proj`.
     pub fn linears(&self) -> impl Iterator<Item = (String, &Linear)> {
         self.layers.iter().enumerate().flat_map(|(layer, modules)| {
             MODULES.iter().zip(modules.linears()).map(move |(name, linear)| (path(layer, name), linear))
         })
     }
 
-    /// As [`Decoder::linears`], to change their adapters.
+    /// Like [`Decoder::linears`], for changing their adapters.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut Linear)> {
         self.layers.iter_mut().enumerate().flat_map(|(layer, modules)| {
             MODULES.iter().zip(modules.linears_mut()).map(move |(name, linear)| (path(layer, name), linear))
         })
     }
 
-    /// What an optimizer trains: the tensors of the active adapters, with their names in an adapter file.
+    /// Tensors that an optimizer trains: those of the active adapters, with their names in an
+    /// adapter file.
     pub fn parameters_mut(&mut self) -> Vec<(String, &mut Tensor)> {
         self.linears_mut()
             .flat_map(|(path, linear)| {
@@ -177,7 +180,7 @@ impl Decoder {
             .collect()
     }
 
-    /// Bytes on the device: base (matrices, norms, biases), and adapters.
+    /// Bytes on the device: base (matrices, norms, biases), then adapters.
     pub fn resident_bytes(&self) -> (u64, u64) {
         let tied = Arc::ptr_eq(&self.embedding, &self.head);
         let mut base = self.embedding.resident_bytes() + self.norm.resident_bytes();
@@ -195,20 +198,20 @@ impl Decoder {
         (base, adapters)
     }
 
-    /// A batch for this model: see [`Batch::new`].
+    /// Makes a batch for this model; see [`Batch::new`].
     ///
     /// # Errors
-    /// As [`Batch::new`].
+    /// Same as [`Batch::new`].
     pub fn batch(&self, tokens: &Tokens, labels: Option<&[u32]>) -> Result<Batch> {
         let window = self.config.sliding_window();
         Batch::new(&self.device, tokens, labels, self.config.vocab_size, window)
     }
 
-    /// The hidden states after the last norm, [M, hidden].
+    /// Returns the hidden states after the last norm, [M, hidden].
     ///
     /// # Errors
     /// [`Error::Invalid`](crate::Error::Invalid) if a sequence is longer than the model allows;
-    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch); the device's own.
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch); errors of the device.
     pub fn hidden<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, pass: Pass) -> Result<Var> {
         let rope = self.rope_table(batch.positions_end)?;
         let mut h = tape.constant(embedding(&self.embedding, &batch.ids)?);
@@ -227,20 +230,21 @@ impl Decoder {
         tape.rms_norm(&h, &self.norm, self.config.rms_norm_eps)
     }
 
-    /// `scale` times the summed cross-entropy of the batch's labels.
+    /// Returns `scale` times the summed cross-entropy of the batch's labels.
     ///
     /// # Errors
-    /// As [`Decoder::hidden`]; [`Error::Invalid`](crate::Error::Invalid) for a batch without labels.
+    /// Same as [`Decoder::hidden`]; [`Error::Invalid`](crate::Error::Invalid) for a batch without labels.
     pub fn loss<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, scale: f32, pass: Pass) -> Result<Var> {
         let labels = batch.labels()?;
         let hidden = self.hidden(tape, batch, pass)?;
         Ok(tape.linear_cross_entropy(&hidden, &self.head, labels, scale)?.0)
     }
 
-    /// The summed cross-entropy of the batch's labels, and each token's own, `[M]`; without dropout.
+    /// Returns the summed cross-entropy of the batch's labels and that of each token, `[M]`;
+    /// without dropout.
     ///
     /// # Errors
-    /// As [`Decoder::loss`].
+    /// Same as [`Decoder::loss`].
     pub fn evaluate(&self, batch: &Batch) -> Result<(Tensor, Tensor)> {
         let labels = batch.labels()?;
         let mut tape = Tape::inference();
@@ -249,16 +253,17 @@ impl Decoder {
         Ok((loss.value().clone(), tokens))
     }
 
-    /// All logits, [M, vocabulary]: for small batches.
+    /// Returns all logits, [M, vocabulary]. For small batches.
     ///
     /// # Errors
-    /// As [`Decoder::hidden`]; [`Error::TooLarge`](crate::Error::TooLarge) where they do not fit one tensor.
+    /// Same as [`Decoder::hidden`]; [`Error::TooLarge`](crate::Error::TooLarge) if they don't fit
+    /// one tensor.
     pub fn logits(&self, batch: &Batch) -> Result<Tensor> {
         let hidden = self.hidden(&mut Tape::inference(), batch, Pass::default())?;
         qmatmul(hidden.value(), &self.head, None, None)
     }
 
-    /// The rotations of at least so many positions.
+    /// Rotations for at least `positions` positions.
     pub(super) fn rope_table(&self, positions: usize) -> Result<RopeTable> {
         self.config.check_positions(OP, positions)?;
         let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
@@ -269,7 +274,7 @@ impl Decoder {
     }
 }
 
-/// The path of a layer's linear module.
+/// Path of a layer's linear module.
 pub(super) fn path(layer: usize, module: &str) -> String {
     format!("model.layers.{layer}.{module}")
 }

@@ -1,4 +1,4 @@
-//! What tells one base model from another.
+//! Fingerprints of base models.
 
 use std::collections::BTreeMap;
 
@@ -11,19 +11,21 @@ use crate::hash::{Hasher, hex, text_hash};
 use crate::kernels::HostMatrix;
 use crate::quant::{DenseData, QuantizedMatrix, Scales};
 
-/// What tells a base model from others, wherever its files are. Two models are the same to a training run if all three texts are.
+/// Identifies a base model wherever its files are. For a training run, two models are the same if
+/// all three texts are equal.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
     /// Family and sizes, and a hash of the whole configuration.
     pub architecture: String,
-    /// How the matrices are stored, and how many of each kind there are.
+    /// Storage formats of the matrices, and the number of matrices in each.
     pub formats: String,
-    /// A hash of all tensors, as they were loaded: after quantization, if `base` asked for it.
+    /// Hash of all tensors as they were loaded: after quantization, if `base` asked for it.
     pub tensors: String,
 }
 
-/// A source that hashes what it hands on. XXH3 is as fast as memory, so that every model that is loaded can have a fingerprint;
-/// it tells models apart, and does not protect from someone who wants two to look alike.
+/// A source that hashes the tensors it passes on. XXH3 is as fast as memory, so every loaded model
+/// can have a fingerprint. It tells models apart but doesn't protect against deliberate
+/// collisions.
 pub(super) struct Hashed<'a> {
     source: &'a mut dyn WeightSource,
     hasher: Hasher,
@@ -35,7 +37,7 @@ impl<'a> Hashed<'a> {
         Hashed { source, hasher: Hasher::new(), formats: BTreeMap::new() }
     }
 
-    /// That of all that was handed on.
+    /// Fingerprint of everything that was passed on.
     pub(super) fn fingerprint(self, config: &ModelConfig) -> Fingerprint {
         let formats: Vec<String> = self.formats.iter().map(|(format, count)| format!("{count} x {format}")).collect();
         Fingerprint {

@@ -1,7 +1,8 @@
-//! GGUF files as models: their metadata as a [`ModelConfig`], their tensors by Hugging Face's names.
+//! GGUF files as models: their metadata as a [`ModelConfig`], and their tensors by Hugging Face
+//! names.
 //!
-//! Files of the llama architecture have the rows of q and k permuted for interleaved rotary pairs. They are put back as
-//! they are loaded, so that a model is the same from either kind of file and adapters of PEFT fit.
+//! Files of the llama architecture have the rows of q and k permuted for interleaved rotary pairs.
+//! Loading undoes this, so a model is the same from either kind of file and PEFT adapters fit it.
 
 mod metadata;
 
@@ -19,10 +20,11 @@ use crate::kernels::{HostMatrix, MatrixSpec};
 
 const ARCHITECTURE: &str = "general.architecture";
 
-/// Divisors of the frequencies of Llama 3.1 and later.
+/// Divisors of the rotary frequencies, in models since Llama 3.1.
 pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
 
-/// Keys after the architecture's name that change the arithmetic, and the number that leaves it as it is (true is 1).
+/// Keys (without the architecture's name) that change the arithmetic, with the value that changes
+/// nothing (true is 1).
 const NEUTRAL: &[(&str, f64)] = &[
     ("attention.causal", 1.0),
     ("attention.clamp_kqv", 0.0),
@@ -39,7 +41,7 @@ const NEUTRAL: &[(&str, f64)] = &[
     ("use_parallel_residual", 0.0),
 ];
 
-/// Metadata under the name of the file's architecture.
+/// Metadata under the prefix of the file's architecture.
 struct Keys<'a> {
     file: &'a GgufFile,
     architecture: &'a str,
@@ -58,7 +60,7 @@ impl<'a> Keys<'a> {
         self.file.metadata_error(&self.key(key), message)
     }
 
-    /// A size that anything could have: products of two do not overflow.
+    /// Reads a plausible size: products of two don't overflow.
     fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
         match self.get(key)?.or(default).ok_or_else(|| self.error(key, "is missing"))? {
             0 => Err(self.error(key, "is 0; it must be at least 1")),
@@ -67,7 +69,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// A finite number above 0.
+    /// Reads a finite number above 0.
     fn factor(&self, key: &str, default: Option<f32>) -> Result<f32> {
         let factor = self.get(key)?.or(default).ok_or_else(|| self.error(key, "is missing"))?;
         let valid = f32::is_finite(factor) && factor > 0.0;
@@ -76,12 +78,13 @@ impl<'a> Keys<'a> {
 }
 
 impl ModelConfig {
-    /// What the metadata of a GGUF file of the architecture llama, qwen2 or qwen3 say. A llama file with a sliding window
-    /// is a Mistral model.
+    /// Reads the metadata of a GGUF file of the architecture llama, qwen2 or qwen3. A llama file
+    /// with a sliding window is a Mistral model.
     ///
     /// # Errors
-    /// [`Error::File`], naming the key, for a value that is missing, malformed or contradicts another, and for whatever is
-    /// not supported; [`Error::Tensor`] for rotary frequencies other than those of Llama 3.
+    /// [`Error::File`], naming the key, for a value that is missing, malformed, contradictory or
+    /// unsupported; [`Error::Tensor`] for rotary frequencies that don't follow from Llama 3's
+    /// scaling.
     pub fn from_gguf(file: &GgufFile) -> Result<ModelConfig> {
         let name: &str = file.require(ARCHITECTURE)?;
         let mut architecture = match name {
@@ -115,7 +118,7 @@ impl ModelConfig {
             }
             Some(window) => {
                 let message =
-                    format!("is {window}; of {name} files, only those without a sliding window are supported");
+                    format!("is {window}; {name} files with a sliding window aren't supported");
                 return Err(keys.error("attention.sliding_window", message));
             }
         };
@@ -159,7 +162,7 @@ impl ModelConfig {
     }
 }
 
-/// An error for the first key that asks for arithmetic which is not implemented.
+/// Fails for the first key that asks for arithmetic that isn't implemented.
 fn refuse_unsupported(keys: &Keys<'_>) -> Result<()> {
     for &(key, neutral) in NEUTRAL {
         let value = match keys.file.metadata(&keys.key(key)) {
@@ -182,13 +185,13 @@ fn head_dim(keys: &Keys<'_>, hidden_size: usize, heads: usize) -> Result<usize> 
     let whole = hidden_size.is_multiple_of(heads).then_some(hidden_size / heads);
     let head_dim = keys.size(KEY, whole)?;
     if !head_dim.is_multiple_of(2) {
-        return Err(keys.error(KEY, format!("is {head_dim}; rotary embeddings need an even one")));
+        return Err(keys.error(KEY, format!("is {head_dim}; rotary embeddings need an even number")));
     }
-    // Partial rotation and values of another length than keys are of other models.
+    // Partial rotation, and values of another length than keys, occur only in other models.
     for key in ["attention.value_length", "rope.dimension_count"] {
         let other = keys.size(key, Some(head_dim))?;
         if other != head_dim {
-            return Err(keys.error(key, format!("is {other}; only {head_dim}, the length of keys, is supported")));
+            return Err(keys.error(key, format!("is {other}; only the length of keys, {head_dim}, is supported")));
         }
     }
     Ok(head_dim)
@@ -201,7 +204,7 @@ fn rope(keys: &Keys<'_>, head_dim: usize) -> Result<RopeConfig> {
     let scaling = match keys.get(TYPE)? {
         Some("none") => RopeScaling::None,
         None | Some("linear") => {
-            // The first files had another key.
+            // Early files had another key.
             let old = keys.factor("rope.scale_linear", Some(1.0))?;
             match keys.factor("rope.scaling.factor", Some(old))? {
                 1.0 => RopeScaling::None,
@@ -214,11 +217,12 @@ fn rope(keys: &Keys<'_>, head_dim: usize) -> Result<RopeConfig> {
         return Ok(of(scaling));
     }
     if scaling != RopeScaling::None {
-        return Err(keys.file.tensor_error(ROPE_FREQS, "is given beside rope.scaling; one of them must go"));
+        return Err(keys.file.tensor_error(ROPE_FREQS, "is given beside rope.scaling; only one of them is supported"));
     }
 
-    // A file has only the divisors that follow from Llama 3's scaling. Its numbers but the factor, which is the largest
-    // divisor, are the same in all models; where they do not give these divisors, it is a scaling of another kind.
+    // The file holds only the divisors, not the parameters of Llama 3's scaling. The factor is the
+    // largest divisor; the other parameters are the same in all models. If they don't reproduce
+    // the divisors, it is another kind of scaling.
     let divisors = keys.file.vector(ROPE_FREQS, head_dim / 2, RowOrder::Plain)?;
     let llama3 = of(RopeScaling::Llama3 {
         factor: divisors.iter().copied().fold(1.0, f32::max),
@@ -229,42 +233,43 @@ fn rope(keys: &Keys<'_>, head_dim: usize) -> Result<RopeConfig> {
     let plain = of(RopeScaling::None).frequencies();
     let close = |((plain, scaled), divisor): ((f32, f32), f32)| (plain / scaled - divisor).abs() <= 1e-4 * divisor;
     if !plain.into_iter().zip(llama3.frequencies()).zip(divisors).all(close) {
-        return Err(keys.file.tensor_error(ROPE_FREQS, "has other divisors than Llama 3's, which are not supported"));
+        return Err(keys.file.tensor_error(ROPE_FREQS, "has divisors that don't follow from Llama 3's scaling; they aren't supported"));
     }
     Ok(llama3)
 }
 
-/// A GGUF file's tensors by Hugging Face's names, those of linear layers that are not 4-bit in a format of one's choice.
+/// Tensors of a GGUF file by Hugging Face names. Linear layers that aren't 4-bit are converted to
+/// a chosen format.
 pub struct GgufSource<'a> {
     file: &'a GgufFile,
     base: BaseFormat,
-    /// Of the rows of q and k.
+    /// Order of the rows of q and k.
     order: RowOrder,
     used: BTreeSet<String>,
 }
 
 impl<'a> GgufSource<'a> {
-    /// The tensors of a file whose config this is.
+    /// Reads the tensors of `file`, whose config is `config`.
     pub fn new(file: &'a GgufFile, config: &ModelConfig, base: &BaseFormat) -> Self {
         let order = row_order(config, "self_attn.q_proj.weight");
-        // The config follows from the frequencies.
+        // The config was read from the frequencies.
         GgufSource { file, base: *base, order, used: BTreeSet::from([ROPE_FREQS.into()]) }
     }
 
     /// Checks that every tensor of the file has been read.
     ///
     /// # Errors
-    /// [`Error::File`] with the names of those left out.
+    /// [`Error::File`] with the names of unread tensors.
     pub fn check_all_used(&self) -> Result<()> {
         let unused: Vec<&str> = self.file.names().filter(|&name| !self.used.contains(name)).collect();
         if unused.is_empty() {
             return Ok(());
         }
-        let message = format!("has tensors that the model does not use: {}", unused.join(", "));
+        let message = format!("has tensors that the model doesn't use: {}", unused.join(", "));
         Err(Error::File { path: self.file.path().into(), message })
     }
 
-    /// The tensor's name in the file, which counts as used, and the order of its rows.
+    /// Returns the tensor's name in the file, marking it as used, and the order of its rows.
     fn place(&mut self, name: &str) -> Result<(String, RowOrder)> {
         let theirs =
             gguf_name(name).ok_or_else(|| self.file.tensor_error(name, "has no counterpart in a GGUF file"))?;
@@ -274,7 +279,7 @@ impl<'a> GgufSource<'a> {
 }
 
 impl GgufSource<'_> {
-    /// How [`WeightSource::matrix`] of the same arguments is stored.
+    /// Returns how [`WeightSource::matrix`] would store the matrix with these arguments.
     pub(super) fn spec(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<MatrixSpec> {
         let (name, _) = self.place(name)?;
         let base = if linear { self.base } else { BaseFormat::AsIs };
@@ -295,17 +300,18 @@ impl WeightSource for GgufSource<'_> {
     }
 }
 
-/// Whether a model's path is that of a GGUF file; else it is that of a directory.
+/// Whether a model's path is a GGUF file; otherwise it is a directory.
 pub(crate) fn is_gguf(path: &Path) -> bool {
     path.is_file() || path.extension().is_some_and(|extension| extension == "gguf")
 }
 
-/// Whether a tensor by its Hugging Face name, weight or bias, makes what rotary embeddings rotate.
+/// Whether a tensor (weight or bias, by its Hugging Face name) produces values that rotary
+/// embeddings rotate.
 fn is_rotated(name: &str) -> bool {
     name.contains(".q_proj.") || name.contains(".k_proj.")
 }
 
-/// The order of a tensor's rows in a GGUF file of this model, by its Hugging Face name.
+/// Row order of a tensor in a GGUF file of this model, by its Hugging Face name.
 pub(crate) fn row_order(config: &ModelConfig, name: &str) -> RowOrder {
     match config.architecture {
         Architecture::Llama | Architecture::Mistral if is_rotated(name) => {
@@ -315,7 +321,7 @@ pub(crate) fn row_order(config: &ModelConfig, name: &str) -> RowOrder {
     }
 }
 
-/// What GGUF files call such a model.
+/// The architecture's name in GGUF files.
 pub(crate) fn gguf_architecture(architecture: Architecture) -> &'static str {
     match architecture {
         Architecture::Llama | Architecture::Mistral => "llama",
@@ -324,7 +330,7 @@ pub(crate) fn gguf_architecture(architecture: Architecture) -> &'static str {
     }
 }
 
-/// Modules outside the layers and those of a layer, as Hugging Face and as GGUF files call them.
+/// Modules outside the layers, then those of a layer: names in Hugging Face and in GGUF files.
 const NAMES: [(&str, &str); 3] =
     [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
 const LAYER_NAMES: [(&str, &str); 11] = [
@@ -341,7 +347,7 @@ const LAYER_NAMES: [(&str, &str); 11] = [
     ("mlp.down_proj", "ffn_down"),
 ];
 
-/// What a GGUF file calls the tensor that Hugging Face calls `name`.
+/// GGUF name of the tensor that Hugging Face calls `name`.
 pub(crate) fn gguf_name(name: &str) -> Option<String> {
     let (module, kind) = name.rsplit_once('.')?;
     if let Some((_, theirs)) = NAMES.iter().find(|(ours, _)| *ours == module) {

@@ -29,21 +29,21 @@ pub enum DenseBase {}
 #[derive(Clone, Copy, Debug)]
 pub enum QuantizedBase {}
 
-/// A frozen base of any kind: what a model's layers have.
+/// A frozen base of either kind, used for the layers of models.
 #[derive(Clone, Copy, Debug)]
 pub enum AnyBase {}
 
 /// A linear layer with a dense base.
 pub type LoraLinear = AdaptedLinear<DenseBase>;
 
-/// A linear layer with a 4-bit base: there is one packed copy of it, on the layer's device.
+/// A linear layer with a 4-bit base. There is one packed copy of the base, on the layer's device.
 pub type QLoraLinear = AdaptedLinear<QuantizedBase>;
 
-/// A linear layer with a base of any kind.
+/// A linear layer with a base of either kind.
 pub type Linear = AdaptedLinear<AnyBase>;
 
-/// A frozen base [d_out, d_in] with named LoRA adapters, of which at most one is active. See [`LoraLinear`],
-/// [`QLoraLinear`] and [`Linear`].
+/// A frozen base [d_out, d_in] with named LoRA adapters, at most one of them active. See
+/// [`LoraLinear`], [`QLoraLinear`] and [`Linear`].
 #[derive(Clone)]
 pub struct AdaptedLinear<Base> {
     pub(super) base: DeviceMatrix,
@@ -51,27 +51,27 @@ pub struct AdaptedLinear<Base> {
     train_bias: bool,
     adapters: BTreeMap<String, LoraAdapter>,
     active: Option<String>,
-    /// The adapter that is in the base.
+    /// The adapter that has been merged into the base.
     pub(super) merged: Option<Merged>,
-    /// DoRA's factor, until the active adapter may have changed.
+    /// DoRA's factor; cleared when the active adapter may have changed.
     dora: OnceLock<DoraFactor>,
     kind: PhantomData<Base>,
 }
 
-/// What a layer takes in memory, in bytes. What is counted is what is resident on `device`, padding included.
+/// Memory of a layer, in bytes. Counts the bytes resident on `device`, padding included.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemoryStats {
-    /// Where.
+    /// Name of the layer's device.
     pub device: String,
-    /// The base as f32.
+    /// Size of the base as f32.
     pub base_unquantized_bytes: u64,
-    /// The base as it is.
+    /// Size of the base as it is stored.
     pub base_quantized_bytes: u64,
-    /// All adapters.
+    /// Size of all adapters.
     pub lora_bytes: u64,
-    /// The bias.
+    /// Size of the bias.
     pub bias_bytes: u64,
-    /// Everything.
+    /// Sum of base, adapters and bias.
     pub total_bytes: u64,
     /// `base_unquantized_bytes / base_quantized_bytes`.
     pub compression_ratio: f64,
@@ -92,10 +92,10 @@ impl<Base> AdaptedLinear<Base> {
         })
     }
 
-    /// The same layer with a bias of `d_out` values.
+    /// Adds a bias of `d_out` values.
     ///
     /// # Errors
-    /// [`Error::Shape`], and the device's own.
+    /// [`Error::Shape`], and errors of the device.
     pub fn with_bias(mut self, bias: &[f32]) -> Result<Self> {
         let bias = Tensor::from_slice(&self.device(), &[bias.len()], bias)?;
         expect_shape(OP, "bias", &bias, &[self.d_out()])?;
@@ -103,28 +103,29 @@ impl<Base> AdaptedLinear<Base> {
         Ok(self)
     }
 
-    /// The same layer with its bias, if it has one, trained.
+    /// Makes the bias trainable, if there is one.
     pub fn with_trained_bias(mut self) -> Self {
         self.train_bias = true;
         self
     }
 
-    /// The same layer with this adapter added and active.
+    /// Adds this adapter and activates it.
     ///
     /// # Errors
-    /// As [`AdaptedLinear::add_adapter`].
+    /// Same as [`AdaptedLinear::add_adapter`].
     pub fn with_adapter(mut self, name: &str, adapter: LoraAdapter) -> Result<Self> {
         self.add_adapter(name, adapter)?;
         self.activate(name)?;
         Ok(self)
     }
 
-    /// Adds an adapter, or replaces the one of that name. Does not activate it. DoRA without a magnitude gets that of
-    /// the layer.
+    /// Adds an adapter, or replaces the one of that name. Doesn't activate it. A DoRA adapter
+    /// without a magnitude gets the layer's row norms.
     ///
     /// # Errors
-    /// [`Error::Shape`] if it is for a layer of another shape, [`Error::DeviceMismatch`]; [`Error::Invalid`] for a
-    /// magnitude to be taken from a base that another adapter is merged into.
+    /// [`Error::Shape`] if it is for a layer of another shape, [`Error::DeviceMismatch`];
+    /// [`Error::Invalid`] if the magnitude would come from a base that another adapter is merged
+    /// into.
     pub fn add_adapter(&mut self, name: &str, mut adapter: LoraAdapter) -> Result<()> {
         if (adapter.d_out(), adapter.d_in()) != (self.d_out(), self.d_in()) {
             return Err(Error::Shape {
@@ -145,7 +146,7 @@ impl<Base> AdaptedLinear<Base> {
         Ok(())
     }
 
-    /// Removes an adapter; if it was active, none is.
+    /// Removes an adapter. If it was active, no adapter is active afterwards.
     ///
     /// # Errors
     /// [`Error::NoSuchAdapter`].
@@ -156,7 +157,7 @@ impl<Base> AdaptedLinear<Base> {
         Ok(adapter)
     }
 
-    /// Uses this adapter from now on. Costs nothing: the base stays as it is.
+    /// Uses this adapter from now on. Costs nothing: the base stays unchanged.
     ///
     /// # Errors
     /// [`Error::NoSuchAdapter`]; [`Error::Invalid`] while an adapter is merged into the base.
@@ -182,11 +183,11 @@ impl<Base> AdaptedLinear<Base> {
         if !self.is_merged() {
             return Ok(());
         }
-        let expected = "unmerge it first: its base contains an adapter".into();
+        let expected = "an adapter is merged into its base; unmerge it first".into();
         Err(Error::Invalid { op, what: "the layer", got: "merged".into(), expected })
     }
 
-    /// The active adapter's name.
+    /// Name of the active adapter.
     pub fn active(&self) -> Option<&str> {
         self.active.as_deref()
     }
@@ -196,12 +197,12 @@ impl<Base> AdaptedLinear<Base> {
         self.active.as_ref().and_then(|name| self.adapters.get(name))
     }
 
-    /// Names of all adapters, in order.
+    /// Names of all adapters, sorted.
     pub fn adapter_names(&self) -> impl Iterator<Item = &str> {
         self.adapters.keys().map(String::as_str)
     }
 
-    /// An adapter.
+    /// Returns an adapter.
     ///
     /// # Errors
     /// [`Error::NoSuchAdapter`].
@@ -209,7 +210,7 @@ impl<Base> AdaptedLinear<Base> {
         self.adapters.get(name).ok_or_else(|| self.no_such(name))
     }
 
-    /// An adapter, to change it.
+    /// Returns an adapter for changing it.
     ///
     /// # Errors
     /// [`Error::NoSuchAdapter`].
@@ -225,17 +226,17 @@ impl<Base> AdaptedLinear<Base> {
         Error::NoSuchAdapter { name: name.to_owned(), loaded }
     }
 
-    /// Where the layer is.
+    /// Device of the layer.
     pub fn device(&self) -> Device {
         self.base.device()
     }
 
-    /// Columns of the base: values of an input row.
+    /// Columns of the base: length of an input row.
     pub fn d_in(&self) -> usize {
         self.base.cols()
     }
 
-    /// Rows of the base: values of an output row.
+    /// Rows of the base: length of an output row.
     pub fn d_out(&self) -> usize {
         self.base.rows()
     }
@@ -250,12 +251,12 @@ impl<Base> AdaptedLinear<Base> {
         &self.base
     }
 
-    /// The rank of the active adapter; 0 without one.
+    /// Rank of the active adapter; 0 without one.
     pub fn rank(&self) -> usize {
         self.active_adapter().map_or(0, LoraAdapter::rank)
     }
 
-    /// The scale of the active adapter; 0 without one.
+    /// Scale of the active adapter; 0 without one.
     pub fn scale(&self) -> f32 {
         self.active_adapter().map_or(0.0, LoraAdapter::scale)
     }
@@ -265,13 +266,15 @@ impl<Base> AdaptedLinear<Base> {
         self.bias.as_ref().filter(|_| self.train_bias)
     }
 
-    /// What an optimizer trains, by name: [`LoraAdapter::parameters`] of the active adapter, and "bias" if it is trained.
+    /// Trained tensors by name: [`LoraAdapter::parameters`] of the active adapter, and "bias" if
+    /// it is trained.
     pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
         let bias = self.trained_bias().map(|bias| ("bias", bias));
         self.active_adapter().into_iter().flat_map(LoraAdapter::parameters).chain(bias)
     }
 
-    /// As [`AdaptedLinear::parameters`], to update. Shapes must stay: another one is an error of the next pass.
+    /// Like [`AdaptedLinear::parameters`], for updates. Keep the shapes: a changed shape makes the
+    /// next pass fail.
     pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
         self.dora = OnceLock::new();
         let adapter = self.active.as_ref().and_then(|name| self.adapters.get_mut(name));
@@ -279,34 +282,34 @@ impl<Base> AdaptedLinear<Base> {
         adapter.into_iter().flat_map(LoraAdapter::parameters_mut).chain(bias)
     }
 
-    /// What an optimizer trains, without names.
+    /// Trained tensors, without names.
     pub fn trainable_params(&self) -> Vec<&Tensor> {
         self.parameters().map(|(_, tensor)| tensor).collect()
     }
 
-    /// Y [M, d_out] of X [M, d_in], without dropout.
+    /// Computes Y [M, d_out] from X [M, d_in], without dropout.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::DeviceMismatch`], and the device's own.
+    /// [`Error::Shape`], [`Error::DeviceMismatch`], and errors of the device.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.run(x, None).map(|(y, _)| y)
     }
 
-    /// As [`AdaptedLinear::forward`], from host memory and back.
+    /// Like [`AdaptedLinear::forward`], from host memory to host memory.
     pub fn forward_array(&self, x: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
         self.forward(&Tensor::from_array(&self.device(), &x)?)?.to_array2()
     }
 
-    /// The active adapter's factor of each column of the output, if it is DoRA. It is computed once, and again after
-    /// anything that may change the adapter.
+    /// DoRA's factor for each output column, if the active adapter is DoRA. Cached until the
+    /// adapter may have changed.
     pub(super) fn dora_factor(&self) -> Result<Option<&DoraFactor>> {
         let Some(adapter) = self.active_adapter().filter(|adapter| adapter.is_dora()) else { return Ok(None) };
         if let Some(factor) = self.dora.get() {
             return Ok(Some(factor));
         }
         let Some(magnitude) = adapter.magnitude() else {
-            let (what, got) = ("DoRA's magnitude", "that of a layer that the adapter was never added to".into());
-            return Err(Error::Invalid { op: OP, what, got, expected: "add_adapter finds it".into() });
+            let (what, got) = ("DoRA's magnitude", "missing: the adapter was never added to this layer".into());
+            return Err(Error::Invalid { op: OP, what, got, expected: "add_adapter sets it".into() });
         };
         let norm = dora_norm(&self.base, Some(delta(adapter)))?;
         let c = divide_columns(magnitude, &norm)?;
@@ -318,7 +321,7 @@ impl<Base> AdaptedLinear<Base> {
         self.merged.is_some()
     }
 
-    /// What the layer takes in memory.
+    /// Memory of the layer.
     pub fn memory_stats(&self) -> MemoryStats {
         let base = self.base.resident_bytes();
         let lora = self.adapters.values().map(LoraAdapter::resident_bytes).sum();
@@ -336,31 +339,31 @@ impl<Base> AdaptedLinear<Base> {
     }
 }
 
-/// What an adapter adds to its base, but for DoRA's factor.
+/// The adapter's addition to the base, without DoRA's factor.
 pub(super) fn delta(adapter: &LoraAdapter) -> Delta<'_> {
     Delta { a: adapter.a(), b: adapter.b(), scale: adapter.scale() }
 }
 
 impl Linear {
-    /// A layer with this base and no adapter yet.
+    /// Creates a layer with this base and no adapter.
     ///
     /// # Errors
-    /// The device's own.
+    /// Errors of the device.
     pub fn new(device: &Device, base: impl Into<Arc<HostMatrix>>) -> Result<Linear> {
         Linear::with_base(device, base)
     }
 }
 
 impl LoraLinear {
-    /// A layer with this dense base and no adapter yet.
+    /// Creates a layer with this dense base and no adapter.
     ///
     /// # Errors
-    /// The device's own.
+    /// Errors of the device.
     pub fn new(device: &Device, base: DenseMatrix) -> Result<LoraLinear> {
         LoraLinear::with_base(device, HostMatrix::from(base))
     }
 
-    /// As [`LoraLinear::new`], from an f32 array [d_out, d_in].
+    /// Like [`LoraLinear::new`], from an f32 array [d_out, d_in].
     pub fn from_array(device: &Device, weight: ArrayView2<'_, f32>) -> Result<LoraLinear> {
         let (rows, cols) = weight.dim();
         LoraLinear::new(device, DenseMatrix::new(rows, cols, DenseData::F32(weight.iter().copied().collect()))?)
@@ -368,18 +371,19 @@ impl LoraLinear {
 }
 
 impl QLoraLinear {
-    /// A layer with this 4-bit base and no adapter yet.
+    /// Creates a layer with this 4-bit base and no adapter.
     ///
     /// # Errors
-    /// The device's own.
+    /// Errors of the device.
     pub fn new(device: &Device, base: QuantizedMatrix) -> Result<QLoraLinear> {
         QLoraLinear::with_base(device, HostMatrix::from(base))
     }
 
-    /// Quantizes an f32 array [d_out, d_in] and makes it the base.
+    /// Quantizes an f32 array [d_out, d_in] to a base.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] with the first bad index, [`Error::Invalid`] for the options, and the device's own.
+    /// [`Error::NonFinite`] with the first bad index, [`Error::Invalid`] for the options, and
+    /// errors of the device.
     pub fn quantize(device: &Device, weight: ArrayView2<'_, f32>, options: &QuantOptions) -> Result<QLoraLinear> {
         let (rows, cols) = weight.dim();
         let standard = weight.as_standard_layout();
@@ -387,18 +391,18 @@ impl QLoraLinear {
         QLoraLinear::new(device, QuantizedMatrix::quantize(values.into(), rows, cols, options)?)
     }
 
-    /// Quantizes the base of a LoRA layer; its bias and adapters come along.
+    /// Quantizes the base of a LoRA layer; keeps its bias and adapters.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if an adapter is merged into the base (it would count twice); as
-    /// [`QLoraLinear::quantize`].
+    /// [`Error::Invalid`] if an adapter is merged into the base (it would count twice); otherwise
+    /// the same as [`QLoraLinear::quantize`].
     pub fn from_lora(layer: LoraLinear, options: &QuantOptions) -> Result<QLoraLinear> {
         if layer.is_merged() {
             return Err(merge_error("the layer", "merged", "unmerge it before its base is quantized"));
         }
         let host = layer.base.to_host()?;
         let HostMatrix::Dense(dense) = &*host else {
-            return Err(merge_error("the base", "4-bit", "a LoRA layer has a dense one"));
+            return Err(merge_error("the base", "4-bit", "a LoRA layer has a dense base"));
         };
         let (rows, cols) = (dense.rows(), dense.cols());
         let quantized = match dense.data() {
@@ -413,7 +417,7 @@ impl QLoraLinear {
         Ok(AdaptedLinear { base, bias, train_bias, adapters, active, merged: None, dora, kind: PhantomData })
     }
 
-    /// The packed base as it is on the host; from a GPU it is read back, to the bit.
+    /// Returns the packed base on the host. From a GPU it is read back, bit for bit.
     pub fn base_weight_quantized(&self) -> Result<Arc<HostMatrix>> {
         self.base.to_host()
     }

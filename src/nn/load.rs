@@ -1,4 +1,4 @@
-//! Building a [`Decoder`] from weights: of a file, or made up for benchmarks.
+//! Builds a [`Decoder`] from the weights in a file, or from made-up weights for benchmarks.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -18,17 +18,17 @@ use crate::kernels::rope::RopeTable;
 use crate::kernels::{DeviceMatrix, HostMatrix};
 use crate::tensor::Tensor;
 
-/// Where a model's tensors come from, by their Hugging Face names.
+/// A source of a model's tensors, by Hugging Face names.
 pub trait WeightSource {
-    /// A vector as f32.
+    /// Returns a vector as f32.
     fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>>;
 
-    /// A matrix [rows, cols]. `linear`: it is that of a linear layer, which may be made 4-bit; embeddings and heads keep
-    /// their precision.
+    /// Returns a matrix [rows, cols]. If `linear`, it belongs to a linear layer and may be made
+    /// 4-bit; embeddings and heads keep their precision.
     fn matrix(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<HostMatrix>;
 }
 
-/// A checkpoint's tensors, those of linear layers in a format of one's choice.
+/// Tensors of a checkpoint. Matrices of linear layers are converted to a chosen format.
 struct FromCheckpoint<'a> {
     checkpoint: &'a Checkpoint,
     base: &'a BaseFormat,
@@ -49,17 +49,17 @@ impl WeightSource for FromCheckpoint<'_> {
 }
 
 impl Decoder {
-    /// Loads a Hugging Face directory (`config.json`, and `model.safetensors` or its shards) or a GGUF file. Matrices go to
-    /// the device one after another, so that the host never holds more than one of them in f32. `base` says what becomes
-    /// of linear layers that are not 4-bit in the file.
+    /// Loads a Hugging Face directory (`config.json`, and `model.safetensors` or its shards) or a
+    /// GGUF file. Matrices go to the device one by one, so the host never holds more than one of
+    /// them in f32. `base` is the format for linear layers that aren't 4-bit in the file.
     ///
-    /// The files are mapped, and must not be written to in place while they are: a file that is cut short before one of its
-    /// tensors is read is an error, but one that is cut short while it is being read ends the process (SIGBUS). Files that are
-    /// replaced by renaming another over them do no harm.
+    /// The files are mapped, so they must not be written to in place meanwhile. A file truncated
+    /// before one of its tensors is read is an error, but one truncated during the read ends the
+    /// process (SIGBUS). Replacing a file by renaming another over it is safe.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and [`Error::Io`](crate::Error::Io) with
-    /// file and key; the device's own.
+    /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and
+    /// [`Error::Io`](crate::Error::Io), with file and key; errors of the device.
     pub fn load(device: &Device, path: &Path, base: &BaseFormat) -> Result<Decoder> {
         let start = Instant::now();
         let decoder = Decoder::read(device, path, base)?;
@@ -88,7 +88,7 @@ impl Decoder {
         }
         let checkpoint = Checkpoint::open(path)?;
         let config = ModelConfig::read(path)?.with_head_of(&checkpoint)?;
-        // A head that is not the model's own is a copy of the embedding.
+        // If the head is tied, a stored head is a copy of the embedding and isn't read.
         let mut source = FromCheckpoint { checkpoint: &checkpoint, base, used: BTreeSet::from([HEAD.into()]) };
         let decoder = Decoder::build(device, config, &mut source)?;
         checkpoint.check_all_used(&source.used)?;
@@ -98,7 +98,7 @@ impl Decoder {
     /// Builds a model from any source of weights.
     ///
     /// # Errors
-    /// Those of the source and of the device.
+    /// Errors of the source and of the device.
     pub fn build(device: &Device, config: ModelConfig, source: &mut dyn WeightSource) -> Result<Decoder> {
         let (hidden, vocabulary) = (config.hidden_size, config.vocab_size);
         let mut hashed = Hashed::new(source);

@@ -1,4 +1,4 @@
-//! Adapters in the base: W + s * B * A, for DoRA times its factor c, row by row.
+//! Merging adapters into the base: W + s * B * A; for DoRA, each row times its factor c.
 
 use ndarray::{Array2, Axis};
 
@@ -10,7 +10,7 @@ use crate::kernels::matrix::{DeviceMatrix, HostMatrix};
 use crate::quant::{DenseData, DenseMatrix};
 use crate::tensor::Tensor;
 
-/// An adapter as it was when it was merged, and DoRA's factor of each row.
+/// An adapter as it was when merged, and DoRA's factor for each row.
 #[derive(Clone)]
 pub(super) struct Merged {
     adapter: LoraAdapter,
@@ -21,7 +21,7 @@ pub(super) fn merge_error(what: &'static str, got: &str, expected: &str) -> Erro
     Error::Invalid { op: "merge", what, got: got.to_owned(), expected: expected.to_owned() }
 }
 
-/// Row i of `values` times (by `apply`) the i-th factor.
+/// Applies `apply` to each value of row i and the i-th factor.
 fn each_row(values: &mut Array2<f32>, factor: Option<&[f32]>, apply: impl Fn(&mut f32, f32)) {
     for (mut row, &factor) in values.axis_iter_mut(Axis(0)).zip(factor.unwrap_or_default()) {
         row.iter_mut().for_each(|value| apply(value, factor));
@@ -29,8 +29,8 @@ fn each_row(values: &mut Array2<f32>, factor: Option<&[f32]>, apply: impl Fn(&mu
 }
 
 impl<Base> AdaptedLinear<Base> {
-    /// W + s * B * A of the active adapter as f32, [d_out, d_in], computed on the layer's device: what an export
-    /// writes. With DoRA its rows have the magnitude's lengths.
+    /// Computes W + s * B * A of the active adapter on the layer's device, as f32 [d_out, d_in].
+    /// This is what an export writes. With DoRA, the magnitude sets the rows' lengths.
     pub fn merge_to_f32(&self) -> Result<Array2<f32>> {
         let adapter = self.active_adapter().filter(|_| !self.is_merged());
         let mut values = dequantize(self.base(), adapter.map(delta))?;
@@ -46,23 +46,24 @@ impl<Base> AdaptedLinear<Base> {
 }
 
 impl LoraLinear {
-    /// Merges the active adapter into the base; the layer then computes with the base alone.
+    /// Merges the active adapter into the base; afterwards the layer computes with the base alone.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if there is no active adapter, one is merged already, or it could not be undone: the base is
-    /// not f32, or DoRA's factor of a row is zero or not finite (see [`AdaptedLinear::merge_to_f32`]).
+    /// [`Error::Invalid`] if there is no active adapter, one is already merged, or the merge
+    /// couldn't be undone: the base isn't f32, or DoRA's factor for a row is zero or not finite
+    /// (use [`AdaptedLinear::merge_to_f32`]).
     pub fn merge(&mut self) -> Result<()> {
         let adapter = self.active_adapter().cloned();
         let Some(adapter) = adapter.filter(|_| !self.is_merged()) else {
             let got = if self.is_merged() { "merged already" } else { "without an active adapter" };
-            return Err(merge_error("the layer", got, "merge takes an active adapter that is not merged yet"));
+            return Err(merge_error("the layer", got, "merge needs an active adapter that isn't merged yet"));
         };
         if !self.base.is_f32() {
-            return Err(merge_error("the base", "not f32", "only f32 can be merged in place and unmerged"));
+            return Err(merge_error("the base", "not f32", "only an f32 base can be merged in place and unmerged"));
         }
         let factor = self.row_factor()?;
         if factor.iter().flatten().any(|factor| *factor == 0.0 || !factor.is_finite()) {
-            return Err(merge_error("DoRA's factor", "zero or not finite in a row", "it could not be unmerged"));
+            return Err(merge_error("DoRA's factor", "zero or not finite in a row", "the merge couldn't be undone"));
         }
         let values = self.merge_to_f32()?;
         self.set_base(values)?;
@@ -70,15 +71,15 @@ impl LoraLinear {
         Ok(())
     }
 
-    /// Takes the merged adapter out of the base again, to within f32 rounding.
+    /// Removes the merged adapter from the base, to within f32 rounding.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if none is merged.
+    /// [`Error::Invalid`] if no adapter is merged.
     pub fn unmerge(&mut self) -> Result<()> {
         let Some(Merged { adapter, factor }) = self.merged.clone() else {
-            return Err(merge_error("the layer", "not merged", "unmerge takes a merged one"));
+            return Err(merge_error("the layer", "not merged", "unmerge needs a merged layer"));
         };
-        // The base is c * (W + s * B * A): take s * (c * B) * A from it, then divide by c.
+        // The base is c * (W + s * B * A). Subtract s * (c * B) * A, then divide by c.
         let mut b = adapter.b().to_array2()?;
         each_row(&mut b, factor.as_deref(), |value, factor| *value *= factor);
         let b = Tensor::from_array(&self.device(), &b)?;

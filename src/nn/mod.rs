@@ -1,4 +1,5 @@
-//! Layers and models: LoRA adapters, linear layers that carry them on a dense or a 4-bit base, and the decoder.
+//! Layers and models: LoRA adapters, linear layers that combine them with a dense or 4-bit base,
+//! and the decoder.
 
 mod adapter;
 pub(crate) mod adapters;

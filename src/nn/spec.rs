@@ -1,4 +1,4 @@
-//! A model without its weights: what the headers of its files say.
+//! A model without its weights, read from the headers of its files.
 
 use std::path::Path;
 
@@ -11,11 +11,12 @@ use crate::formats::checkpoint::{BaseFormat, Checkpoint};
 use crate::formats::gguf::GgufFile;
 use crate::kernels::MatrixSpec;
 
-/// Positions that a model's first table of rotations has, where it has so many.
+/// Initial size of a model's rotary table in positions, unless the model has fewer.
 const ROPE_POSITIONS: usize = 512;
 
 impl ModelConfig {
-    /// The linear modules of every layer, in the order of [`MODULES`]: d_out, d_in, and whether there is a bias.
+    /// Linear modules of a layer, in the order of [`MODULES`]: d_out, d_in, and whether there is a
+    /// bias.
     pub(crate) fn linears(&self) -> [(usize, usize, bool); 7] {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let (q_size, kv_size) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
@@ -30,7 +31,7 @@ impl ModelConfig {
         ]
     }
 
-    /// Name and shape of every tensor of such a model, in the order in which it uses them.
+    /// Name and shape of every tensor of the model, in the order of use.
     pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (vocabulary, hidden) = (self.vocab_size, self.hidden_size);
         let mut tensors = vec![(EMBEDDING.to_owned(), vec![vocabulary, hidden])];
@@ -53,13 +54,13 @@ impl ModelConfig {
         tensors
     }
 
-    /// Positions that a table of rotations has, of which so many are needed; at first none.
+    /// Size of the rotary table, in positions, if `needed` positions are needed; 0 at first.
     pub(crate) fn rope_positions(&self, needed: usize) -> usize {
         let positions = if needed <= ROPE_POSITIONS { ROPE_POSITIONS } else { needed.next_power_of_two() };
         positions.min(self.max_position_embeddings)
     }
 
-    /// An error unless the model has so many positions.
+    /// Fails if the model has fewer positions than this.
     pub(crate) fn check_positions(&self, op: &'static str, positions: usize) -> Result<()> {
         let most = self.max_position_embeddings;
         if positions <= most {
@@ -74,23 +75,24 @@ impl ModelConfig {
     }
 }
 
-/// What a [`Decoder`](super::Decoder) would be: its configuration, and how each of its matrices would be stored.
+/// A description of a [`Decoder`](super::Decoder): its configuration, and the storage format of
+/// each matrix.
 #[derive(Clone, Debug)]
 pub struct ModelSpec {
     config: ModelConfig,
     embedding: MatrixSpec,
-    /// None where it is the embedding.
+    /// `None` if it is tied to the embedding.
     head: Option<MatrixSpec>,
-    /// Linear modules, layer after layer.
+    /// Linear modules, layer by layer.
     linears: Vec<MatrixSpec>,
 }
 
 impl ModelSpec {
-    /// That of a Hugging Face directory or a GGUF file, as [`Decoder::load`](super::Decoder::load) of the same arguments would
-    /// have it. Reads headers only.
+    /// Reads the headers of a Hugging Face directory or a GGUF file, and describes the model that
+    /// [`Decoder::load`](super::Decoder::load) would build from the same arguments.
     ///
     /// # Errors
-    /// As [`Decoder::load`](super::Decoder::load), of what headers show.
+    /// Those of [`Decoder::load`](super::Decoder::load) that the headers reveal.
     pub fn read(path: &Path, base: &BaseFormat) -> Result<ModelSpec> {
         if is_gguf(path) {
             return ModelSpec::of_gguf(&GgufFile::open(path)?, base);
@@ -99,25 +101,25 @@ impl ModelSpec {
         ModelSpec::of_checkpoint(ModelConfig::read(path)?.with_head_of(&checkpoint)?, &checkpoint, base)
     }
 
-    /// That of an open GGUF file.
+    /// Describes an open GGUF file.
     pub(crate) fn of_gguf(file: &GgufFile, base: &BaseFormat) -> Result<ModelSpec> {
         let config = ModelConfig::from_gguf(file)?;
         let mut source = GgufSource::new(file, &config, base);
         ModelSpec::new(config, |name, rows, cols, linear| source.spec(name, rows, cols, linear))
     }
 
-    /// That of an open checkpoint.
+    /// Describes an open checkpoint.
     pub(crate) fn of_checkpoint(config: ModelConfig, checkpoint: &Checkpoint, base: &BaseFormat) -> Result<ModelSpec> {
         ModelSpec::new(config, |name, rows, cols, linear| {
             checkpoint.spec(name, rows, cols, if linear { base } else { &BaseFormat::AsIs })
         })
     }
 
-    /// That of any source: `matrix` says how the one of this name, with so many rows and columns, would be stored, and is
-    /// told whether it is that of a linear layer.
+    /// Describes a model from any source: `matrix` returns the storage format of a matrix, given
+    /// its name, rows, columns, and whether it belongs to a linear layer.
     ///
     /// # Errors
-    /// Those of `matrix`.
+    /// Errors of `matrix`.
     pub fn new(
         config: ModelConfig,
         mut matrix: impl FnMut(&str, usize, usize, bool) -> Result<MatrixSpec>,
@@ -135,12 +137,13 @@ impl ModelSpec {
         Ok(ModelSpec { config, embedding, head, linears })
     }
 
-    /// What the model is.
+    /// Sizes and settings of the model.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Path and matrix of every linear layer that can have an adapter, as [`Decoder::linears`](super::Decoder::linears).
+    /// Path and matrix of every linear layer that can have an adapter, like
+    /// [`Decoder::linears`](super::Decoder::linears).
     pub fn linears(&self) -> impl Iterator<Item = (String, &MatrixSpec)> {
         let paths = (0..self.config.layers).flat_map(|layer| MODULES.map(|module| path(layer, module)));
         paths.zip(&self.linears)
@@ -155,7 +158,7 @@ impl ModelSpec {
         matrices.map(|matrix| matrix.device_bytes(device)).sum()
     }
 
-    /// Values of every vector: norms, and biases of linear layers.
+    /// Length of every vector: norms, and biases of linear layers.
     pub(crate) fn vectors(&self) -> Vec<usize> {
         let config = &self.config;
         let mut layer = vec![config.hidden_size; 2];

@@ -1,4 +1,4 @@
-//! Linear layers on a tape.
+//! Recording linear layers on a tape.
 
 use super::linear::AdaptedLinear;
 use super::train::{LinearGrads, run_all};
@@ -6,20 +6,20 @@ use crate::autograd::{Tape, Var};
 use crate::error::Result;
 
 impl<Base> AdaptedLinear<Base> {
-    /// The layer's result for `x`, recorded: gradients come back to `x` and to the active adapter. `seed` is that of the
-    /// adapter's dropout, and `None` means none.
+    /// Computes the layer's output for `x` and records it; gradients flow to `x` and to the active
+    /// adapter. `seed` is for the adapter's dropout; `None` disables dropout.
     ///
     /// # Errors
-    /// As [`AdaptedLinear::forward`].
+    /// Same as [`AdaptedLinear::forward`].
     pub fn record<'a>(&'a self, tape: &mut Tape<'a>, x: &Var, seed: Option<u64>) -> Result<Var> {
         let [y] = record_all([self], tape, x, [seed], [None])?;
         Ok(y)
     }
 
-    /// As [`AdaptedLinear::record`], with `residual` [M, d_out] added to the result.
+    /// Like [`AdaptedLinear::record`], with `residual` [M, d_out] added to the result.
     ///
     /// # Errors
-    /// As [`AdaptedLinear::forward`].
+    /// Same as [`AdaptedLinear::forward`].
     pub fn record_onto<'a>(&'a self, tape: &mut Tape<'a>, x: &Var, residual: &Var, seed: Option<u64>) -> Result<Var> {
         if !self.adds_residuals() {
             let y = self.record(tape, x, seed)?;
@@ -30,10 +30,11 @@ impl<Base> AdaptedLinear<Base> {
     }
 }
 
-/// As [`AdaptedLinear::record`], for several layers that read the same `x`, some of which add a residual to their result.
+/// Like [`AdaptedLinear::record`], for several layers that read the same `x`. A layer may add a
+/// residual to its output.
 ///
 /// # Errors
-/// As [`AdaptedLinear::forward`].
+/// Same as [`AdaptedLinear::forward`].
 pub(super) fn record_all<'a, Base, const N: usize>(
     layers: [&'a AdaptedLinear<Base>; N],
     tape: &mut Tape<'a>,
@@ -59,7 +60,7 @@ pub(super) fn record_all<'a, Base, const N: usize>(
         inputs.extend(layer.parameters().map(|(_, tensor)| tape.leaf(tensor)));
         tape.record_adding(y, inputs, move |dy, sum| {
             let LinearGrads { dx, da, db, dmagnitude, dbias } = layer.backward_onto(sum, dy, &saved, need_dx)?;
-            // In the order of `parameters`: of an optional one, those that are trained.
+            // In the order of `parameters`; optional ones only if they are trained.
             let trained = [da, db, dmagnitude, dbias].into_iter().flatten().map(Some);
             let beside = has_residual.then(|| Some(dy.clone()));
             Ok(std::iter::once(dx).chain(beside).chain(trained).collect())
@@ -84,7 +85,8 @@ mod tests {
                 Tensor::from_slice(&device, shape, &testing::values(seed, shape.iter().product(), 1.0)).unwrap()
             };
             let (x, residual, head) = (tensor(1, &[m, d_in]), tensor(2, &[m, d_out]), tensor(3, &[d_out]));
-            // A bias takes the residual's place in the product, and DoRA scales its result.
+            // With a bias there is no place for the residual in the product, and DoRA scales the
+            // product's result.
             for (bias, dora) in [(false, false), (true, false), (false, true)] {
                 let (a, b) = (tensor(4, &[rank, d_in]), tensor(5, &[d_out, rank]));
                 let mut adapter = LoraAdapter::from_tensors(a, b, 8.0, Scaling::Standard).unwrap();
@@ -117,7 +119,8 @@ mod tests {
                 };
                 let (together, apart) = (run(true), run(false));
                 let context = format!("{} bias {bias} dora {dora}", testing::name(&device));
-                // The same sums in the same order, of which a GPU may fuse the last; f16 then rounds other values of dY.
+                // The same sums in the same order, but a GPU may fuse the last addition; with f16,
+                // other values of dY are then rounded.
                 let share = if testing::is_f16(&device) { 4e-3 } else { 1e-5 };
                 let all = |(value, found): &(Vec<f32>, Vec<Vec<f32>>)| [&[value.clone()], &found[..]].concat();
                 for (got, wanted) in all(&together).iter().zip(&all(&apart)) {

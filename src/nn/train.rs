@@ -1,17 +1,17 @@
-//! Forward and backward of an adapted layer for training, usable without any tape.
+//! Forward and backward passes of an adapted layer for training, usable without a tape.
 //!
-//! | letter | what |
-//! |---|---|
+//! | letter | meaning |
+//! | --- | --- |
 //! | x | input [M, d_in], xd = dropout(x) |
 //! | H, U | H = xd * A^T [M, r], U = xd * W^T + s * H * B^T [M, d_out] |
-//! | c | DoRA's factor m / n `[d_out]`, with n the row norms of W + s * B * A, through which no gradient flows |
+//! | c | DoRA's factor m / n `[d_out]`; n: row norms of W + s * B * A (no gradient flows through n) |
 //!
-//! LoRA: y = x * W^T + bias + s * H * B^T. With dY given, G = s * dY * B, then dA = G^T * xd, dB = s * dY^T * H and
-//! dX = dY * W + mask * (G * A).
+//! LoRA: y = x * W^T + bias + s * H * B^T. Given dY, the gradients are G = s * dY * B, dA = G^T *
+//! xd, dB = s * dY^T * H and dX = dY * W + mask * (G * A).
 //!
-//! DoRA (Liu et al., 2024), with the base term of the factor on xd, as PEFT has it: y = (x - xd) * W^T + bias + c * U.
-//! With dU = c * dY: dm = columns of (dY * U) / n, dA and dB as LoRA has them with dU for dY, and
-//! dX = (1 - mask) * (dY * W) + mask * (dU * W + G * A).
+//! DoRA (Liu et al., 2024), with the factor applied to the base's product with xd, like PEFT: y =
+//! (x - xd) * W^T + bias + c * U. With dU = c * dY: dm = column sums of (dY * U) / n, dA and dB
+//! are LoRA's with dU in place of dY, and dX = (1 - mask) * (dY * W) + mask * (dU * W + G * A).
 
 use super::adapter::LoraAdapter;
 use super::linear::AdaptedLinear;
@@ -27,8 +27,8 @@ use crate::tensor::Tensor;
 
 const OP: &str = "linear layer's backward";
 
-/// What [`AdaptedLinear::backward`] needs of a forward pass. It shares the input and the adapter's values; an optimizer
-/// that updates them in place copies them as long as this lives.
+/// Values from the forward pass that [`AdaptedLinear::backward`] needs. Shares the input and the
+/// adapter's values; while this lives, an optimizer that updates them in place has to copy them.
 #[derive(Clone)]
 pub struct Saved {
     rows: usize,
@@ -40,7 +40,7 @@ struct SavedAdapter {
     adapter: LoraAdapter,
     dropout: Option<Dropout>,
     x: Tensor,
-    /// Those of x, which all layers share that read it.
+    /// Factors of x, shared by all layers that read x.
     x_factors: RowFactors,
     h: Tensor,
     dora: Option<SavedDora>,
@@ -52,7 +52,7 @@ struct SavedDora {
     u: Tensor,
 }
 
-/// DoRA's factor of each column of the output.
+/// DoRA's factor for each output column.
 #[derive(Clone)]
 pub(super) struct DoraFactor {
     /// n, the row norms of W + s * B * A: `[d_out]`.
@@ -61,48 +61,49 @@ pub(super) struct DoraFactor {
     pub(super) c: Tensor,
 }
 
-/// Gradients of a layer's input and of what it trains. The frozen base has none.
+/// Gradients of a layer's input and of its trained tensors. The frozen base has none.
 #[derive(Clone, Debug, Default)]
 pub struct LinearGrads {
-    /// Of the input, [M, d_in], if asked for.
+    /// For the input, [M, d_in], if asked for.
     pub dx: Option<Tensor>,
-    /// Of A, [r, d_in], if an adapter is active.
+    /// For A, [r, d_in], if an adapter is active.
     pub da: Option<Tensor>,
-    /// Of B, [d_out, r], if an adapter is active.
+    /// For B, [d_out, r], if an adapter is active.
     pub db: Option<Tensor>,
-    /// Of DoRA's magnitude, `[d_out]`, if the active adapter has one.
+    /// For DoRA's magnitude, `[d_out]`, if the active adapter has one.
     pub dmagnitude: Option<Tensor>,
-    /// Of the bias, `[d_out]`, if it is trained.
+    /// For the bias, `[d_out]`, if it is trained.
     pub dbias: Option<Tensor>,
 }
 
 impl<Base> AdaptedLinear<Base> {
-    /// As [`AdaptedLinear::forward`], with the active adapter's dropout, and what the backward pass needs. The same seed
-    /// drops the same values, on every device.
+    /// Like [`AdaptedLinear::forward`], with the active adapter's dropout; also returns what the
+    /// backward pass needs. The same seed drops the same values on every device.
     ///
     /// # Errors
-    /// As [`AdaptedLinear::forward`]; [`Error::Invalid`](crate::Error::Invalid) while an adapter is merged into the base.
+    /// Same as [`AdaptedLinear::forward`]; [`Error::Invalid`](crate::Error::Invalid) while an adapter is merged into the base.
     pub fn forward_train(&self, x: &Tensor, seed: u64) -> Result<(Tensor, Saved)> {
         self.check_unmerged("a training pass")?;
         self.run(x, self.dropout(seed))
     }
 
-    /// That of the active adapter, if it has any.
+    /// The active adapter's dropout, if its probability isn't 0.
     pub(super) fn dropout(&self, seed: u64) -> Option<Dropout> {
         let probability = self.active_adapter().map_or(0.0, LoraAdapter::dropout);
         (probability > 0.0).then_some(Dropout { probability, seed })
     }
 
-    /// The gradients, of dY [M, d_out] and what [`AdaptedLinear::forward_train`] saved; that of the input only if
-    /// `need_dx`.
+    /// Computes the gradients from dY [M, d_out] and the result of
+    /// [`AdaptedLinear::forward_train`]. The input's gradient is computed only if `need_dx`.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and errors of the device.
     pub fn backward(&self, dy: &Tensor, saved: &Saved, need_dx: bool) -> Result<LinearGrads> {
         self.backward_onto(None, dy, saved, need_dx)
     }
 
-    /// As [`AdaptedLinear::backward`], with the gradient of the input added to `sum`, what has come of it before.
+    /// Like [`AdaptedLinear::backward`], but adds the input's gradient to `sum`, the part from
+    /// other users of the input.
     pub(super) fn backward_onto(
         &self,
         sum: Option<Tensor>,
@@ -118,7 +119,7 @@ impl<Base> AdaptedLinear<Base> {
             return Ok(LinearGrads { dx, dbias, ..LinearGrads::default() });
         };
         let (a, b, s) = (adapter.a(), adapter.b(), adapter.scale());
-        // The gradient of what the adapter adds to: that of y, or of U.
+        // Gradient of the value that the adapter is added to: dU for DoRA, otherwise dY.
         let du = match dora {
             Some(dora) => &scale_columns(dy, &dora.factor.c, None)?,
             None => dy,
@@ -148,23 +149,24 @@ impl<Base> AdaptedLinear<Base> {
         })
     }
 
-    /// y of x, and what a backward pass needs.
+    /// Returns y for x, and what the backward pass needs.
     pub(super) fn run(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Saved)> {
         let [result] = run_all([self], x, [dropout], [None])?;
         Ok(result)
     }
 
-    /// Whether its product adds a residual: it takes one in place of a bias, and DoRA scales the product's result.
+    /// Whether the layer's product can add a residual. It takes the place of a bias, and DoRA
+    /// would scale it.
     pub(super) fn adds_residuals(&self) -> bool {
         self.bias().is_none() && self.adapter_beside().is_none_or(|adapter| !adapter.is_dora())
     }
 
-    /// The active adapter, unless it is in the base.
+    /// The active adapter, unless it is merged into the base.
     fn adapter_beside(&self) -> Option<&LoraAdapter> {
         self.active_adapter().filter(|_| !self.is_merged())
     }
 
-    /// As [`AdaptedLinear::run`], with DoRA's factor.
+    /// Like [`AdaptedLinear::run`], with DoRA's factor.
     fn run_dora(
         &self,
         x: Rows<'_>,
@@ -194,15 +196,16 @@ impl<Base> AdaptedLinear<Base> {
     }
 }
 
-/// As [`AdaptedLinear::run`], for several layers that read the same x: it is staged once for all of them, and one pass over it
-/// makes the H of all. Residuals [M, d_out] are for layers that add them ([`AdaptedLinear::adds_residuals`]).
+/// Like [`AdaptedLinear::run`], for several layers that read the same x. It is staged once for all
+/// of them, and one pass over it computes H for all. Residuals [M, d_out] are only for layers that
+/// can add them ([`AdaptedLinear::adds_residuals`]).
 pub(super) fn run_all<Base, const N: usize>(
     layers: [&AdaptedLinear<Base>; N],
     x: &Tensor,
     dropouts: [Option<Dropout>; N],
     residuals: [Option<&Tensor>; N],
 ) -> Result<[(Tensor, Saved); N]> {
-    // DoRA's adapter is no part of the product.
+    // A DoRA adapter isn't part of the product.
     let plain = |layer: &'_ AdaptedLinear<Base>| layer.adapter_beside().filter(|adapter| !adapter.is_dora()).cloned();
     let adapters = layers.map(plain);
     let downs: Vec<_> = adapters
@@ -230,7 +233,7 @@ pub(super) fn run_all<Base, const N: usize>(
         results.push((y, Saved { rows: x.shape()[0], adapted: adapted.map(saved) }));
     }
     let mut results = results.into_iter();
-    // As many as there are layers.
+    // There is one result for each layer.
     Ok(std::array::from_fn(|_| results.next().unwrap_or_else(|| unreachable!("a result for each layer"))))
 }
 
@@ -249,7 +252,7 @@ mod tests {
                 Tensor::from_slice(&device, shape, &testing::values(seed, shape.iter().product(), 1.0)).unwrap()
             };
             let (x, dy) = (tensor(1, &[m, d_in]), tensor(2, &[m, d_out]));
-            // Without an adapter, and with LoRA and DoRA, whose dropout takes two products.
+            // No adapter, LoRA, and DoRA, whose dropout needs two products.
             for (adapted, dora, probability) in
                 [(false, false, 0.0), (true, false, 0.0), (true, false, 0.3), (true, true, 0.0), (true, true, 0.3)]
             {
@@ -266,7 +269,7 @@ mod tests {
                 }
                 let (_, saved) = layer.forward_train(&x, 7).unwrap();
                 let dx = |sum| layer.backward_onto(sum, &dy, &saved, true).unwrap().dx.unwrap();
-                // The f16 tiles add the adapter before the rest.
+                // The f16 tiles add the adapter's part before the rest.
                 let bound = |_, sum: f64| if testing::is_f16(&device) { 1e-4 * (1.0 + sum.abs()) } else { 0.0 };
                 let context = format!("{} DoRA {dora}, dropout {probability}", testing::name(&device));
                 testing::assert_adds(&context, &dx(None), bound, |sum| Ok(dx(sum)));

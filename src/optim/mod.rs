@@ -1,4 +1,4 @@
-//! AdamW on the device, learning-rate schedules, gradient clipping.
+//! AdamW on the device, learning-rate schedules, and gradient clipping.
 
 mod schedule;
 
@@ -12,15 +12,15 @@ use crate::kernels::adamw::{Update, adamw_all};
 use crate::kernels::grad_norm::GradNorm;
 use crate::tensor::Tensor;
 
-/// First and second moments of every trainable tensor, by its name, and how many updates there were. Loshchilov and
-/// Hutter, "Decoupled Weight Decay Regularization", 2019.
+/// First and second moments of every trainable tensor, by name, and the number of updates.
+/// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
 #[derive(Clone, Debug)]
 pub struct Optimizer {
-    /// Rates and decay; `lr` is what a schedule multiplies.
+    /// Rates and decay; a schedule multiplies `lr`.
     pub config: AdamW,
-    /// In the order of their first updates.
+    /// In the order of the first updates.
     moments: Vec<Moments>,
-    /// Where a name's moments are.
+    /// Index of each name's moments.
     places: HashMap<String, usize>,
     step: u32,
 }
@@ -33,12 +33,14 @@ struct Moments {
 }
 
 impl Optimizer {
-    /// No moments yet: a tensor's are made, as zeros, when it is first updated.
+    /// Creates an optimizer without moments. A tensor's moments are created, as zeros, at its
+    /// first update.
     pub fn new(config: AdamW) -> Optimizer {
         Optimizer::restored(config, 0, [])
     }
 
-    /// An optimizer as it was after `steps` updates, with the moments that [`Optimizer::moments`] gave.
+    /// Restores an optimizer after `steps` updates, with the moments that [`Optimizer::moments`]
+    /// returned.
     pub fn restored(
         config: AdamW,
         steps: u32,
@@ -49,27 +51,28 @@ impl Optimizer {
         Optimizer { config, moments, places, step: steps }
     }
 
-    /// Updates so far.
+    /// Number of updates so far.
     pub fn steps(&self) -> u32 {
         self.step
     }
 
-    /// Starts the next update; then [`Optimizer::update`] every tensor.
+    /// Starts the next update. Then call [`Optimizer::update`] for every tensor.
     pub fn begin(&mut self) {
         self.step += 1;
     }
 
-    /// Takes back [`Optimizer::begin`], for an update that the device refused (see [`GradNorm`]) for every tensor.
+    /// Undoes [`Optimizer::begin`], for an update that the device skipped (see [`GradNorm`]) for
+    /// every tensor.
     pub fn undo(&mut self) {
         self.step = self.step.saturating_sub(1);
     }
 
-    /// One tensor's update in place, with `factor` times the configured learning rate. The gradient counts times the clip factor in
-    /// `norm`; if that is NaN, nothing changes.
+    /// Updates one tensor in place, with `factor` times the configured learning rate. The gradient
+    /// is multiplied by the clip factor in `norm`; if that is NaN, nothing changes.
     ///
     /// # Errors
-    /// [`Error::Invalid`] before the first [`Optimizer::begin`], [`Error::Shape`] if a tensor of this name had another
-    /// shape before, and the device's own.
+    /// [`Error::Invalid`] before the first [`Optimizer::begin`], [`Error::Shape`] if a tensor of
+    /// this name had another shape before, and errors of the device.
     pub fn update(
         &mut self,
         name: &str,
@@ -81,10 +84,11 @@ impl Optimizer {
         self.update_all(vec![(name, tensor, gradient)], factor, norm)
     }
 
-    /// As [`Optimizer::update`], of all tensors with their names and gradients: a GPU takes several at a time.
+    /// Like [`Optimizer::update`], for all tensors with their names and gradients. A GPU updates
+    /// several at a time.
     ///
     /// # Errors
-    /// As [`Optimizer::update`]; [`Error::Invalid`] for a name that is there twice.
+    /// Same as [`Optimizer::update`]; [`Error::Invalid`] if a name occurs twice.
     pub fn update_all(
         &mut self,
         parameters: Vec<(&str, &mut Tensor, &Tensor)>,
@@ -99,7 +103,7 @@ impl Optimizer {
         }
         let mut places = Vec::with_capacity(parameters.len());
         for (index, (name, tensor, _)) in parameters.iter().enumerate() {
-            // Most often the same tensors come in the same order.
+            // Usually the same tensors come in the same order.
             let place = match self.moments.get(index) {
                 Some(moments) if moments.name == *name => index,
                 _ => self.place(name, tensor)?,
@@ -110,7 +114,7 @@ impl Optimizer {
         let mut updates = Vec::with_capacity(parameters.len());
         for ((name, param, grad), place) in parameters.into_iter().zip(places) {
             let Some(Moments { m, v, .. }) = moments[place].take() else {
-                return invalid("a tensor's name", name, "each is there once");
+                return invalid("a tensor's name", name, "each name may occur only once");
             };
             updates.push(Update { param, grad, m, v });
         }
@@ -118,7 +122,7 @@ impl Optimizer {
         adamw_all(&mut updates, &config, self.step, norm)
     }
 
-    /// Where the moments of this name are; they are made, as zeros, where there are none.
+    /// Index of this name's moments; creates them, as zeros, if there are none.
     fn place(&mut self, name: &str, tensor: &Tensor) -> Result<usize> {
         if let Some(place) = self.places.get(name) {
             return Ok(*place);
@@ -135,7 +139,7 @@ impl Optimizer {
         self.moments.iter().map(|moments| moments.m.resident_bytes() + moments.v.resident_bytes()).sum()
     }
 
-    /// The moments with their names, first and second: what a checkpoint keeps, with [`Optimizer::steps`].
+    /// Names with first and second moments. A checkpoint saves them with [`Optimizer::steps`].
     pub fn moments(&self) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
         self.moments.iter().map(|moments| (moments.name.as_str(), &moments.m, &moments.v))
     }

@@ -1,32 +1,32 @@
-//! What the learning rate is multiplied by, step for step.
+//! Learning-rate schedules: the factor for each step.
 
 use std::f64::consts::PI;
 
 /// How the rate falls after warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Decay {
-    /// Not at all.
+    /// It doesn't.
     #[default]
     Constant,
-    /// On a line, to 0 after the last step.
+    /// Linearly, to 0 after the last step.
     Linear,
-    /// On half a cosine, to 0 after the last step.
+    /// Along half a cosine, to 0 after the last step.
     Cosine,
 }
 
 /// Warm-up, then decay. Steps count from 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Schedule {
-    /// How the rate falls.
+    /// Decay after warm-up.
     pub decay: Decay,
-    /// Steps in which it rises to its full value: that of step s is (s + 1) / `warmup`.
+    /// Number of warm-up steps: the factor of step s is (s + 1) / `warmup`.
     pub warmup: u32,
-    /// Steps in all; a constant rate does not ask.
+    /// Total number of steps; not used by a constant rate.
     pub total: u32,
 }
 
 impl Schedule {
-    /// A rate that stays as it is.
+    /// A constant rate.
     pub fn constant() -> Schedule {
         Schedule::default()
     }
@@ -56,7 +56,7 @@ mod tests {
             |decay| (0..8).map(|step| Schedule { decay, warmup: 2, total: 6 }.factor(step)).collect::<Vec<_>>();
         assert_eq!(factors(Decay::Constant), [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]);
         assert_eq!(factors(Decay::Linear), [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]);
-        // The rates of a recorded run of transformers, divided by its base rate.
+        // Learning rates from a recorded transformers run, divided by the base rate.
         let wanted = [0.5, 1.0, 1.0, 0.853_553_390_593_273_8, 0.5, 0.146_446_609_406_726_27, 0.0, 0.0];
         for (got, wanted) in factors(Decay::Cosine).into_iter().zip(wanted) {
             assert!((got - wanted).abs() < 1e-15, "{got} {wanted}");

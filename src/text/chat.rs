@@ -132,7 +132,7 @@ impl ChatTemplate {
         self.jinja.render(self.variables(chat, add_generation_prompt, bos, eos), None)
     }
 
-    /// As [`ChatTemplate::render`], with the parts that belong to the messages.
+    /// Like [`ChatTemplate::render`], with the parts that belong to the messages.
     ///
     /// # Errors
     /// The same.

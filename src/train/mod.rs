@@ -112,7 +112,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::Diverged`] if the loss or a gradient is not finite: the adapters and the optimizer are then as before the
-    /// step. [`Error::Invalid`] without batches, labels or an active adapter; the device's own.
+    /// step. [`Error::Invalid`] without batches, labels or an active adapter; errors of the device.
     pub fn step(&mut self, model: &mut Decoder, micro_batches: &[Batch]) -> Result<StepReport> {
         let step = self.optimizer.steps();
         let label_tokens: usize = micro_batches.iter().map(Batch::label_tokens).sum();

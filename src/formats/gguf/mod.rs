@@ -268,7 +268,7 @@ impl GgufFile {
     /// The vector called `name` of `len` values as f32, brought from `order` into Hugging Face's.
     ///
     /// # Errors
-    /// As [`matrix`](Self::matrix).
+    /// Same as [`matrix`](Self::matrix).
     pub fn vector(&self, name: &str, len: usize, order: RowOrder) -> Result<Vec<f32>> {
         let matrix = self.decode(name, &[len], order, &BaseFormat::AsIs)?;
         let mut values = vec![0.0; len];

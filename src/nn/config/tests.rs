@@ -13,7 +13,7 @@ fn rope_of(theta: f64, scaling: RopeScaling) -> RopeConfig {
     RopeConfig { theta, head_dim: 8, scaling, layout: RopeLayout::HalfSplit }
 }
 
-/// A small config of `model_type` with the keys of `changes` set, or removed where they are "absent".
+/// A small config of `model_type` with the keys of `changes` set, or removed if their value is "absent".
 fn parse(model_type: &str, changes: Value) -> Result<ModelConfig> {
     let mut config: Map<String, Value> = serde_json::from_value(json!({
         "model_type": model_type, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128,
@@ -37,7 +37,7 @@ fn get(model_type: &str, changes: Value) -> ModelConfig {
     parse(model_type, changes.clone()).unwrap_or_else(|error| panic!("{changes}: {error}"))
 }
 
-/// What the error says after the file's name.
+/// The error text after the file name.
 fn error(model_type: &str, changes: Value) -> String {
     match parse(model_type, changes.clone()) {
         Err(Error::File { path, message }) => {

@@ -1,4 +1,4 @@
-//! A [`ModelConfig`] as the `config.json` that [`ModelConfig::read`] reads.
+//! Writes a [`ModelConfig`] as a `config.json` that [`ModelConfig::read`] reads.
 
 use serde_json::{Map, Value, json};
 
@@ -6,7 +6,7 @@ use super::{Architecture, ModelConfig};
 use crate::kernels::rope::RopeScaling;
 
 impl ModelConfig {
-    /// The keys of `config.json`, but for the type of the weights.
+    /// Keys of `config.json`, without the type of the weights.
     pub(crate) fn json(&self) -> Map<String, Value> {
         let class = match self.architecture {
             Architecture::Llama => "LlamaForCausalLM",
@@ -46,7 +46,7 @@ impl ModelConfig {
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "max_position_embeddings": self.max_position_embeddings,
-            // The shortest text of the f32: its f64 has digits that nobody wrote.
+            // The shortest text of the f32; converting it to f64 would add spurious digits.
             "rms_norm_eps": short(self.rms_norm_eps),
             "rope_parameters": rope,
             "tie_word_embeddings": self.tie_word_embeddings,

@@ -1,4 +1,4 @@
-//! A [`ModelConfig`] as the metadata of a GGUF file: what [`ModelConfig::from_gguf`] reads.
+//! Writes a [`ModelConfig`] as GGUF metadata that [`ModelConfig::from_gguf`] reads.
 
 use super::{ROPE_FREQS, gguf_architecture};
 use crate::error::{Error, Result};
@@ -7,10 +7,10 @@ use crate::kernels::rope::{RopeConfig, RopeScaling};
 use crate::nn::{Architecture, ModelConfig};
 
 impl ModelConfig {
-    /// The metadata of a GGUF file of this model, its tokenizer excepted.
+    /// GGUF metadata for this model, without its tokenizer.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a model with sliding windows that no GGUF file can say.
+    /// [`Error::Invalid`] for sliding windows that a GGUF file can't represent.
     pub(crate) fn gguf_metadata(&self, name: &str) -> Result<Metadata> {
         let architecture = gguf_architecture(self.architecture);
         let mut metadata = Metadata::default();
@@ -31,7 +31,7 @@ impl ModelConfig {
             ("vocab_size", self.vocab_size),
         ];
         for (key, size) in sizes {
-            // Sizes that were read are below 2^31.
+            // Sizes are below 2^31: reading checks it.
             set(key, OutValue::U32(size as u32));
         }
         set("attention.layer_norm_rms_epsilon", OutValue::F32(self.rms_norm_eps));
@@ -50,14 +50,14 @@ impl ModelConfig {
                     op: "writing a GGUF file",
                     what: "the sliding window",
                     got: window.to_string(),
-                    expected: format!("{architecture} files have none; merge into a directory instead"),
+                    expected: format!("{architecture} files can't have one; merge into a directory instead"),
                 });
             }
         }
         Ok(metadata)
     }
 
-    /// The tensor that Llama 3's rotary embeddings have in a GGUF file: its name and its values, a divisor of each frequency.
+    /// Name and values of the tensor for Llama 3's rotary scaling: a divisor for each frequency.
     pub(crate) fn gguf_rope_freqs(&self) -> Option<(&'static str, Vec<f32>)> {
         let RopeScaling::Llama3 { .. } = self.rope.scaling else { return None };
         let plain = RopeConfig { scaling: RopeScaling::None, ..self.rope }.frequencies();

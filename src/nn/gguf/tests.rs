@@ -9,7 +9,7 @@ use crate::formats::gguf::writer::Writer;
 use crate::formats::safetensors::SafetensorsFile;
 use crate::nn::{Batch, Decoder, Tokens};
 
-/// The metadata of a small file.
+/// Metadata of a small file.
 fn metadata(architecture: &str) -> Writer {
     let key = |key: &str| format!("{architecture}.{key}");
     Writer::default()
@@ -137,7 +137,7 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model").join(name)
 }
 
-/// The recorded model `name`, as a GGUF file that a converter would write.
+/// The recorded model `name`, as a converter would write it to a GGUF file.
 fn converted(name: &str, config: &ModelConfig) -> Writer {
     let key = |key: &str| format!("{name}.{key}");
     let mut writer = Writer::default()

@@ -85,7 +85,7 @@ impl Dataset {
         Dataset::read_with(path, tokenizer, options, |_| ())
     }
 
-    /// As [`Dataset::read`]; `progress` is called after every line, with how many there are.
+    /// Like [`Dataset::read`]; `progress` is called after every line, with how many there are.
     ///
     /// # Errors
     /// The same.
