@@ -225,7 +225,7 @@ fn roles_are_as_people_write_them() {
     let silent = "{% for m in messages %}{% if m.role == 'user' or m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}";
     let chat = turns(&[("critic", "hm"), ("user", "hi"), ("assistant", "yo")]);
     let error = loss(&self::tokenizer(silent, &[]), &chat).unwrap_err();
-    assert!(error.contains("message 1: the chat template has no place for the role \"critic\""), "{error}");
+    assert!(error.contains("message 1: the chat template doesn't support the role \"critic\""), "{error}");
 }
 
 #[test]
@@ -272,8 +272,8 @@ fn what_would_be_learned_or_lost_by_mistake_is_named() {
     let outside = "{% set last = messages[-1] %}{% generation %}{{ last.content }}</s>{% endgeneration %}{{ messages[0].content }}";
     let two = turns(&[("user", "question one"), ("assistant", "yo"), ("user", "question two"), ("assistant", "zz")]);
     for (template, line, wanted) in [
-        (inside, two.clone(), "writes message 1 in the same breath"),
-        (pending, two.clone(), "writes message 3 in the same breath"),
+        (inside, two.clone(), "writes message 1 together with it"),
+        (pending, two.clone(), "writes message 3 together with it"),
         (
             documents,
             json!({"messages": two["messages"], "documents": [{"text": "DOC", "role": "assistant"}]}),

@@ -376,7 +376,7 @@ fn a_damaged_checkpoint_gives_way_to_the_one_before() {
             message.contains("warning: ") && message.contains(&format!("checkpoint-3/{file} is damaged")),
             "{message}"
         );
-        assert!(message.contains("going on from") && folder.join("checkpoint-3.damaged").exists(), "{message}");
+        assert!(message.contains("continuing from") && folder.join("checkpoint-3.damaged").exists(), "{message}");
         assert_eq!((metrics(&folder), adapter(&folder)), (metrics(&whole), adapter(&whole)), "{file}");
     }
     for step in 1..=4 {
@@ -400,7 +400,7 @@ fn metrics_with_a_hole_are_completed() {
     fs::write(&path, lines.split_inclusive('\n').filter(|line| !line.contains("\"step\":1,")).collect::<String>())
         .unwrap();
     let message = text(&succeed(run.with(&["--resume"])).stderr);
-    assert!(message.contains("metrics.jsonl: lines were missing or changed; those up to step 2 are back"), "{message}");
+    assert!(message.contains("metrics.jsonl: lines were missing or changed; those up to step 2 were restored from"), "{message}");
     assert_eq!(metrics(&setup.output("run")), metrics(&whole));
 }
 
@@ -426,7 +426,7 @@ fn a_second_run_in_the_folder_of_a_live_one_is_refused() {
     for flags in [&LONG[..], &[&LONG[..], &["--resume"]].concat()] {
         let message = fail(setup.finetune("run", flags), 1);
         assert!(
-            message.contains("in use by a run that is alive: process ") && message.contains(&child.id().to_string()),
+            message.contains("in use by a running process: process ") && message.contains(&child.id().to_string()),
             "{message}"
         );
     }

@@ -392,7 +392,7 @@ fn every_key_is_used_or_named() {
     ] {
         assert!(read(&all, "a.jsonl", line.to_string(), false).is_ok(), "{line}");
         let error = error(&little, line);
-        assert!(error.contains("would be lost: the model's chat template does not use it"), "{error}");
+        assert!(error.contains("would be lost: the model's chat template doesn't use it"), "{error}");
     }
     for (line, wanted) in [
         (json!({"messages": chat, "score": 1}), "the key `score`"),

@@ -15,7 +15,7 @@ use crate::tensor::{Tensor, element_count};
 
 const OP: &str = "LoRA adapter";
 
-/// How the scale s follows from alpha and rank.
+/// Rule that computes the scale s from alpha and rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Scaling {
     /// s = alpha / r.
@@ -46,7 +46,7 @@ pub struct LoraConfig {
     pub rank: usize,
     /// alpha.
     pub alpha: f32,
-    /// How s follows from alpha and rank.
+    /// Rule for s.
     pub scaling: Scaling,
     /// Probability, in 0..1, of dropping a value of X before A. Applies in training only.
     pub dropout: f32,
@@ -225,7 +225,7 @@ impl LoraAdapter {
         self.alpha
     }
 
-    /// How s follows from alpha and the rank.
+    /// Rule that computes s from alpha and rank.
     pub fn scaling(&self) -> Scaling {
         self.scaling
     }

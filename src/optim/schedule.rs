@@ -2,7 +2,7 @@
 
 use std::f64::consts::PI;
 
-/// How the rate falls after warm-up.
+/// Decay of the learning rate after warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Decay {
     /// It doesn't.

@@ -1,4 +1,4 @@
-//! What each step trains on: examples fill rows, rows make micro-batches, micro-batches make steps.
+//! Arranges a run's data: examples fill rows, rows form micro-batches, micro-batches form steps.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -8,58 +8,58 @@ use crate::error::{Error, Result};
 use crate::nn::{IGNORE_LABEL, PADDING, Tokens};
 use crate::seed::{mix, shuffled};
 
-/// How examples become batches.
+/// Options for batching examples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchOptions {
-    /// Rows of a micro-batch, at most.
+    /// Maximum rows in a micro-batch.
     pub batch_size: usize,
-    /// Micro-batches of a step; the last step of an epoch may have fewer.
+    /// Micro-batches per step; the last step of an epoch may have fewer.
     pub grad_accum: usize,
-    /// Tokens of a row, at most.
+    /// Maximum tokens in a row.
     pub seq_len: usize,
-    /// Whether a row holds several examples, none of which sees another.
+    /// Whether a row may hold several examples. They don't see each other.
     pub packing: bool,
-    /// Whether every epoch has an order of its own; otherwise it is that of the file.
+    /// Whether to shuffle anew in every epoch; otherwise the file's order is kept.
     pub shuffle: bool,
-    /// Of the orders.
+    /// Seed for shuffling.
     pub seed: u64,
 }
 
 impl Default for BatchOptions {
-    /// One packed row of 512 tokens a step, shuffled.
+    /// One packed row of 512 tokens per step, shuffled.
     fn default() -> Self {
         BatchOptions { batch_size: 1, grad_accum: 1, seq_len: 512, packing: true, shuffle: true, seed: 0 }
     }
 }
 
-/// Token ids and labels (in Hugging Face's form, not yet shifted) of some rows, padded to the longest.
+/// Token ids and labels (in Hugging Face's form, not shifted) of some rows, padded to the longest.
 #[derive(Clone, Debug)]
 pub struct MicroBatch {
-    /// The tokens.
+    /// Tokens of the rows.
     pub tokens: Tokens,
-    /// One a token.
+    /// One label per token.
     pub labels: Vec<i64>,
 }
 
 impl MicroBatch {
-    /// Tokens without padding.
+    /// Number of tokens without padding.
     pub fn token_count(&self) -> usize {
         self.tokens.segments.iter().filter(|&&segment| segment != PADDING).count()
     }
 }
 
-/// The examples of a run in rows, and their order in every epoch.
+/// A run's examples arranged in rows, with the order of the rows in each epoch.
 #[derive(Clone, Debug)]
 pub struct Batches {
     examples: Vec<Example>,
-    /// What of them is trained on.
+    /// The parts of the examples that are trained on.
     pieces: Vec<Piece>,
-    /// Which pieces a row holds.
+    /// Indices of the pieces in each row.
     rows: Vec<Vec<usize>>,
     options: BatchOptions,
-    /// The epoch that was asked for last, and the order of its rows.
+    /// The epoch requested last, and the order of its rows.
     order: (u32, Vec<usize>),
-    /// What was left out of the data.
+    /// Amount of data that was cut.
     pub cut: Cut,
 }
 
@@ -70,20 +70,20 @@ struct Piece {
     tokens: Range<usize>,
 }
 
-/// What a row's length left out of the data.
+/// Data left out because of the row length.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cut {
-    /// Examples that were longer than a row.
+    /// Number of examples longer than a row.
     pub truncated: usize,
-    /// Tokens that they lost.
+    /// Number of tokens cut from them.
     pub tokens: usize,
-    /// Examples left out, since no token of what was left carries loss.
+    /// Number of examples dropped because no remaining token carries loss.
     pub dropped: usize,
 }
 
 impl Batches {
-    /// Arranges the examples of a dataset. Longer ones than a row are cut at its end (and counted); a text that is not in
-    /// lines goes on in the next row instead.
+    /// Arranges the examples of a dataset. Examples longer than a row are cut (and counted); a
+    /// text without lines continues in the next row instead.
     ///
     /// # Errors
     /// [`Error::Invalid`] if a size is 0, or no label is left.
@@ -120,38 +120,38 @@ impl Batches {
         Ok(batches)
     }
 
-    /// How it was arranged.
+    /// Options that the examples were batched with.
     pub fn options(&self) -> &BatchOptions {
         &self.options
     }
 
-    /// Steps after which every example was seen once.
+    /// Number of steps in which every example is seen once.
     pub fn steps_per_epoch(&self) -> u32 {
         let micro_batches = self.rows.len().div_ceil(self.options.batch_size);
         u32::try_from(micro_batches.div_ceil(self.options.grad_accum)).unwrap_or(u32::MAX)
     }
 
-    /// Examples that are trained on.
+    /// Number of examples that are trained on.
     pub fn examples(&self) -> usize {
         self.pieces.len()
     }
 
-    /// Tokens of all examples together.
+    /// Number of tokens in all examples.
     pub fn tokens(&self) -> usize {
         self.pieces.iter().map(|piece| piece.tokens.len()).sum()
     }
 
-    /// Rows that they make.
+    /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows.len()
     }
 
-    /// Tokens of the longest row.
+    /// Tokens in the longest row.
     pub fn longest_row(&self) -> usize {
         self.rows.iter().map(|row| self.len_of(row)).max().unwrap_or(0)
     }
 
-    /// A number that other data, or another arrangement of it, would not have.
+    /// A hash of the data and its arrangement.
     pub fn fingerprint(&self) -> u64 {
         let ids = self.pieces.iter().flat_map(|piece| self.ids(piece).iter().map(|&id| u64::from(id)));
         let labels = self.pieces.iter().flat_map(|piece| self.labels(piece).map(|label| label as u64));
@@ -159,7 +159,7 @@ impl Batches {
         ids.chain([self.pieces.len() as u64]).chain(labels).chain(rows).fold(0, mix)
     }
 
-    /// The micro-batches of step `step`, counted from 0 over all epochs.
+    /// Returns the micro-batches of step `step`, counted from 0 over all epochs.
     pub fn step(&mut self, step: u32) -> Result<Vec<MicroBatch>> {
         let steps = self.steps_per_epoch();
         let epoch = step / steps;
@@ -211,7 +211,7 @@ impl Batches {
     }
 }
 
-/// Pieces of at most `seq_len` tokens.
+/// Cuts the examples into pieces of at most `seq_len` tokens.
 fn cut(dataset: &Dataset, seq_len: usize) -> (Vec<Piece>, Cut) {
     let mut cut = Cut::default();
     let mut pieces = Vec::with_capacity(dataset.examples.len());
@@ -238,13 +238,14 @@ fn cut(dataset: &Dataset, seq_len: usize) -> (Vec<Piece>, Cut) {
     (pieces, cut)
 }
 
-/// Rows of at most `room` tokens that hold examples of these lengths, each once: the longest first, each into the fullest row
-/// that has room for it. Rows are in the order of their first example, and so are a row's examples.
+/// Packs examples of these lengths into rows of at most `room` tokens, each example once: longest
+/// first, each into the fullest row with room for it. Rows are sorted by their first example; so
+/// are the examples in a row.
 fn pack(lengths: &[usize], room: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(lengths[index]));
     let mut rows: Vec<Vec<usize>> = Vec::new();
-    // Room left, and the row.
+    // Room left, and the row's index.
     let mut open: BTreeSet<(usize, usize)> = BTreeSet::new();
     for index in order {
         let length = lengths[index];
@@ -278,7 +279,7 @@ mod tests {
         Dataset { examples: lengths.iter().enumerate().map(example).collect(), ..Dataset::default() }
     }
 
-    /// Without labels up to the seventh token.
+    /// Removes the labels up to the seventh token.
     fn late(example: &Example) -> Example {
         let labels = example.labels().enumerate().map(|(at, label)| if at < 6 { IGNORE_LABEL } else { label });
         Example::new(example.ids().to_vec(), labels.collect()).unwrap()
@@ -298,7 +299,7 @@ mod tests {
         assert_eq!(first.labels, [0, 1, -100, 100, 101, 102]);
         assert_eq!((first.tokens.rows, first.token_count()), (2, 5));
         assert_eq!(batches.step(1).unwrap()[0].tokens.ids, [200, 201, 202, 203]);
-        // The next epoch.
+        // Start of the next epoch.
         assert_eq!(batches.step(2).unwrap()[0].tokens.ids, first.tokens.ids);
     }
 
@@ -322,7 +323,7 @@ mod tests {
 
         let text = Dataset { continuous: true, ..dataset(&[9]) };
         let mut batches = Batches::new(text, options(1, 1, 4)).unwrap();
-        // The ninth token has no token before it in its row to predict it.
+        // The ninth token starts a row, so no token before it can predict it.
         assert_eq!((batches.cut, batches.examples()), (Cut::default(), 2));
         assert_eq!(batches.step(1).unwrap()[0].tokens.ids, [4, 5, 6, 7]);
     }
@@ -349,7 +350,7 @@ mod tests {
         let mut batches = arranged(1);
         let (first, second) = (epoch(&mut batches, 0), epoch(&mut batches, 1));
         assert_ne!(first, second);
-        // Whatever was asked for before.
+        // Independent of what was requested before.
         assert_eq!(epoch(&mut arranged(1), 1), second);
         assert_ne!(epoch(&mut arranged(2), 0), first);
         let sorted = |mut ids: Vec<u32>| {

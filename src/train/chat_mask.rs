@@ -1,8 +1,9 @@
-//! Conversations to tokens: the answers carry loss, nothing else does.
+//! Tokenizes conversations so that only the answers carry loss.
 //!
-//! An answer is what the template writes while it has a message of the assistant in hand, from the end of the header that a
-//! prompt would end with, to the token that ends the turn. So whatever a template does to the messages, the loss is on what
-//! is there. A template with `generation` blocks says itself what carries loss, and is taken at its word.
+//! An answer is the text that the template writes while it handles an assistant message: from the
+//! end of the header that a prompt would end with, to the token that ends the turn. So the loss
+//! covers what the template really wrote, whatever it does to the messages. A template with
+//! `generation` blocks marks the loss itself, and these marks are used.
 
 use std::ops::Range;
 
@@ -13,10 +14,11 @@ use crate::text::{ChatTemplate, Conversation, Message, Rendered, Speaker, Tokeni
 
 const ASSISTANT: &str = "assistant";
 
-/// A conversation in the model's chat template. The answers carry loss, each with the token that ends it.
+/// Tokenizes a conversation with the model's chat template. Each answer carries loss, including
+/// the token that ends it.
 ///
 /// # Errors
-/// What is wrong with the conversation, with the message's number, or with the template.
+/// Says what is wrong with the conversation (and its message's number) or with the template.
 pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Conversation) -> Result<Example, String> {
     let weights = weights(chat)?;
     let render = |chat: &Conversation, prompt| {
@@ -35,7 +37,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
             let inside = |(part, _): &&(Range<usize>, Speaker)| part.contains(&block.start);
             let speaker = rendered.parts.iter().find(inside).map(|(_, speaker)| speaker);
             if speaker.is_none() && chat.messages.iter().any(is_weighted) {
-                return Err("`weight` cannot be followed: a `generation` block is in no loop over the messages".into());
+                return Err("`weight` can't be applied: a `generation` block is outside of all loops over the messages".into());
             }
             if speaker.is_none_or(|speaker| weights.of(speaker)) {
                 loss[tokens.touching(block)].fill(true);
@@ -50,7 +52,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
                 continue;
             }
             let text = &rendered.text[first.clone()];
-            // An answer may quote a header, so that it is looked for before what the message says.
+            // An answer may quote a header, so only search before the message's content.
             let before = &text[..content(chat, answer).and_then(|content| text.rfind(content)).unwrap_or(text.len())];
             let start = first.start + header_len(text, before, &header);
             no_other(chat, &rendered, answer, first.start..first.start + before.len(), start)?;
@@ -75,7 +77,7 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
     Ok(example)
 }
 
-/// For each message, whether it may carry loss.
+/// Whether each message may carry loss.
 struct Weights(Vec<bool>);
 
 impl Weights {
@@ -95,7 +97,7 @@ fn weights(chat: &Conversation) -> Result<Weights, String> {
             Some(weight) if weight.as_f64() == Some(0.0) => Ok(false),
             Some(weight) if weight.as_f64() == Some(1.0) && answer => Ok(true),
             Some(weight) if weight.as_f64() == Some(1.0) => {
-                Err(format!("`weight` is {weight}, but only answers of the assistant carry loss"))
+                Err(format!("`weight` is {weight}, but only the assistant's messages carry loss"))
             }
             Some(weight) => Err(format!("`weight` is {weight}; it must be 0 or 1")),
         }
@@ -105,23 +107,23 @@ fn weights(chat: &Conversation) -> Result<Weights, String> {
     weights.collect::<Result<_, _>>().map(Weights)
 }
 
-/// Why a message has no text, if so.
+/// Returns why a message has no text, if it has none.
 fn without(message: &Message) -> Option<&'static str> {
     match message.field("content") {
         None => Some("`content` is missing"),
         Some(Value::Null) => Some("`content` is null"),
-        Some(Value::Array(_)) => Some("`content` is in parts"),
+        Some(Value::Array(_)) => Some("`content` is a list of parts"),
         _ => None,
     }
 }
 
-/// Names the first message that has no text: a likely reason for a template to fail.
+/// Names the first message without text: a likely reason for a template to fail.
 fn no_text(chat: &Conversation) -> String {
     let mut found = (1..).zip(&chat.messages).filter_map(|(n, message)| Some((n, without(message)?)));
     found.next().map_or_else(String::new, |(n, reason)| format!(" (message {n}: {reason})"))
 }
 
-/// Finds what a template did not say as it was meant.
+/// Finds message content that the template didn't write as intended.
 fn check(template: &ChatTemplate, chat: &Conversation, rendered: &Rendered) -> Result<(), String> {
     for (at, message) in chat.messages.iter().enumerate() {
         let n = at + 1;
@@ -140,7 +142,7 @@ fn check(template: &ChatTemplate, chat: &Conversation, rendered: &Rendered) -> R
                 return Err(format!("message {n}: the chat template writes `content`, which is null, as \"None\""));
             }
             Some(Value::Null | Value::String(_)) | None => {}
-            Some(_) => return Err(format!("message {n}: `content` is neither a text nor a list of parts")),
+            Some(_) => return Err(format!("message {n}: `content` is neither text nor a list of parts")),
         }
         let said = message.field("content").and_then(Value::as_str).map(str::trim).unwrap_or_default();
         let is_written = || {
@@ -148,30 +150,31 @@ fn check(template: &ChatTemplate, chat: &Conversation, rendered: &Rendered) -> R
             [said, &escaped[1..escaped.len() - 1]].iter().any(|said| rendered.text.contains(said))
         };
         if usual_role(message.role()) != ASSISTANT && parts().all(|(part, _)| part.is_empty()) && !is_written() {
-            // As transformers renders it; the same words for all conversations, so that they are shown once.
+            // transformers renders it the same way. The same words for all conversations, so that
+            // the warning is shown once.
             let role = message.role();
             tracing::warn!(
-                "the chat template leaves out what the {role} says in some conversations; nothing is learned from it"
+                "the chat template leaves out messages of the role {role} in some conversations; nothing is learned from them"
             );
         }
         let known = ["system", "developer", "user", ASSISTANT, "tool", "function"];
         let silent = parts().all(|(part, _)| part.is_empty());
         if silent && !known.contains(&usual_role(message.role())) && !template.mentions(message.role()) {
-            return Err(format!("message {n}: the chat template has no place for the role {:?}", message.role()));
+            return Err(format!("message {n}: the chat template doesn't support the role {:?}", message.role()));
         }
     }
     Ok(())
 }
 
-/// An answer as it is written: one part, mostly.
+/// An answer as it was written: usually one part.
 struct Answer {
     speaker: Speaker,
     parts: Vec<Range<usize>>,
-    /// Whether nothing of another message follows.
+    /// Whether no part of another message follows.
     last: bool,
 }
 
-/// The answers, each where the template wrote it.
+/// Returns the answers, each as the template wrote it.
 fn answers(chat: &Conversation, rendered: &Rendered) -> Result<Vec<Answer>, String> {
     let mut answers: Vec<Answer> = Vec::new();
     let mut made_up = false;
@@ -193,20 +196,20 @@ fn answers(chat: &Conversation, rendered: &Rendered) -> Result<Vec<Answer>, Stri
     for (at, message) in chat.messages.iter().enumerate().filter(|(_, message)| usual_role(message.role()) == ASSISTANT)
     {
         let n = at + 1;
-        // An answer that the template has in hand and leaves out is fine; one that it writes elsewhere is not.
+        // A template may skip an answer, but it must not write the answer outside its turn.
         if !made_up && !rendered.parts.iter().any(|(_, speaker)| *speaker == Speaker::Message(at)) {
-            return Err(format!("message {n}: cannot be found in what the chat template writes; no loop goes over it"));
+            return Err(format!("message {n}: can't be found in the chat template's output; no loop of the template visits it"));
         }
         if made_up && is_weighted(message) {
             return Err(format!(
-                "message {n}: `weight` cannot be followed: the chat template makes messages of its own"
+                "message {n}: `weight` can't be applied: the chat template creates messages itself"
             ));
         }
     }
     let has_role =
         |list: &Option<Value>| list.iter().filter_map(Value::as_array).flatten().any(|item| item.get("role").is_some());
     if made_up && (has_role(&chat.tools) || has_role(&chat.documents)) {
-        return Err("a tool or a document has the key `role`, and would be taken for a message".into());
+        return Err("a tool or a document has the key `role` and would be mistaken for a message".into());
     }
     Ok(answers)
 }
@@ -215,14 +218,14 @@ fn is_weighted(message: &Message) -> bool {
     message.field("weight").is_some_and(|weight| !weight.is_null())
 }
 
-/// What the message of an answer says, if it is a text.
+/// Content of an answer's message, if it is a text.
 fn content<'c>(chat: &'c Conversation, answer: &Answer) -> Option<&'c str> {
     let Speaker::Message(at) = answer.speaker else { return None };
     Some(chat.messages.get(at)?.field("content")?.as_str()?.trim()).filter(|content| !content.is_empty())
 }
 
-/// Checks that no other message's text, written while the template has an answer in hand, is in `before` and from `start` on:
-/// before what the answer says, and after the header that was found.
+/// Checks that `before`, the text written for an answer before its content, holds no text of
+/// another message beyond `start`, the end of the header.
 fn no_other(
     chat: &Conversation,
     rendered: &Rendered,
@@ -247,7 +250,7 @@ fn no_other(
                 "an answer".into()
             };
             return Err(format!(
-                "{n}: the chat template writes message {} in the same breath, so that the answer cannot be told apart",
+                "{n}: the chat template writes message {} together with it, so the answer can't be told apart",
                 at + 1
             ));
         }
@@ -255,7 +258,8 @@ fn no_other(
     Ok(())
 }
 
-/// What a prompt ends with that an answer starts with too: the header of the first answer, which is that of all.
+/// Returns the header of the first answer, which all answers share: the text that both ends a
+/// prompt and starts an answer.
 fn header(
     chat: &Conversation,
     rendered: &Rendered,
@@ -267,7 +271,7 @@ fn header(
         _ => chat.messages.len(),
     };
     let asked = Conversation { messages: chat.messages[..before].to_vec(), ..chat.clone() };
-    // A template may refuse to stop there; then the header comes after the whole conversation.
+    // A template may refuse to stop there; then take the header after the whole conversation.
     let (asked, prompt) = match render(&asked, true) {
         Ok(prompt) => (asked, prompt),
         Err(_) if before < chat.messages.len() => (chat.clone(), render(chat, true)?),
@@ -277,7 +281,8 @@ fn header(
     if prompt.parts.len() < rendered.parts.len() && prompt.text.get(..start) == rendered.text.get(..start) {
         return Ok(prompt.text[start..].to_owned());
     }
-    // The prompt looks different before the answer as well. What it has that the same text without a prompt has not:
+    // The prompt also differs before the answer. Take what it has beyond the same text without a
+    // prompt.
     let plain = render(&asked, false)?;
     let end = |rendered: &Rendered| rendered.parts.last().map_or(0, |(part, _)| part.end);
     let (prompt_end, plain_end) = (end(&prompt), end(&plain));
@@ -288,15 +293,16 @@ fn header(
     Ok(prompt.text[common_prefix(&prompt.text, &plain.text)..].to_owned())
 }
 
-/// Bytes of a header at the start of an answer's text, of which `before` comes before what its message says. A prompt may open
-/// what a finished answer does not have (a block of thoughts), and an answer may start with what ends the turn before.
+/// Length in bytes of the header at the start of an answer; `before` is the answer's text before
+/// its content. A prompt may open something that a finished answer lacks (a block of thoughts),
+/// and an answer may start with the end of the turn before.
 fn header_len(answer: &str, before: &str, header: &str) -> usize {
     let common = common_prefix(answer, header);
     if common < header.len() {
         if let Some(at) = before.find(header) {
             return at + header.len();
         }
-        // Not in the midst of a word or a tag.
+        // Don't stop inside a word or a tag.
         let inside = |c: char| c.is_alphanumeric() || "<[({|/_".contains(c);
         return header[..common].trim_end_matches(inside).len();
     }
@@ -311,14 +317,14 @@ struct Tokens<'a> {
 }
 
 impl Tokens<'_> {
-    /// Tokens that have some of these bytes.
+    /// Tokens that overlap these bytes.
     fn touching(&self, bytes: &Range<usize>) -> Range<usize> {
         let first = self.spans.partition_point(|(_, span)| span.end <= bytes.start);
         first..self.spans.partition_point(|(_, span)| span.start < bytes.end).max(first)
     }
 
-    /// Tokens that have some of these bytes, and no text after them. One that starts before them counts, for else nothing
-    /// would teach it.
+    /// Tokens that overlap these bytes and contain no text after them. A token that starts before
+    /// the bytes is included, because no other token would teach it.
     fn within(&self, bytes: Range<usize>) -> Range<usize> {
         let tokens = self.touching(&bytes);
         let ends_outside = |span: &Range<usize>| span.end > bytes.end && !self.is_blank(bytes.end..span.end);
@@ -326,8 +332,9 @@ impl Tokens<'_> {
         tokens.start..tokens.end - usize::from(outside)
     }
 
-    /// Where the turn that is written in these bytes ends: behind its last end token, which may follow it; `None` if it has
-    /// none. What a template writes after it (a line feed) is nothing that the model says.
+    /// Returns the end of the turn written in these bytes: just after its last end token, which
+    /// may follow the bytes; `None` if there is no end token. What a template writes after it (a
+    /// line feed) isn't said by the model.
     fn end(&self, bytes: Range<usize>) -> Option<usize> {
         let eos = |id: u32| self.tokenizer.eos_ids().contains(&id);
         let tokens = &self.spans[self.touching(&bytes)];
@@ -347,14 +354,14 @@ impl Tokens<'_> {
         self.text.get(bytes).is_some_and(|text| text.trim().is_empty())
     }
 
-    /// Whether it is no text, but a mark of its own.
+    /// Whether it is a special token rather than text.
     fn is_special(&self, id: u32) -> bool {
         let is_empty = |skip| self.tokenizer.decode(&[id], skip).is_ok_and(|text| text.is_empty());
         is_empty(true) && !is_empty(false)
     }
 }
 
-/// Bytes that two texts have in common at their start, in whole characters.
+/// Length in bytes of the common prefix of two texts, in whole characters.
 fn common_prefix(a: &str, b: &str) -> usize {
     a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
 }

@@ -1,14 +1,14 @@
-//! Checkpoints of a run: folders `checkpoint-STEP` that appear whole or not at all.
+//! Checkpoints of a run: folders `checkpoint-STEP`, written atomically.
 //!
-//! | file | what it is |
-//! |---|---|
-//! | `adapter_model.safetensors`, `adapter_config.json` | the adapter, as PEFT has it |
-//! | `optimizer.safetensors` | AdamW's moments: `NAME.exp_avg` and `NAME.exp_avg_sq` of every tensor of the adapter |
+//! | file | content |
+//! | --- | --- |
+//! | `adapter_model.safetensors`, `adapter_config.json` | the adapter in PEFT's format |
+//! | `optimizer.safetensors` | moments of each tensor: `NAME.exp_avg`, `NAME.exp_avg_sq` |
 //! | `metrics.jsonl` | the run's records so far |
-//! | `state.json` | a [`State`], the SHA-256 digests of the other files (`files`), and that of all of this (`digest`) |
+//! | `state.json` | a [`State`]; digests (SHA-256) of the other files and of itself |
 //!
-//! A folder is filled under another name, flushed to the disk and renamed, so that a run that is killed at any moment
-//! leaves complete ones only. What a disk damages afterwards, the digests show.
+//! A folder is filled under a temporary name, flushed to disk and renamed. So a run that is killed
+//! at any moment leaves only complete checkpoints. Digests reveal later damage.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -30,32 +30,33 @@ use crate::optim::{AdamW, Optimizer};
 use crate::tensor::Tensor;
 
 const PREFIX: &str = "checkpoint-";
-/// What the name of a checkpoint that is not whole any more ends with.
+/// Suffix of the names of damaged checkpoints.
 const DAMAGED: &str = ".damaged";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const STATE: &str = "state.json";
-/// Keys of the state's file beside those of [`State`].
+/// Keys of the state's file besides those of [`State`].
 const FILES: &str = "files";
 const DIGEST: &str = "digest";
 const MOMENTS: [&str; 2] = [".exp_avg", ".exp_avg_sq"];
 
-/// Where a run is, beside its tensors. Data order and dropout follow from the step and the seed among the settings.
+/// State of a run besides its tensors. Data order and dropout follow from the step and the seed
+/// (in the settings).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct State {
-    /// Updates done.
+    /// Number of updates done.
     pub step: u32,
-    /// Tokens seen, padding left out.
+    /// Number of tokens seen, without padding.
     pub tokens: u64,
-    /// The least evaluation loss so far.
+    /// Lowest evaluation loss so far.
     pub best_eval_loss: Option<f64>,
-    /// Evaluations since then.
+    /// Number of evaluations since then.
     pub evaluations_since_best: u32,
-    /// What decides the run's course.
+    /// Settings that determine the run's course.
     pub settings: Map<String, Value>,
 }
 
-/// Writes a checkpoint into `output` and returns its folder.
+/// Writes a checkpoint to `output` and returns its folder.
 pub(super) fn save(
     output: &Path,
     adapter: &PeftAdapter,
@@ -66,13 +67,13 @@ pub(super) fn save(
     let folder = output.join(format!("{PREFIX}{}", state.step));
     let start = Instant::now();
     let io_error = |e: io::Error| Error::io(&folder, e);
-    // Removed again if anything below fails.
+    // The temporary folder is removed if anything below fails.
     let hidden = tempfile::Builder::new().prefix(temporary::PREFIX).tempdir_in(output).map_err(io_error)?;
     fill(hidden.path(), adapter, optimizer, metrics, state).map_err(|e| renamed(e, hidden.path(), &folder))?;
     make_readable(hidden.path()).map_err(io_error)?;
     fs::rename(hidden.path(), &folder).map_err(io_error)?;
     temporary::sync_folder(output).map_err(io_error)?;
-    // Nothing is left under its name to be removed.
+    // The folder was renamed, so nothing is left to remove.
     let _ = hidden.keep();
     tracing::info!(step = state.step, seconds = start.elapsed().as_secs_f64(), "wrote {}", folder.display());
     Ok(folder)
@@ -104,7 +105,7 @@ fn fill(folder: &Path, adapter: &PeftAdapter, optimizer: &Optimizer, metrics: &M
     temporary::sync_folder(folder).map_err(|e| Error::io(folder, e))
 }
 
-/// The text of the state's file.
+/// Serializes the state file.
 fn seal(state: &State, files: &BTreeMap<String, String>) -> serde_json::Result<Vec<u8>> {
     let mut all = serde_json::to_value(state)?;
     all[FILES] = json!(files);
@@ -112,20 +113,20 @@ fn seal(state: &State, files: &BTreeMap<String, String>) -> serde_json::Result<V
     serde_json::to_vec_pretty(&all)
 }
 
-/// What is in a text of [`seal`]; an error says what is wrong with it.
+/// Parses the output of [`seal`]; the error says what is wrong with it.
 fn unseal(text: &[u8]) -> Result<(State, BTreeMap<String, String>), String> {
     let mut all: Map<String, Value> = serde_json::from_slice(text).map_err(|e| e.to_string())?;
     let stated = all.shift_remove(DIGEST).ok_or(format!("`{DIGEST}` is missing"))?;
     let found = hex(Sha256::digest(serde_json::to_vec(&all).map_err(|e| e.to_string())?));
     if stated != found.as_str() {
-        return Err("is not what was written: its digest is another".into());
+        return Err("its digest doesn't match".into());
     }
     let files = all.shift_remove(FILES).ok_or(format!("`{FILES}` is missing"))?;
     let files = serde_json::from_value(files).map_err(|e| e.to_string())?;
     Ok((serde_json::from_value(all.into()).map_err(|e| e.to_string())?, files))
 }
 
-/// The SHA-256 digest of a file.
+/// SHA-256 digest of a file.
 fn digest(path: &Path) -> io::Result<String> {
     let mut hasher = Sha256::new();
     io::copy(&mut File::open(path)?, &mut hasher)?;
@@ -136,7 +137,7 @@ fn hex(digest: impl AsRef<[u8]>) -> String {
     digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// An error about a file in the hidden folder, under the name that it would have had.
+/// Rewrites an error about a file in the temporary folder to the file's final name.
 fn renamed(error: Error, hidden: &Path, folder: &Path) -> Error {
     match error {
         Error::Io { path, message } => {
@@ -147,7 +148,7 @@ fn renamed(error: Error, hidden: &Path, folder: &Path) -> Error {
     }
 }
 
-/// The permissions of an ordinary new folder, not only the owner's.
+/// Gives the folder ordinary permissions, not only the owner's.
 fn make_readable(folder: &Path) -> io::Result<()> {
     #[cfg(unix)]
     {
@@ -159,7 +160,7 @@ fn make_readable(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The checkpoints in `output`, by step.
+/// Checkpoints in `output`, by step.
 pub(super) fn list(output: &Path) -> Result<BTreeMap<u32, PathBuf>> {
     let io_error = |e: io::Error| Error::io(output, e);
     let mut found = BTreeMap::new();
@@ -167,7 +168,7 @@ pub(super) fn list(output: &Path) -> Result<BTreeMap<u32, PathBuf>> {
         let entry = entry.map_err(io_error)?;
         let name = entry.file_name();
         let step = name.to_str().and_then(|name| name.strip_prefix(PREFIX)).and_then(|step| step.parse().ok());
-        // A file of that name is no checkpoint.
+        // A file of that name isn't a checkpoint.
         if let Some(step) = step.filter(|_| entry.path().is_dir()) {
             found.insert(step, entry.path());
         }
@@ -179,14 +180,14 @@ pub(super) fn list(output: &Path) -> Result<BTreeMap<u32, PathBuf>> {
 pub(super) fn remove_old(output: &Path, keep: usize) -> Result<()> {
     let all = list(output)?;
     for (step, folder) in all.iter().take(all.len().saturating_sub(keep)) {
-        // Never half of it under its name.
+        // Rename first, so that no half-removed folder keeps its name.
         let hidden = output.join(format!("{}old-{step}", temporary::PREFIX));
         fs::rename(folder, &hidden).and_then(|()| fs::remove_dir_all(&hidden)).map_err(|e| Error::io(folder, e))?;
     }
     Ok(())
 }
 
-/// Removes what a run that was killed left half-written or half-removed. There must be none that is alive.
+/// Removes what a killed run left half-written or half-removed. No run may be alive.
 pub(super) fn remove_leftovers(output: &Path) -> Result<()> {
     temporary::remove_abandoned(output);
     for entry in fs::read_dir(output).map_err(|e| Error::io(output, e))? {
@@ -199,11 +200,11 @@ pub(super) fn remove_leftovers(output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The newest checkpoint in `output` that is as it was written, and where its run was. Newer ones that are damaged get another name,
-/// and there is a warning.
+/// Returns the newest intact checkpoint in `output` and its state. Renames newer ones that are
+/// damaged, with a warning.
 ///
 /// # Errors
-/// [`Error::File`] if there are checkpoints and all are damaged, [`Error::Io`] if one cannot be read.
+/// [`Error::File`] if all checkpoints are damaged, [`Error::Io`] if one can't be read.
 pub(super) fn newest(output: &Path) -> Result<Option<(PathBuf, State)>> {
     let mut damaged: Vec<(PathBuf, String)> = Vec::new();
     for folder in list(output)?.into_values().rev() {
@@ -211,7 +212,7 @@ pub(super) fn newest(output: &Path) -> Result<Option<(PathBuf, State)>> {
             Ok(state) => {
                 for (path, what) in damaged {
                     let aside = set_aside(&path).map_err(|e| Error::io(&path, e))?;
-                    tracing::warn!("{what}; going on from {}, and it is {} now", folder.display(), aside.display());
+                    tracing::warn!("{what}; continuing from {}; the damaged checkpoint is now {}", folder.display(), aside.display());
                 }
                 return Ok(Some((folder, state)));
             }
@@ -221,18 +222,18 @@ pub(super) fn newest(output: &Path) -> Result<Option<(PathBuf, State)>> {
     match damaged.into_iter().next() {
         None => Ok(None),
         Some((_, what)) => {
-            let message = format!("no checkpoint is left to go on from: {what}; start again in another folder");
+            let message = format!("no intact checkpoint is left: {what}; start again in another folder");
             Err(Error::File { path: output.into(), message })
         }
     }
 }
 
-/// The state in a checkpoint that is as it was written, or what is damaged.
+/// Returns the state of an intact checkpoint, or says what is damaged.
 fn check(folder: &Path) -> Result<Result<State, String>> {
     let damage = |path: &Path, what: &str| format!("{} is damaged: {what}", path.display());
     let unreadable = |path: &Path, error: io::Error| match error.kind() {
         io::ErrorKind::NotFound => Ok(damage(path, "it is missing")),
-        // What a disk answers that cannot read a block any more. Anything else may be better the next time.
+        // EIO: the disk can't read a block any more. Other errors may be temporary.
         _ if cfg!(unix) && error.raw_os_error() == Some(5) => Ok(damage(path, &error.to_string())),
         _ => Err(Error::io(path, error)),
     };
@@ -249,14 +250,14 @@ fn check(folder: &Path) -> Result<Result<State, String>> {
         let path = folder.join(name);
         match digest(&path) {
             Ok(found) if found == wanted => {}
-            Ok(_) => return Ok(Err(damage(&path, "it is not what was written: its digest is another"))),
+            Ok(_) => return Ok(Err(damage(&path, "its digest doesn't match"))),
             Err(error) => return unreadable(&path, error).map(Err),
         }
     }
     Ok(Ok(state))
 }
 
-/// Gives a damaged checkpoint a name under which none is looked for.
+/// Renames a damaged checkpoint so that it isn't found any more.
 fn set_aside(folder: &Path) -> io::Result<PathBuf> {
     let mut name = folder.as_os_str().to_owned();
     name.push(DAMAGED);
@@ -269,7 +270,7 @@ fn set_aside(folder: &Path) -> io::Result<PathBuf> {
     Ok(aside)
 }
 
-/// The settings of the run that wrote the newest checkpoint in `output` whose state can be read.
+/// Settings of the run that wrote the newest checkpoint in `output` with a readable state.
 pub(super) fn settings(output: &Path) -> Result<Option<Map<String, Value>>> {
     if !output.is_dir() {
         return Ok(None);
@@ -279,7 +280,8 @@ pub(super) fn settings(output: &Path) -> Result<Option<Map<String, Value>>> {
     Ok(states.map(|(state, _)| state.settings).next())
 }
 
-/// The adapter and the optimizer of the checkpoint in `folder`, which was saved after `step` updates; `config` is the optimizer's.
+/// Loads adapter and optimizer from the checkpoint in `folder`, saved after `step` updates;
+/// `config` is for the optimizer.
 pub(super) fn load(folder: &Path, step: u32, device: &Device, config: AdamW) -> Result<(PeftAdapter, Optimizer)> {
     let adapter = PeftAdapter::read(folder)?;
     let file = SafetensorsFile::open(folder.join(OPTIMIZER))?;

@@ -1,4 +1,4 @@
-//! A tokenized example.
+//! Tokenized examples.
 
 use std::ops::Range;
 
@@ -6,31 +6,31 @@ use crate::error::{Error, Result};
 use crate::nn::IGNORE_LABEL;
 use crate::text::Tokenizer;
 
-/// A tokenized example: token ids, and for every one a label.
+/// A tokenized example: token ids with a label each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Example {
     ids: Vec<u32>,
     labels: Labels,
 }
 
-/// Labels, in no more memory than they need: a text has millions.
+/// Labels in the most compact form, since a text may have millions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Labels {
     /// Every token is its own label.
     #[default]
     All,
-    /// Those that are true are their own labels, the others have none.
+    /// Where true, the token is its own label; otherwise it has none.
     Where(Vec<bool>),
-    /// Others than the tokens, -100 for none.
+    /// Labels that differ from the tokens; -100 for none.
     Other(Vec<i64>),
 }
 
 impl Example {
-    /// An example of these ids and labels: one a token, -100 where it carries no loss. The loss shifts them by one, so that the
-    /// first counts for nothing.
+    /// Creates an example from ids and labels: one label per token, -100 for no loss. The loss
+    /// shifts labels by one, so the first is ignored.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are more or fewer labels than ids.
+    /// [`Error::Shape`] if the numbers of labels and ids differ.
     pub fn new(ids: Vec<u32>, labels: Vec<i64>) -> Result<Self> {
         if labels.len() != ids.len() {
             let (expected, got) = (ids.len().to_string(), labels.len().to_string());
@@ -48,7 +48,7 @@ impl Example {
         Ok(Example { ids, labels })
     }
 
-    /// An example of these ids that all carry loss.
+    /// Creates an example in which all tokens carry loss.
     pub(super) fn all(ids: Vec<u32>) -> Self {
         Example { ids, labels: Labels::All }
     }
@@ -58,13 +58,13 @@ impl Example {
         &self.ids
     }
 
-    /// For every token its label, most often its id, or -100 where it carries no loss. The loss shifts them by one, so that the
-    /// first counts for nothing.
+    /// Each token's label: usually its id, or -100 for no loss. The loss shifts labels by one, so
+    /// the first is ignored.
     pub fn labels(&self) -> impl Iterator<Item = i64> {
         self.labels_of(0..self.ids.len())
     }
 
-    /// The labels of these tokens.
+    /// Labels of these tokens.
     pub(super) fn labels_of(&self, range: Range<usize>) -> impl Iterator<Item = i64> {
         range.map(|at| match &self.labels {
             Labels::Where(loss) if !loss[at] => IGNORE_LABEL,
@@ -73,23 +73,24 @@ impl Example {
         })
     }
 
-    /// Tokens that carry loss.
+    /// Number of tokens with loss.
     pub fn label_tokens(&self) -> usize {
         self.labels().skip(1).filter(|&label| label != IGNORE_LABEL).count()
     }
 
-    /// Its ids and labels in pieces of at most `most` tokens, each without what was before.
+    /// Splits ids and labels into pieces of at most `most` tokens. A piece doesn't see earlier
+    /// ones.
     pub fn pieces(&self, most: usize) -> impl Iterator<Item = (&[u32], Vec<i64>)> {
         self.ranges(most).map(|range| (&self.ids[range.clone()], self.labels_of(range).collect()))
     }
 
-    /// The tokens of its pieces.
+    /// Token ranges of the pieces.
     pub(super) fn ranges(&self, most: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let len = self.ids.len();
         (0..len).step_by(most.max(1)).map(move |start| start..len.min(start + most))
     }
 
-    /// Another token, and whether it carries loss.
+    /// Appends a token, with or without loss.
     pub(super) fn push(&mut self, id: u32, loss: bool) {
         match &mut self.labels {
             Labels::All if loss => {}
@@ -104,7 +105,7 @@ impl Example {
         self.ids.push(id);
     }
 
-    /// Ends a text. The end token carries loss, also where it was written.
+    /// Ends a text. The end token carries loss, even if the text already contained it.
     pub(super) fn end(&mut self, tokenizer: &Tokenizer) {
         if let Some(eos) = tokenizer.eos()
             && !self.ids.last().is_some_and(|last| tokenizer.eos_ids().contains(last))

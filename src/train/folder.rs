@@ -1,4 +1,4 @@
-//! The folder of a run, held by one process.
+//! The folder of a run, locked by one process.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -9,27 +9,30 @@ use super::metrics;
 use crate::error::{Error, Result};
 use crate::formats::temporary;
 
-/// The file that is locked for as long as a run lives. It names the process, and is removed at the end.
+/// File that is locked while a run lives. It names the process and is removed at the end.
 const LOCK: &str = "run.lock";
 
-/// Where the adapter of the best evaluation is, within the run's folder.
+/// Subfolder for the adapter with the best evaluation.
 pub(super) const BEST: &str = "best";
 
-/// The folder of a run. No other process, and no other run of this one, has it at the same time.
+/// The folder of a run. No other process, and no other run of this process, can hold it at the
+/// same time.
 #[derive(Debug)]
 pub struct RunFolder {
     path: PathBuf,
-    /// The folders that were not there before, the deepest first.
+    /// Folders that had to be created, deepest first.
     made: Vec<PathBuf>,
     lock: Option<File>,
 }
 
 impl RunFolder {
-    /// Makes the folder at `path` if need be, locks it, and removes what a killed process left half-written. As long as nothing is
-    /// written into a folder that was made, it goes away again with this value.
+    /// Creates the folder at `path` if needed, locks it, and removes what a killed process left
+    /// half-written. If nothing is written to a created folder, it is removed when this value is
+    /// dropped.
     ///
     /// # Errors
-    /// [`Error::File`] if another run holds it, with that run's process, or if `path` is no folder; [`Error::Io`].
+    /// [`Error::File`] if another run holds it (names its process), or if `path` isn't a folder;
+    /// [`Error::Io`].
     pub fn claim(path: impl AsRef<Path>) -> Result<RunFolder> {
         let path = path.as_ref();
         let io_error = |e: io::Error| Error::io(path, e);
@@ -47,13 +50,13 @@ impl RunFolder {
         Ok(folder)
     }
 
-    /// Where it is.
+    /// Path of the folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Checks that a run can start here: a checkpoint or an adapter is never overwritten. What a run has left that was ended before
-    /// its first checkpoint may be.
+    /// Checks that a run can start here. A checkpoint or an adapter is never overwritten; what a
+    /// run left that ended before its first checkpoint may be.
     ///
     /// # Errors
     /// [`Error::File`].
@@ -62,14 +65,14 @@ impl RunFolder {
         let message = if self.has_checkpoint()? {
             "holds another run; resume it, choose another folder, or remove this one"
         } else if adapter.iter().any(|name| self.path.join(name).exists()) {
-            "holds an adapter, and no checkpoint of a run; choose another folder, or remove this one"
+            "holds an adapter, but no checkpoint of a run; choose another folder, or remove this one"
         } else {
             return self.check_left();
         };
         Err(Error::File { path: self.path.clone(), message: message.into() })
     }
 
-    /// Checks that what has the name of a run's file is a run's.
+    /// Checks that files with the names of a run's files come from a run.
     fn check_left(&self) -> Result<()> {
         let has = |name: &&str| self.path.join(name).exists();
         let foreign = if has(&metrics::FILE) {
@@ -78,7 +81,7 @@ impl RunFolder {
             [BEST, "loss.svg", "loss.png"].into_iter().find(has)
         };
         let message =
-            |name| format!("holds {name}, which is not of a run, and would be replaced; choose another folder");
+            |name| format!("holds {name}, which isn't from a run and would be replaced; choose another folder");
         foreign.map_or(Ok(()), |name| Err(Error::File { path: self.path.clone(), message: message(name) }))
     }
 
@@ -90,8 +93,8 @@ impl RunFolder {
         Ok(!checkpoint::list(&self.path)?.is_empty())
     }
 
-    /// Removes the metrics of a run that was ended before its first checkpoint. Its best adapter stays until a better one takes
-    /// its place: this run may start from it.
+    /// Removes the metrics of a run that ended before its first checkpoint. Its best adapter stays
+    /// until a better one replaces it, because this run may start from it.
     pub(super) fn clear(&self) -> Result<()> {
         let path = self.path.join(metrics::FILE);
         match fs::remove_file(&path) {
@@ -107,20 +110,20 @@ impl RunFolder {
             let mut options = OpenOptions::new();
             let mut file = options.read(true).write(true).create(true).truncate(false).open(&path).map_err(io_error)?;
             match file.try_lock() {
-                Ok(()) if !is_at(&file, &path) => continue, // its last holder has just removed it
+                Ok(()) if !is_at(&file, &path) => continue, // its last holder just removed it
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
                     let holder = fs::read_to_string(&path).unwrap_or_default();
                     let holder = Some(holder.trim()).filter(|holder| !holder.is_empty()).unwrap_or("another process");
                     let message = format!(
-                        "is in use by a run that is alive: {holder}; wait for its end, or choose another folder"
+                        "is in use by a running process: {holder}; wait until it ends, or choose another folder"
                     );
                     return Err(Error::File { path: self.path.clone(), message });
                 }
                 Err(TryLockError::Error(error)) => {
                     let folder = self.path.display();
                     tracing::warn!(
-                        "{folder}: cannot be locked ({error}); nothing but you keeps a second run out of it"
+                        "{folder}: can't be locked ({error}); make sure that no second run uses it"
                     );
                 }
             }
@@ -136,16 +139,17 @@ impl RunFolder {
 impl Drop for RunFolder {
     fn drop(&mut self) {
         if self.lock.is_some() {
-            // While it is locked: who opened it meanwhile sees that it is another file's name by then.
+            // Remove it while locked: a process that opened it meanwhile notices that its name is
+            // gone.
             let _ = fs::remove_file(self.path.join(LOCK));
             self.lock = None;
         }
-        // Fails where something is in it.
+        // Fails if something is in it.
         let _ = self.made.iter().try_for_each(fs::remove_dir);
     }
 }
 
-/// Whether an open file is the one that has this name now.
+/// Whether an open file is still the one with this name.
 #[cfg(unix)]
 fn is_at(file: &File, path: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -153,7 +157,7 @@ fn is_at(file: &File, path: &Path) -> bool {
     identity(file.metadata()).is_some_and(|file| identity(fs::metadata(path)) == Some(file))
 }
 
-/// Elsewhere a file that is open cannot lose its name.
+/// On other systems an open file can't lose its name.
 #[cfg(not(unix))]
 fn is_at(_: &File, _: &Path) -> bool {
     true
@@ -174,14 +178,14 @@ mod tests {
         drop(claimed);
         assert!(!folder.path().join("deep").exists());
 
-        // A lock file of a process that was killed does not count.
+        // A lock file left by a killed process doesn't count.
         fs::create_dir_all(&path).unwrap();
         fs::write(path.join(LOCK), "process 1").unwrap();
         fs::create_dir(path.join(".qlora-half")).unwrap();
         drop(RunFolder::claim(&path).unwrap());
         assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
 
-        // What is not of a run is not replaced.
+        // Files that aren't a run's are not replaced.
         for name in [BEST, "loss.svg", metrics::FILE] {
             let theirs = path.join(name);
             if name == BEST { fs::create_dir_all(&theirs) } else { fs::write(&theirs, "mine\n") }.unwrap();

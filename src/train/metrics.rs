@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: what every step did, a JSON object a line.
+//! `metrics.jsonl`: a record of each step, one JSON object per line.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -10,39 +10,39 @@ use crate::error::{Error, Result};
 use crate::formats::input::read_small_text;
 use crate::formats::staged::StagedFile;
 
-/// The file's name in a run's folder, and in its checkpoints.
+/// Name of the file in a run's folder and in its checkpoints.
 pub const FILE: &str = "metrics.jsonl";
 
-/// Of the file: a step has about 150, so that millions of steps fit.
+/// Maximum file size. A step has about 150 bytes, so millions of steps fit.
 const MOST_BYTES: u64 = 2 << 30;
 
-/// A line: a step, or (with step 0) what there was before the first.
+/// A line: a step, or (as step 0) the evaluation before the first step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Updates done, this one included.
+    /// Number of updates done, including this one.
     pub step: u32,
     /// Mean cross-entropy of the step's label tokens, before its update.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss: Option<f32>,
-    /// Mean cross-entropy of the evaluation data, after the update, where it was measured.
+    /// Mean cross-entropy of the evaluation data after the update, if evaluated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub eval_loss: Option<f64>,
     /// Norm of the gradient, before clipping.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grad_norm: Option<f32>,
-    /// The learning rate of the step.
+    /// Learning rate of the step.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lr: Option<f32>,
-    /// Tokens seen so far, padding left out.
+    /// Number of tokens seen so far, without padding.
     pub tokens: u64,
-    /// Of this step, evaluation and checkpoints left out.
+    /// Duration of this step, without evaluation and checkpoints.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
-    /// The most bytes that the device held since the run was started or resumed.
+    /// Peak bytes on the device since the run started or resumed.
     pub peak_bytes: u64,
 }
 
-/// The open file.
+/// The open metrics file.
 #[derive(Debug)]
 pub(super) struct Metrics {
     path: PathBuf,
@@ -50,7 +50,7 @@ pub(super) struct Metrics {
 }
 
 impl Metrics {
-    /// The empty file of a new run in `folder`.
+    /// Creates an empty file for a new run in `folder`.
     pub(super) fn start(folder: &Path) -> Result<Metrics> {
         let path = folder.join(FILE);
         let file = OpenOptions::new().append(true).create(true).open(&path).map_err(|e| Error::io(&path, e))?;
@@ -58,8 +58,9 @@ impl Metrics {
         Ok(Metrics { path, file })
     }
 
-    /// The file in `folder` as it was when `checkpoint` was saved, whose copy is put back where lines of the file are missing, changed
-    /// or too many. Also whether there was more wrong with it than that it went on.
+    /// Opens the file in `folder` in its state when `checkpoint` was saved. If lines are missing,
+    /// changed or too many, restores the checkpoint's copy. Also returns whether the file had any
+    /// fault other than extra lines.
     pub(super) fn resume(folder: &Path, checkpoint: &Path) -> Result<(Metrics, bool)> {
         let path = folder.join(FILE);
         let io_error = |e: io::Error| Error::io(&path, e);
@@ -81,11 +82,11 @@ impl Metrics {
     }
 
     pub(super) fn push(&mut self, record: &Record) -> Result<()> {
-        // At once: a reader, or a kill, never sees half a line of an older step.
+        // Write the line at once, so that neither a reader nor a kill sees half of it.
         self.file.write_all(&line(record)).map_err(|e| Error::io(&self.path, e))
     }
 
-    /// Flushes all lines to the disk, and copies them there into a checkpoint's folder.
+    /// Flushes all lines to disk and copies the file into a checkpoint's folder.
     pub(super) fn save(&self, checkpoint: &Path) -> Result<()> {
         self.file.sync_all().map_err(|e| Error::io(&self.path, e))?;
         let copy = checkpoint.join(FILE);
@@ -99,10 +100,10 @@ fn line(record: &Record) -> Vec<u8> {
     line
 }
 
-/// The records of a file. A last line that was cut off, when a run was killed, does not count.
+/// Reads the records of a file. Ignores an incomplete last line, which a killed run may leave.
 ///
 /// # Errors
-/// [`Error::Io`], and [`Error::File`] with the line's number for one that is no record, or that comes before a step is over.
+/// [`Error::Io`], and [`Error::File`] with the line number for an invalid record or missing steps.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
     let text = read_small_text(path, MOST_BYTES)?;
     let complete = text.rfind('\n').map_or("", |end| &text[..end]);
@@ -149,7 +150,7 @@ mod tests {
         let text = fs::read_to_string(&path).unwrap();
         assert_eq!(text.lines().next().unwrap(), r#"{"step":1,"loss":0.1,"tokens":7,"peak_bytes":0}"#);
 
-        // Lines that are missing, a hole, and no file at all.
+        // Missing lines, a hole, and a missing file.
         let second = text.lines().nth(1).unwrap().to_owned() + "\n";
         for damage in [second.clone(), second.replace("0.1", "\0\0\0"), String::new()] {
             fs::write(&path, damage).unwrap();
@@ -193,7 +194,7 @@ mod tests {
                 ..Record::default()
             };
             let back: Record = serde_json::from_slice(&line(&record)).unwrap();
-            // JSON has neither NaN nor infinities.
+            // JSON has neither NaN nor infinity.
             prop_assert_eq!(back.loss.map(f32::to_bits), record.loss.filter(|x| x.is_finite()).map(f32::to_bits));
             prop_assert_eq!(back.eval_loss.map(f64::to_bits), record.eval_loss.filter(|x| x.is_finite()).map(f64::to_bits));
             prop_assert_eq!(back.grad_norm, record.grad_norm.filter(|x| x.is_finite()));

@@ -57,39 +57,40 @@ use crate::tensor::Tensor;
 
 const OP: &str = "training step";
 
-/// How to train.
+/// Training options.
 #[derive(Clone, Copy, Debug)]
 pub struct TrainOptions {
-    /// Rates and decay.
+    /// Learning rate, betas, eps and weight decay.
     pub optimizer: AdamW,
-    /// What the learning rate is multiplied by.
+    /// Factor for the learning rate, by step.
     pub schedule: Schedule,
-    /// The norm to which the gradient is clipped, as torch's `clip_grad_norm_` does it.
+    /// Maximum gradient norm; larger gradients are clipped like in torch's `clip_grad_norm_`.
     pub max_norm: Option<f32>,
-    /// Keep only the input of every decoder layer for the way back, and run the layer again there.
+    /// Save only each decoder layer's input and recompute the layer in the backward pass.
     pub checkpoint_activations: bool,
-    /// Of dropout.
+    /// Seed for dropout.
     pub seed: u64,
 }
 
-/// What a step did.
+/// Result of a step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepReport {
-    /// From 0.
+    /// Index of the step, from 0.
     pub step: u32,
-    /// Cross-entropy summed over all micro-batches, divided by their label tokens; before the update.
+    /// Cross-entropy summed over all micro-batches, divided by their label tokens; before the
+    /// update.
     pub loss: f32,
     /// Norm of the whole gradient, before clipping.
     pub grad_norm: f32,
-    /// The learning rate used.
+    /// Learning rate of the step.
     pub lr: f32,
-    /// Tokens, padding included.
+    /// Number of tokens, padding included.
     pub tokens: usize,
-    /// Tokens that carried loss.
+    /// Number of tokens with loss.
     pub label_tokens: usize,
 }
 
-/// The state of a run beside the model's own: optimizer moments and the step.
+/// State of training besides the model: optimizer moments and the step.
 #[derive(Clone, Debug)]
 pub struct Trainer {
     options: TrainOptions,
@@ -97,7 +98,7 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A run that has not started.
+    /// Creates a trainer at step 0.
     pub fn new(options: TrainOptions) -> Trainer {
         Trainer { options, optimizer: Optimizer::new(options.optimizer) }
     }
@@ -107,24 +108,25 @@ impl Trainer {
         &self.optimizer
     }
 
-    /// Forward and backward of all micro-batches, then one update of the active adapters. The loss is the mean over the
-    /// label tokens of all micro-batches together.
+    /// Runs forward and backward on all micro-batches, then updates the active adapters once. The
+    /// loss is the mean over the label tokens of all micro-batches together.
     ///
     /// # Errors
-    /// [`Error::Diverged`] if the loss or a gradient is not finite: the adapters and the optimizer are then as before the
-    /// step. [`Error::Invalid`] without batches, labels or an active adapter; errors of the device.
+    /// [`Error::Diverged`] if the loss or a gradient isn't finite; adapters and optimizer are then
+    /// unchanged. [`Error::Invalid`] without batches, labels or an active adapter; errors of the
+    /// device.
     pub fn step(&mut self, model: &mut Decoder, micro_batches: &[Batch]) -> Result<StepReport> {
         let step = self.optimizer.steps();
         let label_tokens: usize = micro_batches.iter().map(Batch::label_tokens).sum();
         if label_tokens == 0 {
-            let got = format!("{} micro-batches without a label", micro_batches.len());
+            let got = format!("{} micro-batches without labels", micro_batches.len());
             let expected = "at least one token must carry loss".into();
             return Err(Error::Invalid { op: OP, what: "the data", got, expected });
         }
         let (loss, gradients) = self.gradients(model, micro_batches, 1.0 / label_tokens as f32)?;
 
         let mut parameters = model.parameters_mut();
-        // A tensor that no token reached has no gradient and, as in torch, no update.
+        // A tensor that no token reached has no gradient and, like in torch, no update.
         parameters.retain(|(_, tensor)| gradients.get(tensor).is_some());
         let found: Vec<&Tensor> = parameters.iter().filter_map(|(_, tensor)| gradients.get(tensor)).collect();
         let norm = grad_norm(&found, Some(&loss), self.options.max_norm)?;
@@ -133,11 +135,11 @@ impl Trainer {
         let updates = parameters.iter_mut().zip(found);
         let updates = updates.map(|((name, tensor), gradient)| (name.as_str(), &mut **tensor, gradient)).collect();
         self.optimizer.update_all(updates, factor, &norm)?;
-        // One read for all: each waits for the device.
+        // One read for all: each read waits for the device.
         let values = norm.values.to_vec()?;
         let (total, loss, each) = (values[0], values[2], &values[EACH..]);
         if !loss.is_finite() || !total.is_finite() {
-            // The device has left everything as it was.
+            // The device has changed nothing.
             self.optimizer.undo();
             let culprit = parameters.iter().zip(each).find(|(_, norm)| !norm.is_finite());
             let (what, value) = match culprit {
@@ -157,13 +159,14 @@ impl Trainer {
         })
     }
 
-    /// The loss, `scale` times the summed cross-entropy of all micro-batches, and its gradients; nothing is updated.
+    /// Computes the loss, which is `scale` times the summed cross-entropy of all micro-batches,
+    /// and its gradients. Updates nothing.
     pub fn gradients(&self, model: &Decoder, micro_batches: &[Batch], scale: f32) -> Result<(Tensor, Gradients)> {
         let mut gradients = Gradients::new();
         let mut total: Option<Tensor> = None;
         for (index, batch) in micro_batches.iter().enumerate() {
             let pass = Pass {
-                // Another mask for every micro-batch of every step.
+                // A different mask for every micro-batch of every step.
                 dropout_seed: Some(mix(self.options.seed, u64::from(self.optimizer.steps()) << 32 | index as u64)),
                 checkpoint: self.options.checkpoint_activations,
             };
@@ -183,8 +186,8 @@ impl Trainer {
         let no_batch = || Error::Invalid {
             op: OP,
             what: "the data",
-            got: "no micro-batch".into(),
-            expected: "a step takes at least one".into(),
+            got: "no micro-batches".into(),
+            expected: "a step needs at least one".into(),
         };
         Ok((total.ok_or_else(no_batch)?, gradients))
     }

@@ -1,4 +1,5 @@
-//! A whole run: steps over data, evaluations, checkpoints, metrics, and the adapter at the end, all in one folder.
+//! A complete run in one folder: steps over data, evaluations, checkpoints, metrics, and finally
+//! the adapter.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -22,71 +23,74 @@ use crate::nn::{Batch, Decoder, shifted_labels};
 
 const OP: &str = "training run";
 
-/// The adapter's name in the model.
+/// Name of the adapter in the model.
 const NAME: &str = "default";
 
-/// How long to train, and what to do on the way.
+/// Length of a run, and what to do during it.
 #[derive(Clone, Copy, Debug)]
 pub struct RunOptions {
-    /// Of every step.
+    /// Options for each step.
     pub train: TrainOptions,
-    /// Steps in all.
+    /// Total number of steps.
     pub steps: u32,
-    /// Steps between evaluations; there is one before the first step and one after the last too. 0: no more than these.
+    /// Steps between evaluations. There is always one before the first step and one after the
+    /// last; with 0, only these.
     pub eval_every: u32,
-    /// Ends the run after so many evaluations that were no better than the best; its adapter is then the result.
+    /// Ends the run after this many evaluations without improvement. The result is then the best
+    /// adapter.
     pub early_stop: Option<u32>,
-    /// Steps between checkpoints; there is one after the last step too. 0: no more than that.
+    /// Steps between checkpoints. There is always one after the last step; with 0, only that one.
     pub save_every: u32,
-    /// Checkpoints to keep, the newest, at least 1.
+    /// Number of newest checkpoints to keep, at least 1.
     pub keep: usize,
 }
 
-/// What a run tells while it goes on.
+/// Progress of a run.
 #[derive(Clone, Copy, Debug)]
 pub enum Event<'a> {
-    /// A step was done (or, with step 0, the first evaluation).
+    /// A step was done (step 0: the first evaluation).
     Step(&'a Record),
     /// A checkpoint was written.
     Saved(&'a Path),
 }
 
-/// How a run ended.
+/// Why a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum End {
     /// All steps are done.
     Finished,
-    /// Evaluations got no better.
+    /// Evaluations stopped improving.
     EarlyStop,
-    /// The caller wanted it to; it can be resumed.
+    /// Stopped by the caller; it can be resumed.
     Interrupted,
 }
 
-/// What a run did.
+/// Result of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Summary {
     /// Why it ended.
     pub end: End,
-    /// Updates done.
+    /// Number of updates done.
     pub steps: u32,
-    /// The least evaluation loss, if there were evaluations.
+    /// Lowest evaluation loss, if there were evaluations.
     pub best_eval_loss: Option<f64>,
 }
 
-/// What a run trains and evaluates on.
+/// Data of a run.
 #[derive(Clone, Debug)]
 pub struct RunData {
-    /// The examples to train on.
+    /// Examples to train on.
     pub batches: Batches,
-    /// Those to evaluate on; may be empty.
+    /// Examples to evaluate on; may be empty.
     pub eval: Vec<Example>,
-    /// [`Tokenizer::fingerprint`](crate::text::Tokenizer::fingerprint) of what has made them, if they were text.
+    /// [`Tokenizer::fingerprint`](crate::text::Tokenizer::fingerprint) of the tokenizer that made
+    /// them, if they were text.
     pub tokenizer: Option<String>,
 }
 
-/// A run that trains an adapter of a model. Its folder holds `metrics.jsonl`, the newest checkpoints, and in the end the adapter
-/// as PEFT has it.
+/// A run that trains an adapter of a model. Its folder holds `metrics.jsonl`, the newest
+/// checkpoints and, at the end, the adapter in PEFT's format.
 pub struct Run<'a> {
     model: &'a mut Decoder,
     config: PeftConfig,
@@ -96,18 +100,19 @@ pub struct Run<'a> {
     options: RunOptions,
     folder: RunFolder,
     state: State,
-    /// The step of the newest checkpoint.
+    /// Step of the newest checkpoint.
     saved: Option<u32>,
     metrics: Metrics,
 }
 
 impl<'a> Run<'a> {
-    /// Starts a run in a folder. The model gets a new adapter as `config` says, or `initial` with its own configuration, of which
-    /// only the base's name is that of `config`.
+    /// Starts a run in a folder. The model gets a new adapter with the configuration `config`, or
+    /// `initial` with its own configuration except for the name of the base, which is that of
+    /// `config`.
     ///
     /// # Errors
-    /// [`Error::File`] if the folder holds a run with checkpoints, or an adapter; those of [`Decoder::attach`],
-    /// [`Decoder::attach_peft`].
+    /// [`Error::File`] if the folder holds an adapter or a run with checkpoints; errors of
+    /// [`Decoder::attach`] and [`Decoder::attach_peft`].
     pub fn start(
         model: &'a mut Decoder,
         config: PeftConfig,
@@ -131,13 +136,14 @@ impl<'a> Run<'a> {
         Ok(Run { model, config, trainer, batches, eval, options, folder, state, saved: None, metrics })
     }
 
-    /// Goes on from the newest checkpoint in the folder that is not damaged, with the same model, data and options: the run is then
-    /// the same, to the bit, as one that was never interrupted. Where nothing was saved yet, it starts from the beginning; where
-    /// it was finished, what is missing of its result is written.
+    /// Continues from the newest intact checkpoint in the folder, with the same model, data and
+    /// options. The run is then bit-identical to one that was never interrupted. If nothing was
+    /// saved yet, it starts from the beginning. If it had finished, missing parts of its result
+    /// are written.
     ///
     /// # Errors
-    /// [`Error::OtherRun`] for a run with other settings, data or model; [`Error::File`] if all checkpoints are damaged; otherwise
-    /// those of [`Run::start`].
+    /// [`Error::OtherRun`] if settings, data or model differ; [`Error::File`] if all checkpoints
+    /// are damaged; otherwise the same as [`Run::start`].
     pub fn resume(
         model: &'a mut Decoder,
         config: PeftConfig,
@@ -156,7 +162,7 @@ impl<'a> Run<'a> {
             return Err(Error::OtherRun { path: output, setting: setting.name(), before, now });
         }
         if options.early_stop.is_some() {
-            // Needed at the end, and better missed now.
+            // Needed at the end; better to notice now that it is missing.
             PeftAdapter::read(output.join(BEST))?;
         }
         let (adapter, optimizer) = checkpoint::load(&checkpoint, state.step, model.device(), options.train.optimizer)?;
@@ -165,7 +171,7 @@ impl<'a> Run<'a> {
         let (metrics, damaged) = Metrics::resume(&output, &checkpoint)?;
         if damaged {
             tracing::warn!(
-                "{}: lines were missing or changed; those up to step {} are back, out of {}",
+                "{}: lines were missing or changed; those up to step {} were restored from {}",
                 metrics.path().display(),
                 state.step,
                 checkpoint.display()
@@ -176,21 +182,22 @@ impl<'a> Run<'a> {
         Ok(Run { model, config, trainer, batches, eval, options, folder, state, saved, metrics })
     }
 
-    /// How the run has ended before, if it has: [`Run::train`] then only writes what is missing of its result.
+    /// Why the run ended before, or `None`. If it ended, [`Run::train`] only writes missing parts
+    /// of its result.
     pub fn end(&self) -> Option<End> {
         end_of(&self.state, &self.options)
     }
 
-    /// Updates done so far.
+    /// Number of updates done so far.
     pub fn step(&self) -> u32 {
         self.state.step
     }
 
-    /// Trains to the end, or until `each` breaks; what was done is then saved. The adapter is in the run's folder at the
-    /// end, unless the run was interrupted.
+    /// Trains to the end, or until `each` breaks; then saves what was done. Unless the run was
+    /// interrupted, the adapter is then in the run's folder.
     ///
     /// # Errors
-    /// [`Error::Diverged`]; those of files and of the device. The newest checkpoint stays.
+    /// [`Error::Diverged`]; errors of files and of the device. The newest checkpoint stays.
     pub fn train(&mut self, mut each: impl FnMut(Event<'_>) -> ControlFlow<()>) -> Result<Summary> {
         self.model.device().reset_peak();
         let mut wanted = ControlFlow::Continue(());
@@ -253,7 +260,7 @@ impl<'a> Run<'a> {
         self.model.device().memory().peak_bytes
     }
 
-    /// The loss of the evaluation data; keeps the adapter if it is the best.
+    /// Measures the loss on the evaluation data; keeps the adapter if it is the best so far.
     fn evaluate(&mut self) -> Result<f64> {
         let most = self.model.config().max_position_embeddings.min(self.batches.options().seq_len);
         let pieces = self.eval.iter().flat_map(|example| example.pieces(most));
@@ -282,7 +289,7 @@ impl<'a> Run<'a> {
         Ok(folder)
     }
 
-    /// Writes the result, unless it is there.
+    /// Writes the result, unless it exists.
     fn finish(&self) -> Result<()> {
         let output = self.folder.path();
         let adapter = match self.options.early_stop {
@@ -298,7 +305,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The configuration of the adapter that is trained: that of `initial`, if there is one, for this base.
+/// Configuration of the trained adapter: that of `initial`, if given, with the base's name from
+/// `config`.
 fn of_initial(config: PeftConfig, initial: Option<&PeftAdapter>) -> PeftConfig {
     let Some(initial) = initial else { return config };
     let base = config.base_model_name_or_path.or_else(|| initial.config.base_model_name_or_path.clone());
@@ -316,7 +324,7 @@ fn settings_of(
     settings::all(&Made { base, tokenizer, config, initial, batches: &data.batches, eval: &data.eval, options })
 }
 
-/// How a run has come to its end, if it has.
+/// Why the run ended, or `None`.
 fn end_of(state: &State, options: &RunOptions) -> Option<End> {
     if state.step >= options.steps {
         Some(End::Finished)
@@ -347,16 +355,16 @@ fn check(options: &RunOptions, eval: &[Example]) -> Result<()> {
             invalid("the patience of early stopping", "0", "it must be at least 1")
         }
         RunOptions { early_stop: Some(_), .. } if eval.is_empty() => {
-            invalid("early stopping", "asked for without evaluation data", "give it some")
+            invalid("early stopping", "asked for without evaluation data", "give it evaluation data")
         }
         RunOptions { early_stop: Some(_), eval_every: 0, .. } => {
-            invalid("early stopping", "asked for without evaluations on the way", "evaluate every few steps")
+            invalid("early stopping", "asked for without evaluations during the run", "set the number of steps between evaluations")
         }
         _ => Ok(()),
     }
 }
 
-/// The batch size of the run in a folder, by its newest checkpoint; `None` where nothing was saved yet.
+/// Batch size of the run in a folder, from its newest checkpoint; `None` if nothing was saved yet.
 ///
 /// # Errors
 /// [`Error::Io`].

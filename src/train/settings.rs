@@ -1,4 +1,5 @@
-//! What decides a run's course: a run is resumed as it was started, or not at all.
+//! Settings that determine a run's course. A run must be resumed with the settings it was started
+//! with.
 
 use serde_json::{Map, Value, json};
 
@@ -10,66 +11,66 @@ use crate::hash::text_hash;
 use crate::nn::Fingerprint;
 use crate::seed::mix;
 
-/// Something that a run is started with, and that it must be resumed with.
+/// A setting that must be the same when a run is resumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Setting {
-    /// The family and the sizes of the base.
+    /// Family and sizes of the base.
     Architecture,
-    /// The formats of its matrices.
+    /// Storage formats of the base's matrices.
     Formats,
-    /// Its tensors.
+    /// Tensors of the base.
     Weights,
-    /// The tokenizer of the data.
+    /// Tokenizer of the data.
     Tokenizer,
-    /// The adapter that training goes on with.
+    /// Adapter that training started from.
     InitialAdapter,
-    /// r of the adapter.
+    /// Rank r of the adapter.
     Rank,
-    /// Its alpha.
+    /// Alpha of the adapter.
     Alpha,
-    /// The probability of its dropout.
+    /// Dropout probability of the adapter.
     Dropout,
-    /// The modules that have one.
+    /// Modules that have an adapter.
     Targets,
-    /// Whether its scale is that of rsLoRA.
+    /// Whether the scale is that of rsLoRA.
     RsLora,
-    /// Whether it has magnitudes.
+    /// Whether the adapter is DoRA.
     Dora,
-    /// Everything else in its configuration.
+    /// The rest of the adapter's configuration.
     Adapter,
-    /// Updates in all.
+    /// Total number of updates.
     Steps,
-    /// Rows of a micro-batch.
+    /// Rows in a micro-batch.
     BatchSize,
-    /// Micro-batches of a step.
+    /// Micro-batches per step.
     GradAccum,
-    /// Tokens of a row.
+    /// Tokens in a row.
     SeqLen,
-    /// Whether rows hold several examples.
+    /// Whether a row may hold several examples.
     Packing,
-    /// Whether every epoch has an order of its own.
+    /// Whether every epoch has its own order.
     Shuffling,
-    /// The highest learning rate.
+    /// Highest learning rate.
     LearningRate,
-    /// How it falls.
+    /// Decay of the learning rate.
     Schedule,
-    /// In how many steps it rises.
+    /// Number of warm-up steps.
     WarmUp,
-    /// AdamW's decay.
+    /// AdamW's weight decay.
     WeightDecay,
-    /// AdamW's other numbers.
+    /// AdamW's betas and eps.
     AdamW,
-    /// The norm to which gradients are clipped.
+    /// Maximum norm of the gradient.
     Clipping,
     /// The seed.
     Seed,
     /// Steps between evaluations.
     EvalEvery,
-    /// How many evaluations may be no better than the best.
+    /// Maximum number of evaluations without improvement.
     Patience,
-    /// The examples that are trained on.
+    /// Examples to train on.
     Data,
-    /// Those that are evaluated on.
+    /// Examples to evaluate on.
     EvalData,
 }
 
@@ -107,7 +108,7 @@ impl Setting {
         Setting::EvalData,
     ];
 
-    /// Its name in a checkpoint, and in messages.
+    /// The setting's name in checkpoints and messages.
     pub fn name(self) -> &'static str {
         match self {
             Setting::Architecture => "model",
@@ -142,13 +143,13 @@ impl Setting {
         }
     }
 
-    /// The setting of this name, as an [`Error::OtherRun`](crate::Error::OtherRun) has it.
+    /// The setting of this name, as in [`Error::OtherRun`](crate::Error::OtherRun).
     pub fn named(name: &str) -> Option<Setting> {
         Setting::ALL.into_iter().find(|setting| setting.name() == name)
     }
 }
 
-/// What a run is made of, as far as it decides the run's course.
+/// The parts of a run that determine its course.
 pub(super) struct Made<'a> {
     pub base: &'a Fingerprint,
     pub tokenizer: Option<&'a str>,
@@ -159,13 +160,14 @@ pub(super) struct Made<'a> {
     pub options: &'a RunOptions,
 }
 
-/// All settings of a run. What comes first is the cause of what comes later: another tokenizer makes other data.
+/// All settings of a run. Causes come before their effects: another tokenizer, for example,
+/// changes the data.
 pub(super) fn all(made: &Made<'_>) -> Vec<(Setting, Value)> {
     let Made { base, tokenizer, config, initial, batches, eval, options } = made;
     let (train, data) = (&options.train, batches.options());
     let (optimizer, schedule) = (&train.optimizer, &train.schedule);
     let mut adapter = config.json();
-    // Where the base is may change, and its hash tells what it is.
+    // The base's path may change; its hash identifies it.
     ["base_model_name_or_path", "revision"].iter().for_each(|key| drop(adapter.shift_remove(*key)));
     let mut take = |key: &str| adapter.shift_remove(key).unwrap_or(Value::Null);
     let (rank, alpha, dropout) = (take("r"), take("lora_alpha"), take("lora_dropout"));
@@ -203,12 +205,13 @@ pub(super) fn all(made: &Made<'_>) -> Vec<(Setting, Value)> {
     ]
 }
 
-/// Settings as they are in a checkpoint.
+/// Converts settings to their form in a checkpoint.
 pub(super) fn map(settings: Vec<(Setting, Value)>) -> Map<String, Value> {
     settings.into_iter().map(|(setting, value)| (setting.name().to_owned(), value)).collect()
 }
 
-/// The first of these settings that a checkpoint has other than it is now: which, what it was, and what it is.
+/// Returns the first setting that differs from a checkpoint: which one, the old value, and the new
+/// one.
 pub(super) fn difference(saved: &Map<String, Value>, now: &[(Setting, Value)]) -> Option<(Setting, String, String)> {
     let text = |value: &Value| match value {
         Value::Null => "none".to_owned(),

@@ -96,7 +96,7 @@ fn frequencies_of_llama_3_are_recognized_and_others_refused() {
         writer.tensor(ROPE_FREQS, &[divisors.len()], TensorType::F32, bytemuck::cast_slice(divisors))
     };
     for factor in [8.0, 32.0] {
-        // As llama.cpp's converter computes them.
+        // Computed like in llama.cpp's converter.
         let divisors = (0..32).map(|i| {
             let wavelength = std::f64::consts::TAU * 500_000_f64.powf(f64::from(i) / 32.0);
             let smooth = (8192.0 / wavelength - 1.0) / 3.0;

@@ -1,18 +1,18 @@
-//! Files that are no training text, known by their first bytes: what they are, and what to do.
+//! Recognizes files that aren't training text by their first bytes, and says what to do.
 
-/// What data are, where they are nothing that is read.
+/// Describes data in a format that can't be read.
 pub(super) fn name(bytes: &[u8]) -> Option<String> {
     const UNPACK: &str = "unpack it first";
-    const CONVERT: &str = "write its rows as JSON Lines first, as to_json does with lines=True in pandas and datasets";
-    const TEXT: &str = "take the text out of it first";
-    const UTF8: &str = "convert it to UTF-8 first, as with: iconv -f UTF-16 -t UTF-8";
+    const CONVERT: &str = "write its rows as JSON Lines first, for example by to_json with lines=True in pandas or datasets";
+    const TEXT: &str = "extract its text first";
+    const UTF8: &str = "convert it to UTF-8 first, for example: iconv -f UTF-16 -t UTF-8";
     const KINDS: [(&[u8], &str, &str); 34] = [
         (b"\x1f\x8b", "compressed with gzip", UNPACK),
         (b"\x28\xb5\x2f\xfd", "compressed with zstd", UNPACK),
         (b"\xfd7zXZ\0", "compressed with xz", UNPACK),
         (b"BZh", "compressed with bzip2", UNPACK),
         (b"\x04\x22\x4d\x18", "compressed with lz4", UNPACK),
-        (b"PK\x03\x04", "a zip archive (or a document or arrays in one)", UNPACK),
+        (b"PK\x03\x04", "a zip archive (perhaps a document or arrays)", UNPACK),
         (b"PK\x05\x06", "an empty zip archive", UNPACK),
         (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
         (b"Rar!\x1a\x07", "a rar archive", UNPACK),
@@ -37,27 +37,27 @@ pub(super) fn name(bytes: &[u8]) -> Option<String> {
         (b"OggS", "audio or video", "give text or JSON Lines"),
         (b"ID3", "audio", "give text or JSON Lines"),
         (b"fLaC", "audio", "give text or JSON Lines"),
-        (b"\xff\xfe\0\0", "UTF-32 text", "convert it to UTF-8 first, as with: iconv -f UTF-32 -t UTF-8"),
-        (b"\0\0\xfe\xff", "UTF-32 text", "convert it to UTF-8 first, as with: iconv -f UTF-32 -t UTF-8"),
+        (b"\xff\xfe\0\0", "UTF-32 text", "convert it to UTF-8 first, for example: iconv -f UTF-32 -t UTF-8"),
+        (b"\0\0\xfe\xff", "UTF-32 text", "convert it to UTF-8 first, for example: iconv -f UTF-32 -t UTF-8"),
         (b"\xff\xfe", "UTF-16 text", UTF8),
         (b"\xfe\xff", "UTF-16 text", UTF8),
     ];
     const POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
     if bytes.starts_with(POINTER) {
-        return Some("is a Git LFS pointer, not the data; `git lfs pull` fetches them".into());
+        return Some("is a Git LFS pointer, not the data; `git lfs pull` fetches the data".into());
     }
     if bytes.get(257..262) == Some(b"ustar") {
         return Some(format!("is a tar archive, not text; {UNPACK}"));
     }
     let known = KINDS.into_iter().find(|(magic, ..)| bytes.starts_with(magic));
-    // Words that a text may begin with: what follows tells.
+    // Text may begin with these words, so look at what follows.
     let is_text = |magic: &[u8]| magic.is_ascii() && !magic.contains(&0) && is_plain(bytes);
     let (_, kind, hint) =
         known.filter(|(magic, ..)| magic.starts_with(b"%PDF") || magic.starts_with(b"{\\rtf") || !is_text(magic))?;
     Some(format!("is {kind}, not text; {hint}"))
 }
 
-/// Whether data begin as UTF-8 without control characters that text does not have.
+/// Whether data begin as UTF-8 without control characters that don't occur in text.
 fn is_plain(bytes: &[u8]) -> bool {
     let start = &bytes[..bytes.len().min(4096)];
     let valid = match str::from_utf8(start) {
@@ -67,22 +67,23 @@ fn is_plain(bytes: &[u8]) -> bool {
     valid && !start.iter().any(|&byte| is_control(byte))
 }
 
-/// Control characters that text does not have: all but tabs, ends of lines and pages, and terminal escapes.
+/// Whether a control character doesn't occur in text. Tabs, line ends, form feeds and terminal
+/// escapes do.
 fn is_control(byte: u8) -> bool {
     byte < 0x20 && !matches!(byte, b'\t' | b'\n' | 0x0b | 0x0c | b'\r' | 0x1b | 0x08 | 0x07)
 }
 
-/// The text that bytes are.
+/// Returns bytes as text.
 ///
 /// # Errors
-/// What they are instead.
+/// A description of what they are instead.
 pub(super) fn text(bytes: &[u8]) -> Result<&str, String> {
     let line = |at: usize| bytes[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
     let start = &bytes[..bytes.len().min(4096)];
     let zeros = start.iter().filter(|&&byte| byte == 0).count();
     if zeros > 0 && zeros * 5 > start.len() * 2 && zeros * 5 < start.len() * 3 {
         return Err(
-            "is UTF-16 text, or binary data; convert it to UTF-8 first, as with: iconv -f UTF-16LE -t UTF-8".into()
+            "is UTF-16 text, or binary data; convert it to UTF-8 first, for example: iconv -f UTF-16LE -t UTF-8".into()
         );
     }
     if let Some(at) = bytes.iter().position(|&byte| byte == 0) {
@@ -96,7 +97,7 @@ pub(super) fn text(bytes: &[u8]) -> Result<&str, String> {
         Err(error) => {
             let at = error.valid_up_to();
             Err(format!(
-                "is not UTF-8: byte {:#04x} in line {}; convert it first, as with: iconv -f WINDOWS-1252 -t UTF-8",
+                "is not UTF-8: byte {:#04x} in line {}; convert it first, for example: iconv -f WINDOWS-1252 -t UTF-8",
                 bytes[at],
                 line(at)
             ))

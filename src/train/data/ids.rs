@@ -1,4 +1,4 @@
-//! Lines of token ids.
+//! Examples given as token ids.
 
 use serde_json::{Map, Value};
 
@@ -6,7 +6,7 @@ use super::line::{LineResult, field};
 use crate::nn::IGNORE_LABEL;
 use crate::train::example::Example;
 
-/// The keys of such a line, as transformers and TRL write them.
+/// Keys of such a line, as written by transformers and TRL.
 pub(super) const KEYS: [&str; 7] = [
     "input_ids",
     "labels",
@@ -17,7 +17,8 @@ pub(super) const KEYS: [&str; 7] = [
     "special_tokens_mask",
 ];
 
-/// The ids of a line. A token carries loss that has a label and is in every mask; padding is left out.
+/// Reads the ids of a line. A token carries loss if it has a label and is in every mask. Padding
+/// is dropped.
 pub(super) fn example(object: &Map<String, Value>) -> LineResult<Example> {
     let ids: Vec<u32> = field(object, "input_ids")?;
     let is_given = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
@@ -52,20 +53,20 @@ pub(super) fn example(object: &Map<String, Value>) -> LineResult<Example> {
     Example::new(ids[range.clone()].to_vec(), labels[range].to_vec()).map_err(|e| e.to_string())
 }
 
-/// A list of as many numbers as there are ids.
+/// Reads a list with one number per id.
 fn values(object: &Map<String, Value>, key: &str, ids: usize) -> LineResult<Vec<i64>> {
     let values: Vec<i64> = field(object, key)?;
-    if values.len() == ids { Ok(values) } else { Err(format!("has {} {key} for {ids} input_ids", values.len())) }
+    if values.len() == ids { Ok(values) } else { Err(format!("has {} {key}, but {ids} input_ids", values.len())) }
 }
 
-/// Checks that a model has a row for every id and label of an example.
+/// Checks that every id and label of an example is in the vocabulary.
 pub(super) fn check(example: &Example, rows: usize) -> LineResult<()> {
     if let Some(id) = example.ids().iter().find(|&&id| id as usize >= rows) {
-        return Err(format!("token {id} is outside the model's vocabulary of {rows}"));
+        return Err(format!("token {id} is outside the model's vocabulary of {rows} tokens"));
     }
     let known = |label: i64| label == IGNORE_LABEL || (0..rows as i64).contains(&label);
     match example.labels().find(|&label| !known(label)) {
-        Some(label) => Err(format!("`labels`: {label} is neither {IGNORE_LABEL} nor in the vocabulary of {rows}")),
+        Some(label) => Err(format!("`labels`: {label} is neither {IGNORE_LABEL} nor in the vocabulary of {rows} tokens")),
         None => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! An object to tokens: the forms of examples, and their keys.
+//! Converts objects to tokens: the forms of examples, and their keys.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::LazyLock;
@@ -16,7 +16,7 @@ use crate::train::example::Example;
 
 pub(super) type LineResult<T> = Result<T, String>;
 
-/// Keys that say where an example comes from, and nothing of what is to be learned. They are passed over, and counted.
+/// Keys that only describe where an example comes from. They are ignored and counted.
 const MEANINGLESS: [&str; 22] = [
     "id",
     "_id",
@@ -42,7 +42,7 @@ const MEANINGLESS: [&str; 22] = [
     "timestamp",
 ];
 
-/// The forms of examples, in the order in which they are looked for.
+/// Forms of examples, in the order in which they are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Form {
     Ids,
@@ -56,7 +56,7 @@ enum Form {
 impl Form {
     const ALL: [Form; 6] = [Form::Ids, Form::Messages, Form::Conversations, Form::Pair, Form::Instruction, Form::Text];
 
-    /// The keys that an object of this form must have.
+    /// Keys that an object of this form must have.
     fn required(self) -> &'static [&'static str] {
         match self {
             Form::Ids => &["input_ids"],
@@ -68,7 +68,7 @@ impl Form {
         }
     }
 
-    /// The other keys that it may have.
+    /// Other keys that it may have.
     fn optional(self, is_chat: bool) -> &'static [&'static str] {
         match self {
             Form::Ids => &ids::KEYS,
@@ -84,10 +84,10 @@ impl Form {
     }
 }
 
-/// Whether objects with these keys are examples.
+/// Checks whether objects with these keys are examples.
 ///
 /// # Errors
-/// Which keys are missing.
+/// The forms that are known.
 pub(super) fn check_columns(columns: &[String]) -> LineResult<()> {
     let form = Form::of(|key| columns.iter().any(|column| column == key));
     form.map(drop).ok_or_else(|| format!("known are {FORMS}"))
@@ -95,16 +95,16 @@ pub(super) fn check_columns(columns: &[String]) -> LineResult<()> {
 
 const FORMS: &str = "prompt and completion, messages, conversations, instruction and output, text, or input_ids";
 
-/// What lines are read with. Its errors say what is wrong with a line.
+/// Reads lines. Its errors say what is wrong with a line.
 pub(super) struct Reader<'a> {
-    /// Or why there is none.
+    /// The tokenizer, or why there is none.
     tokenizer: Result<&'a Tokenizer, String>,
     chat: Option<Result<ChatTemplate>>,
-    /// The words in the template's source: what it uses is among them.
+    /// Words in the template's source; every name that it uses is among them.
     words: HashSet<&'a str>,
     /// Rows of the model's embedding.
     vocabulary: Option<usize>,
-    /// Lines that have each of the keys that mean nothing.
+    /// Number of lines with each of the ignored keys.
     passed_over: [AtomicUsize; MEANINGLESS.len()],
 }
 
@@ -114,7 +114,7 @@ impl<'a> Reader<'a> {
             LazyLock::new(|| Regex::new(r"\w+").unwrap_or_else(|error| unreachable!("{error}")));
         let source = tokenizer.ok().and_then(Tokenizer::chat_template);
         Reader {
-            tokenizer: tokenizer.map_err(|error| format!("text needs the model's tokenizer: {error}")),
+            tokenizer: tokenizer.map_err(|error| format!("text requires the model's tokenizer: {error}")),
             chat: source.map(ChatTemplate::new),
             words: source.iter().flat_map(|source| WORD.find_iter(source)).map(|word| word.as_str()).collect(),
             vocabulary: vocabulary.or_else(|| tokenizer.ok().map(Tokenizer::vocab_size)),
@@ -122,13 +122,13 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The keys that were passed over, and how often.
+    /// The keys that were ignored, and how often.
     pub(super) fn passed_over(&self) -> Vec<(&'static str, usize)> {
         let counts = self.passed_over.iter().map(|count| count.load(Ordering::Relaxed));
         MEANINGLESS.into_iter().zip(counts).filter(|&(_, count)| count > 0).collect()
     }
 
-    /// The example of an object.
+    /// Reads the example in an object.
     pub(super) fn example(&self, object: &Map<String, Value>) -> LineResult<Example> {
         let example = self.tokens(object)?;
         self.check(&example)?;
@@ -138,7 +138,7 @@ impl<'a> Reader<'a> {
         Ok(example)
     }
 
-    /// A whole text, which is all that there is.
+    /// Reads a file that is a single text.
     pub(super) fn whole(&self, text: &str) -> LineResult<Example> {
         let example = self.text(text)?;
         self.check(&example)?;
@@ -156,7 +156,7 @@ impl<'a> Reader<'a> {
     fn tokens(&self, object: &Map<String, Value>) -> LineResult<Example> {
         let Some(form) = Form::of(|key| object.get(key).is_some_and(|value| !value.is_null())) else {
             let keys: Vec<_> = object.keys().map(String::as_str).collect();
-            return Err(format!("has the keys [{}]; known are {FORMS}", keys.join(", ")));
+            return Err(format!("has the keys [{}]; supported are {FORMS}", keys.join(", ")));
         };
         let is_chat = object.get("prompt").is_some_and(Value::is_array);
         self.check_keys(object, form, is_chat)?;
@@ -166,7 +166,7 @@ impl<'a> Reader<'a> {
             Form::Messages => self.conversation(object, self.messages(object, "messages")?),
             Form::Conversations => self.conversation(object, self.messages(object, "conversations")?),
             Form::Pair if is_chat => {
-                // Of a prompt nothing is learned, answers in it included.
+                // Nothing is learned from a prompt, including answers in it.
                 let mut prompt = self.given_messages(object, "prompt")?;
                 for message in prompt.iter_mut().filter_map(Value::as_object_mut) {
                     message.insert("weight".into(), 0.into());
@@ -180,7 +180,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Checks that every key of an object means something, or surely nothing.
+    /// Checks that every key of an object is used, or is known to be ignorable.
     fn check_keys(&self, object: &Map<String, Value>, form: Form, is_chat: bool) -> LineResult<()> {
         let used = || form.required().iter().chain(form.optional(is_chat));
         for (key, value) in object {
@@ -191,14 +191,14 @@ impl<'a> Reader<'a> {
             if !value.as_str().is_some_and(|text| repeats(key, text, texts())) {
                 let form = form.required().join("` and `");
                 return Err(format!(
-                    "the key `{key}` means nothing beside `{form}` and would be lost; remove it, or call it by a known name"
+                    "the key `{key}` isn't used beside `{form}` and would be lost; remove it, or rename it to a known key"
                 ));
             }
         }
         Ok(())
     }
 
-    /// Whether a key says nothing of what is to be learned; it is counted then.
+    /// Whether a key can be ignored; if so, counts it.
     fn is_meaningless(&self, key: &str) -> bool {
         let at = MEANINGLESS.iter().position(|known| *known == key);
         at.map(|at| self.passed_over[at].fetch_add(1, Ordering::Relaxed)).is_some()
@@ -218,7 +218,8 @@ impl<'a> Reader<'a> {
         if let Some(bos) = tokenizer.begin(tokens.first().map(|&(first, _)| first)) {
             example.push(bos, false);
         }
-        // A token that joins the end of the prompt and the start of the completion counts: else nothing teaches it.
+        // A token that spans the end of the prompt and the start of the completion carries loss,
+        // because no other token would teach it.
         for (id, span) in tokens {
             example.push(id, span.end > prompt.len());
         }
@@ -242,7 +243,7 @@ impl<'a> Reader<'a> {
             return self.chat(&system.into_iter().chain(turns).collect::<Vec<_>>().into());
         }
         if let Some(key) = ["system", "history"].into_iter().find(|key| is_given(object, key)) {
-            return Err(format!("`{key}` needs a chat template, which the model does not have"));
+            return Err(format!("`{key}` needs a chat template, but the model has none"));
         }
         let (paired, input) = match input.as_str() {
             "" => ("", String::new()),
@@ -261,11 +262,11 @@ impl<'a> Reader<'a> {
         chat_mask::tokenize(tokenizer, template.as_ref().map_err(Error::to_string)?, chat)
     }
 
-    /// A conversation with all that the object says beside its messages.
+    /// Reads a conversation, including what the object has besides its messages.
     fn conversation(&self, object: &Map<String, Value>, mut messages: Vec<Message>) -> LineResult<Example> {
         if is_given(object, "system") {
             if messages.first().is_some_and(|first| first.role() == "system") {
-                return Err("has `system` and a system message; give one of them".into());
+                return Err("has both `system` and a system message; keep only one".into());
             }
             messages.insert(0, Message::new("system", field::<String>(object, "system")?));
         }
@@ -279,7 +280,7 @@ impl<'a> Reader<'a> {
         self.chat(&chat)
     }
 
-    /// A list that the template must use. Tables and some data sets have it as a text of JSON.
+    /// Reads a list that the template must use. Tables and some data sets store it as JSON text.
     fn list(&self, object: &Map<String, Value>, key: &str) -> LineResult<Option<Value>> {
         if !is_given(object, key) {
             return Ok(None);
@@ -300,14 +301,15 @@ impl<'a> Reader<'a> {
         if self.chat.is_none() || self.words.contains(name) {
             return Ok(());
         }
-        Err(format!("`{name}`{place} would be lost: the model's chat template does not use it"))
+        Err(format!("`{name}`{place} would be lost: the model's chat template doesn't use it"))
     }
 
     fn messages(&self, object: &Map<String, Value>, key: &str) -> LineResult<Vec<Message>> {
         Message::list(&Value::Array(self.given_messages(object, key)?))
     }
 
-    /// The messages of a line as objects with `role` and `content`; ShareGPT calls these `from` and `value`.
+    /// Reads the messages of a line as objects with `role` and `content`; ShareGPT calls these
+    /// `from` and `value`.
     fn given_messages(&self, object: &Map<String, Value>, key: &str) -> LineResult<Vec<Value>> {
         let mut messages: Vec<Value> = match &object[key] {
             Value::Array(messages) => messages.clone(),
@@ -322,7 +324,7 @@ impl<'a> Reader<'a> {
                     fields.insert(new.into(), value);
                 }
             }
-            // Of a tool's answer, the name says which tool it was: the call says so too.
+            // In a tool's answer, `name` says which tool it was. The call says so too.
             let is_tool = fields.get("role").is_some_and(|role| role == "tool" || role == "function");
             for (field, value) in &*fields {
                 let known = ["role", "content", "weight"].contains(&field.as_str()) || is_tool && field == "name";
@@ -336,7 +338,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Whether a text says only what others say: it is one of them, or it is the `text` that some data sets make of all of them.
+/// Whether a text only repeats others: it equals one of them, or it is the `text` that some data
+/// sets build from all of them.
 fn repeats<'a>(key: &str, text: &str, parts: impl Iterator<Item = &'a Value>) -> bool {
     let mut texts = BTreeSet::new();
     for part in parts {
@@ -351,7 +354,7 @@ fn repeats<'a>(key: &str, text: &str, parts: impl Iterator<Item = &'a Value>) ->
     texts.contains(text) || key == "text" && !texts.is_empty() && texts.iter().all(|part| text.contains(part))
 }
 
-/// Whether an object has a value for a key that says something.
+/// Whether an object has a meaningful value for a key.
 pub(super) fn is_given(object: &Map<String, Value>, key: &str) -> bool {
     object.get(key).is_some_and(|value| !is_blank(value))
 }

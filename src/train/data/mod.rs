@@ -1,25 +1,28 @@
-//! Training text: files of examples to token ids and labels.
+//! Training text: reads files of examples and converts them to token ids and labels.
 //!
-//! A file is JSON Lines (an object a line; empty lines are passed over), a JSON list of objects, objects over several lines, a
-//! table of comma- or tab-separated values whose first row names its columns, or one text. The content tells which, whatever the
-//! name. Objects, and rows, have one of these forms:
+//! A file is JSON Lines (one object per line; empty lines are skipped), a JSON list of objects,
+//! objects over several lines, a table of comma- or tab-separated values whose first row names its
+//! columns, or one text. The content decides, whatever the file's name. Objects and table rows
+//! have one of these forms:
 //!
 //! | keys | becomes | loss on |
 //! |---|---|---|
-//! | `prompt`, `completion` | the prompt and right after it the completion; of two lists of messages, the chat template | the completion |
+//! | `prompt`, `completion` | completion right after prompt; lists of messages: chat template | completion |
 //! | `messages`: a list of `role`, `content` | the model's chat template | the assistant's turns |
 //! | `conversations`: a list of `from`, `value` | the same | the same |
-//! | `instruction`, `output`, perhaps `input` | two messages; without a chat template, the prompt of Stanford Alpaca | the output |
+//! | `instruction`, `output`, perhaps `input` | two messages, or Stanford Alpaca's prompt without a template | output |
 //! | `text` | itself | everything |
 //! | `input_ids`, perhaps `labels` | themselves | the labels that are not -100 |
 //!
-//! Chats may also have `tools`, `documents`, `chat_template_kwargs` and `system`, if the template uses them; instructions
-//! `system` and `history`, a list of questions with their answers; `input_ids` the masks `attention_mask`, `assistant_masks`
-//! and `completion_mask`. Keys that only say where an example comes from (`id`, `source` and the like) are counted. Any other
-//! key is an error, so that nothing is lost unseen.
+//! Chats may also have `tools`, `documents`, `chat_template_kwargs` and `system`, if the template
+//! uses them. Instructions may have `system` and `history`, a list of questions with their
+//! answers. `input_ids` may have the masks `attention_mask`, `assistant_masks` and
+//! `completion_mask`. Keys that only say where an example comes from (`id`, `source` and the like)
+//! are ignored and counted. Any other key is an error, so that nothing is lost unnoticed.
 //!
-//! A turn of the assistant ends with its end-of-turn token, and any other text with the tokenizer's end token, which is
-//! added where it is not written: these carry loss, or a model would not learn to stop.
+//! A turn of the assistant ends with its end-of-turn token. Any other text ends with the
+//! tokenizer's end token, which is added if it is missing. These tokens carry loss; otherwise a
+//! model wouldn't learn to stop.
 
 mod foreign;
 mod ids;
@@ -44,51 +47,55 @@ use crate::error::{Error, Result};
 use crate::seed::shuffled;
 use crate::text::Tokenizer;
 
-/// The path of standard input.
+/// Path that stands for standard input.
 pub const STDIN: &str = "-";
 
-/// How to read examples.
+/// Options for reading examples.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DataOptions {
-    /// Leave out lines that are malformed, and count them, instead of failing at the first.
+    /// Skip and count malformed lines instead of failing at the first.
     pub skip_bad_lines: bool,
-    /// Rows of the model's embedding, which bound ids and labels; `None`: as many as the tokenizer has ids.
+    /// Rows of the model's embedding, an upper bound for ids and labels; `None`: the number of the
+    /// tokenizer's ids.
     pub vocabulary: Option<usize>,
 }
 
-/// The examples of a file, in its order.
+/// The examples of a file, in the file's order.
 #[derive(Clone, Debug, Default)]
 pub struct Dataset {
-    /// At least one.
+    /// At least one example.
     pub examples: Vec<Example>,
-    /// How the file holds them.
+    /// Format of the file.
     pub format: Format,
-    /// Whether the one example is a text without lines: of any length, to be cut into pieces.
+    /// Whether the only example is a text without lines. It may have any length and is cut into
+    /// pieces.
     pub continuous: bool,
-    /// Lines (or objects, or rows) left out.
+    /// Number of lines (or objects, or rows) skipped.
     pub bad_lines: usize,
-    /// What was wrong with the first of them.
+    /// Error for the first of them.
     pub first_bad_line: Option<Error>,
-    /// Keys that mean nothing, each with how many lines have it.
+    /// Ignored keys, each with the number of lines that have it.
     pub passed_over: Vec<(&'static str, usize)>,
 }
 
 impl Dataset {
-    /// Reads the file at `path` once, which may be a pipe, or [`STDIN`], and tokenizes it on all cores. Only `input_ids` can do
-    /// without a tokenizer: text is then an error that says why there is none.
+    /// Reads the file at `path`, which may be a pipe or [`STDIN`], in a single pass, and tokenizes
+    /// it on all cores. Only `input_ids` work without a tokenizer; for text, the error says why
+    /// there is none.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read. [`Error::File`], with the number of the line, for a line that is malformed, of no known
-    /// form, refused by the chat template, without any token that carries loss, with an unknown key or an id outside the
-    /// vocabulary; and for a file that is none of text, or without examples.
+    /// [`Error::Io`] if it can't be read. [`Error::File`], with the line number, for a line that
+    /// is malformed, has no known form, is refused by the chat template, has no token with loss,
+    /// or has an unknown key or an id outside the vocabulary; also for a file that isn't text or
+    /// has no examples.
     pub fn read(path: impl AsRef<Path>, tokenizer: Result<&Tokenizer, &Error>, options: &DataOptions) -> Result<Self> {
         Dataset::read_with(path, tokenizer, options, |_| ())
     }
 
-    /// Like [`Dataset::read`]; `progress` is called after every line, with how many there are.
+    /// Like [`Dataset::read`]; calls `progress` after every line with the number of lines so far.
     ///
     /// # Errors
-    /// The same.
+    /// Same as [`Dataset::read`].
     pub fn read_with(
         path: impl AsRef<Path>,
         tokenizer: Result<&Tokenizer, &Error>,
@@ -116,7 +123,7 @@ impl Dataset {
         };
 
         let count = records.len();
-        // The first record that ends the reading: what comes after it need not be read.
+        // Index of the first record that ends reading; later ones needn't be read.
         let ends_at = AtomicUsize::new(usize::MAX);
         let read: Vec<_> = records
             .into_par_iter()
@@ -153,11 +160,11 @@ impl Dataset {
     }
 }
 
-/// The bytes of a file or a pipe; a device may have no end.
+/// Reads the bytes of a file or a pipe. A device might have no end.
 fn bytes(path: &Path) -> Result<Vec<u8>> {
     let metadata = fs::metadata(path).map_err(|e| Error::io(path, e))?;
     let refused =
-        |what: &str| Err(Error::File { path: path.into(), message: format!("is {what}, not a file of data") });
+        |what: &str| Err(Error::File { path: path.into(), message: format!("is {what}, not a data file") });
     if metadata.is_dir() {
         return refused("a directory");
     }
@@ -174,10 +181,11 @@ fn bytes(path: &Path) -> Result<Vec<u8>> {
 }
 
 impl Dataset {
-    /// Takes this share of the examples out, at least one and not all, which ones the seed decides.
+    /// Removes and returns this share of the examples: at least one and not all, chosen by the
+    /// seed.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if there is only one example, or the share is not between 0 and 1.
+    /// [`Error::Invalid`] if there is only one example, or the share isn't between 0 and 1.
     pub fn split(&mut self, share: f64, seed: u64) -> Result<Vec<Example>> {
         let count = self.examples.len();
         let invalid = |what, got: String, expected: &str| Error::Invalid {
@@ -190,7 +198,7 @@ impl Dataset {
             return Err(invalid("the share", share.to_string(), "it must be between 0 and 1"));
         }
         if count < 2 {
-            let expected = "a part to train on and a part to evaluate on take two; name a file to evaluate on instead";
+            let expected = "splitting needs at least two; give a separate file for evaluation instead";
             return Err(invalid("the number of examples", count.to_string(), expected));
         }
         let taken = ((share * count as f64).round() as usize).clamp(1, count - 1);

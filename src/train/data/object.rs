@@ -1,23 +1,23 @@
-//! JSON objects in which every key is there once: of two with one name, one would be lost.
+//! JSON objects without duplicate keys. With duplicates, a value would be lost.
 
 use std::fmt::{self, Formatter};
 
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-/// The object in a JSON text.
+/// Parses a JSON object.
 ///
 /// # Errors
-/// What is malformed, or the key that is there twice.
+/// Says what is malformed, or which key occurs twice.
 pub(super) fn read(text: &[u8]) -> serde_json::Result<Map<String, Value>> {
     let mut json = serde_json::Deserializer::from_slice(text);
     let value = json.deserialize_map(Strict)?;
     json.end()?;
-    // No other value comes of a map.
+    // A map deserializes only to an object.
     Ok(if let Value::Object(map) = value { map } else { Map::new() })
 }
 
-/// A value without a key that is there twice, at any depth.
+/// A value without duplicate keys at any depth.
 struct Strict;
 
 impl<'de> DeserializeSeed<'de> for Strict {

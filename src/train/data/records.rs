@@ -1,5 +1,5 @@
-//! What a file of training text holds, by its content: objects in one of several forms, or a text. The name counts only where
-//! the content does not tell.
+//! Finds out how a file stores training text, by its content: as objects in one of several forms,
+//! or as one text. The name only matters if the content is ambiguous.
 
 use std::fmt::{self, Display, Formatter};
 use std::path::Path;
@@ -12,18 +12,18 @@ use serde_json::{Deserializer, Map, Value};
 use super::table::{Rows, columns};
 use super::{foreign, object};
 
-/// How a file holds its examples.
+/// Formats of files with examples.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Format {
-    /// A JSON object a line.
+    /// One JSON object per line.
     #[default]
     JsonLines,
-    /// JSON objects over several lines, one after the other.
+    /// JSON objects over several lines, one after another.
     JsonObjects,
     /// A JSON list of objects.
     JsonList,
-    /// A table with the names of its columns in the first row, separated by this character.
+    /// A table with column names in the first row, separated by this character.
     Table(char),
     /// One text.
     Text,
@@ -42,15 +42,15 @@ impl Display for Format {
     }
 }
 
-/// What a file holds.
+/// Content of a file.
 pub(super) enum Content<'a> {
     Records(Format, Vec<Record<'a>>),
     Text(&'a str),
 }
 
-/// An object that is not read yet.
+/// An object that hasn't been parsed yet.
 pub(super) struct Record<'a> {
-    /// Where it begins, from 1.
+    /// Line where it begins, from 1.
     pub line: usize,
     pub source: Source<'a>,
 }
@@ -61,11 +61,11 @@ pub(super) enum Source<'a> {
 }
 
 impl Record<'_> {
-    /// The object, of a table with these columns.
+    /// Parses the object; in a table, with these columns.
     pub(super) fn object(&self, columns: &[String]) -> Result<Map<String, Value>, String> {
         match &self.source {
             Source::Json(text) => object::read(text).map_err(|e| {
-                // The line is that of the file.
+                // The line number refers to the file.
                 format!("is not a JSON object: {} at column {}", without_place(&e.to_string()), e.column())
             }),
             Source::Row(row) => {
@@ -78,10 +78,11 @@ impl Record<'_> {
     }
 }
 
-/// What `bytes` hold, and the columns if they are a table. `is_form` tells whether columns of these names make examples.
+/// Splits `bytes` into records, and returns the columns if it is a table. `is_form` tells whether
+/// columns of these names make up an example.
 ///
 /// # Errors
-/// What they are instead, or what is wrong with them.
+/// A description of what they are instead, or what is wrong with them.
 pub(super) fn read<'a>(
     bytes: &'a [u8],
     path: &Path,
@@ -117,18 +118,18 @@ pub(super) fn read<'a>(
     Ok((Content::Text(foreign::text(bytes)?), Vec::new()))
 }
 
-/// Lines that are not empty.
+/// Returns the lines that aren't empty.
 fn lines(bytes: &[u8]) -> Vec<Record<'_>> {
     let all = (1..).zip(bytes.split(|&byte| byte == b'\n'));
     let full = all.filter(|(_, line)| !line.trim_ascii().is_empty());
     full.map(|(line, text)| Record { line, source: Source::Json(text) }).collect()
 }
 
-/// The objects of a file of JSON, if it is one.
+/// Returns the objects of a file, if it is JSON.
 fn json(bytes: &[u8], called_json: bool) -> Result<Option<(Format, Vec<Record<'_>>)>, String> {
     static LIST: LazyLock<Regex> = LazyLock::new(|| expression(r#"\A\s*\[\s*\{\s*"(?:[^"\\]|\\.)*"\s*:"#));
     static OBJECT: LazyLock<Regex> = LazyLock::new(|| expression(r#"\A\s*\{\s*(?:"(?:[^"\\]|\\.)*"\s*:|\}\s*\z)"#));
-    /// Lines that are looked at.
+    /// Number of lines to look at.
     const SAMPLE: usize = 64;
 
     let full = || bytes.split(|&byte| byte == b'\n').filter(|line| !line.trim_ascii().is_empty());
@@ -143,7 +144,7 @@ fn json(bytes: &[u8], called_json: bool) -> Result<Option<(Format, Vec<Record<'_
             Err(_) => {}
         }
     }
-    // A text may begin with a brace, even with an object: most lines tell.
+    // A text may begin with a brace, or even with an object. What most lines are decides.
     let sample = full()
         .take(SAMPLE)
         .fold((0, 0), |(all, objects), line| (all + 1, objects + usize::from(OBJECT.is_match(line))));
@@ -164,10 +165,10 @@ fn expression(text: &str) -> Regex {
     Regex::new(text).unwrap_or_else(|error| unreachable!("{error}"))
 }
 
-/// The values in `bytes`, one after the other, or the elements of the list that they are.
+/// Returns the values in `bytes`, one after another, or the elements if it is a list.
 fn values(bytes: &[u8], is_list: bool) -> Result<Vec<Record<'_>>, String> {
     let (mut records, mut at, mut line) = (Vec::new(), 0, 1);
-    // What follows the white space from here.
+    // Skips white space and returns the next byte.
     let next = |at: &mut usize, line: &mut usize| {
         let rest = bytes[*at..].trim_ascii_start();
         let start = bytes.len() - rest.len();
@@ -214,7 +215,7 @@ fn values(bytes: &[u8], is_list: bool) -> Result<Vec<Record<'_>>, String> {
     }
 }
 
-/// What is wrong, without where in the text that was looked at.
+/// The error message, without a position in the parsed part.
 fn without_place(message: &str) -> &str {
     message.rsplit_once(" at line ").map_or(message, |(message, _)| message)
 }
@@ -227,7 +228,7 @@ mod tests {
         if columns.iter().any(|name| name == "prompt") { Ok(()) } else { Err("no prompt".into()) }
     }
 
-    /// The format, and the lines of its records; or the error.
+    /// Format and record lines, or the error.
     fn found(name: &str, text: impl AsRef<[u8]>) -> Result<(Format, Vec<usize>), String> {
         Ok(match read(text.as_ref(), name.as_ref(), is_form)?.0 {
             Content::Records(format, records) => (format, records.iter().map(|record| record.line).collect()),

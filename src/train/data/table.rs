@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 
 use csv_core::{ReadRecordResult, Reader, ReaderBuilder};
 
-/// The delimiter and the columns of a table, if the bytes are one: it is called so, its columns are those of examples, or its
-/// first rows have as many fields as there are columns, whose names are words.
+/// Returns delimiter and columns if the bytes are a table: the file is named like one, the columns
+/// match a form of examples, or the column names are words and the first rows have as many fields
+/// as there are columns.
 pub(super) fn columns(
     bytes: &[u8],
     called: bool,
     is_form: impl Fn(&[String]) -> Result<(), String>,
 ) -> Option<(char, Vec<String>)> {
-    /// Bytes and rows that are looked at.
+    /// Number of bytes and rows to look at.
     const START: usize = 64 << 10;
     const SAMPLE: usize = 20;
 
@@ -27,7 +28,7 @@ pub(super) fn columns(
         !name.is_empty() && name.len() <= 64 && name.chars().all(|c| c.is_alphanumeric() || "_-.".contains(c))
     };
     let is_like_one = || {
-        // A blank after a comma is a sentence's.
+        // A name with a space after the comma is part of a sentence, not a column name.
         let names: BTreeSet<&String> = written.iter().filter(|name| is_name(name)).collect();
         let mut rows = Rows::new(bytes, delimiter).skip(1).take(SAMPLE).peekable();
         names.len() == columns.len() && rows.peek().is_some() && rows.all(|(_, row)| row.len() == columns.len())
@@ -36,7 +37,7 @@ pub(super) fn columns(
     is_one.then_some((delimiter, columns))
 }
 
-/// The rows of a table, the names of the columns among them, each with the line where it begins.
+/// Rows of a table including the column names, each with the line where it begins.
 pub(super) struct Rows<'a> {
     reader: Reader,
     rest: &'a [u8],
@@ -60,7 +61,7 @@ impl Iterator for Rows<'_> {
     type Item = (usize, Vec<String>);
 
     fn next(&mut self) -> Option<Self::Item> {
-        // Empty lines, and what is left of the end of the last one.
+        // Empty lines, and the rest of the last line's end.
         let empty = self.rest.iter().take_while(|byte| b"\r\n".contains(byte)).count();
         self.advance(empty);
         let line = self.line;

@@ -1,4 +1,4 @@
-//! Memory that is taken and given back, and never there: a device's pool without its buffers.
+//! Simulated memory pool without buffers: allocations are counted, not made.
 
 use std::cell::RefCell;
 use std::ops::{Index, IndexMut};
@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::kernels::Scratch;
 use crate::tensor::{TensorId, element_count};
 
-/// What memory is for.
+/// Uses of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
     Base,
@@ -23,26 +23,26 @@ pub(super) enum Part {
     Logits,
 }
 
-/// Bytes on the device, by what they are for.
+/// Bytes on the device by use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Parts {
-    /// Matrices, norms, biases and the table of rotations.
+    /// Matrices, norms, biases and the rotary table.
     pub base: u64,
     /// A, B and DoRA's magnitudes.
     pub adapters: u64,
-    /// Of the adapters.
+    /// Gradients of the adapters.
     pub gradients: u64,
-    /// AdamW's two moments of each value that is trained.
+    /// AdamW's two moments per trained value.
     pub optimizer: u64,
-    /// Everything else that a step makes: what is saved for the way back, gradients that are on their way, what kernels take
-    /// beside their results, and the batches.
+    /// Everything else in a step: values saved for the backward pass, gradients in transit,
+    /// scratch memory of kernels, and the batches.
     pub activations: u64,
-    /// Of as many tokens as are handled at a time.
+    /// Logits of one chunk of tokens.
     pub logits: u64,
 }
 
 impl Parts {
-    /// All of them.
+    /// Sum of all parts.
     pub fn total(&self) -> u64 {
         self.base + self.adapters + self.gradients + self.optimizer + self.activations + self.logits
     }
@@ -76,24 +76,25 @@ impl IndexMut<Part> for Parts {
     }
 }
 
-/// What a training step is doing.
+/// Phase of a training step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Moment {
-    /// Nothing yet: the model is there.
+    /// Not started; the model is loaded.
     #[default]
     Loaded,
     /// The decoder's layers.
     Forward,
-    /// The head, whose gradient is found on the way.
+    /// The head. Its gradient is computed along with the loss.
     Loss,
-    /// The way back, and in it layers that run again.
+    /// The backward pass, including recomputed layers.
     Backward,
     /// The optimizer.
     Update,
 }
 
-/// The memory of a device: its own pool, of nothing, asked for the same sizes in the same order.
+/// Memory of a device: a pool like the device's, but without buffers. It gets the same requests in
+/// the same order.
 pub(super) struct Ledger {
     pub device: Device,
     pool: Pool<()>,
@@ -109,18 +110,18 @@ struct Tally {
     moment: Moment,
 }
 
-/// What a ledger has seen.
+/// Maxima that a ledger has recorded.
 pub(super) struct Seen {
-    /// The most of each part.
+    /// Maximum of each part.
     pub most: Parts,
-    /// All parts when their sum was largest, and when that was.
+    /// All parts when their sum was largest, and the phase.
     pub at_peak: Parts,
     pub moment: Moment,
-    /// The most of all, with what the pool kept.
+    /// Maximum held in total, including memory that the pool keeps.
     pub held: u64,
 }
 
-/// Some memory; clones share it, and the last one gives it back.
+/// A piece of memory. Clones share it; the last one returns it.
 #[derive(Clone)]
 pub(super) struct Bytes(Rc<Held>);
 
@@ -136,15 +137,15 @@ impl Ledger {
         Rc::new(Ledger { device: device.clone(), pool: Pool::new(None), tally: RefCell::default() })
     }
 
-    /// What happens from now on.
+    /// Sets the current phase.
     pub fn begin(&self, moment: Moment) {
         self.tally.borrow_mut().now = moment;
     }
 
-    /// A tensor of so many values.
+    /// Allocates a tensor of this shape.
     ///
     /// # Errors
-    /// Those of a tensor of that size on the device: [`Error::TooLarge`](crate::Error::TooLarge),
+    /// Same as for such a tensor on the device: [`Error::TooLarge`](crate::Error::TooLarge),
     /// [`Error::Invalid`](crate::Error::Invalid).
     pub fn tensor(self: &Rc<Self>, part: Part, shape: &[usize]) -> Result<Bytes> {
         self.values(part, element_count(shape)?)
@@ -155,7 +156,7 @@ impl Ledger {
         Ok(self.take(part, size, true))
     }
 
-    /// Bytes that so many 32-bit values take from the pool.
+    /// Bytes that this many 32-bit values take from the pool.
     fn pooled_bytes(&self, values: usize) -> Result<u64> {
         let bytes = 4 * values as u64;
         match &self.device {
@@ -164,7 +165,7 @@ impl Ledger {
         }
     }
 
-    /// Bytes of u32 values.
+    /// Bytes of this many u32 values.
     pub fn index_bytes(&self, values: usize) -> Result<u64> {
         match &self.device {
             Device::Cpu(_) => Ok(4 * values as u64),
@@ -172,12 +173,12 @@ impl Ledger {
         }
     }
 
-    /// Bytes that stay.
+    /// Allocates bytes that don't come from the pool.
     pub fn fixed(self: &Rc<Self>, part: Part, size: u64) -> Bytes {
         self.take(part, size, false)
     }
 
-    /// What a kernel takes beside its result, and gives back.
+    /// Allocates a kernel's scratch memory and returns it.
     pub fn scratch(self: &Rc<Self>, scratch: &Scratch) -> Result<()> {
         let new = |&values: &usize| self.values(Part::Activations, values);
         let _kept = scratch.kept.iter().map(new).collect::<Result<Vec<_>>>()?;
@@ -186,14 +187,14 @@ impl Ledger {
         let alive = tasks.len().min(rayon::current_num_threads());
         let largest = tasks[..alive].iter().flat_map(|values| std::iter::repeat_n(values, scratch.of_task));
         drop(largest.map(new).collect::<Result<Vec<_>>>()?);
-        // The pool keeps one of every size that comes.
+        // The pool keeps one buffer of each size.
         tasks.dedup();
         tasks.iter().try_for_each(|values| new(values).map(drop))
     }
 
     fn take(self: &Rc<Self>, part: Part, size: u64, pooled: bool) -> Bytes {
         if pooled {
-            // Nothing is behind it: what it answers does not matter.
+            // The pool has no buffers, so its answer doesn't matter.
             self.pool.take(size, true);
         } else {
             self.pool.count(size);
@@ -214,19 +215,19 @@ impl Ledger {
 }
 
 impl Bytes {
-    /// As much for another part.
+    /// Allocates the same size for another part.
     pub fn another(&self, part: Part) -> Bytes {
         self.0.ledger.take(part, self.0.size, true)
     }
 
-    /// Added to the sum where there is one.
+    /// Adds this to the sum, if there is one.
     pub fn added_to(self, sum: Option<Bytes>) -> Result<Bytes> {
         let Some(mut sum) = sum else { return Ok(self) };
         sum.add_in_place(&self)?;
         Ok(sum)
     }
 
-    /// As a tensor's: makes this the only one with its memory.
+    /// Gives this its own memory if clones share it, as a tensor would.
     pub fn unshare(&mut self) {
         if Rc::strong_count(&self.0) > 1 {
             *self = self.another(self.0.part);

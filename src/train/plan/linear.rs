@@ -1,4 +1,4 @@
-//! A linear layer's passes, in memory alone: `nn/train.rs`, allocation by allocation.
+//! Passes of a linear layer in simulated memory: follows `nn/train.rs`, allocation by allocation.
 
 use std::cell::OnceCell;
 use std::rc::Rc;
@@ -18,7 +18,7 @@ pub(super) struct Linear {
     pub adapter: Option<Adapter>,
 }
 
-/// A [r, d_in], B [d_out, r], and for DoRA a magnitude `[d_out]` and its factor.
+/// A [r, d_in], B [d_out, r] and, for DoRA, a magnitude `[d_out]` and its factor.
 pub(super) struct Adapter {
     pub rank: usize,
     pub a: Bytes,
@@ -27,14 +27,14 @@ pub(super) struct Adapter {
     pub factor: OnceCell<Factor>,
 }
 
-/// n and m / n.
+/// DoRA's n and m / n.
 #[derive(Clone)]
 pub(super) struct Factor {
     _norm: Bytes,
     _c: Bytes,
 }
 
-/// The factors of a matrix's rows, and the rows packed with them: as `RowFactors` of the kernels has them.
+/// Row factors of a matrix and its packed rows, like the kernels' `RowFactors`.
 #[derive(Clone, Default)]
 pub(super) struct Factors {
     factors: Rc<OnceCell<Bytes>>,
@@ -42,7 +42,8 @@ pub(super) struct Factors {
 }
 
 impl Factors {
-    /// What a product does that stages so many rows of `k` values, or none, and a kernel beside it.
+    /// Allocates what a product finds for its input: row factors and packed rows of `k` values, if
+    /// it stages rows.
     pub fn find(&self, ledger: &Rc<Ledger>, [rows, k]: [usize; 2], stages: bool) -> Result<()> {
         let packs = stages && self.factors.get().is_none() && rows::packs(&ledger.device);
         self.find_alone(ledger, rows, stages)?;
@@ -53,7 +54,7 @@ impl Factors {
         Ok(())
     }
 
-    /// What another kernel does.
+    /// Allocates what other kernels find: row factors only.
     fn find_alone(&self, ledger: &Rc<Ledger>, rows: usize, stages: bool) -> Result<()> {
         if stages && self.factors.get().is_none() {
             let factors = ledger.tensor(Part::Activations, &[rows])?;
@@ -67,7 +68,7 @@ impl Factors {
     }
 }
 
-/// What the backward pass needs; dropped with it.
+/// Values that the backward pass needs; dropped with it.
 struct Saved {
     _x: Bytes,
     x_factors: Factors,
@@ -76,7 +77,8 @@ struct Saved {
 }
 
 impl Adapter {
-    /// What is trained, in the order of [`LoraAdapter::parameters`](crate::nn::LoraAdapter::parameters).
+    /// Trained tensors, in the order of
+    /// [`LoraAdapter::parameters`](crate::nn::LoraAdapter::parameters).
     pub fn parameters(&self) -> impl Iterator<Item = &Bytes> {
         [&self.a, &self.b].into_iter().chain(&self.magnitude)
     }
@@ -88,7 +90,7 @@ impl Linear {
         Ok(y)
     }
 
-    /// With a residual added, by a layer with a bias or without.
+    /// Adds a residual; `bias` says whether the layer has a bias.
     pub fn record_onto<'a>(
         &'a self,
         pass: &'a Pass<'a>,
@@ -105,7 +107,7 @@ impl Linear {
         Ok(y)
     }
 
-    /// X * W^T and its scratch.
+    /// X * W^T with its scratch memory.
     fn product(&self, pass: &Pass<'_>, x: &Factors) -> Result<Bytes> {
         let y = pass.tensor(self.d_out)?;
         x.find(pass.ledger, [pass.tokens, self.d_in], qmatmul::stages(&pass.ledger.device, pass.tokens))?;
@@ -113,7 +115,7 @@ impl Linear {
         Ok(y)
     }
 
-    /// dY * W, added to `sum`, and its scratch.
+    /// dY * W, added to `sum`, with its scratch memory.
     fn product_dx(&self, pass: &Pass<'_>, dy: &Factors, sum: Option<Bytes>) -> Result<Bytes> {
         let in_place = qmatmul_dx::adds_in_place(&pass.ledger.device);
         pass.gradient(sum, self.d_in, in_place, || {
@@ -122,7 +124,8 @@ impl Linear {
         })
     }
 
-    /// H, where it is made beside those of the layers that read the same x: of an adapter that is not DoRA's.
+    /// H, if it is computed together with that of other layers reading the same x. DoRA computes
+    /// it alone.
     fn down_beside(&self, pass: &Pass<'_>, x: &Factors) -> Result<Option<Bytes>> {
         let adapter = self.adapter.as_ref().filter(|adapter| adapter.magnitude.is_none());
         adapter.map(|adapter| self.down(adapter, pass, x, pass.dropout)).transpose()
@@ -215,7 +218,7 @@ impl Linear {
     }
 }
 
-/// Layers that read the same x: `run_all` of `nn/train.rs`, recorded.
+/// Records layers that read the same x, like `run_all` in `nn/train.rs`.
 pub(super) fn record_all<'a, const N: usize>(
     layers: [&'a Linear; N],
     pass: &'a Pass<'a>,

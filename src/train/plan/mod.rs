@@ -1,20 +1,24 @@
-//! What a training run needs in memory, before it is loaded.
+//! Memory plans: what a training run needs, before anything is loaded.
 //!
-//! Nothing is fitted: a plan is a training step without values. It records the tape of a step ([`crate::autograd`]), frees
-//! what the way back frees, and asks a pool like the device's for the sizes that layers and kernels ask for, kernels' scratch
-//! memory included; only the bytes are counted. Matrices count with what the headers of their files say
+//! A plan isn't an estimate from fitted numbers. It is a training step without values: it records
+//! the tape of a step ([`crate::autograd`]), frees what the backward pass frees, and requests the
+//! sizes that layers and kernels request (including scratch memory) from a pool like the device's.
+//! Only the bytes are counted. Sizes of matrices come from the headers of their files
 //! ([`ModelSpec`]).
 //!
-//! Memory is largest at one of three moments. Without checkpoints it is at the end of the forward pass, when all layers have
-//! saved what their backward needs: at the loss, where a chunk of logits is there too, or where the way back begins, in the
-//! last layer, whose gradients come on top. With checkpoints only the inputs of the layers are there at the loss, and a layer
-//! that runs again on the way back may weigh more than the logits; gradients of adapters gather meanwhile, so that it
-//! may be the first layer. From the second micro-batch on all gradients are there from the start.
+//! Memory peaks at one of three moments. Without recomputation it is at the end of the forward
+//! pass, when all layers have saved what their backward pass needs: either at the loss, where a
+//! chunk of logits is added, or at the start of the backward pass, where the gradients of the last
+//! layer are added. With recomputation only the inputs of the layers are saved at the loss, and a
+//! layer that runs again in the backward pass may need more than the logits. Meanwhile the
+//! adapters' gradients accumulate, so the peak may be in the first layer. From the second
+//! micro-batch on, all gradients exist from the start.
 //!
-//! Two numbers matter. [`Plan::peak_bytes`] is what tensors and matrices take at the worst moment: the `peak_bytes` of
-//! [`MemoryCounters`](crate::device::MemoryCounters). A device's pool keeps freed memory for the next tensor of that size, so
-//! that a process holds more: [`Plan::held_bytes`], the `peak_held_bytes` there, and what should fit. Not counted are what a
-//! driver takes for itself, files that are mapped (the system may drop their pages), and while a model is loaded, one of its
+//! Two numbers matter. [`Plan::peak_bytes`] is the peak of tensors and matrices: the `peak_bytes`
+//! of [`MemoryCounters`](crate::device::MemoryCounters). A device's pool keeps freed memory for
+//! the next tensor of that size, so a process holds more: [`Plan::held_bytes`], the counters'
+//! `peak_held_bytes`. This is what has to fit. Not counted are memory that a driver takes for
+//! itself, mapped files (the system may drop their pages) and, while a model is loaded, one of its
 //! matrices in host memory.
 
 mod ledger;
@@ -34,43 +38,45 @@ use crate::nn::{ModelConfig, ModelSpec};
 
 const OP: &str = "plan";
 
-/// The share of a device's memory that [`Plan::fit`] fills, in percent: the rest is for the driver, the desktop and others.
+/// Percentage of a device's memory that [`Plan::fit`] fills. The rest is for the driver, the
+/// desktop and other programs.
 pub const MEMORY_PERCENT: u64 = 90;
 
-/// The micro-batches of a step, all of one shape.
+/// Micro-batches of a step, all of the same shape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct MicroBatches {
-    /// How many make a step.
+    /// Number of micro-batches per step.
     pub count: usize,
-    /// Sequences of each.
+    /// Sequences in each.
     pub rows: usize,
-    /// Tokens a sequence, padding included.
+    /// Tokens per sequence, padding included.
     pub tokens: usize,
 }
 
-/// What a training run takes on a device, in bytes.
+/// Memory of a training run on a device, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Plan {
-    /// For these steps.
+    /// The micro-batches that were planned for.
     pub batches: MicroBatches,
-    /// The most that each part takes.
+    /// Maximum of each part.
     pub most: Parts,
-    /// What each part takes when all together take most.
+    /// Each part at the peak of their sum.
     pub at_peak: Parts,
-    /// When that is.
+    /// Phase of the peak.
     pub moment: Moment,
-    /// The sum of `at_peak`.
+    /// Sum of `at_peak`.
     pub peak_bytes: u64,
-    /// The most that the device's pool holds, with freed memory that it keeps for reuse.
+    /// Maximum held by the device's pool, including freed memory that it keeps for reuse.
     pub held_bytes: u64,
 }
 
 impl Plan {
-    /// What it takes to train an adapter of this configuration on the model.
+    /// Plans training an adapter with this configuration on the model.
     ///
     /// # Errors
-    /// Those that the run would end with: [`Error::TooLarge`] for a tensor over the device's binding limit,
-    /// [`Error::Invalid`] for sequences longer than the model's, an adapter that fits no layer, and a batch without tokens.
+    /// Those that the run would end with: [`Error::TooLarge`] for a tensor over the device's
+    /// binding limit, [`Error::Invalid`] for sequences longer than the model's, an adapter that
+    /// fits no layer, or a batch without tokens.
     pub fn new(
         model: &ModelSpec,
         adapter: &PeftConfig,
@@ -81,7 +87,7 @@ impl Plan {
         let MicroBatches { count, rows, tokens } = batches;
         if count == 0 || rows == 0 || tokens == 0 {
             let got = format!("{count} micro-batches of {rows} rows of {tokens} tokens");
-            return Err(Error::Invalid { op: OP, what: "the step", got, expected: "it has at least one token".into() });
+            return Err(Error::Invalid { op: OP, what: "the step", got, expected: "it needs at least one token".into() });
         }
         model.config().check_positions(OP, tokens)?;
         crate::tensor::element_count(&[rows, tokens])?;
@@ -89,7 +95,7 @@ impl Plan {
         let ledger = Ledger::new(device);
         let mut trained = Model::new(&ledger, model, adapter, tokens)?;
         let _batches = ledger.fixed(Part::Activations, batch_bytes(&ledger, model.config(), &batches)?);
-        // The optimizer's moments come with the first step; the second finds them.
+        // The first step creates the optimizer's moments; from the second on they exist.
         for _ in 0..2 {
             trained.step(&batches, options.checkpoint_activations)?;
         }
@@ -97,11 +103,11 @@ impl Plan {
         Ok(Plan { batches, most, at_peak, moment, peak_bytes: at_peak.total(), held_bytes: held })
     }
 
-    /// The plan of the largest micro-batch, of 1, 2, 4 or 8 rows, that holds at most [`MEMORY_PERCENT`] of `memory` bytes;
-    /// that of one row if none does. The other numbers are those of `batches`.
+    /// Plans the largest micro-batch of 1, 2, 4 or 8 rows that holds at most [`MEMORY_PERCENT`] of
+    /// `memory` bytes, or one row if none does. The other numbers are those of `batches`.
     ///
     /// # Errors
-    /// Those of one row.
+    /// Those of planning one row.
     pub fn fit(
         model: &ModelSpec,
         adapter: &PeftConfig,
@@ -137,8 +143,9 @@ impl Plan {
     }
 }
 
-/// Bytes of the micro-batches of a step, which are on the device together: ids, positions, labels, and for every
-/// visibility the range of keys of each query, and on a GPU that of queries of each key.
+/// Bytes of a step's micro-batches, which are on the device together: ids, positions, labels and,
+/// for each visibility, the range of keys of each query; on a GPU also the range of queries of
+/// each key.
 fn batch_bytes(ledger: &Ledger, config: &ModelConfig, batches: &MicroBatches) -> Result<u64> {
     let &MicroBatches { count, rows, tokens } = batches;
     let m = rows * tokens;

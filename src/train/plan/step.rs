@@ -1,5 +1,6 @@
-//! A training step in memory alone: `nn/decoder.rs`, `autograd/ops.rs` and [`Trainer::step`](crate::train::Trainer::step),
-//! allocation by allocation, on the very tape that a step records.
+//! A training step in simulated memory: follows `nn/decoder.rs`, `autograd/ops.rs` and
+//! [`Trainer::step`](crate::train::Trainer::step) allocation by allocation, on the same tape that
+//! a step records on.
 
 use std::cell::OnceCell;
 use std::rc::Rc;
@@ -19,26 +20,27 @@ use crate::kernels::{attention_backward, qmatmul, qmatmul_dx};
 use crate::nn::adapters::targeted;
 use crate::nn::{ModelConfig, ModelSpec};
 
-/// What every op of a micro-batch's passes asks.
+/// Context shared by all ops of a micro-batch.
 pub(super) struct Pass<'a> {
     pub ledger: &'a Rc<Ledger>,
-    /// M.
+    /// Number of tokens, M.
     pub tokens: usize,
-    /// Whether the adapters drop something.
+    /// Whether the adapters use dropout.
     pub dropout: bool,
     heads: AttentionShape,
-    /// Without a window and with one, where that changes something.
+    /// Visibility without a window, and with one if some sequence is longer.
     visibility: &'a Visibility,
     windowed: Option<&'a Visibility>,
 }
 
 impl Pass<'_> {
-    /// A tensor [M, `width`].
+    /// Allocates a tensor [M, `width`].
     pub fn tensor(&self, width: usize) -> Result<Bytes> {
         self.ledger.tensor(Part::Activations, &[self.tokens, width])
     }
 
-    /// The gradient [M, `width`] that a kernel adds to `sum`, `in_place` or afterwards, and what it takes `beside`.
+    /// The gradient [M, `width`], added to `sum` either `in_place` or afterwards. `beside`
+    /// allocates the kernel's other memory.
     pub fn gradient(
         &self,
         sum: Option<Bytes>,
@@ -156,11 +158,11 @@ impl Pass<'_> {
     }
 }
 
-/// A model with adapters, and the optimizer's moments once there are any.
+/// A model with adapters, and the optimizer's moments once they exist.
 pub(super) struct Model {
     ledger: Rc<Ledger>,
     config: ModelConfig,
-    /// Layer after layer.
+    /// Linear modules, layer by layer.
     linears: Vec<Linear>,
     dropout: bool,
     moments: Vec<Bytes>,
@@ -168,7 +170,7 @@ pub(super) struct Model {
 }
 
 impl Model {
-    /// The model as it is loaded, with new adapters, for sequences of `tokens`.
+    /// The model as loaded, with new adapters, for sequences of `tokens` tokens.
     pub fn new(ledger: &Rc<Ledger>, spec: &ModelSpec, adapter: &PeftConfig, tokens: usize) -> Result<Model> {
         let config = spec.config().clone();
         let mut base = vec![ledger.fixed(Part::Base, spec.matrix_bytes(&ledger.device)?)];
@@ -198,14 +200,14 @@ impl Model {
             };
             linears.push(Linear { d_out, d_in, adapter });
         }
-        // A longer table takes the place of the first when a sequence asks for it.
+        // A longer rotary table replaces the first one when a sequence needs it.
         let longer = config.rope_positions(tokens) > config.rope_positions(0);
         base.extend(if longer { rope(tokens)? } else { first });
         let dropout = adapter.lora_dropout > 0.0;
         Ok(Model { ledger: ledger.clone(), config, linears, dropout, moments: Vec::new(), _base: base })
     }
 
-    /// A step over `batches`, which are on the device already.
+    /// A step over `batches`, which are already on the device.
     pub fn step(&mut self, batches: &MicroBatches, checkpoint: bool) -> Result<()> {
         let found = self.gradients(batches, checkpoint)?;
         self.ledger.begin(Moment::Update);
@@ -226,7 +228,7 @@ impl Model {
         Ok(())
     }
 
-    /// The loss, and the gradients.
+    /// The loss and the gradients.
     fn gradients(&self, batches: &MicroBatches, checkpoint: bool) -> Result<(Option<Bytes>, Gradients<Bytes>)> {
         let &MicroBatches { count, rows, tokens } = batches;
         let config = &self.config;
@@ -246,7 +248,7 @@ impl Model {
             windowed: windowed.as_ref(),
         };
         let (mut total, mut gradients) = (None, Gradients::default());
-        // The third micro-batch and later ones find what the second does.
+        // From the third micro-batch on, everything is as in the second.
         for _ in 0..count.min(2) {
             let mut tape = Tape::empty(false);
             self.ledger.begin(Moment::Forward);
@@ -275,7 +277,7 @@ impl Model {
     }
 }
 
-/// As `DecoderLayer::forward`: what lives on there until the end does so here.
+/// Like `DecoderLayer::forward`. What stays alive until its end does so here too.
 fn layer<'a>(
     [q, k, v, o, gate, up, down]: &'a [Linear; 7],
     config: &ModelConfig,
