@@ -1,17 +1,18 @@
-//! The serialized 4-bit weights of bitsandbytes (`Linear4bit.state_dict()`), as transformers saves
-//! them. One quantized weight `W` (such as `model.layers.0.mlp.up_proj.weight`) is several tensors:
+//! Serialized 4-bit weights of bitsandbytes (`Linear4bit.state_dict()`), as saved by transformers.
+//! A quantized weight `W`, such as `model.layers.0.mlp.up_proj.weight`, consists of several
+//! tensors:
 //!
 //! | key | type | shape |
 //! |---|---|---|
-//! | `W` | U8, or any type that the bytes were stored as | `[ceil(n / 2), 1]` |
+//! | `W` | U8, or another type with the same bytes | `[ceil(n / 2), 1]` |
 //! | `W.absmax` | F32, or U8 if double-quantized | `[blocks]` |
 //! | `W.quant_map` | F32 | `[16]` |
 //! | `W.nested_absmax` | F32, if double-quantized | `[ceil(blocks / nested_blocksize)]` |
 //! | `W.nested_quant_map` | F32, if double-quantized | `[256]` |
 //! | `W.quant_state.bitsandbytes__nf4` or `__fp4` | U8 | JSON text |
 //!
-//! bitsandbytes has no INT4. This crate writes it under the same keys with
-//! `W.quant_state.qlora__int4`, which only this crate reads.
+//! bitsandbytes has no INT4. This crate writes it with the same keys and
+//! `W.quant_state.qlora__int4`; only this crate reads it.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -26,12 +27,13 @@ use crate::quant::{Codebook, DoubleQuant, DoubleScales, Dtype, Format, Parts, Qu
 const STATE: &str = "quant_state.";
 const SIDE_TENSORS: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"];
 
-/// Names of the 4-bit weights among `tensors`: those that have a `quant_state`.
+/// Returns the names of the 4-bit weights among `tensors`: those with a `quant_state`.
 pub fn quantized_weights(tensors: &impl Tensors) -> BTreeSet<&str> {
     tensors.names().filter_map(|key| Some(key.split_once(".quant_state.")?.0)).collect()
 }
 
-/// The weight that `key` is a side tensor of, by its name alone: `a.weight` for `a.weight.absmax`.
+/// Returns the weight that a side tensor belongs to, by its name alone: `a.weight` for
+/// `a.weight.absmax`.
 pub fn weight_of(key: &str) -> Option<&str> {
     if let Some((weight, _)) = key.split_once(".quant_state.") {
         return Some(weight);
@@ -40,12 +42,12 @@ pub fn weight_of(key: &str) -> Option<&str> {
     SIDE_TENSORS.contains(&side).then_some(weight)
 }
 
-/// Reads the 4-bit weight called `weight` (the key of its codes, as in [`quantized_weights`]).
+/// Reads the 4-bit weight named `weight` (the key of its codes, as in [`quantized_weights`]).
 ///
 /// # Errors
-/// [`Error::Tensor`] with the key at fault: a tensor that is missing or of the wrong type or length,
-/// more than one `quant_state`, or one whose JSON lacks a key, has an unknown one, or contradicts the
-/// tensors.
+/// [`Error::Tensor`] with the key at fault: a missing tensor, a wrong type or length, more than
+/// one `quant_state`, or a `quant_state` whose JSON lacks a key, has an unknown one, or
+/// contradicts the tensors.
 pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
     let Header { format, rows, cols, block, nested, dtype } = read_header(tensors, weight)?;
     let absmax_key = format!("{weight}.absmax");
@@ -53,7 +55,7 @@ pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
     let scales = match nested {
         None => Scales::Plain(floats(tensors, &absmax_key)?.into_owned()),
         Some(_) if absmax.dtype != TensorType::U8 => {
-            let message = format!("is {}, but its quant_state says nested, which is U8", absmax.dtype);
+            let message = format!("is {}, but its quant_state says nested, which needs U8", absmax.dtype);
             return Err(tensors.tensor_error(&absmax_key, message));
         }
         Some(Nested { super_block, offset }) => Scales::Double(DoubleScales {
@@ -70,7 +72,7 @@ pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
         .map_err(|e| tensors.tensor_error(weight, e))
 }
 
-/// How a 4-bit weight is stored.
+/// Storage of a 4-bit weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Storage {
     /// NF4, FP4 or INT4.
@@ -79,23 +81,24 @@ pub struct Storage {
     pub shape: [usize; 2],
     /// Weights per scale.
     pub block: usize,
-    /// Scales per super-scale, if the scales are quantized too.
+    /// Scales per super-scale, if the scales are quantized.
     pub super_block: Option<usize>,
-    /// Bytes of all its tensors, tables and `quant_state` included.
+    /// Size of all its tensors in bytes, including tables and `quant_state`.
     pub bytes: usize,
 }
 
-/// How the 4-bit weight called `weight` is stored, by its `quant_state`; no values are read.
+/// Returns the storage of the 4-bit weight named `weight`, from its `quant_state`. Reads no
+/// values.
 ///
 /// # Errors
-/// [`Error::Tensor`] with the key at fault: a `quant_state` that [`read`] would refuse, or codes of another length than
-/// its shape asks for.
+/// [`Error::Tensor`] with the key at fault: a `quant_state` that [`read`] would refuse, or codes
+/// whose length doesn't match its shape.
 pub fn storage(tensors: &impl Tensors, weight: &str) -> Result<Storage> {
     let Header { format, rows, cols, block, nested, .. } = read_header(tensors, weight)?;
     let codes = tensors.tensor(weight)?.bytes.len();
     if rows.checked_mul(cols).map(|values| values.div_ceil(2)) != Some(codes) {
         return Err(tensors
-            .tensor_error(weight, format!("has {codes} bytes of codes, which are not those of [{rows}, {cols}]")));
+            .tensor_error(weight, format!("has {codes} bytes of codes, which doesn't match [{rows}, {cols}]")));
     }
     let sides = SIDE_TENSORS.iter().map(|side| format!("{weight}.{side}"));
     let state = state_name(format).map(|name| format!("{weight}.{STATE}{name}"));
@@ -105,7 +108,7 @@ pub fn storage(tensors: &impl Tensors, weight: &str) -> Result<Storage> {
     Ok(Storage { format, shape: [rows, cols], block, super_block, bytes })
 }
 
-/// What a `quant_state` says, checked.
+/// Contents of a `quant_state`, checked.
 struct Header {
     format: Format,
     rows: usize,
@@ -132,10 +135,10 @@ fn read_header(tensors: &impl Tensors, weight: &str) -> Result<Header> {
     Ok(Header { format, rows, cols, block: state.blocksize, nested, dtype })
 }
 
-/// How the 4-bit weight called `weight` is stored, from its `quant_state` alone.
+/// Returns the format of the 4-bit weight named `weight`, from its `quant_state` alone.
 ///
 /// # Errors
-/// Same as [`read`], of what the `quant_state` says.
+/// Same as [`read`], as far as the `quant_state` is concerned.
 pub fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
     let Header { rows, cols, block, nested, .. } = read_header(tensors, weight)?;
     let double = |Nested { super_block, .. }| ScaleKind::Double { super_block };
@@ -143,10 +146,11 @@ pub fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
     Ok(MatrixSpec { rows, cols, kind: MatrixKind::Quantized { block, scales, mins: None } })
 }
 
-/// The tensors that store `matrix` under the name `weight`; the codes and scales are borrowed.
+/// Tensors that store `matrix` under the name `weight`. Codes and scales are borrowed.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a matrix with minima or of a GGUF format, which bitsandbytes has no place for.
+/// [`Error::Invalid`] for a matrix with minima or in a GGUF format, which bitsandbytes can't
+/// represent.
 pub fn tensors<'a>(weight: &str, matrix: &'a QuantizedMatrix) -> Result<Vec<OutTensor<'a>>> {
     let unfit = |got: String, expected: &str| {
         let (op, what) = ("write as bitsandbytes", "matrix");
@@ -190,8 +194,8 @@ pub fn tensors<'a>(weight: &str, matrix: &'a QuantizedMatrix) -> Result<Vec<OutT
     Ok(tensors)
 }
 
-/// What `config.json` of a checkpoint with such weights says under `quantization_config`, for transformers; `dtype` is the type
-/// that it computes in.
+/// The `quantization_config` in `config.json` that transformers needs for such weights; `dtype` is
+/// the type it computes in.
 pub(crate) fn quantization_config(options: &QuantOptions, dtype: Dtype) -> serde_json::Value {
     serde_json::json!({
         "quant_method": "bitsandbytes",
@@ -204,7 +208,7 @@ pub(crate) fn quantization_config(options: &QuantOptions, dtype: Dtype) -> serde
     })
 }
 
-/// The JSON of a `quant_state`, without its tensors.
+/// JSON of a `quant_state`, without its tensors.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct QuantState {
@@ -217,7 +221,7 @@ struct QuantState {
     nested_offset: Option<f64>,
 }
 
-/// How the scales of a double-quantized weight are stored.
+/// Storage of the scales of a double-quantized weight.
 struct Nested {
     super_block: usize,
     offset: f32,
@@ -239,7 +243,7 @@ impl QuantState {
     }
 }
 
-/// The one `quant_state` key of `weight`, and the format that its last part names.
+/// Finds the only `quant_state` key of `weight`, and the format that its last part names.
 fn find_state(tensors: &impl Tensors, weight: &str) -> Result<(String, Format)> {
     let prefix = format!("{weight}.{STATE}");
     let states: Vec<_> = tensors.names().filter_map(|key| key.strip_prefix(&prefix)).collect();
@@ -254,7 +258,7 @@ fn find_state(tensors: &impl Tensors, weight: &str) -> Result<(String, Format)> 
     }
 }
 
-/// The last part of a `quant_state` key, for formats that are written so.
+/// Last part of the `quant_state` key, for formats that can be written.
 fn state_name(format: Format) -> Option<&'static str> {
     match format {
         Format::Nf4 => Some("bitsandbytes__nf4"),
@@ -264,19 +268,19 @@ fn state_name(format: Format) -> Option<&'static str> {
     }
 }
 
-/// The f32 values of tensor `key`.
+/// Returns the f32 values of tensor `key`.
 fn floats<'a>(tensors: &'a impl Tensors, key: &str) -> Result<Cow<'a, [f32]>> {
     let tensor = tensors.tensor(key)?;
     tensor.f32s().ok_or_else(|| tensors.tensor_error(key, format!("is {}, expected F32", tensor.dtype)))
 }
 
-/// The `N` f32 values of tensor `key`.
+/// Returns the `N` f32 values of tensor `key`.
 fn table<const N: usize>(tensors: &impl Tensors, key: &str) -> Result<[f32; N]> {
     let values = floats(tensors, key)?;
     (*values).try_into().map_err(|_| tensors.tensor_error(key, format!("has {} values, expected {N}", values.len())))
 }
 
-/// The text that Python's `json.dumps` gives for the `quant_state` of `matrix`.
+/// Formats the `quant_state` of `matrix` exactly like Python's `json.dumps`.
 fn state_json(matrix: &QuantizedMatrix) -> String {
     let nested = match matrix.scales() {
         Scales::Plain(_) => String::new(),
@@ -296,8 +300,8 @@ fn state_json(matrix: &QuantizedMatrix) -> String {
     )
 }
 
-/// A finite number as Python prints it: the shortest digits that give it back, with an exponent of at
-/// least two digits below 1e-4 and from 1e16 on.
+/// Formats a finite number like Python: with the shortest digits that restore it, and an exponent
+/// of at least two digits below 1e-4 and from 1e16 on.
 fn python_float(value: f64) -> String {
     if value == 0.0 || (1e-4..1e16).contains(&value.abs()) {
         return if value.fract() == 0.0 { format!("{value:.1}") } else { value.to_string() };
@@ -336,7 +340,7 @@ mod tests {
         read(&SafetensorsFile::open(&path).unwrap(), "a.weight")
     }
 
-    /// The error of reading a double-quantized matrix after `change`.
+    /// Error from reading a double-quantized matrix after `change`.
     fn error(change: impl FnOnce(&mut Vec<OutTensor<'_>>)) -> String {
         let matrix = matrix(3, 50, &QuantOptions::nf4().double_quant());
         let mut tensors = tensors("a.weight", &matrix).unwrap();
@@ -350,7 +354,7 @@ mod tests {
         tensors.iter_mut().find(|tensor| tensor.name.ends_with(suffix)).unwrap()
     }
 
-    /// The error of reading after a change of the quant_state's JSON.
+    /// Error from reading after a change to the quant_state's JSON.
     fn json_error(from: &str, to: &str) -> String {
         let message = error(|tensors| {
             let state = find(tensors, "__nf4");
@@ -466,7 +470,7 @@ mod tests {
         assert!(json_error(r#""nested_dtype": "float32", "#, "").contains("nested_dtype is missing"));
         assert!(json_error(r#""nested_dtype": "float32""#, r#""nested_dtype": "float16""#).contains("nested_dtype"));
         assert!(json_error(r#""nested_blocksize": 256"#, r#""nested_blocksize": 0"#).contains("super_block is 0"));
-        // A plain state beside double-quantized scales, and the reverse.
+        // A plain state with double-quantized scales, and the reverse.
         assert!(
             error(|tensors| {
                 let plain = matrix(3, 50, &QuantOptions::nf4());

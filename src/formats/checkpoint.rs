@@ -1,7 +1,8 @@
-//! The weights of a Hugging Face checkpoint: `model.safetensors`, or the shards that `model.safetensors.index.json`
-//! lists.
+//! Weights of a Hugging Face checkpoint: `model.safetensors`, or the shards listed in
+//! `model.safetensors.index.json`.
 //!
-//! Files are mapped, and a matrix is quantized from the mapped bytes: beside its result, host memory holds nothing of it.
+//! Files are mapped and matrices are quantized from the mapped bytes, so host memory holds only
+//! the result.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -14,18 +15,18 @@ use crate::kernels::{HostMatrix, MatrixKind, MatrixSpec};
 use crate::memory;
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 
-/// The file of a checkpoint in one.
+/// File of a checkpoint without shards.
 pub(crate) const SINGLE: &str = "model.safetensors";
-/// The list of a checkpoint's shards.
+/// List of a checkpoint's shards.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// The most bytes of that list; the largest in use have 10 MB.
+/// Maximum size of that list in bytes; the largest in use have 10 MB.
 const MAX_INDEX: u64 = 64 << 20;
 
-/// What a matrix that is stored in 16 or 32 bits becomes.
+/// Target format for a matrix stored in 16 or 32 bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub enum BaseFormat {
-    /// Dense, in the type of the file.
+    /// Dense, in the file's type.
     #[default]
     AsIs,
     /// 4-bit.
@@ -33,7 +34,7 @@ pub enum BaseFormat {
 }
 
 impl BaseFormat {
-    /// How it stores what a file has as values of this kind.
+    /// Storage of a matrix whose values in the file are of this kind.
     pub(super) fn kind(&self, stored: MatrixKind) -> MatrixKind {
         match self {
             BaseFormat::Quantize(options) => MatrixKind::quantized(options),
@@ -41,7 +42,7 @@ impl BaseFormat {
         }
     }
 
-    /// What it makes of a file's values.
+    /// Converts a file's values.
     pub(super) fn matrix(&self, floats: Floats<'_>, rows: usize, cols: usize) -> Result<HostMatrix> {
         match self {
             BaseFormat::Quantize(options) => {
@@ -58,18 +59,18 @@ impl BaseFormat {
         }
     }
 
-    /// About how many bytes of memory it takes to make a matrix of so many of a file's values.
+    /// Approximate bytes of memory needed to convert this many of a file's values.
     pub(super) fn memory(&self, values: usize, stored: usize) -> u64 {
         match self {
-            // 4 bits and the scales.
+            // 4-bit codes and the scales.
             BaseFormat::Quantize(options) => (values / 2 + values / options.block.max(1) * 4) as u64,
             BaseFormat::AsIs => stored as u64,
         }
     }
 }
 
-/// The tensors of a checkpoint, by the names that a causal language model gives them (`model.layers.0...`,
-/// `lm_head.weight`). A checkpoint of the bare decoder, whose names lack `model.`, is read as if it had them.
+/// Tensors of a checkpoint, by the names in a causal language model (`model.layers.0...`,
+/// `lm_head.weight`). If a checkpoint of the bare decoder omits the prefix `model.`, it is added.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
@@ -79,11 +80,11 @@ pub struct Checkpoint {
     quantized: BTreeSet<String>,
 }
 
-/// Where a tensor is.
+/// Location of a tensor.
 #[derive(Debug)]
 struct Place {
     file: usize,
-    /// Its name there.
+    /// Name of the tensor in that file.
     name: String,
 }
 
@@ -91,8 +92,8 @@ impl Checkpoint {
     /// Maps the files of the checkpoint in `folder` and checks their headers.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::File`] for a file that is missing or malformed, [`Error::Tensor`] for a tensor that is in
-    /// two shards, or that the index lists and its shard lacks.
+    /// [`Error::Io`] or [`Error::File`] for a missing or malformed file, [`Error::Tensor`] for a
+    /// tensor that is in two shards, or that the index lists but its shard lacks.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let single = folder.join(SINGLE);
@@ -129,33 +130,35 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
-    /// Where it is.
+    /// Folder of the checkpoint.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// All names, sorted. A 4-bit weight has several tensors, as [`bitsandbytes`] lists them.
+    /// All names, sorted. A 4-bit weight has several tensors; see [`bitsandbytes`].
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.places.keys().map(String::as_str)
     }
 
-    /// Whether there is a tensor called `name`.
+    /// Whether there is a tensor named `name`.
     pub fn contains(&self, name: &str) -> bool {
         self.places.contains_key(name)
     }
 
-    /// The vector called `name` of `len` values, as f32.
+    /// Reads the vector named `name`, with `len` values, as f32.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if it is missing, of another shape, or not F32, F16 or BF16.
+    /// [`Error::Tensor`] if it is missing, has another shape, or isn't F32, F16 or BF16.
     pub fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         Ok(self.floats(name, &[len])?.into_f32())
     }
 
-    /// The matrix called `name`, [`rows`, `cols`]: 4-bit if it is stored so, else as `base` says.
+    /// Reads the matrix named `name`, [`rows`, `cols`]: as 4-bit if it is stored so, otherwise in
+    /// the format `base`.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if it is missing, of another shape or type, or has a value that cannot be quantized.
+    /// [`Error::Tensor`] if it is missing, has another shape or type, or contains a value that
+    /// can't be quantized.
     pub fn matrix(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<HostMatrix> {
         let matrix = if self.quantized.contains(name) {
             let matrix = bitsandbytes::read(self, name)?;
@@ -182,10 +185,11 @@ impl Checkpoint {
         Ok(matrix)
     }
 
-    /// How [`Checkpoint::matrix`] of the same arguments is stored, from headers alone.
+    /// Returns how [`Checkpoint::matrix`] would store the matrix with these arguments, from
+    /// headers alone.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if it is missing, or of another shape or type.
+    /// [`Error::Tensor`] if it is missing, or has another shape or type.
     pub fn spec(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<MatrixSpec> {
         if self.quantized.contains(name) {
             let spec = bitsandbytes::spec(self, name)?;
@@ -202,10 +206,11 @@ impl Checkpoint {
         Ok(MatrixSpec { rows, cols, kind: base.kind(stored) })
     }
 
-    /// Whether all tensors of the weight called `name` are, to the bit, those of the weight called `of`.
+    /// Whether all tensors of the weight named `name` are bit-identical to those of the weight
+    /// named `of`.
     ///
     /// # Errors
-    /// [`Error::File`] for a file that has been cut short.
+    /// [`Error::File`] for a truncated file.
     pub fn is_copy(&self, name: &str, of: &str) -> Result<bool> {
         let parts = |weight: &str| -> BTreeMap<&str, &str> {
             let of = self.names().filter_map(|key| Some((key.strip_prefix(weight)?, key)));
@@ -224,11 +229,12 @@ impl Checkpoint {
         Ok(true)
     }
 
-    /// Checks that nothing was left out: every tensor is in `used`, belongs to a 4-bit weight in it, or is a buffer of
-    /// rotary frequencies, which old checkpoints carry and which follow from the config.
+    /// Checks that nothing was left out: every tensor is in `used`, belongs to a 4-bit weight in
+    /// it, or is a buffer of rotary frequencies. Old checkpoints contain such buffers; their
+    /// values follow from the config.
     ///
     /// # Errors
-    /// [`Error::File`] with the names of those left out.
+    /// [`Error::File`] with the names of unused tensors.
     pub fn check_all_used(&self, used: &BTreeSet<String>) -> Result<()> {
         let is_side = |name: &str| {
             bitsandbytes::weight_of(name).is_some_and(|weight| self.quantized.contains(weight) && used.contains(weight))
@@ -238,11 +244,11 @@ impl Checkpoint {
         if unused.is_empty() {
             return Ok(());
         }
-        let message = format!("has tensors that the model does not use: {}", unused.join(", "));
+        let message = format!("has tensors that the model doesn't use: {}", unused.join(", "));
         Err(Error::File { path: self.folder.clone(), message })
     }
 
-    /// The values of tensor `name`, which must have this shape.
+    /// Returns the values of tensor `name`, which must have this shape.
     fn floats(&self, name: &str, shape: &[usize]) -> Result<Floats<'_>> {
         let tensor = self.tensor(name)?;
         self.check_shape(name, tensor.shape, shape)?;
@@ -286,16 +292,16 @@ impl Tensors for Checkpoint {
     }
 }
 
-/// Names of the shards that the index in `folder` lists.
+/// Returns the names of the shards listed in the index in `folder`.
 ///
 /// # Errors
-/// [`Error::Io`] or [`Error::File`] if it cannot be read or is malformed.
+/// [`Error::Io`] or [`Error::File`] if it can't be read or is malformed.
 #[cfg(feature = "cli")]
 pub(crate) fn shards(folder: &Path) -> Result<BTreeSet<String>> {
     Ok(weight_map(folder)?.into_values().collect())
 }
 
-/// The shard of every tensor that the index in `folder` lists.
+/// Maps every tensor in the index in `folder` to its shard.
 fn weight_map(folder: &Path) -> Result<BTreeMap<String, String>> {
     let index = folder.join(INDEX);
     if !index.exists() {
@@ -315,7 +321,7 @@ fn weight_map(folder: &Path) -> Result<BTreeMap<String, String>> {
     Ok(map)
 }
 
-/// Opens every shard of `listed` once.
+/// Opens every shard in `listed` once.
 fn open_shards(folder: &Path, listed: &BTreeMap<String, String>) -> Result<Vec<SafetensorsFile>> {
     let shards: BTreeSet<&String> = listed.values().collect();
     let open = |shard| {
@@ -353,7 +359,8 @@ mod tests {
         OutTensor { name: name.into(), dtype, shape: shape.into(), data: OutData::Bytes(bytes.into()) }
     }
 
-    /// A folder with these shards and an index that lists `map`, or what is in them.
+    /// A folder with these shards and an index that lists `map`; by default, it lists the shards'
+    /// contents.
     fn sharded(shards: Vec<Vec<OutTensor<'_>>>, map: Option<serde_json::Value>) -> TempDir {
         let folder = TempDir::new().unwrap();
         let mut listed = serde_json::Map::new();
@@ -440,7 +447,7 @@ mod tests {
     #[test]
     fn shards_are_one_checkpoint() {
         let quantized = QuantizedMatrix::quantize(values(96)[..].into(), 3, 32, &QuantOptions::nf4()).unwrap();
-        // A 4-bit weight whose tensors are in two shards.
+        // A 4-bit weight with tensors in two shards.
         let mut second = bitsandbytes::tensors("model.q.weight", &quantized).unwrap();
         let first = second.drain(..2).chain([tensor("model.norm.weight", TensorType::F32, &[4])]).collect();
         second.push(tensor("lm_head.weight", TensorType::BF16, &[2, 4]));

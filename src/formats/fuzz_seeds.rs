@@ -1,5 +1,5 @@
-//! The binary files from which fuzzing starts, `fuzz/seeds`: small ones with something of everything that the readers know.
-//! Those that are text are not made here.
+//! Binary seed files for fuzzing, `fuzz/seeds`: small files that cover everything the readers
+//! know. Text seeds aren't made here.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +21,7 @@ fn here(path: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// Every type of value.
+/// A value of every type.
 fn values() -> Writer {
     let nested = array(9, &[array(4, &[7_u32.to_le_bytes().into()]), array(8, &[text("deep")])]);
     let integers = [(0, 1), (1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (10, 8), (11, 8)];
@@ -44,7 +44,7 @@ fn values() -> Writer {
         .entry("nested", 9, nested)
 }
 
-/// A block of every type of tensor whose blocks have so many values, in rows or as a vector.
+/// A block of every tensor type whose block length is in `lengths`, in rows or as a vector.
 fn blocks(lengths: &[usize]) -> Writer {
     let vectors = SafetensorsFile::open(here("tests/golden/gguf/block_vectors.safetensors")).unwrap();
     let kinds = (0..40).filter_map(TensorType::from_id).filter(|kind| lengths.contains(&kind.block()));
@@ -59,7 +59,7 @@ fn blocks(lengths: &[usize]) -> Writer {
     })
 }
 
-/// A model of one layer.
+/// A model with one layer.
 fn model(architecture: &str) -> Writer {
     let key = |key: &str| format!("{architecture}.{key}");
     let mut writer = Writer::default()
@@ -125,7 +125,7 @@ fn tokenizer(model: &str) -> Writer {
     }
 }
 
-/// The bytes that safetensors files of these tensors have.
+/// Bytes of a safetensors file with these tensors.
 fn safetensors_file(tensors: Vec<OutTensor<'_>>) -> Vec<u8> {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("x");
@@ -133,7 +133,7 @@ fn safetensors_file(tensors: Vec<OutTensor<'_>>) -> Vec<u8> {
     fs::read(path).unwrap()
 }
 
-/// A 4-bit weight. Spaces after the JSON, the last bytes of the file, leave room for what is put into it.
+/// A 4-bit weight. The spaces after the JSON, the file's last bytes, leave room for insertions.
 fn four_bit(options: QuantOptions) -> Vec<u8> {
     let values: Vec<f32> = (0..3 * 33).map(|i| (i as f32 * 0.71).sin()).collect();
     let matrix = QuantizedMatrix::quantize(values[..].into(), 3, 33, &options.block(32)).unwrap();
@@ -145,7 +145,7 @@ fn four_bit(options: QuantOptions) -> Vec<u8> {
     safetensors_file(tensors)
 }
 
-/// Tensors of many types, under the names of a bare decoder.
+/// Tensors of many types, with the names of a bare decoder.
 fn plain() -> Vec<u8> {
     use safetensors::TensorType::{BF16, BOOL, F16, F32, F64, I64, U8};
     let tensor = |(i, dtype): (usize, safetensors::TensorType)| {
@@ -156,7 +156,7 @@ fn plain() -> Vec<u8> {
     safetensors_file([BF16, F16, F32, F32, BF16, F16, I64, U8, BOOL, F64].into_iter().enumerate().map(tensor).collect())
 }
 
-/// `QLORA_WRITE_SEEDS=1 cargo test fuzz_seeds` writes them anew.
+/// `QLORA_WRITE_SEEDS=1 cargo test fuzz_seeds` rewrites them.
 #[test]
 fn they_are_what_is_made_here_and_whole() {
     let gguf = |name, mut writer: Writer| (format!("gguf/{name}"), writer.bytes());
@@ -183,7 +183,7 @@ fn they_are_what_is_made_here_and_whole() {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(&path, &bytes).unwrap();
         }
-        assert!(fs::read(&path).unwrap() == bytes, "{name} is another file");
+        assert!(fs::read(&path).unwrap() == bytes, "{name} differs");
         if name.contains("/model") {
             Decoder::load(&Device::cpu(), &path, &BaseFormat::AsIs).unwrap();
         } else if name.contains("tokenizer") {

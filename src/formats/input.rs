@@ -1,4 +1,4 @@
-//! Small files, read whole: configurations, tokenizers, settings.
+//! Small files that are read whole: configurations, tokenizers, settings.
 
 use std::fs::{File, Metadata};
 use std::io::Read;
@@ -6,37 +6,40 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// The most bytes of a file that is read whole, unless its reader says otherwise. The largest `tokenizer.json` in use have 35 MB.
+/// Default maximum size of a file that is read whole, in bytes. The largest `tokenizer.json` in
+/// use have 35 MB.
 pub(crate) const MAX_SMALL: u64 = 256 << 20;
 
-/// The most bytes of a file of settings that is read as JSON. The largest `tokenizer_config.json` in use have 1 MB.
+/// Maximum size of a JSON settings file, in bytes. The largest `tokenizer_config.json` in use have
+/// 1 MB.
 pub(crate) const MAX_JSON: u64 = 16 << 20;
 
-/// How a file begins that stands for a large one in a clone made without Git LFS.
+/// First bytes of the file that replaces a large one in a clone made without Git LFS.
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1";
 
-/// The bytes of a regular file of at most `most` bytes.
+/// Reads a regular file of at most `most` bytes.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is larger or no regular file (a device or a pipe may have no end),
-/// or only a pointer of Git LFS.
+/// [`Error::Io`] if it can't be read; [`Error::File`] if it is larger, not a regular file (a
+/// device or a pipe might have no end), or only a Git LFS pointer.
 pub(crate) fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
     let mut file = File::open(regular(path)?).map_err(|e| Error::io(path, e))?;
     let mut bytes = Vec::new();
-    // A file may also grow while it is read.
+    // A file may grow while it is read.
     Read::by_ref(&mut file).take(most + 1).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
     if bytes.len() as u64 > most {
-        let message = format!("is larger than {most} bytes, the most that is read of a file of its kind");
+        let message = format!("is larger than {most} bytes, the limit for files of this kind");
         return Err(Error::File { path: path.into(), message });
     }
     check_no_pointer(path, &bytes)?;
     Ok(bytes)
 }
 
-/// The text of a regular file of at most `most` bytes, without the byte order mark that some editors put before it.
+/// Reads the text of a regular file of at most `most` bytes. Drops the byte order mark that some
+/// editors write.
 ///
 /// # Errors
-/// Same as [`read_small`]; [`Error::File`] if it is not UTF-8.
+/// Same as [`read_small`]; [`Error::File`] if it isn't UTF-8.
 pub(crate) fn read_small_text(path: &Path, most: u64) -> Result<String> {
     let not_utf8 =
         |e: std::string::FromUtf8Error| Error::File { path: path.into(), message: format!("is not UTF-8: {e}") };
@@ -44,10 +47,10 @@ pub(crate) fn read_small_text(path: &Path, most: u64) -> Result<String> {
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
-/// Checks that a file that begins with these bytes is not a pointer of Git LFS.
+/// Checks that a file beginning with these bytes isn't a Git LFS pointer.
 ///
 /// # Errors
-/// [`Error::File`] if it is.
+/// [`Error::File`] if it is one.
 pub(crate) fn check_no_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
     if !bytes.starts_with(LFS_POINTER) {
         return Ok(());
@@ -56,10 +59,11 @@ pub(crate) fn check_no_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
     Err(Error::File { path: path.into(), message: message.into() })
 }
 
-/// The path, if it leads to a regular file. Asked before it is opened, as opening a pipe waits for someone to write.
+/// Returns the path if it is a regular file. Check before opening, because opening a pipe waits
+/// for a writer.
 ///
 /// # Errors
-/// [`Error::Io`] if there is no such file, [`Error::File`] if it is of another kind.
+/// [`Error::Io`] if there is no such file, [`Error::File`] if it is not a regular file.
 pub(crate) fn regular(path: &Path) -> Result<&Path> {
     let metadata: Metadata = path.metadata().map_err(|e| Error::io(path, e))?;
     if metadata.is_file() {

@@ -1,4 +1,4 @@
-//! JSON objects in files, read key by key with errors that name the file and the key.
+//! JSON objects in files, read key by key. Errors name the file and the key.
 
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
@@ -9,22 +9,22 @@ use serde_json::{Map, Value};
 use super::input::{MAX_JSON, read_small_text};
 use crate::error::{Error, Result};
 
-/// An object of a JSON file: the whole file, or one nested in it.
+/// An object in a JSON file: the whole file, or a nested object.
 #[derive(Clone, Debug)]
 pub(crate) struct JsonObject {
     path: PathBuf,
-    /// The keys that lead to this object, each with a dot after it.
+    /// Keys that lead to this object, each followed by a dot.
     prefix: String,
     map: Map<String, Value>,
 }
 
 impl JsonObject {
-    /// Reads the file at `path`, which must hold one object.
+    /// Reads the file at `path`, which must contain one object.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         Self::read_within(path, MAX_JSON)
     }
 
-    /// Reads the file at `path` of at most `most` bytes.
+    /// Reads the file at `path`, which may have at most `most` bytes.
     pub(crate) fn read_within(path: &Path, most: u64) -> Result<Self> {
         let text = read_small_text(path, most)?;
         let malformed = |e: serde_json::Error| {
@@ -43,43 +43,43 @@ impl JsonObject {
         self.map
     }
 
-    /// Whether `key` is there, be it null.
+    /// Whether `key` exists, even if it is null.
     pub(crate) fn contains(&self, key: &str) -> bool {
         self.map.contains_key(key)
     }
 
-    /// The keys, in the order of the file.
+    /// Keys in the order of the file.
     pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
         self.map.keys().map(String::as_str)
     }
 
-    /// The value of `key` as JSON, unless it is absent or null.
+    /// Value of `key` as JSON, unless it is absent or null.
     pub(crate) fn value(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())
     }
 
-    /// The value of `key`, unless it is absent or null.
+    /// Value of `key`, unless it is absent or null.
     pub(crate) fn get<T: DeserializeOwned>(&self, key: &str) -> Result<Option<T>> {
         self.value(key).map(|value| T::deserialize(value).map_err(|e| self.error(key, e))).transpose()
     }
 
-    /// The value of `key`.
+    /// Value of `key`; an error if it is absent or null.
     pub(crate) fn require<T: DeserializeOwned>(&self, key: &str) -> Result<T> {
         self.get(key)?.ok_or_else(|| self.error(key, "is missing"))
     }
 
-    /// The object at `key`, unless it is absent or null.
+    /// Object at `key`, unless it is absent or null.
     pub(crate) fn object(&self, key: &str) -> Result<Option<JsonObject>> {
         let prefix = format!("{}{key}.", self.prefix);
         Ok(self.get(key)?.map(|map| JsonObject { path: self.path.clone(), prefix, map }))
     }
 
-    /// An [`Error::File`] about `key`.
+    /// Makes an [`Error::File`] about `key`.
     pub(crate) fn error(&self, key: &str, message: impl Display) -> Error {
         Error::File { path: self.path.clone(), message: format!("`{}{key}`: {message}", self.prefix) }
     }
 
-    /// An [`Error::File`] about a value of `key` that is not supported.
+    /// Makes an [`Error::File`] about an unsupported value of `key`.
     pub(crate) fn unsupported(&self, key: &str, value: &Value, hint: impl Display) -> Error {
         self.error(key, format!("is {value}; {hint}"))
     }

@@ -1,4 +1,4 @@
-//! File formats: what matrices, checkpoints and adapters look like on disk.
+//! File formats: how matrices, checkpoints and adapters are stored on disk.
 
 pub mod bitsandbytes;
 pub mod checkpoint;

@@ -1,8 +1,8 @@
-//! safetensors files: a length, a JSON header, and the tensors' little-endian bytes.
+//! safetensors files: a length, a JSON header, and the little-endian bytes of the tensors.
 //!
-//! Reading maps the file; writing streams one tensor at a time and renames the finished file into
-//! place. The layout is that of <https://github.com/huggingface/safetensors>, whose header types and
-//! checks are used here.
+//! Reading maps the file. Writing streams one tensor at a time and renames the finished file into
+//! place. The layout is that of <https://github.com/huggingface/safetensors>, whose header types
+//! and checks are used here.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -25,33 +25,33 @@ use crate::quant::{Dtype, Source};
 #[cfg(target_endian = "big")]
 compile_error!("tensor files are little-endian and are read in place");
 
-/// Bytes of the header's length, which begins a file.
+/// Bytes of the header's length at the start of a file.
 const LENGTH_BYTES: usize = 8;
 
-/// The most bytes of header that the format allows.
+/// Maximum header size that the format allows, in bytes.
 const MAX_HEADER: usize = 100_000_000;
 
-/// Tensors by name: those of one file, or of several.
+/// Tensors by name, in one file or several.
 pub trait Tensors {
-    /// All names.
+    /// Names of all tensors.
     fn names(&self) -> impl Iterator<Item = &str>;
 
-    /// The tensor called `name`, if there is one.
+    /// Returns the tensor named `name`, if there is one.
     fn get(&self, name: &str) -> Option<Tensor<'_>>;
 
-    /// An [`Error::Tensor`] about the tensor called `name`, be it there or not.
+    /// Makes an [`Error::Tensor`] about the tensor named `name`, whether it exists or not.
     fn tensor_error(&self, name: &str, message: impl ToString) -> Error;
 
-    /// Checks that the file with the tensor called `name` still has all its bytes.
+    /// Checks that the file with the tensor named `name` still has all its bytes.
     ///
     /// # Errors
-    /// [`Error::File`] if it has been cut short.
+    /// [`Error::File`] if it was truncated.
     fn check_whole(&self, name: &str) -> Result<()>;
 
-    /// The tensor called `name`, whose bytes can be read: the file's size is checked again.
+    /// Returns the tensor named `name` for reading its bytes; checks the file's size again.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if there is none, [`Error::File`] if its file has been cut short.
+    /// [`Error::Tensor`] if there is none, [`Error::File`] if its file was truncated.
     fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         self.check_whole(name)?;
         self.get(name).ok_or_else(|| self.tensor_error(name, "is missing"))
@@ -68,12 +68,12 @@ pub struct SafetensorsFile {
 }
 
 impl SafetensorsFile {
-    /// Maps the file at `path` and checks its header: every tensor lies inside the file and has the
-    /// size that its type and shape ask for.
+    /// Maps the file at `path` and checks its header: every tensor lies inside the file and has
+    /// the size that its type and shape require.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be opened, [`Error::File`] if it is truncated, too long, or
-    /// its header is not a safetensors header.
+    /// [`Error::Io`] if the file can't be opened, [`Error::File`] if it is truncated, too long, or
+    /// has no valid safetensors header.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let map = MappedFile::open(path.as_ref())?;
         let (data_start, header) =
@@ -82,7 +82,7 @@ impl SafetensorsFile {
         Ok(SafetensorsFile { map, data_start, header, names })
     }
 
-    /// Where the file is.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         self.map.path()
     }
@@ -92,34 +92,34 @@ impl SafetensorsFile {
         &self.names
     }
 
-    /// The text entries beside the tensors (`__metadata__`).
+    /// Text entries besides the tensors (`__metadata__`).
     pub fn metadata(&self) -> BTreeMap<String, String> {
         self.header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect()
     }
 
-    /// The tensor called `name`, if there is one.
+    /// Returns the tensor named `name`, if there is one.
     pub fn get(&self, name: &str) -> Option<Tensor<'_>> {
         let TensorInfo { dtype, shape, data_offsets: (start, end) } = self.header.info(name)?;
         let bytes = &self.map[self.data_start..][*start..*end];
         Some(Tensor { dtype: *dtype, shape, bytes })
     }
 
-    /// Gives back the memory that reading a tensor's bytes took; they can be read again.
+    /// Releases the memory that reading a tensor's bytes took; they can be read again.
     pub(super) fn release(&self, name: &str) {
         if let Some(tensor) = self.get(name) {
             self.map.release(tensor.bytes);
         }
     }
 
-    /// The tensor called `name`, whose bytes can be read: the file's size is checked again.
+    /// Returns the tensor named `name` for reading its bytes; checks the file's size again.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if there is none, [`Error::File`] if the file has been cut short.
+    /// [`Error::Tensor`] if there is none, [`Error::File`] if the file was truncated.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         Tensors::tensor(self, name)
     }
 
-    /// An [`Error::Tensor`] about a tensor of this file.
+    /// Makes an [`Error::Tensor`] about a tensor in this file.
     pub fn tensor_error(&self, name: &str, message: impl ToString) -> Error {
         Error::Tensor { path: self.path().into(), key: name.into(), message: message.to_string() }
     }
@@ -143,15 +143,15 @@ impl Tensors for SafetensorsFile {
     }
 }
 
-/// The entries of a header, in its order. The crate's own type reads them through a value of each, which takes 35 times as
-/// much memory as the text.
+/// Entries of a header, in its order. The safetensors crate's own type reads each entry through a
+/// JSON value, which takes 35 times as much memory as the text.
 struct Entries(Option<HashMap<String, String>>, Vec<(String, TensorInfo)>);
 
 impl<'de> Visitor<'de> for Entries {
     type Value = Entries;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object with an entry for every tensor")
+        f.write_str("an object with an entry per tensor")
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
@@ -167,7 +167,7 @@ impl<'de> Visitor<'de> for Entries {
     }
 }
 
-/// The header of this text, tensors in the order of their data.
+/// Parses a header; tensors are in the order of their data.
 fn header(text: &[u8]) -> Result<Metadata, serde_json::Error> {
     let mut text = serde_json::Deserializer::from_slice(text);
     let Entries(metadata, mut tensors) = text.deserialize_map(Entries(None, Vec::new()))?;
@@ -180,7 +180,7 @@ fn header(text: &[u8]) -> Result<Metadata, serde_json::Error> {
     Metadata::new(metadata, tensors).map_err(serde_json::Error::custom)
 }
 
-/// Where the data begin, and the header. The error says what is wrong with the bytes.
+/// Returns the start of the data, and the header. The error says what is wrong with the bytes.
 fn parse_header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
     let (length, rest) = bytes.split_first_chunk::<LENGTH_BYTES>().ok_or("is too short for a safetensors file")?;
     let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
@@ -188,13 +188,13 @@ fn parse_header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
         return Err(format!("is no safetensors file: the header would take {length} bytes"));
     }
     let header = rest.get(..length).ok_or_else(|| {
-        format!("is truncated: the header takes {length} bytes, {} follow; copy or download it again", rest.len())
+        format!("is truncated: the header takes {length} bytes, but {} follow; copy or download it again", rest.len())
     })?;
     let header = self::header(header).map_err(|e| format!("has a malformed safetensors header: {e}"))?;
     let (expected, got) = (header.data_len(), rest.len() - length);
     if got != expected {
         let what = if got < expected { "is truncated" } else { "has trailing bytes" };
-        let message = format!("{what}: the header describes {expected} bytes of tensors, {got} follow it");
+        let message = format!("{what}: the header describes {expected} bytes of tensors, but {got} follow it");
         return Err(format!("{message}; copy or download it again"));
     }
     Ok((LENGTH_BYTES + length, header))
@@ -205,14 +205,14 @@ fn parse_header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
 pub struct Tensor<'a> {
     /// Type of the values.
     pub dtype: TensorType,
-    /// Lengths of the dimensions, the outermost first.
+    /// Lengths of the dimensions, outermost first.
     pub shape: &'a [usize],
-    /// The values, little-endian, row-major.
+    /// Values, little-endian, row-major.
     pub bytes: &'a [u8],
 }
 
 impl<'a> Tensor<'a> {
-    /// The values, if they are f32, f16 or bf16.
+    /// Returns the values if they are f32, f16 or bf16.
     pub fn floats(&self) -> Option<Floats<'a>> {
         match self.dtype {
             TensorType::F32 => Some(Floats::F32(values(self.bytes))),
@@ -222,7 +222,7 @@ impl<'a> Tensor<'a> {
         }
     }
 
-    /// The values to quantize, in place, if they are f32, f16 or bf16.
+    /// Returns the values for quantization in place, if they are f32, f16 or bf16.
     pub fn source(&self) -> Option<Source<'a>> {
         let (bytes, dtype) = (self.bytes, self.dtype()?);
         let aligned = match dtype {
@@ -233,7 +233,7 @@ impl<'a> Tensor<'a> {
         Some(aligned.unwrap_or(Source::Bytes(dtype, bytes)))
     }
 
-    /// The type, if it is one of floats.
+    /// Returns the type, if it is a float type.
     pub fn dtype(&self) -> Option<Dtype> {
         match self.dtype {
             TensorType::F32 => Some(Dtype::F32),
@@ -243,13 +243,13 @@ impl<'a> Tensor<'a> {
         }
     }
 
-    /// The values, if they are f32.
+    /// Returns the values if they are f32.
     pub fn f32s(&self) -> Option<Cow<'a, [f32]>> {
         (self.dtype == TensorType::F32).then(|| values(self.bytes))
     }
 }
 
-/// The bytes as values: in place if they are aligned, else copied.
+/// Returns the bytes as values: in place if they are aligned, otherwise copied.
 pub(super) fn values<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
     match bytemuck::try_cast_slice(bytes) {
         Ok(values) => Cow::Borrowed(values),
@@ -257,7 +257,7 @@ pub(super) fn values<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
     }
 }
 
-/// Floating-point values of a [`Tensor`], borrowed from the file where its alignment allows.
+/// Floating-point values of a [`Tensor`], borrowed from the file if alignment allows.
 #[derive(Clone, Debug)]
 pub enum Floats<'a> {
     /// 32-bit values.
@@ -269,7 +269,7 @@ pub enum Floats<'a> {
 }
 
 impl Floats<'_> {
-    /// The values as something to quantize.
+    /// Returns the values as a source for quantization.
     pub fn source(&self) -> Source<'_> {
         match self {
             Floats::F32(values) => Source::F32(values),
@@ -278,7 +278,7 @@ impl Floats<'_> {
         }
     }
 
-    /// The values as f32, which is exact.
+    /// Converts the values to f32, exactly.
     pub fn into_f32(self) -> Vec<f32> {
         match self {
             Floats::F32(values) => values.into_owned(),
@@ -288,40 +288,41 @@ impl Floats<'_> {
     }
 }
 
-/// A tensor to be written.
+/// A tensor to write.
 pub struct OutTensor<'a> {
     /// Its key in the file.
     pub name: String,
     /// Type of the values.
     pub dtype: TensorType,
-    /// Lengths of the dimensions, the outermost first.
+    /// Lengths of the dimensions, outermost first.
     pub shape: Vec<usize>,
     /// The values.
     pub data: OutData<'a>,
 }
 
-/// The little-endian, row-major bytes of an [`OutTensor`].
+/// Little-endian, row-major bytes of an [`OutTensor`].
 pub enum OutData<'a> {
-    /// At hand.
+    /// Available in memory.
     Bytes(Cow<'a, [u8]>),
-    /// Made when their turn to be written comes, and dropped after.
+    /// Made just before they are written, and dropped afterwards.
     Lazy(Box<dyn Fn() -> Result<Vec<u8>> + 'a>),
 }
 
-/// Writes a safetensors file: tensors ordered by falling type size, then name, as the reference
-/// implementation does, and `metadata` with `"format": "pt"` added unless it names another format.
+/// Writes a safetensors file. Tensors are ordered by decreasing type size, then by name, like in
+/// the reference implementation. `"format": "pt"` is added to `metadata` unless it names another
+/// format.
 ///
-/// The file grows under a temporary name in the same folder, is flushed to the disk and renamed, so
-/// that `path` is never half a file; an existing file is replaced.
+/// The file is written under a temporary name in the same folder, flushed to disk and renamed, so
+/// `path` is never half a file. An existing file is replaced.
 ///
 /// # Errors
-/// [`Error::Io`] if writing fails, [`Error::Tensor`] for a name that appears twice or bytes that do
-/// not fit the shape; those of bytes that are made.
+/// [`Error::Io`] if writing fails, [`Error::Tensor`] for a name that appears twice or bytes that
+/// don't fit the shape; errors from making lazy bytes.
 pub fn write(path: &Path, tensors: Vec<OutTensor<'_>>, metadata: BTreeMap<String, String>) -> Result<()> {
     stage(path, tensors, metadata)?.commit()
 }
 
-/// Does what [`write`] does, but for the renaming.
+/// Like [`write`], but without renaming.
 pub(crate) fn stage(
     path: &Path,
     mut tensors: Vec<OutTensor<'_>>,
@@ -369,7 +370,7 @@ fn tensor_error(path: &Path, tensor: &OutTensor<'_>, message: impl ToString) -> 
     Error::Tensor { path: path.into(), key: tensor.name.clone(), message: message.to_string() }
 }
 
-/// Bytes that the type and shape of `tensor` ask for, unless they overflow.
+/// Size in bytes required by the type and shape of `tensor`, unless it overflows.
 fn byte_len(tensor: &OutTensor<'_>) -> Option<usize> {
     let elements = tensor.shape.iter().try_fold(1_usize, |n, &d| n.checked_mul(d))?;
     elements.checked_mul(tensor.dtype.bitsize()).map(|bits| bits / 8)
@@ -447,13 +448,13 @@ mod tests {
         assert!(error(b"").contains("too short"));
         assert!(error(b"1234567").contains("too short"));
         assert!(error(&u64::MAX.to_le_bytes()).contains("no safetensors file"));
-        assert!(error(b"\x20\0\0\0\0\0\0\0{}").contains("header takes 32 bytes, 2 follow"));
+        assert!(error(b"\x20\0\0\0\0\0\0\0{}").contains("header takes 32 bytes, but 2 follow"));
         assert!(error(b"\x02\0\0\0\0\0\0\0{]").contains("malformed"));
         assert!(error(b"\x02\0\0\0\0\0\0\0\xff\xfe").contains("malformed"));
 
         let error = |json: &str, data: &[u8]| SafetensorsFile::open(file(&folder, json, data)).unwrap_err().to_string();
         let good = r#"{"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#;
-        assert!(error(good, &[0; 3]).contains("truncated: the header describes 4 bytes of tensors, 3 follow"));
+        assert!(error(good, &[0; 3]).contains("truncated: the header describes 4 bytes of tensors, but 3 follow"));
         assert!(error(good, &[0; 5]).contains("trailing bytes"));
         let twice = format!(r#"{},"w":{{"dtype":"U8","shape":[0],"data_offsets":[4,4]}}}}"#, &good[..good.len() - 1]);
         assert!(error(&twice, &[0; 4]).contains("\"w\" is given twice"), "{twice}");

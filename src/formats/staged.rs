@@ -1,4 +1,5 @@
-//! Files that appear whole or not at all. What is no regular file (a device, a pipe, a terminal) is never replaced, but written to.
+//! Files that are written completely or not at all. Anything other than a regular file (a device,
+//! a pipe, a terminal) is written to, never replaced.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, BufWriter, ErrorKind, Write};
@@ -9,26 +10,29 @@ use tempfile::NamedTempFile;
 use super::temporary;
 use crate::error::{Error, Result};
 
-/// Symbolic links that are followed to a file which is not there yet: as many as Linux follows.
+/// Maximum number of symbolic links to follow to a file that doesn't exist yet; the same as in
+/// Linux.
 const MOST_LINKS: usize = 40;
 
-/// A file that is complete and on the disk under a temporary name, in the folder of its path. Dropped, it is removed.
+/// A complete file on disk under a temporary name, in the folder of its path. Removed when
+/// dropped.
 pub(crate) struct StagedFile {
     path: PathBuf,
-    /// The file, and the name that it gets; none if it was written to a device or pipe.
+    /// The file and its final name; `None` if a device or pipe was written to.
     temporary: Option<(NamedTempFile, PathBuf)>,
 }
 
-/// Where what is written to a path goes.
+/// Destination of what is written to a path.
 enum Target {
-    /// A regular file, or none yet: what symbolic links lead to.
+    /// A regular file that may not exist yet, with symbolic links resolved.
     File(PathBuf),
-    /// A device, a pipe, or what standard output or standard error is: open, as it is.
+    /// A device, a pipe, or the target of standard output or standard error, open as it is.
     Stream(File),
 }
 
 impl StagedFile {
-    /// Writes the file that is to be at `path`, or writes to what is there and is no regular file.
+    /// Writes the file that will be at `path`, or writes directly if `path` exists and isn't a
+    /// regular file.
     pub(crate) fn new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<Self> {
         let io_error = |e: io::Error| Error::io(path, e);
         let fill = |file: &mut File| {
@@ -56,7 +60,7 @@ impl StagedFile {
         }
     }
 
-    /// Gives the file its name; one that has it is replaced.
+    /// Gives the file its name, replacing an existing one.
     pub(crate) fn commit(self) -> Result<()> {
         let StagedFile { path, temporary } = self;
         let Some((temporary, real)) = temporary else { return Ok(()) };
@@ -75,7 +79,8 @@ impl Target {
         if found.is_dir() {
             return Err(io::Error::new(ErrorKind::IsADirectory, "is a directory"));
         }
-        // Written through the open file, which may be at its end, or have others that write to it.
+        // Write through the open stream: its position may be at the end, and others may write to
+        // it.
         if let Some(stream) = standard_stream(&found)? {
             return Ok(Target::Stream(stream));
         }
@@ -87,13 +92,13 @@ impl Target {
         }
         match fs::canonicalize(path) {
             Ok(real) => Ok(Target::File(real)),
-            // A file without a name, of which /dev/fd has the number.
+            // A file without a name, whose number is in /dev/fd.
             Err(_) => Ok(Target::Stream(OpenOptions::new().write(true).truncate(true).open(path)?)),
         }
     }
 }
 
-/// What symbolic links lead to from a path at which nothing is.
+/// Resolves the symbolic links at a path where no file exists.
 fn linked(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_path_buf();
     for _ in 0..MOST_LINKS {
@@ -105,13 +110,13 @@ fn linked(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other("too many symbolic links"))
 }
 
-/// Whether `path` leads to the file or pipe that is this process's standard output.
+/// Whether `path` is the file or pipe that is this process's standard output.
 #[cfg(any(feature = "cli", test))]
 pub(crate) fn is_standard_output(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| stream_is(&io::stdout(), &found).is_ok_and(|stream| stream.is_some()))
 }
 
-/// Standard output or standard error, if `found` is what it is redirected to.
+/// Returns standard output or standard error if it is redirected to `found`.
 fn standard_stream(found: &Metadata) -> io::Result<Option<File>> {
     match stream_is(&io::stdout(), found)? {
         Some(stream) => Ok(Some(stream)),
@@ -134,14 +139,14 @@ fn stream_is<S>(_: &S, _: &Metadata) -> io::Result<Option<File>> {
     Ok(None)
 }
 
-/// What a file is, whatever its name: the device that it is on, and its number there.
+/// Identity of a file, whatever its name: its device, and its number there.
 #[cfg(unix)]
 fn identity(found: &Metadata) -> (u64, u64) {
     use std::os::unix::fs::MetadataExt;
     (found.dev(), found.ino())
 }
 
-/// Whether two paths lead to one regular file or folder, through symbolic or hard links too.
+/// Whether two paths are the same regular file or folder, also through symbolic or hard links.
 #[cfg(any(feature = "cli", test))]
 pub(crate) fn is_same(one: &Path, other: &Path) -> bool {
     let (Ok(found), Ok(other_found)) = (fs::metadata(one), fs::metadata(other)) else { return false };
@@ -183,7 +188,7 @@ mod tests {
         symlink("round", path("round")).unwrap();
         assert!(write(&path("round"), "").is_err());
         assert!(write(&path("deep"), "").unwrap_err().to_string().contains("is a directory"));
-        // Nothing else was left.
+        // Nothing else was left behind.
         assert_eq!((fs::read_dir(folder.path()).unwrap().count(), fs::read_dir(path("deep")).unwrap().count()), (4, 1));
         assert!(is_same(&path("again"), &path("deep/file")) && !is_same(&path("link"), &path("round")));
         fs::hard_link(path("deep/file"), path("hard")).unwrap();

@@ -1,7 +1,7 @@
-//! Temporary files beside what they become, and folders whose entries survive a power cut.
+//! Temporary files next to their final names, and folders whose entries survive a power failure.
 //!
-//! A temporary file is locked for as long as its command lives. Where none holds the lock, the command was killed, and the next one
-//! that writes into the folder removes the file.
+//! A temporary file is locked while its command lives. If nobody holds the lock, the command was
+//! killed, and the next command that writes to the folder removes the file.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -9,11 +9,11 @@ use std::path::Path;
 
 use tempfile::NamedTempFile;
 
-/// What the names of temporary files and folders begin with.
+/// Prefix of the names of temporary files and folders.
 pub(crate) const PREFIX: &str = ".qlora-";
 const SUFFIX: &str = ".tmp";
 
-/// A new temporary file, with the permissions of an ordinary new file, not only the owner's.
+/// Creates a temporary file with the permissions of an ordinary new file, not only the owner's.
 pub(crate) fn file_in(folder: &Path) -> io::Result<NamedTempFile> {
     remove_abandoned(folder);
     let mut builder = tempfile::Builder::new();
@@ -23,16 +23,16 @@ pub(crate) fn file_in(folder: &Path) -> io::Result<NamedTempFile> {
     loop {
         let file = builder.tempfile_in(folder)?;
         match file.as_file().try_lock() {
-            // Another command may have taken it for abandoned before it was locked.
+            // Another command may have considered it abandoned before it was locked.
             Ok(()) if !file.path().exists() => {}
             Err(TryLockError::WouldBlock) => {}
-            // Where a file system has no locks, nobody takes it for abandoned.
+            // If the file system has no locks, nobody considers it abandoned.
             Ok(()) | Err(TryLockError::Error(_)) => return Ok(file),
         }
     }
 }
 
-/// Removes the temporary files in a folder whose commands were killed, as far as that is possible.
+/// Removes the temporary files of killed commands from a folder, as far as possible.
 pub(crate) fn remove_abandoned(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -48,18 +48,18 @@ pub(crate) fn remove_abandoned(folder: &Path) {
     }
 }
 
-/// The entries of a folder survive a power cut. Only Unix can, and need, be asked for that.
+/// Makes the entries of a folder survive a power failure. Only Unix supports this and needs it.
 pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     use io::ErrorKind::{InvalidInput, PermissionDenied, Unsupported};
     let synced = if cfg!(unix) { File::open(folder).and_then(|folder| folder.sync_all()) } else { Ok(()) };
     match synced {
-        // Some file systems cannot; and a folder may be there to be written to, and not to be read.
+        // Some file systems can't do it, and a folder may be writable but not readable.
         Err(error) if [InvalidInput, PermissionDenied, Unsupported].contains(&error.kind()) => Ok(()),
         synced => synced,
     }
 }
 
-/// Like [`sync_folder`], of the folder that a path is in.
+/// Like [`sync_folder`], for the folder that a path is in.
 pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     sync_folder(path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")))
 }
@@ -80,7 +80,7 @@ mod tests {
         let _other = file_in(folder.path()).unwrap();
         assert!(live.path().exists() && !path(".qlora-old.tmp").exists());
         assert!(path(".qlora-other").exists() && path("mine.tmp").exists() && path(".qlora-folder.tmp").exists());
-        // A killed process drops its locks, and leaves the file.
+        // A killed process drops its locks and leaves the file.
         let (file, left) = live.keep().unwrap();
         drop(file);
         remove_abandoned(folder.path());

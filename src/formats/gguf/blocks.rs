@@ -1,4 +1,5 @@
-//! Blocks of ggml's types as matrices. Values are those of ggml's own dequantizers, to the bit.
+//! Converts blocks of ggml's types to matrices. Values are bit-identical to those of ggml's own
+//! dequantizers.
 
 use half::f16;
 use rayon::prelude::*;
@@ -11,13 +12,14 @@ use crate::formats::safetensors::{Floats, values};
 use crate::kernels::{HostMatrix, MatrixKind, ScaleKind};
 use crate::quant::{DenseData, DenseMatrix, DoubleScales, Dtype, Format, Parts, Q8_BLOCK, QuantizedMatrix, Scales};
 
-/// Weights per scale in all 4-bit types of ggml.
+/// Weights per scale in all of ggml's 4-bit types.
 const BLOCK: usize = 32;
 
-/// Blocks per super-scale in those that have super-scales.
+/// Blocks per super-scale, in types that have super-scales.
 const SUPER_BLOCK: usize = 8;
 
-/// The matrix that `bytes` of this type are: 4-bit if the type is, else as `base` says. `None` for a type that is not read.
+/// Converts `bytes` of this type to a matrix: 4-bit if the type is, otherwise in the format
+/// `base`. `None` for an unsupported type.
 pub(super) fn matrix(
     kind: TensorType,
     bytes: &[u8],
@@ -52,7 +54,7 @@ pub(super) fn matrix(
     base.matrix(floats, rows, cols).map(Some)
 }
 
-/// How [`matrix`] stores what is of this type.
+/// Returns how [`matrix`] stores values of this type.
 pub(super) fn matrix_kind(kind: TensorType, base: &BaseFormat) -> Option<MatrixKind> {
     if four_bit_format(kind).is_some() {
         let double = ScaleKind::Double { super_block: SUPER_BLOCK };
@@ -73,7 +75,7 @@ pub(super) fn matrix_kind(kind: TensorType, base: &BaseFormat) -> Option<MatrixK
     Some(base.kind(stored))
 }
 
-/// The f16 at byte `at` of a block.
+/// Reads the f16 at byte `at` of a block.
 pub(super) fn half(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
@@ -93,7 +95,7 @@ fn four_bit_format(kind: TensorType) -> Option<Format> {
 fn four_bit(kind: TensorType, format: Format, bytes: &[u8], rows: usize, cols: usize) -> Result<QuantizedMatrix> {
     let code_bytes = kind.block() / 2;
     let header = kind.block_bytes() - code_bytes;
-    // Low nibbles are the first half of so many weights, high nibbles the second.
+    // Low nibbles are the first half of this many weights, high nibbles the second half.
     let group = if kind == TensorType::Q4K { 2 * BLOCK } else { BLOCK };
     let mut codes = vec![0; rows * cols / 2];
     codes.par_chunks_exact_mut(code_bytes).zip(bytes.par_chunks_exact(kind.block_bytes())).for_each(|(out, block)| {
@@ -109,7 +111,7 @@ fn four_bit(kind: TensorType, format: Format, bytes: &[u8], rows: usize, cols: u
             table: Box::new(std::array::from_fn(table)),
             supers: of_blocks(super_scale),
             super_block: SUPER_BLOCK,
-            // The one number that leaves a zero its sign.
+            // The only number that preserves the sign of a zero.
             offset: -0.0,
         })
     };
@@ -140,8 +142,8 @@ fn four_bit(kind: TensorType, format: Format, bytes: &[u8], rows: usize, cols: u
     QuantizedMatrix::from_parts(Parts { format, rows, cols, codes, codebook, block: BLOCK, scales, mins, dtype })
 }
 
-/// Codes in the order of the weights, the first of two in the high nibble, from a group whose low nibbles come before
-/// its high ones.
+/// Reorders the codes of a group, whose low nibbles come before its high ones: into the order of
+/// the weights, the first of two in the high nibble.
 fn join_neighbours(group: &[u8], out: &mut [u8]) {
     let (low, high) = out.split_at_mut(group.len() / 2);
     for ((low, high), &[first, second]) in low.iter_mut().zip(high).zip(group.as_chunks::<2>().0) {
@@ -150,10 +152,10 @@ fn join_neighbours(group: &[u8], out: &mut [u8]) {
     }
 }
 
-/// 2^(exponent - 128): half of what the exponent of an MXFP4 block stands for.
+/// 2^(exponent - 128): half the value of the exponent in an MXFP4 block.
 fn half_power(exponent: u8) -> f32 {
     let exponent = u32::from(exponent);
-    // Under 2^-126 the numbers are subnormal.
+    // Below 2^-126 the numbers are subnormal.
     f32::from_bits(if exponent < 2 { 0x0020_0000 << exponent } else { (exponent - 1) << 23 })
 }
 
@@ -244,7 +246,7 @@ mod tests {
     #[test]
     fn super_blocks_stay_compact() {
         let bits = |kind| match matrix(kind, &vectors(kind).0, 4, 256, &BaseFormat::AsIs).unwrap().unwrap() {
-            // Without the two offsets, which count once a matrix.
+            // Without the two offsets, which count once per matrix.
             HostMatrix::Quantized(matrix) => matrix.bits_per_weight() - 8.0 * 4.0 / 1024.0,
             HostMatrix::Dense(_) => panic!("dense"),
         };
@@ -262,7 +264,8 @@ mod tests {
                 let w = DeviceMatrix::new(&device, host.clone()).unwrap();
                 assert!(*w.to_host().unwrap() == host, "{kind} on {}", testing::name(&device));
                 for (got, wanted) in dequantize(&w, None).unwrap().iter().zip(&wanted) {
-                    // Elsewhere than on the host, a product and a sum may be fused, and subnormals be zero.
+                    // On other devices, a product and a sum may be fused, and subnormals may be
+                    // zero.
                     let off = (got - wanted).abs();
                     let context = testing::name(&device);
                     assert!(off <= 2.0 * f32::EPSILON * largest, "{kind} on {context}: {got:e} {wanted:e}");

@@ -1,4 +1,5 @@
-//! f32 values as blocks of ggml's types, by the arithmetic of ggml's reference quantizers, to the bit.
+//! Encodes f32 values as blocks of ggml's types. The arithmetic is that of ggml's reference
+//! quantizers, bit for bit.
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -6,16 +7,17 @@ use rayon::prelude::*;
 use super::TensorType;
 use crate::quant::encode_q8_0;
 
-/// Values a thread takes at a time; a multiple of every block.
+/// Values per thread at a time; a multiple of every block.
 const CHUNK: usize = 1 << 14;
 
-/// Values as F32, F16, BF16, Q8_0 or Q4_0, rows of whole blocks one after another.
+/// Encodes values as F32, F16, BF16, Q8_0 or Q4_0, in rows of whole blocks.
 ///
-/// Q8_0: per block d = max |w| / 127, codes round(w / d). Q4_0: d = w / -8 of the w with the largest |w|, codes
-/// floor(w / d + 8.5), at most 15. d is kept as f16, but the codes are made with the f32.
+/// Q8_0: per block d = max |w| / 127, codes round(w / d). Q4_0: d = w / -8 for the w with the
+/// largest |w|, codes floor(w / d + 8.5), at most 15. d is stored as f16, but the codes are
+/// computed with the f32.
 ///
 /// # Errors
-/// What is wrong: values that are not finite, or beyond the type's range, and for another type.
+/// Says what is wrong: values that aren't finite or exceed the type's range, or another type.
 pub(crate) fn encode(kind: TensorType, values: &[f32]) -> Result<Vec<u8>, String> {
     let fill: fn(&[f32], &mut [u8]) = match kind {
         TensorType::F32 => |values, out| out.copy_from_slice(bytemuck::cast_slice(values)),
@@ -23,7 +25,7 @@ pub(crate) fn encode(kind: TensorType, values: &[f32]) -> Result<Vec<u8>, String
         TensorType::Bf16 => |values, out| each(values, out, |value| bf16::from_f32(value).to_le_bytes()),
         TensorType::Q8_0 => |values, out| blocks(values, out, q8_0),
         TensorType::Q4_0 => |values, out| blocks(values, out, q4_0),
-        other => return Err(format!("cannot be written as {other}")),
+        other => return Err(format!("can't be written as {other}")),
     };
     let bytes = kind.bytes(values.len()).ok_or_else(|| {
         format!("has {} values, which are no whole blocks of {} of {kind}", values.len(), kind.block())
@@ -35,9 +37,9 @@ pub(crate) fn encode(kind: TensorType, values: &[f32]) -> Result<Vec<u8>, String
     Ok(out)
 }
 
-/// An error for the first value that is not finite, or would not be any more.
+/// Fails for the first value that isn't finite or wouldn't be after the conversion.
 fn check_range(kind: TensorType, values: &[f32]) -> Result<(), String> {
-    // The largest that rounds to a finite value of the type, or gives a finite f16 scale.
+    // The largest value that rounds to a finite value of the type, or gives a finite f16 scale.
     let most = match kind {
         TensorType::F16 => 65_519.0,
         TensorType::Q8_0 => 65_504.0 * 127.0,
@@ -46,7 +48,7 @@ fn check_range(kind: TensorType, values: &[f32]) -> Result<(), String> {
     };
     match values.par_iter().position_first(|value| !value.is_finite() || value.abs() > most) {
         Some(at) if values[at].is_finite() => {
-            Err(format!("has {} at flat index {at}, which {kind} cannot hold; choose bf16 or f32", values[at]))
+            Err(format!("has {} at flat index {at}, which {kind} can't represent; choose bf16 or f32", values[at]))
         }
         Some(at) => Err(format!("has {} at flat index {at}; only finite values can be written", values[at])),
         None => Ok(()),
@@ -59,7 +61,7 @@ fn each(values: &[f32], out: &mut [u8], round: fn(f32) -> [u8; 2]) {
     }
 }
 
-/// Values a block, of all types here that have blocks.
+/// Values per block, for all types here that have blocks.
 const BLOCK: usize = 32;
 
 fn blocks(values: &[f32], out: &mut [u8], block: fn(&[f32; BLOCK], &mut [u8]) -> f16) {
@@ -75,7 +77,7 @@ fn q8_0(values: &[f32; BLOCK], codes: &mut [u8]) -> f16 {
 }
 
 fn q4_0(values: &[f32; BLOCK], codes: &mut [u8]) -> f16 {
-    // Of two that are as large, the first.
+    // The first one, if two are equally large.
     let largest = values.iter().fold(0.0_f32, |most, &value| if value.abs() > most.abs() { value } else { most });
     let d = largest / -8.0;
     let reciprocal = if d == 0.0 { 0.0 } else { 1.0 / d };

@@ -1,5 +1,5 @@
-//! The blocks of ggml that are not the canonical 4-bit matrix, decoded to f32: 2, 3, 5, 6 and 8 bits. The arithmetic and
-//! its order are those of ggml (`ggml-quants.c`), so that values agree to the bit.
+//! Decodes ggml's block types other than the 4-bit matrices to f32: 2, 3, 5, 6 and 8 bits. The
+//! arithmetic and its order follow ggml (`ggml-quants.c`), so values are bit-identical.
 
 use super::TensorType;
 use super::blocks::half;
@@ -7,7 +7,7 @@ use super::blocks::half;
 /// Decodes one block.
 pub(super) type Decoder = fn(&[u8], &mut [f32]);
 
-/// The decoder of a type that has one here.
+/// Returns the decoder for a type, if it is here.
 pub(super) fn decoder(kind: TensorType) -> Option<Decoder> {
     match kind {
         TensorType::Q2K => Some(q2_k),
@@ -21,7 +21,7 @@ pub(super) fn decoder(kind: TensorType) -> Option<Decoder> {
     }
 }
 
-/// 6-bit scale and minimum of block `i` of 8, from the 12 bytes in which Q4_K and Q5_K pack them.
+/// 6-bit scale and minimum of block `i` of 8, from the 12 bytes that pack them in Q4_K and Q5_K.
 pub(super) fn scale_and_min(packed: &[u8], i: usize) -> (u8, u8) {
     if i < 4 {
         return (packed[i] & 63, packed[i + 4] & 63);
@@ -30,7 +30,7 @@ pub(super) fn scale_and_min(packed: &[u8], i: usize) -> (u8, u8) {
     (both & 0xf | scale_top << 4, both >> 4 | min_top << 4)
 }
 
-/// Codes of 5 bits: nibbles in `low`, bit i of `high` on top of code i.
+/// 5-bit codes: nibbles in `low`; bit i of `high` is the top bit of code i.
 fn five_bits(high: &[u8], low: &[u8], i: usize) -> u8 {
     let nibble = if i < 16 { low[i] & 0xf } else { low[i - 16] >> 4 };
     nibble | (high[i / 8] >> (i % 8) & 1) << 4
@@ -65,7 +65,8 @@ fn q2_k(block: &[u8], out: &mut [f32]) {
     }
 }
 
-/// The bytes with the 2-bit codes of block `b` of 16 weights, and where in them: 32 bytes hold four rows of 32 weights.
+/// The bytes that contain the 2-bit codes of block `b` of 16 weights, and their shift: 32 bytes
+/// hold four rows of 32 weights.
 fn two_bits(codes: &[u8], b: usize) -> (&[u8], usize) {
     (&codes[32 * (b / 8) + 16 * (b % 2)..][..16], 2 * (b % 8 / 2))
 }
@@ -105,7 +106,7 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
     let (low, high, scales, d) = (&block[..128], &block[128..192], &block[192..208], half(block, 208));
     for (b, out) in out.chunks_exact_mut(16).enumerate() {
         let scale = d * f32::from(scales[b] as i8);
-        // Which 128 weights, which 32 of them, and which 16 of these.
+        // Index of the 128 weights, of the 32 among them, and of the 16 among those.
         let (outer, row, part) = (b / 8, b % 8 / 2, 16 * (b % 2));
         let low = &low[64 * outer + 32 * (row % 2) + part..];
         let high = &high[32 * outer + part..];
@@ -116,7 +117,7 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
     }
 }
 
-/// d: f32, codes: 256 of i8, sums that only products use: 32.
+/// d: f32, codes: 256 of i8, sums that only dot products use: 32.
 fn q8_k(block: &[u8], out: &mut [f32]) {
     let d = f32::from_le_bytes([block[0], block[1], block[2], block[3]]);
     for (out, &code) in out.iter_mut().zip(&block[4..]) {

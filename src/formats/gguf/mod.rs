@@ -1,4 +1,4 @@
-//! GGUF files: metadata and tensors in one file, as ggml and llama.cpp write them.
+//! GGUF files: metadata and tensors in one file, as written by ggml and llama.cpp.
 //!
 //! ```text
 //! "GGUF", version: u32, tensors: u64, entries: u64
@@ -7,8 +7,8 @@
 //! padding to `general.alignment` (32), and the data; offsets count from here
 //! ```
 //!
-//! Everything is little-endian; text is a u64 length and UTF-8. Versions 2 and 3 are read, which differ in nothing else.
-//! Spec: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
+//! Everything is little-endian. Text is a u64 length followed by UTF-8. Versions 2 and 3 are read;
+//! they don't differ otherwise. Spec: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>.
 
 mod blocks;
 mod encode;
@@ -42,11 +42,11 @@ const ALIGNMENT: &str = "general.alignment";
 const DEFAULT_ALIGNMENT: usize = 32;
 const MAX_DIMENSIONS: u32 = 4;
 
-/// A memory-mapped GGUF file, or all files of a model that is split into several, as llama.cpp's `gguf-split` does. The
-/// metadata are those of the first.
+/// A memory-mapped GGUF file, or all files of a model that llama.cpp's `gguf-split` has split. The
+/// metadata are those of the first file.
 #[derive(Debug)]
 pub struct GgufFile {
-    /// The first, and the others.
+    /// The first file, then the others.
     maps: Vec<MappedFile>,
     header: Header,
 }
@@ -56,27 +56,28 @@ pub struct GgufFile {
 pub struct Tensor<'a> {
     /// Type of the values.
     pub kind: TensorType,
-    /// Lengths of the dimensions, the outermost first: [rows, cols] of a matrix.
+    /// Lengths of the dimensions, outermost first: [rows, cols] for a matrix.
     pub shape: &'a [usize],
-    /// The values, row-major in blocks of the type.
+    /// Values, row-major in blocks of the type.
     pub bytes: &'a [u8],
 }
 
-/// In which order a file has the rows of a matrix, or the values of a bias.
+/// Order of the rows of a matrix, or of the values of a bias, in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowOrder {
-    /// As a model of Hugging Face has them.
+    /// The order of Hugging Face models.
     Plain,
-    /// Of every head's D rows, 2 i and 2 i + 1 are a rotary pair, which Hugging Face has at i and i + D / 2. Files of the
-    /// llama architecture have q and k so.
+    /// Among each head's D rows, 2 i and 2 i + 1 form a rotary pair; Hugging Face stores it at i
+    /// and i + D / 2. Files of the llama architecture store q and k this way.
     Interleaved {
-        /// D; even.
+        /// D; an even number.
         head_dim: usize,
     },
 }
 
 impl RowOrder {
-    /// Where each of so many rows of a file is in Hugging Face's order; `None` if they are no whole number of heads.
+    /// For each of this many rows in a file, the position in Hugging Face's order; `None` if they
+    /// aren't a whole number of heads.
     pub(crate) fn sources(self, rows: usize) -> Option<Vec<usize>> {
         match self {
             RowOrder::Plain => Some((0..rows).collect()),
@@ -88,7 +89,8 @@ impl RowOrder {
         }
     }
 
-    /// Equal spans of bytes, `rows` of them, brought into Hugging Face's order; `None` if they are no whole number of heads.
+    /// Reorders `rows` equal spans of bytes into Hugging Face's order; `None` if they aren't a
+    /// whole number of heads.
     fn restore<'a>(self, bytes: &'a [u8], rows: usize) -> Option<Cow<'a, [u8]>> {
         if self == RowOrder::Plain {
             return Some(bytes.into());
@@ -101,7 +103,8 @@ impl RowOrder {
         Some(out.into())
     }
 
-    /// The reverse of [`restore`](Self::restore): bytes in Hugging Face's order, brought into this one.
+    /// The inverse of [`restore`](Self::restore): reorders bytes from Hugging Face's order into
+    /// this one.
     pub(crate) fn arrange(self, bytes: Vec<u8>, rows: usize) -> Option<Vec<u8>> {
         if self == RowOrder::Plain {
             return Some(bytes);
@@ -113,34 +116,35 @@ impl RowOrder {
     }
 }
 
-/// Where everything is in a file.
+/// Locations of everything in a file.
 #[derive(Debug)]
 struct Header {
-    /// Type and place of every value.
+    /// Type and position of every value.
     metadata: BTreeMap<String, (u32, usize)>,
     tensors: BTreeMap<String, Place>,
 }
 
-/// Where a tensor is.
+/// Location of a tensor.
 #[derive(Debug)]
 struct Place {
-    /// Of several files, which.
+    /// Index of the file, if there are several.
     file: usize,
     kind: TensorType,
-    /// The outermost dimension first.
+    /// Outermost dimension first.
     shape: Vec<usize>,
     bytes: Range<usize>,
 }
 
 impl GgufFile {
-    /// Maps the file at `path` and checks its header: every value, count and length lies inside the file, every tensor
-    /// has the size that its type and shape ask for, and no two overlap. Of a model in several files it is the first, and the
-    /// others are found beside it by their names.
+    /// Maps the file at `path` and checks its header: every value, count and length lies inside
+    /// the file, every tensor has the size that its type and shape require, and no two overlap. If
+    /// a model has several files, this is the first; the others are found next to it by name.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be opened, or another part is missing; [`Error::File`] if it is no GGUF file of version 2
-    /// or 3, is malformed, or is a part of a model and not the first; [`Error::Tensor`] for a tensor of an unknown type or with
-    /// bytes where it cannot have them, or in two parts.
+    /// [`Error::Io`] if the file can't be opened or another part is missing; [`Error::File`] if it
+    /// isn't a GGUF file of version 2 or 3, is malformed, or is a part of a model but not the
+    /// first; [`Error::Tensor`] for a tensor of unknown type, at an impossible position, or in two
+    /// parts.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let mut file = GgufFile::open_one(path.as_ref())?;
         for part in parts::others(&file)? {
@@ -156,7 +160,7 @@ impl GgufFile {
         Ok(GgufFile { maps: vec![map], header })
     }
 
-    /// Where the file is; of several, the first.
+    /// Path of the file; the first, if there are several.
     pub fn path(&self) -> &Path {
         self.first().path()
     }
@@ -166,19 +170,19 @@ impl GgufFile {
         &self.maps[0]
     }
 
-    /// All keys of the metadata, sorted.
+    /// All metadata keys, sorted.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.header.metadata.keys().map(String::as_str)
     }
 
-    /// The value of `key` in the metadata, if there is one.
+    /// Returns the metadata value of `key`, if there is one.
     pub fn metadata(&self, key: &str) -> Option<Value<'_>> {
         let &(kind, start) = self.header.metadata.get(key)?;
-        // It was read once when the file was opened.
+        // Opening the file has already read it once.
         Reader::new(&self.first()[start..]).value(kind, 0).ok()
     }
 
-    /// Key, number of the type and bytes of every value, in the file's order.
+    /// Key, type number and bytes of every value, in the file's order.
     fn raw_metadata(&self) -> impl Iterator<Item = (&str, u32, &[u8])> {
         let mut entries: Vec<_> = self.header.metadata.iter().collect();
         entries.sort_by_key(|(_, (_, start))| *start);
@@ -189,10 +193,11 @@ impl GgufFile {
         })
     }
 
-    /// The value of `key` as a `T` (`u32`, `i32`, `usize`, `f32`, `bool`, `&str`, or a `Vec` of one), if there is one.
+    /// Returns the value of `key` as a `T` (`u32`, `i32`, `usize`, `f32`, `bool`, `&str`, or a
+    /// `Vec` of one), if there is one.
     ///
     /// # Errors
-    /// [`Error::File`] if it is of another type, or does not fit, or the file has been cut short.
+    /// [`Error::File`] if it has another type or doesn't fit, or if the file was truncated.
     pub fn get<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<Option<T>> {
         self.first().check_whole()?;
         let wrong =
@@ -200,15 +205,15 @@ impl GgufFile {
         self.metadata(key).map(|value| T::from_value(value).ok_or_else(|| wrong(value))).transpose()
     }
 
-    /// The value of `key` as [`get`](Self::get) has it.
+    /// Like [`get`](Self::get), but the value must exist.
     ///
     /// # Errors
-    /// [`Error::File`] if there is none, or it is of another type.
+    /// [`Error::File`] if it is missing or has another type.
     pub fn require<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<T> {
         self.get(key)?.ok_or_else(|| self.metadata_error(key, "is missing"))
     }
 
-    /// An [`Error::File`] about `key` of the metadata.
+    /// Makes an [`Error::File`] about the metadata key `key`.
     pub fn metadata_error(&self, key: &str, message: impl Display) -> Error {
         Error::File { path: self.path().into(), message: format!("`{key}`: {message}") }
     }
@@ -225,15 +230,15 @@ impl GgufFile {
         places.into_iter().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Whether there is a tensor called `name`.
+    /// Whether there is a tensor named `name`.
     pub fn contains(&self, name: &str) -> bool {
         self.header.tensors.contains_key(name)
     }
 
-    /// The tensor called `name`, whose bytes can be read: the file's size is checked again.
+    /// Returns the tensor named `name` for reading its bytes; checks the file's size again.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if there is none, [`Error::File`] if its file has been cut short.
+    /// [`Error::Tensor`] if there is none, [`Error::File`] if its file was truncated.
     pub fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
         let Place { file, kind, shape, bytes } =
             self.header.tensors.get(name).ok_or_else(|| self.tensor_error(name, "is missing"))?;
@@ -241,19 +246,21 @@ impl GgufFile {
         Ok(Tensor { kind: *kind, shape, bytes: &self.maps[*file][bytes.clone()] })
     }
 
-    /// The file that a tensor is in; the first for one that is in none.
+    /// The file that contains a tensor; the first file if none does.
     fn map_of(&self, name: &str) -> &MappedFile {
         &self.maps[self.header.tensors.get(name).map_or(0, |place| place.file)]
     }
 
-    /// The matrix called `name`, [`rows`, `cols`], with its rows brought from `order` into Hugging Face's.
+    /// Reads the matrix named `name`, [`rows`, `cols`], reordering its rows from `order` into
+    /// Hugging Face's.
     ///
-    /// Q4_0, Q4_1, Q4_K, IQ4_NL, IQ4_XS and MXFP4 become 4-bit matrices of the very same values. Others are as `base` says:
-    /// dense (F32, F16, BF16 and Q8_0 as they are, the other quantized types as f32), or quantized to 4 bits.
+    /// Q4_0, Q4_1, Q4_K, IQ4_NL, IQ4_XS and MXFP4 become 4-bit matrices with exactly the same
+    /// values. `base` decides about the others: dense (F32, F16, BF16 and Q8_0 as they are, other
+    /// quantized types as f32), or quantized to 4 bits.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if it is missing, of another shape, of a type that is not supported, or has a scale (or, to be
-    /// quantized, a value) that is not finite.
+    /// [`Error::Tensor`] if it is missing, has another shape or an unsupported type, or contains a
+    /// scale (or a value to be quantized) that isn't finite.
     pub fn matrix(
         &self,
         name: &str,
@@ -265,7 +272,8 @@ impl GgufFile {
         self.decode(name, &[rows, cols], order, base)
     }
 
-    /// The vector called `name` of `len` values as f32, brought from `order` into Hugging Face's.
+    /// Reads the vector named `name`, with `len` values, as f32, reordered from `order` into
+    /// Hugging Face's.
     ///
     /// # Errors
     /// Same as [`matrix`](Self::matrix).
@@ -276,17 +284,18 @@ impl GgufFile {
         Ok(values)
     }
 
-    /// How [`matrix`](Self::matrix) of the same arguments is stored, from the header alone.
+    /// Returns how [`matrix`](Self::matrix) would store the matrix with these arguments, from the
+    /// header alone.
     ///
     /// # Errors
-    /// [`Error::Tensor`] if it is missing, of another shape, or of a type that is not supported.
+    /// [`Error::Tensor`] if it is missing, has another shape, or has an unsupported type.
     pub fn spec(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<MatrixSpec> {
         let tensor = self.shaped(name, &[rows, cols])?;
         let kind = blocks::matrix_kind(tensor.kind, base).ok_or_else(|| self.not_supported(name, tensor.kind))?;
         Ok(MatrixSpec { rows, cols, kind })
     }
 
-    /// The tensor called `name`, which must have this shape.
+    /// Returns the tensor named `name`, which must have this shape.
     fn shaped(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>> {
         let tensor = self.tensor(name)?;
         if tensor.shape != shape {
@@ -299,31 +308,31 @@ impl GgufFile {
         self.tensor_error(name, format!("is {kind}, which is not supported"))
     }
 
-    /// A tensor of this shape; a vector as a matrix of one row.
+    /// Decodes a tensor of this shape; a vector becomes a matrix with one row.
     fn decode(&self, name: &str, shape: &[usize], order: RowOrder, base: &BaseFormat) -> Result<HostMatrix> {
         let tensor = self.shaped(name, shape)?;
         let (spans, [rows, cols]) = match *shape {
             [rows, cols] => (rows, [rows, cols]),
-            // A block cannot be taken apart.
+            // A block can't be split.
             _ => (shape[0] / tensor.kind.block(), [1, shape[0]]),
         };
         let needed = base.memory(rows.saturating_mul(cols), tensor.bytes.len());
         memory::check(needed).map_err(|e| self.tensor_error(name, e))?;
         let bytes = order.restore(tensor.bytes, spans).ok_or_else(|| {
-            self.tensor_error(name, format!("is {} of shape {shape:?}, of which no heads can be made", tensor.kind))
+            self.tensor_error(name, format!("is {} of shape {shape:?}, which can't be split into heads", tensor.kind))
         })?;
         let matrix = blocks::matrix(tensor.kind, &bytes, rows, cols, base);
         self.map_of(name).release(tensor.bytes);
         matrix.map_err(|e| self.tensor_error(name, e))?.ok_or_else(|| self.not_supported(name, tensor.kind))
     }
 
-    /// An [`Error::Tensor`] about a tensor of this file.
+    /// Makes an [`Error::Tensor`] about a tensor in this file.
     pub fn tensor_error(&self, name: &str, message: impl Display) -> Error {
         Error::Tensor { path: self.map_of(name).path().into(), key: name.into(), message: message.to_string() }
     }
 }
 
-/// What is wrong with a file, and with which of its tensors.
+/// A fault in a file, with the tensor that has it.
 #[derive(Debug)]
 struct Malformed {
     tensor: Option<String>,
@@ -382,7 +391,7 @@ impl Header {
             let about = |message: String| Malformed { tensor: Some(name.to_owned()), message };
             let place = Place::read(&mut reader).map_err(about)?;
             if !place.bytes.start.is_multiple_of(alignment) {
-                return Err(about(format!("begins at {}, no multiple of {alignment}", place.bytes.start)));
+                return Err(about(format!("begins at {}, which isn't a multiple of {alignment}", place.bytes.start)));
             }
             if places.insert(name.to_owned(), place).is_some() {
                 return Err(about("is given twice".into()));
@@ -407,7 +416,7 @@ impl Header {
 }
 
 impl Place {
-    /// A tensor's entry after its name; its place is from the start of the data.
+    /// Reads a tensor's entry after its name. Positions are relative to the data.
     fn read(reader: &mut Reader<'_>) -> Result<Self, String> {
         let dimensions = reader.u32()?;
         if !(1..=MAX_DIMENSIONS).contains(&dimensions) {
@@ -424,7 +433,7 @@ impl Place {
         let values = shape.iter().try_fold(1_usize, |n, &length| n.checked_mul(length));
         let len = values.and_then(|values| kind.bytes(values));
         let end = len.and_then(|len| start.checked_add(len));
-        let end = end.ok_or_else(|| format!("is {kind} of shape {shape:?} from {start} on, which is too large"))?;
+        let end = end.ok_or_else(|| format!("is {kind} of shape {shape:?} at {start}, which is too large"))?;
         Ok(Place { file: 0, kind, shape, bytes: start..end })
     }
 }

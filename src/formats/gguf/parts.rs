@@ -1,5 +1,6 @@
-//! Models in several files, as llama.cpp's `gguf-split` writes them: `NAME-00001-of-00003.gguf` and so on. Each says which it
-//! is (`split.no`, from 0) and of how many (`split.count`); the first has the model's metadata.
+//! Models in several files, as written by llama.cpp's `gguf-split`: `NAME-00001-of-00003.gguf` and
+//! so on. Each file has its number (`split.no`, from 0) and the number of files (`split.count`).
+//! The first has the model's metadata.
 
 use std::path::PathBuf;
 
@@ -10,14 +11,14 @@ const NUMBER: &str = "split.no";
 const COUNT: &str = "split.count";
 const TENSORS: &str = "split.tensors.count";
 
-/// What a file in one does not have.
+/// Keys that only a split model has.
 pub(crate) const SPLIT_KEYS: [&str; 3] = [NUMBER, COUNT, TENSORS];
 
-/// The other files of the model whose first file this is; none of a model in one.
+/// Opens the other files of the model whose first file is `first`; empty for a model in one file.
 ///
 /// # Errors
-/// [`Error::Io`] for a part that is missing; [`Error::File`] for a file that is not the first part, or for parts that do not
-/// belong together.
+/// [`Error::Io`] for a missing part; [`Error::File`] if the file isn't the first part, or the
+/// parts don't belong together.
 pub(super) fn others(first: &GgufFile) -> Result<Vec<GgufFile>> {
     let (number, count): (usize, usize) = (first.get(NUMBER)?.unwrap_or(0), first.get(COUNT)?.unwrap_or(1));
     if number == 0 && count <= 1 {
@@ -27,7 +28,7 @@ pub(super) fn others(first: &GgufFile) -> Result<Vec<GgufFile>> {
     let part = format!("is part {} of {count} of a model", number.saturating_add(1));
     let Some(names) = names(first, number, count) else {
         let end = format!("-{:05}-of-{count:05}.gguf", number.saturating_add(1));
-        return refuse(format!("{part}; its name must end in {end}, so that the others are found"));
+        return refuse(format!("{part}; its name must end in {end}, so that the others can be found"));
     };
     if number != 0 {
         return refuse(format!("{part}; give the first, {}", names[0].display()));
@@ -49,18 +50,18 @@ pub(super) fn others(first: &GgufFile) -> Result<Vec<GgufFile>> {
     names.into_iter().enumerate().skip(1).map(open).collect()
 }
 
-/// Paths of all parts, by that of one; `None` if it is called otherwise.
+/// Paths of all parts, from the path of one; `None` if its name doesn't have this form.
 fn names(file: &GgufFile, number: usize, count: usize) -> Option<Vec<PathBuf>> {
     let name = file.path().file_name()?.to_str()?;
     let end = |number: usize| format!("-{number:05}-of-{count:05}.gguf");
     let stem = name.strip_suffix(&end(number.checked_add(1)?))?;
-    // What has five digits.
+    // Names have five digits.
     (count <= 99_999)
         .then(|| (1..=count).map(|number| file.path().with_file_name(format!("{stem}{}", end(number)))).collect())
 }
 
 impl GgufFile {
-    /// Takes up the tensors of another part.
+    /// Adds the tensors of another part.
     pub(super) fn append(&mut self, part: GgufFile) -> Result<()> {
         let file = self.maps.len();
         let overlap = part.header.tensors.keys().find(|name| self.contains(name));
@@ -75,7 +76,7 @@ impl GgufFile {
         Ok(())
     }
 
-    /// Checks that there are as many tensors as the first part says that all have.
+    /// Checks that the number of tensors is the total stated in the first part.
     pub(super) fn check_count(&self) -> Result<()> {
         match self.get::<usize>(TENSORS)? {
             Some(count) if count != self.header.tensors.len() => Err(self.metadata_error(

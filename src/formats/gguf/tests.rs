@@ -98,7 +98,7 @@ fn no_changed_byte_of_the_header_panics_or_reaches_outside() {
         for flip in [0xff, 0x80, 0x20, 0x01] {
             check(&|bytes| bytes[at] ^= flip);
         }
-        // Lengths and counts of which nothing can be made.
+        // Impossible lengths and counts.
         for fill in [0xff, 0x7f] {
             check(&|bytes| bytes[at..header.min(at + 8)].fill(fill));
         }
@@ -147,7 +147,7 @@ fn tensors_that_cannot_be_are_errors_that_name_them() {
     assert!(with(&[4], f32s, 32).contains("overlaps tensor \"v\""));
     assert!(with(&[17], f32s, 0).contains("ends at byte 68 of 64"));
     assert!(with(&[1], f32s, 64).contains("ends at byte 68 of 64"));
-    assert!(with(&[1], f32s, 4).contains("no multiple of 32"));
+    assert!(with(&[1], f32s, 4).contains("isn't a multiple of 32"));
     assert!(with(&[16], f32s, u64::MAX - 31).contains("too large"));
     assert!(with(&[usize::MAX, usize::MAX], f32s, 0).contains("too large"));
     assert!(with(&[2, 33], TensorType::Q4_0.id(), 0).contains("whole blocks of 32"));
@@ -161,7 +161,7 @@ fn tensors_that_cannot_be_are_errors_that_name_them() {
 #[test]
 fn matrices_and_vectors_are_checked_and_put_in_order() {
     let folder = TempDir::new().unwrap();
-    // Rows 0, 1, 2, ... of two heads of four, whose pairs are neighbours.
+    // Rows 0, 1, 2, ... of two heads of four rows; pairs are adjacent.
     let values: Vec<f32> = (0..8).flat_map(|row| [row as f32, 0.5]).collect();
     let column: Vec<f32> = (0..8).map(|row| row as f32).collect();
     let file = Writer::default()

@@ -1,11 +1,11 @@
-//! How ggml stores the values of a tensor.
+//! ggml's tensor types.
 
 use std::fmt;
 
 use super::blocks;
 use crate::formats::checkpoint::BaseFormat;
 
-/// The type of a tensor's values, as ggml numbers and names them.
+/// Type of a tensor's values, with ggml's numbers and names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum TensorType {
     F32,
@@ -42,7 +42,7 @@ pub enum TensorType {
     Mxfp4,
 }
 
-/// Type, its number in a file, its name, values a block, bytes a block.
+/// Type, number in a file, name, values per block, bytes per block.
 const TYPES: [(TensorType, u32, &str, usize, usize); 32] = [
     (TensorType::F32, 0, "F32", 1, 4),
     (TensorType::F16, 1, "F16", 1, 2),
@@ -79,17 +79,17 @@ const TYPES: [(TensorType, u32, &str, usize, usize); 32] = [
 ];
 
 impl TensorType {
-    /// The type of this number in a file, if it is known.
+    /// Returns the type with this number in a file, if it is known.
     pub fn from_id(id: u32) -> Option<Self> {
         TYPES.iter().find(|entry| entry.1 == id).map(|entry| entry.0)
     }
 
-    /// Its number in a file.
+    /// Number in a file.
     pub fn id(self) -> u32 {
         TYPES[self as usize].1
     }
 
-    /// Values that are stored together, within a row.
+    /// Number of values stored together, within a row.
     pub fn block(self) -> usize {
         TYPES[self as usize].3
     }
@@ -104,7 +104,7 @@ impl TensorType {
         blocks::matrix_kind(self, &BaseFormat::AsIs).is_some()
     }
 
-    /// Bytes of so many values, unless they are no whole number of blocks or overflow.
+    /// Bytes of this many values, unless they aren't a whole number of blocks or overflow.
     pub fn bytes(self, values: usize) -> Option<usize> {
         let whole = values.is_multiple_of(self.block());
         whole.then(|| (values / self.block()).checked_mul(self.block_bytes())).flatten()

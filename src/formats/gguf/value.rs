@@ -2,13 +2,13 @@
 
 use std::result;
 
-/// What is wrong with the bytes.
+/// The error says what is wrong with the bytes.
 pub(super) type Result<T> = result::Result<T, String>;
 
-/// How deeply arrays may be nested.
+/// Maximum depth of nested arrays.
 const MAX_DEPTH: usize = 4;
 
-/// A value of the metadata. Text is borrowed from the mapped file, arrays are decoded when they are asked for.
+/// A metadata value. Text is borrowed from the mapped file; arrays are decoded on demand.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Value<'a> {
     /// An unsigned integer of 8 to 64 bits.
@@ -17,7 +17,7 @@ pub enum Value<'a> {
     Signed(i64),
     /// A float of 32 or 64 bits.
     Float(f64),
-    /// A byte that is 0 or 1.
+    /// A byte with the value 0 or 1.
     Bool(bool),
     /// UTF-8 text.
     String(&'a str),
@@ -25,7 +25,7 @@ pub enum Value<'a> {
     Array(Array<'a>),
 }
 
-/// An array of the metadata.
+/// A metadata array.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Array<'a> {
     kind: u32,
@@ -33,7 +33,7 @@ pub struct Array<'a> {
     bytes: &'a [u8],
 }
 
-/// Numbers of the types in a file.
+/// Type numbers in a file.
 pub(super) mod kind {
     pub const U8: u32 = 0;
     pub const I8: u32 = 1;
@@ -64,13 +64,13 @@ impl<'a> Array<'a> {
     /// The elements, in order.
     pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
         let (kind, mut reader) = (self.kind, Reader::new(self.bytes));
-        // They were read once when the file was opened, so none fails here.
+        // Opening the file has read them once, so none fails here.
         (0..self.len).map_while(move |_| reader.value(kind, 1).ok())
     }
 }
 
 impl Value<'_> {
-    /// What it is, for messages.
+    /// Describes the value for messages.
     pub(super) fn describe(&self) -> String {
         match self {
             Value::Unsigned(value) => value.to_string(),
@@ -83,12 +83,13 @@ impl Value<'_> {
     }
 }
 
-/// What a [`Value`] can be read as. Integers convert where they fit, floats are rounded to 32 bits.
+/// Types that a [`Value`] can be read as. Integers convert if they fit; floats are rounded to 32
+/// bits.
 pub trait FromValue<'a>: Sized {
-    /// The type, for messages.
+    /// Name of the type, for messages.
     const NAME: &'static str;
 
-    /// The value, if it is of a fitting type and size.
+    /// Converts the value, if its type and size fit.
     fn from_value(value: Value<'a>) -> Option<Self>;
 }
 
@@ -142,10 +143,10 @@ impl<'a, T: FromValue<'a>> FromValue<'a> for Vec<T> {
     }
 }
 
-/// Reads little-endian values one after another; whatever reaches past the end is an error.
+/// Reads little-endian values one after another; reading past the end is an error.
 pub(super) struct Reader<'a> {
     bytes: &'a [u8],
-    /// Bytes read so far.
+    /// Number of bytes read so far.
     pub at: usize,
 }
 
@@ -158,7 +159,7 @@ impl<'a> Reader<'a> {
         let rest = &self.bytes[self.at..];
         let taken = rest.get(..len).ok_or_else(|| {
             format!(
-                "is truncated: {len} bytes are wanted at byte {}, {} follow; copy or download it again",
+                "is truncated: {len} bytes are needed at byte {}, but {} follow; copy or download it again",
                 self.at,
                 rest.len()
             )
@@ -180,7 +181,7 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// A 64-bit length or count. One that this machine cannot address is more than any file has.
+    /// Reads a 64-bit length or count. If this machine can't address it, no file has that many.
     pub(super) fn length(&mut self) -> Result<usize> {
         self.u64().map(|length| usize::try_from(length).unwrap_or(usize::MAX))
     }
@@ -191,7 +192,7 @@ impl<'a> Reader<'a> {
         str::from_utf8(self.take(len)?).map_err(|e| format!("has text at byte {at} that is not UTF-8: {e}"))
     }
 
-    /// A value of this type, at this depth of nested arrays.
+    /// Reads a value of this type, at this depth of nested arrays.
     pub(super) fn value(&mut self, kind: u32, depth: usize) -> Result<Value<'a>> {
         Ok(match kind {
             kind::U8 => Value::Unsigned(self.array().map(u8::from_le_bytes)?.into()),
@@ -215,7 +216,8 @@ impl<'a> Reader<'a> {
                 let start = self.at;
                 match fixed_size(kind) {
                     Some(size) => drop(self.take(len.saturating_mul(size))?),
-                    // Every element takes bytes, so that this ends with the file at the latest.
+                    // Every element takes bytes, so this ends at the end of the file at the
+                    // latest.
                     None => (0..len).try_for_each(|_| self.value(kind, depth + 1).map(drop))?,
                 }
                 Value::Array(Array { kind, len, bytes: &self.bytes[start..self.at] })
@@ -226,7 +228,7 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Bytes of a value of this type, where they and any bits in them are fit.
+/// Size of a value in bytes, for types without invalid bit patterns.
 fn fixed_size(kind: u32) -> Option<usize> {
     match kind {
         kind::U8 | kind::I8 => Some(1),

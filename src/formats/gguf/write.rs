@@ -1,4 +1,5 @@
-//! Writing GGUF files: header first, then tensor after tensor, so that one of them is in memory at a time.
+//! Writes GGUF files: the header first, then tensor by tensor, so that only one is in memory at a
+//! time.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -10,10 +11,10 @@ use super::{DEFAULT_ALIGNMENT, GgufFile, MAGIC, TensorType};
 use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
 
-/// The version that is written.
+/// Version of the files.
 const VERSION: u32 = 3;
 
-/// A value of the metadata, to be written.
+/// A metadata value to write.
 #[derive(Clone, Debug, PartialEq)]
 pub enum OutValue {
     /// An unsigned 32-bit integer.
@@ -30,7 +31,7 @@ pub enum OutValue {
     F32s(Vec<f32>),
     /// An array of signed 32-bit integers.
     I32s(Vec<i32>),
-    /// As another file has it.
+    /// Copied from another file.
     Raw {
         /// Number of its type.
         kind: u32,
@@ -65,31 +66,31 @@ impl OutValue {
     }
 }
 
-/// A string as a file has it.
+/// Encodes a string for a file.
 pub(crate) fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
 
-/// An array of this type as a file has it.
+/// Encodes an array of this type for a file.
 pub(super) fn array<T, B: AsRef<[u8]>>(kind: u32, values: &[T], bytes: impl Fn(&T) -> B) -> Vec<u8> {
     let mut out = [&kind.to_le_bytes()[..], &(values.len() as u64).to_le_bytes()].concat();
     values.iter().for_each(|value| out.extend_from_slice(bytes(value).as_ref()));
     out
 }
 
-/// Keys and values of a file to be written, in their order.
+/// Keys and values to write, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Metadata(Vec<(String, OutValue)>);
 
 impl Metadata {
-    /// All of a file, in its order.
+    /// All metadata of a file, in its order.
     pub fn of(file: &GgufFile) -> Metadata {
         let raw =
             |(key, kind, bytes): (&str, u32, &[u8])| (key.to_owned(), OutValue::Raw { kind, bytes: bytes.into() });
         Metadata(file.raw_metadata().map(raw).collect())
     }
 
-    /// Gives `key` a value: in the place of the one that it has, or at the end.
+    /// Sets `key` to a value: in place if it exists, otherwise at the end.
     pub fn set(&mut self, key: impl Into<String>, value: OutValue) {
         let key = key.into();
         match self.0.iter_mut().find(|(known, _)| *known == key) {
@@ -98,33 +99,33 @@ impl Metadata {
         }
     }
 
-    /// Takes `key` out.
+    /// Removes `key`.
     pub fn remove(&mut self, key: &str) {
         self.0.retain(|(known, _)| known != key);
     }
 }
 
-/// Makes a tensor's bytes.
+/// Makes the bytes of a tensor.
 pub type MakeBytes<'a> = Box<dyn Fn() -> Result<Cow<'a, [u8]>> + 'a>;
 
-/// A tensor to be written.
+/// A tensor to write.
 pub struct OutTensor<'a> {
-    /// Its name in the file.
+    /// Name in the file.
     pub name: String,
     /// Type of the values.
     pub kind: TensorType,
-    /// Lengths of the dimensions, the outermost first.
+    /// Lengths of the dimensions, outermost first.
     pub shape: Vec<usize>,
-    /// Its blocks, made when their turn to be written comes.
+    /// Its blocks, made just before they are written.
     pub data: MakeBytes<'a>,
 }
 
-/// Writes a GGUF file, version 3, tensors in the given order. The file appears whole or not at all; one that is there is
-/// replaced.
+/// Writes a GGUF file, version 3, with the tensors in the given order. The file is written
+/// completely or not at all; an existing one is replaced.
 ///
 /// # Errors
-/// [`Error::Io`] if writing fails; [`Error::Tensor`] for a name that appears twice, a shape that is no whole number of
-/// blocks, or bytes that do not fit it; those of the tensors' own making.
+/// [`Error::Io`] if writing fails; [`Error::Tensor`] for a name that appears twice, a shape that
+/// isn't a whole number of blocks, or bytes that don't fit the shape; errors from making tensors.
 pub fn write(path: &Path, metadata: &Metadata, tensors: &[OutTensor<'_>]) -> Result<()> {
     let (header, lengths) = header(path, metadata, tensors)?;
     let io_error = |e: io::Error| Error::io(path, e);
@@ -144,7 +145,7 @@ pub fn write(path: &Path, metadata: &Metadata, tensors: &[OutTensor<'_>]) -> Res
     staged.commit()
 }
 
-/// Everything before the data, and the bytes of each tensor.
+/// Makes everything before the data, and the sizes of the tensors in bytes.
 fn header(path: &Path, metadata: &Metadata, tensors: &[OutTensor<'_>]) -> Result<(Vec<u8>, Vec<usize>)> {
     let counts = [tensors.len() as u64, metadata.0.len() as u64];
     let mut out = [MAGIC, &VERSION.to_le_bytes(), bytemuck::bytes_of(&counts)].concat();
@@ -178,7 +179,7 @@ fn header(path: &Path, metadata: &Metadata, tensors: &[OutTensor<'_>]) -> Result
     Ok((out, lengths))
 }
 
-/// Zeros from `length` to the next place where a tensor may begin.
+/// Zeros from `length` to the next position where a tensor may begin.
 fn padding(length: usize) -> Vec<u8> {
     vec![0; length.next_multiple_of(DEFAULT_ALIGNMENT) - length]
 }
@@ -229,7 +230,7 @@ mod tests {
         assert_eq!(file.tensor("b").unwrap().shape, [2, 3]);
         assert_eq!(file.vector("a", 1, RowOrder::Plain).unwrap(), [9.0]);
 
-        // Keys of another file come along as they are.
+        // Keys of another file are copied unchanged.
         let again = folder.path().join("b.gguf");
         write(&again, &Metadata::of(&file), &tensors).unwrap();
         assert_eq!(std::fs::read(again).unwrap(), std::fs::read(path).unwrap());

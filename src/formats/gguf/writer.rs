@@ -8,13 +8,13 @@ pub(crate) use super::write::text;
 use super::{GgufFile, TensorType};
 use crate::error::Result;
 
-/// Writes GGUF files for tests.
+/// Builds GGUF files for tests.
 #[derive(Clone, Default)]
 pub struct Writer {
     entries: Vec<Vec<u8>>,
     tensors: Vec<(Vec<u8>, u64)>,
     data: Vec<u8>,
-    /// Where every field of the last file ends.
+    /// End positions of the fields in the last file.
     pub seams: Vec<usize>,
 }
 
@@ -41,7 +41,7 @@ impl Writer {
         self.entry(key, 8, text(value))
     }
 
-    /// A tensor; the outermost dimension first.
+    /// Adds a tensor; outermost dimension first.
     pub fn tensor(mut self, name: &str, shape: &[usize], kind: TensorType, bytes: &[u8]) -> Self {
         let offset = self.data.len().next_multiple_of(32);
         self.data.resize(offset, 0);
@@ -49,7 +49,7 @@ impl Writer {
         self.placed(name, shape, kind.id(), offset as u64)
     }
 
-    /// A tensor that is `offset` bytes into the data, with none of its own.
+    /// Adds a tensor at `offset` in the data, without bytes of its own.
     pub fn placed(mut self, name: &str, shape: &[usize], kind: u32, offset: u64) -> Self {
         let lengths = shape.iter().rev().flat_map(|&length| (length as u64).to_le_bytes());
         let mut info = [&text(name), &(shape.len() as u32).to_le_bytes()[..]].concat();
@@ -58,7 +58,7 @@ impl Writer {
         self
     }
 
-    /// The whole file.
+    /// Returns the whole file.
     pub fn bytes(&mut self) -> Vec<u8> {
         let counts = [self.tensors.len() as u64, self.entries.len() as u64];
         let mut out = [b"GGUF", &3_u32.to_le_bytes()[..], bytemuck::bytes_of(&counts)].concat();

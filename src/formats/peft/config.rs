@@ -9,7 +9,7 @@ use super::targets::{ModulePatterns, TargetModules, Targets};
 use crate::error::{Error, Result};
 use crate::formats::json::JsonObject;
 
-/// Features of PEFT that change what an adapter computes and are not implemented.
+/// PEFT features that change what an adapter computes and aren't implemented.
 const UNSUPPORTED: [&str; 17] = [
     "alora_invocation_tokens",
     "arrow_config",
@@ -30,7 +30,8 @@ const UNSUPPORTED: [&str; 17] = [
     "velora_config",
 ];
 
-/// How the values of an adapter began, for the record. Those that also change the base are not supported.
+/// How an adapter was initialized; recorded only. Methods that also change the base aren't
+/// supported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum InitLoraWeights {
     /// `true`: A Kaiming-uniform, B zero.
@@ -62,41 +63,43 @@ impl InitLoraWeights {
     }
 }
 
-/// What an adapter is. Fields are called as in the file.
+/// Configuration of an adapter. Fields have the names in the file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PeftConfig {
-    /// The model that the adapter is for: a name on the hub, or a folder.
+    /// Model that the adapter is for: a name on the hub, or a folder.
     pub base_model_name_or_path: Option<String>,
-    /// The revision of that model.
+    /// Revision of that model.
     pub revision: Option<String>,
     /// `CAUSAL_LM` for a language model.
     pub task_type: Option<String>,
     /// Whether the adapter is loaded frozen.
     pub inference_mode: bool,
-    /// The rank of modules without one of their own, at least 1.
+    /// Default rank of modules, at least 1.
     pub r: usize,
-    /// alpha of modules without one of their own.
+    /// Default alpha of modules.
     pub lora_alpha: f32,
-    /// Probability that a value is dropped before A, in training; in 0..1.
+    /// Probability, in 0..1, of dropping a value before A. Applies in training only.
     pub lora_dropout: f32,
-    /// Whether the scale is alpha / sqrt(r), not alpha / r.
+    /// Whether the scale is alpha / sqrt(r) instead of alpha / r.
     pub use_rslora: bool,
-    /// Whether modules have a magnitude: DoRA.
+    /// Whether modules have a magnitude (DoRA).
     pub use_dora: bool,
     /// Whether B has a bias.
     pub lora_bias: bool,
-    /// How the values began.
+    /// How the values were initialized.
     pub init_lora_weights: InitLoraWeights,
-    /// The modules: `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`.
+    /// Adapted modules: `target_modules`, `exclude_modules`, `layers_to_transform`,
+    /// `layers_pattern`.
     pub targets: Targets,
-    /// Ranks of single modules.
+    /// Ranks of individual modules.
     pub rank_pattern: ModulePatterns<usize>,
-    /// alphas of single modules.
+    /// alpha of individual modules.
     pub alpha_pattern: ModulePatterns<f32>,
 }
 
 impl PeftConfig {
-    /// An adapter of a causal language model on every linear layer but the head, for inference when it is loaded.
+    /// An adapter for a causal language model on every linear layer except the head; PEFT loads it
+    /// for inference.
     pub fn new(r: usize, lora_alpha: f32) -> Self {
         PeftConfig {
             base_model_name_or_path: None,
@@ -116,7 +119,7 @@ impl PeftConfig {
         }
     }
 
-    /// The rank of the module at `path`.
+    /// Rank of the module at `path`.
     pub fn rank(&self, path: &str) -> usize {
         self.rank_pattern.get(path).unwrap_or(self.r)
     }
@@ -126,18 +129,18 @@ impl PeftConfig {
         self.alpha_pattern.get(path).unwrap_or(self.lora_alpha)
     }
 
-    /// The scale of the module at `path`: alpha / r, or alpha / sqrt(r).
+    /// Scale of the module at `path`: alpha / r, or alpha / sqrt(r).
     pub fn scaling(&self, path: &str) -> f32 {
         let rank = self.rank(path) as f32;
         self.alpha(path) / if self.use_rslora { rank.sqrt() } else { rank }
     }
 
-    /// Reads `adapter_config.json` in `folder`. Absent keys are PEFT's defaults, r and lora_alpha 8 among them; unknown
-    /// ones are ignored, as PEFT does.
+    /// Reads `adapter_config.json` in `folder`. Absent keys have PEFT's defaults (for example r =
+    /// 8 and lora_alpha = 8); unknown ones are ignored, like in PEFT.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read; [`Error::File`], naming the key, for a value that is malformed or out of range
-    /// and for whatever is not supported.
+    /// [`Error::Io`] if it can't be read; [`Error::File`], naming the key, for a value that is
+    /// malformed, out of range or unsupported.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let json = JsonObject::read(&folder.as_ref().join(CONFIG))?;
         refuse_unsupported(&json)?;
@@ -161,7 +164,8 @@ impl PeftConfig {
         Ok(config)
     }
 
-    /// Checks the fields that are numbers or exclude each other; the error is a key and what is wrong with it.
+    /// Checks fields that are numbers or exclude each other. The error is a key and what is wrong
+    /// with it.
     pub(super) fn check(&self) -> Result<(), (&'static str, String)> {
         let ranks = || self.rank_pattern.iter().map(|(_, rank)| rank);
         let alphas = || self.alpha_pattern.iter().map(|(_, alpha)| alpha);
@@ -176,7 +180,7 @@ impl PeftConfig {
         } else if !(0.0..1.0).contains(&self.lora_dropout) {
             Err(("lora_dropout", format!("is {}; it must be at least 0 and less than 1", self.lora_dropout)))
         } else if self.targets.excluded() == Some(&TargetModules::AllLinear) {
-            Err(("exclude_modules", "is \"all-linear\", which only target_modules may be".into()))
+            Err(("exclude_modules", "is \"all-linear\", which is only allowed for target_modules".into()))
         } else if self.lora_bias && self.use_dora {
             Err(("lora_bias", "is true beside `use_dora`; PEFT has no such adapters".into()))
         } else {
@@ -184,13 +188,13 @@ impl PeftConfig {
         }
     }
 
-    /// The text of the file, printed as PEFT does.
+    /// Text of the file, formatted like PEFT's.
     pub(super) fn text(&self) -> Result<String, serde_json::Error> {
         serde_json::to_string_pretty(&self.json())
     }
 
-    /// What is in the file: keys sorted, values as PEFT has them. Keys that old versions of PEFT do not know are there only
-    /// where they matter.
+    /// Contents of the file: sorted keys, values like PEFT's. Keys unknown to old versions of PEFT
+    /// are included only if they matter.
     pub(crate) fn json(&self) -> Map<String, Value> {
         let mut map = Map::new();
         let mut set = |key: &str, value: Value| map.insert(key.into(), value);
@@ -237,7 +241,7 @@ fn refuse_unsupported(json: &JsonObject) -> Result<()> {
     };
     for key in UNSUPPORTED {
         if let Some(value) = json.value(key).filter(|value| !unset(value)) {
-            return Err(json.unsupported(key, value, "adapters of this kind are not supported"));
+            return Err(json.unsupported(key, value, "adapters of this kind aren't supported"));
         }
     }
     match json.get::<String>("bias")?.as_deref() {
@@ -257,7 +261,7 @@ fn init_lora_weights(json: &JsonObject) -> Result<InitLoraWeights> {
 }
 
 fn targets(json: &JsonObject) -> Result<Targets> {
-    // What PEFT takes for the architectures that are supported here.
+    // PEFT's default for the architectures supported here.
     let default = || TargetModules::names(["q_proj", "v_proj"]);
     let mut targets = Targets::new(match modules(json, "target_modules")? {
         Some(TargetModules::Regex(text)) if text.as_str().eq_ignore_ascii_case("all-linear") => {
@@ -277,7 +281,7 @@ fn targets(json: &JsonObject) -> Result<Targets> {
     }
 }
 
-/// A list of names, or an expression.
+/// Reads a list of names, or an expression.
 fn modules(json: &JsonObject, key: &str) -> Result<Option<TargetModules>> {
     match json.value(key) {
         None => Ok(None),
@@ -286,7 +290,7 @@ fn modules(json: &JsonObject, key: &str) -> Result<Option<TargetModules>> {
     }
 }
 
-/// The values of a list, or a single one; an empty text is none.
+/// Reads the values of a list, or a single one; an empty text counts as absent.
 fn one_or_more<T: serde::de::DeserializeOwned>(json: &JsonObject, key: &str) -> Result<Option<Vec<T>>> {
     match json.value(key) {
         None => Ok(None),
@@ -310,13 +314,13 @@ fn modules_json(modules: &TargetModules) -> Value {
     }
 }
 
-/// A whole number without a fraction, as Python prints an int.
+/// Writes a number without a fraction as an integer, like Python's int.
 fn number(value: f32) -> Value {
     let whole = value as i64;
     if whole as f32 == value { json!(whole) } else { json!(decimal(value)) }
 }
 
-/// The number whose shortest decimal is that of `value`: 0.05 for the f32 nearest to it.
+/// The number with the same shortest decimal as `value`: 0.05 for the f32 nearest to it.
 fn decimal(value: f32) -> f64 {
     value.to_string().parse().unwrap_or(f64::from(value))
 }

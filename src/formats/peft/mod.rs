@@ -1,6 +1,6 @@
-//! LoRA adapters in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors`.
+//! LoRA adapters in PEFT's files: `adapter_config.json` and `adapter_model.safetensors`.
 //!
-//! The tensors of the module at `PATH`, such as `model.layers.0.self_attn.q_proj`:
+//! Tensors of the module at `PATH`, such as `model.layers.0.self_attn.q_proj`:
 //!
 //! | key | shape | |
 //! |---|---|---|
@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 pub use config::{InitLoraWeights, PeftConfig};
 pub use targets::{ModulePatterns, ModuleRegex, TargetModules, Targets};
 
-/// The name of the config in an adapter's folder.
+/// Name of the config in an adapter's folder.
 pub(crate) const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
@@ -36,10 +36,10 @@ const B: &str = ".lora_B.weight";
 const BIAS: &str = ".lora_B.bias";
 const MAGNITUDE: &str = ".lora_magnitude_vector";
 
-/// The path of the output head.
+/// Path of the output head.
 const HEAD: &str = "lm_head";
 
-/// The key of a module's tensor; `kind` is "lora_A", "lora_B" or "lora_magnitude_vector".
+/// Key of a module's tensor; `kind` is "lora_A", "lora_B" or "lora_magnitude_vector".
 pub fn tensor_name(path: &str, kind: &str) -> String {
     let weight = if kind.starts_with("lora_magnitude") { "" } else { ".weight" };
     format!("{PREFIX}{path}.{kind}{weight}")
@@ -48,7 +48,7 @@ pub fn tensor_name(path: &str, kind: &str) -> String {
 /// Maps the tensors of the adapter in `folder`.
 ///
 /// # Errors
-/// [`Error::Io`] or [`Error::File`] for a file that is missing or malformed.
+/// [`Error::Io`] or [`Error::File`] for a missing or malformed file.
 pub fn open_tensors(folder: impl AsRef<Path>) -> Result<SafetensorsFile> {
     let folder = folder.as_ref();
     let path = folder.join(TENSORS);
@@ -59,7 +59,8 @@ pub fn open_tensors(folder: impl AsRef<Path>) -> Result<SafetensorsFile> {
     SafetensorsFile::open(path)
 }
 
-/// The path of the module that tensor `key` of an adapter's file is of; `None` if it is of no LoRA layer.
+/// Path of the module that tensor `key` in an adapter's file belongs to; `None` if it isn't part
+/// of a LoRA layer.
 pub fn module_of(key: &str) -> Option<&str> {
     split_key(key).ok().map(|(path, _)| path)
 }
@@ -67,13 +68,13 @@ pub fn module_of(key: &str) -> Option<&str> {
 /// A LoRA adapter in host memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PeftAdapter {
-    /// What it is.
+    /// Its configuration.
     pub config: PeftConfig,
-    /// Its values, by the path of the module that they go with.
+    /// Its values, by module path.
     pub modules: BTreeMap<String, PeftModule>,
 }
 
-/// The values of one module [out, in].
+/// Values for one module [out, in].
 #[derive(Clone, Debug, PartialEq)]
 pub struct PeftModule {
     /// A, [r, in].
@@ -87,12 +88,13 @@ pub struct PeftModule {
 }
 
 impl PeftAdapter {
-    /// Reads the adapter in `folder`. Tensors of 16 bits are widened.
+    /// Reads the adapter in `folder`. 16-bit tensors are widened.
     ///
     /// # Errors
-    /// Those of [`PeftConfig::read`]; [`Error::Io`] or [`Error::File`] for a tensor file that is missing or malformed;
-    /// [`Error::Tensor`] for a tensor that is missing, unknown, of another type or shape than its module's rank asks for,
-    /// or of a module that the config does not target.
+    /// Errors of [`PeftConfig::read`]; [`Error::Io`] or [`Error::File`] for a missing or malformed
+    /// tensor file; [`Error::Tensor`] for a tensor that is missing or unknown, has another type or
+    /// shape than its module's rank requires, or belongs to a module that the config doesn't
+    /// target.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let config = PeftConfig::read(folder)?;
@@ -116,11 +118,13 @@ impl PeftAdapter {
         Ok(PeftAdapter { config, modules })
     }
 
-    /// Writes the adapter to `folder`, which is made if need be, in a form that PEFT loads. Both files are complete
-    /// on the disk before the first gets its name, so that a failure leaves an old adapter as it was.
+    /// Writes the adapter to `folder`, creating it if needed, so that PEFT can load it. Both files
+    /// are complete on disk before the first is renamed into place, so a failure leaves an old
+    /// adapter unchanged.
     ///
     /// # Errors
-    /// [`Error::Io`] if writing fails; [`Error::File`] or [`Error::Tensor`] for what [`read`](Self::read) would refuse.
+    /// [`Error::Io`] if writing fails; [`Error::File`] or [`Error::Tensor`] for anything that
+    /// [`read`](Self::read) would refuse.
     pub fn write(&self, folder: impl AsRef<Path>) -> Result<()> {
         let folder = folder.as_ref();
         let (config_path, path) = (folder.join(CONFIG), folder.join(TENSORS));
@@ -151,7 +155,7 @@ impl PeftModule {
         let matrix = |suffix| {
             let key = key_of(path, suffix);
             let (shape, values) = read_tensor(file, &key)?;
-            let error = || file.tensor_error(&key, format!("has shape {shape:?}, which is not that of a matrix"));
+            let error = || file.tensor_error(&key, format!("has shape {shape:?}, but it must be a matrix"));
             let &[rows, cols] = shape else { return Err(error()) };
             Array2::from_shape_vec((rows, cols), values).map_err(|_| error())
         };
@@ -163,27 +167,28 @@ impl PeftModule {
             match read_tensor(file, &key)? {
                 ([_], values) => Ok(Some(values)),
                 (shape, _) => {
-                    Err(file.tensor_error(&key, format!("has shape {shape:?}, which is not that of a vector")))
+                    Err(file.tensor_error(&key, format!("has shape {shape:?}, but it must be a vector")))
                 }
             }
         };
         Ok(PeftModule { a: matrix(A)?, b: matrix(B)?, magnitude: vector(MAGNITUDE)?, bias: vector(BIAS)? })
     }
 
-    /// Checks the values against the config; the error is the end of a key and what is wrong with its tensor.
+    /// Checks the values against the config. The error is the end of a key and what is wrong with
+    /// its tensor.
     fn check(&self, config: &PeftConfig, path: &str) -> Result<(), (&'static str, String)> {
         let rank = config.rank(path);
         let ((a_rows, d_in), (d_out, b_cols)) = (self.a.dim(), self.b.dim());
         let vector = |suffix, values: &Option<Vec<f32>>, key: &str, wanted: bool| match values {
             None if wanted => Err((suffix, format!("is missing, but `{key}` is set in {CONFIG}"))),
-            Some(_) if !wanted => Err((suffix, format!("is there, but `{key}` is not set in {CONFIG}"))),
+            Some(_) if !wanted => Err((suffix, format!("exists, but `{key}` is not set in {CONFIG}"))),
             Some(values) if values.len() != d_out => {
-                Err((suffix, format!("has shape [{}], expected [{d_out}], as many as B has rows", values.len())))
+                Err((suffix, format!("has shape [{}], expected [{d_out}], the number of rows of B", values.len())))
             }
             _ => Ok(()),
         };
         if !config.targets.matches(path, path == HEAD) {
-            Err((A, format!("is of a module that `target_modules` of {CONFIG} leaves out")))
+            Err((A, format!("belongs to a module that `target_modules` in {CONFIG} leaves out")))
         } else if a_rows != rank {
             Err((A, format!("has shape [{a_rows}, {d_in}], expected [{rank}, {d_in}], the rank of the config")))
         } else if b_cols != rank {
@@ -211,7 +216,7 @@ impl PeftModule {
     }
 }
 
-/// The values row by row.
+/// Bytes of the values, row by row.
 fn bytes(values: &Array2<f32>) -> Cow<'_, [u8]> {
     match values.as_slice() {
         Some(values) => Cow::Borrowed(bytemuck::cast_slice(values)),
@@ -219,9 +224,10 @@ fn bytes(values: &Array2<f32>) -> Cow<'_, [u8]> {
     }
 }
 
-/// The module's path and which of its tensors `key` is. The error says what is wrong with the key.
+/// Splits `key` into the module's path and the kind of tensor. The error says what is wrong with
+/// the key.
 fn split_key(key: &str) -> Result<(&str, &'static str), &'static str> {
-    let rest = key.strip_prefix(PREFIX).ok_or("lacks the prefix `base_model.model.`, so PEFT would not load it")?;
+    let rest = key.strip_prefix(PREFIX).ok_or("lacks the prefix `base_model.model.`, so PEFT wouldn't load it")?;
     let known = [A, B, BIAS, MAGNITUDE].into_iter().find_map(|suffix| Some((rest.strip_suffix(suffix)?, suffix)));
     known.ok_or(if rest.contains(".lora_embedding_") {
         "adapts an embedding, which is not supported"
@@ -236,7 +242,7 @@ fn key_of(path: &str, suffix: &str) -> String {
     format!("{PREFIX}{path}{suffix}")
 }
 
-/// Shape and values of tensor `key`.
+/// Reads shape and values of tensor `key`.
 fn read_tensor<'a>(file: &'a SafetensorsFile, key: &str) -> Result<(&'a [usize], Vec<f32>)> {
     let tensor = file.tensor(key)?;
     let message = || format!("is {}, expected F32, F16 or BF16", tensor.dtype);

@@ -1,4 +1,5 @@
-//! Which modules an adapter is for: `target_modules` and the keys beside it, by PEFT's rules.
+//! Selects the modules that an adapter is for: `target_modules` and the keys beside it, by PEFT's
+//! rules.
 
 use std::fmt;
 
@@ -6,38 +7,40 @@ use fancy_regex::{CompileError, Error as RegexError, Regex, RegexBuilder};
 
 use crate::error::{Error, Result};
 
-/// The most bytes that an expression may take once it is compiled; those of models take less than a tenth, but `\w{99}{99}` has no end.
+/// Maximum size of a compiled expression in bytes. Real models need less than a tenth of it, but
+/// `\w{99}{99}` would have no limit.
 const MAX_COMPILED: usize = 1 << 20;
 
-/// The most bytes that those of a list may take together.
+/// Maximum total size of the compiled expressions in a list, in bytes.
 const MAX_ALL_COMPILED: usize = 16 << 20;
 
 /// `target_modules`, or `exclude_modules`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum TargetModules {
-    /// Every linear layer but the output head: `"all-linear"`.
+    /// Every linear layer except the output head: `"all-linear"`.
     AllLinear,
-    /// Modules whose path is one of these, or ends with a dot and one of these.
+    /// Modules whose path is one of these, or ends with a dot followed by one of these.
     Names(Vec<String>),
-    /// Modules whose whole path this expression matches.
+    /// Modules whose whole path matches this expression.
     Regex(ModuleRegex),
 }
 
 impl TargetModules {
-    /// Modules called by one of `names`.
+    /// Selects modules with one of `names`.
     pub fn names<T: Into<String>>(names: impl IntoIterator<Item = T>) -> Self {
         TargetModules::Names(names.into_iter().map(Into::into).collect())
     }
 
-    /// Modules whose whole path `expression` matches.
+    /// Selects modules whose whole path matches `expression`.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for an expression that is malformed or takes too much memory.
+    /// [`Error::Invalid`] for an expression that is malformed or needs too much memory.
     pub fn regex(expression: &str) -> Result<Self> {
         ModuleRegex::new(expression).map(TargetModules::Regex)
     }
 
-    /// Whether the linear layer at `path` is meant; `is_head` says whether it is the model's output head.
+    /// Whether the linear layer at `path` is selected; `is_head` says whether it is the model's
+    /// output head.
     pub fn matches(&self, path: &str, is_head: bool) -> bool {
         match self {
             TargetModules::AllLinear => !is_head,
@@ -47,13 +50,13 @@ impl TargetModules {
     }
 }
 
-/// Whether `path` is `name` or ends with a dot and `name`.
+/// Whether `path` is `name` or ends with a dot followed by `name`.
 fn is_called(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// A regular expression over module paths, as Python has them: it may look around and refer back. One that takes more than a
-/// million steps at a path does not match it.
+/// A regular expression for module paths, in Python's syntax, including lookaround and
+/// backreferences. If it takes more than a million steps on a path, it doesn't match.
 #[derive(Clone)]
 pub struct ModuleRegex {
     text: String,
@@ -61,15 +64,16 @@ pub struct ModuleRegex {
 }
 
 impl ModuleRegex {
-    /// An expression that must match a whole path.
+    /// Compiles an expression that must match a whole path.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if it is malformed or takes too much memory.
+    /// [`Error::Invalid`] if it is malformed or needs too much memory.
     pub fn new(text: &str) -> Result<Self> {
         Self::within(text, "^(?:", ")$", 1)
     }
 
-    /// The expression `text`, one of a list of `count`, between `before` and `after`; checked by itself first.
+    /// Compiles `text`, one of `count` expressions in a list, between `before` and `after`. Checks
+    /// it alone first.
     fn within(text: &str, before: &str, after: &str, count: usize) -> Result<Self> {
         let limit = MAX_COMPILED.min(MAX_ALL_COMPILED / count);
         let compile = |text: &str| RegexBuilder::new(text).delegate_size_limit(limit).build();
@@ -78,7 +82,7 @@ impl ModuleRegex {
             what: "regular expression",
             got: format!("{text:?}"),
             expected: if is_too_large(&e) {
-                format!("compiled it takes more than {limit} bytes, which is this one's share of {count}; simplify it")
+                format!("it needs more than {limit} bytes when compiled, its share among {count} expressions; simplify it")
             } else {
                 format!("it is malformed: {}", reason(&e))
             },
@@ -91,7 +95,7 @@ impl ModuleRegex {
         self.regex.is_match(path).unwrap_or(false)
     }
 
-    /// The expression as it was given.
+    /// The original text.
     pub fn as_str(&self) -> &str {
         &self.text
     }
@@ -102,7 +106,7 @@ fn is_too_large(error: &RegexError) -> bool {
     matches!(&**error, CompileError::InnerError(error) if error.size_limit().is_some())
 }
 
-/// The last line of what is wrong, which says it: others draw where.
+/// The last line of the error, which is the message; the others draw the position.
 fn reason(error: &RegexError) -> String {
     let text = error.to_string();
     let last = text.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default();
@@ -133,36 +137,38 @@ pub struct Targets {
 #[derive(Clone, Debug, PartialEq)]
 struct Layers {
     indices: Vec<usize>,
-    /// As given; empty for any container.
+    /// Original texts; empty for any container.
     containers: Vec<String>,
-    /// What finds the layer's index, as `idx`, in a path.
+    /// Expressions that find the layer's index, as `idx`, in a path.
     patterns: Vec<ModuleRegex>,
 }
 
 impl Targets {
-    /// Those of `modules`.
+    /// Selects `modules`.
     pub fn new(modules: TargetModules) -> Self {
         Targets { modules, exclude: None, layers: None }
     }
 
-    /// Without those of `exclude`.
+    /// Excludes the modules in `exclude`.
     pub fn exclude(self, exclude: TargetModules) -> Self {
         Targets { exclude: Some(exclude), ..self }
     }
 
-    /// Only in the layers `indices`: the first number in a path, right after one of `containers` (expressions such as
-    /// `layers` or `h`), or after any name if there are none. As in PEFT, a module whose whole path is in the list of
-    /// [`TargetModules::Names`] stays, and no `indices` mean all layers.
+    /// Restricts the selection to the layers `indices`. A layer's index is the first number in a
+    /// path that directly follows one of `containers` (expressions such as `layers` or `h`), or
+    /// any name if there are none. As in PEFT, a module whose whole path is in the list of
+    /// [`TargetModules::Names`] stays selected, and empty `indices` mean all layers.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the modules are not [`TargetModules::Names`], or for a malformed expression.
+    /// [`Error::Invalid`] if the modules aren't [`TargetModules::Names`], or if an expression is
+    /// malformed.
     pub fn layers(self, indices: Vec<usize>, containers: Vec<String>) -> Result<Self> {
         if !matches!(self.modules, TargetModules::Names(_)) {
             return Err(Error::Invalid {
                 op: "target modules",
                 what: "layers_to_transform",
                 got: format!("{indices:?}"),
-                expected: "it goes only with a list of target_modules".into(),
+                expected: "it needs a list of target_modules".into(),
             });
         }
         let patterns = if containers.is_empty() {
@@ -175,12 +181,12 @@ impl Targets {
         Ok(Targets { layers: Some(Layers { indices, containers, patterns }), ..self })
     }
 
-    /// What chooses the modules.
+    /// Selected modules.
     pub fn modules(&self) -> &TargetModules {
         &self.modules
     }
 
-    /// What leaves some of them out.
+    /// Excluded modules, if any.
     pub fn excluded(&self) -> Option<&TargetModules> {
         self.exclude.as_ref()
     }
@@ -195,8 +201,8 @@ impl Targets {
         self.layers.as_ref().map_or(&[], |layers| &layers.containers)
     }
 
-    /// Whether the adapter is for the linear layer at `path` (such as `model.layers.0.self_attn.q_proj`); `is_head` says
-    /// whether it is the model's output head.
+    /// Whether the adapter is for the linear layer at `path` (such as
+    /// `model.layers.0.self_attn.q_proj`); `is_head` says whether it is the model's output head.
     pub fn matches(&self, path: &str, is_head: bool) -> bool {
         if self.exclude.as_ref().is_some_and(|exclude| exclude.matches(path, is_head)) {
             return false;
@@ -217,8 +223,8 @@ impl Layers {
     }
 }
 
-/// Values of some modules: `rank_pattern` and `alpha_pattern`. A key is an expression that matches a path as
-/// `(.*\.)?(KEY)$`; the first that does counts.
+/// Values for individual modules: `rank_pattern` and `alpha_pattern`. A key is an expression that
+/// matches a path as `(.*\.)?(KEY)$`. The first match counts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModulePatterns<T>(Vec<(ModuleRegex, T)>);
 
@@ -229,10 +235,10 @@ impl<T> Default for ModulePatterns<T> {
 }
 
 impl<T: Copy> ModulePatterns<T> {
-    /// The values of these keys, in this order.
+    /// Creates patterns from these keys and values, in this order.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a key that is malformed, or if the keys take too much memory.
+    /// [`Error::Invalid`] for a malformed key, or if the keys need too much memory.
     pub fn new<K: AsRef<str>>(entries: impl IntoIterator<Item = (K, T)>) -> Result<Self> {
         let entries: Vec<(K, T)> = entries.into_iter().collect();
         let count = entries.len();
@@ -240,7 +246,7 @@ impl<T: Copy> ModulePatterns<T> {
         entries.into_iter().map(entry).collect::<Result<_>>().map(ModulePatterns)
     }
 
-    /// The value of the module at `path`, if a key matches it.
+    /// Value for the module at `path`, if a key matches it.
     pub fn get(&self, path: &str) -> Option<T> {
         self.0.iter().find(|(key, _)| key.is_match(path)).map(|&(_, value)| value)
     }
@@ -259,7 +265,7 @@ mod tests {
     const DOWN: &str = "model.layers.12.mlp.down_proj";
     const HEAD: &str = "lm_head";
 
-    /// Which of the three are chosen.
+    /// Which of the three are selected.
     fn chosen(targets: &Targets) -> [bool; 3] {
         [targets.matches(Q, false), targets.matches(DOWN, false), targets.matches(HEAD, true)]
     }
@@ -285,7 +291,7 @@ mod tests {
         assert_eq!(chosen(r".*\.(q|k|v)_proj"), [true, false, false]);
         assert_eq!(chosen("q_proj"), [false; 3]);
         assert_eq!(chosen(r"model|model\.layers\.\d+\.mlp\.down_proj|lm_head"), [false, true, true]);
-        // As PEFT's users write them.
+        // Written like PEFT's users do.
         assert_eq!(chosen(r"^(?!.*lm_head).*(q_proj|v_proj)$"), [true, false, false]);
         assert_eq!(chosen(r".*(?<=mlp\.)down_proj"), [false, true, false]);
         assert_eq!(chosen(r".*(l)ayers.*self_att.*q_pro.*|.*\.(\d)\2?2?\.mlp.*"), [true, true, false]);
@@ -334,7 +340,7 @@ mod tests {
         assert!(error.contains("1048576 bytes"), "{error}");
         let hostile = (0..500).map(|i| (format!(r"\w{{9}}{i}"), 1));
         let error = ModulePatterns::new(hostile).unwrap_err().to_string();
-        assert!(error.contains("share of 500"), "{error}");
+        assert!(error.contains("among 500 expressions"), "{error}");
         // A rank for every module of a large model.
         let modules = ["self_attn.q_proj", "mlp.down_proj", r"(gate|up)_proj"];
         let large = (0..800).map(|i| (format!("model.layers.{i}.{}", modules[i % 3]), i));

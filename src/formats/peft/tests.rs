@@ -24,7 +24,7 @@ fn pair() -> Vec<OutTensor<'static>> {
     vec![tensor(key_of(PATH, A), &[2, 4]), tensor(key_of(PATH, B), &[3, 2])]
 }
 
-/// A config with the keys of `changes`.
+/// A config with the keys in `changes`.
 fn lora(changes: Value) -> Value {
     let mut config = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]});
     config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
@@ -35,7 +35,7 @@ fn read(changes: Value, tensors: Vec<OutTensor<'_>>) -> Result<PeftAdapter> {
     PeftAdapter::read(folder(lora(changes), tensors).path())
 }
 
-/// What is wrong with the config, after the file's name.
+/// The error text about the config, after the file name.
 fn config_error(changes: Value) -> String {
     match read(changes.clone(), pair()) {
         Err(Error::File { path, message }) => {
@@ -61,7 +61,7 @@ fn adapter() -> PeftAdapter {
     read(json!({}), pair()).unwrap()
 }
 
-/// What is read after `adapter` is written.
+/// Reads back what `adapter` was written as.
 fn reread(adapter: &PeftAdapter) -> PeftAdapter {
     let folder = TempDir::new().unwrap();
     adapter.write(folder.path()).unwrap();
@@ -275,13 +275,13 @@ fn tensors_that_do_not_fit_are_named() {
     fault(json!({"r": 3}), pair(), &a, "has shape [2, 4], expected [3, 4]");
     fault(json!({"rank_pattern": {"q_proj": 1}}), pair(), &a, "expected [1, 4]");
     fault(json!({}), vec![tensor(a.as_str(), &[2, 4]), tensor(b.as_str(), &[2, 3])], &b, "expected [2, 2]");
-    fault(json!({}), vec![tensor(a.as_str(), &[8]), tensor(b.as_str(), &[3, 2])], &a, "not that of a matrix");
-    fault(json!({}), vec![tensor(a.as_str(), &[2, 4, 1, 1]), tensor(b.as_str(), &[3, 2])], &a, "not that of a matrix");
+    fault(json!({}), vec![tensor(a.as_str(), &[8]), tensor(b.as_str(), &[3, 2])], &a, "it must be a matrix");
+    fault(json!({}), vec![tensor(a.as_str(), &[2, 4, 1, 1]), tensor(b.as_str(), &[3, 2])], &a, "it must be a matrix");
     fault(json!({"target_modules": ["k_proj"]}), pair(), &a, "`target_modules` of adapter_config.json leaves out");
     fault(json!({"use_dora": true}), pair(), &magnitude, "is missing, but `use_dora`");
     fault(json!({}), with(tensor(magnitude.as_str(), &[3])), &magnitude, "`use_dora` is not set");
     fault(json!({"use_dora": true}), with(tensor(magnitude.as_str(), &[4])), &magnitude, "has shape [4], expected [3]");
-    fault(json!({"use_dora": true}), with(tensor(magnitude.as_str(), &[3, 1])), &magnitude, "not that of a vector");
+    fault(json!({"use_dora": true}), with(tensor(magnitude.as_str(), &[3, 1])), &magnitude, "it must be a vector");
     fault(json!({"lora_bias": true}), pair(), &bias, "is missing, but `lora_bias`");
     fault(json!({}), with(tensor(bias.as_str(), &[3])), &bias, "`lora_bias` is not set");
     let others = [
