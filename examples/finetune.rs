@@ -1,4 +1,5 @@
-//! Fine-tunes the bundled model on the bundled text, as `qlora finetune` does, and saves the adapter for PEFT.
+//! Fine-tunes the bundled model on the bundled text, like `qlora finetune`, and saves the adapter
+//! for PEFT.
 //!
 //! `cargo run --example finetune`
 
@@ -21,9 +22,9 @@ const STEPS: u32 = 20;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
     let base = assets.join("tiny-glossary");
-    let output = tempfile::tempdir()?; // a folder of yours, to keep what comes out
+    let output = tempfile::tempdir()?; // use your own folder to keep the result
 
-    let mut model = Decoder::load(&Device::best()?, &base, &BaseFormat::AsIs)?; // 4-bit in the file already
+    let mut model = Decoder::load(&Device::best()?, &base, &BaseFormat::AsIs)?; // already 4-bit in the file
     let tokenizer = Tokenizer::from_dir(&base)?;
     let read = |name: &str| Dataset::read(assets.join(name), Ok(&tokenizer), &DataOptions::default());
     let batch_options = BatchOptions { batch_size: 4, seq_len: 128, ..BatchOptions::default() };
@@ -40,7 +41,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = RunOptions { train, steps: STEPS, eval_every: 0, early_stop: None, save_every: 0, keep: 1 };
     let config = PeftConfig::new(16, 32.0); // rank, alpha; all linear layers
     let data = RunData { batches, eval, tokenizer: Some(tokenizer.fingerprint()?) };
-    // Run::resume with the same arguments goes on from the newest checkpoint in the folder.
+    // Run::resume with the same arguments continues from the newest checkpoint in the folder.
     let mut run = Run::start(&mut model, config, None, data, options, RunFolder::claim(output.path())?)?;
 
     let mut eval_losses = Vec::new();
@@ -49,10 +50,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             eval_losses.extend(record.eval_loss);
             println!("step {:2}  loss {:.4?}  evaluation {:.4?}", record.step, record.loss, record.eval_loss);
         }
-        ControlFlow::Continue(()) // or Break, to end here and resume later
+        ControlFlow::Continue(()) // or Break, to stop here and resume later
     })?;
 
-    let adapter = PeftAdapter::read(output.path())?; // as PEFT would
+    let adapter = PeftAdapter::read(output.path())?; // like PEFT does
     println!("evaluation loss {eval_losses:.4?}, {} adapted layers", adapter.modules.len());
     assert!(eval_losses[1] < eval_losses[0] - 0.05, "{eval_losses:?}");
     Ok(())

@@ -1,4 +1,5 @@
-//! A program with a wgpu device of its own: the layer runs there, beside whatever else the program does with it.
+//! A program with its own wgpu device: the layer runs on it, beside whatever else the program does
+//! there.
 //!
 //! `cargo run --example own_device`
 
@@ -11,11 +12,11 @@ const D_OUT: usize = 96;
 const D_IN: usize = 256;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // The program's own.
+    // The program's own device.
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
     let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default()))?;
     let descriptor = wgpu::DeviceDescriptor {
-        // What kernels can make use of; they do without, too.
+        // Kernels use these features if available, but also work without them.
         required_features: adapter.features() & (wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16),
         ..Default::default()
     };
@@ -32,11 +33,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// 96 x 256 weights in NF4, and an adapter that adds something.
+/// 96 x 256 weights in NF4, with an adapter that adds something.
 fn layer(device: &Device) -> qlora_wgpu::Result<QLoraLinear> {
     let weight = Array2::from_shape_fn((D_OUT, D_IN), |(i, j)| ((i * 31 + j * 17) % 101) as f32 / 101.0 - 0.5);
     let mut adapter = LoraAdapter::new(device, D_OUT, D_IN, &LoraConfig::new(8, 16.0))?;
-    // A new adapter's B is zero, and so is what it adds.
+    // B of a new adapter is zero, so it would add nothing.
     adapter.edit(|_, mut b| b.fill(0.01))?;
     QLoraLinear::quantize(device, weight.view(), &QuantOptions::nf4().double_quant())?.with_adapter("default", adapter)
 }

@@ -1,5 +1,5 @@
-//! A training loop by hand, for programs that have their own loss or their own layers around this one: an adapter learns what a
-//! changed weight does differently from the frozen 4-bit one.
+//! A hand-written training loop, for programs with their own loss or their own layers around this
+//! one. The adapter learns the difference between a changed weight and the frozen 4-bit one.
 //!
 //! `cargo run --example training_loop`
 
@@ -13,7 +13,7 @@ use qlora_wgpu::{Device, Tensor};
 const STEPS: u32 = 200;
 const TOKENS: usize = 128;
 
-/// Values in -0.5..0.5 without a pattern, others for every seed.
+/// Values in -0.5..0.5 without a pattern, different for every seed.
 fn values(rows: usize, cols: usize, seed: u32) -> Array2<f32> {
     Array2::from_shape_fn((rows, cols), |(i, j)| {
         let mixed = ((i * cols + j) as u32 ^ seed << 20).wrapping_mul(2_654_435_761);
@@ -38,13 +38,14 @@ fn main() -> qlora_wgpu::Result<()> {
         let x = values(TOKENS, d_in, 100 + step);
         let (y, saved) = layer.forward_train(&Tensor::from_array(&device, &x)?, step.into())?;
 
-        // The loss is the program's own business: here the mean square of a difference, on the host.
+        // The loss is up to the program. Here it is the mean squared difference, on the host.
         let difference = y.to_array2()? - x.dot(&changed.t());
         let count = difference.len() as f32;
         losses.push(difference.mapv(|value| value * value).sum() / count);
         let dy = Tensor::from_array(&device, &(difference * (2.0 / count)))?;
 
-        // What the layer gives is the gradient of A and of B; `true` would add that of its input, for layers before it.
+        // Computes the gradients of A and B; with `true`, also that of the input, for layers
+        // before this one.
         let gradients = layer.backward(&dy, &saved, false)?;
         let found: Vec<&Tensor> = gradients.da.iter().chain(&gradients.db).collect();
         let norm = grad_norm(&found, None, Some(1.0))?;

@@ -149,14 +149,14 @@ fn the_users_words_never_carry_loss() {
         let error = loss(&tokenizer(template, &[]), &chat).unwrap_err();
         assert!(error.contains(wanted), "{template}: {error}");
     };
-    refused("{{ messages[0].content }}{{ messages[1].content }}</s>", "message 2: cannot be found");
+    refused("{{ messages[0].content }}{{ messages[1].content }}</s>", "message 2: can't be found");
     refused(
         "{% set all %}{% for m in messages %}{{ m.content }}{% endfor %}{% endset %}{{ all }}",
-        "message 2: cannot be found",
+        "message 2: can't be found",
     );
     refused(
         "{% for i in range(0, 4, 2) %}{% set q = messages[i] %}{% set a = messages[i + 1] %}{{ q.content }}{{ a.content }}{% endfor %}",
-        "cannot be told apart",
+        "can't be told apart",
     );
 }
 
@@ -188,7 +188,7 @@ fn weights_are_0_or_1() {
         (1, "weight", json!(0.5), "message 2: `weight` is 0.5; it must be 0 or 1"),
         (1, "weight", json!("1"), "message 2: `weight` is \"1\""),
         (1, "weight", json!(true), "message 2: `weight` is true"),
-        (2, "weight", json!(1), "message 3: `weight` is 1, but only answers"),
+        (2, "weight", json!(1), "message 3: `weight` is 1, but only the assistant's messages"),
         (1, "train", json!(false), "`train` of message 2 would be lost"),
         (1, "tool_calls", json!([{"name": "f"}]), "`tool_calls` of message 2 would be lost"),
         (1, "content", json!(null), "message 2: the chat template writes `content`, which is null"),
@@ -282,7 +282,7 @@ fn what_would_be_learned_or_lost_by_mistake_is_named() {
         (
             outside,
             json!({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", "weight": 0}]}),
-            "in no loop",
+            "outside of all loops",
         ),
     ] {
         let error = loss(&tokenizer(template, &[template]), &line).unwrap_err();

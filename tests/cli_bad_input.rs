@@ -86,7 +86,7 @@ fn damaged_models() {
     let folder = with_tokenizer("llama");
     fs::write(folder.path().join("tokenizer.json"), tokenizer(200)).unwrap();
     let name = folder.path().to_str().unwrap();
-    generate(folder.path(), &["--prompt", "w1"], &[name, "200 tokens", "128", "another model's"]);
+    generate(folder.path(), &["--prompt", "w1"], &[name, "200 tokens", "128", "belongs to another model"]);
     fs::remove_file(folder.path().join("tokenizer.json")).unwrap();
     generate(folder.path(), &["--prompt", "w1"], &[name, "no tokenizer.json"]);
     fs::remove_file(folder.path().join("model.safetensors")).unwrap();

@@ -302,7 +302,7 @@ fn gguf_files_that_cannot_be_read() {
             4,
             &2u32.to_le_bytes()
         ))
-        .contains("is 2, of 2 tokens")
+        .contains("is 2, but there are only 2 tokens")
     );
     assert!(message(Metadata::default()).contains("is missing"));
     let other = Metadata::default().string("tokenizer.ggml.model", "bert").strings("tokenizer.ggml.tokens", &["a"]);

@@ -137,7 +137,7 @@ fn what_asks_for_too_much_is_an_error() {
         ("normalizer", repeated("normalizers", json!({"type": "NFC"}), 600), "has more than 512 `normalizers`"),
         ("normalizer", nested("normalizers", json!({"type": "NFC"}), 40), "nested deeper than 16"),
         ("normalizer", nested("normalizers", json!({"type": "NFC"}), 200), "recursion limit"),
-        ("normalizer", map("/////w=="), "cut short"),
+        ("normalizer", map("/////w=="), "is truncated"),
         ("normalizer", map(&long), "bytes of a character"),
         ("normalizer", map("%"), "not base64"),
         (
@@ -151,7 +151,7 @@ fn what_asks_for_too_much_is_an_error() {
             "`pattern` of 32768",
         ),
         ("pre_tokenizer", repeated("pretokenizers", byte_level, 40), "more than 3 steps of ByteLevel"),
-        ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "library of tokenizers cannot use it"),
+        ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), "tokenizers library can't use it"),
         (
             "pre_tokenizer",
             repeated(
@@ -161,8 +161,8 @@ fn what_asks_for_too_much_is_an_error() {
             ),
             "40 regular expressions",
         ),
-        ("post_processor", template(1000), "template of more than 64"),
-        ("post_processor", repeated("processors", template(8), 12), "cannot encode a letter"),
+        ("post_processor", template(1000), "template with more than 64"),
+        ("post_processor", repeated("processors", template(8), 12), "can't encode a letter"),
         ("decoder", nested("decoders", json!({"type": "Fuse"}), 120), "recursion limit"),
         ("decoder", nested("decoders", json!({"type": "Fuse"}), 60), "nested deeper than 16"),
         ("decoder", repeated("decoders", replace("a", "aa"), 40), "decoders make more than"),

@@ -487,7 +487,7 @@ mod tests {
                 absmax.dtype = TensorType::F32;
                 absmax.data = OutData::Bytes(vec![0; 12].into());
             })
-            .contains("which is U8")
+            .contains("which needs U8")
         );
     }
 

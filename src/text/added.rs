@@ -1,5 +1,6 @@
-//! Tokens that a model's folder states beside its `tokenizer.json`. Each is added as transformers adds it: where
-//! `tokenizer.json` lacks it, after all others. Its id must be the one that is stated, as a row of the embedding goes with it.
+//! Tokens declared in a model's folder besides `tokenizer.json`. They are added like in
+//! transformers: after all others, if `tokenizer.json` lacks them. A token's id must be the
+//! declared one, because it selects a row of the embedding.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,14 +15,14 @@ use crate::formats::json::JsonObject;
 
 const DECODER: &str = "added_tokens_decoder";
 
-/// Keys of a single special token that may be missing from the vocabulary, in the order in which transformers adds them.
-/// Those that begin and end texts must be there.
+/// Keys of single special tokens that may be missing from the vocabulary, in the order in which
+/// transformers adds them. The tokens that begin and end texts must be in the vocabulary.
 const SPECIAL: [&str; 5] = ["unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// Keys of more of them.
+/// Keys of lists of further special tokens.
 const MORE_SPECIAL: [&str; 2] = ["additional_special_tokens", "extra_special_tokens"];
 
-/// A token as a config describes it.
+/// A token as described in a config.
 #[derive(Deserialize)]
 struct Described {
     content: String,
@@ -46,10 +47,11 @@ impl Described {
     }
 }
 
-/// Adds what `tokenizer_config.json` and `added_tokens.json` have to the tokenizer in the file at `path`.
+/// Adds the tokens in `tokenizer_config.json` and `added_tokens.json` to the tokenizer in the file
+/// at `path`.
 ///
 /// # Errors
-/// [`Error::File`](crate::Error::File) for tokens that are malformed or too many.
+/// [`Error::File`](crate::Error::File) if tokens are malformed or too many.
 pub(super) fn add(
     path: &Path,
     inner: &mut Inner,
@@ -65,10 +67,10 @@ pub(super) fn add(
             stated.insert(list.require(text)?, token);
         }
     }
-    // What this says of a token goes before what the list says, as it says more.
+    // These descriptions come before the list's, because they have more detail.
     if let Some(tokens) = config.map(|config| config.object(DECODER)).transpose()?.flatten() {
         for key in tokens.keys() {
-            let id = key.parse().map_err(|_| tokens.error(key, "is not the id of a token"))?;
+            let id = key.parse().map_err(|_| tokens.error(key, "isn't a token id"))?;
             stated.insert(id, tokens.require::<Described>(key)?.token());
         }
     }
@@ -81,7 +83,7 @@ pub(super) fn add(
         let got = inner.token_to_id(&token.content).unwrap_or(next);
         if got != id {
             tracing::warn!(
-                "{}: {:?} is stated to be token {id} beside it, but would be {got}; it is left out",
+                "{}: {:?} is declared as token {id} beside it, but would be {got}; it is left out",
                 path.display(),
                 token.content
             );
@@ -99,14 +101,14 @@ pub(super) fn add(
     if tokens.is_empty() { Ok(()) } else { guard::add(path, inner, tokens) }
 }
 
-/// The id of the next token that the library adds.
+/// Id of the next token that the library adds.
 fn next_id(inner: &Inner) -> u32 {
     let size = inner.get_vocab_size(false) as u32;
     let added = inner.get_added_tokens_decoder().into_keys().max();
     added.map_or(size, |id| size.max(id.saturating_add(1)))
 }
 
-/// The special tokens that a config names and that may be new.
+/// Special tokens that a config names and that may be new.
 fn special(config: &JsonObject) -> Result<Vec<String>> {
     let text = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
     let mut tokens: Vec<String> = SPECIAL.iter().filter_map(|key| text(config.value(key)?)).collect();

@@ -1,4 +1,4 @@
-//! Bounds on the values of a template, and on its time.
+//! Limits on a template's values and time.
 
 use std::time::{Duration, Instant};
 
@@ -8,29 +8,29 @@ use minijinja::{Environment, Error, ErrorKind, State, Value};
 use super::instrument::{CHECK, CHECK_KEPT, MADE};
 use super::marks::Turn;
 
-/// The most bytes of one value, and of its text.
+/// Maximum size of a value, and of its text, in bytes.
 pub(super) const MAX_BYTES: usize = 16 << 20;
 
-/// Bytes that a value takes, whatever is in it.
+/// Bytes counted for any value, in addition to its contents.
 pub(super) const VALUE_BYTES: usize = 32;
 
-/// How deep a value may be nested. serde_json reads at most 128 levels, and templates add few.
+/// Maximum nesting depth of a value. serde_json reads at most 128 levels, and templates add few.
 const MAX_DEPTH: usize = 160;
 
-/// How long a template may take.
+/// Maximum time for rendering a template.
 const MAX_TIME: Duration = Duration::from_secs(2);
 
-/// Adds the checks that [`instrument`](super::instrument::instrument) places.
+/// Adds the checks that [`instrument`](super::instrument::instrument) inserts.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_test(CHECK, check);
     environment.add_test(CHECK_KEPT, check_kept);
     environment.add_filter(MADE, made);
 }
 
-/// When a rendering started.
+/// Start of a rendering.
 struct Started(Instant);
 
-/// Checks a value that an instruction made or looked through, and the time.
+/// Checks the time and a value that an instruction made or read through.
 fn check(state: &mut State, value: &Value) -> Result<bool, Error> {
     check_time(state)?;
     measure(value, 0, &mut 0)?;
@@ -42,7 +42,8 @@ pub(super) fn check_time(state: &mut State) -> Result<(), Error> {
     if started.elapsed() > MAX_TIME { Err(too("takes longer than 2 seconds")) } else { Ok(()) }
 }
 
-/// Checks a value that a namespace is about to keep. What could change afterwards, or hide values, is no such value.
+/// Checks a value that a namespace is about to store. Values that could change afterwards or hide
+/// others are refused.
 fn check_kept(state: &mut State, value: &Value) -> Result<bool, Error> {
     if value.as_object().is_some_and(is_mutable) {
         return Err(too("keeps a namespace or a loop in a namespace, which is not supported"));
@@ -50,8 +51,8 @@ fn check_kept(state: &mut State, value: &Value) -> Result<bool, Error> {
     check(state, value)
 }
 
-/// Checks what a filter, a function, a method or an operator made, and the time. Sequences that are computed as they are
-/// read become lists, so that none hides others.
+/// Checks the time and the result of a filter, function, method or operator. Sequences that are
+/// computed on demand become lists, so that they can't hide other values.
 pub(super) fn made(state: &mut State, value: Value) -> Result<Value, Error> {
     let lazy = value.as_object().is_some_and(|object| object.repr() == ObjectRepr::Iterable);
     if !lazy {
@@ -67,7 +68,8 @@ pub(super) fn made(state: &mut State, value: Value) -> Result<Value, Error> {
     Ok(Value::from(items))
 }
 
-/// Goes through all of a value, as whatever shows, compares or drops it does, and adds up its bytes.
+/// Walks through all of a value, as showing, comparing or dropping it would, and adds up its
+/// bytes.
 pub(super) fn measure(value: &Value, depth: usize, bytes: &mut usize) -> Result<(), Error> {
     *bytes += VALUE_BYTES + value.as_str().map_or(0, str::len);
     if *bytes > MAX_BYTES {
@@ -75,7 +77,7 @@ pub(super) fn measure(value: &Value, depth: usize, bytes: &mut usize) -> Result<
     }
     let Some(object) = value.as_object() else { return Ok(()) };
     if let Some(turn) = object.downcast_ref::<Turn>() {
-        // A message was measured when it was read, and is no deeper than what JSON may be.
+        // A message was measured when it was read, and isn't nested deeper than JSON allows.
         *bytes += turn.bytes;
         return if *bytes > MAX_BYTES { Err(too_large()) } else { Ok(()) };
     }
@@ -97,7 +99,8 @@ pub(super) fn measure(value: &Value, depth: usize, bytes: &mut usize) -> Result<
     }
 }
 
-/// Whether it is a namespace, which may change after it was measured, or a loop, which may hold what it does not show.
+/// Whether it is a namespace, which may change after it was measured, or a loop, which may hold
+/// hidden values.
 fn is_mutable(object: &DynObject) -> bool {
     let name = object.type_name();
     name.ends_with("::Namespace") || name.ends_with("::Loop")

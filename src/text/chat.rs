@@ -1,4 +1,4 @@
-//! Conversations, and the chat templates that make text of them.
+//! Conversations, and the chat templates that turn them into text.
 
 use minijinja::value::Serde;
 use minijinja::{Value as JinjaValue, context};
@@ -9,22 +9,22 @@ use super::jinja::Jinja;
 use super::marks::{Rendered, Turn};
 use crate::error::{Error, Result};
 
-/// One turn of a conversation: `role`, mostly `content`, and whatever else a template may ask for (`reasoning_content`,
-/// `tool_calls`). Templates see the fields as they were given, in their order.
+/// A turn of a conversation: `role`, usually `content`, and any other fields for the template
+/// (`reasoning_content`, `tool_calls`). Templates see the fields as given, in their order.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Message(Map<String, Value>);
 
 impl Message {
-    /// A message of text.
+    /// Makes a message from a role and a text.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         let fields = [("role", role.into()), ("content", content.into())];
         Message(fields.into_iter().map(|(key, text)| (key.to_owned(), Value::String(text))).collect())
     }
 
-    /// The messages of a JSON list of objects, each with a `role`.
+    /// Reads messages from a JSON list of objects, each with a `role`.
     ///
     /// # Errors
-    /// What is wrong, with the message's number, from 1, and the field.
+    /// What is wrong, with the message's number (from 1) and the field.
     pub fn list(messages: &Value) -> Result<Vec<Self>, String> {
         let Value::Array(messages) = messages else { return Err("`messages` is not a list".into()) };
         (1..)
@@ -37,37 +37,38 @@ impl Message {
         let Value::Object(fields) = message else { return Err("not an object".into()) };
         match fields.get("role") {
             Some(Value::String(_)) => Ok(Message(fields.clone())),
-            Some(_) => Err("`role` is not a text".into()),
+            Some(_) => Err("`role` is not text".into()),
             None => Err("`role` is missing".into()),
         }
     }
 
-    /// Who speaks: `system`, `user`, `assistant`, or what else the template knows.
+    /// Who speaks: `system`, `user`, `assistant`, or another role that the template knows.
     pub fn role(&self) -> &str {
         self.0.get("role").and_then(Value::as_str).unwrap_or_default()
     }
 
-    /// A field, if it is there; it may be null.
+    /// Returns a field, if it exists; it may be null.
     pub fn field(&self, name: &str) -> Option<&Value> {
         self.0.get(name)
     }
 }
 
-/// What a chat template is given.
+/// Input of a chat template.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Conversation {
-    /// The turns.
+    /// Turns of the conversation.
     pub messages: Vec<Message>,
-    /// Descriptions of the functions that the model may call; templates see none where there are none.
+    /// Descriptions of the functions that the model may call. With `None`, templates see none.
     pub tools: Option<Value>,
-    /// Documents to answer from, likewise.
+    /// Documents to answer from. With `None`, templates see none.
     pub documents: Option<Value>,
-    /// Further variables that the template may use (`enable_thinking`): transformers' `chat_template_kwargs`.
+    /// Further variables for the template (`enable_thinking`): `chat_template_kwargs` in
+    /// transformers.
     pub variables: Map<String, Value>,
 }
 
 impl Conversation {
-    /// The messages as templates see them.
+    /// Messages as templates see them.
     fn turns<'r>(&'r self, role: impl Fn(&'r str) -> &'r str) -> Vec<JinjaValue> {
         let turn = |(number, message): (usize, &'r Message)| {
             let field = |(key, value): (&'r String, &'r Value)| {
@@ -78,7 +79,7 @@ impl Conversation {
                 (JinjaValue::from(key), value)
             };
             let fields: Vec<_> = message.0.iter().map(field).collect();
-            // What is too large is found when the template does something with it.
+            // If this is too large, it is noticed when the template uses it.
             let mut bytes = 0;
             let fits = fields.iter().try_for_each(|(_, value)| bounds::measure(value, 0, &mut bytes));
             JinjaValue::from_object(Turn { number, fields, bytes: if fits.is_ok() { bytes } else { usize::MAX / 2 } })
@@ -123,19 +124,19 @@ impl ChatTemplate {
         Ok(ChatTemplate { jinja: Jinja::new(source)?, source: source.to_owned() })
     }
 
-    /// The text of a conversation, followed by the header of the assistant's next turn where `add_generation_prompt` asks
-    /// for it. `bos` and `eos` are the texts of these tokens, empty for none.
+    /// Renders a conversation, followed by the header of the assistant's next turn if
+    /// `add_generation_prompt`. `bos` and `eos` are the texts of these tokens, or empty.
     ///
     /// # Errors
-    /// [`Error::Template`] if the template refuses the messages, or does what is not supported.
+    /// [`Error::Template`] if the template refuses the messages, or does something unsupported.
     pub fn render(&self, chat: &Conversation, add_generation_prompt: bool, bos: &str, eos: &str) -> Result<String> {
         self.jinja.render(self.variables(chat, add_generation_prompt, bos, eos), None)
     }
 
-    /// Like [`ChatTemplate::render`], with the parts that belong to the messages.
+    /// Like [`ChatTemplate::render`], and returns which parts belong to which messages.
     ///
     /// # Errors
-    /// The same.
+    /// Same as [`ChatTemplate::render`].
     pub(crate) fn render_parts(
         &self,
         chat: &Conversation,
@@ -145,11 +146,11 @@ impl ChatTemplate {
     ) -> Result<Rendered> {
         let failed = |message: &str| Error::Template { line: 0, message: message.to_owned() };
         let used = |c: &char| [&self.source, bos, eos].iter().any(|text| text.contains(*c)) || chat.contains(*c);
-        // Characters that mean nothing in any text.
+        // Noncharacters, which have no meaning in any text.
         let sentinel = ('\u{FDD0}'..='\u{FDEF}').find(|c| !used(c));
-        let sentinel = sentinel.ok_or_else(|| failed("every noncharacter of Unicode is in the conversation"))?;
+        let sentinel = sentinel.ok_or_else(|| failed("the conversation contains every noncharacter of Unicode"))?;
         let marked = self.jinja.render(self.variables(chat, add_generation_prompt, bos, eos), Some(sentinel))?;
-        Rendered::new(&marked, sentinel).ok_or_else(|| failed("the parts of its text cannot be told apart"))
+        Rendered::new(&marked, sentinel).ok_or_else(|| failed("the parts of its text can't be told apart"))
     }
 
     fn variables(&self, chat: &Conversation, add_generation_prompt: bool, bos: &str, eos: &str) -> JinjaValue {
@@ -164,17 +165,18 @@ impl ChatTemplate {
         context! { ..given, ..JinjaValue::from(Serde(&chat.variables)) }
     }
 
-    /// Whether it marks the assistant's words itself, by `generation` blocks.
+    /// Whether the template itself marks the assistant's text, with `generation` blocks.
     pub(crate) fn has_generation_blocks(&self) -> bool {
         self.jinja.generation
     }
 
-    /// Whether it has a word for this field or variable.
+    /// Whether the template mentions this field or variable.
     pub(crate) fn mentions(&self, name: &str) -> bool {
         self.source.contains(name)
     }
 
-    /// A role as the template knows it: `human`, `gpt`, `model` and `bot` are common names for its `user` and `assistant`.
+    /// Translates a role for the template: `human`, `gpt`, `model` and `bot` are common names for
+    /// its `user` and `assistant`.
     fn role<'r>(&self, role: &'r str) -> &'r str {
         let quoted =
             |role: &str| ['\'', '"'].iter().any(|quote| self.source.contains(&format!("{quote}{role}{quote}")));
@@ -183,12 +185,12 @@ impl ChatTemplate {
     }
 }
 
-/// A value as a template writes it that does not look into it.
+/// A value as written by a template that doesn't look into it.
 pub(crate) fn written_out(value: &Value) -> String {
     JinjaValue::from(Serde(value)).to_string()
 }
 
-/// What a role is usually called.
+/// The usual name of a role.
 pub(crate) fn usual_role(role: &str) -> &str {
     const NAMES: [(&str, &[&str]); 4] = [
         ("system", &["system"]),
@@ -227,7 +229,7 @@ mod tests {
             (json!({}), "`messages` is not a list"),
             (json!([{"role": "user"}, 1]), "message 2: not an object"),
             (json!([{"content": "a"}]), "message 1: `role` is missing"),
-            (json!([{"role": null}]), "message 1: `role` is not a text"),
+            (json!([{"role": null}]), "message 1: `role` is not text"),
         ] {
             assert_eq!(Message::list(&messages).unwrap_err(), wanted);
         }

@@ -1,8 +1,9 @@
-//! The tokenizer inside a GGUF file: a vocabulary with merges (`gpt2`: byte-level BPE) or with scores (`llama`:
-//! SentencePiece's BPE).
+//! Reads the tokenizer in a GGUF file: a vocabulary with merges (`gpt2`: byte-level BPE) or with
+//! scores (`llama`: SentencePiece's BPE).
 //!
-//! SentencePiece has no list of merges. At every step it joins the two neighbours whose union has the best score, which is
-//! BPE with all pairs (a, b) of pieces for which ab is a piece, ranked by the score of ab.
+//! SentencePiece has no list of merges. In each step it joins the two neighbours whose union has
+//! the best score. This equals BPE with all pairs (a, b) of pieces for which ab is a piece, ranked
+//! by the score of ab.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -32,13 +33,14 @@ pub(super) const SCORES: &str = "tokenizer.ggml.scores";
 pub(super) const TYPES: &str = "tokenizer.ggml.token_type";
 pub(super) const MERGES: &str = "tokenizer.ggml.merges";
 
-/// What SentencePiece writes for a space.
+/// SentencePiece's symbol for a space.
 pub(super) const SPACE: &str = "▁";
 
-/// The most characters of a piece that SentencePiece's trainer can be asked for. All cuts of a piece are tried.
+/// Maximum length of a piece in SentencePiece's trainer, in characters. All cuts of a piece are
+/// tried.
 const MAX_PIECE: usize = 512;
 
-/// Types of tokens, as `tokenizer.ggml.token_type` numbers them.
+/// Token types, numbered like in `tokenizer.ggml.token_type`.
 pub(super) mod kind {
     pub const NORMAL: i32 = 1;
     pub const UNKNOWN: i32 = 2;
@@ -57,11 +59,12 @@ struct Vocabulary<'a> {
 }
 
 impl Tokenizer {
-    /// The tokenizer inside a GGUF file. Its ids are those of llama.cpp, which normalizes no Unicode.
+    /// Reads the tokenizer in a GGUF file. Its ids are those of llama.cpp, which doesn't normalize
+    /// Unicode.
     ///
     /// # Errors
-    /// [`Error::File`](crate::Error::File) for a kind of tokenizer or a pre-tokenizer that is not known, and for keys that
-    /// are missing or do not agree with each other.
+    /// [`Error::File`](crate::Error::File) for an unknown kind of tokenizer or pre-tokenizer, or
+    /// for keys that are missing or contradict each other.
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let vocabulary = Vocabulary::read(file)?;
         let model: &str = file.require(MODEL)?;
@@ -109,7 +112,7 @@ impl<'a> Vocabulary<'a> {
         Err(self.file.metadata_error(key, format!("has {len} values for {} tokens", self.tokens.len())))
     }
 
-    /// The model of a vocabulary and its merges.
+    /// Builds a model from the vocabulary and merges.
     fn bpe(&self, merges: Merges) -> BpeBuilder {
         let vocabulary: Vocab = self.ids.iter().map(|(&token, &id)| (token.to_owned(), id)).collect();
         BPE::builder().vocab_and_merges(vocabulary, merges)
@@ -120,7 +123,7 @@ impl<'a> Vocabulary<'a> {
         guarded(self.file.path(), &format!("`{TOKENS}`"), made)
     }
 
-    /// Byte-level BPE, and whether text starts with the begin token unless the file says otherwise.
+    /// Builds byte-level BPE; also returns whether text starts with the begin token by default.
     fn byte_level(&self) -> Result<(Inner, bool)> {
         let name = self.file.get(PRE)?.unwrap_or_else(|| {
             tracing::warn!(
@@ -132,11 +135,12 @@ impl<'a> Vocabulary<'a> {
         });
         let pre = pretokenizer::by_name(name).ok_or_else(|| {
             self.file
-                .metadata_error(PRE, format!("{name:?} is not a known pre-tokenizer; a tokenizer.json is read too"))
+                .metadata_error(PRE, format!("{name:?} is not a known pre-tokenizer; use a tokenizer.json instead"))
         })?;
 
         let lines: Vec<&str> = self.file.require(MERGES)?;
-        // The second character onwards, for a merge may start with a space that stands for itself.
+        // Search from the second character on, because a merge may start with a space that stands
+        // for itself.
         let cut = |line: &&str| {
             let first = line.chars().next()?.len_utf8();
             let at = first + line[first..].find(' ')?;
@@ -165,7 +169,7 @@ impl<'a> Vocabulary<'a> {
         self.check_len(SCORES, scores.len())?;
         if let Some(id) = self.tokens.iter().position(|token| token.chars().nth(MAX_PIECE).is_some()) {
             let message =
-                format!("token {id} has more than {MAX_PIECE} characters, which no piece of SentencePiece has");
+                format!("token {id} has more than {MAX_PIECE} characters; SentencePiece has no such pieces");
             return Err(self.file.metadata_error(TOKENS, message));
         }
         let mut model = self.bpe(self.merges_by_score(&scores)).byte_fallback(true).fuse_unk(true);
@@ -188,7 +192,8 @@ impl<'a> Vocabulary<'a> {
         Ok(inner)
     }
 
-    /// All pairs of pieces whose union is a piece, best score first; of equals, the first in the vocabulary.
+    /// All pairs of pieces whose union is a piece, best score first; ties in the order of the
+    /// vocabulary.
     fn merges_by_score(&self, scores: &[f32]) -> Merges {
         let is_piece = |id: usize| matches!(self.types[id], kind::NORMAL | kind::USER_DEFINED | kind::UNUSED);
         let piece = |text: &str| self.ids.get(text).is_some_and(|&id| is_piece(id as usize));
@@ -201,7 +206,7 @@ impl<'a> Vocabulary<'a> {
         pairs.into_iter().map(|(_, a, b)| (a.to_owned(), b.to_owned())).collect()
     }
 
-    /// Adds what both kinds have: special tokens, begin and end, the chat template.
+    /// Adds what both kinds have: special tokens, begin and end tokens, and the chat template.
     fn finish(&self, mut inner: Inner, add_bos: bool) -> Result<Tokenizer> {
         let of_kind = |wanted: &[i32], special| -> Vec<AddedToken> {
             let tokens =
@@ -230,13 +235,13 @@ impl<'a> Vocabulary<'a> {
         Ok(Tokenizer::new(parts))
     }
 
-    /// The id that `tokenizer.ggml.NAME_token_id` states.
+    /// Id given by `tokenizer.ggml.NAME_token_id`.
     fn special(&self, name: &str) -> Result<Option<u32>> {
         let key = format!("tokenizer.ggml.{name}_token_id");
         let id: Option<u32> = self.file.get(&key)?;
         match id {
             Some(id) if id as usize >= self.tokens.len() => {
-                Err(self.file.metadata_error(&key, format!("is {id}, of {} tokens", self.tokens.len())))
+                Err(self.file.metadata_error(&key, format!("is {id}, but there are only {} tokens", self.tokens.len())))
             }
             id => Ok(id),
         }

@@ -1,4 +1,4 @@
-//! A tokenizer as the metadata of a GGUF file: what [`Tokenizer::from_gguf`] reads.
+//! Writes a tokenizer as GGUF metadata that [`Tokenizer::from_gguf`] reads.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,10 +12,10 @@ use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 use crate::formats::gguf::{Metadata, OutValue};
 
-/// The score of pieces that no merge makes: below that of every merge.
+/// Score of pieces that no merge makes; lower than that of every merge.
 const NO_MERGE: f32 = -1e6;
 
-/// What matters of a `tokenizer.json`.
+/// Relevant parts of a `tokenizer.json`.
 #[derive(Deserialize)]
 struct Spec {
     normalizer: Option<Value>,
@@ -36,7 +36,7 @@ struct Model {
     unk_token: Option<String>,
 }
 
-/// The steps of a normalizer or pre-tokenizer: those of a sequence, or the one.
+/// Steps of a normalizer or pre-tokenizer: those of a sequence, or the single one.
 fn steps(value: &Option<Value>, list: &str) -> Vec<Value> {
     match value {
         None => vec![],
@@ -52,13 +52,14 @@ fn is_type(step: &Value, kind: &str) -> bool {
 }
 
 impl Tokenizer {
-    /// Adds the tokenizer of the model in `folder` to the metadata of a GGUF file: `vocab_size` tokens, as many as the model has rows
-    /// in its embedding, merges or scores, special tokens, and the chat template. `stated` are the begin, end and padding tokens of the
-    /// model's config, for what the tokenizer leaves open.
+    /// Adds the tokenizer of the model in `folder` to GGUF metadata: `vocab_size` tokens (the
+    /// number of rows in the model's embedding), merges or scores, special tokens, and the chat
+    /// template. `stated` are the begin, end and padding tokens in the model's config, used if the
+    /// tokenizer doesn't define them.
     ///
     /// # Errors
-    /// [`Error::File`] for a tokenizer that is neither byte-level BPE, with a pre-tokenizer that GGUF files have a name for, nor
-    /// SentencePiece's BPE.
+    /// [`Error::File`] unless the tokenizer is SentencePiece's BPE, or byte-level BPE with a
+    /// pre-tokenizer that has a name in GGUF files.
     pub(crate) fn write_gguf(
         &self,
         folder: &Path,
@@ -112,14 +113,14 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// Every token by its id, and its type; ids without one get a name that no text has.
+    /// Every token by id, and its type. Ids without a token get a name that doesn't occur in text.
     fn tokens(&self, count: usize) -> (Vec<String>, Vec<i32>) {
         let mut tokens: Vec<String> = (0..count).map(|id| format!("[PAD{id}]")).collect();
         let mut types = vec![kind::UNUSED; count];
         for (token, id) in self.inner().get_vocab(false) {
             (tokens[id as usize], types[id as usize]) = (token, kind::NORMAL);
         }
-        // Added tokens may be past the model's rows, which nothing of the model can tell apart.
+        // Added tokens may lie past the model's rows; the model can't distinguish them.
         for (id, token) in self.inner().get_added_tokens_decoder().into_iter().filter(|(id, _)| (*id as usize) < count)
         {
             tokens[id as usize] = token.content;
@@ -129,16 +130,17 @@ impl Tokenizer {
     }
 }
 
-/// What byte-level BPE adds to the metadata. The error says what no GGUF file can say.
+/// Adds metadata for byte-level BPE. The error says what a GGUF file can't represent.
 fn byte_level(spec: &Spec, metadata: &mut Metadata) -> Result<(), String> {
-    // Files are read without normalization of Unicode, by llama.cpp too, which is what NFC does to nearly all text.
+    // Readers of GGUF files, including llama.cpp, don't normalize Unicode. NFC changes almost no
+    // text.
     if let Some(step) = steps(&spec.normalizer, "normalizers").iter().find(|step| !is_type(step, "NFC")) {
-        return Err(format!("has a normalizer {}, which a GGUF file of byte-level BPE cannot have", step["type"]));
+        return Err(format!("has a normalizer {}, which a GGUF file can't represent for byte-level BPE", step["type"]));
     }
     let mut patterns: Vec<String> = Vec::new();
     let mut bytes = false;
     for step in steps(&spec.pre_tokenizer, "pretokenizers") {
-        let cannot = || format!("has a pre-tokenizer that no GGUF file can have: {step}");
+        let cannot = || format!("has a pre-tokenizer that a GGUF file can't represent: {step}");
         if is_type(&step, "ByteLevel") {
             if step["add_prefix_space"] == true {
                 return Err(cannot());
@@ -154,7 +156,7 @@ fn byte_level(spec: &Spec, metadata: &mut Metadata) -> Result<(), String> {
         }
     }
     let name = pretokenizer::name_of(&patterns, spec.model.ignore_merges).filter(|_| bytes);
-    let name = name.ok_or_else(|| format!("cuts words by {patterns:?}, which GGUF files have no name for"))?;
+    let name = name.ok_or_else(|| format!("splits words by {patterns:?}, which has no name in GGUF files"))?;
     let merges = spec.model.merges.iter().map(|(a, b)| format!("{a} {b}")).collect();
     metadata.set(MODEL, OutValue::String("gpt2".into()));
     metadata.set(PRE, OutValue::String(name.into()));
@@ -163,8 +165,8 @@ fn byte_level(spec: &Spec, metadata: &mut Metadata) -> Result<(), String> {
     Ok(())
 }
 
-/// What SentencePiece's BPE adds to the metadata. A piece's score is minus the rank of the first merge that makes it, so that
-/// merges go by scores as they went by rank.
+/// Adds metadata for SentencePiece's BPE. A piece's score is minus the rank of the first merge
+/// that makes it, so that scores order merges like ranks did.
 fn sentence_piece(spec: &Spec, tokens: &[String], metadata: &mut Metadata) -> Result<(), String> {
     let normalizers = steps(&spec.normalizer, "normalizers");
     let pre_tokenizers = steps(&spec.pre_tokenizer, "pretokenizers");
@@ -174,10 +176,10 @@ fn sentence_piece(spec: &Spec, tokens: &[String], metadata: &mut Metadata) -> Re
     };
     let is_metaspace = |step: &&Value| is_type(step, "Metaspace") && step["replacement"] == SPACE;
     if let Some(step) = normalizers.iter().find(|step| !known(step)) {
-        return Err(format!("has a normalizer {step}, which a GGUF file of SentencePiece cannot have"));
+        return Err(format!("has a normalizer {step}, which a GGUF file can't represent for SentencePiece"));
     }
     if let Some(step) = pre_tokenizers.iter().find(|step| !is_metaspace(step)) {
-        return Err(format!("has a pre-tokenizer {step}, which a GGUF file of SentencePiece cannot have"));
+        return Err(format!("has a pre-tokenizer {step}, which a GGUF file can't represent for SentencePiece"));
     }
     let prefix = normalizers.iter().any(|step| is_type(step, "Prepend"))
         || pre_tokenizers.iter().any(|step| step["prepend_scheme"] != "never");
@@ -201,7 +203,8 @@ mod tests {
     use super::*;
     use crate::formats::gguf::{self, GgufFile, OutTensor};
 
-    /// The tokenizer of a GGUF file as Hugging Face's files, and these in a GGUF file again.
+    /// Converts the tokenizer of a GGUF file to Hugging Face files, and those to a GGUF file
+    /// again.
     fn there_and_back(file: &GgufFile, vocab_size: usize) -> (Tokenizer, GgufFile, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
         let original = Tokenizer::from_gguf(file).unwrap();

@@ -1,5 +1,5 @@
-//! The one door to the library of tokenizers. What a file makes it do is bounded, and where it panics, which it does for some
-//! files, that is an error with the name of the file.
+//! All calls into the tokenizers library. Limits what a file can make it do, and turns its panics,
+//! which some files cause, into errors that name the file.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -19,7 +19,7 @@ use super::steps::Chain;
 use crate::error::{Error, Result};
 use crate::formats::input::read_small_text;
 
-/// A tokenizer of the library whose steps have limits.
+/// A tokenizer of the library, with limits on its steps.
 pub(super) type Inner = TokenizerImpl<
     ModelWrapper,
     Chain<NormalizerWrapper>,
@@ -28,35 +28,37 @@ pub(super) type Inner = TokenizerImpl<
     Chain<DecoderWrapper>,
 >;
 
-/// Bytes of a `tokenizer.json`; the largest in use have 35 MB.
+/// Maximum size of a `tokenizer.json` in bytes; the largest in use have 35 MB.
 const MOST_BYTES: u64 = 128 << 20;
 
-/// Bytes of all added tokens: every one is a state of an automaton.
+/// Maximum total size of added tokens in bytes: each byte is a state of an automaton.
 const MOST_ADDED: usize = 4 << 20;
 
-/// Bytes of all pieces of a vocabulary that becomes a trie, which costs a hundred times as many.
+/// Maximum total size of the pieces of a vocabulary that becomes a trie, in bytes. A trie takes a
+/// hundred times as much.
 const MOST_PIECES: usize = 16 << 20;
 
-/// Bytes of what is put before or after the parts of a word.
+/// Maximum size of a prefix or suffix of words, in bytes.
 const MOST_AFFIX: usize = 256;
 
 thread_local! {
-    /// Whether the library is at work on this thread: its panics are told by the error that they become.
+    /// Whether the library is running on this thread. Its panics aren't printed, because they
+    /// become errors.
     static AT_WORK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What is thrown where the library reads no errors.
+/// Panic payload for places where the library ignores errors.
 struct Refusal(String);
 
-/// Ends a call into the library, of which [`guarded`] makes an error.
+/// Ends a call into the library; [`guarded`] turns this into an error.
 pub(super) fn refuse(message: String) -> ! {
     panic::resume_unwind(Box::new(Refusal(message)))
 }
 
-/// Calls into the library for the tokenizer in the file at `path`.
+/// Calls the library for the tokenizer in the file at `path`.
 ///
 /// # Errors
-/// [`Error::File`] that says `what` did not go, and why: the library's error, a refusal, or its panic.
+/// [`Error::File`] that says `what` failed and why: the library's error, a refusal, or its panic.
 pub(super) fn guarded<T>(path: &Path, what: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     let reason = match caught(call) {
         Ok(Ok(value)) => return Ok(value),
@@ -66,11 +68,11 @@ pub(super) fn guarded<T>(path: &Path, what: &str, call: impl FnOnce() -> tokeniz
     Err(Error::File { path: path.into(), message: format!("{what}: {reason}") })
 }
 
-/// Calls into a library that panics for some input, without its words on the terminal. What it leaves behind is dropped or
-/// still whole.
+/// Calls a library that panics for some input, without printing the panic. What the panic leaves
+/// behind is dropped or still intact.
 ///
 /// # Errors
-/// What the panic says.
+/// The panic's payload.
 pub(super) fn caught<T>(call: impl FnOnce() -> T) -> Result<T, Box<dyn Any + Send>> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -82,7 +84,7 @@ pub(super) fn caught<T>(call: impl FnOnce() -> T) -> Result<T, Box<dyn Any + Sen
         }));
     });
     let before = AT_WORK.replace(true);
-    // What a panic leaves behind is a cache of words at most, and a tokenizer that was not made.
+    // A panic leaves at most a cache of words, and a tokenizer that wasn't built.
     let done = panic::catch_unwind(AssertUnwindSafe(call));
     AT_WORK.set(before);
     done
@@ -94,13 +96,13 @@ fn reason(payload: Box<dyn Any + Send>) -> String {
         Err(payload) => payload,
     };
     let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
-    format!("the library of tokenizers cannot use it ({})", text.unwrap_or("it panicked"))
+    format!("the tokenizers library can't use it ({})", text.unwrap_or("it panicked"))
 }
 
-/// Reads a `tokenizer.json`, without its truncation and padding.
+/// Reads a `tokenizer.json`, ignoring truncation and padding.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::File`] if it is malformed or asks for too much.
+/// [`Error::Io`] if it can't be read, [`Error::File`] if it is malformed or exceeds a limit.
 pub(super) fn read(path: &Path) -> Result<Inner> {
     let text = read_small_text(path, MOST_BYTES)?;
     guarded(path, "is malformed", || {
@@ -111,12 +113,13 @@ pub(super) fn read(path: &Path) -> Result<Inner> {
     })
 }
 
-/// Adds tokens to the tokenizer in the file at `path`, ids in their order after those that are there.
+/// Adds tokens to the tokenizer in the file at `path`; ids continue after the existing ones, in
+/// order.
 ///
 /// # Errors
-/// [`Error::File`] if they are too many, or cannot be told apart.
+/// [`Error::File`] if they are too many or indistinguishable.
 pub(super) fn add(path: &Path, inner: &mut Inner, tokens: Vec<AddedToken>) -> Result<()> {
-    guarded(path, "cannot have the added tokens", || {
+    guarded(path, "can't have the added tokens", || {
         check_added(tokens.iter().map(|token| token.content.len()).sum())?;
         inner.add_tokens(tokens).map(drop)
     })
@@ -129,7 +132,7 @@ fn check_added(bytes: usize) -> tokenizers::Result<()> {
     Ok(())
 }
 
-/// What costs memory, before the library makes anything of it.
+/// The parts that cost memory, checked before the library builds anything.
 #[derive(Deserialize)]
 struct Outline {
     #[serde(default)]
@@ -166,7 +169,7 @@ impl Outline {
     }
 }
 
-/// Bytes of the pieces in a list of pieces and scores. A vocabulary of another kind counts as none.
+/// Total bytes of the pieces in a list of pieces and scores; 0 for vocabularies of other kinds.
 #[derive(Default)]
 struct Pieces(usize);
 

@@ -1,30 +1,31 @@
-//! Checks and marks between the instructions of a compiled template.
+//! Inserts checks and marks between the instructions of a compiled template.
 //!
-//! minijinja bounds the steps of a template, but neither how deep its values are nested nor how much a single instruction
-//! does with them. Here every instruction that makes or walks a value is followed by a check. And a rendered text does not
-//! say which message a part of it comes from. Here marks in the text say so: they are placed where loops take their items,
-//! and found again by a sentinel, a character that is nowhere else.
+//! minijinja limits the steps of a template, but neither how deeply its values are nested nor how
+//! much a single instruction does with them. So every instruction that makes or walks through a
+//! value is followed by a check. Also, a rendered text doesn't reveal which message a part of it
+//! comes from. Marks in the text do. They are placed where loops take their items, and are found
+//! again by a sentinel, a character that occurs nowhere else.
 
 use minijinja::Value;
 use minijinja::machinery::{Instruction, Instructions};
 
-/// The test of a value that was made or looked through. No template can write a name like this.
+/// Test for a value that was made or walked through. No template can write such a name.
 pub(super) const CHECK: &str = "\u{1}check";
-/// The filter of a value that may be computed as it is read.
+/// Filter for a value that may be computed on demand.
 pub(super) const MADE: &str = "\u{1}made";
-/// The test of a value that a namespace is about to keep.
+/// Test for a value that a namespace is about to store.
 pub(super) const CHECK_KEPT: &str = "\u{1}check-kept";
 
-/// The filter that makes the mark of an item that a loop takes.
+/// Filter that marks an item taken by a loop.
 pub(super) const MARK_ITEM: &str = "\u{1}mark-item";
-/// The filter that makes the mark of a value that is assigned to a variable.
+/// Filter that marks a value assigned to a variable.
 pub(super) const MARK_ASSIGNED: &str = "\u{1}mark-assigned";
-/// The filter that makes the mark of a value that is written.
+/// Filter that marks a value that is written.
 pub(super) const MARK_WRITTEN: &str = "\u{1}mark-written";
 
-/// The variable that stands for the start of a `generation` block. It is true.
+/// Variable that stands for the start of a `generation` block. It is true.
 pub(super) const GENERATION: &str = "generation_starts_here";
-/// The variable that stands for its end, likewise.
+/// Variable that stands for the end of a `generation` block. It is true.
 pub(super) const END_GENERATION: &str = "generation_ends_here";
 
 /// Marks that need no value.
@@ -35,10 +36,10 @@ pub(super) mod mark {
     pub const END_GENERATION: &str = "end-generation";
 }
 
-/// For tests and filters that minijinja looks up by name each time.
+/// For tests and filters that minijinja looks up by name every time.
 const NOT_CACHED: u8 = !0;
 
-/// The instructions with checks in between, and with marks if there is a sentinel for them.
+/// Inserts checks and, if there is a sentinel, marks.
 pub(super) fn instrument<'s>(code: &Instructions<'s>, sentinel: Option<char>) -> Instructions<'s> {
     let old: Vec<&Instruction<'s>> = (0..).map_while(|at| code.get(at)).collect();
     let direct = written_directly(&old);
@@ -47,7 +48,7 @@ pub(super) fn instrument<'s>(code: &Instructions<'s>, sentinel: Option<char>) ->
     let mut len = 0u32;
     for (at, instruction) in (0..).zip(&old) {
         starts.push(len);
-        // A constant key needs no check, and errors can name what was looked for if there is none.
+        // A constant key needs no check; without one, errors can name the missing key.
         let constant =
             at > 0 && matches!((old[at as usize - 1], instruction), (Instruction::LoadConst(_), Instruction::GetItem));
         let expanded =
@@ -69,7 +70,7 @@ pub(super) fn instrument<'s>(code: &Instructions<'s>, sentinel: Option<char>) ->
     new
 }
 
-/// Where an instruction may go instead of to the next one.
+/// The instruction's jump target, if it has one.
 fn target<'i>(instruction: &'i mut Instruction<'_>) -> Option<&'i mut u32> {
     use Instruction::*;
     match instruction {
@@ -83,8 +84,9 @@ fn target<'i>(instruction: &'i mut Instruction<'_>) -> Option<&'i mut u32> {
     }
 }
 
-/// For every instruction, whether its output is that of the template itself: not that of a macro, nor of a block whose
-/// text becomes a value. A template may look at such values, so that they have no marks.
+/// For every instruction, whether its output goes directly to the template's text, not to a macro
+/// or to a block whose text becomes a value. Templates may inspect such values, so they get no
+/// marks.
 fn written_directly(code: &[&Instruction<'_>]) -> Vec<bool> {
     let mut captures = 0usize;
     let mut direct: Vec<bool> = Vec::with_capacity(code.len());
@@ -102,12 +104,12 @@ fn written_directly(code: &[&Instruction<'_>]) -> Vec<bool> {
     direct
 }
 
-/// An instruction with what belongs before and after it.
+/// Returns an instruction with its checks and marks before and after it.
 fn expand<'s>(instruction: &Instruction<'s>, sentinel: Option<char>, direct: bool) -> Vec<Instruction<'s>> {
     use Instruction::*;
     let check = |test| [DupTop, PerformTest(test, Some(1), NOT_CACHED), DiscardTop];
     let constant = |s: char, mark: &str| [LoadConst(Value::from(format!("{s}{mark}{s}"))), Emit];
-    // The filter gets the value on the stack, and the sentinel.
+    // The filter gets the value on the stack and the sentinel.
     let of_value = |s: char, filter| {
         [DupTop, LoadConst(Value::from(s.to_string())), ApplyFilter(filter, Some(2), NOT_CACHED), Emit]
     };
@@ -123,7 +125,7 @@ fn expand<'s>(instruction: &Instruction<'s>, sentinel: Option<char>, direct: boo
         (Iterate(_), Some(s)) => itself.into_iter().chain(of_value(s, MARK_ITEM)).collect(),
         (StoreLocal(_), Some(s)) => of_value(s, MARK_ASSIGNED).into_iter().chain(itself).collect(),
         (Emit, Some(s)) => of_value(s, MARK_WRITTEN).into_iter().chain(itself).collect(),
-        // The namespace is on top of the value.
+        // The namespace is above the value on the stack.
         (SetAttr(_), _) => [Swap].into_iter().chain(check(CHECK_KEPT)).chain([Swap]).chain(itself).collect(),
         (Slice | Add | Mul | ApplyFilter(..) | CallFunction(..) | CallMethod(..) | CallObject(_), _) => {
             itself.into_iter().chain([ApplyFilter(MADE, Some(1), NOT_CACHED)]).collect()

@@ -1,4 +1,5 @@
-//! Jinja as `apply_chat_template` of Hugging Face's transformers has it, with bounds on depth, size and time.
+//! Jinja as in `apply_chat_template` of Hugging Face's transformers, with limits on depth, size
+//! and time.
 
 use std::io;
 use std::panic::resume_unwind;
@@ -17,15 +18,16 @@ use crate::error::{Error, Result};
 
 const NAME: &str = "chat";
 
-/// The most bytes of a template, far more than those of models have. minijinja's time for a chain of operators grows with the
-/// square of its length.
+/// Maximum size of a template in bytes, far above those of real models. minijinja's time for a chain
+/// of operators grows with the square of its length.
 const MAX_SOURCE: usize = 1 << 16;
 
-/// Stack for each byte of a template, several times what one more level of its syntax tree takes.
+/// Stack per byte of a template, several times what a level of its syntax tree needs.
 const STACK_PER_BYTE: usize = 4 << 10;
 
-/// Steps that a template may take: some hundreds a message are usual, checks included. minijinja counts every 64 bytes that
-/// are made or looked through as a step too, so that this bounds memory (256 MiB) as well.
+/// Maximum steps of a template. A few hundred per message are usual, including checks. minijinja
+/// also counts every 64 bytes made or walked through as a step, so this limits memory too (256
+/// MiB).
 const MAX_STEPS: u64 = 1 << 22;
 
 /// A compiled template.
@@ -54,7 +56,7 @@ impl Jinja {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(MAX_STEPS));
-        // So that errors say which variable is undefined.
+        // Makes errors say which variable is undefined.
         environment.set_debug(true);
         python::add_to(&mut environment);
         bounds::add_to(&mut environment);
@@ -65,10 +67,10 @@ impl Jinja {
         Ok(Jinja { environment, generation })
     }
 
-    /// The template's text with these variables, with marks if there is a sentinel for them.
+    /// Renders the template with these variables; with marks, if there is a sentinel.
     ///
     /// # Errors
-    /// [`Error::Template`] if the template raises an error, or does what is not supported.
+    /// [`Error::Template`] if the template raises an error, or does something unsupported.
     pub(super) fn render(&self, variables: Value, sentinel: Option<char>) -> Result<String> {
         let mut text = String::new();
         let render = || {
@@ -79,40 +81,41 @@ impl Jinja {
             let escape = compiled.initial_auto_escape.clone();
             eval(&self.environment, &code, variables, &blocks, &mut make_string_output(&mut text), escape).map(drop)
         };
-        // The library panics for some numbers, such as a slice with the least step there is.
-        let panicked = |_| Error::Template { line: 0, message: "the template library cannot compute it".into() };
+        // The library panics for some numbers, such as a slice with the smallest possible step.
+        let panicked = |_| Error::Template { line: 0, message: "the template library can't compute it".into() };
         caught(render).map_err(panicked)?.map_err(template_error)?;
         Ok(text)
     }
 }
 
-/// Compiles `source` on a stack of its own: minijinja walks syntax trees recursively, and a chain of operators, filters or
-/// `elif` is a tree as deep as it is long. What is compiled is flat.
+/// Compiles `source` on its own stack: minijinja walks syntax trees recursively, and a chain of
+/// operators, filters or `elif` is a tree as deep as the chain is long. The compiled code is flat.
 fn compile(environment: &mut Environment<'static>, source: String) -> Result<()> {
     let stack = (2 << 20) + source.len() * STACK_PER_BYTE;
     let compiled = thread::scope(|scope| {
         let add = move || environment.add_template_owned(NAME, source);
         thread::Builder::new().stack_size(stack).spawn_scoped(scope, add).map(ScopedJoinHandle::join)
     });
-    let no_thread = |e: io::Error| Error::Template { line: 0, message: format!("no thread to compile it on: {e}") };
+    let no_thread = |e: io::Error| Error::Template { line: 0, message: format!("can't start a thread to compile it: {e}") };
     compiled.map_err(no_thread)?.unwrap_or_else(|panic| resume_unwind(panic)).map_err(template_error)
 }
 
 fn template_error(error: JinjaError) -> Error {
-    // Errors inside macros and blocks have others around them.
+    // Errors inside macros and blocks are wrapped in others.
     let mut inner = &error;
     while let Some(source) = std::error::Error::source(inner).and_then(|source| source.downcast_ref::<JinjaError>()) {
         inner = source;
     }
     let message = match inner.kind() {
-        ErrorKind::OutOfFuel => format!("takes more than {MAX_STEPS} steps, or the memory that goes with them"),
+        ErrorKind::OutOfFuel => format!("takes more than {MAX_STEPS} steps, or too much memory"),
         kind => inner.detail().map_or_else(|| kind.to_string(), str::to_owned),
     };
     Error::Template { line: inner.line().or(error.line()).unwrap_or(0), message }
 }
 
-/// The tags `generation` and `endgeneration`, with which transformers marks the assistant's words, as blocks that are
-/// always shown, with a word at their start and end. Lines stay where they are.
+/// Replaces the tags `generation` and `endgeneration`, with which transformers marks the
+/// assistant's text, by blocks that are always shown, with a marker at start and end. Lines keep
+/// their numbers.
 fn generation_blocks(source: &str) -> String {
     static TAGS: LazyLock<[(Regex, String); 2]> = LazyLock::new(|| {
         [
@@ -120,7 +123,7 @@ fn generation_blocks(source: &str) -> String {
             (r"endgeneration", format!("if {END_GENERATION} %}}{{% endif %}}{{% endif ")),
         ]
         .map(|(tag, block)| {
-            // Comments, and what is to be written as it stands, are passed over.
+            // Skip comments and raw blocks.
             let other = r"\{#(?s:.*?)#\}|\{%[-+]?\s*raw\s*[-+]?%\}(?s:.*?)\{%[-+]?\s*endraw\s*[-+]?%\}";
             let expression = format!(r"{other}|\{{%(?<left>[-+]?)\s*{tag}\s*(?<right>[-+]?)%\}}");
             (Regex::new(&expression).unwrap_or_else(|error| unreachable!("{error}")), block)
@@ -153,7 +156,7 @@ mod tests {
 
     #[test]
     fn what_the_library_panics_for_is_an_error() {
-        // Without checks for overflow the library wraps around instead.
+        // Without overflow checks, the library wraps around instead.
         let _ = render("{{ [1, 2, 3][::-9223372036854775808] }}");
     }
 
@@ -313,7 +316,8 @@ mod tests {
         }
     }
 
-    /// Values that grow in a loop, in depth (a level a round) or in size (twice a round), and what is done with them.
+    /// Values that grow in a loop, in depth (one level per round) or in size (doubling per round),
+    /// and what is done with them.
     #[test]
     fn values_are_bounded_whatever_is_done_with_them() {
         let deep = [
@@ -359,7 +363,7 @@ mod tests {
             let error = render(&growing(99999, grow, "")).expect_err(grow).to_string();
             assert!(bounds.iter().any(|bound| error.contains(bound)), "{grow}: {error}");
         }
-        // Just within the bounds, everything is done in time, or refused.
+        // Just within the limits, everything finishes in time or is refused.
         let uses = [
             "{{ ns.x }}",
             "{{ ns.x | tojson }}",
@@ -419,7 +423,7 @@ mod tests {
     #[test]
     fn a_template_has_two_seconds() {
         let started = Instant::now();
-        // Every comparison walks a million values, and a step is all that minijinja counts for it.
+        // Every comparison walks through a million values, but minijinja counts it as one step.
         let slow = "{% set ns = namespace(a=[1, 2], b=[1, 2]) %}{% for i in range(17) %}{% set ns.a = [ns.a, ns.a] %}\
                     {% set ns.b = [ns.b, ns.b] %}{% endfor %}{% for i in range(99999) %}{% if ns.a == ns.b %}{% endif %}{% endfor %}";
         let error = render(slow).unwrap_err().to_string();

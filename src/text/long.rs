@@ -1,9 +1,10 @@
-//! Ids of a long text, piece by piece and on all cores: at once, `tokenizers` takes more than a hundred times the text's size.
+//! Encodes a long text piece by piece on all cores. Encoding it at once with `tokenizers` takes
+//! more than a hundred times the text's size.
 //!
-//! Every piece is encoded with some of the text on either side of it. Pieces are joined where the tokens on both sides of the
-//! cut are the same in both encodings. The result is then that of the whole text: pre-tokenizers go on from a cut between two
-//! words as they would have, and tokens are those of BPE wherever every two neighbours are. Pieces that do not agree are
-//! encoded again, as one.
+//! Every piece is encoded together with some of the text on either side. Pieces are joined if the
+//! tokens around the cut are the same in both encodings. The result then equals that of the whole
+//! text: a pre-tokenizer continues after a cut between two words as it would have without it, and
+//! BPE's tokens are determined locally. Pieces that don't agree are encoded again, as one.
 
 use std::ops::Range;
 
@@ -11,24 +12,24 @@ use rayon::prelude::*;
 
 use crate::error::Result;
 
-/// Bytes of a piece. Every core works on one at a time.
+/// Size of a piece in bytes. Every core encodes one at a time.
 const PIECE: usize = 16 << 10;
 
-/// Bytes of the text on either side that a piece is encoded with.
+/// Bytes of text on either side that a piece is encoded with.
 const AROUND: usize = 512;
 
-/// Bytes on either side of a cut in which the tokens must be the same.
+/// Bytes on either side of a cut in which the tokens must agree.
 const SAME: usize = 128;
 
-/// A token and the bytes of the text that it stands for.
+/// A token and the bytes of text that it stands for.
 type Token = (u32, Range<usize>);
 
-/// Whether a text of so many bytes is worth cutting.
+/// Whether a text of this many bytes is worth cutting.
 pub(super) fn is_long(bytes: usize) -> bool {
     bytes > 2 * PIECE
 }
 
-/// The ids of `text`, which `spans` encodes in parts.
+/// Returns the ids of `text`, encoding it in parts with `spans`.
 pub(super) fn encode(text: &str, spans: impl Fn(&str) -> Result<Vec<Token>> + Sync) -> Result<Vec<u32>> {
     let mut parts: Vec<Part> = ranges(text).into_iter().map(Part::Range).collect();
     loop {
@@ -46,7 +47,7 @@ pub(super) fn encode(text: &str, spans: impl Fn(&str) -> Result<Vec<Token>> + Sy
     }
 }
 
-/// A part of the text, encoded or not yet.
+/// A part of the text, encoded or not.
 enum Part {
     Range(Range<usize>),
     Piece(Piece),
@@ -54,9 +55,9 @@ enum Part {
 
 struct Piece {
     range: Range<usize>,
-    /// Of the tokens that start in it.
+    /// Ids of the tokens that start in the range.
     ids: Vec<u32>,
-    /// The tokens around its start, and around its end.
+    /// Tokens around its start and its end.
     head: Vec<Token>,
     tail: Vec<Token>,
 }
@@ -73,7 +74,7 @@ impl Piece {
         };
         let (head, tail) = (around(range.start), around(range.end));
         let ids = tokens.iter().filter(|(_, span)| range.contains(&span.start)).map(|&(id, _)| id);
-        // The last piece has what starts at the text's end too: a token that stands for none of it.
+        // The last piece includes what starts at the text's end: a token that stands for no text.
         let rest = tokens.iter().filter(|(_, span)| to == range.end && span.start >= to).map(|&(id, _)| id);
         Ok(Piece { ids: ids.chain(rest).collect(), head, tail, range })
     }
@@ -83,7 +84,7 @@ impl Piece {
     }
 }
 
-/// Pieces that do not join, as one part each.
+/// Merges pieces that don't join into one part each.
 fn united(pieces: Vec<Piece>) -> Vec<Part> {
     let joins: Vec<bool> = pieces.windows(2).map(|pair| pair[0].joins(&pair[1])).collect();
     let mut parts: Vec<Part> = Vec::new();
@@ -102,7 +103,7 @@ fn united(pieces: Vec<Piece>) -> Vec<Part> {
     parts
 }
 
-/// Cuts after lines where there are some, else after words, else between characters.
+/// Cuts the text after lines if possible, otherwise after words, otherwise between characters.
 fn ranges(text: &str) -> Vec<Range<usize>> {
     let (mut ranges, mut start) = (Vec::new(), 0);
     while text.len() - start > PIECE {
@@ -117,7 +118,7 @@ fn ranges(text: &str) -> Vec<Range<usize>> {
     ranges
 }
 
-/// The last place between two characters that is not after `at`.
+/// The last character boundary at or before `at`.
 fn boundary(text: &str, at: usize) -> usize {
     (0..=at.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }
@@ -128,7 +129,8 @@ mod tests {
 
     use super::*;
 
-    /// Words and the blanks between them as tokens; `longest` becomes the most bytes that were asked for at once.
+    /// Encodes words and the blanks between them as tokens; `longest` becomes the maximum number
+    /// of bytes requested at once.
     fn words(longest: &AtomicUsize) -> impl Fn(&str) -> Result<Vec<Token>> + Sync {
         |text| {
             longest.fetch_max(text.len(), Ordering::Relaxed);
@@ -153,7 +155,7 @@ mod tests {
         let (word, blank) = ("x".repeat(100_000), " ".repeat(100_000));
         let texts = [
             (line.clone(), PIECE + 2 * AROUND),
-            // Nowhere to cut: as one.
+            // Nowhere to cut: encoded as one.
             (word.clone(), word.len()),
             (blank.clone(), blank.len()),
             ([&*line, &word, &line, &blank, &line, "\n"].concat(), 150_000),

@@ -1,4 +1,4 @@
-//! Which part of a rendered text belongs to which message, by the marks that a template wrote into it.
+//! Finds out which part of a rendered text belongs to which message, by the marks in it.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -8,13 +8,13 @@ use minijinja::{Environment, Value};
 
 use super::instrument::{MARK_ASSIGNED, MARK_ITEM, MARK_WRITTEN, mark};
 
-/// A message as templates see it: a map, that still knows its number when a loop takes it.
+/// A message as templates see it: a map that still knows its number when a loop takes it.
 #[derive(Debug)]
 pub(super) struct Turn {
-    /// From 0.
+    /// Number, from 0.
     pub number: usize,
     pub fields: Vec<(Value, Value)>,
-    /// Bytes of its fields.
+    /// Size of its fields in bytes.
     pub bytes: usize,
 }
 
@@ -59,12 +59,12 @@ fn of_item(item: &Value) -> String {
     }
 }
 
-/// Who a part of a text belongs to.
+/// The owner of a part of a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Speaker {
-    /// The message of this number, from 0.
+    /// The message with this number, from 0.
     Message(usize),
-    /// A message that the template made up itself: the how manyth, and its role.
+    /// A message that the template created: its number among these, and its role.
     MadeUp { number: usize, role: String },
 }
 
@@ -73,25 +73,25 @@ pub(crate) enum Speaker {
 pub(crate) struct Rendered {
     /// Its text, without marks.
     pub text: String,
-    /// Parts that were written while the template had a message in hand, in their order.
+    /// Parts that were written while the template handled a message, in order.
     pub parts: Vec<(Range<usize>, Speaker)>,
-    /// The `generation` blocks.
+    /// Ranges of the `generation` blocks.
     pub generation: Vec<Range<usize>>,
-    /// Where a null was written.
+    /// Positions where a null was written.
     pub nulls: Vec<usize>,
 }
 
-/// A loop that the text is in.
+/// A loop around the current text.
 #[derive(Default)]
 struct Loop {
-    /// Whose turn it is, if the loop says so.
+    /// Current speaker, if the loop determines one.
     speaker: Option<Speaker>,
-    /// Whether it counts, so that a message comes with an assignment.
+    /// Whether the loop counts, so that an assignment determines the message.
     counts: bool,
 }
 
 impl Rendered {
-    /// Takes the marks out of a text; `None` if they are not as they were written.
+    /// Removes the marks from a text; `None` if they aren't as they were written.
     pub(super) fn new(marked: &str, sentinel: char) -> Option<Self> {
         let mut rendered = Rendered::default();
         let mut loops: Vec<Loop> = Vec::new();
@@ -117,14 +117,14 @@ impl Rendered {
                         inner.speaker = Some(Speaker::MadeUp { number: made_up, role: role.to_owned() });
                     } else if inner.counts {
                         let assigned = Some(Speaker::Message(other.strip_prefix(ASSIGNED)?.parse().ok()?));
-                        // With two messages in hand there is no telling which is written.
+                        // With two messages at once, it is unclear which one is written.
                         if inner.speaker.is_some() && inner.speaker != assigned {
                             return None;
                         }
                         inner.speaker = assigned;
                     }
                 }
-                // A variable outside of any loop.
+                // A variable outside any loop.
                 (other, None) => drop(other.strip_prefix(ASSIGNED)?),
             }
             rendered.write(pieces.next()?, &loops);
@@ -138,7 +138,7 @@ impl Rendered {
         let Some(speaker) = loops.iter().rev().find_map(|inner| inner.speaker.as_ref()) else { return };
         match self.parts.last_mut() {
             Some((part, last)) if last == speaker && part.end == range.start => part.end = range.end,
-            // Also where nothing is written: a message may be empty.
+            // Even if nothing is written: a message may be empty.
             _ => self.parts.push((range, speaker.clone())),
         }
     }

@@ -1,15 +1,15 @@
-//! How byte-level BPE models cut text into words before merging, by the names that GGUF files give it
-//! (`tokenizer.ggml.pre`). The expressions are those of the models' own `tokenizer.json`.
+//! How byte-level BPE models split text into words before merging, by the names used in GGUF files
+//! (`tokenizer.ggml.pre`). The expressions come from the models' own `tokenizer.json`.
 
-/// The cutting of one family of models.
+/// Word splitting of a family of models.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PreTokenizer {
-    /// Expressions applied one after the other, each to the pieces that the one before left. What matches is a piece, and
-    /// so is what lies between two matches.
+    /// Expressions applied in order, each to the pieces left by the one before. Every match is a
+    /// piece, and so is the text between two matches.
     pub(super) splits: &'static [&'static str],
-    /// Whether a word that is in the vocabulary is taken whole, whatever the merges say.
+    /// Whether a word in the vocabulary becomes one token, whatever the merges say.
     pub(super) whole_words: bool,
-    /// Whether text starts with the begin token where the file says nothing of it.
+    /// Whether text starts with the begin token if the file doesn't say.
     pub(super) add_bos: bool,
 }
 
@@ -22,7 +22,7 @@ const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const DEEPSEEK3: &str = r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"##;
 
-/// The pre-tokenizer of this name, if it is known.
+/// Returns the pre-tokenizer of this name, if it is known.
 pub(super) fn by_name(name: &str) -> Option<PreTokenizer> {
     let plain = |splits| PreTokenizer { splits, whole_words: false, add_bos: false };
     Some(match name {
@@ -49,9 +49,9 @@ pub(super) fn by_name(name: &str) -> Option<PreTokenizer> {
     })
 }
 
-/// The name of the pre-tokenizer with these expressions, if there is one.
+/// Returns the name of the pre-tokenizer with these expressions, if it has one.
 pub(super) fn name_of(splits: &[String], whole_words: bool) -> Option<&'static str> {
-    // Of names that mean the same, the one of the first or best known model.
+    // Among synonyms, the name of the first or best-known model.
     const NAMES: [&str; 12] = [
         "gpt-2",
         "smollm",

@@ -1,4 +1,5 @@
-//! What chat templates expect from Python: filters, functions and methods, as transformers and Jinja2 have them.
+//! Python features that chat templates expect: filters, functions and methods as in transformers
+//! and Jinja2.
 
 use std::fmt::{self, Write};
 
@@ -8,14 +9,14 @@ use minijinja::value::{Kwargs, Rest, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value, filters};
 use minijinja_contrib::{globals, pycompat};
 
-/// Bytes that are one step of a template: minijinja's own measure.
+/// Bytes that count as one step of a template, as in minijinja.
 const BYTES_PER_STEP: usize = 64;
 
 use super::bounds::{self, MAX_BYTES};
 
 type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Adds all of it.
+/// Adds all of them.
 pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.set_unknown_method_callback(method);
     environment.add_filter(JOIN, filters::join);
@@ -37,14 +38,15 @@ pub(super) fn add_to(environment: &mut Environment<'static>) {
     environment.add_function("strftime_now", strftime_now);
     environment.add_function("joiner", joiner);
     environment.add_function("cycler", cycler);
-    // It writes everything there is, whatever its size.
+    // `debug` writes everything, whatever its size.
     environment.remove_global("debug");
 }
 
 /// minijinja's own `join`.
 const JOIN: &str = "join of minijinja";
 
-/// Joins texts. minijinja counts those that are many times in a list only once, so that the result is paid for here.
+/// Joins texts. If a text occurs many times in a list, minijinja counts it only once, so the
+/// result is counted here.
 fn join(state: &mut State, values: &Value, rest: Rest<Value>, named: Kwargs) -> Result<Value> {
     let [joiner, attribute] = options(&rest, &named, ["d", "attribute"])?;
     let items = match attribute.as_str() {
@@ -58,7 +60,7 @@ fn join(state: &mut State, values: &Value, rest: Rest<Value>, named: Kwargs) -> 
     state.apply_filter(JOIN, &[items, joiner])
 }
 
-/// The options of a filter, by position or name, undefined where they are not given.
+/// Options of a filter, by position or name; undefined if not given.
 fn options<const N: usize>(given: &Rest<Value>, named: &Kwargs, names: [&str; N]) -> Result<[Value; N]> {
     let mut options = [const { Value::UNDEFINED }; N];
     for (at, name) in names.into_iter().enumerate() {
@@ -67,7 +69,7 @@ fn options<const N: usize>(given: &Rest<Value>, named: &Kwargs, names: [&str; N]
     }
     named.assert_all_used()?;
     match given.get(N) {
-        Some(more) => Err(invalid(format!("the filter has no place for {}", more.kind()))),
+        Some(more) => Err(invalid(format!("the filter doesn't accept {}", more.kind()))),
         None => Ok(options),
     }
 }
@@ -75,7 +77,8 @@ fn options<const N: usize>(given: &Rest<Value>, named: &Kwargs, names: [&str; N]
 /// minijinja's own `map`.
 const MAP: &str = "\u{1}map";
 
-/// minijinja's own `sum`, for numbers. For lists, its time grows with the square of their number.
+/// minijinja's own `sum`, for numbers. For lists, its time would grow with the square of their
+/// number.
 const SUM: &str = "\u{1}sum";
 
 fn sum(state: &mut State, values: Value, given: Rest<Value>, named: Kwargs) -> Result<Value> {
@@ -100,12 +103,13 @@ fn sum(state: &mut State, values: Value, given: Rest<Value>, named: Kwargs) -> R
     Ok(Value::from(all))
 }
 
-/// A filter of minijinja's that treats every item of a list for itself: what it makes of each is checked before the next.
+/// A minijinja filter that handles the items of a list independently. Each result is checked
+/// before the next is computed.
 fn one_by_one(
     filter: &'static str,
 ) -> impl Fn(&mut State, Value, Rest<Value>, Kwargs) -> Result<Vec<Value>> + Send + Sync + 'static {
     move |state: &mut State, values: Value, rest: Rest<Value>, named: Kwargs| {
-        // minijinja's `map` does not hand the other filter what has a name.
+        // minijinja's `map` doesn't pass named arguments to the other filter.
         let mapped = rest.first().filter(|_| filter == MAP).and_then(|name| Some(name.as_str()?.to_owned()));
         let named = named.args().next().is_some().then(|| Value::from(named.clone()));
         let (mut all, mut bytes) = (Vec::new(), 0);
@@ -128,7 +132,7 @@ fn one_by_one(
     }
 }
 
-/// A method of Python's. What it looks through is paid for, and what it may make before it is made.
+/// Python methods. Counts what they walk through, and checks what they may make before making it.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value> {
     let text = value.as_str().unwrap_or_default();
     let given = args.iter().fold(text.len(), |sum, arg| sum.saturating_add(arg.as_str().map_or(0, str::len)));
@@ -142,7 +146,7 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
             pay(state, text.matches(old).count().saturating_mul(new.len()))?;
         }
         ("format", _) => {
-            // Any field may ask for any argument, and for any width.
+            // Any field may refer to any argument and any width.
             let widest = text.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().unwrap_or(0)).max();
             let longest = args.iter().map(length).fold(widest.unwrap_or(0), usize::max);
             pay(state, text.matches('{').count().saturating_mul(longest))?;
@@ -165,7 +169,7 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
     }
 }
 
-/// Methods of texts that minijinja's own set lacks.
+/// Text methods that minijinja's own set lacks.
 fn text_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>> {
     let parts = |parts: [&str; 3]| Value::from(minijinja::value::Tuple::from(parts.map(Value::from)));
     Ok(Some(match name {
@@ -209,7 +213,7 @@ fn text_method(text: &str, name: &str, args: &[Value]) -> Result<Option<Value>> 
             let left = match name {
                 "ljust" => 0,
                 "rjust" => missing,
-                // As Python rounds it.
+                // Rounded like in Python.
                 _ => missing / 2 + (missing & width & 1),
             };
             let fill = |count: usize| std::iter::repeat_n(fill.unwrap_or(' '), count).collect::<String>();
@@ -248,7 +252,7 @@ fn pay(state: &State, bytes: usize) -> Result<()> {
     state.consume_fuel((bytes / BYTES_PER_STEP + 1) as u64)
 }
 
-/// Bytes of a value as text; where they are more than a value may have, as many as are too many.
+/// Bytes of a value as text. Stops counting just above the maximum size of a value.
 fn length(value: &Value) -> usize {
     if let Some(text) = value.as_str() {
         return text.len();
@@ -260,7 +264,7 @@ fn length(value: &Value) -> usize {
     }
 }
 
-/// Text of at most as many bytes as a value may have.
+/// Text of at most the maximum size of a value.
 #[derive(Default)]
 struct Bounded(String);
 
@@ -285,12 +289,12 @@ fn strftime_now(format: &str) -> Result<String> {
     strtime::format(format, &Zoned::now()).map_err(|e| invalid(e.to_string()))
 }
 
-/// Gives nothing the first time, and from then on the separator.
+/// Returns nothing the first time, then the separator.
 fn joiner(separator: Option<&str>) -> Value {
     globals::joiner(separator.map(Value::from))
 }
 
-/// Gives one text or number after the other. Other values could be hidden in it, out of reach of the bounds.
+/// Returns one text or number after another. It could hide other values from the limits.
 fn cycler(items: Rest<Value>) -> Result<Value> {
     if items.is_empty() || items.iter().any(|item| item.as_object().is_some()) {
         return Err(invalid("`cycler` takes texts and numbers, at least one"));
@@ -298,7 +302,7 @@ fn cycler(items: Rest<Value>) -> Result<Value> {
     globals::cycler(items.0)
 }
 
-/// `json.dumps`, with transformers' defaults: nothing is escaped for HTML, and letters stay as they are.
+/// `json.dumps` with transformers' defaults: HTML and non-ASCII letters aren't escaped.
 fn to_json(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<Value> {
     let [ensure_ascii, indent, separators, sort_keys] =
         options(&given, &named, ["ensure_ascii", "indent", "separators", "sort_keys"])?;
@@ -307,7 +311,7 @@ fn to_json(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<Value> {
         (Some(text), _) => Some(text.to_owned()),
         (None, Some(spaces)) => match u8::try_from(spaces.max(0)) {
             Ok(spaces) => Some(" ".repeat(spaces.into())),
-            Err(_) => return Err(invalid(format!("`tojson`: an indent of {spaces} is not supported"))),
+            Err(_) => return Err(invalid(format!("`tojson`: an indent of {spaces} isn't supported"))),
         },
         (None, None) => None,
     };
@@ -317,7 +321,7 @@ fn to_json(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<Value> {
     } else {
         let texts = separators.try_iter()?.map(|text| text.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>();
         let two = texts.and_then(|texts| texts.try_into().ok());
-        two.ok_or_else(|| invalid("`tojson`: `separators` are not two texts"))?
+        two.ok_or_else(|| invalid("`tojson`: `separators` must be two texts"))?
     };
     let [comma, colon] = &separators;
     let mut json = Json { text: Bounded::default(), indent: indent.as_deref(), comma, colon, ensure_ascii, sort_keys };
@@ -325,7 +329,7 @@ fn to_json(value: &Value, given: Rest<Value>, named: Kwargs) -> Result<Value> {
     Ok(Value::from_safe_string(json.text.0))
 }
 
-/// A writer of JSON in Python's ways.
+/// Writes JSON like Python.
 struct Json<'a> {
     text: Bounded,
     indent: Option<&'a str>,
@@ -374,7 +378,7 @@ impl Json<'_> {
         }
     }
 
-    /// Whatever comes before an item.
+    /// Writes what precedes an item.
     fn item(&mut self, first: &mut bool, depth: usize) -> Result<()> {
         if !std::mem::take(first) {
             self.put(self.comma)?;
@@ -415,7 +419,7 @@ impl Json<'_> {
     }
 }
 
-/// A number with a fraction as Python writes it.
+/// Formats a number with a fraction like Python.
 fn number(value: f64) -> String {
     if !value.is_finite() {
         return if value.is_nan() {

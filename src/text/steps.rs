@@ -1,5 +1,5 @@
-//! The steps of a tokenizer, within limits: normalizers, pre-tokenizers, post-processors and decoders of `tokenizers`. A file
-//! of a few lines may ask for forty steps that each double a text.
+//! Steps of a tokenizer, within limits: normalizers, pre-tokenizers, post-processors and decoders
+//! of `tokenizers`. A file of a few lines could request forty steps that each double a text.
 
 use std::sync::Arc;
 
@@ -17,39 +17,40 @@ use tokenizers::{
 
 use super::guard::refuse;
 
-/// How many bytes a step may make of a byte of the text as it was given.
+/// Maximum bytes that a step may make of each byte of the original text.
 const MOST_GROWTH: usize = 64;
 
-/// How many bytes it may add to that, to every piece of text.
+/// Maximum bytes that a step may add to this, for every piece of text.
 const MOST_ADDED: usize = 256;
 
-/// Sequences may be in sequences.
+/// Maximum nesting of sequences.
 const MOST_DEPTH: usize = 16;
 
-/// The largest tokenizers in use have some dozens.
+/// Maximum number of steps. The largest tokenizers in use have a few dozen.
 const MOST_STEPS: usize = 512;
 
-/// Expressions are compiled, to at most 10 MB each.
+/// Maximum number of expressions. Each may take up to 10 MB when compiled.
 const MOST_REGEXES: usize = 32;
 
-/// Bytes of an expression, or of the text that one looks for.
+/// Maximum size of an expression, or of a text to search for, in bytes.
 const MOST_PATTERN: usize = 16 << 10;
 
-/// Pre-tokenizers that rewrite text: each may double it.
+/// Maximum number of pre-tokenizers that rewrite text: each may double it.
 const MOST_REWRITES: usize = 3;
 
-/// Pieces of a post-processor's template, and ids of one of its special tokens.
+/// Maximum pieces in a post-processor's template, and ids in one of its special tokens.
 const MOST_PIECES: usize = 64;
 
-/// Tokens that post-processors may make of a letter.
+/// Maximum tokens that post-processors may make of a letter.
 const MOST_AROUND: usize = 4096;
 
-/// The longest text that a character becomes in a `precompiled_charsmap`, in bytes; that of NFKC has 33.
+/// Maximum length of a text that replaces a character in a `precompiled_charsmap`, in bytes; NFKC
+/// needs 33.
 const MOST_MAPPED: usize = 64;
 
 /// A kind of step.
 pub(super) trait Step: DeserializeOwned + Serialize {
-    /// The key of the steps of a sequence.
+    /// Key of the list of steps in a sequence.
     const LIST: &'static str;
 }
 
@@ -69,27 +70,28 @@ impl Step for DecoderWrapper {
     const LIST: &'static str = "decoders";
 }
 
-/// Steps, one after the other; sequences are taken apart.
+/// Steps in order; sequences are flattened.
 #[derive(Clone, Debug)]
 pub(super) struct Chain<S>(Vec<(S, Growth)>);
 
 /// How much a step adds to a text.
 #[derive(Clone, Debug)]
 enum Growth {
-    /// At most so many times the bytes, and so many more.
+    /// At most this many times the bytes, plus this many.
     Times(usize, usize),
-    /// So many bytes for whatever the expression finds.
+    /// This many bytes for each match of the expression.
     Replaced(Arc<SysRegex>, usize),
 }
 
 impl Growth {
-    /// Whether what becomes of some texts has at most so many bytes.
+    /// Whether the results for these texts have at most `most` bytes.
     fn is_within(&self, most: usize, texts: &[&str]) -> bool {
         let bytes: usize = texts.iter().map(|text| text.len()).sum();
         match self {
             Growth::Times(factor, more) => bytes.saturating_mul(*factor) + texts.len().saturating_mul(*more) <= most,
             Growth::Replaced(regex, by) => {
-                // There may be a match at every place; they are counted only where that would be too many.
+                // There may be a match at every position. Count matches only if that would be too
+                // many.
                 let all = |places: usize| bytes.saturating_add(places.saturating_mul(*by)) <= most;
                 all(bytes + texts.len()) || all(texts.iter().map(|text| regex.find_iter(text).count()).sum())
             }
@@ -98,7 +100,7 @@ impl Growth {
 }
 
 impl<S: Step> Chain<S> {
-    /// Some steps that need no limits.
+    /// Steps that need no limits.
     pub(super) fn of(steps: impl IntoIterator<Item = S>) -> Self {
         Chain(steps.into_iter().map(|step| (step, Growth::Times(1, 0))).collect())
     }
@@ -115,7 +117,7 @@ impl<S: Step> Chain<S> {
     }
 }
 
-/// The steps of a sequence, and of those in it.
+/// Collects the steps of a sequence, including nested sequences.
 fn flatten<S: Step>(value: Value, depth: usize, steps: &mut Vec<Value>) -> Result<(), String> {
     let is_sequence = value.get("type").is_none_or(|kind| kind == "Sequence");
     match value {
@@ -134,7 +136,7 @@ fn flatten<S: Step>(value: Value, depth: usize, steps: &mut Vec<Value>) -> Resul
     }
 }
 
-/// Checks what no single step shows, and what is the same for all kinds.
+/// Checks what can't be seen from a single step, and what applies to all kinds.
 fn check_all(steps: &[Value]) -> Result<(), String> {
     let pattern = |step: &Value, kind| step.get("pattern")?.get(kind)?.as_str().map(str::len);
     if let Some(bytes) = steps
@@ -150,7 +152,7 @@ fn check_all(steps: &[Value]) -> Result<(), String> {
     }
     let rewrites = steps.iter().filter(|step| {
         let rewrites = |kind: &Value| kind == "ByteLevel" || kind == "Metaspace";
-        // Without a type it may be any.
+        // Without a type it could be any.
         step.get("type").is_none_or(rewrites)
     });
     if rewrites.count() > MOST_REWRITES {
@@ -163,18 +165,18 @@ fn check_all(steps: &[Value]) -> Result<(), String> {
         ["single", "pair"].iter().filter_map(|key| step.get(key)).any(too_long)
             || ids(step).iter().filter_map(|token: &Value| token.get("ids")).any(too_long)
     }) {
-        return Err(format!("has a template of more than {MOST_PIECES} pieces, or a piece of so many ids"));
+        return Err(format!("has a template with more than {MOST_PIECES} pieces, or a piece with as many ids"));
     }
     Ok(())
 }
 
-/// How much a normalizer or decoder adds, by what the file has of it.
+/// How much a normalizer or decoder adds, according to the file.
 fn growth(step: &Value) -> Result<Growth, String> {
     let text = |key| step.get(key).and_then(Value::as_str);
     if let (Some(pattern), Some(content)) = (step.get("pattern"), text("content")) {
         let literal = pattern.get("String").and_then(Value::as_str).map(regex::escape);
         let expression = literal.or_else(|| pattern.get("Regex")?.as_str().map(str::to_owned));
-        // The library says what is wrong with another pattern.
+        // The library reports what is wrong with other patterns.
         let Some(expression) = expression else { return Ok(Growth::Times(1, 0)) };
         let regex = SysRegex::new(&expression).map_err(|e| format!("{expression:?} is no regular expression: {e}"))?;
         return Ok(Growth::Replaced(Arc::new(regex), content.len()));
@@ -184,20 +186,20 @@ fn growth(step: &Value) -> Result<Growth, String> {
     }
     Ok(match (text("type"), text("prepend")) {
         (_, Some(text)) => Growth::Times(1, text.len()),
-        // Of a character with three bytes, 33.
+        // 33 bytes for a character of three bytes.
         (Some("NFKC" | "NFKD" | "BertNormalizer"), _) => Growth::Times(12, 0),
         _ => Growth::Times(4, 1),
     })
 }
 
-/// The bytes of the longest text in a `precompiled_charsmap`: the length of a trie in bytes, the trie, and texts that end with a
-/// zero each.
+/// Length in bytes of the longest text in a `precompiled_charsmap`. Its layout: the length of a
+/// trie in bytes, the trie, and texts that each end with a zero.
 fn longest_mapped(map: &str) -> Result<usize, String> {
     const KEY: &str = "`precompiled_charsmap`";
     let bytes = BASE64.decode(map).map_err(|e| format!("{KEY} is not base64: {e}"))?;
-    let (trie, rest) = bytes.split_first_chunk::<4>().ok_or_else(|| format!("{KEY} is cut short"))?;
+    let (trie, rest) = bytes.split_first_chunk::<4>().ok_or_else(|| format!("{KEY} is truncated"))?;
     let trie = u32::from_le_bytes(*trie) as usize;
-    let texts = rest.get(trie..).ok_or_else(|| format!("{KEY} is cut short: its trie has {trie} bytes"))?;
+    let texts = rest.get(trie..).ok_or_else(|| format!("{KEY} is truncated: its trie has {trie} bytes"))?;
     let longest = texts.split(|&byte| byte == 0).map(<[u8]>::len).max().unwrap_or(0);
     if longest > MOST_MAPPED {
         return Err(format!("{KEY} makes {longest} bytes of a character; at most {MOST_MAPPED} are read"));
@@ -224,7 +226,7 @@ impl<'de, S: Step> Deserialize<'de> for Chain<S> {
 }
 
 impl Normalizer for Chain<NormalizerWrapper> {
-    /// Does not return errors, which the library would leave unread, but [`refuse`]s.
+    /// Calls [`refuse`] instead of returning errors, which the library would ignore.
     fn normalize(&self, text: &mut NormalizedString) -> tokenizers::Result<()> {
         let most = text.get_original().len().saturating_mul(MOST_GROWTH) + MOST_ADDED;
         for (step, growth) in &self.0 {
@@ -269,7 +271,7 @@ impl Decoder for Chain<DecoderWrapper> {
         let bytes: usize = tokens.iter().map(String::len).sum();
         let most = bytes.saturating_mul(MOST_GROWTH) + (tokens.len() + 1) * MOST_ADDED;
         self.0.iter().try_fold(tokens, |tokens, (step, growth)| {
-            // Some decoders take the last one for granted.
+            // Some decoders assume that there is a last one.
             if tokens.is_empty() {
                 return Ok(tokens);
             }

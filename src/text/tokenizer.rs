@@ -1,4 +1,4 @@
-//! Tokenizers: `tokenizer.json` and the settings beside it, through Hugging Face's `tokenizers`.
+//! Tokenizers: `tokenizer.json` and the settings beside it, read with Hugging Face's `tokenizers`.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -20,9 +20,9 @@ use crate::hash::text_hash;
 
 const OP: &str = "tokenizer";
 
-const CANNOT_ENCODE: &str = "cannot encode the text";
+const CANNOT_ENCODE: &str = "can't encode the text";
 
-/// Tokens that end a turn or a text wherever they are special tokens, the ends of turns first.
+/// Tokens that end a turn or a text if they are special tokens; ends of turns come first.
 pub(super) const EOS_TOKENS: [&str; 14] = [
     "<|im_end|>",
     "<|eot_id|>",
@@ -40,27 +40,27 @@ pub(super) const EOS_TOKENS: [&str; 14] = [
     "</s>",
 ];
 
-/// Text to token ids and back.
+/// Converts text to token ids and back.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
-    /// The file that it is from.
+    /// File that it was read from.
     path: PathBuf,
     /// Without post-processor, truncation or padding.
     inner: Inner,
-    /// One more than the largest id.
+    /// Largest id plus 1.
     vocab_size: usize,
     special: BTreeSet<u32>,
     bos: Option<u32>,
     bos_text: String,
     eos: Vec<u32>,
     eos_text: String,
-    /// Whether `encode` puts these tokens around a text.
+    /// Whether `encode` adds these tokens around a text.
     add_bos: bool,
     add_eos: bool,
     chat_template: Option<String>,
 }
 
-/// What a tokenizer is made of.
+/// Parts of a tokenizer.
 pub(super) struct Parts {
     pub(super) path: PathBuf,
     pub(super) inner: Inner,
@@ -94,24 +94,25 @@ impl Tokenizer {
         }
     }
 
-    /// Reads a `tokenizer.json`. What begins a text is what the file's post-processor puts there; what ends one are the
-    /// special tokens known for it (`<|im_end|>`, `<|eot_id|>`, `<|endoftext|>`, `</s>` and the like).
-    /// [`from_dir`](Self::from_dir) knows better.
+    /// Reads a `tokenizer.json`. The begin token is the one that the file's post-processor adds.
+    /// The end tokens are well-known special tokens (`<|im_end|>`, `<|eot_id|>`, `<|endoftext|>`,
+    /// `</s>` and the like). [`from_dir`](Self::from_dir) has better information.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read, [`Error::File`] if it is malformed.
+    /// [`Error::Io`] if it can't be read, [`Error::File`] if it is malformed.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         Ok(Self::new(parts(path, guard::read(path)?)?))
     }
 
-    /// Reads the tokenizer of a Hugging Face model: `tokenizer.json`, and where they are there `tokenizer_config.json`
-    /// (begin and end tokens, chat template, tokens that `tokenizer.json` lacks), `added_tokens.json` (more of those),
-    /// `generation_config.json` (more end tokens) and `chat_template.jinja`, which goes before the template in the config.
+    /// Reads the tokenizer of a Hugging Face model: `tokenizer.json` and, if they exist,
+    /// `tokenizer_config.json` (begin and end tokens, chat template, tokens that `tokenizer.json`
+    /// lacks), `added_tokens.json` (more such tokens), `generation_config.json` (more end tokens)
+    /// and `chat_template.jinja`, which overrides the template in the config.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::File`] for a file that cannot be read, is malformed, or names a token that is not in the
-    /// vocabulary.
+    /// [`Error::Io`] or [`Error::File`] for a file that can't be read, is malformed, or names a
+    /// token that isn't in the vocabulary.
     pub fn from_dir(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let path = folder.join("tokenizer.json");
@@ -149,11 +150,13 @@ impl Tokenizer {
         Ok(Self::new(parts))
     }
 
-    /// The ids of a text. Special tokens written in it become their ids. `add_special` asks for what the model expects
-    /// around a text (its begin token, most often), which is not put where the text has it already.
+    /// Returns the ids of a text. Special tokens written in it become their ids. `add_special`
+    /// adds what the model expects around a text (usually its begin token), unless the text
+    /// already has it.
     ///
     /// # Errors
-    /// [`Error::File`] with the tokenizer's file if it has no way to write the text, or would make too much of it.
+    /// [`Error::File`] with the tokenizer's file if it can't represent the text, or would make too
+    /// much of it.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
         let mut ids = if long::is_long(text.len()) {
             long::encode(text, |part| self.encode_spans(part))?
@@ -167,49 +170,52 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The begin token, if the model expects one and the text's first token is another.
+    /// Returns the begin token, if the model expects one and the text doesn't start with it.
     pub(crate) fn begin(&self, first: Option<u32>) -> Option<u32> {
         self.bos.filter(|_| self.add_bos && first != self.bos)
     }
 
-    /// The ids of a text without anything around it, each with the bytes of the text that it stands for.
+    /// Returns the ids of a text without anything around it, each with its range of bytes in the
+    /// text.
     pub(crate) fn encode_spans(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
         let encoding = guarded(&self.path, CANNOT_ENCODE, || self.inner.encode(text, false))?;
         let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end);
         Ok(encoding.get_ids().iter().copied().zip(spans).collect())
     }
 
-    /// The text of ids, without special tokens if `skip_special`. Bytes that are no UTF-8 become U+FFFD. An id without a token
-    /// is no text: many models have more rows in their embedding than their tokenizer has tokens.
+    /// Returns the text of ids, without special tokens if `skip_special`. Bytes that aren't UTF-8
+    /// become U+FFFD. Ids without a token give no text: many models have more rows in their
+    /// embedding than their tokenizer has tokens.
     ///
     /// # Errors
-    /// [`Error::File`] with the tokenizer's file if it cannot write them.
+    /// [`Error::File`] with the tokenizer's file if it can't decode them.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        guarded(&self.path, "cannot decode the ids", || self.inner.decode(ids, skip_special))
+        guarded(&self.path, "can't decode the ids", || self.inner.decode(ids, skip_special))
     }
 
-    /// Decodes ids that come one by one.
+    /// Decodes ids that arrive one by one.
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
         DecodeStream { tokenizer: self, skip_special, ids: Vec::new(), settled: 0, shown: String::new() }
     }
 
-    /// A hash of everything that decides which ids a text or a chat becomes.
+    /// Returns a hash of everything that determines the ids of a text or a chat.
     ///
     /// # Errors
-    /// None that are known: [`Error::File`] if the tokenizer cannot be written as JSON.
+    /// [`Error::File`] if the tokenizer can't be written as JSON; no such case is known.
     pub fn fingerprint(&self) -> Result<String> {
-        let json = guarded(&self.path, "cannot be written", || self.inner.to_string(false))?;
+        let json = guarded(&self.path, "can't be written", || self.inner.to_string(false))?;
         let around = (self.bos, &self.eos, self.add_bos, self.add_eos, &self.chat_template);
         Ok(text_hash(&format!("{json}{around:?}")))
     }
 
-    /// One more than the largest id.
+    /// Largest id plus 1.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// Checks that a model whose embedding table has `model_vocab` rows has one for every id. The table may be longer. Added
-    /// tokens may be past its end if nothing begins with one, as those for padding often are; that is warned about.
+    /// Checks that a model whose embedding has `model_vocab` rows has one for every id. The
+    /// embedding may be longer. Added tokens may lie past its end if no text begins with one
+    /// (padding tokens often do); this gives a warning.
     ///
     /// # Errors
     /// [`Error::Invalid`] if it is shorter.
@@ -225,14 +231,14 @@ impl Tokenizer {
                 op: OP,
                 what: "the vocabulary",
                 got: format!("{} tokens", self.vocab_size),
-                expected: format!("the model has {model_vocab}: this tokenizer is another model's"),
+                expected: format!("the model has {model_vocab}; this tokenizer belongs to another model"),
             });
         }
         let mut past: Vec<_> = added.iter().filter(|(id, _)| is_past(**id)).collect();
         past.sort_by_key(|(id, _)| **id);
         let names: Vec<String> = past.iter().map(|(id, token)| format!("{:?} ({id})", token.content)).collect();
         tracing::warn!(
-            "{}: the model has {model_vocab} rows, and none for {}; text with such a token cannot be used",
+            "{}: the model has {model_vocab} rows, but none for {}; text with such a token can't be used",
             self.path.display(),
             names.join(", ")
         );
@@ -248,42 +254,42 @@ impl Tokenizer {
         (self.add_bos, self.add_eos)
     }
 
-    /// The token that begins a text.
+    /// Token that begins a text.
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
 
-    /// Its text, empty if there is none.
+    /// Text of that token; empty if there is none.
     pub fn bos_text(&self) -> &str {
         &self.bos_text
     }
 
-    /// The token that ends a text, the first of [`eos_ids`](Self::eos_ids).
+    /// Token that ends a text, the first of [`eos_ids`](Self::eos_ids).
     pub fn eos(&self) -> Option<u32> {
         self.eos.first().copied()
     }
 
-    /// Its text, empty if there is none.
+    /// Text of that token; empty if there is none.
     pub fn eos_text(&self) -> &str {
         &self.eos_text
     }
 
-    /// The tokens that end a text or a turn: after one of them, generation stops.
+    /// Tokens that end a text or a turn. Generation stops after one of them.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos
     }
 
-    /// The id of a token by its text in the vocabulary.
+    /// Id of a token, by its text in the vocabulary.
     pub fn token_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// The source of the model's chat template.
+    /// Source of the model's chat template.
     pub fn chat_template(&self) -> Option<&str> {
         self.chat_template.as_deref()
     }
 
-    /// The model's chat template, compiled.
+    /// Compiles the model's chat template.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the model has none, [`Error::Template`] if it is malformed.
@@ -292,30 +298,32 @@ impl Tokenizer {
             op: OP,
             what: "the chat template",
             got: "missing".into(),
-            expected: "chats need a model that has one".into(),
+            expected: "chats need a model with a chat template".into(),
         };
         ChatTemplate::new(self.chat_template().ok_or_else(missing)?)
     }
 }
 
-/// Text from ids that come one by one. It never ends inside a character: what may yet become one is held back.
+/// Text from ids that arrive one by one. It never ends inside a character: bytes that may still
+/// become one are held back.
 #[derive(Clone, Debug)]
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     skip_special: bool,
-    /// The ids of the last piece of text, which tell how the next one joins it, and those that are not text yet.
+    /// Ids of the last piece of text, which determine how the next one joins it, followed by those
+    /// that aren't text yet.
     ids: Vec<u32>,
-    /// How many are the former.
+    /// Number of the former.
     settled: usize,
-    /// The text of the former.
+    /// Text of the former.
     shown: String,
 }
 
 impl DecodeStream<'_> {
-    /// The text that `id` completes, often none; an id without a token is none.
+    /// Returns the text that `id` completes, often none. An id without a token gives none.
     ///
     /// # Errors
-    /// Those of [`Tokenizer::decode`].
+    /// Errors of [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<String> {
         let is_skipped = self.skip_special && self.tokenizer.special.contains(&id);
         if is_skipped || self.tokenizer.inner.id_to_token(id).is_none() {
@@ -334,10 +342,10 @@ impl DecodeStream<'_> {
         Ok(new)
     }
 
-    /// What was held back, as far as it can be written: the ids ended inside a character.
+    /// Returns the text held back, as far as it can be written: the ids ended inside a character.
     ///
     /// # Errors
-    /// None but those of [`push`](Self::push).
+    /// Same as [`push`](Self::push).
     pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.ids, self.skip_special)?;
         Ok(text.get(self.shown.len()..).unwrap_or_default().to_owned())
@@ -351,16 +359,16 @@ enum OneOrMore {
     More(Vec<u32>),
 }
 
-/// What a `tokenizer.json` tells by itself.
+/// Parts that follow from a `tokenizer.json` alone.
 fn parts(path: &Path, mut inner: Inner) -> Result<Parts> {
     let special = inner.get_added_tokens_decoder();
     let known = EOS_TOKENS.iter().filter_map(|&name| inner.token_to_id(name));
     let eos: Vec<u32> = known.filter(|id| special.get(id).is_some_and(|token| token.special)).collect();
 
-    // What the post-processor puts around a letter: the crate has no other way to ask it.
+    // Encode a letter to see what the post-processor adds; the crate has no other way to ask.
     let ids = |special| {
         let ids = || inner.encode_fast("a", special).map(|encoding| encoding.get_ids().to_vec());
-        guarded(path, "cannot encode a letter", ids)
+        guarded(path, "can't encode a letter", ids)
     };
     let (bare, whole) = (ids(false)?, ids(true)?);
     let start = whole.windows(bare.len().max(1)).position(|window| window == bare).unwrap_or(0);
@@ -372,7 +380,7 @@ fn parts(path: &Path, mut inner: Inner) -> Result<Parts> {
     Ok(Parts { path: path.into(), inner, bos, eos, add_bos, add_eos, chat_template: None })
 }
 
-/// The id of a token that a config states, as text or as an object with its `content`.
+/// Id of a token that a config gives as text or as an object with `content`.
 fn token(config: &JsonObject, key: &str, inner: &Inner) -> Result<Option<u32>> {
     let Some(value) = config.value(key) else { return Ok(None) };
     let text = value.as_str().or_else(|| value.get("content")?.as_str());
@@ -383,7 +391,7 @@ fn token(config: &JsonObject, key: &str, inner: &Inner) -> Result<Option<u32>> {
     }
 }
 
-/// `chat_template`: one, or several with names, of which `default` is meant.
+/// Reads `chat_template`: one template, or several with names, among which `default` is used.
 fn template(config: &JsonObject) -> Result<Option<String>> {
     const KEY: &str = "chat_template";
     let Some(value) = config.value(KEY) else { return Ok(None) };

@@ -1,4 +1,4 @@
-//! A tokenizer as the files of Hugging Face that [`Tokenizer::from_dir`] reads.
+//! Writes a tokenizer as Hugging Face files that [`Tokenizer::from_dir`] reads.
 
 use std::path::Path;
 
@@ -10,15 +10,15 @@ use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
 impl Tokenizer {
-    /// Names and contents of `tokenizer.json` and `tokenizer_config.json`, with `chat_template.jinja` where there is a
-    /// template. `path` is where the tokenizer is from, for errors.
+    /// Returns names and contents of `tokenizer.json`, `tokenizer_config.json` and, if there is a
+    /// template, `chat_template.jinja`. `path` is the tokenizer's origin, for errors.
     ///
     /// # Errors
-    /// [`Error::File`] if the library that reads them cannot write them.
+    /// [`Error::File`] if the tokenizers library can't write them.
     pub(crate) fn files(&self, path: &Path) -> Result<Vec<(String, Vec<u8>)>> {
         let failed = |message: String| Error::File { path: path.into(), message };
         let mut inner = self.inner().clone();
-        // What is put around a text, which `Tokenizer` does by itself.
+        // The tokens around a text, which `Tokenizer` adds itself.
         let (add_bos, add_eos) = self.adds();
         let around =
             [(self.bos().filter(|_| add_bos), self.bos_text()), (self.eos().filter(|_| add_eos), self.eos_text())];
