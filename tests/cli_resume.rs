@@ -400,7 +400,10 @@ fn metrics_with_a_hole_are_completed() {
     fs::write(&path, lines.split_inclusive('\n').filter(|line| !line.contains("\"step\":1,")).collect::<String>())
         .unwrap();
     let message = text(&succeed(run.with(&["--resume"])).stderr);
-    assert!(message.contains("metrics.jsonl: lines were missing or changed; those up to step 2 were restored from"), "{message}");
+    assert!(
+        message.contains("metrics.jsonl: lines were missing or changed; those up to step 2 were restored from"),
+        "{message}"
+    );
     assert_eq!(metrics(&setup.output("run")), metrics(&whole));
 }
 

@@ -403,7 +403,10 @@ fn what_cannot_be_written_leaves_nothing() {
     };
     assert!(error(&|t| t["normalizer"] = json!({"type": "Lowercase"})).contains("normalizer \"Lowercase\""));
     assert!(error(&|t| t["pre_tokenizer"]["use_regex"] = json!(false)).contains("no name in GGUF files"));
-    assert!(error(&|t| t["pre_tokenizer"]["add_prefix_space"] = json!(true)).contains("pre-tokenizer that a GGUF file can't"));
+    assert!(
+        error(&|t| t["pre_tokenizer"]["add_prefix_space"] = json!(true))
+            .contains("pre-tokenizer that a GGUF file can't")
+    );
     let words = json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"});
     assert!(error(&|t| t["model"] = words.clone()).contains("tokenizer.json: is "));
     fs::remove_file(source.path().join("tokenizer.json")).unwrap();

@@ -97,8 +97,9 @@ pub fn storage(tensors: &impl Tensors, weight: &str) -> Result<Storage> {
     let Header { format, rows, cols, block, nested, .. } = read_header(tensors, weight)?;
     let codes = tensors.tensor(weight)?.bytes.len();
     if rows.checked_mul(cols).map(|values| values.div_ceil(2)) != Some(codes) {
-        return Err(tensors
-            .tensor_error(weight, format!("has {codes} bytes of codes, which doesn't match [{rows}, {cols}]")));
+        return Err(
+            tensors.tensor_error(weight, format!("has {codes} bytes of codes, which doesn't match [{rows}, {cols}]"))
+        );
     }
     let sides = SIDE_TENSORS.iter().map(|side| format!("{weight}.{side}"));
     let state = state_name(format).map(|name| format!("{weight}.{STATE}{name}"));

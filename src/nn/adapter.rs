@@ -329,7 +329,10 @@ mod tests {
         let bound = 1.0 / 20.0;
         assert!(a.iter().all(|value| value.abs() <= bound));
         let variance = a.iter().map(|value| f64::from(value * value)).sum::<f64>() / a.len() as f64;
-        assert!((variance / (f64::from(bound).powi(2) / 3.0) - 1.0).abs() < 0.02, "variance of a uniform distribution: {variance}");
+        assert!(
+            (variance / (f64::from(bound).powi(2) / 3.0) - 1.0).abs() < 0.02,
+            "variance of a uniform distribution: {variance}"
+        );
         assert_eq!(a, new(1).a().to_vec().unwrap());
         assert_ne!(a, new(2).a().to_vec().unwrap());
         // Pinned: another generator would break the reproducibility of published runs.

@@ -117,8 +117,7 @@ impl ModelConfig {
                 Some(window)
             }
             Some(window) => {
-                let message =
-                    format!("is {window}; {name} files with a sliding window aren't supported");
+                let message = format!("is {window}; {name} files with a sliding window aren't supported");
                 return Err(keys.error("attention.sliding_window", message));
             }
         };
@@ -233,7 +232,9 @@ fn rope(keys: &Keys<'_>, head_dim: usize) -> Result<RopeConfig> {
     let plain = of(RopeScaling::None).frequencies();
     let close = |((plain, scaled), divisor): ((f32, f32), f32)| (plain / scaled - divisor).abs() <= 1e-4 * divisor;
     if !plain.into_iter().zip(llama3.frequencies()).zip(divisors).all(close) {
-        return Err(keys.file.tensor_error(ROPE_FREQS, "has divisors that don't follow from Llama 3's scaling; they aren't supported"));
+        return Err(keys
+            .file
+            .tensor_error(ROPE_FREQS, "has divisors that don't follow from Llama 3's scaling; they aren't supported"));
     }
     Ok(llama3)
 }

@@ -168,8 +168,7 @@ impl<'a> Vocabulary<'a> {
         let scores: Vec<f32> = self.file.require(SCORES)?;
         self.check_len(SCORES, scores.len())?;
         if let Some(id) = self.tokens.iter().position(|token| token.chars().nth(MAX_PIECE).is_some()) {
-            let message =
-                format!("token {id} has more than {MAX_PIECE} characters; SentencePiece has no such pieces");
+            let message = format!("token {id} has more than {MAX_PIECE} characters; SentencePiece has no such pieces");
             return Err(self.file.metadata_error(TOKENS, message));
         }
         let mut model = self.bpe(self.merges_by_score(&scores)).byte_fallback(true).fuse_unk(true);

@@ -96,7 +96,8 @@ fn compile(environment: &mut Environment<'static>, source: String) -> Result<()>
         let add = move || environment.add_template_owned(NAME, source);
         thread::Builder::new().stack_size(stack).spawn_scoped(scope, add).map(ScopedJoinHandle::join)
     });
-    let no_thread = |e: io::Error| Error::Template { line: 0, message: format!("can't start a thread to compile it: {e}") };
+    let no_thread =
+        |e: io::Error| Error::Template { line: 0, message: format!("can't start a thread to compile it: {e}") };
     compiled.map_err(no_thread)?.unwrap_or_else(|panic| resume_unwind(panic)).map_err(template_error)
 }
 

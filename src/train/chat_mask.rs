@@ -37,7 +37,9 @@ pub(super) fn tokenize(tokenizer: &Tokenizer, template: &ChatTemplate, chat: &Co
             let inside = |(part, _): &&(Range<usize>, Speaker)| part.contains(&block.start);
             let speaker = rendered.parts.iter().find(inside).map(|(_, speaker)| speaker);
             if speaker.is_none() && chat.messages.iter().any(is_weighted) {
-                return Err("`weight` can't be applied: a `generation` block is outside of all loops over the messages".into());
+                return Err(
+                    "`weight` can't be applied: a `generation` block is outside of all loops over the messages".into(),
+                );
             }
             if speaker.is_none_or(|speaker| weights.of(speaker)) {
                 loss[tokens.touching(block)].fill(true);
@@ -198,12 +200,12 @@ fn answers(chat: &Conversation, rendered: &Rendered) -> Result<Vec<Answer>, Stri
         let n = at + 1;
         // A template may skip an answer, but it must not write the answer outside its turn.
         if !made_up && !rendered.parts.iter().any(|(_, speaker)| *speaker == Speaker::Message(at)) {
-            return Err(format!("message {n}: can't be found in the chat template's output; no loop of the template visits it"));
+            return Err(format!(
+                "message {n}: can't be found in the chat template's output; no loop of the template visits it"
+            ));
         }
         if made_up && is_weighted(message) {
-            return Err(format!(
-                "message {n}: `weight` can't be applied: the chat template creates messages itself"
-            ));
+            return Err(format!("message {n}: `weight` can't be applied: the chat template creates messages itself"));
         }
     }
     let has_role =

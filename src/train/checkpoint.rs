@@ -212,7 +212,11 @@ pub(super) fn newest(output: &Path) -> Result<Option<(PathBuf, State)>> {
             Ok(state) => {
                 for (path, what) in damaged {
                     let aside = set_aside(&path).map_err(|e| Error::io(&path, e))?;
-                    tracing::warn!("{what}; continuing from {}; the damaged checkpoint is now {}", folder.display(), aside.display());
+                    tracing::warn!(
+                        "{what}; continuing from {}; the damaged checkpoint is now {}",
+                        folder.display(),
+                        aside.display()
+                    );
                 }
                 return Ok(Some((folder, state)));
             }

@@ -122,9 +122,7 @@ impl RunFolder {
                 }
                 Err(TryLockError::Error(error)) => {
                     let folder = self.path.display();
-                    tracing::warn!(
-                        "{folder}: can't be locked ({error}); make sure that no second run uses it"
-                    );
+                    tracing::warn!("{folder}: can't be locked ({error}); make sure that no second run uses it");
                 }
             }
             let host = sysinfo::System::host_name().map_or(String::new(), |host| format!(" on {host}"));

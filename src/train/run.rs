@@ -357,9 +357,11 @@ fn check(options: &RunOptions, eval: &[Example]) -> Result<()> {
         RunOptions { early_stop: Some(_), .. } if eval.is_empty() => {
             invalid("early stopping", "asked for without evaluation data", "give it evaluation data")
         }
-        RunOptions { early_stop: Some(_), eval_every: 0, .. } => {
-            invalid("early stopping", "asked for without evaluations during the run", "set the number of steps between evaluations")
-        }
+        RunOptions { early_stop: Some(_), eval_every: 0, .. } => invalid(
+            "early stopping",
+            "asked for without evaluations during the run",
+            "set the number of steps between evaluations",
+        ),
         _ => Ok(()),
     }
 }

@@ -166,9 +166,7 @@ impl PeftModule {
             }
             match read_tensor(file, &key)? {
                 ([_], values) => Ok(Some(values)),
-                (shape, _) => {
-                    Err(file.tensor_error(&key, format!("has shape {shape:?}, but it must be a vector")))
-                }
+                (shape, _) => Err(file.tensor_error(&key, format!("has shape {shape:?}, but it must be a vector"))),
             }
         };
         Ok(PeftModule { a: matrix(A)?, b: matrix(B)?, magnitude: vector(MAGNITUDE)?, bias: vector(BIAS)? })

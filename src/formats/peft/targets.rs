@@ -82,7 +82,9 @@ impl ModuleRegex {
             what: "regular expression",
             got: format!("{text:?}"),
             expected: if is_too_large(&e) {
-                format!("it needs more than {limit} bytes when compiled, its share among {count} expressions; simplify it")
+                format!(
+                    "it needs more than {limit} bytes when compiled, its share among {count} expressions; simplify it"
+                )
             } else {
                 format!("it is malformed: {}", reason(&e))
             },

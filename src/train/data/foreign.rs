@@ -3,7 +3,8 @@
 /// Describes data in a format that can't be read.
 pub(super) fn name(bytes: &[u8]) -> Option<String> {
     const UNPACK: &str = "unpack it first";
-    const CONVERT: &str = "write its rows as JSON Lines first, for example by to_json with lines=True in pandas or datasets";
+    const CONVERT: &str =
+        "write its rows as JSON Lines first, for example by to_json with lines=True in pandas or datasets";
     const TEXT: &str = "extract its text first";
     const UTF8: &str = "convert it to UTF-8 first, for example: iconv -f UTF-16 -t UTF-8";
     const KINDS: [(&[u8], &str, &str); 34] = [
@@ -83,7 +84,7 @@ pub(super) fn text(bytes: &[u8]) -> Result<&str, String> {
     let zeros = start.iter().filter(|&&byte| byte == 0).count();
     if zeros > 0 && zeros * 5 > start.len() * 2 && zeros * 5 < start.len() * 3 {
         return Err(
-            "is UTF-16 text, or binary data; convert it to UTF-8 first, for example: iconv -f UTF-16LE -t UTF-8".into()
+            "is UTF-16 text, or binary data; convert it to UTF-8 first, for example: iconv -f UTF-16LE -t UTF-8".into(),
         );
     }
     if let Some(at) = bytes.iter().position(|&byte| byte == 0) {

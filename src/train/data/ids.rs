@@ -66,7 +66,9 @@ pub(super) fn check(example: &Example, rows: usize) -> LineResult<()> {
     }
     let known = |label: i64| label == IGNORE_LABEL || (0..rows as i64).contains(&label);
     match example.labels().find(|&label| !known(label)) {
-        Some(label) => Err(format!("`labels`: {label} is neither {IGNORE_LABEL} nor in the vocabulary of {rows} tokens")),
+        Some(label) => {
+            Err(format!("`labels`: {label} is neither {IGNORE_LABEL} nor in the vocabulary of {rows} tokens"))
+        }
         None => Ok(()),
     }
 }

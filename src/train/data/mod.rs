@@ -163,8 +163,7 @@ impl Dataset {
 /// Reads the bytes of a file or a pipe. A device might have no end.
 fn bytes(path: &Path) -> Result<Vec<u8>> {
     let metadata = fs::metadata(path).map_err(|e| Error::io(path, e))?;
-    let refused =
-        |what: &str| Err(Error::File { path: path.into(), message: format!("is {what}, not a data file") });
+    let refused = |what: &str| Err(Error::File { path: path.into(), message: format!("is {what}, not a data file") });
     if metadata.is_dir() {
         return refused("a directory");
     }
