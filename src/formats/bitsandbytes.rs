@@ -129,7 +129,7 @@ fn read_header(tensors: &impl Tensors, weight: &str) -> Result<Header> {
         return Err(contradiction(format!("quant_type {:?} is not {format}", state.quant_type)));
     }
     let [rows, cols] = state.shape[..] else {
-        return Err(contradiction(format!("shape {:?} is not that of a matrix", state.shape)));
+        return Err(contradiction(format!("shape {:?} is not a matrix shape", state.shape)));
     };
     let nested = state.nested().map_err(|e| contradiction(e.into()))?;
     let dtype = state.dtype.parse().map_err(|e: Error| contradiction(e.to_string()))?;
@@ -139,7 +139,7 @@ fn read_header(tensors: &impl Tensors, weight: &str) -> Result<Header> {
 /// Returns the format of the 4-bit weight named `weight`, from its `quant_state` alone.
 ///
 /// # Errors
-/// Same as [`read`], as far as the `quant_state` is concerned.
+/// Same as [`read`], for faults in the `quant_state`.
 pub fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
     let Header { rows, cols, block, nested, .. } = read_header(tensors, weight)?;
     let double = |Nested { super_block, .. }| ScaleKind::Double { super_block };
@@ -234,9 +234,10 @@ impl QuantState {
         if (self.nested_blocksize, dtype, self.nested_offset) == (None, None, None) {
             return Ok(None);
         }
-        let super_block = self.nested_blocksize.ok_or("nested_blocksize is missing beside the other nested keys")?;
-        let dtype = dtype.ok_or("nested_dtype is missing beside the other nested keys")?;
-        let offset = self.nested_offset.ok_or("nested_offset is missing beside the other nested keys")?;
+        let super_block =
+            self.nested_blocksize.ok_or("nested_blocksize is missing, but there are other nested keys")?;
+        let dtype = dtype.ok_or("nested_dtype is missing, but there are other nested keys")?;
+        let offset = self.nested_offset.ok_or("nested_offset is missing, but there are other nested keys")?;
         if dtype != "float32" {
             return Err("nested_dtype is not \"float32\"");
         }
@@ -462,7 +463,7 @@ mod tests {
         assert!(json_error(r#""shape": [3, 50], "#, "").contains("missing field `shape`"));
         assert!(json_error(r#""quant_type": "nf4""#, r#""quant_type": "fp4""#).contains("is not nf4"));
         assert!(json_error(r#""dtype": "float32", "shape""#, r#""dtype": "int8", "shape""#).contains("int8"));
-        assert!(json_error("[3, 50]", "[150]").contains("not that of a matrix"));
+        assert!(json_error("[3, 50]", "[150]").contains("not a matrix shape"));
         assert!(json_error("[3, 50]", "[-3, 50]").contains("not a known quant_state"));
         assert!(json_error("[3, 50]", "[4, 50]").contains("expected 100, got 75"));
         assert!(json_error("[3, 50]", "[4294967296, 4294967296]").contains("shape"));

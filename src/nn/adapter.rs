@@ -69,7 +69,7 @@ impl LoraConfig {
 enum Magnitude {
     /// Plain LoRA.
     None,
-    /// Will be the row norms of the layer that the adapter is added to.
+    /// To be set to the layer's row norms when the adapter is added to it.
     OfLayer,
     Values(Tensor),
 }

@@ -82,8 +82,8 @@ impl Decoder {
         Ok(adapter.modules.len())
     }
 
-    /// Exports the adapter of this name for PEFT, with this configuration. Ranks and alphas match the
-    /// tensors only if the adapter was made with the same configuration.
+    /// Exports the adapter of this name for PEFT, with this configuration. Ranks and alphas match
+    /// the tensors only if the adapter was made with the same configuration.
     ///
     /// # Errors
     /// [`Error::NoSuchAdapter`], and errors of the device.

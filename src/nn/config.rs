@@ -329,7 +329,7 @@ fn rope(json: &JsonObject, head_dim: usize, max_position_embeddings: usize) -> R
     ];
     let (old, new) = (json.object("rope_scaling")?, json.object("rope_parameters")?);
     if old.is_some() && new.is_some() {
-        return Err(json.error("rope_scaling", "is given beside `rope_parameters`; remove one of them"));
+        return Err(json.error("rope_scaling", "is given together with `rope_parameters`; remove one of them"));
     }
     let theta = |theta: f32, json: &JsonObject| {
         let valid = theta.is_finite() && theta > 0.0;

@@ -233,7 +233,8 @@ impl Decoder {
     /// Returns `scale` times the summed cross-entropy of the batch's labels.
     ///
     /// # Errors
-    /// Same as [`Decoder::hidden`]; [`Error::Invalid`](crate::Error::Invalid) for a batch without labels.
+    /// Same as [`Decoder::hidden`]; [`Error::Invalid`](crate::Error::Invalid) for a batch without
+    /// labels.
     pub fn loss<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, scale: f32, pass: Pass) -> Result<Var> {
         let labels = batch.labels()?;
         let hidden = self.hidden(tape, batch, pass)?;

@@ -216,7 +216,9 @@ fn rope(keys: &Keys<'_>, head_dim: usize) -> Result<RopeConfig> {
         return Ok(of(scaling));
     }
     if scaling != RopeScaling::None {
-        return Err(keys.file.tensor_error(ROPE_FREQS, "is given beside rope.scaling; only one of them is supported"));
+        return Err(keys
+            .file
+            .tensor_error(ROPE_FREQS, "is given together with rope.scaling; only one of them is supported"));
     }
 
     // The file holds only the divisors, not the parameters of Llama 3's scaling. The factor is the
@@ -253,7 +255,7 @@ impl<'a> GgufSource<'a> {
     /// Reads the tensors of `file`, whose config is `config`.
     pub fn new(file: &'a GgufFile, config: &ModelConfig, base: &BaseFormat) -> Self {
         let order = row_order(config, "self_attn.q_proj.weight");
-        // The config was read from the frequencies.
+        // Reading the config has used the frequencies.
         GgufSource { file, base: *base, order, used: BTreeSet::from([ROPE_FREQS.into()]) }
     }
 

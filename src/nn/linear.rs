@@ -1,4 +1,5 @@
-//! Linear layers with LoRA or DoRA adapters on a frozen base: y = x * W^T + bias + s * dropout(x) * A^T * B^T.
+//! Linear layers with LoRA or DoRA adapters on a frozen base:
+//! y = x * W^T + bias + s * dropout(x) * A^T * B^T.
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
@@ -120,7 +121,7 @@ impl<Base> AdaptedLinear<Base> {
     }
 
     /// Adds an adapter, or replaces the one of that name. Doesn't activate it. A DoRA adapter
-    /// without a magnitude gets the layer's row norms.
+    /// without a magnitude gets the row norms of W + s * B * A.
     ///
     /// # Errors
     /// [`Error::Shape`] if it is for a layer of another shape, [`Error::DeviceMismatch`];

@@ -4,14 +4,15 @@
 //! | --- | --- |
 //! | x | input [M, d_in], xd = dropout(x) |
 //! | H, U | H = xd * A^T [M, r], U = xd * W^T + s * H * B^T [M, d_out] |
-//! | c | DoRA's factor m / n `[d_out]`; n: row norms of W + s * B * A (no gradient flows through n) |
+//! | c | DoRA's factor m / n `[d_out]`, where n are the row norms of W + s * B * A |
 //!
-//! LoRA: y = x * W^T + bias + s * H * B^T. Given dY, the gradients are G = s * dY * B, dA = G^T *
-//! xd, dB = s * dY^T * H and dX = dY * W + mask * (G * A).
+//! LoRA: y = x * W^T + bias + s * H * B^T. Given dY, the gradients are G = s * dY * B,
+//! dA = G^T * xd, dB = s * dY^T * H and dX = dY * W + mask * (G * A).
 //!
-//! DoRA (Liu et al., 2024), with the factor applied to the base's product with xd, like PEFT: y =
-//! (x - xd) * W^T + bias + c * U. With dU = c * dY: dm = column sums of (dY * U) / n, dA and dB
-//! are LoRA's with dU in place of dY, and dX = (1 - mask) * (dY * W) + mask * (dU * W + G * A).
+//! DoRA (Liu et al., 2024), with the factor applied to the base's product with xd, like PEFT:
+//! y = (x - xd) * W^T + bias + c * U. No gradient flows through n. With dU = c * dY:
+//! dm = column sums of (dY * U) / n, dA and dB are LoRA's with dU in place of dY, and
+//! dX = (1 - mask) * (dY * W) + mask * (dU * W + G * A).
 
 use super::adapter::LoraAdapter;
 use super::linear::AdaptedLinear;
@@ -81,7 +82,8 @@ impl<Base> AdaptedLinear<Base> {
     /// backward pass needs. The same seed drops the same values on every device.
     ///
     /// # Errors
-    /// Same as [`AdaptedLinear::forward`]; [`Error::Invalid`](crate::Error::Invalid) while an adapter is merged into the base.
+    /// Same as [`AdaptedLinear::forward`]; [`Error::Invalid`](crate::Error::Invalid) while an
+    /// adapter is merged into the base.
     pub fn forward_train(&self, x: &Tensor, seed: u64) -> Result<(Tensor, Saved)> {
         self.check_unmerged("a training pass")?;
         self.run(x, self.dropout(seed))
@@ -97,7 +99,8 @@ impl<Base> AdaptedLinear<Base> {
     /// [`AdaptedLinear::forward_train`]. The input's gradient is computed only if `need_dx`.
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and errors of the device.
+    /// [`Error::Shape`](crate::Error::Shape),
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and errors of the device.
     pub fn backward(&self, dy: &Tensor, saved: &Saved, need_dx: bool) -> Result<LinearGrads> {
         self.backward_onto(None, dy, saved, need_dx)
     }
@@ -155,7 +158,7 @@ impl<Base> AdaptedLinear<Base> {
         Ok(result)
     }
 
-    /// Whether the layer's product can add a residual. It takes the place of a bias, and DoRA
+    /// Whether the layer's product can add a residual. A residual takes the bias's place, and DoRA
     /// would scale it.
     pub(super) fn adds_residuals(&self) -> bool {
         self.bias().is_none() && self.adapter_beside().is_none_or(|adapter| !adapter.is_dora())

@@ -5,7 +5,7 @@ use std::f64::consts::PI;
 /// Decay of the learning rate after warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Decay {
-    /// It doesn't.
+    /// No decay.
     #[default]
     Constant,
     /// Linearly, to 0 after the last step.

@@ -83,7 +83,7 @@ pub(super) fn add(
         let got = inner.token_to_id(&token.content).unwrap_or(next);
         if got != id {
             tracing::warn!(
-                "{}: {:?} is declared as token {id} beside it, but would be {got}; it is left out",
+                "{}: {:?} is declared as token {id} in a file beside it, but would be {got}; it is left out",
                 path.display(),
                 token.content
             );

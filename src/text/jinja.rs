@@ -18,8 +18,8 @@ use crate::error::{Error, Result};
 
 const NAME: &str = "chat";
 
-/// Maximum size of a template in bytes, far above those of real models. minijinja's time for a chain
-/// of operators grows with the square of its length.
+/// Maximum size of a template in bytes, far above those of real models. minijinja's time for a
+/// chain of operators grows with the square of its length.
 const MAX_SOURCE: usize = 1 << 16;
 
 /// Stack per byte of a template, several times what a level of its syntax tree needs.

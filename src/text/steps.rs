@@ -165,7 +165,7 @@ fn check_all(steps: &[Value]) -> Result<(), String> {
         ["single", "pair"].iter().filter_map(|key| step.get(key)).any(too_long)
             || ids(step).iter().filter_map(|token: &Value| token.get("ids")).any(too_long)
     }) {
-        return Err(format!("has a template with more than {MOST_PIECES} pieces, or a piece with as many ids"));
+        return Err(format!("has a template with more than {MOST_PIECES} pieces, or a piece with more ids than that"));
     }
     Ok(())
 }

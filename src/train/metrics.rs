@@ -35,7 +35,7 @@ pub struct Record {
     pub lr: Option<f32>,
     /// Number of tokens seen so far, without padding.
     pub tokens: u64,
-    /// Duration of this step, without evaluation and checkpoints.
+    /// Tokens per second in this step, without evaluation and checkpoints.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
     /// Peak bytes on the device since the run started or resumed.

@@ -182,7 +182,7 @@ impl PeftConfig {
         } else if self.targets.excluded() == Some(&TargetModules::AllLinear) {
             Err(("exclude_modules", "is \"all-linear\", which is only allowed for target_modules".into()))
         } else if self.lora_bias && self.use_dora {
-            Err(("lora_bias", "is true beside `use_dora`; PEFT has no such adapters".into()))
+            Err(("lora_bias", "is true together with `use_dora`; PEFT has no such adapters".into()))
         } else {
             Ok(())
         }

@@ -104,7 +104,7 @@ impl PeftAdapter {
             let (path, suffix) = split_key(key).map_err(|message| file.tensor_error(key, message))?;
             let a = key_of(path, A);
             if file.get(&a).is_none() {
-                return Err(file.tensor_error(&a, format!("is missing beside {key:?}")));
+                return Err(file.tensor_error(&a, format!("is missing, but there is {key:?}")));
             }
             if suffix == A {
                 let module = PeftModule::read(&file, path)?;

@@ -268,7 +268,7 @@ fn tensors_that_do_not_fit_are_named() {
 
     let bare = format!("{PATH}{A}");
     fault(json!({}), vec![tensor(bare.as_str(), &[2, 4])], &bare, "lacks the prefix `base_model.model.`");
-    fault(json!({}), pair().split_off(1), &a, "is missing beside");
+    fault(json!({}), pair().split_off(1), &a, "is missing, but there is");
     let mut tensors = pair();
     tensors.truncate(1);
     fault(json!({}), tensors, &b, "is missing");

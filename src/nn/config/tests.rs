@@ -13,7 +13,8 @@ fn rope_of(theta: f64, scaling: RopeScaling) -> RopeConfig {
     RopeConfig { theta, head_dim: 8, scaling, layout: RopeLayout::HalfSplit }
 }
 
-/// A small config of `model_type` with the keys of `changes` set, or removed if their value is "absent".
+/// A small config of `model_type` with the keys of `changes` set, or removed if the value is
+/// "absent".
 fn parse(model_type: &str, changes: Value) -> Result<ModelConfig> {
     let mut config: Map<String, Value> = serde_json::from_value(json!({
         "model_type": model_type, "vocab_size": 100, "hidden_size": 64, "intermediate_size": 128,
@@ -182,7 +183,8 @@ fn what_is_not_supported_is_named() {
         error("llama", json!({"rope_scaling": {"type": "dynamic"}})).contains("`rope_scaling.type`: is \"dynamic\"")
     );
     assert!(
-        error("llama", json!({"rope_scaling": {}, "rope_parameters": {}})).contains("`rope_scaling`: is given beside")
+        error("llama", json!({"rope_scaling": {}, "rope_parameters": {}}))
+            .contains("`rope_scaling`: is given together with")
     );
 
     let quantized = |config: Value| error("llama", json!({"quantization_config": config}));

@@ -115,7 +115,7 @@ fn frequencies_of_llama_3_are_recognized_and_others_refused() {
         assert!(error(with(&divisors)).contains("rope_freqs.weight\": has divisors that don't follow"));
     }
     assert!(error(with(&[1.0; 16])).contains("has shape [16], expected [32]"));
-    assert!(error(with(&[1.0; 32]).f32("llama.rope.scaling.factor", 2.0)).contains("beside rope.scaling"));
+    assert!(error(with(&[1.0; 32]).f32("llama.rope.scaling.factor", 2.0)).contains("given together with rope.scaling"));
 }
 
 #[test]

@@ -77,7 +77,7 @@ fn is_control(byte: u8) -> bool {
 /// Returns bytes as text.
 ///
 /// # Errors
-/// A description of what they are instead.
+/// Says what they are instead.
 pub(super) fn text(bytes: &[u8]) -> Result<&str, String> {
     let line = |at: usize| bytes[..at].iter().filter(|&&byte| byte == b'\n').count() + 1;
     let start = &bytes[..bytes.len().min(4096)];

@@ -191,7 +191,7 @@ impl<'a> Reader<'a> {
             if !value.as_str().is_some_and(|text| repeats(key, text, texts())) {
                 let form = form.required().join("` and `");
                 return Err(format!(
-                    "the key `{key}` isn't used beside `{form}` and would be lost; remove it, or rename it to a known key"
+                    "the key `{key}` isn't used together with `{form}` and would be lost; remove it, or rename it to a known key"
                 ));
             }
         }

@@ -10,7 +10,7 @@
 //! | `prompt`, `completion` | prompt, then completion; messages: chat template | completion |
 //! | `messages`: a list of `role`, `content` | the model's chat template | the assistant's turns |
 //! | `conversations`: a list of `from`, `value` | the same | the same |
-//! | `instruction`, `output`, perhaps `input` | two messages; no template: Stanford Alpaca | output |
+//! | `instruction`, `output`, perhaps `input` | messages; no template: Stanford Alpaca | output |
 //! | `text` | itself | everything |
 //! | `input_ids`, perhaps `labels` | themselves | the labels that are not -100 |
 //!

@@ -82,7 +82,7 @@ impl Record<'_> {
 /// columns of these names make up an example.
 ///
 /// # Errors
-/// A description of what they are instead, or what is wrong with them.
+/// Says what they are instead, or what is wrong with them.
 pub(super) fn read<'a>(
     bytes: &'a [u8],
     path: &Path,
