@@ -245,7 +245,7 @@ impl Tensor {
                     op,
                     what: "the tensor",
                     got: "shared again while it was updated".into(),
-                    expected: "one thread may update it".into(),
+                    expected: "only one thread may update it".into(),
                 }),
             },
             Storage::Gpu(gpu, _) => Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() }),

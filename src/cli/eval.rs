@@ -55,7 +55,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let tokenizer = args.model.model.tokenizer(&path, vocabulary);
     let data = read(&args.data, tokenizer.as_ref(), args.skip_bad_lines, vocabulary)?;
     if args.dump_logits.is_some() && uses.len() > 1 {
-        let (got, expected) = (format!("{} times", uses.len()), "--dump-logits takes one adapter".into());
+        let (got, expected) =
+            (format!("{} times", uses.len()), "--dump-logits writes the logits of one adapter".into());
         return Err(Error::Invalid { op: "dumping logits", what: "--use", got, expected });
     }
     let mut found = Vec::with_capacity(uses.len());

@@ -237,7 +237,7 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         let head = if model.tie_word_embeddings { "the embedding" } else { "its own" };
         facts.push(("layers", format!("{layers}, hidden {hidden}, MLP {inner}")));
         let (heads, kv_heads) = (model.num_attention_heads, model.num_key_value_heads);
-        facts.push(("heads", format!("{heads} of {}, {kv_heads} of keys and values", model.head_dim)));
+        facts.push(("heads", format!("{heads} of size {}, {kv_heads} for keys and values", model.head_dim)));
         facts.push(("vocabulary", format!("{}, head: {head}", model.vocab_size)));
         facts.push(("positions", model.max_position_embeddings.to_string()));
     }

@@ -239,7 +239,7 @@ fn check_kind(path: &Path) -> Result<()> {
     } else if is_gguf(path)? {
         Ok(())
     } else if path.extension().is_some_and(|extension| extension == "safetensors") {
-        file_error("has only tensors; give its directory, which needs a config.json")
+        file_error("has only tensors; give the directory that contains it and a config.json")
     } else {
         file_error("not a GGUF file; give a .gguf file, or a directory with config.json and safetensors")
     }

@@ -215,7 +215,7 @@ fn check_input(input: &Path) -> Result<()> {
     let mut files: Vec<PathBuf> = output::files(input).into_iter().filter(is_tensors).collect();
     files.sort();
     let hint = match files.as_slice() {
-        [] => "no .safetensors file is in it".into(),
+        [] => "it has no .safetensors file".into(),
         [one] => format!("give the file in it, {}", one.display()),
         [first, ..] => {
             format!("give the {} files in it one by one, such as {}", files.len(), first.display())

@@ -114,7 +114,11 @@ impl Folder {
             return Ok(revision.to_owned());
         }
         let text = read_small_text(&path, 1024)?.trim().to_owned();
-        if is_commit(&text) { Ok(text) } else { Err(Error::File { path, message: "holds no commit".into() }) }
+        if is_commit(&text) {
+            Ok(text)
+        } else {
+            Err(Error::File { path, message: "doesn't contain a commit id".into() })
+        }
     }
 
     /// Records the commit that a revision stands for.
