@@ -1,4 +1,5 @@
-//! The one error type. Every variant says which operation failed and on what: shapes, a file, a key.
+//! The one error type. Every variant names the operation that failed and what it failed on:
+//! shapes, a file, a key.
 
 use std::fmt::{self, Display, Write};
 use std::path::{Path, PathBuf};
@@ -8,60 +9,63 @@ use crate::printable::OneLine;
 /// A `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What can go wrong. Errors are values: no function of this crate panics on bad input. One is shown in one line, with control
-/// characters escaped that come from files.
+/// Everything that can go wrong. Errors are values: no function of this crate panics on bad input.
+/// An error displays as one line; control characters that come from files are escaped.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Error {
-    /// Two shapes that must agree do not.
+    /// Two shapes that must agree don't.
     Shape { op: &'static str, what: &'static str, expected: String, got: String },
 
-    /// A setting outside what the operation accepts.
+    /// A setting that the operation doesn't accept.
     Invalid { op: &'static str, what: &'static str, got: String, expected: String },
 
     /// A weight to be quantized (or a scale read from a file) is NaN or infinite.
     NonFinite { op: &'static str, index: usize, value: f32 },
 
-    /// The loss or a gradient of a training step is NaN or infinite. Adapters and optimizer are as before the step.
+    /// The loss or a gradient of a training step is NaN or infinite. Adapters and optimizer are
+    /// unchanged by that step.
     Diverged { step: u32, what: String, value: f32 },
 
-    /// A run is to be resumed with another setting, model or data than it was started with.
+    /// A run can't be resumed: a setting, the model or the data differ from those it was started
+    /// with.
     OtherRun { path: PathBuf, setting: &'static str, before: String, now: String },
 
-    /// Whoever asked for it has ended it before it was done.
+    /// Cancelled by the caller.
     Interrupted { op: &'static str },
 
     /// No adapter of this name is loaded in the layer.
     NoSuchAdapter { name: String, loaded: String },
 
-    /// No GPU (nor software driver) answers the request.
+    /// No GPU or software driver matches the request.
     NoDevice { wanted: String, found: String, hint: String },
 
-    /// The device lacks something that was asked for.
+    /// The device lacks a requested feature.
     Unsupported { device: String, what: String, hint: String },
 
-    /// The device has no room for an allocation.
+    /// The device has no memory left for an allocation.
     OutOfMemory { device: String, what: String, bytes: u64 },
 
-    /// A single tensor or row is larger than the device can bind.
+    /// A single tensor or row is larger than one binding of the device.
     TooLarge { device: String, what: String, bytes: u64, limit: u64 },
 
-    /// The device is gone (driver reset, watchdog, unplugged, destroyed). Later calls return this again.
+    /// The device is gone (driver reset, watchdog, unplugged, destroyed). Later calls return this
+    /// error again.
     DeviceLost { device: String, reason: String },
 
-    /// The driver or wgpu refused an operation; with wgpu's own words.
+    /// The driver or wgpu refused an operation. `message` is wgpu's own.
     Device { device: String, op: String, message: String },
 
-    /// Tensors of one operation live on different devices.
+    /// Tensors of one operation are on different devices.
     DeviceMismatch { op: &'static str, left: String, right: String },
 
-    /// A file cannot be opened, read or written.
+    /// A file can't be opened, read or written.
     Io { path: PathBuf, message: String },
 
-    /// A file is not what it should be.
+    /// The contents of a file aren't what they should be.
     File { path: PathBuf, message: String },
 
-    /// A chat template is malformed, refuses the messages, or does what is not supported.
+    /// A chat template is malformed, rejects the messages, or uses something unsupported.
     Template { line: usize, message: String },
 
     /// A tensor in a file is missing, has the wrong type or shape, or contradicts its description.
@@ -84,13 +88,13 @@ impl fmt::Display for Error {
             Error::OtherRun { path, setting, before, now } => {
                 write!(
                     f,
-                    "{}: is a run with {setting} {before}, which is {now} now; resume it as it was",
+                    "{}: started with {setting} {before}, now {now}; resume with the original setting",
                     path.display()
                 )
             }
             Error::Interrupted { op } => write!(f, "{op}: interrupted; nothing was written"),
             Error::NoSuchAdapter { name, loaded } => write!(f, "no adapter named {name:?}; loaded: {loaded}"),
-            Error::NoDevice { wanted, found, hint } => write!(f, "no adapter matches {wanted}; found: {found}. {hint}"),
+            Error::NoDevice { wanted, found, hint } => write!(f, "no device matches {wanted}; found: {found}. {hint}"),
             Error::Unsupported { device, what, hint } => write!(f, "{device}: {what} is not supported; {hint}"),
             Error::OutOfMemory { device, what, bytes } => {
                 write!(f, "{device}: out of memory allocating {bytes} bytes for {what}")
@@ -114,7 +118,7 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
-    /// [`Error::Io`]: what the system says of the file at `path`.
+    /// [`Error::Io`] for the file at `path`, with the system's message.
     pub(crate) fn io(path: &Path, error: impl Display) -> Error {
         Error::Io { path: path.into(), message: error.to_string() }
     }

@@ -1,11 +1,11 @@
-//! How well a model predicts given tokens.
+//! Loss and perplexity of a model on given tokens.
 
 use serde::Serialize;
 
 use crate::error::{Error, Result};
 use crate::nn::{Decoder, Tokens, shifted_labels};
 
-/// What [`evaluate`] finds; the fields of `qlora eval --json`.
+/// Result of [`evaluate`], with the fields of `qlora eval --json`.
 #[derive(Clone, Copy, Debug, Serialize, PartialEq)]
 pub struct Evaluation {
     /// Mean cross-entropy of the tokens that carry loss, in nats.
@@ -16,15 +16,17 @@ pub struct Evaluation {
     pub tokens: usize,
 }
 
-/// A good `pass_tokens` of [`evaluate`] where memory is no concern.
+/// A good value for `pass_tokens` in [`evaluate`] if memory isn't a concern.
 pub const PASS_TOKENS: usize = 512;
 
-/// The mean loss over sequences of token ids with labels in Hugging Face's form (one a token, -100 for none; the loss shifts
-/// them). Short sequences go through the model together, up to `pass_tokens`.
+/// Computes the mean loss over sequences of token ids with labels in Hugging Face's form: one
+/// label per token, -100 for no loss, not shifted yet. Short sequences share a forward pass of up
+/// to `pass_tokens` tokens. `progress` gets the number of sequences done.
 ///
 /// # Errors
-/// [`Error::Invalid`] if no token carries loss, the loss is not finite, or a sequence is longer than the model's positions or has ids outside its
-/// vocabulary; the device's own.
+/// [`Error::Shape`] if a sequence has a different number of labels than ids. [`Error::Invalid`] if
+/// no token carries loss, the loss isn't finite, or a sequence is longer than the model's
+/// positions or has ids outside its vocabulary. The device's own errors.
 pub fn evaluate<'a>(
     model: &Decoder,
     sequences: impl IntoIterator<Item = (&'a [u32], impl AsRef<[i64]>)>,
@@ -42,7 +44,7 @@ pub fn evaluate<'a>(
         let labels = shifted_labels(&tokens, &pack.labels, model.config().vocab_size)?;
         let batch = model.batch(&tokens, Some(&labels))?;
         if batch.label_tokens() > 0 {
-            // Summed in f64, however many tokens there are.
+            // Summed in f64 for accuracy over many tokens.
             sum += model.evaluate(&batch)?.1.to_vec()?.iter().map(|&loss| f64::from(loss)).sum::<f64>();
             count += batch.label_tokens();
         }
@@ -67,7 +69,7 @@ pub fn evaluate<'a>(
             op: "evaluation",
             what: "the data",
             got: format!("{done} sequences without a token that carries loss"),
-            expected: "a label counts from the second token on, unless it is -100".into(),
+            expected: "labels count from the second token on, unless they are -100".into(),
         });
     }
     let loss = sum / count as f64;
@@ -82,7 +84,7 @@ pub fn evaluate<'a>(
     Ok(Evaluation { loss, perplexity: loss.exp(), tokens: count })
 }
 
-/// Sequences of one row.
+/// Sequences packed into one row.
 #[derive(Default)]
 struct Pack {
     ids: Vec<u32>,

@@ -1,4 +1,4 @@
-//! Text from a model, a token at a time.
+//! Text generation, token by token.
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -14,11 +14,11 @@ pub use crate::kernels::sample::Sampling;
 
 const OP: &str = "generation";
 
-/// Chooses tokens, one after another.
+/// Samples tokens one after another.
 #[derive(Clone, Debug)]
 pub struct Sampler {
     options: Sampling,
-    /// Tokens chosen so far.
+    /// Tokens sampled so far.
     number: u64,
 }
 
@@ -31,12 +31,12 @@ impl Sampler {
     }
 }
 
-/// Up to `most` tokens after `prompt`, each told to `each` as it comes, which may end it; a token of `stop` ends it too and is
-/// not part of the answer.
+/// Generates up to `most` tokens after `prompt` and passes each to `each`, which may end the
+/// generation. A token in `stop` also ends it and is not returned.
 ///
 /// # Errors
-/// [`Error::Invalid`] if prompt and answer are longer than the model's positions, or the prompt is empty or has ids outside
-/// the vocabulary; the device's own.
+/// [`Error::Invalid`] if the prompt is empty, leaves no free position for an answer, or has ids
+/// outside the vocabulary. The device's own errors.
 pub fn generate(
     model: &Decoder,
     prompt: &[u32],
@@ -59,7 +59,7 @@ pub fn generate(
             op: OP,
             what: "the prompt",
             got: format!("{} tokens", prompt.len()),
-            expected: format!("the model has {positions} positions, the answer's included; shorten it"),
+            expected: format!("the model has {positions} positions for prompt and answer; shorten it"),
         });
     }
     check_ids(prompt, model.config().vocab_size)?;
@@ -89,8 +89,9 @@ pub fn generate(
     Ok(answer)
 }
 
-/// Tokens that are under way at once: a GPU works on one while the host hears of the one before and records the next, which
-/// is in vain where that one was the last. On processors nothing would be idle.
+/// Tokens in flight. A GPU computes one token while the host receives the one before and records
+/// the next. That work is wasted if the received token was the last. On processors nothing would
+/// be idle, so one token is in flight.
 fn at_once(device: &Device) -> usize {
     match device {
         Device::Gpu(gpu) if gpu.tier() != Tier::Software => 2,

@@ -1,21 +1,21 @@
-//! Hashes that tell things apart. They do not protect from someone who wants two to look alike.
+//! Hashes for identification. They are not cryptographic: collisions can be made on purpose.
 
 pub(crate) use twox_hash::xxhash3_128::Hasher;
 
-/// A short name for a text, which tells it from others.
+/// Hash of a text, in hexadecimal.
 pub(crate) fn text_hash(text: &str) -> String {
     hex(Hasher::oneshot(text.as_bytes()))
 }
 
-/// A hash as text.
+/// Hash as 32 hexadecimal digits.
 pub(crate) fn hex(hash: u128) -> String {
     format!("{hash:032x}")
 }
 
-/// For keys of a few words, in maps that are asked at every dispatch of a kernel.
+/// Hasher state for keys of a few words, in maps that are looked up at every dispatch.
 pub(crate) type QuickState = std::hash::BuildHasherDefault<Quick>;
 
-/// The hasher of [`QuickState`]: a rotation and a product a word.
+/// The hasher of [`QuickState`]: one rotation and one product per word.
 #[derive(Default)]
 pub(crate) struct Quick(u64);
 
@@ -51,7 +51,8 @@ impl std::hash::Hasher for Quick {
     }
 
     fn finish(&self) -> u64 {
-        // A product's upper bits depend on all bits of its factors, the lower ones do not; a map takes both ends.
+        // The upper bits of a product depend on all bits of its factors; the lower bits don't.
+        // Hash maps use bits from both ends.
         self.0.rotate_left(26)
     }
 }

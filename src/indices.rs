@@ -25,7 +25,7 @@ pub(crate) enum Reading {
 }
 
 impl Reading {
-    /// The values, once the device has done what was recorded before [`Indices::start_read`], and no more.
+    /// Returns the values. Waits only for work recorded before [`Indices::start_read`].
     pub(crate) fn finish(self) -> Result<Vec<u32>> {
         match self {
             Reading::Known(values) => Ok(values.to_vec()),
@@ -41,7 +41,7 @@ impl std::fmt::Debug for Indices {
 }
 
 impl Indices {
-    /// These values.
+    /// Copies these values to a device.
     ///
     /// # Errors
     /// [`Error::TooLarge`] and [`Error::OutOfMemory`] from the device.
@@ -59,7 +59,7 @@ impl Indices {
         Ok(Indices { len: values.len(), storage })
     }
 
-    /// Values for a kernel to write; they are whatever was there before.
+    /// Allocates room for values that a kernel will write; contents are unspecified.
     pub(crate) fn uninit(gpu: &Gpu, what: &str, len: usize) -> Result<Indices> {
         let buffer = gpu.alloc(what, 4 * len as u64)?;
         Ok(Indices { len, storage: Storage::Gpu { gpu: gpu.clone(), buffer } })
@@ -75,7 +75,7 @@ impl Indices {
         self.len == 0
     }
 
-    /// Where the values are.
+    /// The device that holds the values.
     pub fn device(&self) -> Device {
         match &self.storage {
             Storage::Cpu { cpu, .. } => Device::Cpu(cpu.clone()),
@@ -83,7 +83,7 @@ impl Indices {
         }
     }
 
-    /// Submits what has been recorded and has the values brought to the host, without waiting for them.
+    /// Submits recorded work and starts copying the values to the host, without waiting.
     pub(crate) fn start_read(&self) -> Result<Reading> {
         match &self.storage {
             Storage::Cpu { values, .. } => Ok(Reading::Known(values.clone())),
@@ -93,12 +93,12 @@ impl Indices {
         }
     }
 
-    /// The values; waits for the device.
+    /// Returns the values; waits for the device.
     pub fn to_vec(&self) -> Result<Vec<u32>> {
         self.start_read()?.finish()
     }
 
-    /// The host values, for kernels that have made sure that they run on the CPU device.
+    /// The host values, for CPU kernels. An error if the values are on a GPU.
     pub(crate) fn host(&self, op: &'static str) -> Result<&[u32]> {
         match &self.storage {
             Storage::Cpu { values, .. } => Ok(values),
@@ -108,7 +108,7 @@ impl Indices {
         }
     }
 
-    /// The GPU buffer, for kernels that run on `gpu`.
+    /// The GPU buffer, for kernels on `gpu`. An error if the values are elsewhere.
     pub(crate) fn buffer(&self, gpu: &Gpu, op: &'static str) -> Result<&Buffer> {
         match &self.storage {
             Storage::Gpu { gpu: home, buffer } if home.is(gpu) => Ok(buffer),
@@ -116,7 +116,7 @@ impl Indices {
         }
     }
 
-    /// An error unless there are `expected` values.
+    /// Returns an error unless there are `expected` values.
     pub(crate) fn expect_len(&self, op: &'static str, what: &'static str, expected: usize) -> Result<()> {
         if self.len == expected {
             return Ok(());

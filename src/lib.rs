@@ -1,9 +1,9 @@
-//! QLoRA for every GPU: a frozen 4-bit base plus LoRA adapters, run and trained through wgpu (Vulkan, Metal, DX12, GL) and
-//! on the CPU.
+//! QLoRA for every GPU: a frozen 4-bit base with LoRA adapters, for inference and training through
+//! wgpu (Vulkan, Metal, DX12, GL) and on the CPU.
 //!
-//! The base stays packed. A forward pass reads its 4-bit codes and the scales beside them, decodes on the way into the
-//! product, and adds the adapter in the same kernel: y = x Wᵀ + bias + s (x Aᵀ) Bᵀ. There is one copy of the weights, on
-//! the device that computes, and no dequantized matrix anywhere.
+//! The base stays packed. A forward pass reads the 4-bit codes and their scales, decodes them as
+//! it multiplies, and adds the adapter in the same kernel: y = x Wᵀ + bias + s (x Aᵀ) Bᵀ. The
+//! weights exist once, on the device that computes, and no dequantized matrix is ever stored.
 //!
 //! ```
 //! use ndarray::Array2;
@@ -26,50 +26,55 @@
 //! # }
 //! ```
 //!
-//! A program that has a wgpu device already shares it with [`Device::from_wgpu`]; [`wgpu`] is re-exported so that both
-//! mean the same version.
+//! A program that already has a wgpu device shares it with [`Device::from_wgpu`]. [`wgpu`] is
+//! re-exported so that both use the same version.
 //!
-//! # Where to begin
+//! # Where to start
 //!
-//! | you have | begin with | example |
+//! | you have | start with | example |
 //! |---|---|---|
-//! | a model and a text | [`Run`](train::run::Run): batches, evaluation, checkpoints, the adapter as PEFT has it | `examples/finetune.rs` |
-//! | a model and a loop of your own | [`Trainer`](train::Trainer): one update from micro-batches | the one in [`train`] |
+//! | a model and a text | [`Run`](train::run::Run): batches, evaluation, checkpoints, a PEFT adapter | `examples/finetune.rs` |
+//! | a model and a loop of your own | [`Trainer`](train::Trainer): one update from micro-batches | in [`train`] |
 //! | layers and a loss of your own | [`QLoraLinear`](nn::QLoraLinear): `forward_train`, `backward`, then [`Optimizer`](optim::Optimizer) | `examples/training_loop.rs` |
 //! | a wgpu device of your own | [`Device::from_wgpu`] | `examples/own_device.rs` |
 //!
 //! `cargo run --example finetune` trains a small model that comes with the crate.
 //!
-//! # Who calls what
+//! # How the parts fit together
 //!
-//! A [`Run`](train::run::Run) turns a [`Dataset`](train::data::Dataset) into [`Batches`](train::batches::Batches) and gives each
-//! step's to a [`Trainer`](train::Trainer). That runs the [`Decoder`](nn::Decoder) on a [`Tape`](autograd::Tape), which records
-//! fused ops and, backwards, adds up [`Gradients`](autograd::Gradients) of the adapters alone; the
-//! [`Optimizer`](optim::Optimizer) updates them in place. Every op is one of the [`kernels`], which take a [`Tensor`] and packed
-//! matrices on one [`Device`] and choose the CPU's or a shader of its [`Tier`]. Nothing is global: what shares a device shares
-//! a clone of it.
+//! A [`Run`](train::run::Run) turns a [`Dataset`](train::data::Dataset) into
+//! [`Batches`](train::batches::Batches) and passes those of each step to a
+//! [`Trainer`](train::Trainer). The trainer runs the [`Decoder`](nn::Decoder) on a
+//! [`Tape`](autograd::Tape). The tape records fused ops; its backward pass adds up
+//! [`Gradients`](autograd::Gradients) for the adapters only, and the
+//! [`Optimizer`](optim::Optimizer) updates these in place. Every op is one of the [`kernels`]. A
+//! kernel takes [`Tensor`]s and packed matrices on one [`Device`] and runs on the CPU, or as a
+//! shader for the device's [`Tier`]. Nothing is global: whatever shares a device holds a clone of
+//! it.
 //!
-//! | module | what it is |
+//! | module | contents |
 //! |---|---|
 //! | [`train`] | runs, steps, data and metrics |
 //! | [`eval`] | the loss of a model on given tokens |
 //! | [`export`] | files for other programs: merged models, adapters in GGUF |
-//! | [`generate`] | text from a model, a token at a time |
+//! | [`generate`] | text generation, token by token |
 //! | [`optim`] | AdamW, schedules |
 //! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters; model configs |
-//! | [`autograd`] | the tape that records fused ops and their backward |
+//! | [`autograd`] | the tape, which records fused ops for the backward pass |
 //! | [`kernels`] | the fused kernels, one file each, with their CPU twins |
 //! | [`tensor`], [`indices`] | f32 tensors and u32 values on a device |
-//! | [`device`] | the CPU and GPUs: choice, capability tiers, memory, errors as values |
-//! | [`quant`] | what the bytes of a 4-bit matrix mean: NF4, FP4, int4, double quantization |
+//! | [`device`] | the CPU and GPUs: selection, capability tiers, memory |
+//! | [`quant`] | 4-bit formats: NF4, FP4, int4, double quantization |
 //! | [`text`] | tokenizers and chat templates |
-//! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face checkpoints, GGUF, PEFT adapters |
+//! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face models, GGUF, PEFT adapters |
 //!
-//! What a subscriber of [`tracing`] hears, under the target `qlora_wgpu`: at info the device with its tier and limits, models
-//! with sizes and times, chosen micro-batches, checkpoints; at debug compiled pipelines and growing memory; at trace, spans
-//! `compiling kernels` and `tuning kernels` around what a device's first use waits for.
+//! [`tracing`] subscribers get events with the target `qlora_wgpu`. At info: the device with its
+//! tier and limits, models with sizes and times, chosen micro-batches, checkpoints. At debug:
+//! compiled pipelines and growing memory. At trace: the spans `compiling kernels` and `tuning
+//! kernels`, around what the first use of a device waits for.
 //!
-//! Functions do not panic on bad input: they return an [`Error`] that names the operation and the shapes, file or key.
+//! Functions don't panic on bad input. They return an [`Error`] that names the operation and the
+//! shapes, file or key.
 
 pub mod autograd;
 pub mod bench;

@@ -1,21 +1,21 @@
-//! The memory of the host.
+//! Host memory.
 
 use sysinfo::{MemoryRefreshKind, RefreshKind, System};
 
-/// Less than this is asked for without a look at what there is.
+/// Smaller requests aren't checked.
 const SMALL: u64 = 256 << 20;
 
-/// Bytes that the host can give without swapping, within the limit of the process's control group.
+/// Bytes that the host can provide without swapping, within the process's cgroup limit.
 pub(crate) fn available() -> Option<u64> {
     let refresh = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
     let system = System::new_with_specifics(refresh);
-    // Of a group's memory, cached files do not count: they make room.
+    // Only resident memory counts against the cgroup's limit: cached files make room when needed.
     let of_group = system.cgroup_limits().map(|group| group.total_memory.saturating_sub(group.rss));
     let available = system.available_memory();
     Some(of_group.map_or(available, |bytes| bytes.min(available))).filter(|&bytes| bytes > 0)
 }
 
-/// Checks that there is room for so many bytes: an allocation that fails ends the process. The error says what is wrong.
+/// Checks that `bytes` fit into memory, because a failed allocation would abort the process.
 pub(crate) fn check(bytes: u64) -> Result<(), String> {
     match available().filter(|&available| bytes > SMALL && bytes > available) {
         None => Ok(()),

@@ -1,22 +1,25 @@
-//! How a device is opened: found by [`device`](crate::device), and compared with the CPU by the kernels before it is used.
+//! Opening devices. [`device`](crate::device) finds them; the kernels compare each with the CPU
+//! before it is used.
 
 use crate::device::{Device, GpuOptions, Select, list};
 use crate::error::{Error, Result};
 use crate::kernels::disagreement;
 
 impl Device {
-    /// An adapter, software drivers included. Where `options` names none (`Select::HighPerformance` or
-    /// `Select::LowPower`), `QLORA_DEVICE` may: a part of its name, its backend, or its index in [`devices`](crate::device::devices).
+    /// Opens a GPU or a software driver. If `options` doesn't name one (`Select::HighPerformance`
+    /// or `Select::LowPower`), `QLORA_DEVICE` may: part of a name, a backend, or an index in
+    /// [`devices`](crate::device::devices).
     ///
     /// # Errors
-    /// [`Error::NoDevice`] if nothing matches, with what was found; [`Error::Unsupported`] if the adapter cannot run
-    /// the tier asked for.
+    /// [`Error::NoDevice`] if nothing matches; it lists the devices found. [`Error::Unsupported`]
+    /// if the GPU can't run the requested tier.
     pub fn gpu(options: &GpuOptions) -> Result<Device> {
         list::open(options, disagreement).map(Device::Gpu)
     }
 
-    /// A hardware GPU if there is one, else the CPU: software drivers are slower than the CPU device.
-    /// `QLORA_DEVICE` (`cpu`, `gpu`, a part of a name, or an index in [`devices`](crate::device::devices)) overrides.
+    /// Opens a hardware GPU if there is one, otherwise the CPU: software drivers are slower than
+    /// the CPU device. `QLORA_DEVICE` overrides the choice: `cpu`, `gpu`, part of a name, or an
+    /// index in [`devices`](crate::device::devices).
     pub fn best() -> Result<Device> {
         match std::env::var("QLORA_DEVICE") {
             Ok(name) if !name.is_empty() && name != "best" => Device::named(&name).map_err(|error| match error {
@@ -32,13 +35,13 @@ impl Device {
         }
     }
 
-    /// The device that a command-line word means: `cpu`, `gpu` (any adapter), `best`, an index in [`devices`](crate::device::devices), or a
-    /// part of an adapter's name or backend.
+    /// Opens the device for a command-line word: `cpu`, `gpu` (any GPU driver), `best`, an index
+    /// in [`devices`](crate::device::devices), or part of a name or backend.
     pub fn named(name: &str) -> Result<Device> {
         match name.to_ascii_lowercase().as_str() {
             "cpu" | "0" => Ok(Device::chosen_cpu()),
             "best" => Device::best(),
-            // Said in so many words: QLORA_DEVICE does not count.
+            // An explicit `gpu` overrides QLORA_DEVICE.
             "gpu" => {
                 list::open_selected(&GpuOptions::default(), Select::HighPerformance, disagreement).map(Device::Gpu)
             }
@@ -54,9 +57,10 @@ impl Device {
         Device::cpu()
     }
 
-    /// Shares a device that the caller made. Its error and loss handlers stay the caller's; features that it was
-    /// opened with decide the tier, unless `options` or `QLORA_TIER` forces one; for `cooperative-matrix` they must include
-    /// `EXPERIMENTAL_COOPERATIVE_MATRIX`. `options.select` is not used.
+    /// Shares a device that the caller made. The caller keeps its error and loss handlers. The
+    /// tier follows from the features that the device was opened with, unless `options` or
+    /// `QLORA_TIER` forces one. The tier `cooperative-matrix` needs
+    /// `EXPERIMENTAL_COOPERATIVE_MATRIX` among them. `options.select` is ignored.
     pub fn from_wgpu(
         adapter: &wgpu::Adapter,
         device: wgpu::Device,

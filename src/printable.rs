@@ -1,23 +1,24 @@
-//! Text as a terminal may have it: names and messages come out of files, and must not move a cursor, change colours, begin new
-//! lines or hide what they say.
+//! Text that is safe for a terminal. Names and messages come from files, and must not move the
+//! cursor, change colours, start new lines or hide text.
 
 use std::borrow::Cow;
 use std::fmt;
 
-/// Whether a character is not seen where it stands: control characters, marks that turn the direction of text around, and
-/// those that have no width. Joiners and variation selectors are not among them, as words and emoji need them.
+/// Whether a character is invisible: control characters, marks that change text direction, and
+/// zero-width characters. Joiners and variation selectors don't count, as words and emoji need
+/// them.
 pub(crate) fn is_hidden(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}')
         || matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// The text in one line, with what is hidden escaped as in Rust: `\n`, `\u{1b}`.
+/// The text as one line, with hidden characters escaped as in Rust: `\n`, `\u{1b}`.
 pub(crate) fn one_line(text: &str) -> Cow<'_, str> {
     escaped(text, is_hidden)
 }
 
-/// The text with its lines and tabs, and all else that is hidden escaped.
+/// The text with line breaks and tabs kept and all other hidden characters escaped.
 #[cfg(feature = "cli")]
 pub(crate) fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| !['\n', '\t'].contains(&c) && is_hidden(c))
@@ -34,7 +35,7 @@ fn escaped(text: &str, is_bad: impl Fn(char) -> bool) -> Cow<'_, str> {
     out.into()
 }
 
-/// Escapes what is written to it, as [`one_line`] does.
+/// Writer that escapes like [`one_line`].
 pub(crate) struct OneLine<W>(pub W);
 
 impl<W: fmt::Write> fmt::Write for OneLine<W> {

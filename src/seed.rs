@@ -1,7 +1,8 @@
-//! Seeds and random values that can be had by their index.
+//! Seeds, and random values by index.
 
-/// Output `index` of splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014) started at
-/// `seed`: the generator's state after so many steps is known, so any value can be had alone.
+/// Output `index` of splitmix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+/// Generators", 2014) with this seed. The generator's state after any number of steps is known, so
+/// each value can be computed on its own.
 pub(crate) fn mix(seed: u64, index: u64) -> u64 {
     let mut z = seed.wrapping_add(index.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -9,7 +10,7 @@ pub(crate) fn mix(seed: u64, index: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// 0..`count` in an order that the seed decides.
+/// A permutation of 0..`count`, determined by the seed.
 pub(crate) fn shuffled(seed: u64, count: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..count).collect();
     order.sort_by_key(|&index| mix(seed, index as u64));
@@ -22,7 +23,7 @@ mod tests {
 
     #[test]
     fn values_are_those_of_the_generator() {
-        // The first outputs for seed 1234567, as published with the algorithm's reference implementation.
+        // First outputs for seed 1234567, published with the algorithm's reference implementation.
         assert_eq!(mix(1_234_567, 0), 6_457_827_717_110_365_317);
         assert_eq!(mix(1_234_567, 1), 3_203_168_211_198_807_973);
     }

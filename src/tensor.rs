@@ -1,4 +1,4 @@
-//! f32 tensors on a device; in and out as slices and `ndarray` arrays.
+//! f32 tensors on a device, with conversions from and to slices and `ndarray` arrays.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -35,11 +35,11 @@ impl std::fmt::Debug for Storage {
 }
 
 impl Tensor {
-    /// A tensor of these values.
+    /// Copies values to a device.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `values` has not as many as `shape` says; [`Error::TooLarge`] and [`Error::OutOfMemory`]
-    /// from the device.
+    /// [`Error::Shape`] if the number of `values` doesn't match `shape`; [`Error::TooLarge`] and
+    /// [`Error::OutOfMemory`] from the device.
     pub fn from_slice(device: &Device, shape: &[usize], values: &[f32]) -> Result<Tensor> {
         let len = element_count(shape)?;
         if len != values.len() {
@@ -71,7 +71,7 @@ impl Tensor {
         }
     }
 
-    /// A tensor of an array's values, in row-major order whatever the array's layout.
+    /// Copies an array to a device, in row-major order whatever the array's layout.
     pub fn from_array<S: Data<Elem = f32>, D: Dimension>(device: &Device, array: &ArrayBase<S, D>) -> Result<Tensor> {
         let standard = array.as_standard_layout();
         match standard.as_slice() {
@@ -88,13 +88,13 @@ impl Tensor {
         Tensor { shape: shape.to_vec(), storage: Storage::Gpu(gpu.clone(), buffer) }
     }
 
-    /// A tensor for a kernel to write; its values are whatever was there before.
+    /// Allocates a tensor that a kernel will write; contents are unspecified.
     pub(crate) fn uninit(gpu: &Gpu, what: &str, shape: &[usize]) -> Result<Tensor> {
         let bytes = element_count(shape)? as u64 * 4;
         Ok(Tensor::from_buffer(gpu, shape, gpu.alloc(what, bytes)?))
     }
 
-    /// Sizes, outermost first.
+    /// Sizes of the dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
@@ -109,7 +109,7 @@ impl Tensor {
         self.len() == 0
     }
 
-    /// Where the values are.
+    /// The device that holds the values.
     pub fn device(&self) -> Device {
         match &self.storage {
             Storage::Cpu(cpu, _) => Device::Cpu(cpu.clone()),
@@ -121,7 +121,7 @@ impl Tensor {
         &self.storage
     }
 
-    /// Bytes that the values take on their device.
+    /// Bytes that the values take on the device.
     pub fn resident_bytes(&self) -> u64 {
         match &self.storage {
             Storage::Cpu(_, values) => values.len() as u64 * 4,
@@ -129,7 +129,7 @@ impl Tensor {
         }
     }
 
-    /// The host values, for kernels that have made sure that they run on the CPU device.
+    /// The host values, for CPU kernels. An error if the values are on a GPU.
     pub(crate) fn host(&self, op: &'static str) -> Result<&[f32]> {
         match &self.storage {
             Storage::Cpu(_, values) => Ok(values),
@@ -137,7 +137,7 @@ impl Tensor {
         }
     }
 
-    /// The GPU buffer, for kernels that run on `gpu`.
+    /// The GPU buffer, for kernels on `gpu`. An error if the values are elsewhere.
     pub(crate) fn buffer(&self, gpu: &Gpu, op: &'static str) -> Result<&Buffer> {
         match &self.storage {
             Storage::Gpu(home, buffer) if home.is(gpu) => Ok(buffer),
@@ -145,10 +145,10 @@ impl Tensor {
         }
     }
 
-    /// The same values, shared, under another shape of as many.
+    /// Returns the same shared values under another shape with as many values.
     ///
     /// # Errors
-    /// [`Error::Shape`].
+    /// [`Error::Shape`] if the number of values differs.
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         if element_count(shape)? != self.len() {
             let (expected, got) = (format!("{} values", self.len()), format!("{shape:?}"));
@@ -157,10 +157,11 @@ impl Tensor {
         Ok(Tensor { shape: shape.to_vec(), storage: self.storage.clone() })
     }
 
-    /// Some of the rows (of the first dimension), copied; all of them are shared.
+    /// Copies a range of rows (of the first dimension). The range of all rows shares the values
+    /// instead.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not so many.
+    /// [`Error::Shape`] if the range is out of bounds.
     pub fn rows(&self, rows: Range<usize>) -> Result<Tensor> {
         let values = self.row_values("rows", &rows)?;
         if rows.len() == self.shape[0] {
@@ -178,7 +179,8 @@ impl Tensor {
         }
     }
 
-    /// Overwrites rows from `first` on with those of `rows`; where these are all, shares their values.
+    /// Overwrites rows from `first` on with `rows`. If that replaces all rows, shares the values
+    /// of `rows`.
     pub(crate) fn set_rows(&mut self, first: usize, rows: &Tensor) -> Result<()> {
         const OP: &str = "set_rows";
         if rows.shape.is_empty() || rows.shape[1..] != self.shape[1..] {
@@ -201,7 +203,7 @@ impl Tensor {
         Ok(())
     }
 
-    /// Where the values of these rows are among all.
+    /// The range of values that these rows occupy.
     fn row_values(&self, op: &'static str, rows: &Range<usize>) -> Result<Range<usize>> {
         match self.shape[..] {
             [count, ref row @ ..] if rows.start <= rows.end && rows.end <= count => {
@@ -215,7 +217,8 @@ impl Tensor {
         }
     }
 
-    /// Makes this the only tensor with its values, by a copy if others share them: before a kernel updates it in place.
+    /// Makes this the only tensor with its values, so that a kernel can update it in place. Copies
+    /// them if they are shared.
     pub(crate) fn unshare(&mut self) -> Result<()> {
         match &mut self.storage {
             Storage::Cpu(cpu, values) => {
@@ -232,7 +235,7 @@ impl Tensor {
         Ok(())
     }
 
-    /// The host values, to update in place; tensors that shared them keep the old ones.
+    /// The host values, for updates in place. Tensors that shared them keep the old values.
     pub(crate) fn host_mut(&mut self, op: &'static str) -> Result<&mut [f32]> {
         self.unshare()?;
         match &mut self.storage {
@@ -242,14 +245,14 @@ impl Tensor {
                     op,
                     what: "the tensor",
                     got: "shared again while it was updated".into(),
-                    expected: "one thread may update it".into(),
+                    expected: "only one thread may update it".into(),
                 }),
             },
             Storage::Gpu(gpu, _) => Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() }),
         }
     }
 
-    /// Tells live tensors apart: equal for those that share their values, and for no others.
+    /// Identifies live tensors: equal if and only if they share their values.
     pub(crate) fn id(&self) -> TensorId {
         match &self.storage {
             Storage::Cpu(_, values) => TensorId(Arc::as_ptr(values).addr() as u64),
@@ -257,7 +260,7 @@ impl Tensor {
         }
     }
 
-    /// The values; waits for the device.
+    /// Returns the values; waits for the device.
     pub fn to_vec(&self) -> Result<Vec<f32>> {
         match &self.storage {
             Storage::Cpu(_, values) => Ok(values.to_vec()),
@@ -265,7 +268,7 @@ impl Tensor {
         }
     }
 
-    /// As [`Tensor::to_vec`], without blocking the thread while the device works.
+    /// Like [`Tensor::to_vec`], without blocking the thread while the device works.
     pub async fn to_vec_async(&self) -> Result<Vec<f32>> {
         match &self.storage {
             Storage::Cpu(_, values) => Ok(values.to_vec()),
@@ -273,7 +276,7 @@ impl Tensor {
         }
     }
 
-    /// The values of a 2-D tensor as an array.
+    /// Returns a 2-D tensor as an array.
     pub fn to_array2(&self) -> Result<Array2<f32>> {
         let wrong =
             |got: String| Error::Shape { op: "to_array2", what: "shape", expected: "[rows, columns]".into(), got };
@@ -281,7 +284,7 @@ impl Tensor {
         Array2::from_shape_vec((rows, cols), self.to_vec()?).map_err(|error| wrong(error.to_string()))
     }
 
-    /// The same values on another device; on the same one, the same tensor.
+    /// Copies the tensor to another device; on the same device, returns a clone.
     pub fn to_device(&self, device: &Device) -> Result<Tensor> {
         if self.device().is(device) {
             return Ok(self.clone());
@@ -290,12 +293,12 @@ impl Tensor {
     }
 }
 
-/// `bytes` as f32 values, copied because bytes need not be aligned.
+/// Copies `bytes` as f32 values, because they may be unaligned.
 pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
     bytemuck::pod_collect_to_vec(bytes)
 }
 
-/// How many values a tensor of this shape has.
+/// Number of values in a tensor of this shape.
 ///
 /// # Errors
 /// [`Error::Invalid`] for 2^32 - 1 or more.

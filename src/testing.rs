@@ -1,4 +1,4 @@
-//! Devices for tests.
+//! Devices and comparisons for tests.
 
 use std::sync::LazyLock;
 
@@ -12,24 +12,25 @@ use crate::quant::{
 };
 use crate::tensor::Tensor;
 
-/// The devices that tests run on: the CPU, and every adapter in every tier that it can run, or in that of `QLORA_TIER`.
-/// `QLORA_TEST_DEVICES` is `cpu` for the CPU alone, or a part of the names of the adapters wanted.
+/// The devices that tests run on: the CPU, and every GPU in every tier that it can run, or only in
+/// `QLORA_TIER`'s. `QLORA_TEST_DEVICES` is `cpu` for the CPU alone, or part of the names of the
+/// wanted GPUs.
 ///
 /// # Panics
-/// If no adapter is found, or one cannot run that tier, and `QLORA_TEST_DEVICES=cpu` does not say that none is wanted: a test that silently runs
-/// on less than it should proves nothing.
+/// If no GPU is found, or one can't run `QLORA_TIER`'s tier, unless `QLORA_TEST_DEVICES=cpu` says
+/// that none is wanted. A test that silently runs on less than it should proves nothing.
 pub fn devices() -> Vec<Device> {
     static DEVICES: LazyLock<Vec<Device>> =
         LazyLock::new(|| std::iter::once(Device::cpu()).chain(open_gpus()).collect());
     DEVICES.clone()
 }
 
-/// Those of [`devices`] that are adapters.
+/// The GPUs among [`devices`].
 pub fn gpus() -> Vec<Device> {
     devices().into_iter().filter(|device| matches!(device, Device::Gpu(_))).collect()
 }
 
-/// Every adapter once, in its default tier, opened with changed options.
+/// Opens every GPU once, in its default tier, with changed options.
 pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
     let open = |info: &DeviceInfo| {
         let mut options = GpuOptions { select: Select::Index(info.index), ..GpuOptions::default() };
@@ -39,7 +40,7 @@ pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
     adapters().iter().map(open).collect()
 }
 
-/// The adapters that QLORA_TEST_DEVICES wants.
+/// The GPUs that QLORA_TEST_DEVICES selects.
 pub fn adapters() -> Vec<DeviceInfo> {
     let wanted = std::env::var("QLORA_TEST_DEVICES").unwrap_or_default().to_lowercase();
     if wanted == "cpu" {
@@ -49,7 +50,7 @@ pub fn adapters() -> Vec<DeviceInfo> {
     found.retain(|info| info.index > 0 && info.name.to_lowercase().contains(&wanted));
     assert!(
         !found.is_empty(),
-        "no adapter matches QLORA_TEST_DEVICES={wanted:?}: install a Vulkan driver (`make setup` installs Mesa's software \
+        "no GPU matches QLORA_TEST_DEVICES={wanted:?}: install a Vulkan driver (`make setup` installs Mesa's software \
          driver on Debian and Ubuntu), or set QLORA_TEST_DEVICES=cpu to leave GPU tests out"
     );
     found
@@ -68,7 +69,7 @@ fn open_gpus() -> Vec<Device> {
     gpus
 }
 
-/// These values as f64, for references.
+/// The values as f64, for references.
 pub fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().copied().map(f64::from).collect()
 }
@@ -76,13 +77,13 @@ pub fn wide(values: &[f32]) -> Vec<f64> {
 /// Compares `gradient` with central finite differences of `f` at `x`.
 ///
 /// # Panics
-/// If a value is off by more than 1e-6 of the largest.
+/// If a value is off by more than 1e-6 of the largest gradient value.
 pub fn assert_gradient(context: &str, x: &[f64], gradient: &[f64], f: impl Fn(&[f64]) -> f64) {
     assert_eq!(x.len(), gradient.len(), "{context}: number of values");
     let largest = gradient.iter().fold(0.0f64, |most, value| most.max(value.abs()));
     let mut moved = x.to_vec();
     for i in 0..x.len() {
-        // Near the step that balances truncation and rounding: the cube root of f64's epsilon.
+        // The cube root of f64's epsilon is near the step that balances truncation and rounding.
         let step = 6e-6 * x[i].abs().max(1.0);
         let mut at = |value: f64| {
             moved[i] = value;
@@ -95,8 +96,8 @@ pub fn assert_gradient(context: &str, x: &[f64], gradient: &[f64], f: impl Fn(&[
     }
 }
 
-/// Every kind of matrix that the kernels read, of this shape: the 4-bit formats with plain and double-quantized scales,
-/// one with minima, and the dense precisions.
+/// Every kind of matrix that the kernels read, in this shape: the 4-bit formats with plain and
+/// double-quantized scales, one with minima, and the dense types.
 pub fn matrices(seed: u64, rows: usize, cols: usize, amplitude: f32) -> Vec<(String, HostMatrix)> {
     let dense = values(seed, rows * cols, amplitude);
     let mut all = Vec::new();
@@ -119,7 +120,7 @@ pub fn matrices(seed: u64, rows: usize, cols: usize, amplitude: f32) -> Vec<(Str
     all
 }
 
-/// A matrix as Q4_K has it: codes count up from 0, scales and minima are double-quantized.
+/// A matrix like Q4_K's: codes count up from 0, scales and minima are double-quantized.
 fn with_minima(seed: u64, rows: usize, cols: usize, amplitude: f32) -> QuantizedMatrix {
     let n = rows * cols;
     let blocks = n.div_ceil(32);
@@ -136,7 +137,7 @@ fn with_minima(seed: u64, rows: usize, cols: usize, amplitude: f32) -> Quantized
     };
     let mut codes: Vec<u8> = bytes(seed + 2, n.div_ceil(2));
     if n % 2 == 1 {
-        // The spare nibble holds the code of zero.
+        // The spare nibble holds the code for zero.
         codes[n / 2] &= 0xf0;
     }
     QuantizedMatrix::from_parts(Parts {
@@ -153,13 +154,13 @@ fn with_minima(seed: u64, rows: usize, cols: usize, amplitude: f32) -> Quantized
     .unwrap()
 }
 
-/// Compares with per-value bounds and prints the first mismatches.
+/// Compares values with a bound for each, and prints the first mismatches.
 ///
 /// # Panics
 /// If a value is off by more than its bound.
 pub fn assert_close(context: &str, got: &[f32], wanted: &[f64], bounds: &[f64]) {
     assert_eq!(got.len(), wanted.len(), "{context}: number of values");
-    // A NaN is off too.
+    // NaN counts as off.
     let close = |i: usize| (f64::from(got[i]) - wanted[i]).abs() <= bounds[i];
     let off = |&i: &usize| !close(i);
     let bad: Vec<usize> = (0..got.len()).filter(off).collect();
@@ -173,11 +174,12 @@ pub fn assert_close(context: &str, got: &[f32], wanted: &[f64], bounds: &[f64]) 
     );
 }
 
-/// Checks a kernel that adds its result to a sum: that is `result` added to it, within bounds of the values wanted, whether
-/// others share the sum or not, and in place if they do not.
+/// Checks a kernel that adds its result to a given sum. The new sum must be within bounds of the
+/// expected values, whether or not other tensors share the old one. It must be updated in place if
+/// none does.
 ///
 /// # Panics
-/// If it is not.
+/// If a check fails.
 pub fn assert_adds(
     context: &str,
     result: &Tensor,
@@ -187,7 +189,7 @@ pub fn assert_adds(
     let before = values(99, result.len(), 1e-2);
     let sum = Tensor::from_slice(&result.device(), result.shape(), &before).unwrap();
     let shared = onto(Some(sum.clone())).unwrap().to_vec().unwrap();
-    assert_eq!(sum.to_vec().unwrap(), before, "{context}: a clone is no alias");
+    assert_eq!(sum.to_vec().unwrap(), before, "{context}: a clone must not change");
     let id = sum.id();
     let own = onto(Some(sum)).unwrap();
     assert!(own.id() == id, "{context}: a sum of its own is not copied");
@@ -199,8 +201,8 @@ pub fn assert_adds(
     assert_close(&format!("{context} added to a sum"), &own, &wanted, &bounds);
 }
 
-/// What a reference makes of these values in f64, and of their absolute values: sums of products, and the sums of the
-/// terms' absolute values.
+/// Evaluates a reference in f64 on these values and on their absolute values: returns sums of
+/// products, and the sums of the terms' absolute values.
 pub fn with_terms<const N: usize>(
     values: [&[f32]; N],
     reference: impl Fn([&[f64]; N]) -> Vec<f64>,
@@ -210,12 +212,12 @@ pub fn with_terms<const N: usize>(
     (of(&wide(|v| v)), of(&wide(f32::abs)))
 }
 
-/// The tier of a device's kernels; the CPU counts as f32.
+/// Whether the device's kernels use f16; false for the CPU.
 pub fn is_f16(device: &Device) -> bool {
     matches!(device, Device::Gpu(gpu) if gpu.tier().f16())
 }
 
-/// A name for messages: device and tier.
+/// Device and tier, for messages.
 pub fn name(device: &Device) -> String {
     match device {
         Device::Cpu(_) => "cpu".into(),

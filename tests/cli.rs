@@ -1,4 +1,4 @@
-//! `qlora` as a person meets it: help, devices, bench, demo, wrong usage.
+//! `qlora` as users meet it: help, devices, bench, demo, wrong usage.
 
 mod common;
 
@@ -15,7 +15,7 @@ fn stdout(command: &mut Command) -> String {
     String::from_utf8(command.assert().success().get_output().stdout.clone()).unwrap()
 }
 
-/// Standard error of a run that ends with this exit code; drivers' own chatter left out.
+/// Standard error of a run that ends with this exit code, without drivers' own messages.
 fn failure(command: &mut Command, code: i32) -> String {
     let stderr = String::from_utf8(command.assert().code(code).get_output().stderr.clone()).unwrap();
     stderr.lines().filter(|line| !line.contains("XDG_RUNTIME_DIR")).collect::<Vec<_>>().join("\n")

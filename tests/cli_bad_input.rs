@@ -1,4 +1,4 @@
-//! What `qlora eval` and `generate` say of models, adapters and texts that are not what they should be.
+//! Errors of `qlora eval` and `generate` for broken models, adapters and texts.
 
 mod common;
 
@@ -15,7 +15,7 @@ fn qlora(command: &str, model: &Path) -> Command {
     qlora
 }
 
-/// The one line on stderr of a run that fails, which must name `parts`.
+/// Runs a command that fails. Its one line on stderr must contain `parts`.
 fn failure(command: &mut Command, parts: &[&str]) {
     let error = String::from_utf8(command.assert().code(1).get_output().stderr.clone()).unwrap();
     assert!(error.starts_with("error: ") && error.lines().count() == 1, "{error}");
@@ -106,7 +106,7 @@ fn adapters() {
         path("../smollm2/adapter-init"),
         &["adapter-init: does not fit the model", "its base is SmolLM2-135M-Instruct"],
     );
-    with(path("llama"), &["llama: is no directory of a PEFT adapter", "adapter_config.json"]);
+    with(path("llama"), &["llama: not a PEFT adapter directory", "adapter_config.json"]);
     with(path("adapter-none"), &["adapter-none", "no such file or directory"]);
 
     let adapter = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! `qlora bench` beside other programs, and the files that it writes.
+//! `qlora bench` with peers, and the files that it writes.
 #![cfg(unix)]
 
 mod common;
@@ -9,13 +9,13 @@ use std::path::Path;
 use assert_cmd::Command;
 use serde_json::{Value, json};
 
-/// The rows that a line prints.
+/// The rows printed by a command line.
 fn rows(line: &str, peer: &str) -> Value {
     let output = bench(line, peer).assert().success().get_output().stdout.clone();
     serde_json::from_slice(&output).unwrap()
 }
 
-/// The error that a line ends with.
+/// The error of a command line that fails.
 fn failure(line: &str, peer: &str) -> String {
     String::from_utf8(bench(line, peer).assert().code(1).get_output().stderr.clone()).unwrap()
 }
@@ -28,14 +28,14 @@ fn bench(line: &str, peer: &str) -> Command {
     command
 }
 
-/// A shell script, and the command that runs it.
+/// Writes a shell script and returns the command that runs it.
 fn script(folder: &Path, name: &str, text: &str) -> String {
     let path = folder.join(name);
     fs::write(&path, text).unwrap();
     format!("sh {}", path.display())
 }
 
-/// A peer that answers forward passes with 7 ms, but for those of one row.
+/// A peer that answers forward passes with 7 ms, except those with one row.
 const PEER: &str = r#"echo '{"name": "a peer 1.0"}'
     while read -r line; do
         case $line in
@@ -138,12 +138,12 @@ fn a_profile_has_the_kernels_of_every_case() {
     }
 }
 
-/// The command that has llama.cpp's peer run a program in place of `test-backend-ops`.
+/// The command for llama.cpp's peer, with another program in place of `test-backend-ops`.
 fn llama_cpp(program: &str) -> String {
     format!("python3 {}/benches/peers/llama_cpp.py --release 1.2 {program}", env!("CARGO_MANIFEST_DIR"))
 }
 
-/// As llama.cpp's program answers, which knows one row and eight, and has no product of the latter.
+/// Stands in for llama.cpp's program: knows one row and eight, but has no product for eight.
 const TEST_BACKEND_OPS: &str = r#"
     names='test_time, backend_name, op_name, op_params, supported, error_message, time_us, n_runs'
     case "$*" in

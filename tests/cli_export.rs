@@ -1,4 +1,4 @@
-//! `qlora merge` and `qlora export` as commands: what they print, refuse, and leave behind.
+//! `qlora merge` and `qlora export` as commands: output, refusals, and what they leave behind.
 
 mod common;
 
@@ -15,7 +15,7 @@ fn qlora(line: &str) -> Command {
     qlora
 }
 
-/// The last line on stderr of a run that fails, which must name `parts`.
+/// Runs a command that fails. The last line on stderr must contain `parts`.
 fn failure(line: &str, parts: &[&str]) {
     let error = String::from_utf8(qlora(line).assert().code(1).get_output().stderr.clone()).unwrap();
     let last = error.lines().last().unwrap();
@@ -26,7 +26,7 @@ fn failure(line: &str, parts: &[&str]) {
     }
 }
 
-/// The folder's files.
+/// Names of the folder's files.
 fn files(folder: &Path) -> Vec<String> {
     let mut names: Vec<_> =
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -56,7 +56,7 @@ fn what_is_written_is_told() {
     assert!(String::from_utf8(line).unwrap().contains("21 tensors as float32, 14 of them merged"));
     let quiet = qlora(&format!("{merge} --force --quiet --requantize nf4")).assert().success();
     assert_eq!(quiet.get_output().stdout, b"");
-    assert!(String::from_utf8_lossy(&quiet.get_output().stderr).contains("loses a part of what the adapter learned"));
+    assert!(String::from_utf8_lossy(&quiet.get_output().stderr).contains("loses part of what the adapter learned"));
 
     let export = format!("export --model llama --adapter adapter-lora --output {out}/a.gguf");
     let line = qlora(&export).assert().success().get_output().stdout.clone();
@@ -75,10 +75,10 @@ fn what_does_not_fit_is_one_sentence() {
     for (line, parts) in [
         ("merge --model qwen2 --adapter adapter-lora --output @/m", &["does not fit the model", "tiny-llama"][..]),
         ("merge --model qwen2 --adapter adapter-dora --output @/m.gguf", &["does not fit the model"]),
-        ("merge --model llama --adapter llama --output @/m", &["no directory of a PEFT adapter"]),
+        ("merge --model llama --adapter llama --output @/m", &["not a PEFT adapter directory"]),
         ("merge --model adapter-lora --adapter adapter-lora --output @/m", &["is an adapter"]),
-        ("merge --model none --adapter adapter-lora --output @/m", &["none: there is no such file"]),
-        ("merge --model llama --adapter none --output @/m", &["none: there is no such file"]),
+        ("merge --model none --adapter adapter-lora --output @/m", &["none: no such file"]),
+        ("merge --model llama --adapter none --output @/m", &["none: no such file"]),
         ("merge --model llama --adapter adapter-lora --output @/m --dtype q8_0", &["q8_0", "ends in .gguf"]),
         ("merge --model llama --adapter adapter-lora --output @/m.gguf --requantize nf4", &["--requantize", "q4_0"]),
         ("merge --model llama --adapter adapter-lora --output @/m --max-shard-size 0", &["--max-shard-size is 0"]),
@@ -100,7 +100,7 @@ fn what_does_not_fit_is_one_sentence() {
     qlora("merge --model llama --output x").assert().code(2);
 }
 
-/// Where no file may be longer than 64 KiB, as on a disk that is full.
+/// Runs where no file may be longer than 64 KiB, as on a full disk.
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_nothing() {

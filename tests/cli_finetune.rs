@@ -1,4 +1,5 @@
-//! `qlora finetune`: recorded runs of PEFT by the command alone, memory, settings files, and bad input.
+//! `qlora finetune`: recorded PEFT runs by the command alone, memory, settings files, and bad
+//! input.
 
 mod common;
 
@@ -11,7 +12,7 @@ use qlora_wgpu::formats::peft::PeftConfig;
 use qlora_wgpu::formats::safetensors::SafetensorsFile;
 use serde_json::{Value, json};
 
-/// The lines of a recorded run's micro-batches, without their padding.
+/// Lines of a recorded run's micro-batches, without padding.
 fn recorded_lines(name: &str, micro_batches: usize) -> Vec<String> {
     let file = SafetensorsFile::open(path(name).join("batches.safetensors")).unwrap();
     let mut lines = Vec::new();
@@ -73,7 +74,7 @@ fn recorded_runs_of_peft_on_the_cpu() {
 
 #[test]
 fn recorded_runs_of_peft_on_a_gpu() {
-    // In f32; other tiers are tested through the library.
+    // In f32. Other tiers are tested through the library.
     if let Some(device) = common::gpus_with(|options| options.tier = Some(qlora_wgpu::Tier::Software)).first() {
         for (name, micro_batches, arguments) in [BASIC20, FULL] {
             check_recorded(device.name(), name, micro_batches, arguments);
@@ -89,11 +90,13 @@ fn memory_does_not_grow_over_300_steps() {
     let peaks: Vec<u64> =
         text.lines().map(|l| serde_json::from_str::<Value>(l).unwrap()["peak_bytes"].as_u64().unwrap()).collect();
     assert!(peaks[0] > 0);
-    // Every row was seen by then. How the tasks of two threads meet in time is left: they decode tiles of their own.
+    // Every row was seen by then. What remains is how the tasks of two threads overlap, as each
+    // decodes its own tiles.
     assert!(peaks[299] as f64 <= 1.02 * peaks[40] as f64, "{} bytes became {}", peaks[40], peaks[299]);
 }
 
-/// The most bytes that a run reports, of three configurations: of rows of one length, so that every step is as large.
+/// Peak bytes that a run reports, for three configurations. Rows have equal length, so all steps
+/// are equally large.
 #[test]
 fn the_plan_says_what_the_run_then_takes() {
     let setup = Setup::new(0);
@@ -108,7 +111,7 @@ fn the_plan_says_what_the_run_then_takes() {
             succeed(setup.finetune(&name, &[&flags[..], &["--max-steps", "3"]].concat()));
             let text = fs::read_to_string(setup.output(&name).join("metrics.jsonl")).unwrap();
             let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
-            // With the very flags of the run.
+            // Exactly the flags of the run.
             let mut plan = qlora(&["plan", "--json"]);
             plan.args(setup.finetune(&name, &flags).get_args().skip(1));
             let plan: Value = serde_json::from_slice(&succeed(plan).stdout).unwrap();
@@ -128,7 +131,7 @@ fn an_adapter_to_go_on_with_becomes_one_of_this_model() {
     let config = PeftConfig::read(setup.output("run")).unwrap();
     let base = Some(path("llama").display().to_string());
     assert_eq!(config, PeftConfig { base_model_name_or_path: base, ..PeftConfig::read(&initial).unwrap() });
-    // It is the run that it was, too: nothing is left to do.
+    // It also counts as the same run, with nothing left to do.
     let output = succeed(setup.finetune("run", &[&arguments[..], &["--resume"]].concat()));
     assert!(text(&output.stderr).contains("finished"), "{}", text(&output.stderr));
     let message = fail(setup.finetune("run", &["--max-steps", "1", "--rank", "4", "--resume"]), 1);
@@ -175,7 +178,7 @@ fn json_sums_up_the_metrics_and_quiet_leaves_only_that() {
     assert!(!adapter(&setup.output("silent")).is_empty());
 }
 
-/// Standard error without what drivers write there.
+/// Standard error without drivers' messages.
 fn chatter_left_out(output: &Output) -> String {
     text(&output.stderr).lines().filter(|line| !line.contains("XDG_RUNTIME_DIR")).collect()
 }
@@ -187,7 +190,7 @@ fn settings_may_come_from_a_file() {
     let data = setup.data.display();
     fs::write(&file, format!("data = '{data}'\nmax-steps = 3\nrank = 2\nlr = 1e-3\ntargets = ['q_proj', 'v_proj']\n"))
         .unwrap();
-    // Flags of all commands may come before the command's name.
+    // Global flags may come before the command's name.
     let mut command =
         qlora(&["--color", "never", "-q", "finetune", "--device", "cpu", "--lr", "2e-3", "--warmup", "0", "--model"]);
     command.arg(path("llama")).arg("--output").arg(setup.output("run")).arg("--config").arg(&file);
@@ -200,7 +203,7 @@ fn settings_may_come_from_a_file() {
     assert_eq!(records.len(), 3);
     assert!((records[0]["lr"].as_f64().unwrap() - 2e-3).abs() < 1e-9, "{records:?}");
 
-    // A resumed run keeps its batch size, however much memory is free by then.
+    // A resumed run keeps its batch size, whatever memory is free by then.
     let mut command = qlora(&["finetune", "--device", "cpu", "--lr", "2e-3", "--warmup", "0", "--model"]);
     command
         .arg(path("llama"))
@@ -210,14 +213,14 @@ fn settings_may_come_from_a_file() {
         .arg(&file)
         .args(["--resume", "--memory", "1KiB"]);
     let message = text(&succeed(command).stderr);
-    assert!(message.contains("finished, after 3 steps"), "{message}");
-    assert!(message.contains("warning: memory: what the run holds"), "{message}");
+    assert!(message.contains("already finished, after 3 steps"), "{message}");
+    assert!(message.contains("warning: memory: the run's memory is "), "{message}");
 
     fs::write(&file, "rnak = 2\n").unwrap();
     let mut command = qlora(&["finetune", "--config"]);
     command.arg(&file);
     let message = fail(command, 1);
-    assert!(message.contains("`rnak` is no setting of finetune"), "{message}");
+    assert!(message.contains("`rnak` isn't an option of finetune"), "{message}");
 }
 
 #[test]
@@ -235,7 +238,7 @@ fn what_cannot_work_is_one_sentence_and_leaves_nothing() {
     assert!(one(&["--targets", "nonsense"], 1).contains("no linear layer of the model matches"));
     assert!(one(&["--seq-len", "100000"], 1).contains("positions"));
     assert!(one(&["--early-stop", "3"], 1).contains("evaluation data"));
-    assert!(one(&["--eval-data", "missing.jsonl"], 1).contains("missing.jsonl: there is no such file"));
+    assert!(one(&["--eval-data", "missing.jsonl"], 1).contains("missing.jsonl: no such file"));
     let other = path("adapter-lora");
     fs::create_dir(setup.output("other")).unwrap();
     for file in ["adapter_config.json", "adapter_model.safetensors"] {
@@ -264,5 +267,5 @@ fn what_cannot_work_is_one_sentence_and_leaves_nothing() {
     assert!(message.contains("holds another run"), "{message}");
     assert_eq!(adapter(&setup.output("run")), before);
     let message = fail(setup.finetune("run", &["--max-steps", "3", "--skip-bad-lines", "--resume"]), 1);
-    assert!(message.contains("steps 2, which is 3 now (--max-steps"), "{message}");
+    assert!(message.contains("steps 2, now 3 (--max-steps"), "{message}");
 }

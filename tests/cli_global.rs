@@ -1,5 +1,5 @@
-//! What all commands of `qlora` have in common: one JSON value on stdout, --quiet and -v, colours, statuses, pipes that close,
-//! completions.
+//! Common to all commands of `qlora`: one JSON value on stdout, --quiet and -v, colours, exit
+//! statuses, closed pipes, completions.
 
 mod common;
 
@@ -19,7 +19,7 @@ fn qlora(line: &str) -> Command {
     command
 }
 
-/// What a run printed on stdout and stderr, drivers' chatter left out.
+/// A run's stdout and stderr, without drivers' messages.
 fn texts(output: &Output) -> (String, String) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     let stderr = stderr.lines().filter(|line| !line.contains("XDG_RUNTIME_DIR")).collect::<Vec<_>>().join("\n");
@@ -46,12 +46,12 @@ impl Setup {
         setup
     }
 
-    /// That of one command.
+    /// The line for one command.
     fn line(&self, tag: &str, command: &str) -> String {
         self.lines(tag).into_iter().find(|line| line.starts_with(command)).unwrap()
     }
 
-    /// A short run of every command; those that write do so into files named after `tag`.
+    /// A short run of every command; those that write use files named after `tag`.
     fn lines(&self, tag: &str) -> Vec<String> {
         let (model, folder) = (self.model.path().display(), self.folder.path().display());
         vec![
@@ -96,7 +96,7 @@ fn a_closed_pipe_is_no_error() {
             assert!(!stderr.contains("panicked") && !stderr.contains("error"), "{line}: {stderr}");
         }
     }
-    // Nor is one for progress and messages.
+    // The same for progress and messages.
     for line in setup.lines("stderr") {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
@@ -125,7 +125,7 @@ fn generate_tells_the_text_its_end_and_its_speed() {
     assert!(plain.starts_with(stopped["text"].as_str().unwrap()) && stopped["text"] != all["text"], "{stopped}");
 
     let (text, stats) = run(qlora(&line(&format!("{device} --stats -q"))), 0);
-    assert!(text == plain && stats.starts_with("prompt: 2 tokens, "), "what was asked for is no progress: {stats}");
+    assert!(text == plain && stats.starts_with("prompt: 2 tokens, "), "requested output is not progress: {stats}");
 }
 
 #[test]
@@ -197,13 +197,13 @@ fn colours_come_where_they_are_wanted() {
 fn statuses_tell_errors_from_wrong_usage() {
     let setup = Setup::new();
     let (model, folder) = (setup.model.path().display(), setup.folder.path().display());
-    // One sentence, with what to do.
+    // One sentence that says what to do.
     for (line, hint) in [
         ("bench --device nothing".to_owned(), "Install a Vulkan driver"),
         (format!("inspect {folder}"), "neither config.json nor adapter_config.json"),
         (format!("quantize {model}/model.safetensors {model}/model.safetensors"), "choose another output"),
         (format!("generate --model {model} --device cpu --prompt w1 --temperature=-1"), "must be at least 0"),
-        (format!("plan --model {folder}"), "no directory of a model"),
+        (format!("plan --model {folder}"), "not a model directory"),
         (format!("eval --model {} --data {folder}/data.txt", path("llama").display()), "put the model's own there"),
         (format!("finetune --model {model} --data {folder}/none --output {folder}/run"), "no such file"),
     ] {
@@ -233,7 +233,7 @@ fn shells_can_read_their_completions() {
     }
 }
 
-/// `None` where there is no such shell.
+/// `None` if this machine lacks the shell.
 fn check_syntax(shell: &str, script: &Path) -> Option<Output> {
     if shell.is_empty() { None } else { Command::new(shell).arg("-n").arg(script).output().ok() }
 }

@@ -19,7 +19,7 @@ fn a_gpu_is_measured_into_a_file() {
         let folder = tempfile::tempdir().unwrap();
         let mut command = qlora(&format!("bench --hardware --quick --device {}", info.index));
         command.env("QLORA_TIER", &info.tier).arg("--output").arg(folder.path());
-        // No program of this name: its part fails, and the others go on.
+        // There is no program with this name: its part fails, and the others continue.
         command.args(["--ceilings", "/no/such/program"]);
         let done = command.assert().code(1);
         let printed = String::from_utf8(done.get_output().stdout.clone()).unwrap();

@@ -1,4 +1,4 @@
-//! `--model org/name`: models from a hub, which here is a thread that serves one on a local port.
+//! `--model org/name`: models from a hub. Here a thread serves one on a local port.
 
 mod common;
 #[path = "common/hub.rs"]
@@ -18,7 +18,7 @@ use hub::{Answer, COMMIT, Hub, Request, git_id, sha1, sha256};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Data of token ids, a cache, and what the hub serves.
+/// Data of token ids, a cache, and the files that the hub serves.
 struct Setup {
     folder: TempDir,
 }
@@ -37,7 +37,7 @@ impl Setup {
         self.folder.path().join("hub")
     }
 
-    /// The part of the cache for org/NAME.
+    /// The cache's folder for org/NAME.
     fn cache(&self, name: &str) -> PathBuf {
         self.folder.path().join("cache/hub").join(format!("models--org--{name}"))
     }
@@ -55,7 +55,7 @@ impl Setup {
         fs::read(self.root().join("llama/model.safetensors")).unwrap()
     }
 
-    /// The files in the cache that are there only while something comes.
+    /// Files in the cache that exist only during a download.
     fn incomplete(&self) -> Vec<PathBuf> {
         let blobs = fs::read_dir(self.cache("llama").join("blobs")).into_iter().flatten();
         blobs.map(|blob| blob.unwrap().path()).filter(|path| path.extension().is_some()).collect()
@@ -68,7 +68,8 @@ impl Setup {
         qlora
     }
 
-    /// The environment: of Hugging Face's variables only these, and time limits of half a second.
+    /// Sets the environment: only these of Hugging Face's variables, and time limits of half a
+    /// second.
     fn prepare(&self, qlora: &mut Command, endpoint: &str) {
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("HF_") || name.starts_with("QLORA_")) {
             qlora.env_remove(name);
@@ -86,7 +87,7 @@ fn stdout(command: &mut Command) -> String {
     String::from_utf8(command.assert().success().get_output().stdout.clone()).unwrap()
 }
 
-/// What was said on stderr.
+/// Standard error of a run that ends with this exit code.
 fn stderr(command: &mut Command, code: i32) -> String {
     String::from_utf8(command.assert().code(code).get_output().stderr.clone()).unwrap()
 }
@@ -97,7 +98,7 @@ fn failure(command: &mut Command) -> String {
     error
 }
 
-/// The loss of the model on this computer.
+/// The loss of the local copy of the model.
 fn local(setup: &Setup) -> String {
     stdout(&mut setup.eval("", path("llama").to_str().unwrap()))
 }
@@ -152,14 +153,14 @@ fn the_cache_is_laid_out_as_hugging_faces_tools_have_it() {
         assert_eq!(fs::read_link(&link).unwrap(), Path::new("../../blobs").join(digest(&bytes)));
     }
     assert_eq!(setup.incomplete(), [] as [PathBuf; 0]);
-    // A blob of another commit is linked to, and a link to nothing is replaced.
+    // A blob of another commit is linked, and a dangling link is replaced.
     let link = cache.join("snapshots").join(COMMIT).join("config.json");
     fs::remove_file(&link).unwrap();
     #[cfg(unix)]
     std::os::unix::fs::symlink("nothing", &link).unwrap();
     stdout(&mut setup.eval(&hub.endpoint, "org/llama"));
     assert!(link.exists());
-    // One of another size is not.
+    // A blob with another size isn't linked.
     fs::remove_file(&link).unwrap();
     let blob = cache.join("blobs").join(git_id(&fs::read(source.join("config.json")).unwrap()));
     fs::write(&blob, "{").unwrap();
@@ -200,7 +201,7 @@ fn a_download_that_breaks_off_goes_on_where_it_was() {
     let setup = Setup::new();
     let weights = setup.weights();
     let half = weights.len() / 2;
-    // Cut off once, in the same process.
+    // Cut off once, within one process.
     let cut = AtomicBool::new(true);
     let hub = Hub::lie(setup.root(), move |request, answer| {
         if request.path.ends_with(".safetensors") && cut.swap(false, Ordering::SeqCst) {
@@ -214,7 +215,7 @@ fn a_download_that_breaks_off_goes_on_where_it_was() {
     };
     assert_eq!(asked(&hub), [None, Some(half)]);
 
-    // A server that never ends, a process that is killed meanwhile, and another after it.
+    // A server that never finishes, a process killed meanwhile, and another process after it.
     let setup = Setup::new();
     let hub = Hub::lie(setup.root(), move |request, answer| {
         if request.path.ends_with(".safetensors") && request.from.is_none() {
@@ -239,7 +240,8 @@ fn a_download_that_breaks_off_goes_on_where_it_was() {
     assert_eq!(stdout(&mut setup.eval(&hub.endpoint, "org/llama")), local(&setup));
     assert_eq!(asked(&hub), [None, None, Some(half)]);
 
-    // What is there may be wrong, too long, or all of it; the server may know nothing of ranges, or of this one.
+    // The partial file may be wrong, too long, or complete. The server may not support ranges, or
+    // reject this one.
     for (part, ranges) in [
         (vec![0; half], "all"),
         (vec![0; weights.len()], "all"),
@@ -279,7 +281,7 @@ fn two_processes_that_want_the_same_file_fetch_it_once() {
         }
     });
     assert_eq!(setup.incomplete(), [] as [PathBuf; 0]);
-    // One that holds the lock of the weights is waited for.
+    // Waits for a process that holds the lock of the weights.
     fs::remove_dir_all(setup.cache("llama")).unwrap();
     let lock =
         setup.folder.path().join(format!("cache/hub/.locks/models--org--llama/{}.lock", sha256(&setup.weights())));
@@ -299,7 +301,7 @@ fn two_processes_that_want_the_same_file_fetch_it_once() {
 fn a_full_disk_is_an_error_and_what_came_is_kept() {
     let setup = Setup::new();
     let hub = Hub::serve(setup.root());
-    // A limit on the size of files stands for it: 16 blocks of 512 bytes or of 1024.
+    // Simulates a full disk by a limit on file size: 16 blocks of 512 or 1024 bytes.
     let mut limited = Command::new("sh");
     setup.prepare(&mut limited, &hub.endpoint);
     limited.args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""]).arg(assert_cmd::cargo::cargo_bin("qlora"));
@@ -347,7 +349,7 @@ fn shards_and_single_gguf_files_are_fetched() {
         let error = failure(&mut setup.eval(&hub.endpoint, &format!("org/gguf/{name}")));
         assert!(error.contains(&format!("no {missing}")) && error.contains("a-Q4_0.gguf"), "{error}");
     }
-    // They are fetched, alone or with all parts, and turn out to be no models.
+    // They are fetched, alone or with all parts, and turn out not to be models.
     for name in ["a-Q4_0.gguf", "a b#c.gguf", "parts/b-00001-of-00002.gguf"] {
         let error = stderr(&mut setup.eval(&hub.endpoint, &format!("org/gguf/{name}")), 1);
         assert!(error.contains("snapshots") && error.contains(name) && !error.contains("downloaded"), "{error}");
@@ -365,7 +367,8 @@ fn the_token_goes_to_the_endpoint_and_redirects_are_followed() {
     let base = other.endpoint.replace("127.0.0.1", "localhost");
     let by_path = Arc::new(Mutex::new(vec![]));
     let seen = by_path.clone();
-    // As the hub does: large files are on another host, small ones at another path, given without a host.
+    // Like the real hub: large files are on another host, small ones at another path, given
+    // without a host.
     let hub = Hub::lie(setup.root(), move |request, answer| {
         seen.lock().unwrap().push(request.path.clone());
         if request.path.ends_with(".safetensors") {
@@ -394,7 +397,7 @@ fn the_token_goes_to_the_endpoint_and_redirects_are_followed() {
     assert!(blob.exists());
 }
 
-/// What a hub that lies is answered with: a part of the error, or `None` where it is right to go on.
+/// Checks what a lying hub leads to: an error that contains `error`, or success for `None`.
 fn check_lie(what: &str, error: Option<&str>, lie: impl Fn(&Request, &mut Answer) + Send + Sync + 'static) {
     let setup = Setup::new();
     let hub = Hub::lie(setup.root(), lie);
@@ -409,7 +412,7 @@ fn check_lie(what: &str, error: Option<&str>, lie: impl Fn(&Request, &mut Answer
         }
     }
     assert!(start.elapsed() < Duration::from_secs(20), "{what}: {:?}", start.elapsed());
-    // What is in the cache is right, or has not come to its end; and nothing is elsewhere.
+    // Files in the cache are right or incomplete, and no file is anywhere else.
     let (cache, source) = (setup.cache("llama"), setup.root().join("llama"));
     for link in fs::read_dir(cache.join("snapshots").join(COMMIT)).into_iter().flatten().map(Result::unwrap) {
         if let Ok(right) = fs::read(source.join(link.file_name())) {
@@ -438,13 +441,13 @@ fn names_that_lie_lead_nowhere() {
     for commit in ["../../../../pwn", "/pwn", "0123"] {
         let other = format!("commit \"{commit}\" instead of {COMMIT}");
         check_lie(commit, Some(&other), move |_, answer| answer.set("X-Repo-Commit", commit));
-        check_lie(commit, Some("which is none"), move |request, answer| {
+        check_lie(commit, Some("which isn't a commit id"), move |request, answer| {
             if request.is_api() {
                 answer.body = json!({"sha": commit, "siblings": []}).to_string().into_bytes();
             }
         });
     }
-    // Files that nobody asks for may be called anything.
+    // Files that nobody requests may have any name.
     check_lie("siblings", None, |request, answer| {
         if request.is_api() {
             let mut info: Value = serde_json::from_slice(&answer.body).unwrap();
@@ -453,7 +456,7 @@ fn names_that_lie_lead_nowhere() {
             answer.body = info.to_string().into_bytes();
         }
     });
-    let (leads, odd) = ("not a file in its folder", "is no name of a file in a model");
+    let (leads, odd) = ("not a file in its folder", "isn't a valid name for a file in a model");
     for (shard, part) in
         [("../../pwn", leads), (".", leads), ("..\\pwn", if cfg!(windows) { leads } else { odd }), ("a:b", odd)]
     {
@@ -482,13 +485,13 @@ fn content_that_lies_is_found_out() {
     check_lie("a digest of something else", Some("its SHA-256 is"), |_, answer| {
         answer.set("ETag", "\"".to_owned() + &"0".repeat(64) + "\"")
     });
-    // Some mirrors give the SHA-1 of the content.
+    // Some mirrors send the SHA-1 of the contents.
     check_lie("a plain SHA-1", None, |_, answer| answer.set("ETag", sha1(&answer.body)));
-    // Sizes alone are checked then, and it is said once.
+    // Then only sizes are checked, with one warning.
     let setup = Setup::new();
     let hub = Hub::lie(setup.root(), |_, answer| answer.set("ETag", "\"5f3e-1234\""));
     let said = stderr(&mut setup.eval(&hub.endpoint, "org/llama"), 0);
-    assert_eq!(said.matches("gives no digest of config.json, so only its size is checked").count(), 1, "{said}");
+    assert_eq!(said.matches("gives no digest for config.json, so only its size is checked").count(), 1, "{said}");
     assert_eq!(said.matches("warning").count(), 1, "{said}");
 
     check_lie("a half, always", Some("broke off after"), move |request, answer| {
@@ -527,7 +530,7 @@ fn content_that_lies_is_found_out() {
             }
         });
     }
-    check_lie("odd headers", Some("no text"), |_, answer| answer.set("ETag", "\"ä\""));
+    check_lie("odd headers", Some("isn't text"), |_, answer| answer.set("ETag", "\"ä\""));
 }
 
 #[test]
@@ -549,7 +552,7 @@ fn redirects_that_lead_nowhere_end() {
         }
     });
     for location in ["http://", "file:///etc/passwd", "//", "http://[", "ä"] {
-        check_lie(location, Some("no URL"), move |request, answer| {
+        check_lie(location, Some("isn't a URL"), move |request, answer| {
             if is_file(request) {
                 answer.redirect(location);
             }
@@ -575,7 +578,7 @@ fn a_hub_that_hangs_is_not_waited_for() {
             answer.body = b"<html>Log in</html>".to_vec();
         }
     });
-    // What passes is tried again.
+    // Temporary failures are tried again.
     let count = Arc::new(Mutex::new(0_usize));
     check_lie("busy at first", None, move |_, answer| {
         let mut count = count.lock().unwrap();
@@ -610,7 +613,7 @@ fn what_cannot_be_fetched_is_told_in_one_sentence_and_soon() {
     let blocked = setup.folder.path().join("data.jsonl");
     let error = stderr(setup.eval(&hub.endpoint, "org/llama").env("HF_HUB_CACHE", &blocked), 1);
     assert!(error.contains("could not be downloaded to") && error.contains("data.jsonl"), "{error}");
-    // A path that exists goes before an id, and what is no id is not asked for.
+    // A path that exists takes precedence over an id, and what isn't an id isn't requested.
     fs::create_dir_all(setup.folder.path().join("org/llama")).unwrap();
     let error = failure(&mut setup.eval(&hub.endpoint, "org/llama"));
     assert!(error.contains("config.json"), "{error}");
@@ -621,7 +624,7 @@ fn what_cannot_be_fetched_is_told_in_one_sentence_and_soon() {
 #[test]
 fn a_gated_model_says_what_to_do() {
     let setup = Setup::new();
-    // Its page is for all, its files are not.
+    // The model's page is public, its files aren't.
     let hub = Hub::lie(setup.root(), |request, answer| {
         if !request.is_api() && request.token.as_deref() != Some("Bearer hf_good") {
             (answer.status, answer.body) = (if request.token.is_some() { 403 } else { 401 }, vec![]);
@@ -632,10 +635,10 @@ fn a_gated_model_says_what_to_do() {
     let error = stderr(&mut setup.eval(&hub.endpoint, "org/llama"), 1);
     assert!(error.contains("set HF_TOKEN") && error.contains(&page) && error.contains("401"), "{error}");
     let error = stderr(setup.eval(&hub.endpoint, "org/llama").env("HF_TOKEN", "hf_bad"), 1);
-    assert!(error.contains("not for this HF_TOKEN") && error.contains(&page) && error.contains("403"), "{error}");
+    assert!(error.contains("this HF_TOKEN has no access") && error.contains(&page) && error.contains("403"), "{error}");
     assert!(!error.contains("hf_bad"), "{error}");
     stdout(setup.eval(&hub.endpoint, "org/llama").env("HF_TOKEN", "hf_good"));
-    // One that is private, or is not at all.
+    // A private model, or one that doesn't exist.
     let hub = Hub::lie(setup.root(), |_, answer| answer.status = 401);
     let error = failure(&mut setup.eval(&hub.endpoint, "org/private"));
     assert!(error.contains("private") && error.contains("HF_TOKEN") && error.contains("401"), "{error}");

@@ -55,17 +55,17 @@ fn failure(path: &Path) -> String {
     error
 }
 
-/// The tensor of this name.
+/// The tensor with this name.
 fn tensor<'a>(report: &'a Value, name: &str) -> &'a Value {
     report["tensors"].as_array().unwrap().iter().find(|tensor| tensor["name"] == name).unwrap()
 }
 
-/// A GGUF file of the architecture llama: metadata, then F32, Q4_0 and IQ2_XXS tensors.
+/// A GGUF file for the llama architecture: metadata, then F32, Q4_0 and IQ2_XXS tensors.
 fn gguf() -> Vec<u8> {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let string = |key: &str, value: &str| [text(key), 8_u32.to_le_bytes().to_vec(), text(value)].concat();
     let entries = [string("general.architecture", "llama"), string("general.name", "A test")];
-    // Name, lengths (the innermost first), type, bytes.
+    // Name, lengths (innermost first), type, bytes.
     let tensors: [(&str, &[u64], u32, usize); 4] =
         [("blk.0.w", &[64, 3], 2, 108), ("blk.1.w", &[64, 3], 2, 108), ("norm", &[5], 0, 20), ("odd", &[256], 16, 66)];
     let mut out = [b"GGUF", &3_u32.to_le_bytes()[..]].concat();
@@ -160,7 +160,7 @@ fn adapters_show_their_config() {
     assert_eq!(json_of(&path("adapter-dora"))["adapter"]["use_dora"], true);
     assert!(stdout(&mut inspect(&path("adapter-dora"), &[])).contains("DoRA          true"));
 
-    // Of another kind: its tensors are there, and why it is not supported.
+    // An adapter of another kind: shows its tensors, and why it isn't supported.
     let folder = tempfile::tempdir().unwrap();
     fs::copy(path("adapter-lora/adapter_model.safetensors"), folder.path().join("adapter_model.safetensors")).unwrap();
     fs::write(folder.path().join("adapter_config.json"), r#"{"peft_type": "LOHA"}"#).unwrap();
@@ -186,7 +186,7 @@ fn gguf_and_safetensors_files_are_listed() {
     assert_eq!(report["formats"][0]["format"], "Q4_0");
     let table = stdout(&mut inspect(&file, &[]));
     assert!(table.contains("blk.{0-1}.w") && table.contains("IQ2_XXS"), "{table}");
-    // By what is in it, whatever its name.
+    // The contents decide, whatever the name.
     let other = folder.path().join("x.bin");
     fs::copy(&file, &other).unwrap();
     assert_eq!(json_of(&other)["tensors"], report["tensors"]);
@@ -227,7 +227,7 @@ fn what_is_wrong_with_a_path_is_told() {
     for len in [0, 3, 20, 100, whole.len() - 96] {
         write("cut.gguf", &whole[..len]);
         let error = failure(&at("cut.gguf"));
-        assert!(error.contains("no GGUF file") || error.contains("copy or download it again"), "{error}");
+        assert!(error.contains("not a GGUF file") || error.contains("copy or download it again"), "{error}");
     }
     assert!(failure(folder.path()).contains("cut.gguf"), "which may be what was meant");
     let tensors = fs::read(path("llama/model.safetensors")).unwrap();

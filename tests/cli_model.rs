@@ -84,7 +84,7 @@ fn what_is_missing_is_named_in_one_sentence() {
     assert!(stdout.contains("2 tokens"), "{stdout}");
 }
 
-/// Data of the ids that adapters' logits are recorded for, and where to dump.
+/// Data with the ids that the adapters' logits were recorded for, and a path to dump logits to.
 fn adapter_data(folder: &Path) -> (PathBuf, PathBuf) {
     let (ids, [_, length]) = i64s(&file("llama.golden_adapter_logits.safetensors"), "input_ids");
     let (data, out) = (folder.join("data.jsonl"), folder.join("logits.safetensors"));
@@ -106,7 +106,7 @@ fn one_of_several_adapters_is_chosen_by_its_name() {
         f32s(&SafetensorsFile::open(&out).unwrap(), "logits")
     };
     let base = run(&[]);
-    // Of other targets and ranks, and with magnitudes.
+    // Adapters with different targets and ranks, and with magnitudes.
     let adapters = ["lora", "dora", "rslora_qv"];
     let named: Vec<String> = adapters
         .iter()
@@ -122,7 +122,7 @@ fn one_of_several_adapters_is_chosen_by_its_name() {
     }
     assert!(run(&all("base")) == base && run(&all("none")) == base);
 
-    // One after the other, as if each had been asked for alone.
+    // One after the other gives the same as each on its own.
     let report = |uses: &[&str]| -> Value {
         let mut command = qlora("eval", "llama-bnb-nf4_dq");
         command.arg("--data").arg(&data).arg("--json").args(&named);
@@ -148,9 +148,9 @@ fn one_of_several_adapters_is_chosen_by_its_name() {
     fails(&[&named[0], &named[0], "--use", "lora"], &["the name of two adapters is lora", "NAME=DIR"]);
     let dump = out.display().to_string();
     fails(&[&named[0], "--use=lora", "--use=base", "--dump-logits", &dump], &["--use is 2 times", "of one adapter"]);
-    fails(&["--adapter", "a=nowhere"], &["error: nowhere: there is no such file or directory"]);
+    fails(&["--adapter", "a=nowhere"], &["error: nowhere: no such file or directory"]);
     let model = format!("a={}", path("llama").display());
-    fails(&["--adapter", &model], &["llama: is no directory of a PEFT adapter"]);
+    fails(&["--adapter", &model], &["llama: not a PEFT adapter directory"]);
 }
 
 #[test]
@@ -168,7 +168,7 @@ fn an_adapter_of_another_base_is_used_with_a_warning_that_names_both() {
         String::from_utf8(command.assert().success().get_output().stderr.clone()).unwrap()
     };
     let warning = stderr("qwen2/../llama");
-    let parts = ["warning: ", "adapter-lora: was trained on tiny-llama, which is not ", "qwen2/../llama"];
+    let parts = ["warning: ", "adapter-lora: was trained on tiny-llama, not on ", "qwen2/../llama"];
     assert!(parts.iter().all(|part| warning.contains(part)) && warning.lines().count() == 1, "{warning}");
     assert_eq!(stderr(named.to_str().unwrap()), "", "a name in other letters, and with a format at its end");
 }

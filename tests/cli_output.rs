@@ -1,5 +1,5 @@
-//! Where `qlora` writes: to devices, pipes and through links; never to what it reads. What it says in one line, with nothing in
-//! it that a terminal would act on.
+//! Where `qlora` writes: to devices, to pipes and through links, never over its inputs. Errors are
+//! one line, without anything that a terminal would act on.
 #![cfg(unix)]
 
 mod common;
@@ -78,7 +78,7 @@ fn devices_pipes_and_links_are_written_to_and_stay() {
     ok(&quantize(&at("pipe"), ""));
     assert!(reader.join().unwrap() == plain && fs::metadata(at("pipe")).unwrap().file_type().is_fifo());
 
-    // On stdout there is the file alone, be that a pipe or a file with something in it.
+    // Stdout gets the file alone, be it a pipe or a file with contents.
     let piped = run(&quantize("/dev/stdout", "--json"));
     assert!(piped.status.success() && piped.stdout == plain, "{}", String::from_utf8_lossy(&piped.stderr));
     assert!(String::from_utf8_lossy(&piped.stderr).contains("bits_per_weight"));
@@ -162,13 +162,13 @@ fn what_files_say_reaches_no_terminal_as_it_is() {
     name(BAD);
     let text = ok(&format!("inspect {model}"));
     assert!(text.lines().any(|line| line == format!("name          {shown}")) && clean(&text), "{text}");
-    // JSON has the same value, in characters that do no harm.
+    // JSON has the same value, in harmless characters.
     let text = ok(&format!("inspect {model} --json"));
     let value: serde_json::Value = serde_json::from_str(&text).unwrap();
     assert!(value["name"] == BAD && clean(&text), "{text}");
     name("plain");
 
-    // Names of tensors, in tables and errors.
+    // Tensor names, in tables and errors.
     let header = json!({BAD: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).to_string();
     let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 4]].concat();
     let file = folder.path().join("bad.safetensors");
@@ -176,7 +176,7 @@ fn what_files_say_reaches_no_terminal_as_it_is() {
     let text = ok(&format!("inspect {}", file.display()));
     assert!(text.contains(shown) && clean(&text), "{text}");
 
-    // Warnings: the base's name in an adapter's config, with -v too.
+    // Warnings: the base's name in an adapter's config, also with -v.
     let adapter = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(path("adapter-lora")).unwrap() {
         let entry = entry.unwrap();
@@ -192,7 +192,7 @@ fn what_files_say_reaches_no_terminal_as_it_is() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success() && text.contains(&format!("was trained on {shown}, ")) && clean(&text), "{text}");
 
-    // What a template refuses.
+    // A template's own error.
     let template = "{{ raise_exception(\"no\x1b[31m\nway\") }}";
     fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
     let text = error(&format!("generate --model {model} --device cpu --chat --prompt w1"));
@@ -268,7 +268,7 @@ fn a_command_that_is_shown_can_be_typed() {
 #[test]
 fn what_a_model_has_beside_its_weights_comes_along_or_is_named() {
     let folder = tempfile::tempdir().unwrap();
-    // As the hub's cache has it: a snapshot of links to blobs.
+    // A snapshot of links to blobs, as in the hub's cache.
     let repository = folder.path().join("models--org--name");
     let (blobs, snapshot) = (repository.join("blobs"), repository.join("snapshots/abc"));
     fs::create_dir_all(&blobs).unwrap();
@@ -334,7 +334,7 @@ fn a_model_that_is_broken_has_no_loss() {
     let file = folder.path().join("model.safetensors");
     let mut bytes = fs::read(&file).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    // All values NaN, in whatever type: of f32, f16 and bf16 a NaN has only ones.
+    // All values are NaN, whatever the type: all bits set is a NaN in f32, f16 and bf16.
     bytes[8 + header..].fill(0xff);
     fs::write(&file, bytes).unwrap();
     let model = folder.path().display();

@@ -1,4 +1,4 @@
-//! `qlora quantize` and `qlora dequantize` on files of bitsandbytes.
+//! `qlora quantize` and `qlora dequantize` on bitsandbytes' files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,7 +25,7 @@ fn stderr(command: &mut Command) -> String {
     String::from_utf8(command.assert().failure().get_output().stderr.clone()).unwrap()
 }
 
-/// A file with the original bf16 weights of a golden case as `weight`.
+/// Writes a golden case's original bf16 weights as `weight`.
 fn original(folder: &TempDir) -> PathBuf {
     let reference = SafetensorsFile::open(golden("bf16_64x128_s9.ref.safetensors")).unwrap();
     let raw = reference.tensor("raw").unwrap();

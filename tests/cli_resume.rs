@@ -1,4 +1,5 @@
-//! `qlora finetune --resume`: a run that is interrupted, however often and by whatever, ends as one that is not, or says why it cannot.
+//! `qlora finetune --resume`: an interrupted run, however often and however interrupted, ends like
+//! an uninterrupted one, or says why it can't.
 
 mod common;
 
@@ -12,7 +13,7 @@ use common::model::path;
 use common::run::{Setup, adapter, fail, has_checkpoint, metrics, qlora, signal, succeed, text};
 use serde_json::Value;
 
-/// What is in a folder, sorted.
+/// Names in a folder, sorted.
 fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -20,7 +21,8 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Flags of a short run with a checkpoint at every step; none of its learning rates is a round number.
+/// Flags for a short run with a checkpoint at every step. None of its learning rates is a round
+/// number.
 const SHORT: [&str; 16] = [
     "--max-steps",
     "4",
@@ -46,7 +48,8 @@ impl Resume<'_> {
         self.setup.finetune(self.name, &[&SHORT[..], others].concat())
     }
 
-    /// As if the run had been killed right after the checkpoint of this step; 0: before the first.
+    /// Removes what came after this step's checkpoint, as if the run had been killed then; 0:
+    /// before the first checkpoint.
     fn cut_back(&self, step: u32) {
         let folder = self.setup.output(self.name);
         (step + 1..=4).for_each(|later| fs::remove_dir_all(folder.join(format!("checkpoint-{later}"))).unwrap());
@@ -62,7 +65,7 @@ struct Resume<'a> {
     name: &'a str,
 }
 
-/// What a run of 60 steps needs, with everything that has state.
+/// Flags for a run of 60 steps that uses everything with state.
 const WHOLE: [&str; 14] = [
     "--max-steps",
     "60",
@@ -91,18 +94,19 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
     let (wanted, output) = (setup.output("whole"), setup.output("killed"));
 
     let mut kills = 0;
-    // Until the next kill, longer on a machine with much to do: as long as no kill comes before a step is done.
+    // Time until the next kill. It grows on a busy machine, as long as kills come before a step is
+    // done.
     let (mut patience, mut newest) = (10_000, 0);
     let mut arguments = WHOLE.to_vec();
     for attempt in 0.. {
         assert!(attempt < 400, "no progress after {kills} kills");
-        // Killed before its first checkpoint, a run starts again with the flag or without it.
+        // Killed before its first checkpoint, a run starts again with or without the flag.
         arguments.truncate(WHOLE.len());
         if attempt % 2 == 1 || output.exists() && has_checkpoint(&output) {
             arguments.push("--resume");
         }
         let mut child = setup.finetune("killed", &arguments).spawn().unwrap();
-        // Anywhere in a step, a checkpoint, or the start.
+        // At any time: in a step, in a checkpoint, or at the start.
         let enough = Duration::from_micros(patience + (attempt * 7919) % 40_000);
         let start = Instant::now();
         while start.elapsed() < enough && child.try_wait().unwrap().is_none() {
@@ -121,7 +125,7 @@ fn a_run_that_is_killed_again_and_again_ends_as_one_that_is_not() {
         patience = if newest > before { patience * 3 / 4 } else { patience * 5 / 4 };
     }
     println!("{kills} kills");
-    // As if killed after the last checkpoint and before the adapter.
+    // As if the run had been killed between the last checkpoint and the adapter.
     fs::remove_file(output.join("adapter_config.json")).unwrap();
     succeed(setup.finetune("killed", &[&WHOLE[..], &["--resume"]].concat()));
     assert!(kills >= 5, "only {kills} kills");
@@ -148,7 +152,7 @@ fn ctrl_c_saves_and_resume_goes_on_to_the_bit() {
     signal(&child, "INT");
     let ended = child.wait_with_output().unwrap();
     assert_eq!(ended.status.code(), Some(130), "{}", text(&ended.stderr));
-    assert!(text(&ended.stderr).contains("--resume goes on"), "{}", text(&ended.stderr));
+    assert!(text(&ended.stderr).contains("to continue, run the same command with --resume"), "{}", text(&ended.stderr));
     assert!(has_checkpoint(&output) && !output.join("adapter_model.safetensors").exists());
     let report: Value = serde_json::from_slice(&ended.stdout).unwrap();
     assert_eq!(report["end"], "interrupted");
@@ -170,7 +174,8 @@ fn what_is_not_saved_yet_starts_from_the_beginning() {
             if run.exists() {
                 fs::remove_dir_all(&run).unwrap();
             }
-            // As left by a run that was killed: half a line, an adapter that was the best, half a checkpoint, a temporary file.
+            // Leftovers of a killed run: half a line, the best adapter so far, half a checkpoint,
+            // a temporary file.
             fs::create_dir_all(run.join("best")).unwrap();
             fs::create_dir(run.join(".qlora-half")).unwrap();
             fs::write(run.join("metrics.jsonl"), "{\"step\":0,\"eval_loss\":9.0,\"tokens\":0,\"peak_bytes\":1}\n{\"st")
@@ -185,7 +190,7 @@ fn what_is_not_saved_yet_starts_from_the_beginning() {
         assert_eq!((metrics(&run), adapter(&run)), (metrics(&whole), adapter(&whole)));
         assert_eq!((names(&run), names(&run.join("best"))), (names(&whole), names(&whole.join("best"))));
     }
-    // A checkpoint is never overwritten, and neither is an adapter of another program.
+    // A checkpoint is never overwritten, nor is another program's adapter.
     assert!(fail(Resume { setup: &setup, name: "run" }.with(&[]), 1).contains("holds another run"));
     let other = setup.output("other");
     fs::create_dir(&other).unwrap();
@@ -205,7 +210,7 @@ fn a_run_that_is_finished_gets_what_is_missing_of_its_result() {
     for lost in ["loss.png", "loss.svg", "adapter_model.safetensors", "adapter_config.json"] {
         fs::remove_file(folder.join(lost)).unwrap();
         let again = succeed(run.with(&["--resume", "--json"]));
-        assert!(text(&again.stderr).contains("finished, after 4 steps"), "{}", text(&again.stderr));
+        assert!(text(&again.stderr).contains("already finished, after 4 steps"), "{}", text(&again.stderr));
         assert_eq!(text(&again.stdout), text(&first.stdout));
     }
     assert_eq!((fs::read(folder.join("loss.png")).unwrap(), names(&folder)), (plot, before));
@@ -235,32 +240,35 @@ fn every_difference_is_named_by_its_flag_or_file() {
         fail(command, 1)
     };
     let cases: [(&[&str], &str); 19] = [
-        (&["--max-steps", "5"], "steps 4, which is 5 now (--max-steps, --epochs)"),
-        (&["--lr", "9.426684551178857e-05"], "learning rate 0.00009426684551178853, which is 0.0000942668455117885"),
-        (&["--rank", "4"], "rank 2, which is 4 now (--rank)"),
+        (&["--max-steps", "5"], "steps 4, now 5 (--max-steps, --epochs)"),
+        (&["--lr", "9.426684551178857e-05"], "learning rate 0.00009426684551178853, now 0.0000942668455117885"),
+        (&["--rank", "4"], "rank 2, now 4 (--rank)"),
         (&["--alpha", "3"], "(--alpha)"),
         (&["--dropout", "0.2"], "(--dropout)"),
         (&["--targets", "q_proj"], "(--targets)"),
         (&["--rslora"], "(--rslora)"),
         (&["--dora"], "(--dora)"),
-        (&["--batch-size", "1"], "batch size 2, which is 1 now (--batch-size)"),
+        (&["--batch-size", "1"], "batch size 2, now 1 (--batch-size)"),
         (&["--grad-accum", "2"], "(--grad-accum)"),
         (&["--no-packing"], "(--no-packing)"),
         (&["--no-shuffle"], "(--no-shuffle)"),
-        (&["--schedule", "linear"], "schedule cosine, which is linear now (--schedule)"),
+        (&["--schedule", "linear"], "schedule cosine, now linear (--schedule)"),
         (&["--seed", "3"], "(--seed)"),
-        (&["--eval-every", "2"], "steps between evaluations 1, which is 2 now (--eval-every)"),
-        (&["--early-stop", "3"], "without --early-stop, so that its best adapter was not kept"),
+        (&["--eval-every", "2"], "steps between evaluations 1, now 2 (--eval-every)"),
+        (&["--early-stop", "3"], "without --early-stop, so its best adapter was not kept"),
         (&["--base-format", "nf4-plain"], "model formats"),
         (&["--eval-split", "0.4"], "--eval-split"),
         (&["--data", other], "other.jsonl (--data"),
     ];
     for (flags, wanted) in cases {
         let message = changed(flags);
-        assert!(message.contains(wanted) && message.contains("resume it as it was"), "{flags:?}: {message}");
+        assert!(
+            message.contains(wanted) && message.contains("resume with the original setting"),
+            "{flags:?}: {message}"
+        );
         assert_eq!(names(&setup.output("run")), before, "{flags:?}");
     }
-    // Not part of a run's course.
+    // --quiet doesn't affect the run's course.
     succeed(run.with(&["--resume", "--quiet"]));
 }
 
@@ -279,15 +287,13 @@ fn other_evaluation_data_and_another_patience_are_noticed() {
         command
     };
     succeed(finetune("9", &[]));
-    assert!(
-        fail(finetune("8", &["--resume"]), 1).contains("patience of early stopping 9, which is 8 now (--early-stop)")
-    );
+    assert!(fail(finetune("8", &["--resume"]), 1).contains("patience of early stopping 9, now 8 (--early-stop)"));
     fs::write(&eval, "{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [4, 5, 7]}\n").unwrap();
     let message = fail(finetune("9", &["--resume"]), 1);
     assert!(message.contains("other evaluation data") && message.contains("--eval-data"), "{message}");
 }
 
-/// The model and text that the crate carries, in a folder of its own.
+/// The bundled model and text, in their own folder.
 fn bundled(folder: &Path) -> Command {
     let model = folder.join("tiny");
     let mut command = qlora(&["finetune", "--device", "cpu", "--model", "tiny", "--data"]);
@@ -329,11 +335,11 @@ fn another_model_under_the_same_name_is_noticed_and_the_same_under_another_is_no
     let file = folder.join("tiny/model.safetensors");
     let bytes = fs::read(&file).unwrap();
     let mut changed = bytes.clone();
-    // In the middle, where values are.
+    // In the middle of the file, among the values.
     changed[bytes.len() / 2] ^= 1;
     fs::write(&file, changed).unwrap();
     let message = fail(resume("tiny"), 1);
-    assert!(message.contains("other weights than those of tiny (--model)"), "{message}");
+    assert!(message.contains("weights other than tiny's (--model)"), "{message}");
     fs::write(&file, bytes).unwrap();
 
     let config = folder.join("tiny/config.json");
@@ -344,7 +350,7 @@ fn another_model_under_the_same_name_is_noticed_and_the_same_under_another_is_no
 
     fs::write(folder.join("tiny/tokenizer_config.json"), "{\"chat_template\": \"{{ messages }}\"}").unwrap();
     let message = fail(resume("tiny"), 1);
-    assert!(message.contains("another tokenizer than that of tiny"), "{message}");
+    assert!(message.contains("a tokenizer other than tiny's (--model)"), "{message}");
 }
 
 #[test]
@@ -407,7 +413,7 @@ fn metrics_with_a_hole_are_completed() {
     assert_eq!(metrics(&setup.output("run")), metrics(&whole));
 }
 
-/// A run of many steps, once it has done some.
+/// Starts a run of many steps and waits until it has done some.
 fn long_run(setup: &Setup, mut command: Command) -> Child {
     let mut child = command.spawn().unwrap();
     let start = Instant::now();
@@ -444,7 +450,7 @@ fn a_second_run_in_the_folder_of_a_live_one_is_refused() {
 #[cfg(unix)]
 fn a_hangup_ends_a_run_unless_it_is_ignored() {
     let setup = Setup::new(20);
-    // Where these tests run under nohup, what they start inherits it.
+    // If these tests run under nohup, their children inherit it.
     let inherited = Command::new("sh").args(["-c", "kill -HUP $$"]).status().unwrap().success();
     for (ignored, trap) in [(true, "trap '' HUP; "), (inherited, "")] {
         let finetune = setup.finetune("run", &LONG);
@@ -488,7 +494,7 @@ fn a_batch_that_does_not_fit_is_refused_with_one_that_does() {
     let output = plan(&[&flags[..], &["--json"]].concat()).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["fits"], false);
-    let offer = "--batch-size 16 fits, and with --grad-accum 8 a step has as many rows";
+    let offer = "--batch-size 16 fits; add --grad-accum 8 for as many rows per step";
     assert!(text(&output.stderr).contains(offer), "{}", text(&output.stderr));
     let finetune = |rows, memory: &str| {
         let mut command = qlora(&["finetune", "--device", "cpu", "--model"]);
@@ -515,14 +521,14 @@ fn a_batch_that_does_not_fit_is_refused_with_one_that_does() {
     succeed(finetune("16", &memory));
 }
 
-/// Files over 8 KiB cannot be written, as on a disk that is full.
+/// Files over 8 KiB can't be written, as on a full disk.
 #[test]
 #[cfg(unix)]
 fn a_full_disk_is_an_error_and_leaves_no_half_checkpoint() {
     let setup = Setup::new(10);
     let finetune = setup.finetune("run", &["--max-steps", "2"]);
     let mut command = Command::new("sh");
-    // Without the signal, the write fails.
+    // With the signal ignored, the write fails.
     command.args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""]).arg(finetune.get_program());
     command.args(finetune.get_args()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let message = fail(command, 1);

@@ -143,7 +143,7 @@ fn what_asks_for_too_much_is_an_error() {
         (
             "normalizer",
             json!({"type": "Replace", "pattern": {"Regex": "(a"}, "content": ""}),
-            "is no regular expression",
+            "isn't a valid regular expression",
         ),
         (
             "normalizer",

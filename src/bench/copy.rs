@@ -30,7 +30,7 @@ pub struct CopyRates {
 /// [`Error::Unsupported`] on the CPU device; what allocations of a few rows fail with.
 pub fn measure_copy(device: &Device, bytes: u64) -> Result<CopyRates> {
     let Device::Gpu(gpu) = device else {
-        let (what, hint) = ("copies of device memory".into(), "they are timed on GPUs".into());
+        let (what, hint) = ("timing copies of device memory".into(), "it works on GPUs only".into());
         return Err(Error::Unsupported { device: device.name().to_owned(), what, hint });
     };
     // Two tensors in one copy by a kernel, each bound whole.
@@ -83,7 +83,7 @@ mod tests {
                     );
                 }
                 (Err(error @ Error::Unsupported { .. }), Device::Cpu(_)) => {
-                    assert!(error.to_string().contains("copies of device memory"), "{error}");
+                    assert!(error.to_string().contains("timing copies of device memory"), "{error}");
                 }
                 (other, _) => panic!("{}: {other:?}", device.name()),
             }

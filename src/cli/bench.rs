@@ -1,4 +1,4 @@
-//! `qlora bench`: times of a layer's passes and of a training step, checked against the CPU.
+//! `qlora bench`: times a layer's passes and training steps, and checks results against the CPU.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -19,20 +19,22 @@ use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
 use crate::quant::{Format, QuantOptions};
 
-/// Times the fused QLoRA layer, or a whole training step, on a device and checks the result against the CPU.
+/// Times the fused QLoRA layer, or a whole training step, on a device, and checks the result
+/// against the CPU.
 ///
-/// Of a layer on a GPU the time is that of timestamp queries where there are any, else from submission to completion; of a
-/// step it is the wall clock's.
+/// Layer times on a GPU come from timestamp queries if it has them, otherwise from submission to
+/// completion. Step times are wall-clock.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora bench --device best --m 1,64 --n 4096 --k 4096 --double-quant --json\n  \
     qlora bench --op forward,backward --m 1,512 --against target/peers/bitsandbytes --output cpu.json --plot cpu.png\n  \
     qlora bench --hardware --output results")]
 pub struct BenchArgs {
-    /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
+    /// cpu, gpu (any GPU driver), best, an index from `qlora devices`, or part of a name or
+    /// backend.
     #[arg(long, default_value = "best")]
     device: String,
-    /// What to time, one after the other.
+    /// What to time.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Op::Forward])]
     op: Vec<Op>,
     /// Rows of X (tokens).
@@ -44,68 +46,72 @@ pub struct BenchArgs {
     /// Columns of the weight (input features).
     #[arg(long, value_delimiter = ',', default_values_t = [4096, 14336], value_parser = size)]
     k: Vec<usize>,
-    /// Rank of the adapter; 0: none (a step needs one).
+    /// Rank of the adapter; 0: no adapter (a step needs one).
     #[arg(long, default_value_t = 16, value_parser = rank)]
     rank: usize,
-    /// nf4, fp4 or int4.
+    /// 4-bit format: nf4, fp4 or int4.
     #[arg(long, default_value_t = Format::Nf4)]
     format: Format,
     /// Quantize the scales too.
     #[arg(long)]
     double_quant: bool,
-    /// A program that times each case too, right after it: benches/peers has those for bitsandbytes with PEFT and for llama.cpp,
-    /// which scripts/peers.sh sets up. May be given several times.
+    /// Also time each case with this program, right after ours; may be repeated. benches/peers has
+    /// programs for bitsandbytes with PEFT and for llama.cpp; scripts/peers.sh sets them up.
     #[arg(long, value_name = "COMMAND")]
     against: Vec<String>,
-    /// Also write a JSON file: version, date, machine (cpu, cores, memory_bytes, os, load), device, driver, and the rows of --json.
-    /// With --hardware: version, date, machine, device (as of `qlora devices --json`), quick, and parts; in a folder, if it is one.
+    /// Also write a JSON file: version, date, machine (cpu, cores, memory_bytes, os, load),
+    /// device, driver, and the rows of --json. With --hardware: version, date, machine, device (as
+    /// in `qlora devices --json`), quick and parts; FILE may then be a directory.
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Also draw the times, with those of --against, as SVG or PNG by the file's ending.
+    /// Also plot the times, including those of --against, as SVG or PNG by the file's extension.
     #[arg(long, value_name = "FILE", value_parser = speed::path)]
     plot: Option<PathBuf>,
-    /// Run each case once more and show the time of each kernel in it (on a GPU with timestamp queries), and how much of the run
-    /// is none of theirs. Of a single layer that is mostly the host's time, which the times in the table leave out.
+    /// Run each case once more and show the time per kernel and the share outside kernels. For a
+    /// single layer that is mostly host time, which the table leaves out. Needs a GPU with
+    /// timestamp queries.
     #[arg(long)]
     profile: bool,
     #[command(flatten)]
     step: StepArgs,
     #[command(flatten)]
     hardware: HardwareArgs,
-    /// Print JSON, an object a case: op, device (cpu or gpu), adapter (its name), tier, format, double_quant, m, n, k, rank,
-    /// ms_min, ms_median, gflops, weight_gb_per_s, max_rel_err_vs_cpu; of a step tokens_per_second, peak_bytes and its shape;
-    /// with --profile a profile: ms, outside_kernels (a share), kernels; with --against peers: name, ms_min, ms_median, ratio
-    /// (theirs to ours) or skipped.
-    #[arg(long)]
+    /// Print JSON, an object per case: op, device (cpu or gpu), adapter (the device's name), tier,
+    /// format, double_quant, m, n, k, rank, ms_min, ms_median, gflops, weight_gb_per_s,
+    /// max_rel_err_vs_cpu. A step also has tokens_per_second, peak_bytes and its shape. --profile
+    /// adds profile: ms, outside_kernels (a share), kernels. --against adds peers: name, and
+    /// ms_min, ms_median, ratio (peer time / ours) or skipped.
+    #[arg(long, help_heading = None)]
     json: bool,
 }
 
-/// The decoder of `--op step`; by default of SmolLM2-135M's shape.
+/// Shape of the decoder for `--op step`. Defaults are SmolLM2-135M's.
 #[derive(Args, Debug)]
-#[command(next_help_heading = "Options of --op step")]
+#[command(next_help_heading = "Options for --op step")]
 struct StepArgs {
-    /// Tokens of the one sequence.
+    /// Tokens in the sequence.
     #[arg(long, default_value_t = 256, value_parser = size)]
     tokens: usize,
-    /// Values of a hidden state.
+    /// Width of hidden states.
     #[arg(long, default_value_t = 576, value_parser = size)]
     hidden: usize,
-    /// Values inside the feed-forward part.
+    /// Width of the feed-forward layer.
     #[arg(long, default_value_t = 1536, value_parser = size)]
     ffn: usize,
-    /// Decoder layers.
+    /// Number of decoder layers.
     #[arg(long, default_value_t = 30, value_parser = size)]
     layers: usize,
-    /// Query heads.
+    /// Number of query heads.
     #[arg(long, default_value_t = 9, value_parser = size)]
     heads: usize,
-    /// Key and value heads.
+    /// Number of key and value heads.
     #[arg(long, default_value_t = 3, value_parser = size)]
     kv_heads: usize,
-    /// Rows of the embedding, which is the head too.
+    /// Rows of the embedding, which is also the head.
     #[arg(long, default_value_t = 49152, value_parser = size)]
     vocabulary: usize,
-    /// Keep only layer inputs for the way back.
+    /// Save memory by keeping only each layer's input and recomputing the layer in the backward
+    /// pass.
     #[arg(long)]
     checkpoint_activations: bool,
 }
@@ -119,18 +125,18 @@ impl StepArgs {
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
-    /// Y = X * deq(W)^T + s * (X * A^T) * B^T
+    /// Forward pass of a layer: Y = X * deq(W)^T + s * (X * A^T) * B^T.
     Forward,
-    /// dX, dA and dB from dY, of the same layer
+    /// Backward pass of the same layer: dX, dA and dB from dY.
     Backward,
-    /// Forward, backward and update of a decoder
+    /// Forward pass, backward pass and update of a decoder.
     Step,
 }
 
-/// The largest size of a dimension: no model has more, and no product of two overflows.
+/// Maximum size of a dimension. No model has more, and a product of two can't overflow.
 const MAX_SIZE: usize = 1 << 20;
 
-/// A size of at least 1.
+/// Parses a size of at least 1.
 fn size(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(size @ 1..=MAX_SIZE) => Ok(size),
@@ -138,7 +144,7 @@ fn size(text: &str) -> Result<usize, String> {
     }
 }
 
-/// As a size, or 0.
+/// Parses a size that may be 0.
 fn rank(text: &str) -> Result<usize, String> {
     if text == "0" { Ok(0) } else { size(text) }
 }
@@ -188,7 +194,7 @@ fn write(path: &Path, report: &Report) -> Result<()> {
     StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| failed(error.to_string())))?.commit()
 }
 
-/// Every case of a layer that the sizes make.
+/// Measures the layer for every combination of sizes.
 fn layers(
     args: &BenchArgs,
     op: layer::Op,
@@ -208,7 +214,7 @@ fn layers(
     Ok(rows)
 }
 
-/// Rows as a table, under a line that names the device.
+/// Formats rows as a table, under a line with the device's name.
 fn describe(rows: &[Row]) -> String {
     let header = ["op", "format", "m", "n", "k", "rank", "ms min", "ms median", "GFLOP/s", "weight GB/s", "rel. error"];
     let cells = rows.iter().map(|row| {
@@ -238,7 +244,7 @@ fn describe(rows: &[Row]) -> String {
     format!("{device}\n{}{step}{profiles}{}", table(header, 2, cells.collect()), against(rows))
 }
 
-/// Where the time of a case went, a line for each kernel.
+/// Formats a case's profile, a line per kernel.
 fn profile(title: &str, profile: &KernelTimes) -> String {
     let percent = |share: f64| format!("{:.1} %", share * 100.0);
     let cells = profile
@@ -251,7 +257,7 @@ fn profile(title: &str, profile: &KernelTimes) -> String {
     format!("\n\n{title}, a run of {:.3} ms:\n{}", profile.ms, table(header, 1, cells.chain([outside]).collect()))
 }
 
-/// What peers took, a line for each case and peer.
+/// Formats the peers' times, a line per case and peer.
 fn against(rows: &[Row]) -> String {
     let header = ["op", "m", "n", "k", "ms median", "theirs", "ratio", "peer"];
     let cells = rows.iter().flat_map(|row| {

@@ -1,4 +1,4 @@
-//! The demo's model and text, inside the program; assets/README.md says where they are from.
+//! The demo's model and text, bundled into the program. assets/README.md has their sources.
 
 use std::fs;
 use std::io::Write;
@@ -7,18 +7,18 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
 
-/// Definitions of The Devil's Dictionary to train on, and others to evaluate on.
+/// Definitions from The Devil's Dictionary for training, and others for evaluation.
 pub(super) const TRAIN: &str = "devil_train.jsonl";
 pub(super) const VALID: &str = "devil_valid.jsonl";
 
-/// The model's tensors, in safetensors.
+/// The model's safetensors file.
 pub(super) static MODEL: &[u8] = include_bytes!("../../assets/tiny-glossary/model.safetensors");
 
 static MODEL_FILES: [(&str, &[u8]); 4] = [
     ("config.json", include_bytes!("../../assets/tiny-glossary/config.json")),
     ("tokenizer.json", include_bytes!("../../assets/tiny-glossary/tokenizer.json")),
     ("model.safetensors", MODEL),
-    // It must stay beside the model.
+    // The license must stay beside the model.
     ("WORDNET-LICENSE", include_bytes!("../../assets/WORDNET-LICENSE")),
 ];
 static TEXT_FILES: [(&str, &[u8]); 2] = [
@@ -26,7 +26,7 @@ static TEXT_FILES: [(&str, &[u8]); 2] = [
     (VALID, include_bytes!("../../assets/devil_valid.jsonl")),
 ];
 
-/// Writes the model into a folder of `folder`, and returns it.
+/// Writes the model into a subfolder of `folder` and returns its path.
 pub(super) fn write_model(folder: &Path) -> Result<PathBuf> {
     let model = folder.join("tiny-glossary");
     fs::create_dir_all(&model).map_err(|e| Error::io(&model, e))?;

@@ -1,4 +1,5 @@
-//! `qlora devices --check`: a real weight, quantized and multiplied on every device, compared with the CPU.
+//! `qlora devices --check`: quantizes a real weight, multiplies with it on every device, and
+//! compares with the CPU.
 
 use std::time::Instant;
 
@@ -14,14 +15,15 @@ use crate::device::{Device, DeviceInfo, GpuOptions, Select};
 use crate::error::{Error, Result};
 use crate::quant::{QuantOptions, QuantizedMatrix};
 
-/// A weight of the bundled model: real ones, unlike random numbers, have outliers and rows of different spread.
+/// A weight of the bundled model. Unlike random numbers, real weights have outliers and rows of
+/// different spread.
 const WEIGHT: &str = "model.embed_tokens.weight";
 
 /// Rows of X: one as in decoding, many as in training.
 const ROWS: [usize; 2] = [1, 256];
 const RANK: usize = 16;
 
-/// A result of one device.
+/// One device's result for one number of rows.
 #[derive(Serialize)]
 pub(super) struct Checked {
     #[serde(skip)]
@@ -35,20 +37,20 @@ pub(super) struct Checked {
     gflops: Option<f64>,
     max_rel_err_vs_cpu: Option<f64>,
     agrees: bool,
-    /// Why there is no result.
+    /// Why there is no result, if so.
     error: Option<String>,
 }
 
-/// The results of all devices, and what was packed for them.
+/// Results for all devices, and a description of the packed weight.
 pub(super) struct Check {
     packing: String,
     checked: Vec<Checked>,
-    /// The name of the device that is chosen by default.
+    /// Name of the default device.
     best: String,
 }
 
 impl Check {
-    /// Runs the fused layer on each of these devices. One that fails leaves the others their turn.
+    /// Runs the fused layer on each device. If one fails, the others still run.
     pub(super) fn run(found: &[DeviceInfo]) -> Result<Check> {
         let weight = load()?;
         let (n, k) = weight.dim();
@@ -82,12 +84,12 @@ impl Check {
         Ok(Check { packing, checked, best: Device::best()?.name().to_owned() })
     }
 
-    /// Those of one device.
+    /// Results for one device.
     pub(super) fn of(&self, info: &DeviceInfo) -> impl Iterator<Item = &Checked> {
         self.checked.iter().filter(move |checked| checked.index == info.index)
     }
 
-    /// A table for people.
+    /// The results as a table for people.
     pub(super) fn describe(&self) -> String {
         let rows = self.checked.iter().filter(|checked| checked.error.is_none()).map(|checked| {
             let best = if checked.device == self.best { " (best)" } else { "" };
@@ -102,13 +104,13 @@ impl Check {
                 if checked.agrees { "yes" } else { "NO" }.to_owned(),
             ]
         });
-        let header = ["device", "tier", "M", "ms", "GFLOP/s", "rel. error", "as the CPU"];
+        let header = ["device", "tier", "M", "ms", "GFLOP/s", "rel. error", "agrees"];
         let what = format!("Fused forward, Y = X W^T + s (X A^T) B^T with rank {RANK}, against the CPU reference");
         format!("\n{}\n\n{what}\n\n{}", self.packing, table(header, 2, rows.collect()))
     }
 
     /// # Errors
-    /// [`Error::Device`] with every device that fails or differs.
+    /// [`Error::Device`] that lists every device that fails or differs.
     pub(super) fn verdict(&self) -> Result<()> {
         let wrong: Vec<String> = self.checked.iter().filter(|checked| !checked.agrees).map(Checked::fault).collect();
         if wrong.is_empty() {
@@ -136,7 +138,7 @@ impl Checked {
             error: None,
         };
         match row {
-            // A NaN does not agree.
+            // NaN doesn't agree.
             Ok(row) => Checked {
                 agrees: row.max_rel_err_vs_cpu <= allowed(row.tier.parse().ok(), false),
                 tier: Some(row.tier),

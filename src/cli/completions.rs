@@ -1,4 +1,4 @@
-//! `qlora completions`: commands, flags and paths for a shell to complete.
+//! `qlora completions`: shell completion scripts.
 
 use clap::Args;
 use clap_complete::Shell;
@@ -20,7 +20,7 @@ use crate::error::Result;
     qlora completions bash > ~/.local/share/bash-completion/completions/qlora\n  \
     qlora completions fish > ~/.config/fish/completions/qlora.fish")]
 pub struct CompletionsArgs {
-    /// The shell.
+    /// Your shell
     #[arg(value_enum)]
     shell: Shell,
 }

@@ -1,4 +1,4 @@
-//! Reading training data for the commands that take them, and `qlora data`: what of them carries loss.
+//! Reading training data, and `qlora data`, which shows what carries loss.
 
 use std::collections::BTreeMap;
 use std::io::stdout;
@@ -19,34 +19,37 @@ use crate::printable::is_hidden;
 use crate::text::Tokenizer;
 use crate::train::data::{DataOptions, Dataset, Example, STDIN};
 
-/// Shows examples of training data as a model gets them, and which of their tokens carry loss.
+/// Shows training examples as the model gets them, and which tokens carry loss.
 ///
-/// These are green on a terminal, and between ⟦ and ⟧ where there are no colours. Special tokens are shown, and ends of lines as
-/// \n. Counts are those of the whole file.
+/// Tokens with loss are green, or between ⟦ and ⟧ without colours. Special tokens are shown, and
+/// line breaks appear as \n. Counts are for the whole file.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora data train.jsonl --model model.gguf\n  \
     qlora data train.jsonl --model DIR --example 7\n  \
     qlora data - --model DIR --limit 100 --json")]
 pub struct DataArgs {
-    /// JSON Lines, a JSON list, comma- or tab-separated values, or plain text; - for standard input.
+    /// JSON Lines, a JSON list, comma- or tab-separated values, or plain text; - for standard
+    /// input.
     #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
     data: PathBuf,
-    /// The model whose tokenizer and chat template are used: a directory, a .gguf file, or an id on the hub.
+    /// The model whose tokenizer and chat template to use: a directory, a .gguf file, or an id on
+    /// the hub.
     #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: PathBuf,
-    /// Leave out lines that cannot be read, and count them.
+    /// Skip lines that can't be read, and count them.
     #[arg(long)]
     skip_bad_lines: bool,
-    /// Show so many examples, the start and end of each.
+    /// Examples to show, each with its start and end.
     #[arg(long, value_name = "N", default_value_t = 3, conflicts_with = "example")]
     limit: usize,
-    /// Show all of this example, counted from 1.
+    /// Show this example in full, counted from 1.
     #[arg(long, value_name = "N")]
     example: Option<usize>,
-    /// Print JSON: path, format, examples, tokens, label_tokens, bad_lines, passed_over (keys that mean nothing, with counts),
-    /// shown: example, tokens, label_tokens, ids, labels (-100 for none), parts (text, loss). Of a text without lines only the
-    /// first 1000 tokens are shown, unless --example asks for it.
+    /// Print JSON: path, format, examples, tokens, label_tokens, bad_lines, passed_over (ignored
+    /// keys with counts), shown: example, tokens, label_tokens, ids, labels (-100 for none), parts
+    /// (text, loss). For text without lines, only the first 1000 tokens are shown, unless
+    /// --example asks for it.
     #[arg(long)]
     json: bool,
 }
@@ -65,7 +68,7 @@ struct Report {
 
 #[derive(Serialize)]
 struct Shown {
-    /// From 1.
+    /// Counted from 1.
     example: usize,
     tokens: usize,
     label_tokens: usize,
@@ -74,14 +77,14 @@ struct Shown {
     parts: Vec<Part>,
 }
 
-/// Text of tokens in a row that all carry loss, or none of them.
+/// Text of consecutive tokens that all carry loss, or all don't.
 #[derive(Serialize, Debug, PartialEq)]
 struct Part {
     text: String,
     loss: bool,
 }
 
-/// Checks that there are files at these paths, before anything else is done. Standard input can be one of them.
+/// Checks that these paths exist, before anything else is done. Standard input may be one of them.
 pub(super) fn check<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
     let mut read = false;
     for path in paths {
@@ -95,7 +98,8 @@ pub(super) fn check<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<()>
     Ok(())
 }
 
-/// Reads and tokenizes a file, with a bar, for a model with so many rows in its embedding. Says what was left out.
+/// Reads and tokenizes a file with a progress bar, for a model with `vocabulary` rows in its
+/// embedding. Warns of what it left out.
 pub(super) fn read(
     path: &Path,
     tokenizer: Result<&Tokenizer, &Error>,
@@ -114,7 +118,7 @@ pub(super) fn read(
     }
     if !data.passed_over.is_empty() {
         let keys: Vec<_> = data.passed_over.iter().map(|(key, count)| format!("{key} ({count})")).collect();
-        say::warning(format!("{}: these keys mean nothing to training: {}", path.display(), keys.join(", ")));
+        say::warning(format!("{}: ignored keys: {}", path.display(), keys.join(", ")));
     }
     Ok(data)
 }
@@ -156,14 +160,14 @@ pub fn run(args: &DataArgs) -> Result<()> {
     put(&view.text(&report)).map(drop)
 }
 
-/// Tokens that are shown of a text without lines.
+/// Tokens shown of text without lines.
 const TEXT_TOKENS: usize = 1000;
 
 impl Shown {
     fn new(number: usize, example: &Example, tokenizer: Option<&Tokenizer>, most: usize) -> Result<Shown> {
         let ids: Vec<u32> = example.ids().iter().copied().take(most).collect();
         let labels: Vec<i64> = example.labels().take(most).collect();
-        // The first token is predicted by none.
+        // The first token has no predecessor that predicts it.
         let loss = labels.iter().enumerate().map(|(at, &label)| at > 0 && label != IGNORE_LABEL);
         let parts = parts(&ids, loss, tokenizer)?;
         let tokens = example.ids().len();
@@ -171,14 +175,14 @@ impl Shown {
     }
 }
 
-/// The text of ids; without a tokenizer, the ids themselves.
+/// The text for ids; without a tokenizer, the ids themselves.
 fn parts(ids: &[u32], loss: impl Iterator<Item = bool>, tokenizer: Option<&Tokenizer>) -> Result<Vec<Part>> {
     let mut parts: Vec<Part> = Vec::new();
     let mut stream = tokenizer.map(|tokenizer| (tokenizer.vocab_size(), tokenizer.decode_stream(false)));
     for (&id, loss) in ids.iter().zip(loss) {
         let text = match &mut stream {
             Some((size, stream)) if (id as usize) < *size => stream.push(id)?,
-            // An id of the model that the tokenizer does not have.
+            // The model has this id, the tokenizer doesn't.
             Some(_) => format!("<{id}>"),
             None => format!("{id} "),
         };
@@ -193,16 +197,17 @@ fn parts(ids: &[u32], loss: impl Iterator<Item = bool>, tokenizer: Option<&Token
     Ok(parts)
 }
 
-/// How examples are shown to people.
+/// Options for showing examples to people.
 struct View {
-    /// Colours instead of marks.
+    /// Colours instead of brackets.
     colors: bool,
-    /// All of an example, in its lines; otherwise, the start and end of it.
+    /// Show all of an example, with its line breaks; otherwise only its start and end.
     whole: bool,
 }
 
 impl View {
-    /// Characters of an example that is not shown whole: three of them, with what is said of them, fill most of a small screen.
+    /// Maximum characters of a shortened example. Three of them, with their headings, fill most of
+    /// a small screen.
     const MOST: usize = 400;
 
     fn text(&self, report: &Report) -> String {
@@ -240,7 +245,8 @@ impl View {
         }
     }
 
-    /// Text without characters that a terminal would not show, or that look like a mark.
+    /// The text with characters escaped that a terminal wouldn't show, or that look like a
+    /// bracket.
     fn visible(&self, text: &str) -> String {
         let mut visible = String::with_capacity(text.len());
         for c in text.chars() {
@@ -256,8 +262,8 @@ impl View {
     }
 }
 
-/// Parts of at most `most` characters together, and the few that stand for what was left out: long parts lose their middle, and
-/// so do many parts.
+/// Shortens parts to about `most` characters together: long parts lose their middle, and so does a
+/// long list of parts.
 fn shortened(parts: Vec<(String, bool)>, most: usize) -> Vec<(String, bool)> {
     const GAP: &str = " … ";
     let count = |text: &str| text.chars().count();

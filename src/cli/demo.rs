@@ -26,10 +26,10 @@ use crate::train::batches::{BatchOptions, Batches};
 use crate::train::data::{DataOptions, Dataset};
 use crate::train::run::{Run, RunData, RunFolder, RunOptions};
 
-/// Trains an adapter on definitions of The Devil's Dictionary, and shows what it changed.
+/// Trains an adapter on definitions from The Devil's Dictionary and shows what changed.
 ///
-/// The model is a small one that this program carries, or any other. The folder gets model and text, and in `adapter` what
-/// `qlora finetune` writes: the adapter as PEFT has it, metrics.jsonl, loss.svg and loss.png.
+/// Uses a small bundled model, or any other. The folder gets the model, the text, and in `adapter`
+/// what `qlora finetune` writes: the PEFT adapter, metrics.jsonl, loss.svg and loss.png.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora demo\n  \
@@ -38,36 +38,38 @@ pub struct DemoArgs {
     /// Another model: a Hugging Face directory, a .gguf file, or an id on the hub.
     #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: Option<PathBuf>,
-    /// The folder for what comes out; by default the first of qlora-demo, qlora-demo-2, ... that is not there.
+    /// Output folder. Default: the first of qlora-demo, qlora-demo-2, ... that doesn't exist.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     output: Option<PathBuf>,
-    /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
+    /// cpu, gpu (any GPU driver), best, an index from `qlora devices`, or part of a name or
+    /// backend.
     #[arg(long, default_value = "best")]
     device: String,
-    /// Updates; by default 100 of the small model, 30 of another.
+    /// Number of updates. Default: 100 for the bundled model, 30 for another.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     steps: Option<u32>,
-    /// Print JSON: device, model, output, steps, seconds, eval_loss_before, eval_loss, definitions (word, before, after).
+    /// Print JSON: device, model, output, steps, seconds, eval_loss_before, eval_loss, definitions
+    /// (word, before, after).
     #[arg(long)]
     json: bool,
 }
 
-/// What a demo came to.
+/// Result of a demo.
 #[derive(Serialize)]
 struct Report<'a> {
     device: &'a str,
     model: String,
-    /// The folder of the adapter.
+    /// Folder with the adapter.
     output: &'a Path,
     steps: u32,
     seconds: f64,
-    /// On definitions that it was not trained on.
+    /// Loss on definitions that it wasn't trained on.
     eval_loss_before: Option<f64>,
     eval_loss: Option<f64>,
     definitions: Vec<Definition>,
 }
 
-/// A word, as the model defines it without and with the adapter.
+/// A word's definition without and with the adapter.
 #[derive(Serialize)]
 struct Definition {
     word: &'static str,
@@ -75,20 +77,20 @@ struct Definition {
     after: String,
 }
 
-/// Words to define, none of which is in the training text.
+/// Words to define. None is in the training text.
 const WORDS: [&str; 4] = ["auctioneer, n.", "language, n.", "hearse, n.", "oath, n."];
-/// Tokens of a definition, at most.
+/// Maximum tokens in a definition.
 const LENGTH: usize = 40;
-/// The likeliest definition of a small model is the same for many words.
+/// Sampling, because a small model's likeliest definition is the same for many words.
 const SAMPLING: Sampling = Sampling { temperature: 0.7, top_k: 0, top_p: 0.9, seed: 2 };
 
 const RANK: usize = 16;
 const BATCH_SIZE: usize = 8;
-/// Tokens of an example, at most; few are longer.
+/// Maximum tokens in an example; few are longer.
 const SEQ_LEN: usize = 256;
 
 pub fn run(args: &DemoArgs) -> Result<()> {
-    // Before there is a folder: these fail where something was mistyped.
+    // Checked before the folder is made: these fail on mistyped arguments.
     let device = Device::named(&args.device)?;
     let typed = args.model.clone().map(ModelArgs::of);
     let found = typed.as_ref().map(ModelArgs::path).transpose()?;
@@ -114,9 +116,9 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let eval = read(bundled::VALID)?.examples;
     let introduction = format!(
         "device:  {}\n\
-         model:   {}, its linear layers in 4 bits and frozen\n\
-         adapter: LoRA of rank {RANK} on all of them\n\
-         text:    {} definitions of The Devil's Dictionary, and {} others to evaluate on\n",
+         model:   {}, with frozen 4-bit linear layers\n\
+         adapter: LoRA with rank {RANK} on all of them\n\
+         text:    {} definitions from The Devil's Dictionary, and {} others for evaluation\n",
         device.name(),
         source.name(),
         batches.examples(),
@@ -163,13 +165,13 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     }
     if let (Some(first), Some(last)) = (report.eval_loss_before, report.eval_loss) {
         print_line(&format!(
-            "{steps} steps in {seconds:.0} s; loss on definitions that it was not trained on: {first:.3} before, {last:.3} after\n",
+            "{steps} steps in {seconds:.0} s; loss on definitions it wasn't trained on: {first:.3} before, {last:.3} after\n",
         ))?;
     }
     for Definition { word, before, after } in &report.definitions {
         print_line(&format!("{word}\n  before: {before}\n  after:  {after}"))?;
     }
-    // As it can be typed here, installed or not.
+    // The program's name as it can be typed here, installed or not.
     let program = std::env::args().next().unwrap_or_else(|| "qlora".into());
     let (plot, folder) = (adapter.join("loss.png"), adapter.clone());
     let [program, name, adapter, data] =
@@ -179,7 +181,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     say::summary(format!(
         "\nloss plot: {}\n\
          adapter:   {}\n\n\
-         next, another word, and a model of your own:\n  \
+         next, try another word or a model of your own:\n  \
          {program} generate --model {name} --adapter {adapter} --temperature {temperature} --top-p {top_p} --seed {seed} \
          --prompt $'Define: opera, n.\\n'\n  \
          {program} finetune --model Qwen/Qwen2.5-0.5B --data {data} --output my-adapter",
@@ -188,7 +190,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     ))
 }
 
-/// A definition in one line.
+/// Generates a definition as one line.
 fn define(model: &Decoder, tokenizer: &Tokenizer, word: &str) -> Result<String> {
     let prompt = tokenizer.encode(&format!("Define: {word}\n"), true)?;
     let mut sampler = Sampler::new(SAMPLING)?;
@@ -202,7 +204,7 @@ fn create(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(|e| Error::io(path, e))
 }
 
-/// Makes a folder with a name that none has here.
+/// Makes a folder with an unused name.
 fn fresh() -> Result<PathBuf> {
     const NAME: &str = "qlora-demo";
     let mut path = PathBuf::from(NAME);

@@ -1,4 +1,4 @@
-//! `qlora devices`: what there is to run on.
+//! `qlora devices`: lists the devices.
 
 use clap::Args;
 use serde::Serialize;
@@ -14,16 +14,18 @@ use crate::error::Result;
     qlora devices\n  \
     qlora devices --check")]
 pub struct DevicesArgs {
-    /// Print JSON, an object a device: index, name, kind, backend, driver, tier, tiers, max_binding_bytes, subgroup_sizes; with
-    /// --check also `check`: m, tier, ms_median, gflops, max_rel_err_vs_cpu, agrees, and error (null where there is a result).
+    /// Print JSON, an object per device: index, name, kind, backend, driver, tier, tiers,
+    /// max_binding_bytes, subgroup_sizes. --check adds `check`: m, tier, ms_median, gflops,
+    /// max_rel_err_vs_cpu, agrees, and error (null if there is a result).
     #[arg(long)]
     json: bool,
-    /// Also run the fused layer on each of them, and compare the result with the CPU's; status 1 if one differs.
+    /// Also run the fused layer on each device and compare the result with the CPU's; status 1 if
+    /// one differs.
     #[arg(long)]
     check: bool,
 }
 
-/// A device, with what the check found where it was asked for.
+/// A device, with its check results if requested.
 #[derive(Serialize)]
 struct Report<'a> {
     #[serde(flatten)]

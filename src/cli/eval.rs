@@ -1,4 +1,4 @@
-//! `qlora eval`: how well a model predicts given text.
+//! `qlora eval`: loss and perplexity of a model on given data.
 
 use std::path::PathBuf;
 
@@ -13,11 +13,11 @@ use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
 use crate::nn::{Decoder, Tokens};
 use crate::train::data::{Dataset, Example};
 
-/// Mean loss and perplexity over the tokens that carry loss.
+/// Measures mean loss and perplexity over the tokens that carry loss.
 ///
-/// Data: plain text, or objects, in lines or a list, of {"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"},
-/// {"instruction", "input", "output"} or {"input_ids", "labels"} (labels as in Hugging Face, -100 for none; these need no
-/// tokenizer).
+/// Data is plain text, or JSON objects (one per line, or in a list) with {"prompt", "completion"},
+/// {"messages"}, {"conversations"}, {"text"}, {"instruction", "input", "output"} or {"input_ids",
+/// "labels"}. Labels are as in Hugging Face, -100 for none, and need no tokenizer.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora eval --model model.gguf --data text.txt\n  \
@@ -26,16 +26,18 @@ use crate::train::data::{Dataset, Example};
 pub struct EvalArgs {
     #[command(flatten)]
     model: AdaptedArgs,
-    /// The data: JSON Lines, a JSON list, comma- or tab-separated values, or plain text; - for standard input.
+    /// Evaluation data: JSON Lines, a JSON list, comma- or tab-separated values, or plain text; -
+    /// for standard input.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     data: PathBuf,
-    /// Leave out lines that cannot be read, and count them.
+    /// Skip lines that can't be read, and count them.
     #[arg(long)]
     skip_bad_lines: bool,
-    /// Also write `input_ids` and f32 `logits` [rows, length, vocabulary]; all sequences must be of one length.
+    /// Also write `input_ids` and f32 `logits` [rows, length, vocabulary] as safetensors; all
+    /// sequences must have the same length.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     dump_logits: Option<PathBuf>,
-    /// Print JSON: adapter, loss, perplexity, tokens; an array of these where there are several --use.
+    /// Print JSON: adapter, loss, perplexity, tokens; an array of these with several --use.
     #[arg(long)]
     json: bool,
 }
@@ -53,7 +55,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let tokenizer = args.model.model.tokenizer(&path, vocabulary);
     let data = read(&args.data, tokenizer.as_ref(), args.skip_bad_lines, vocabulary)?;
     if args.dump_logits.is_some() && uses.len() > 1 {
-        let (got, expected) = (format!("{} times", uses.len()), "--dump-logits writes those of one adapter".into());
+        let (got, expected) =
+            (format!("{} times", uses.len()), "--dump-logits writes the logits of one adapter".into());
         return Err(Error::Invalid { op: "dumping logits", what: "--use", got, expected });
     }
     let mut found = Vec::with_capacity(uses.len());
@@ -75,15 +78,16 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     })
 }
 
-/// The loss of the data, with the adapter that is active.
+/// Evaluates the data with the active adapter.
 fn evaluated(args: &EvalArgs, model: &Decoder, data: &Dataset) -> Result<Evaluation> {
     let bar = say::bar(data.examples.len(), "{wide_bar} {pos}/{len} sequences, {eta} left");
-    // A text longer than the model's positions counts piece by piece, each without what was before.
+    // A text longer than the model's positions is evaluated in pieces, each without what came
+    // before.
     let most = model.config().max_position_embeddings;
     let pieces = data.examples.iter().flat_map(|example| example.pieces(most));
     let found =
         evaluate(model, pieces, PASS_TOKENS, |done| bar.set_position(done as u64)).map_err(|error| match error {
-            // A loss that is not finite is the model's fault.
+            // A loss that isn't finite is the model's fault, not the data's.
             Error::Invalid { what, .. } if what != "the loss" => {
                 Error::File { path: args.data.clone(), message: error.to_string() }
             }
@@ -100,7 +104,7 @@ fn dump_logits(model: &Decoder, examples: &[Example], path: &std::path::Path) ->
             op: "dumping logits",
             what: "the length of a sequence",
             got: other.ids().len().to_string(),
-            expected: format!("the first one has {length} tokens, and all must be of one length"),
+            expected: format!("the first sequence has {length} tokens, and all must have the same length"),
         });
     }
     let (mut ids, mut logits) = (Vec::new(), Vec::new());

@@ -17,23 +17,24 @@ use crate::nn::ModelSpec;
 
 /// Writes an adapter as a GGUF file, which llama.cpp loads beside the model (`--lora`).
 ///
-/// The scale of rsLoRA and ranks and alphas of single modules are folded in. DoRA has no place in such a file: merge it.
+/// Folds in rsLoRA's scale, and ranks and alphas of single modules. A GGUF adapter can't represent
+/// DoRA; use `qlora merge`.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora export --model model.gguf --adapter my-adapter --output my-adapter.gguf\n  \
     qlora export --model MODEL_DIR --adapter my-adapter --output my-adapter.gguf --force")]
 pub struct ExportArgs {
-    /// The model that the adapter is for: a Hugging Face directory, a .gguf file, or an id on the hub. Only its headers are
-    /// read.
+    /// The adapter's model: a Hugging Face directory, a .gguf file, or an id on the hub. Only its
+    /// headers are read.
     #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: PathBuf,
-    /// A directory with a PEFT adapter.
+    /// A PEFT adapter directory.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     adapter: PathBuf,
-    /// The file to write; its name ends in .gguf.
+    /// The file to write; its name must end in .gguf.
     #[arg(long, value_name = "FILE.gguf", value_hint = ValueHint::FilePath)]
     output: PathBuf,
-    /// Replace the output if it exists.
+    /// Replace existing output.
     #[arg(long)]
     force: bool,
     /// Print what was written as JSON.
@@ -52,10 +53,11 @@ struct Report {
 /// Runs `qlora export`.
 ///
 /// # Errors
-/// Whatever reading or writing gives; [`Error::File`] for an output that exists or is called otherwise.
+/// Errors from reading and writing; [`Error::File`] if the output exists or its name doesn't end
+/// in .gguf.
 pub fn run(args: &ExportArgs) -> Result<()> {
     if !is_gguf_name(&args.output) {
-        let message = "must end in .gguf; PEFT's own files are what the adapter is in already".into();
+        let message = "must end in .gguf; the adapter is already in PEFT's format".into();
         return Err(Error::File { path: args.output.clone(), message });
     }
     check_output(&args.output, &args.model, &args.adapter, args.force)?;
@@ -63,7 +65,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     check_inputs(&args.output, &path, &args.adapter)?;
     let adapter = read_adapter(&args.adapter)?;
     let model = ModelSpec::read(&path, &BaseFormat::AsIs)?;
-    // What DoRA lacks is no matter of the model.
+    // Failing because of DoRA has nothing to do with the model.
     let explain = |error| if adapter.config.use_dora { error } else { misfit(&args.adapter, &adapter, error) };
     write_gguf_adapter(&adapter, &model, &args.output).map_err(explain)?;
     warn_other_base(&args.adapter, &adapter.config, &args.model.display().to_string());

@@ -1,4 +1,4 @@
-//! `qlora finetune`: from a model and a text to a trained adapter.
+//! `qlora finetune`: trains an adapter on data.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -20,12 +20,14 @@ use crate::train::batches::Batches;
 use crate::train::metrics::{FILE, Record};
 use crate::train::run::{End, Run, RunFolder, RunOptions, Summary};
 
-/// Trains an adapter of a model on a text.
+/// Trains a LoRA adapter on your data.
 ///
-/// Data: plain text, or objects, in lines or a list, of {"prompt", "completion"}, {"messages"}, {"conversations"}, {"text"},
-/// {"instruction", "input", "output"} or {"input_ids", "labels"}. Of pairs and chats only the answers carry loss: `qlora data`
-/// shows which tokens that are. The output directory gets metrics.jsonl, loss.svg and loss.png, checkpoints, and in the end the
-/// adapter as PEFT has it. Ctrl-C saves a checkpoint and ends with status 130; --resume goes on from there.
+/// Data is plain text, or JSON objects (one per line, or in a list) with {"prompt", "completion"},
+/// {"messages"}, {"conversations"}, {"text"}, {"instruction", "input", "output"} or {"input_ids",
+/// "labels"}. For pairs and chats, only the answers carry loss; `qlora data` shows which tokens
+/// these are. The output directory gets metrics.jsonl, loss.svg and loss.png, checkpoints, and at
+/// the end the PEFT adapter. Ctrl-C saves a checkpoint and ends with status 130; --resume
+/// continues from there.
 #[derive(Args, Debug)]
 #[command(override_usage = "qlora finetune --model PATH|ID --data FILE --output DIR [OPTIONS]")]
 #[command(after_help = "Examples:\n  \
@@ -35,13 +37,14 @@ use crate::train::run::{End, Run, RunFolder, RunOptions, Summary};
 pub struct FinetuneArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// Print JSON at the end: output, end (finished, early_stop or interrupted), steps, loss, eval_loss_before, eval_loss,
-    /// best_eval_loss, tokens, tokens_per_second, peak_bytes; null is what there was none of.
-    #[arg(long)]
+    /// Print JSON at the end: output, end (finished, early_stop or interrupted), steps, loss,
+    /// eval_loss_before, eval_loss, best_eval_loss, tokens, tokens_per_second, peak_bytes; null if
+    /// there is none.
+    #[arg(long, help_heading = None)]
     json: bool,
 }
 
-/// What a run came to. Losses are those of the last step and the last evaluation.
+/// Result of a run. `loss` and `eval_loss` are from the last step and the last evaluation.
 #[derive(Serialize)]
 struct Report<'a> {
     output: &'a Path,
@@ -52,7 +55,7 @@ struct Report<'a> {
     eval_loss: Option<f64>,
     best_eval_loss: Option<f64>,
     tokens: u64,
-    /// Of all steps, evaluations and checkpoints left out.
+    /// Average over all steps, without evaluations and checkpoints.
     tokens_per_second: Option<f64>,
     peak_bytes: u64,
 }
@@ -81,12 +84,12 @@ impl<'a> Report<'a> {
     }
 }
 
-/// Arguments with those of a settings file before them, if `typed` names one.
+/// Inserts the flags of a settings file, if the arguments name one.
 pub(super) fn with_settings(
     arguments: Vec<OsString>,
     command: impl FnOnce() -> clap::Command,
 ) -> Result<Vec<OsString>> {
-    // Required flags may be in the file, so that only the path and the command can be looked for.
+    // Required flags may be in the file, so look only for its path and the command.
     let Some(path) = config_path(&arguments) else { return Ok(arguments) };
     let command = command();
     let named = |word: &OsString| command.find_subcommand(word.to_str()?);
@@ -96,12 +99,12 @@ pub(super) fn with_settings(
     };
     let typed: Vec<String> = arguments.iter().filter_map(long_name).collect();
     let mut all = arguments;
-    // After the command's name.
+    // Insert after the command's name.
     all.splice(at + 1..at + 1, settings::arguments(&path, command, &typed)?);
     Ok(all)
 }
 
-/// `name` of `--name` or `--name=value`.
+/// Returns `name` for `--name` and `--name=value`.
 fn long_name(argument: &OsString) -> Option<String> {
     let name = argument.to_str()?.strip_prefix("--")?;
     Some(name.split_once('=').map_or(name, |(name, _)| name).to_owned())
@@ -116,7 +119,7 @@ fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
 
 pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let (args, json) = (&args.run, args.json);
-    // Not required in clap's words, as `plan` can do without.
+    // clap doesn't require these, as `plan` can do without.
     let (Some(_), Some(output)) = (&args.data, &args.output) else {
         missing("--data FILE and --output DIR");
     };
@@ -124,7 +127,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let folder = RunFolder::claim(output)?;
     let goes_on = args.resume && folder.has_checkpoint()?;
     if args.resume && !goes_on {
-        say::progress(format!("{}: nothing is saved yet, so the run starts from the beginning", output.display()));
+        say::progress(format!("{}: nothing saved yet; the run starts from the beginning", output.display()));
     }
     if !goes_on {
         folder.check_unused()?;
@@ -148,12 +151,12 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         None => args.as_typed(error),
     })?;
     if run.end().is_some() {
-        say::progress(format!("{}: the run is finished, after {} steps", output.display(), run.step()));
+        say::progress(format!("{}: already finished, after {} steps", output.display(), run.step()));
     }
     if let Some((path, adapter)) = &initial {
         warn_other_base(path, &adapter.config, &args.model.name());
     }
-    let interrupted = interrupts("ending after this step; once more ends at once");
+    let interrupted = interrupts("stopping after this step; press Ctrl-C again to stop at once");
     let (summary, records) = train(&mut run, steps, output, || interrupted.load(Ordering::Relaxed))?;
     let report = Report::new(output, &summary, &records);
     if json {
@@ -161,7 +164,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     }
     let output = output.display();
     if summary.end == End::Interrupted {
-        let how = if summary.steps > 0 { "; the same command with --resume goes on" } else { "" };
+        let how = if summary.steps > 0 { "; to continue, run the same command with --resume" } else { "" };
         say::progress(format!("interrupted after {} of {steps} steps{how}", summary.steps));
         return Ok(ExitCode::from(INTERRUPTED));
     }
@@ -169,12 +172,12 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if summary.end == End::EarlyStop {
-        say::summary(format!("ended after {} steps, as evaluations got no better", summary.steps))?;
+        say::summary(format!("ended after {} steps: evaluations stopped improving", summary.steps))?;
     }
     if let (Some(first), Some(last), Some(best)) = (report.eval_loss_before, report.eval_loss, report.best_eval_loss) {
         say::summary(format!("evaluation loss: {first:.4} before, {last:.4} after, {best:.4} at its best"))?;
     }
-    // The base that it was trained on, where the file has another.
+    // If training quantized the base, `generate` needs the flag for the same base.
     let as_is = ModelSpec::read(&path, &BaseFormat::AsIs)?;
     let base = if as_is.matrix_bytes(&device)? == spec.matrix_bytes(&device)? { "" } else { args.model.base_flag() };
     let name = args.model.name();
@@ -184,7 +187,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Refuses a folder in which the run would write to what it reads.
+/// Refuses an output folder where the run would overwrite its inputs.
 fn check_apart(args: &RunArgs, folder: &Path) -> Result<()> {
     let names = [FILE, "loss.svg", "loss.png", "adapter_config.json", "adapter_model.safetensors"];
     let files = names.map(|name| folder.join(name));
@@ -200,7 +203,7 @@ fn check_apart(args: &RunArgs, folder: &Path) -> Result<()> {
     output::check(std::iter::once(folder).chain(files.iter().map(PathBuf::as_path)), &inputs)
 }
 
-/// Ends as clap does where a flag is missing.
+/// Exits like clap does if a flag is missing.
 fn missing(flag: &str) -> ! {
     let mut command = Cli::command();
     command.build();
@@ -210,12 +213,12 @@ fn missing(flag: &str) -> ! {
     finetune.unwrap_or_else(|| Cli::command().error(MissingRequiredArgument, &message)).exit()
 }
 
-/// Says on stderr what is going to happen.
+/// Describes the run on stderr before it starts.
 fn describe(batches: &Batches, eval: usize, options: &RunOptions) {
     let (data, cut) = (batches.options(), batches.cut);
     let packing = if data.packing { ", packed" } else { "" };
     say::progress(format!(
-        "data: {} examples, {} tokens{packing} in rows of at most {}; {eval} examples to evaluate on",
+        "data: {} examples, {} tokens{packing} in rows of at most {}; {eval} examples for evaluation",
         batches.examples(),
         batches.tokens(),
         data.seq_len
@@ -227,7 +230,7 @@ fn describe(batches: &Batches, eval: usize, options: &RunOptions) {
         ));
     }
     say::progress(format!(
-        "run: {} steps of {} x {} rows, an epoch has {}",
+        "run: {} steps of {} x {} rows; {} steps per epoch",
         options.steps,
         data.grad_accum,
         data.batch_size,

@@ -1,4 +1,4 @@
-//! `qlora generate`: text from a model.
+//! `qlora generate`: generates text.
 
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
@@ -27,61 +27,61 @@ pub struct GenerateArgs {
     /// The text to continue; with --chat, the user's message.
     #[arg(long, allow_hyphen_values = true)]
     prompt: String,
-    /// Put the prompt into the model's chat template.
+    /// Apply the model's chat template to the prompt.
     #[arg(long)]
     chat: bool,
-    /// A system message before it; needs --chat.
+    /// System message before the prompt; needs --chat.
     #[arg(long, requires = "chat", allow_hyphen_values = true)]
     system: Option<String>,
-    /// The most tokens to answer.
+    /// Maximum tokens to generate.
     #[arg(long, default_value_t = 128)]
     max_tokens: usize,
-    /// 0 takes the likeliest token, always.
+    /// Sampling temperature; 0 always takes the likeliest token.
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     temperature: f32,
-    /// Only so many of the likeliest tokens; 0: all.
+    /// Sample from the N likeliest tokens; 0: all.
     #[arg(long, default_value_t = 0)]
     top_k: usize,
-    /// Only the likeliest tokens that together have this probability.
+    /// Sample from the likeliest tokens that together have this probability.
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f32,
-    /// The same seed chooses the same tokens.
+    /// The same seed gives the same tokens.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Ends the answer where this text comes; may be given several times.
+    /// Stop at this text; may be repeated.
     #[arg(long, allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Print tokens per second to stderr at the end.
     #[arg(long)]
     stats: bool,
-    /// Print JSON, when all is there: adapter, text, end (eos, stop or length), prompt_tokens, tokens, prompt_tokens_per_second,
-    /// tokens_per_second; an array of these where there are several --use.
+    /// Print JSON at the end: adapter, text, end (eos, stop or length), prompt_tokens, tokens,
+    /// prompt_tokens_per_second, tokens_per_second; an array of these with several --use.
     #[arg(long)]
     json: bool,
 }
 
-/// What was generated, and how fast.
+/// Generated text, and speed.
 #[derive(Serialize)]
 struct Report {
     text: String,
     end: End,
     prompt_tokens: usize,
-    /// Of the answer.
+    /// Tokens of the answer.
     tokens: usize,
     prompt_tokens_per_second: f64,
-    /// After the first token, which the prompt's pass makes.
+    /// Speed after the first token, which the prompt's pass computes.
     tokens_per_second: f64,
 }
 
-/// Why an answer ended.
+/// Why generation ended.
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
 enum End {
-    /// By a token of the model that says so.
+    /// The model produced an end-of-text token.
     Eos,
-    /// By `--stop`, or because nobody reads on.
+    /// A `--stop` text came, or the output's reader is gone.
     Stop,
-    /// It has all the tokens that it may have.
+    /// The answer has the maximum number of tokens.
     Length,
 }
 
@@ -94,7 +94,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let prompt = if args.chat {
         let system = args.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<Message> = system.chain([Message::new("user", &args.prompt)]).collect();
-        // The template writes the special tokens itself.
+        // The template adds special tokens itself.
         let chat = Conversation::from(messages);
         let text = tokenizer.chat()?.render(&chat, true, tokenizer.bos_text(), tokenizer.eos_text())?;
         tokenizer.encode(&text, false)?
@@ -113,7 +113,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     if args.json { print_all(&reports) } else { Ok(()) }
 }
 
-/// Continues the prompt with the adapter that is active; printed as it comes, unless JSON is wanted.
+/// Continues the prompt with the active adapter. Prints text as it comes, unless JSON is
+/// requested.
 fn answer(
     args: &GenerateArgs,
     model: &Decoder,
@@ -163,13 +164,13 @@ fn answer(
     Ok(report)
 }
 
-/// Prints text as it comes, or keeps it, but holds back what may become a stop string.
+/// Prints or collects text as it comes, but holds back the possible start of a stop string.
 struct Printer<'a> {
     held: String,
-    /// A stop string came, or nobody reads on.
+    /// Whether a stop string came or the output's reader is gone.
     stopped: bool,
     stop: &'a [String],
-    /// All of it, if it is not to be printed.
+    /// The whole text, if it is collected instead of printed.
     kept: Option<String>,
 }
 
@@ -185,7 +186,7 @@ impl Printer<'_> {
         self.release(self.held.len() - self.pending())
     }
 
-    /// Bytes at the end that are the start of a stop string.
+    /// Bytes at the end of the held text that may start a stop string.
     fn pending(&self) -> usize {
         let start_of = |stop: &String| {
             stop.char_indices().map(|(at, _)| at).filter(|&at| at > 0 && self.held.ends_with(&stop[..at])).max()
@@ -193,20 +194,21 @@ impl Printer<'_> {
         self.stop.iter().filter_map(start_of).max().unwrap_or(0)
     }
 
-    /// Lets the first `len` bytes of what is held go.
+    /// Releases the first `len` bytes of the held text.
     fn release(&mut self, len: usize) -> Result<ControlFlow<()>> {
         let rest = self.held.split_off(len);
         let text = std::mem::replace(&mut self.held, rest);
         match &mut self.kept {
             Some(kept) => kept.push_str(&text),
-            // A terminal would do what control characters say.
+            // A terminal would act on control characters, so escape them.
             None if std::io::stdout().is_terminal() => self.stopped = put(&lines(&text))?.is_break(),
             None => self.stopped = put(&text)?.is_break(),
         }
         Ok(if self.stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
-    /// Lets go what was held back, and what came last. Whether it was stopped, and the text if it was kept.
+    /// Releases the held text and the last `piece`. Returns whether generation was stopped, and
+    /// the collected text.
     fn finish(mut self, piece: &str) -> Result<(bool, Option<String>)> {
         if !self.stopped && self.push(piece)?.is_continue() {
             let _ = self.release(self.held.len())?;

@@ -1,4 +1,4 @@
-//! `qlora bench --hardware`: all that the project wants to know of a GPU, in one file.
+//! `qlora bench --hardware`: all measurements of a GPU that the project collects, in one file.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -14,49 +14,49 @@ use crate::device::{Device, DeviceInfo, devices};
 use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
 
-/// Everything about a GPU at once.
+/// Options for a full report about a GPU.
 #[derive(Args, Debug)]
-#[command(next_help_heading = "Everything about a GPU")]
+#[command(next_help_heading = "Hardware report")]
 pub(super) struct HardwareArgs {
-    /// Compare a layer's passes with the CPU and time them, in every tier that the GPU runs (or in
-    /// QLORA_TIER's) and from 1 to 4096 rows; time and profile training steps of SmolLM2-135M's
-    /// and of a 7B model's shape; and how fast the GPU copies. Takes ten minutes or so. Each part
-    /// is a process of its own with a time limit: one that fails is noted in the file, and the
-    /// others go on.
+    /// Check and time a GPU in full, in about ten minutes. Compares a layer's passes with the CPU
+    /// and times them, in every tier that the GPU runs (or in QLORA_TIER's) and for 1 to 4096
+    /// rows. Times and profiles training steps with the shapes of SmolLM2-135M and of a 7B model,
+    /// and measures copy bandwidth. Each part is a process with its own time limit; if one fails,
+    /// the file says so and the others continue.
     #[arg(long, conflicts_with_all = ["op", "m", "n", "k", "rank", "format", "double_quant", "plot", "json", "tokens", "hidden", "ffn",
         "layers", "heads", "kv_heads", "vocabulary", "checkpoint_activations", "profile", "copy"])]
     pub(super) hardware: bool,
-    /// With --hardware: tiny sizes, to try it.
+    /// With --hardware: use tiny sizes, to try it out.
     #[arg(long, requires = "hardware")]
     quick: bool,
-    /// With --hardware: a program that prints what the GPU can do, as
-    /// benches/peers/torch_ceilings.py does with torch.
+    /// With --hardware: a program that prints the GPU's peak rates, such as
+    /// benches/peers/torch_ceilings.py, which uses torch.
     #[arg(long, value_name = "COMMAND", requires = "hardware")]
     ceilings: Option<String>,
-    /// Only time copies of so many MiB of a GPU's memory (fewer where there is no room): the
-    /// ceiling for what memory bounds.
+    /// Only measure copy bandwidth, with buffers of this many MiB (fewer if memory is short). It
+    /// limits whatever is bound by memory.
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 16),
         conflicts_with_all = ["op", "against", "output", "plot"])]
     pub(super) copy: Option<u64>,
 }
 
-/// Of a layer.
+/// Rows of X in layer measurements.
 const ROWS: [usize; 6] = [1, 8, 64, 512, 2048, 4096];
 const LAYER: &str = "--double-quant --n 4096 --k 14336";
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// Eight of the 32 layers of Llama 2 7B.
+/// Shape of Llama 2 7B, with 8 of its 32 layers.
 const STEP_7B: &str = "--hidden 4096 --ffn 11008 --layers 8 --heads 32 --kv-heads 32 --vocabulary 32000 --tokens 2048";
 const STEP_LIMIT: Duration = Duration::from_secs(900);
 
-/// With --quick.
+/// Sizes with --quick.
 const QUICK_ROWS: [usize; 2] = [1, 16];
 const QUICK_LAYER: &str = "--double-quant --n 96 --k 64";
 const QUICK_SMOLLM2: &str = "--hidden 72 --ffn 96 --layers 2 --heads 9 --kv-heads 3 --vocabulary 64 --tokens 16";
 const QUICK_7B: &str = "--hidden 64 --ffn 96 --layers 1 --heads 2 --kv-heads 2 --vocabulary 64 --tokens 16";
 
-/// Measures the GPU that `device` names, and writes `file`: a file, a folder for one that is named
-/// after the GPU, or by default such a one in the folder that this runs in.
+/// Measures the GPU that `device` names and writes the report to `file`. If that is a folder, the
+/// file in it is named after the GPU. By default it is in the current folder.
 pub(super) fn run(args: &HardwareArgs, device: &str, against: &[String], file: Option<&Path>) -> Result<()> {
     let info = described(device)?;
     let card = format!("{}.json", slug(&info.name));
@@ -77,14 +77,14 @@ pub(super) fn run(args: &HardwareArgs, device: &str, against: &[String], file: O
     };
     let plans = plans(args, &report.device, against)?;
     if args.ceilings.is_none() {
-        let why = "no program for it: --ceilings names one";
+        let why = "no program given; set one with --ceilings";
         say::progress(format_args!("ceilings: skipped, {why}"));
         report.parts.push(Part::skipped("ceilings", why));
     }
     for (at, plan) in plans.iter().enumerate() {
         let mut part = plan.run();
         if part.error.as_ref().is_some_and(|error| error.contains("time of each kernel")) {
-            // There are no timestamps to profile with.
+            // The GPU has no timestamps to profile with.
             let command = plan.command.iter().filter(|word| *word != "--profile").cloned().collect();
             part = Plan { command, ..plan.clone() }.run();
         }
@@ -96,25 +96,25 @@ pub(super) fn run(args: &HardwareArgs, device: &str, against: &[String], file: O
         let (title, seconds, count) = (part.title(), part.seconds, plans.len());
         say::progress(format_args!("{} of {count}: {title}: {how}, {seconds:.1} s", at + 1));
         report.parts.push(part);
-        // After each: whatever comes next may take the machine with it.
+        // Written after each part, because the next may crash the machine.
         write(&path, &report)?;
     }
     print_line(&report.markdown())?;
     print_line(&format!(
-        "To have these figures in the project, add {} to its benches/results in a pull request, or attach it to an issue.",
+        "To share these figures with the project, add {} to benches/results in a pull request, or attach it to an issue.",
         path.display()
     ))?;
     report.verdict()
 }
 
-/// Times copies of so many MiB, and prints the rates as JSON.
+/// Measures copies of `mib` MiB and prints the rates.
 pub(super) fn copy(device: &Device, mib: u64, json: bool) -> Result<()> {
     let rates = crate::bench::copy::measure_copy(device, mib << 20)?;
     if json {
         return super::print_json(&rates);
     }
     print_line(&format!(
-        "{}: copies of {} MiB, read and written: {:.1} GB/s from buffer to buffer, {:.1} GB/s by a kernel",
+        "{}: copies of {} MiB, bytes read plus bytes written: {:.1} GB/s from buffer to buffer, {:.1} GB/s by a kernel",
         device.name(),
         rates.bytes >> 20,
         rates.buffer_gb_per_s,
@@ -122,7 +122,7 @@ pub(super) fn copy(device: &Device, mib: u64, json: bool) -> Result<()> {
     ))
 }
 
-/// The device that is meant, as `qlora devices` lists it.
+/// Returns the selected device as `qlora devices` lists it.
 fn described(name: &str) -> Result<DeviceInfo> {
     let device = Device::named(name)?;
     let found = devices().into_iter().find(|info| info.index > 0 && info.name == device.name());
@@ -134,7 +134,7 @@ fn described(name: &str) -> Result<DeviceInfo> {
     })
 }
 
-/// What is to be measured, in this order: what may be wrong before what takes long.
+/// Lists the measurements in order: those that may find errors come before those that take long.
 fn plans(args: &HardwareArgs, info: &DeviceInfo, against: &[String]) -> Result<Vec<Plan>> {
     let program =
         std::env::current_exe().map_err(|error| Error::Io { path: "qlora".into(), message: error.to_string() })?;
@@ -153,11 +153,11 @@ fn plans(args: &HardwareArgs, info: &DeviceInfo, against: &[String]) -> Result<V
     let forced = std::env::var("QLORA_TIER").ok().filter(|tier| !tier.is_empty());
     let is_meant = |tier: &&String| match &forced {
         Some(forced) => *tier == forced,
-        // That of software drivers is no other device's, unless a try on one of these.
+        // Software drivers alone use this tier, unless it is forced on another device to try it.
         None => *tier != "software" || info.kind == "software",
     };
     let tiers: Vec<&String> = info.tiers.iter().filter(is_meant).collect();
-    // Those whose speed matters: by default, and with cooperative matrices.
+    // The tiers whose speed matters: the default one, and cooperative matrices.
     let fast = |tier: &&&String| forced.is_some() || **tier == &info.tier || **tier == "cooperative-matrix";
     let peers: Vec<&str> = against.iter().flat_map(|command| ["--against", command.as_str()]).collect();
     let (rows, layer) = if args.quick { (&QUICK_ROWS[..], QUICK_LAYER) } else { (&ROWS[..], LAYER) };
@@ -168,7 +168,7 @@ fn plans(args: &HardwareArgs, info: &DeviceInfo, against: &[String]) -> Result<V
             plans.push(plan("layer", Some(tier), Some(m), command, LIMIT));
         }
     }
-    // The other shape is the options' default.
+    // The options default to SmolLM2-135M's shape.
     let smollm2 = if args.quick { format!(" {QUICK_SMOLLM2}") } else { String::new() };
     let steps = [("smollm2-step", smollm2), ("7b-step", format!(" {}", if args.quick { QUICK_7B } else { STEP_7B }))];
     for (name, shape) in steps {
@@ -180,7 +180,7 @@ fn plans(args: &HardwareArgs, info: &DeviceInfo, against: &[String]) -> Result<V
     Ok(plans)
 }
 
-/// "nvidia-h100-80gb-hbm3" of "NVIDIA H100 80GB HBM3 (vulkan)".
+/// Makes "nvidia-h100-80gb-hbm3" from "NVIDIA H100 80GB HBM3 (vulkan)".
 fn slug(name: &str) -> String {
     let name = name.split(" (").next().unwrap_or_default().to_lowercase();
     let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());

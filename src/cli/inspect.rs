@@ -1,4 +1,5 @@
-//! `qlora inspect`: what is in a model or an adapter, by headers and configs alone.
+//! `qlora inspect`: shows the contents of a model or an adapter from its headers and configs
+//! alone.
 
 mod tensors;
 
@@ -25,25 +26,26 @@ use crate::printable::one_line;
 /// Shows what is in a model or an adapter: its config, and its tensors with formats and sizes.
 ///
 /// Only headers and configs are read. Tensors that are alike in several layers share a row, as in
-/// `model.layers.{0-29}.mlp.up_proj.weight`. The parts of a 4-bit weight of bitsandbytes count as one tensor.
+/// `model.layers.{0-29}.mlp.up_proj.weight`. The parts of a 4-bit bitsandbytes weight count as one
+/// tensor.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora inspect model.gguf\n  \
     qlora inspect ADAPTER --json")]
 pub struct InspectArgs {
-    /// A .gguf or .safetensors file, a Hugging Face directory, or the directory of a PEFT adapter.
+    /// A .gguf or .safetensors file, a Hugging Face directory, or a PEFT adapter directory.
     #[arg(value_name = "FILE|DIR", value_hint = ValueHint::AnyPath)]
     path: PathBuf,
-    /// Give every tensor a row.
+    /// Show a row for every tensor.
     #[arg(long)]
     all: bool,
-    /// Print JSON, which has every tensor: path, kind, architecture, name, unsupported (why, or null), model, adapter,
-    /// adapted_layers, parameters, bytes, bits_per_weight, formats, tensors.
+    /// Print JSON with every tensor: path, kind, architecture, name, unsupported (why, or null),
+    /// model, adapter, adapted_layers, parameters, bytes, bits_per_weight, formats, tensors.
     #[arg(long)]
     json: bool,
 }
 
-/// What a path is.
+/// Kind of file or directory.
 #[derive(Serialize, Clone, Copy)]
 #[serde(rename_all = "lowercase")]
 enum Kind {
@@ -53,19 +55,19 @@ enum Kind {
     Adapter,
 }
 
-/// What is found, as JSON has it. Keys that do not apply are null.
+/// The result in the form of its JSON. Keys that don't apply are null.
 #[derive(Serialize)]
 struct Report {
     path: String,
     kind: Kind,
     architecture: Option<String>,
     name: Option<String>,
-    /// Why this program does not run it, if its config or types say so.
+    /// Why this program can't run it, judging by its config or types.
     unsupported: Option<String>,
     model: Option<ModelInfo>,
-    /// `adapter_config.json`, with PEFT's defaults for what it leaves out.
+    /// `adapter_config.json`, with PEFT's defaults for missing keys.
     adapter: Option<Map<String, Value>>,
-    /// Linear layers with tensors of an adapter.
+    /// Number of linear layers with adapter tensors.
     adapted_layers: Option<usize>,
     #[serde(flatten)]
     total: Size,
@@ -73,7 +75,7 @@ struct Report {
     tensors: Vec<TensorInfo>,
 }
 
-/// Sizes of a model, called as in `config.json`.
+/// Sizes of a model, named as in `config.json`.
 #[derive(Serialize)]
 struct ModelInfo {
     num_hidden_layers: usize,
@@ -147,7 +149,7 @@ impl Report {
         }
     }
 
-    /// With what the config says, or why it is not supported.
+    /// Adds what the config says, or why it isn't supported.
     fn with_model(mut self, config: Result<ModelConfig>) -> Self {
         match config {
             Ok(config) => self.model = Some(ModelInfo::from(&config)),
@@ -192,7 +194,7 @@ fn safetensors(path: &Path) -> Result<Report> {
 }
 
 fn adapter(path: &Path) -> Result<Report> {
-    // A file that is no JSON is an error; an adapter of another kind is shown.
+    // A file that isn't JSON is an error; an adapter of another kind is shown.
     JsonObject::read(&path.join(peft::CONFIG))?;
     let file = peft::open_tensors(path)?;
     let layers: BTreeSet<&str> = file.names().iter().filter_map(|key| peft::module_of(key)).collect();
@@ -218,7 +220,7 @@ fn print(report: &Report, all: bool) -> Result<()> {
     print_line(&format!("\n{}", table(header, 2, tensors::tensor_rows(&report.tensors, all))))
 }
 
-/// What a person wants to know first.
+/// Facts to show first.
 fn facts(report: &Report) -> Vec<(&'static str, String)> {
     let kind = match report.kind {
         Kind::Gguf => "GGUF file",
@@ -235,7 +237,7 @@ fn facts(report: &Report) -> Vec<(&'static str, String)> {
         let head = if model.tie_word_embeddings { "the embedding" } else { "its own" };
         facts.push(("layers", format!("{layers}, hidden {hidden}, MLP {inner}")));
         let (heads, kv_heads) = (model.num_attention_heads, model.num_key_value_heads);
-        facts.push(("heads", format!("{heads} of {}, {kv_heads} of keys and values", model.head_dim)));
+        facts.push(("heads", format!("{heads} of size {}, {kv_heads} for keys and values", model.head_dim)));
         facts.push(("vocabulary", format!("{}, head: {head}", model.vocab_size)));
         facts.push(("positions", model.max_position_embeddings.to_string()));
     }

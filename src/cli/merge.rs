@@ -1,4 +1,4 @@
-//! `qlora merge`: an adapter in its model, as files for other programs.
+//! `qlora merge`: merges an adapter into its model, for other programs.
 
 use std::fs;
 use std::ops::ControlFlow;
@@ -20,35 +20,37 @@ use crate::quant::{Dtype, QuantOptions};
 
 /// Merges an adapter into its model: a directory that transformers loads, or a GGUF file.
 ///
-/// W of every linear layer with an adapter becomes W + s B A, with DoRA's row lengths where it is DoRA. A dense model's own
-/// weights are W; of a 4-bit model, W is what its codes stand for, as the adapter was trained beside these values. Tokenizer,
-/// chat templates, generation settings and licences come along. Needs memory for about one matrix.
+/// W of every linear layer with an adapter becomes W + s B A, with DoRA's row lengths if it uses
+/// DoRA. For a dense model, W is the model's own weights. For a 4-bit model, W is the dequantized
+/// weights, which the adapter was trained beside. Tokenizer, chat templates, generation settings
+/// and licences are copied. Needs memory for about one matrix.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora merge --model MODEL_DIR --adapter my-adapter --output merged --dtype bf16\n  \
     qlora merge --model model.gguf --adapter my-adapter --output merged.gguf --dtype q8_0\n  \
     qlora merge --model MODEL_DIR --adapter my-adapter --output merged-nf4 --requantize nf4")]
 pub struct MergeArgs {
-    /// The model that the adapter was trained on, or the one that it was quantized from: a Hugging Face directory, a .gguf
-    /// file, or an id on the hub.
+    /// The model that the adapter was trained on, or the one that it was quantized from: a Hugging
+    /// Face directory, a .gguf file, or an id on the hub.
     #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: PathBuf,
-    /// A directory with a PEFT adapter.
+    /// A PEFT adapter directory.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     adapter: PathBuf,
     /// A directory to write, or a file whose name ends in .gguf.
     #[arg(long, value_name = "DIR|FILE.gguf", value_hint = ValueHint::AnyPath)]
     output: PathBuf,
-    /// Type of the result; by default the model's own in a directory, f16 in a GGUF file.
+    /// Type of the result. Default: the model's own for a directory, f16 for a GGUF file.
     #[arg(long, value_enum)]
     dtype: Option<MergeType>,
-    /// Make linear layers 4-bit again, in bitsandbytes' serialization. Loses a part of what the adapter learned.
+    /// Quantize linear layers to 4 bits again, in bitsandbytes' serialization (loses part of what
+    /// the adapter learned).
     #[arg(long, value_enum)]
     requantize: Option<Requantize>,
-    /// Most bytes of tensors in a file of a directory.
+    /// Maximum size of a shard.
     #[arg(long, value_name = "SIZE", default_value = "5GB")]
     max_shard_size: ByteSize,
-    /// Replace what is there.
+    /// Replace existing output.
     #[arg(long)]
     force: bool,
     /// Print what was written as JSON.
@@ -61,10 +63,10 @@ enum MergeType {
     F32,
     F16,
     Bf16,
-    /// In a GGUF file only: 8.5 bits a weight.
+    /// 8.5 bits per weight, GGUF only.
     #[value(name = "q8_0")]
     Q8_0,
-    /// In a GGUF file only: 4.5 bits a weight, embedding and head as q8_0.
+    /// 4.5 bits per weight, embedding and head as q8_0, GGUF only.
     #[value(name = "q4_0")]
     Q4_0,
 }
@@ -90,7 +92,7 @@ impl MergeType {
         }
     }
 
-    /// The type of tensors in safetensors, where there is one.
+    /// The corresponding type in safetensors, if there is one.
     fn dtype(self) -> Option<Dtype> {
         match self {
             MergeType::F32 => Some(Dtype::F32),
@@ -115,8 +117,8 @@ struct Report<'a> {
 /// Runs `qlora merge`.
 ///
 /// # Errors
-/// Whatever reading, merging or writing gives; [`Error::File`] for an output that exists, [`Error::Invalid`] for options that
-/// do not go together.
+/// Errors from reading, merging and writing; [`Error::File`] if the output exists,
+/// [`Error::Invalid`] for options that exclude each other.
 pub fn run(args: &MergeArgs) -> Result<ExitCode> {
     let to_gguf = is_gguf_name(&args.output);
     check_options(args, to_gguf)?;
@@ -141,7 +143,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
         (dtype, requantized) = (stored.to_string(), options.requantize.map(|quant| quant.format.to_string()));
         if let Some(format) = &requantized {
             say::warning(format!(
-                "quantizing merged weights to {format} again loses a part of what the adapter learned; evaluate the result"
+                "quantizing merged weights to {format} again loses part of what the adapter learned; evaluate the result"
             ));
         }
         tell_companions(&merged)?;
@@ -196,41 +198,42 @@ fn check_options(args: &MergeArgs, to_gguf: bool) -> Result<()> {
         _ if to_gguf && args.requantize.is_some() => invalid(
             "--requantize",
             "given",
-            "a GGUF file has no such type; give --dtype q4_0, or a directory as --output",
+            "GGUF files don't have these types; use --dtype q4_0, or a directory as --output",
         ),
         Some(dtype) if !to_gguf && dtype.dtype().is_none() => {
             let name = dtype.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
-            invalid("--dtype", &name, "only GGUF files have it; give --output a name that ends in .gguf")
+            invalid("--dtype", &name, "only GGUF files have this type; use an --output that ends in .gguf")
         }
         _ if args.max_shard_size.as_u64() == 0 => invalid("--max-shard-size", "0", "it must be at least 1 byte"),
         _ => Ok(()),
     }
 }
 
-/// Refuses to replace an output unasked, and to replace what is read at all.
+/// Refuses to replace an output without --force, and to replace an input at all.
 pub(super) fn check_output(output: &Path, model: &Path, adapter: &Path, force: bool) -> Result<()> {
     let refuse = |message: &str| Err(Error::File { path: output.into(), message: message.into() });
     check_inputs(output, model, adapter)?;
     match (is_gguf_name(output), output.is_dir()) {
-        (true, true) => refuse("is a directory; a GGUF file is wanted there"),
+        (true, true) => refuse("is a directory; a GGUF file can't replace it"),
         (false, false) if output.exists() => refuse("is a file; name a directory, or a file that ends in .gguf"),
-        _ if !force && output::would_replace(output) => refuse("exists; pass --force to replace what is there"),
+        _ if !force && output::would_replace(output) => refuse("exists; pass --force to replace it"),
         _ => Ok(()),
     }
 }
 
-/// Refuses to write a file of the model or the adapter. In a folder all files may be replaced but GGUF files.
+/// Refuses to write over files of the model or the adapter. An output folder may have any of its
+/// files replaced except GGUF files.
 pub(super) fn check_inputs(output: &Path, model: &Path, adapter: &Path) -> Result<()> {
     let files = if is_gguf_name(output) { Vec::new() } else { output::files(output) };
     let files = files.iter().map(PathBuf::as_path).filter(|file| !is_gguf_name(file));
     output::check(std::iter::once(output).chain(files), &[(model, "the model"), (adapter, "the adapter")])
 }
 
-/// Says which files beside the weights are from elsewhere, and which do not come along.
+/// Reports files beside the weights that come from elsewhere, and files that aren't copied.
 fn tell_companions(merged: &Merged<'_>) -> Result<()> {
     let companions = merged.companions()?;
     for (name, real) in &companions.outside {
-        say::warning(format!("{name} leads out of the model's folder: what is copied is {}", real.display()));
+        say::warning(format!("{name} leads out of the model's folder; copying {}", real.display()));
     }
     if !companions.left_out.is_empty() {
         say::progress(format!("not copied: {}", companions.left_out.join(", ")));
@@ -238,9 +241,9 @@ fn tell_companions(merged: &Merged<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A bar, and what is told of every tensor: it shows it, and ends the work after Ctrl-C.
+/// Returns a bar, and a callback for each tensor that updates it and ends the work after Ctrl-C.
 fn watched(total: usize) -> (ProgressBar, impl Fn(Progress<'_>) -> ControlFlow<()>) {
-    let stop = interrupts("ending after this tensor; once more ends at once");
+    let stop = interrupts("stopping after this tensor; press Ctrl-C again to stop at once");
     let bar = say::bar(total, "{bar:10} {pos}/{len} {wide_msg}");
     let shown = bar.clone();
     let watch = move |progress: Progress<'_>| {
@@ -252,7 +255,7 @@ fn watched(total: usize) -> (ProgressBar, impl Fn(Progress<'_>) -> ControlFlow<(
     (bar, watch)
 }
 
-/// Bytes of a file, or of all files in a folder.
+/// Size of a file, or of all files in a folder, in bytes.
 fn size(path: &Path) -> u64 {
     match path.read_dir() {
         Ok(entries) => entries.flatten().filter_map(|entry| entry.metadata().ok()).map(|data| data.len()).sum(),

@@ -41,7 +41,7 @@ use crate::device::check_environment;
 use crate::error::Result;
 use crate::printable::{is_hidden, lines, one_line};
 
-/// The exit status of a command that Ctrl-C has ended: 128 and the number of the signal, as shells have it.
+/// Exit status after Ctrl-C: 128 plus the signal's number, as in shells.
 const INTERRUPTED: u8 = 130;
 
 /// QLoRA for every GPU: 4-bit weights and LoRA adapters through wgpu.
@@ -52,14 +52,14 @@ const INTERRUPTED: u8 = 130;
     qlora finetune --model model.gguf --data train.jsonl --output my-adapter\n  \
     qlora generate --model model.gguf --adapter my-adapter --chat --prompt 'Who are you?'\n\n\
     Environment:\n  \
-    QLORA_DEVICE  device where none is given: cpu, gpu, best, an index or a part of a name\n  \
-    QLORA_TIER    kernels to use: software, plain, subgroup, f16, subgroup-f16 or cooperative-matrix\n  \
-    QLORA_TUNE    0: do not measure which variant of a kernel is the fastest, take the table's; 1: do\n  \
-    QLORA_CHECK   0: do not compare a new driver's results with the CPU's before it is used; 1: do\n  \
-    QLORA_LOG     what is told of what is done, instead of -v: debug, or qlora_wgpu::train=info\n  \
-    NO_COLOR      no colours; CLICOLOR_FORCE=1: colours, terminal or not\n\n\
-    Results are printed on stdout, everything else on stderr; --json makes the result one JSON value.\n\n\
-    Exit status: 0 done, 1 an error that is printed on stderr, 2 wrong usage, 130 a run that was interrupted and saved")]
+    QLORA_DEVICE  default device: cpu, gpu, best, an index, or part of a name or backend\n  \
+    QLORA_TIER    kernel tier: software, plain, subgroup, f16, subgroup-f16 or cooperative-matrix\n  \
+    QLORA_TUNE    0: don't measure which kernel variant is fastest; use the default one. 1: measure\n  \
+    QLORA_CHECK   0: skip comparing a new driver with the CPU. 1: compare before it is used\n  \
+    QLORA_LOG     log filter, overrides -v: debug, or qlora_wgpu::train=info\n  \
+    NO_COLOR      turns colours off; CLICOLOR_FORCE=1 turns them on, terminal or not\n\n\
+    Results go to stdout, everything else to stderr. --json prints the result as one JSON value.\n\n\
+    Exit status: 0 done, 1 error (printed on stderr), 2 wrong usage, 130 interrupted (training saves a checkpoint first)")]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -85,7 +85,7 @@ enum Command {
     Completions(completions::CompletionsArgs),
 }
 
-/// Runs the command line; errors go to stderr, in one sentence.
+/// Runs the command line. An error is printed on stderr as one sentence.
 pub fn run() -> ExitCode {
     let fail = |error| {
         say::error(&error);
@@ -104,15 +104,16 @@ pub fn run() -> ExitCode {
     if let Err(error) = say::begin(&say).and_then(|()| check_environment()) {
         return fail(error);
     }
-    // On a thread of the pool: an operation of the CPU device then need not hand over to one and wait.
+    // Runs on a thread of the pool, so that operations of the CPU device needn't hand over to one
+    // and wait.
     let done = rayon::scope(|_| dispatch(&command)).unwrap_or_else(fail);
     waiting::clear();
     done
 }
 
-/// The command line, with what must be given marked in the help.
+/// The command line, with required flags marked in the help.
 fn command() -> clap::Command {
-    // `plan` shares the other flags of `finetune`, and can do without these.
+    // `plan` shares `finetune`'s other flags and doesn't need these.
     const OF_FINETUNE: [&str; 2] = ["data", "output"];
     Cli::command().mut_subcommands(|command| {
         let finetunes = command.get_name() == "finetune";
@@ -126,7 +127,7 @@ fn command() -> clap::Command {
             if !required || flag.is_positional() {
                 return flag;
             }
-            // The long text is there only where it is another one.
+            // The long text is set only if it differs.
             let marked = |text: &StyledStr| StyledStr::from(format!("{text} {mark}"));
             let [short, long] = [flag.get_help(), flag.get_long_help()].map(|text| text.map(marked));
             let flag = if let Some(text) = short { flag.help(text) } else { flag };
@@ -155,12 +156,13 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Becomes true with Ctrl-C (or a wish to terminate), and says so; the second one ends the process, which leaves nothing
-/// half-written. The end of the terminal is such a wish, unless it is ignored, as under nohup.
+/// Returns a flag that Ctrl-C or a request to terminate sets, and prints `told` then. A second one
+/// ends the process, which leaves nothing half-written. A closing terminal counts too, unless
+/// hangups are ignored, as under nohup.
 fn interrupts(told: &'static str) -> Arc<AtomicBool> {
     let interrupted = Arc::new(AtomicBool::new(false));
     let flag = interrupted.clone();
-    // A handler that is there already (of a program that calls this as a library) stays.
+    // A handler that exists already (in a program that calls this as a library) stays.
     keeping_ignored_hangups(|| {
         let _ = ctrlc::set_handler(move || {
             if flag.swap(true, Ordering::Relaxed) {
@@ -172,15 +174,15 @@ fn interrupts(told: &'static str) -> Arc<AtomicBool> {
     interrupted
 }
 
-/// Calls what sets handlers of signals; SIGHUP stays ignored if it was.
+/// Calls `set_handlers`, which installs signal handlers. SIGHUP stays ignored if it was.
 #[cfg(unix)]
 fn keeping_ignored_hangups(set_handlers: impl FnOnce()) {
     use nix::sys::signal::{SigHandler, Signal, signal};
-    // SAFETY: to ignore a signal runs no code. There is no other way to learn how it is handled.
+    // SAFETY: ignoring a signal runs no code. There is no other way to learn its current handler.
     let before = unsafe { signal(Signal::SIGHUP, SigHandler::SigIgn) };
     let ignored = matches!(before, Ok(SigHandler::SigIgn));
     if let (false, Ok(before)) = (ignored, before) {
-        // SAFETY: the handler is the one that the process had.
+        // SAFETY: this restores the handler that the process had.
         let _ = unsafe { signal(Signal::SIGHUP, before) };
     }
     set_handlers();
@@ -195,7 +197,8 @@ fn keeping_ignored_hangups(set_handlers: impl FnOnce()) {
     set_handlers();
 }
 
-/// A table for people: a header and rows, without borders, numbers to the right.
+/// A table for people: header and rows without borders, columns from `numbers_from` on aligned
+/// right.
 fn table<const N: usize>(header: [&str; N], numbers_from: usize, rows: Vec<[String; N]>) -> comfy_table::Table {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING).set_header(header);
@@ -215,7 +218,8 @@ fn print_json(value: &impl serde::Serialize) -> Result<()> {
     put(&format!("{}\n", json_escaped(&text))).map(drop)
 }
 
-/// JSON that means the same, with characters escaped that a terminal should not get. They are in strings, where else.
+/// Equivalent JSON with the characters escaped that a terminal shouldn't get. They can only be
+/// inside strings.
 fn json_escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
@@ -228,13 +232,13 @@ fn json_escaped(text: &str) -> String {
     out
 }
 
-/// Prints lines for people on stdout, with control characters in them escaped.
+/// Prints lines for people on stdout, with control characters escaped.
 fn print_line(text: &str) -> Result<()> {
     put(&format!("{}\n", lines(text))).map(drop)
 }
 
-/// Prints on stdout, at once on a terminal; on stderr, if stdout is where an output goes. A reader that has gone away (as `head`
-/// does) is no error, but a reason to end.
+/// Prints on stdout, flushed at once on a terminal; on stderr if an output file goes to stdout. A
+/// closed pipe (as after `head`) isn't an error, but a reason to end.
 fn put(text: &str) -> Result<ControlFlow<()>> {
     waiting::clear();
     if output::has_stdout() {
@@ -253,7 +257,8 @@ fn put(text: &str) -> Result<ControlFlow<()>> {
 mod tests {
     use super::*;
 
-    /// Parses a line of a shell, as it is run: flags of a settings file, which is here `settings`, come first.
+    /// Parses a line of a shell as the program does: flags from the settings file (here
+    /// `settings`) come before typed ones.
     fn parse(line: &str, settings: &str) {
         let words = shlex::split(line).unwrap_or_else(|| panic!("quotes in: {line}"));
         let words = words.into_iter().take_while(|word| ![">", "|"].contains(&word.as_str()));

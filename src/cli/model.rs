@@ -1,4 +1,4 @@
-//! What commands that load a model share.
+//! Shared by commands that load a model.
 
 use std::fs::File;
 use std::io::Read;
@@ -21,44 +21,46 @@ use crate::nn::Decoder;
 use crate::quant::QuantOptions;
 use crate::text::Tokenizer;
 
-/// A model and a device.
+/// Model and device options.
 #[derive(Args, Debug)]
 pub struct ModelArgs {
-    /// A Hugging Face directory (config.json and safetensors), a .gguf file, or an id on the hub: org/name,
-    /// org/name@revision, org/name/FILE.gguf.
+    /// A Hugging Face directory (config.json and safetensors), a .gguf file, or an id on the hub:
+    /// org/name, org/name@revision, org/name/FILE.gguf.
     #[arg(long, value_name = "PATH|ID", value_hint = ValueHint::AnyPath)]
     model: PathBuf,
-    /// cpu, gpu (any adapter), best, an index of `qlora devices`, or a part of a name.
+    /// cpu, gpu (any GPU driver), best, an index from `qlora devices`, or part of a name or
+    /// backend.
     #[arg(long, default_value = "best")]
     device: String,
-    /// What becomes of linear layers that are not 4-bit in the file; by default nf4 to train, as-is otherwise.
+    /// How to store linear layers that aren't 4-bit in the file. Default: nf4 for training, as-is
+    /// otherwise.
     #[arg(long, value_enum)]
     base_format: Option<Base>,
 }
 
-/// A model with adapters, if any are given.
+/// Model options, with optional adapters.
 #[derive(Args, Debug)]
 pub struct AdaptedArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// A directory with a PEFT adapter. It may have a name, and there may be several then: NAME=DIR.
+    /// A PEFT adapter directory. Repeat as NAME=DIR to load several.
     #[arg(long, value_name = "[NAME=]DIR", value_hint = ValueHint::DirPath)]
     adapter: Vec<PathBuf>,
-    /// The adapter to use, of several; base: the model without one. May be given several times: one after the other, with the
-    /// model loaded once.
+    /// The adapter to use if there are several; base: the model without one. May be repeated to
+    /// use one after the other with the model loaded once.
     #[arg(long = "use", value_name = "NAME")]
     chosen: Vec<String>,
 }
 
-/// The name of an adapter that was given none.
+/// Name of an adapter given without one.
 const UNNAMED: &str = "default";
 
-/// What `--use` calls the model without adapters, where none has such a name.
+/// Names in `--use` for the model without adapters, unless an adapter has that name.
 const BASE: [&str; 2] = ["base", "none"];
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
 pub(super) enum Base {
-    /// They stay as they are.
+    /// As in the file.
     AsIs,
     /// NF4 with double-quantized scales.
     Nf4,
@@ -67,12 +69,12 @@ pub(super) enum Base {
 }
 
 impl ModelArgs {
-    /// As if this model alone was typed.
+    /// Arguments for this model, with defaults for the rest.
     pub(super) fn of(model: PathBuf) -> ModelArgs {
         ModelArgs { model, device: "best".into(), base_format: None }
     }
 
-    /// Where the model is; one of the hub is fetched.
+    /// Returns the model's path; downloads it from the hub if needed.
     pub fn path(&self) -> Result<PathBuf> {
         let id = self.model.to_str().and_then(HubId::parse);
         if let Some(id) = id.filter(|_| matches!(self.model.try_exists(), Ok(false))) {
@@ -83,17 +85,17 @@ impl ModelArgs {
         Ok(self.model.clone())
     }
 
-    /// The model as it was given, a path or an id.
+    /// The model as given, a path or an id.
     pub fn name(&self) -> String {
         self.model.display().to_string()
     }
 
-    /// Where it goes.
+    /// Opens the selected device.
     pub fn device(&self) -> Result<Device> {
         Device::named(&self.device)
     }
 
-    /// What becomes of its linear layers; as `default` says if nothing was asked for.
+    /// Storage of linear layers; `default` unless the user chose one.
     pub fn base(&self, default: Base) -> BaseFormat {
         match self.base_format.unwrap_or(default) {
             Base::AsIs => BaseFormat::AsIs,
@@ -102,7 +104,7 @@ impl ModelArgs {
         }
     }
 
-    /// The flag that asks for a quantized base in other commands too.
+    /// The flag with which other commands get the same quantized base.
     pub fn base_flag(&self) -> &'static str {
         match self.base_format {
             Some(Base::Nf4Plain) => " --base-format nf4-plain",
@@ -110,7 +112,7 @@ impl ModelArgs {
         }
     }
 
-    /// The tokenizer that comes with the model at `path`.
+    /// Loads the tokenizer of the model at `path`.
     pub fn tokenizer(&self, path: &Path, vocabulary: usize) -> Result<Tokenizer> {
         let file_error = |message: String| Error::File { path: path.into(), message };
         let tokenizer = if !path.is_dir() {
@@ -131,9 +133,10 @@ impl AdaptedArgs {
         self.adapter.iter().map(|given| split_name(given)).collect()
     }
 
-    /// Loads the model at `path` with its adapters, none of them active. Also which to use, one after the other.
+    /// Loads the model at `path` with its adapters, none of them active. Also returns which
+    /// adapters to use, one after the other.
     pub fn load(&self, path: &Path) -> Result<(Decoder, Vec<Option<&str>>)> {
-        // First, as it is quick.
+        // Checked first, because it is quick.
         let named = self.adapters();
         let chosen = choose(&named, &self.chosen)?;
         let read = |(name, path): (_, _)| Ok((name, path, read_adapter(path)?));
@@ -148,7 +151,7 @@ impl AdaptedArgs {
     }
 }
 
-/// Uses an adapter of the model from now on, or none.
+/// Activates an adapter of the model, or none.
 pub(super) fn switch(model: &mut Decoder, adapter: Option<&str>) -> Result<()> {
     match adapter {
         Some(name) => model.activate(name),
@@ -156,7 +159,7 @@ pub(super) fn switch(model: &mut Decoder, adapter: Option<&str>) -> Result<()> {
     }
 }
 
-/// A result with an adapter, or without one.
+/// A result, with the name of the adapter if one was used.
 #[derive(Serialize)]
 pub(super) struct With<'a, T> {
     pub adapter: Option<&'a str>,
@@ -170,7 +173,7 @@ impl<'a, T> With<'a, T> {
     }
 }
 
-/// Prints results as JSON: one as it is, several as an array.
+/// Prints results as JSON: one alone, several as an array.
 pub(super) fn print_all(results: &[With<'_, impl Serialize>]) -> Result<()> {
     match results {
         [one] => print_json(one),
@@ -178,12 +181,12 @@ pub(super) fn print_all(results: &[With<'_, impl Serialize>]) -> Result<()> {
     }
 }
 
-/// What to call the use of an adapter, or of none.
+/// Label for a result with this adapter, or without one.
 pub(super) fn label(adapter: Option<&str>) -> &str {
     adapter.unwrap_or(BASE[0])
 }
 
-/// The name and directory of `NAME=DIR`, unless all of it is a directory that is there.
+/// Splits `NAME=DIR` into name and directory, unless the whole is an existing directory.
 fn split_name(given: &Path) -> (&str, &Path) {
     let split = given.to_str().and_then(|text| text.split_once('=')).filter(|(name, _)| !name.is_empty());
     match split {
@@ -192,7 +195,7 @@ fn split_name(given: &Path) -> (&str, &Path) {
     }
 }
 
-/// The names of the adapters to use, of those given; `None`: the base alone.
+/// Resolves `--use` to names of loaded adapters; `None` is the base alone.
 fn choose<'a>(given: &[(&'a str, &Path)], chosen: &'a [String]) -> Result<Vec<Option<&'a str>>> {
     const OP: &str = "adapters";
     let names: Vec<&str> = given.iter().map(|(name, _)| *name).collect();
@@ -222,27 +225,27 @@ fn choose<'a>(given: &[(&'a str, &Path)], chosen: &'a [String]) -> Result<Vec<Op
     }
 }
 
-/// Checks that there is something to load a model from, before anything is loaded.
+/// Checks that the path can hold a model, before anything is loaded.
 fn check_kind(path: &Path) -> Result<()> {
     let file_error = |message: &str| Err(Error::File { path: path.into(), message: message.into() });
     if path.is_dir() {
         if path.join("config.json").exists() {
             Ok(())
         } else if path.join(peft::CONFIG).exists() {
-            file_error("is an adapter; give it as --adapter, and its base as --model")
+            file_error("is an adapter; pass it as --adapter, and its base as --model")
         } else {
             Err(no_model(path, "it has no config.json"))
         }
     } else if is_gguf(path)? {
         Ok(())
     } else if path.extension().is_some_and(|extension| extension == "safetensors") {
-        file_error("has only tensors; give the directory that it is in, with its config.json")
+        file_error("has only tensors; give the directory that contains it and a config.json")
     } else {
-        file_error("is no GGUF file; give a .gguf file, or a directory with config.json and safetensors")
+        file_error("not a GGUF file; give a .gguf file, or a directory with config.json and safetensors")
     }
 }
 
-/// Whether a file is called a GGUF file, or begins as one.
+/// Whether a file's name or first bytes say that it is a GGUF file.
 pub(super) fn is_gguf(path: &Path) -> Result<bool> {
     let mut start = [0; 4];
     let mut file = File::open(regular(path)?).map_err(|e| Error::io(path, e))?;
@@ -253,33 +256,34 @@ pub(super) fn is_gguf(path: &Path) -> Result<bool> {
 pub(super) fn read_adapter(path: &Path) -> Result<PeftAdapter> {
     exists(path)?;
     if !path.join(peft::CONFIG).exists() {
-        let message = format!("is no directory of a PEFT adapter: it has no {}", peft::CONFIG);
+        let message = format!("not a PEFT adapter directory: {} is missing", peft::CONFIG);
         return Err(Error::File { path: path.into(), message });
     }
     PeftAdapter::read(path)
 }
 
-/// What is wrong with an adapter that was read, with its path and the model that it is for.
+/// Explains that an adapter doesn't fit the model, with its path and its base.
 pub(super) fn misfit(path: &Path, adapter: &PeftAdapter, error: Error) -> Error {
     if !matches!(error, Error::Shape { .. } | Error::Invalid { .. }) {
         return error;
     }
     let base = match &adapter.config.base_model_name_or_path {
-        Some(base) => format!("; its base is {base}: give that as --model"),
+        Some(base) => format!("; its base is {base}; pass that as --model"),
         None => String::new(),
     };
     Error::File { path: path.into(), message: format!("does not fit the model ({error}){base}") }
 }
 
-/// Warns of an adapter, read from `path`, whose config names another base than `model`, a path or an id as it was typed. To be
-/// called once the adapter fits, as [`misfit`] says so too.
+/// Warns if the adapter's config names another base than `model`, a path or id as typed. Call it
+/// only once the adapter fits, because [`misfit`] names the base too.
 pub(super) fn warn_other_base(path: &Path, config: &PeftConfig, model: &str) {
     if let Some(base) = config.base_model_name_or_path.as_deref().filter(|base| !is_same_base(base, model)) {
-        say::warning(format!("{}: was trained on {base}, which is not {model} by its name", path.display()));
+        say::warning(format!("{}: was trained on {base}, not on {model}, judging by the names", path.display()));
     }
 }
 
-/// Whether two paths or ids may mean the same weights: they are one path, or of one name, whoever packed it and in whatever format.
+/// Whether two paths or ids may mean the same weights: the same path, or the same name, whoever
+/// packed it and in whatever format.
 fn is_same_base(one: &str, other: &str) -> bool {
     let canonical = |text: &str| Path::new(text).canonicalize().ok();
     one == other
@@ -287,9 +291,10 @@ fn is_same_base(one: &str, other: &str) -> bool {
         || base_name(one) == base_name(other)
 }
 
-/// The last part of a path or id, in lower case, without what tells formats apart.
+/// The last part of a path or id, in lower case, without suffixes for formats.
 fn base_name(text: &str) -> String {
-    // What packers append: llama.cpp's types, bitsandbytes' bits, plain types; after a point, a dash or an underscore.
+    // Suffixes that packers append after a point, dash or underscore: llama.cpp's types,
+    // bitsandbytes' bits, plain types.
     static FORMAT: LazyLock<Regex> = LazyLock::new(|| {
         let types = r"[it]?q\d\w*|(mx|n|b)?fp?(4|16|32)\w*|int[48]|[48]-?bit";
         let expression = format!(r"([-._](gguf|safetensors|bnb|unsloth|ud|{types}))+$");
@@ -299,7 +304,7 @@ fn base_name(text: &str) -> String {
         Some(id) => id.last().to_owned(),
         None => {
             let path = Path::new(text);
-            // Of `.` and the like, the folder's own.
+            // For `.` and the like, use the folder's real name.
             let path =
                 if path.file_name().is_some() { path.into() } else { path.canonicalize().unwrap_or(path.into()) };
             path.file_name().unwrap_or_default().to_string_lossy().into_owned()
@@ -308,16 +313,17 @@ fn base_name(text: &str) -> String {
     FORMAT.replace(&name.to_lowercase(), "").into_owned()
 }
 
-/// One sentence instead of the system's, for what people mistype most.
+/// Checks that a path exists. People often mistype paths, so the error is plainer than the
+/// system's.
 pub(super) fn exists(path: &Path) -> Result<()> {
     match path.try_exists() {
         Ok(true) => Ok(()),
-        Ok(false) => Err(Error::Io { path: path.into(), message: "there is no such file or directory".into() }),
+        Ok(false) => Err(Error::Io { path: path.into(), message: "no such file or directory".into() }),
         Err(error) => Err(Error::io(path, error)),
     }
 }
 
-/// An error for a directory that is not what was asked for, with the GGUF files in it, which may be what was meant.
+/// Error for a directory without a model. Suggests a GGUF file in it, which may be what was meant.
 pub(super) fn no_model(folder: &Path, why: &str) -> Error {
     let called_gguf = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "gguf");
     let entries = folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
@@ -325,7 +331,7 @@ pub(super) fn no_model(folder: &Path, why: &str) -> Error {
         Some(path) => format!("; name a GGUF file in it, such as {}", path.display()),
         None => String::new(),
     };
-    Error::File { path: folder.into(), message: format!("is no directory of a model: {why}{hint}") }
+    Error::File { path: folder.into(), message: format!("not a model directory: {why}{hint}") }
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What a command writes: never what it reads, and nothing that is there unasked.
+//! Checks of output paths: never overwrite an input, and nothing else without --force.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, Result};
 use crate::formats::staged::{is_same, is_standard_output};
 
-/// A path, and what it is called in messages.
+/// A path and its name in messages.
 pub(super) type Named<'a> = (&'a Path, &'a str);
 
-/// Whether an output is what standard output is.
+/// Whether an output file is standard output.
 static ON_STDOUT: AtomicBool = AtomicBool::new(false);
 
-/// Refuses an output that is an input or a file in the folder of one, by whatever links it is reached. Devices and pipes may
-/// be both.
+/// Refuses an output that is an input, or a file in an input folder, through whatever links.
+/// Devices and pipes may be both.
 ///
 /// # Errors
 /// [`Error::File`] with the output's path.
@@ -35,7 +35,7 @@ pub(super) fn check<'a>(outputs: impl IntoIterator<Item = &'a Path>, inputs: &[N
     Ok(())
 }
 
-/// Refuses an output that is the other one too.
+/// Refuses an output that is also another output.
 ///
 /// # Errors
 /// [`Error::File`] with the output's path.
@@ -47,12 +47,12 @@ fn refused(output: &Path, what: &str) -> Error {
     Error::File { path: output.into(), message: format!("is {what} too; choose another output") }
 }
 
-/// Whether an output goes to standard output, so that nothing else may.
+/// Whether an output file goes to standard output, so that nothing else may.
 pub(super) fn has_stdout() -> bool {
     ON_STDOUT.load(Ordering::Relaxed)
 }
 
-/// Whether something is there that would be replaced: a file, or a folder that is not empty.
+/// Whether the output would replace a file or a folder that isn't empty.
 pub(super) fn would_replace(output: &Path) -> bool {
     match fs::metadata(output) {
         Ok(found) if found.is_dir() => output.read_dir().is_ok_and(|mut entries| entries.next().is_some()),
@@ -61,7 +61,7 @@ pub(super) fn would_replace(output: &Path) -> bool {
     }
 }
 
-/// The files in a folder, and those in the folders in it.
+/// The files in a folder and in its direct subfolders.
 pub(super) fn files(folder: &Path) -> Vec<PathBuf> {
     let entries = |folder: &Path| -> Vec<PathBuf> {
         folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path()).collect()
@@ -71,7 +71,7 @@ pub(super) fn files(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Whether two outputs are one file, which need not be there yet.
+/// Whether two outputs, which needn't exist yet, are the same file.
 fn is_same_place(one: &Path, other: &Path) -> bool {
     let place = |path: &Path| {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));

@@ -1,4 +1,4 @@
-//! `qlora plan`: whether a training run fits, before it starts.
+//! `qlora plan`: predicts whether a training run fits into memory.
 
 use bytesize::ByteSize;
 use clap::Args;
@@ -9,9 +9,9 @@ use super::{print_json, print_line, table};
 use crate::error::Result;
 use crate::train::plan::{MEMORY_PERCENT, Moment, Parts, Plan};
 
-/// What a training run takes in memory, from the headers of the model's files, and whether a device has it.
+/// Estimates the memory of a training run from the model's file headers, and whether it fits.
 ///
-/// Two steps are gone through without values: what is counted is what a run allocates. Ends with status 1 if it does not fit.
+/// Simulates two steps and counts what they allocate. Exits with status 1 if the run doesn't fit.
 #[derive(Args, Debug)]
 #[command(override_usage = "qlora plan --model PATH|ID [OPTIONS of qlora finetune]")]
 #[command(after_help = "Examples:\n  \
@@ -21,17 +21,18 @@ use crate::train::plan::{MEMORY_PERCENT, Moment, Parts, Plan};
 pub struct PlanArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// Print JSON: device, memory_bytes, fits, batches, the bytes of each part (most, at_peak), moment, peak_bytes, held_bytes.
-    #[arg(long)]
+    /// Print JSON: device, memory_bytes, fits, batches, the bytes of each part (most, at_peak),
+    /// moment, peak_bytes, held_bytes.
+    #[arg(long, help_heading = None)]
     json: bool,
 }
 
 #[derive(Serialize)]
 struct Report {
     device: String,
-    /// None where it is not known.
+    /// `None` if unknown.
     memory_bytes: Option<u64>,
-    /// Whether the run holds at most 90 % of it.
+    /// Whether the run holds at most 90 % of it; `None` if unknown.
     fits: Option<bool>,
     #[serde(flatten)]
     plan: Plan,
@@ -82,9 +83,7 @@ impl Report {
         match (self.memory_bytes, self.fits) {
             (Some(memory), Some(true)) => format!("It fits: within {}.", of(memory)),
             (Some(memory), _) => format!("It does not fit: it holds more than {}.", of(memory)),
-            (None, _) => {
-                "How much memory the device has is unknown: --memory SIZE says it, such as --memory 8GiB".into()
-            }
+            (None, _) => "The device's memory is unknown; set it with --memory SIZE, such as --memory 8GiB".into(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A run as people see it: a bar on a terminal, plain lines elsewhere.
+//! Progress of a run: a bar on a terminal, plain lines elsewhere.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -12,21 +12,22 @@ use crate::error::Result;
 use crate::train::metrics::{self, Record};
 use crate::train::run::{Event, Run, Summary};
 
-/// Between plain lines, at least.
+/// Minimum time between plain lines.
 const PAUSE: Duration = Duration::from_secs(5);
 
 /// Shows the events of a run on stderr.
 struct Progress {
     bar: ProgressBar,
     total: u32,
-    /// When the first step that was shown ended, and which it was: what came before (an evaluation) tells nothing about steps.
+    /// When the first shown step ended, and its number. The time before it, such as an evaluation,
+    /// says nothing about the speed of steps.
     start: Option<(Instant, u32)>,
     last_line: Option<Instant>,
     eval_loss: Option<f64>,
 }
 
 impl Progress {
-    /// For a run of `total` steps of which `done` are done.
+    /// Progress for a run of `total` steps, of which `done` are done.
     fn new(total: u32, done: u32) -> Progress {
         let bar = say::bar(total as usize, "{bar:10} {pos}/{len} {wide_msg}");
         bar.set_position(done.into());
@@ -80,8 +81,8 @@ impl Progress {
     }
 }
 
-/// Trains to the end, or until `stop` is true, with its progress on stderr, and draws the losses into the run's folder `output`.
-/// The records of all steps come back too.
+/// Trains to the end, or until `stop` returns true. Shows progress on stderr and plots the losses
+/// into the run's folder `output`. Also returns the records of all steps.
 pub(super) fn train(
     run: &mut Run<'_>,
     steps: u32,
@@ -96,14 +97,14 @@ pub(super) fn train(
     progress.bar.finish_and_clear();
     let summary = result?;
     let records = metrics::read(&output.join(metrics::FILE))?;
-    // There are none of a run that was interrupted before its first step.
+    // A run interrupted before its first step has no records.
     if !records.is_empty() {
         loss::write(output, &records)?;
     }
     Ok((summary, records))
 }
 
-/// Bytes in MiB or GiB.
+/// Formats bytes in MiB or GiB.
 pub(super) fn bytes(bytes: u64) -> String {
     let mib = bytes as f64 / f64::from(1 << 20);
     if mib < 1024.0 { format!("{mib:.0} MiB") } else { format!("{:.1} GiB", mib / 1024.0) }

@@ -1,4 +1,4 @@
-//! `qlora quantize` and `qlora dequantize`: a safetensors file to 4 bits and back.
+//! `qlora quantize` and `qlora dequantize`: convert safetensors files to 4 bits and back.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,10 +19,10 @@ use crate::quant::{Dtype, Format, QuantOptions, QuantizedMatrix};
 
 const BAR: &str = "{bar:10} {pos}/{len} {wide_msg}";
 
-/// Quantizes the weights of a safetensors file to 4 bits, in the serialization of bitsandbytes.
+/// Quantizes the weights of a safetensors file to 4 bits, in bitsandbytes' serialization.
 ///
-/// Takes every 2-D tensor of type F32, F16 or BF16 that is named `weight` or `*.weight`. All other
-/// tensors are copied as they are, weights that are 4-bit already included.
+/// Takes every 2-D tensor of type F32, F16 or BF16 named `weight` or `*.weight`. All other tensors
+/// are copied unchanged, including weights that are 4-bit already.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora quantize model.safetensors model-nf4.safetensors --double-quant\n  \
@@ -43,23 +43,24 @@ pub struct QuantizeArgs {
     /// Weights per scale: a power of two from 32 to 4096.
     #[arg(long, default_value_t = 64)]
     pub block: usize,
-    /// Quantize only weights whose name this regular expression finds; may be repeated.
+    /// Quantize only weights whose names match this regular expression; may be repeated.
     #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
     pub include: Vec<Regex>,
-    /// Leave out weights whose name this regular expression finds; may be repeated.
+    /// Skip weights whose names match this regular expression; may be repeated.
     #[arg(long, value_name = "REGEX", allow_hyphen_values = true)]
     pub exclude: Vec<Regex>,
-    /// Replace the output if it exists.
+    /// Replace existing output.
     #[arg(long)]
     pub force: bool,
-    /// Print JSON: output, format, bits_per_weight, tensors (quantized), copied, input_bytes, output_bytes.
+    /// Print JSON: output, format, bits_per_weight, tensors (quantized), copied, input_bytes,
+    /// output_bytes.
     #[arg(long)]
     pub json: bool,
 }
 
-/// Writes the 4-bit weights of a safetensors file in the type and shape that they had.
+/// Restores the 4-bit weights of a safetensors file to their original type and shape.
 ///
-/// All other tensors are copied as they are.
+/// All other tensors are copied unchanged.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora dequantize model-nf4.safetensors back.safetensors\n  \
@@ -71,7 +72,7 @@ pub struct DequantizeArgs {
     /// The safetensors file to write.
     #[arg(value_hint = ValueHint::FilePath)]
     pub output: PathBuf,
-    /// Replace the output if it exists.
+    /// Replace existing output.
     #[arg(long)]
     pub force: bool,
     /// Print JSON: output, tensors (dequantized), copied, input_bytes, output_bytes.
@@ -79,16 +80,16 @@ pub struct DequantizeArgs {
     pub json: bool,
 }
 
-/// What was done to the 4-bit weights of a file.
+/// Result of quantizing or dequantizing a file.
 #[derive(Serialize)]
 struct Report<'a> {
     output: &'a Path,
-    /// Of the weights that were quantized, as is the next.
+    /// Format of the quantized weights. Like `bits_per_weight`, absent after dequantizing.
     #[serde(skip_serializing_if = "Option::is_none")]
     format: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bits_per_weight: Option<f64>,
-    /// How many were quantized or dequantized.
+    /// Number of tensors that were quantized or dequantized.
     tensors: usize,
     copied: usize,
     input_bytes: u64,
@@ -102,7 +103,7 @@ impl<'a> Report<'a> {
         Report { output, format: None, bits_per_weight: None, tensors, copied, input_bytes, output_bytes }
     }
 
-    /// One value or one line on standard output.
+    /// Prints one JSON value or one line on standard output.
     fn print(&self, json: bool) -> Result<()> {
         if json {
             return print_json(self);
@@ -121,7 +122,7 @@ impl<'a> Report<'a> {
 /// Runs `qlora quantize`.
 ///
 /// # Errors
-/// Whatever reading, quantizing or writing gives; [`Error::File`] if the output exists or no tensor
+/// Errors from reading, quantizing and writing; [`Error::File`] if the output exists or no tensor
 /// matches.
 pub fn quantize(args: &QuantizeArgs) -> Result<()> {
     check_input(&args.input)?;
@@ -169,7 +170,7 @@ pub fn quantize(args: &QuantizeArgs) -> Result<()> {
 /// Runs `qlora dequantize`.
 ///
 /// # Errors
-/// Whatever reading or writing gives; [`Error::File`] if the output exists or nothing is 4-bit.
+/// Errors from reading and writing; [`Error::File`] if the output exists or nothing is 4-bit.
 pub fn dequantize(args: &DequantizeArgs) -> Result<()> {
     check_input(&args.input)?;
     let file = SafetensorsFile::open(&args.input)?;
@@ -205,7 +206,7 @@ impl QuantizeArgs {
     }
 }
 
-/// Refuses a directory, with the files in it that may be meant.
+/// Refuses a directory, and suggests the files in it.
 fn check_input(input: &Path) -> Result<()> {
     if !input.is_dir() {
         return Ok(());
@@ -214,16 +215,16 @@ fn check_input(input: &Path) -> Result<()> {
     let mut files: Vec<PathBuf> = output::files(input).into_iter().filter(is_tensors).collect();
     files.sort();
     let hint = match files.as_slice() {
-        [] => "no .safetensors file is in it".into(),
+        [] => "it has no .safetensors file".into(),
         [one] => format!("give the file in it, {}", one.display()),
         [first, ..] => {
-            format!("give one of the {} files in it after the other, such as {}", files.len(), first.display())
+            format!("give the {} files in it one by one, such as {}", files.len(), first.display())
         }
     };
     Err(Error::File { path: input.into(), message: format!("is a directory; {hint}") })
 }
 
-/// Refuses to replace a file unasked, and to replace the input at all.
+/// Refuses to replace a file without --force, and to replace the input at all.
 fn check_output(input: &Path, output: &Path, force: bool) -> Result<()> {
     output::check([output], &[(input, "the input")])?;
     if !force && output::would_replace(output) {
@@ -237,11 +238,12 @@ fn is_matrix(file: &SafetensorsFile, name: &str) -> bool {
     file.get(name).is_some_and(|tensor| tensor.shape.len() == 2 && tensor.dtype().is_some())
 }
 
-/// Checks that the 4-bit weights, which are all made before the first is written, fit into memory.
+/// Checks that the 4-bit weights fit into memory. All of them are made before the first is
+/// written.
 fn check_memory(file: &SafetensorsFile, chosen: &[&String], block: usize) -> Result<()> {
     let bytes = |name: &&String| file.get(name).map_or(0, |tensor| tensor.shape.iter().product::<usize>() as u64);
     let values: u64 = chosen.iter().map(bytes).sum();
-    // Half a byte each, and their scales.
+    // Half a byte per weight, plus scales.
     let needed = values / 2 + values / block.max(1) as u64 * 4;
     memory::check(needed).map_err(|e| Error::File { path: file.path().into(), message: format!("quantizing {e}") })
 }
@@ -264,7 +266,7 @@ fn copy<'a>(file: &'a SafetensorsFile, name: &str) -> Result<OutTensor<'a>> {
     })
 }
 
-/// The dense tensor of `matrix`, made when it is written.
+/// The dense tensor for `matrix`, computed when it is written.
 fn dequantized<'a>(name: &str, matrix: &'a QuantizedMatrix, bar: &'a ProgressBar) -> OutTensor<'a> {
     let dtype = match matrix.dtype() {
         Dtype::F32 => TensorType::F32,
@@ -282,7 +284,7 @@ fn dequantized<'a>(name: &str, matrix: &'a QuantizedMatrix, bar: &'a ProgressBar
     OutTensor { name, dtype, shape: vec![matrix.rows(), matrix.cols()], data: OutData::Lazy(Box::new(make)) }
 }
 
-/// The weights in the type of the original ones (rounded to nearest, ties to even), little-endian.
+/// The weights in their original type (rounded to nearest, ties to even), little-endian.
 fn dense_bytes(matrix: &QuantizedMatrix) -> Vec<u8> {
     let size = matrix.dtype().bytes();
     let mut out = vec![0; matrix.len() * size];
@@ -317,7 +319,7 @@ mod tests {
         Dequantize(DequantizeArgs),
     }
 
-    /// Runs `qlora` with a command line in which `@x` is the file `x` of `folder`.
+    /// Runs a `qlora` command line in which `@x` is the file `x` in `folder`.
     fn run(folder: &TempDir, line: &str) -> Result<()> {
         let words = line.split(' ').map(|word| match word.strip_prefix('@') {
             Some(name) => folder.path().join(name).to_str().unwrap().to_owned(),
@@ -337,7 +339,7 @@ mod tests {
         OutTensor { name: name.into(), dtype, shape: shape.into(), data: OutData::Bytes(bytes.into()) }
     }
 
-    /// A folder with `in`: two matrices to quantize and four tensors to leave alone.
+    /// A folder with the file `in`: two matrices to quantize and four tensors to leave alone.
     fn folder() -> TempDir {
         let folder = TempDir::new().unwrap();
         let values = |n: usize| (0..n).map(|i| (i as f32 * 0.3).cos());

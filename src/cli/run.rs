@@ -1,4 +1,4 @@
-//! A training run as it is asked for: its flags, which `finetune` and `plan` share, and what they come to.
+//! The flags of a training run, which `finetune` and `plan` share, and the run that they describe.
 
 use std::path::{Path, PathBuf};
 
@@ -20,70 +20,74 @@ use crate::train::data::{Dataset, Example};
 use crate::train::plan::{MEMORY_PERCENT, MicroBatches, Plan};
 use crate::train::run::{RunData, RunOptions, Setting, saved_batch_size};
 
-// No doc comment here: clap would show it for the commands.
+// No doc comment here: clap would show it as the commands' help.
 #[derive(Args, Debug)]
 pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// What to train on: JSON Lines, a JSON list, comma- or tab-separated values, or plain text; - for standard input.
+    /// Training data: JSON Lines, a JSON list, comma- or tab-separated values, or plain text; -
+    /// for standard input.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub data: Option<PathBuf>,
-    /// The directory of the run, which must not hold another.
+    /// Output directory; must not contain another run.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub output: Option<PathBuf>,
-    /// Leave out lines that cannot be read, and count them.
+    /// Skip lines that can't be read, and count them.
     #[arg(long)]
     pub skip_bad_lines: bool,
-    /// How often every example is seen; 1 if --max-steps is not given either.
+    /// Passes over the data; 1 by default, unless --max-steps is given.
     #[arg(long, value_name = "N", conflicts_with = "max_steps", value_parser = clap::value_parser!(u32).range(1..))]
     pub epochs: Option<u32>,
-    /// Updates in all; the data are repeated as needed.
+    /// Number of updates; data repeat as needed.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_steps: Option<u32>,
     #[command(flatten)]
     pub training: TrainingArgs,
-    /// What to evaluate on; - for standard input.
+    /// Evaluation data; - for standard input.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "eval_split", help_heading = "Evaluation and checkpoints")]
     pub eval_data: Option<PathBuf>,
     /// Evaluate on this share of the examples instead of training on them.
     #[arg(long, value_name = "SHARE", value_parser = share, help_heading = "Evaluation and checkpoints")]
     pub eval_split: Option<f64>,
-    /// Steps between evaluations; by default a tenth of the run. 0: only before the first step and after the last.
+    /// Steps between evaluations. Default: a tenth of the run. 0: only before the first step and
+    /// after the last.
     #[arg(long, value_name = "STEPS", help_heading = "Evaluation and checkpoints")]
     pub eval_every: Option<u32>,
-    /// End after so many evaluations that were no better than the best, whose adapter is then the result.
+    /// Stop after N evaluations without improvement, and keep the best adapter.
     #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
     pub early_stop: Option<u32>,
     /// Steps between checkpoints; 0: only at the end.
     #[arg(long, value_name = "STEPS", default_value_t = 100, help_heading = "Evaluation and checkpoints")]
     pub save_every: u32,
-    /// Checkpoints to keep.
+    /// Number of checkpoints to keep.
     #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Evaluation and checkpoints")]
     pub keep: usize,
-    /// Go on from the newest checkpoint in --output, or start where nothing is saved yet; the other flags are to be as they were.
+    /// Continue from the newest checkpoint in --output, or start if there is none. Other options
+    /// must be unchanged.
     #[arg(long, help_heading = "Evaluation and checkpoints")]
     pub resume: bool,
-    /// A TOML file with any of these flags (max-steps = 100); those that are typed win.
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    /// A TOML file with any of these options, such as max-steps = 100; the command line overrides
+    /// it.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = None)]
     pub config: Option<PathBuf>,
 }
 
-/// A run that could start: nothing but the weights is read.
+/// A checked run that is ready to start; everything but the weights has been read.
 pub(super) struct Prepared<'a> {
-    /// Where the model is.
+    /// Path of the model.
     pub path: PathBuf,
     pub device: Device,
     pub base: BaseFormat,
     pub spec: ModelSpec,
-    /// The adapter to go on with.
+    /// The adapter to continue training.
     pub initial: Option<(&'a Path, PeftAdapter)>,
     pub config: PeftConfig,
     pub plan: Plan,
-    /// The data, if they are given.
+    /// The data, if given.
     pub data: Option<Data>,
 }
 
-/// What is trained and evaluated on, and how.
+/// Data for training and evaluation, and options.
 pub(super) struct Data {
     pub data: RunData,
     pub options: RunOptions,
@@ -112,19 +116,19 @@ impl RunArgs {
         let config = self.training.adapter.config(initial.as_ref());
         let config = PeftConfig { base_model_name_or_path: Some(self.model.name()), ..config };
         let rows = match (self.training.batch_size, &self.output) {
-            // The memory that is free may have changed.
+            // Free memory may have changed since, so keep the batch size.
             (None, Some(output)) if self.resume => saved_batch_size(output)?,
             (given, _) => given,
         };
         let plan = self.training.plan(&spec, &config, rows, tokens, &device).map_err(|error| match (rows, error) {
             (Some(rows), error @ Error::TooLarge { .. }) => {
                 let fitting = self.training.fewer_rows(&spec, &config, rows, tokens, &device);
-                let got = format!("too much with micro-batches of {rows} rows ({error})");
+                let got = format!("too large with micro-batches of {rows} rows ({error})");
                 self.training.too_large(got, rows, fitting.as_ref())
             }
             (_, error) => error,
         })?;
-        // Whoever needs none may have none.
+        // Data of token ids need no tokenizer.
         let tokenizer = tokenizer.as_ref().ok().map(Tokenizer::fingerprint).transpose()?;
         let data = data.map(|data| self.arrange(data, eval, tokenizer, &plan)).transpose()?;
         // A micro-batch has no more rows than the data.
@@ -159,8 +163,8 @@ impl RunArgs {
         Ok(Data { data: RunData { batches, eval, tokenizer }, options })
     }
 
-    /// An error if the run holds more than the device has, with a batch size that fits. A run that goes on keeps its batch size, and
-    /// is only warned.
+    /// Returns an error with a fitting batch size if the run doesn't fit into the device's memory.
+    /// A resumed run must keep its batch size, so it only gets a warning.
     pub(super) fn check_memory(&self, prepared: &Prepared<'_>, goes_on: bool) -> Result<()> {
         let Prepared { device, spec, config, plan, .. } = prepared;
         let Some(memory) = self.training.memory(device) else { return Ok(()) };
@@ -171,7 +175,7 @@ impl RunArgs {
         let fitting = self.training.fewer_rows(spec, config, rows, tokens, device);
         let (held, memory) = (ByteSize(plan.held_bytes), ByteSize(memory));
         let got = format!(
-            "{held} with micro-batches of {rows} x {tokens} tokens, and {MEMORY_PERCENT} % of {memory} may be used"
+            "{held} with micro-batches of {rows} x {tokens} tokens, more than the usable {MEMORY_PERCENT} % of {memory}"
         );
         let error = self.training.too_large(got, rows, fitting.as_ref());
         if goes_on {
@@ -181,30 +185,30 @@ impl RunArgs {
         Err(error)
     }
 
-    /// An error of a run that was started otherwise, with the flag or the file that makes the difference.
+    /// Names the flag or the file behind [`Error::OtherRun`].
     pub(super) fn as_typed(&self, error: Error) -> Error {
         let Error::OtherRun { path, setting, before, now } = error else { return error };
         let Some(known) = Setting::named(setting) else { return Error::OtherRun { path, setting, before, now } };
         let (flag, model) = (flag(known), self.model.name());
         let message = match known {
-            Setting::Tokenizer => format!("was started with another tokenizer than that of {model} ({flag})"),
-            Setting::Weights => format!("was started with other weights than those of {model} ({flag})"),
+            Setting::Tokenizer => format!("started with a tokenizer other than {model}'s ({flag})"),
+            Setting::Weights => format!("started with weights other than {model}'s ({flag})"),
             Setting::Data => {
                 let data = self.data.as_deref().unwrap_or(Path::new("")).display();
-                format!("was started with other training data than those of {data} ({flag})")
+                format!("started with training data other than {data} ({flag})")
             }
-            Setting::EvalData => format!("was started with other evaluation data, or without them ({flag})"),
-            Setting::InitialAdapter => format!("was started with another initial adapter, or without one ({flag})"),
+            Setting::EvalData => format!("started with other evaluation data, or with none ({flag})"),
+            Setting::InitialAdapter => format!("started with another initial adapter, or with none ({flag})"),
             Setting::Patience if before == "none" => {
-                format!("was started without {flag}, so that its best adapter was not kept")
+                format!("started without {flag}, so its best adapter was not kept")
             }
-            _ => format!("was started with {setting} {before}, which is {now} now ({flag})"),
+            _ => format!("started with {setting} {before}, now {now} ({flag})"),
         };
-        Error::File { path, message: format!("{message}; resume it as it was") }
+        Error::File { path, message: format!("{message}; resume with the original setting") }
     }
 }
 
-/// The flags that decide a setting.
+/// The flags that determine a setting.
 fn flag(setting: Setting) -> &'static str {
     match setting {
         Setting::Architecture | Setting::Weights | Setting::Tokenizer => "--model",

@@ -1,5 +1,6 @@
-//! What the command says on stderr: errors, warnings, how things go, and with -v what the library tells of itself. The library
-//! warns with `tracing::warn!`, which is shown as a warning whatever the flags. Who reads it may be gone, which is no error.
+//! Messages on stderr: errors, warnings, progress, and with -v the library's log. The library
+//! warns with `tracing::warn!`, which is shown as a warning whatever the flags. A closed stderr
+//! isn't an error.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -23,31 +24,31 @@ use super::{print_line, waiting};
 use crate::error::{Error, Result};
 use crate::printable::one_line;
 
-/// The variable with filters of the log, such as `debug` or `qlora_wgpu::train=info`.
+/// Environment variable with log filters, such as `debug` or `qlora_wgpu::train=info`.
 const LOG: &str = "QLORA_LOG";
 
 /// Flags of every command.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Global options")]
 pub struct SayArgs {
-    /// Say nothing but errors, warnings and the result that was asked for.
+    /// Print only errors, warnings and the result.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
-    /// Tell on stderr what is done: devices, models, checkpoints; -vv: compiled kernels and memory too.
+    /// Report devices, models and checkpoints on stderr; -vv adds compiled kernels and memory.
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
-    /// Colours of messages: auto has them on a terminal, unless NO_COLOR is set.
-    // Read by `color` before the rest, as the parser's own messages have colours too.
+    /// Colours of messages; auto: on a terminal, unless NO_COLOR is set.
+    // `color` reads it before the parser, as the parser's own messages have colours too.
     #[arg(long, global = true, value_name = "WHEN", default_value_t = ColorChoice::Auto)]
     color: ColorChoice,
 }
 
-/// What becomes of [`progress`].
+/// How [`progress`] is shown.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Progress {
-    /// Bars where stderr is a terminal, lines otherwise.
+    /// Bars if stderr is a terminal, lines otherwise.
     Bars,
-    /// Lines: bars and a log do not go together.
+    /// Lines, because bars and a log would mix.
     Lines,
     /// Nothing.
     Silent,
@@ -58,10 +59,10 @@ static PROGRESS: OnceLock<Progress> = OnceLock::new();
 /// All bars, which share the terminal.
 static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
 
-/// Begins as the flags and `QLORA_LOG` say; before that, progress is shown.
+/// Applies the flags and `QLORA_LOG`. Until this is called, progress is shown.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a filter that is none.
+/// [`Error::Invalid`] for an invalid filter.
 pub(super) fn begin(args: &SayArgs) -> Result<()> {
     let filter = match std::env::var(LOG) {
         Ok(text) if !text.is_empty() => Some(text.parse::<Targets>().map_err(|error| Error::Invalid {
@@ -77,11 +78,12 @@ pub(super) fn begin(args: &SayArgs) -> Result<()> {
         Some(_) => Progress::Lines,
         None => Progress::Bars,
     };
-    // A program that calls this as a library may have begun, or have a subscriber of its own.
+    // A program that calls this as a library may have called it already, or have its own
+    // subscriber.
     let _ = PROGRESS.set(progress);
     let log = filter.map(|filter| {
         let lines = tracing_subscriber::fmt::layer().with_writer(|| LogLine).with_timer(uptime()).with_ansi(false);
-        // Warnings are shown already.
+        // Warnings are shown by `Warnings`.
         lines.with_target(false).with_filter(filter.and(filter_fn(|told| *told.level() > Level::WARN)))
     });
     let warnings = Warnings.with_filter(Targets::new().with_target("qlora_wgpu", Level::WARN));
@@ -89,7 +91,7 @@ pub(super) fn begin(args: &SayArgs) -> Result<()> {
     Ok(())
 }
 
-/// Standard error, to which a line of the log is written at once.
+/// Writer of log lines to standard error, unbuffered.
 struct LogLine;
 
 impl Write for LogLine {
@@ -111,7 +113,7 @@ fn level(verbose: u8) -> Option<Level> {
     }
 }
 
-/// Shows the library's warnings.
+/// Layer that shows the library's warnings.
 struct Warnings;
 
 impl<S: Subscriber> Layer<S> for Warnings {
@@ -120,21 +122,21 @@ impl<S: Subscriber> Layer<S> for Warnings {
     }
 }
 
-/// Shows an event's message, once.
+/// Shows an event's message, once per text.
 struct Warning;
 
 impl Visit for Warning {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
         let message = format!("{value:?}");
-        // A model may be looked at several times.
+        // A model may be read several times, with the same warning.
         if field.name() == "message" && TOLD.lock().is_ok_and(|mut told| told.insert(message.clone())) {
             warning(message);
         }
     }
 }
 
-/// Takes `--color` from the arguments; what is no such choice is left to the parser.
+/// Applies `--color` before parsing; leaves invalid values to the parser.
 pub(super) fn color<'a>(arguments: impl IntoIterator<Item = Option<&'a str>>) {
     let mut arguments = arguments.into_iter().flatten();
     while let Some(argument) = arguments.next() {
@@ -151,29 +153,29 @@ pub(super) fn color<'a>(arguments: impl IntoIterator<Item = Option<&'a str>>) {
     }
 }
 
-/// What went wrong, in one sentence.
+/// Prints an error as one line.
 pub(super) fn error(message: impl Display) {
     labelled("error", AnsiColor::Red, message);
 }
 
-/// What is done all the same, and may not be what was meant.
+/// Prints a warning: the work continues, but may not do what was meant.
 pub(super) fn warning(message: impl Display) {
     labelled("warning", AnsiColor::Yellow, message);
 }
 
-/// How things go.
+/// Prints a progress message.
 pub(super) fn progress(message: impl Display) {
     if PROGRESS.get() != Some(&Progress::Silent) {
         fact(message);
     }
 }
 
-/// What was asked for and is no part of the result.
+/// Prints a line that was asked for but isn't part of the result.
 pub(super) fn fact(message: impl Display) {
     put(&one_line(&message.to_string()));
 }
 
-/// A line on stdout that sums up what is in files: --quiet leaves it out.
+/// Prints a line on stdout that sums up what was written to files. --quiet omits it.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -181,32 +183,33 @@ pub(super) fn summary(line: impl Display) -> Result<()> {
     if PROGRESS.get() == Some(&Progress::Silent) { Ok(()) } else { print_line(&line.to_string()) }
 }
 
-/// A path or name as a shell takes it, in a command that is shown.
+/// Quotes a path or name for a shell, in a command that is shown.
 pub(super) fn quoted(word: impl Display) -> String {
     let word = word.to_string();
-    // Only a NUL cannot be quoted, and no path or argument has one.
+    // Only NUL can't be quoted, and no path or argument contains one.
     shlex::try_quote(&word).map(Cow::into_owned).unwrap_or(word)
 }
 
-/// What a bar is at, such as a tensor by its name.
+/// Shows what a bar is working on, such as a tensor's name.
 pub(super) fn at(bar: &ProgressBar, what: &str) {
     bar.set_message(one_line(what).into_owned());
 }
 
-/// Puts a line on stderr, in the place of the bars, which draw themselves again below it.
+/// Prints a line on stderr in place of the bars. They redraw themselves below it.
 fn put(line: &str) {
     let _ = BARS.clear();
     let _ = writeln!(stderr(), "{line}");
 }
 
-/// A bar, hidden where stderr is no terminal or bars are not wanted. To fit a narrow terminal, a template has one part that
-/// takes what is left: `{wide_bar}`, or `{wide_msg}` at its end.
+/// Makes a bar, hidden if stderr isn't a terminal or bars aren't wanted. To fit a narrow terminal,
+/// a template has one part that takes the remaining width: `{wide_bar}`, or `{wide_msg}` at its
+/// end.
 pub(super) fn bar(len: usize, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     shown(ProgressBar::new(len as u64).with_style(style))
 }
 
-/// A line that says what is waited for.
+/// Makes a line that says what the program waits for.
 pub(super) fn spinner() -> ProgressBar {
     let style =
         ProgressStyle::with_template("{spinner} {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
@@ -221,7 +224,7 @@ fn shown(bar: ProgressBar) -> ProgressBar {
     bar
 }
 
-/// The stream leaves the colours out where they are not shown or not wanted.
+/// The stream removes colours that can't be shown or aren't wanted.
 fn labelled(label: &str, color: AnsiColor, message: impl Display) {
     let style: Style = color.on_default().bold();
     put(&format!("{style}{label}:{style:#} {}", one_line(&message.to_string())));

@@ -1,4 +1,4 @@
-//! Settings files: a command's flags in TOML, with the same names.
+//! Settings files: a command's flags in TOML, under the same names.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -11,21 +11,22 @@ use crate::error::{Error, Result};
 use crate::formats::input::read_small_text;
 use crate::printable::is_hidden;
 
-/// Of a settings file.
+/// Maximum size of a settings file.
 const MOST_BYTES: u64 = 1 << 20;
 
-/// Flags of which only one can be given: one on the command line sends away another in the file.
+/// Mutually exclusive flags: one on the command line removes the others from the file.
 const ALTERNATIVES: [&[&str]; 3] = [
     &["epochs", "max-steps"],
     &["eval-data", "eval-split"],
     &["init-adapter", "rank", "alpha", "dropout", "targets", "rslora", "dora"],
 ];
 
-/// The flags in the file at `path` as arguments of `command`, to be put before those that were typed, which win. `typed` are
-/// the names of the latter.
+/// Reads the file at `path` as arguments for `command`, to be put before the typed ones, which
+/// override them. `typed` has the names of the typed flags.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::File`] for malformed TOML, a key that is no flag of the command, or a value that no flag can have.
+/// [`Error::Io`]; [`Error::File`] for malformed TOML, a key that isn't a flag of the command, or a
+/// value that no flag can have.
 pub(super) fn arguments(path: &Path, command: &Command, typed: &[String]) -> Result<Vec<OsString>> {
     let file_error = |message: String| Error::File { path: path.into(), message };
     let text = read_small_text(path, MOST_BYTES)?;
@@ -38,7 +39,7 @@ pub(super) fn arguments(path: &Path, command: &Command, typed: &[String]) -> Res
     for (key, value) in table {
         let name = key.replace('_', "-");
         let flag = command.get_arguments().find(|flag| flag.get_long() == Some(&name) && name != "config");
-        let flag = flag.ok_or_else(|| file_error(format!("`{key}` is no setting of {}", command.get_name())))?;
+        let flag = flag.ok_or_else(|| file_error(format!("`{key}` isn't an option of {}", command.get_name())))?;
         let replaced = |group: &&&[&str]| {
             group.contains(&name.as_str())
                 && typed.iter().any(|typed| *typed != name && group.contains(&typed.as_str()))
@@ -47,14 +48,14 @@ pub(super) fn arguments(path: &Path, command: &Command, typed: &[String]) -> Res
             continue;
         }
         let text = |value: &Value| match value {
-            // The parser of arguments would print it as it is.
+            // clap would print hidden characters unescaped.
             Value::String(text) if text.contains(is_hidden) => {
-                Err(file_error(format!("`{key}` has characters that cannot be seen: {text}")))
+                Err(file_error(format!("`{key}` has invisible characters: {text}")))
             }
             Value::String(text) => Ok(text.clone()),
             Value::Integer(number) => Ok(number.to_string()),
             Value::Float(number) => Ok(number.to_string()),
-            other => Err(file_error(format!("`{key}` is {}, which no flag can be", other.type_str()))),
+            other => Err(file_error(format!("`{key}` can't have a value of type {}", other.type_str()))),
         };
         match (value, flag.get_action()) {
             (Value::Boolean(true), ArgAction::SetTrue) => arguments.push(format!("--{name}").into()),
@@ -103,12 +104,12 @@ mod tests {
     #[test]
     fn what_is_no_setting_is_named() {
         let error = |text| of(text, &[]).unwrap_err().to_string();
-        assert!(error("learning = 1").contains("`learning` is no setting of finetune"));
+        assert!(error("learning = 1").contains("`learning` isn't an option of finetune"));
         assert!(error("dora = 1").contains("true or false"));
         assert!(error("lr = true").contains("`lr`"));
         let malformed = error("# a comment\nlr 1");
         assert!(malformed.contains("x.toml: line 2: ") && !malformed.contains(r"\n"), "{malformed}");
         assert!(error("config = \"y.toml\"").contains("`config`"));
-        assert!(error(r#"lr = "\u001b[31m""#).contains(r"`lr` has characters that cannot be seen: \u{1b}[31m"));
+        assert!(error(r#"lr = "\u001b[31m""#).contains(r"`lr` has invisible characters: \u{1b}[31m"));
     }
 }

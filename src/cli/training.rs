@@ -1,4 +1,4 @@
-//! The flags of a training run, which `finetune` and `plan` share.
+//! Training options, which `finetune` and `plan` share.
 
 use std::path::{Path, PathBuf};
 
@@ -15,100 +15,104 @@ use crate::train::TrainOptions;
 use crate::train::batches::BatchOptions;
 use crate::train::plan::{MicroBatches, Plan};
 
-/// Tokens of a row where neither the data nor the user says otherwise.
+/// Default tokens per row.
 const SEQ_LEN: usize = 512;
 
-/// What is trained, and how.
+/// Options for training.
 #[derive(Args, Debug)]
 pub struct TrainingArgs {
     #[command(flatten)]
     pub adapter: NewAdapterArgs,
-    /// Rows of a micro-batch; by default the most of 1, 2, 4, 8 that fit into memory.
-    #[arg(long, value_name = "ROWS", value_parser = at_least::<1>, help_heading = "Batches")]
+    /// Rows per micro-batch. Default: the largest of 1, 2, 4, 8 that fits; 1 if the memory is
+    /// unknown.
+    #[arg(long, value_name = "ROWS", value_parser = at_least::<1>, help_heading = "Batches and memory")]
     pub batch_size: Option<usize>,
-    /// The device's memory, such as 8GiB, by which the batch size is chosen; by default what it says that it has.
-    #[arg(long, value_name = "SIZE", help_heading = "Batches")]
+    /// Memory to plan for, such as 8GiB. Default: what the device reports (Metal, DX12 and GL
+    /// report none).
+    #[arg(long, value_name = "SIZE", help_heading = "Batches and memory")]
     pub memory: Option<ByteSize>,
-    /// Micro-batches of a step.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>, help_heading = "Batches")]
+    /// Micro-batches per step.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least::<1>, help_heading = "Batches and memory")]
     pub grad_accum: usize,
-    /// Tokens of a row, at most; longer examples are cut. By default 512, or the longest example if it is shorter.
-    #[arg(long, value_name = "TOKENS", value_parser = at_least::<2>, help_heading = "Batches")]
+    /// Maximum tokens per row; longer examples are cut. Default: 512, or the longest example if it
+    /// is shorter.
+    #[arg(long, value_name = "TOKENS", value_parser = at_least::<2>, help_heading = "Batches and memory")]
     pub seq_len: Option<usize>,
-    /// One example a row, padded; otherwise several share a row and none sees another.
-    #[arg(long, help_heading = "Batches")]
+    /// Pad one example per row instead of packing several, which don't see each other.
+    #[arg(long, help_heading = "Batches and memory")]
     pub no_packing: bool,
-    /// Keep the order of the file in every epoch.
-    #[arg(long, help_heading = "Batches")]
+    /// Keep the file's order in every epoch.
+    #[arg(long, help_heading = "Batches and memory")]
     pub no_shuffle: bool,
-    /// The highest learning rate.
+    /// Peak learning rate.
     #[arg(long, default_value_t = 2e-4, value_parser = not_negative, help_heading = "Optimizer")]
     pub lr: f64,
     /// How the learning rate falls after warm-up.
     #[arg(long, value_enum, default_value_t = DecayArg::Cosine, help_heading = "Optimizer")]
     pub schedule: DecayArg,
-    /// Steps in which the learning rate rises, or below 1 their share of all steps.
+    /// Warm-up steps, during which the learning rate rises; below 1, a share of all steps.
     #[arg(long, value_name = "STEPS|SHARE", default_value_t = 0.03, value_parser = not_negative, help_heading = "Optimizer")]
     pub warmup: f64,
     /// AdamW's weight decay.
     #[arg(long, default_value_t = 0.0, value_parser = not_negative, help_heading = "Optimizer")]
     pub weight_decay: f64,
-    /// The norm to which gradients are clipped; 0: not at all.
+    /// Clip gradients to this norm; 0: don't clip.
     #[arg(long, value_name = "NORM", default_value_t = 1.0, value_parser = not_negative, help_heading = "Optimizer")]
     pub clip: f64,
-    /// Of the adapter's start, the order of the data, and dropout.
+    /// Seed for the adapter's initial values, data order and dropout.
     #[arg(long, default_value_t = 0, help_heading = "Optimizer")]
     pub seed: u64,
-    /// Less memory for more time: keep only every layer's input for the way back.
-    #[arg(long, help_heading = "Optimizer")]
+    /// Save memory by keeping only each layer's input and recomputing the layer in the backward
+    /// pass.
+    #[arg(long, help_heading = "Batches and memory")]
     pub checkpoint_activations: bool,
 }
 
-/// The adapter to be trained.
+/// The adapter to train.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Adapter")]
 pub struct NewAdapterArgs {
     /// Rank of the adapter.
     #[arg(long, default_value_t = 16, value_parser = at_least::<1>)]
     pub rank: usize,
-    /// alpha: the adapter counts times alpha / rank.
+    /// alpha; the adapter's output is scaled by alpha / rank.
     #[arg(long, default_value_t = 32.0)]
     pub alpha: f32,
-    /// Probability that a value is dropped before A.
+    /// Probability of dropping a value before A.
     #[arg(long, default_value_t = 0.0)]
     pub dropout: f32,
-    /// Linear layers with an adapter: all-linear, or names such as q_proj,v_proj.
+    /// Linear layers that get an adapter: all-linear, or names such as q_proj,v_proj.
     #[arg(long, value_delimiter = ',', default_value = "all-linear")]
     pub targets: Vec<String>,
-    /// Scale by alpha / sqrt(rank).
+    /// Use rsLoRA: scale by alpha / sqrt(rank).
     #[arg(long)]
     pub rslora: bool,
-    /// Train magnitudes too (DoRA).
+    /// Use DoRA: train magnitudes too.
     #[arg(long)]
     pub dora: bool,
-    /// Go on training the PEFT adapter in this directory, with its own rank, alpha and targets.
+    /// Continue training the PEFT adapter in this directory, with its own rank, alpha and targets.
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath, conflicts_with_all = ["rank", "alpha", "dropout", "targets", "rslora", "dora"])]
     pub init_adapter: Option<PathBuf>,
 }
 
-/// How the learning rate falls.
+/// Decay of the learning rate.
 #[derive(ValueEnum, Clone, Copy, Debug)]
 pub enum DecayArg {
-    /// It does not.
+    /// Doesn't fall.
     Constant,
-    /// On a line, to 0.
+    /// Falls linearly to 0.
     Linear,
-    /// On half a cosine, to 0.
+    /// Follows a half cosine to 0.
     Cosine,
 }
 
 impl NewAdapterArgs {
-    /// The adapter to go on with, if there is one, and where it was.
+    /// Reads the adapter to continue training, if there is one. Also returns its path.
     pub fn initial(&self) -> Result<Option<(&Path, PeftAdapter)>> {
         self.init_adapter.as_deref().map(|path| Ok((path, read_adapter(path)?))).transpose()
     }
 
-    /// The configuration of a new adapter, or of the one to go on with.
+    /// Configuration of a new adapter, or of the one to continue.
     pub fn config(&self, initial: Option<&(&Path, PeftAdapter)>) -> PeftConfig {
         if let Some((_, adapter)) = initial {
             return adapter.config.clone();
@@ -128,7 +132,7 @@ impl NewAdapterArgs {
 }
 
 impl TrainingArgs {
-    /// The options of a step in a run of `steps`.
+    /// Options of a step in a run of `steps` steps.
     pub fn options(&self, steps: u32) -> TrainOptions {
         let warmup = if self.warmup < 1.0 { (self.warmup * f64::from(steps)).ceil() } else { self.warmup };
         let decay = match self.schedule {
@@ -145,7 +149,8 @@ impl TrainingArgs {
         }
     }
 
-    /// Tokens of a row, for examples of at most `longest` tokens and a model of so many positions.
+    /// Tokens per row, for examples of at most `longest` tokens and a model with `positions`
+    /// positions.
     ///
     /// # Errors
     /// [`Error::Invalid`] for rows longer than the model's positions.
@@ -158,7 +163,8 @@ impl TrainingArgs {
         Err(Error::Invalid { op: "training", what: "--seq-len", got: tokens.to_string(), expected })
     }
 
-    /// What a step with so many rows of `tokens` takes on a device; with the most rows that fit if there is no number.
+    /// Plans the memory of a step with `rows` rows of `tokens` tokens on a device. `None` takes
+    /// the most rows that fit.
     pub fn plan(
         &self,
         model: &ModelSpec,
@@ -175,7 +181,7 @@ impl TrainingArgs {
         }
     }
 
-    /// The plan of a half, a quarter and so on of the rows, the first that fits into the device's memory.
+    /// Plans with half the rows, a quarter and so on, until one fits into the device's memory.
     pub fn fewer_rows(
         &self,
         model: &ModelSpec,
@@ -190,25 +196,26 @@ impl TrainingArgs {
         plans.into_iter().find(|plan| plan.fits(memory))
     }
 
-    /// The error of a run that does not fit with so many rows, and of which `got` says what it holds; with a plan that fits.
+    /// Error for a run that doesn't fit with `rows` rows. `got` states its memory; `fitting` is a
+    /// plan that fits.
     pub fn too_large(&self, got: String, rows: usize, fitting: Option<&Plan>) -> Error {
         let help = match fitting.map(|plan| plan.batches) {
             Some(MicroBatches { rows: fits, count, .. }) => {
                 let count = count * rows.div_ceil(fits);
-                format!("--batch-size {fits} fits, and with --grad-accum {count} a step has as many rows")
+                format!("--batch-size {fits} fits; add --grad-accum {count} for as many rows per step")
             }
-            None => "--checkpoint-activations or a shorter --seq-len take less".into(),
+            None => "--checkpoint-activations or a shorter --seq-len saves memory".into(),
         };
-        let expected = format!("{help}. --memory SIZE says how much there is");
-        Error::Invalid { op: "memory", what: "what the run holds", got, expected }
+        let expected = format!("{help}. If the device has more memory, set it with --memory SIZE");
+        Error::Invalid { op: "memory", what: "the run's memory", got, expected }
     }
 
-    /// The device's memory in bytes, where it is known.
+    /// The device's memory in bytes, if known.
     pub fn memory(&self, device: &Device) -> Option<u64> {
         self.memory.map(|size| size.as_u64()).or_else(|| device.capacity())
     }
 
-    /// How data become batches of this shape.
+    /// Options for batches of this shape.
     pub fn batches(&self, shape: &MicroBatches) -> BatchOptions {
         BatchOptions {
             batch_size: shape.rows,

@@ -1,6 +1,7 @@
-//! What a GPU's first use waits for, told where it takes long: kernels that are compiled, and variants of kernels that are timed.
+//! Shows what the first use of a GPU waits for if it takes long: compiling kernels, and timing
+//! variants of kernels.
 //!
-//! The library has a span around each, which a layer of the command's subscriber sees.
+//! The library wraps both in spans, which a layer of the command's subscriber sees.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -15,30 +16,30 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::say;
 
-/// Waiting that is not worth a word.
+/// Shorter waits aren't reported.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Between looks at what is going on.
+/// Interval between checks.
 const TICK: Duration = Duration::from_millis(150);
-/// Spans of the library that are waited for.
+/// The library's spans to watch.
 const NAMES: [&str; 2] = ["compiling kernels", "tuning kernels"];
 
-/// What a line says of each.
+/// Line for each span, where there are no bars.
 const LINES: [&str; 2] =
-    ["compiling kernels for this device", "tuning kernels for this device; later runs know the result"];
+    ["compiling kernels for this device", "tuning kernels for this device; later runs reuse the result"];
 
 static STATE: Mutex<State> = Mutex::new(State::new());
 
 struct State {
-    /// Indices in [`NAMES`] of what is going on, the innermost last.
+    /// Indices in [`NAMES`] of the open spans, innermost last.
     running: Vec<usize>,
-    /// Since when, and how long it took before.
+    /// When waiting began, and time waited before that.
     since: Option<Instant>,
     before: Duration,
-    /// How many of each there were, and whether a line has told of them.
+    /// Number of spans of each kind, and whether a line was printed for it.
     counts: [usize; 2],
     told: [bool; 2],
     bar: Option<ProgressBar>,
-    /// Whether a thread looks.
+    /// Whether a thread is watching.
     is_watched: bool,
 }
 
@@ -70,13 +71,13 @@ impl State {
         }
     }
 
-    /// What is going on, if that takes long.
+    /// Describes the innermost span, if the wait is long enough to report.
     fn message(&self) -> Option<(usize, String)> {
         let (kind, waited) = (*self.running.last()?, self.before + self.since?.elapsed());
         (waited >= PATIENCE).then(|| (kind, format!("{}, {} so far", NAMES[kind], self.counts[kind])))
     }
 
-    /// Shows what is going on: in a bar, or in a line once for each kind.
+    /// Shows the current wait: in a bar, or in a line once per kind.
     fn show(&mut self) {
         let Some((kind, message)) = self.message() else { return };
         let bar = self.bar.get_or_insert_with(say::spinner);
@@ -99,12 +100,12 @@ fn state() -> MutexGuard<'static, State> {
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes away what is shown, as something else is going to be.
+/// Removes the bar before other output.
 pub(super) fn clear() {
     state().clear();
 }
 
-/// The layer that sees the spans, and what it wants to see.
+/// The layer that sees the spans, with its filter.
 pub(super) fn layer<S: Subscriber + for<'a> LookupSpan<'a>>() -> impl Layer<S> {
     let wanted: FilterFn = filter_fn(|of| of.is_span() && of.target().starts_with("qlora_wgpu::device"));
     Waiting.with_filter(wanted.with_max_level_hint(tracing::Level::TRACE))
@@ -134,10 +135,10 @@ fn kind<S: Subscriber + for<'a> LookupSpan<'a>>(id: &Id, context: &Context<'_, S
     NAMES.iter().position(|known| *known == name)
 }
 
-/// Looks from time to time, until nothing is going on.
+/// Checks periodically until no span is open.
 fn watch() {
     let mut idle = 0;
-    // A moment between two kernels is no end.
+    // A short pause between two kernels isn't the end.
     while idle < 4 {
         thread::sleep(TICK);
         let mut state = state();

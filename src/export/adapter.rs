@@ -1,8 +1,8 @@
-//! A LoRA adapter as a GGUF file, as llama.cpp loads it.
+//! Writes a LoRA adapter as a GGUF file for llama.cpp.
 //!
-//! A and B of a module are F32 tensors, called as the module's weight with `.lora_a` and `.lora_b` at the end; rows of B are
-//! in the order that files of the architecture have the rows of W in. The scale is `adapter.lora.alpha` / r, with r of each
-//! pair of tensors.
+//! A and B of each module are F32 tensors, named like the module's weight with `.lora_a` and
+//! `.lora_b` appended. Rows of B are in the order in which GGUF files of the architecture store
+//! the rows of W. The scale is `adapter.lora.alpha` / r, with r taken from each pair of tensors.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -16,26 +16,26 @@ use crate::nn::ModelSpec;
 use crate::nn::adapters::check_fits;
 use crate::nn::gguf::{gguf_architecture, gguf_name, row_order};
 
-/// Writes an adapter of `model` to a GGUF file at `path`, which appears whole or not at all. rsLoRA and patterns of rank and
-/// alpha are in the file's one alpha where that can say them, and in the values of B otherwise.
+/// Writes an adapter for `model` to a GGUF file at `path`, which appears complete or not at all.
+/// The file has a single alpha. rsLoRA and patterns of rank and alpha are expressed by it if
+/// possible, otherwise by scaling B.
 ///
 /// # Errors
-/// [`Error::Invalid`] for an adapter of another model, and for DoRA, which such files cannot say; [`Error::Shape`] if a
-/// module is of another shape than the model's; [`Error::Tensor`] for a value that is not finite; [`Error::Io`] if writing
-/// fails.
+/// [`Error::Invalid`] if the adapter is for another model, or uses DoRA, which such files can't
+/// represent; [`Error::Shape`] if a module's shape differs from the model's; [`Error::Tensor`] for
+/// a value that isn't finite; [`Error::Io`] if writing fails.
 pub fn write_gguf_adapter(adapter: &PeftAdapter, model: &ModelSpec, path: &Path) -> Result<()> {
     if adapter.config.use_dora {
         return Err(Error::Invalid {
             op: "export",
             what: "use_dora",
             got: "true".into(),
-            expected: "a GGUF adapter cannot say DoRA's magnitudes; `qlora merge` writes the whole model with it"
-                .into(),
+            expected: "a GGUF adapter can't represent DoRA; use `qlora merge` to write the merged model".into(),
         });
     }
     check_fits(adapter, model)?;
     let config = model.config();
-    // What s = alpha / r would need as alpha, if it was this module's alone.
+    // The alpha with which alpha / r is this module's scale.
     let implied = |module: &str| adapter.config.scaling(module) * adapter.config.rank(module) as f32;
     let modules: Vec<(String, &PeftModule)> = model
         .linears()
@@ -43,7 +43,7 @@ pub fn write_gguf_adapter(adapter: &PeftAdapter, model: &ModelSpec, path: &Path)
         .map(|(k, v)| (k.clone(), v))
         .collect();
     let alphas: Vec<f32> = modules.iter().map(|(module, _)| implied(module)).collect();
-    // The one that most modules have: B of the others takes the rest.
+    // The alpha that most modules share. For other modules, B is scaled by the rest.
     let alpha = alphas.iter().copied().max_by_key(|alpha| alphas.iter().filter(|other| *other == alpha).count());
     let alpha = alpha.filter(|alpha| *alpha != 0.0).unwrap_or(adapter.config.lora_alpha);
 
@@ -59,7 +59,7 @@ pub fn write_gguf_adapter(adapter: &PeftAdapter, model: &ModelSpec, path: &Path)
         let error = |message: &str| Error::Tensor { path: path.into(), key: weight.clone(), message: message.into() };
         let name = gguf_name(&weight).ok_or_else(|| error("has no counterpart in a GGUF file"))?;
         let sources = row_order(config, &weight).sources(values.b.nrows());
-        let sources = sources.ok_or_else(|| error("has rows of which no heads can be made"))?;
+        let sources = sources.ok_or_else(|| error("has a number of rows that doesn't divide into heads"))?;
         let factor = if implied == alpha { 1.0 } else { implied / alpha };
         if !factor.is_finite() {
             return Err(error("has a scale that is not finite beside the other modules'"));

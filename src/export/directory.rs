@@ -1,4 +1,4 @@
-//! A merged model as a Hugging Face directory.
+//! Writes a merged model as a Hugging Face directory.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -20,55 +20,58 @@ use crate::formats::safetensors::{OutData, OutTensor, TensorType, stage};
 use crate::formats::staged::StagedFile;
 use crate::quant::{Dtype, QuantOptions, QuantizedMatrix, Source};
 
-/// How a directory is written.
+/// Options for writing a directory.
 #[derive(Clone, Copy, Debug)]
 pub struct DirectoryOptions {
-    /// Type of all tensors that are not quantized.
+    /// Type of all tensors that aren't quantized.
     pub dtype: Dtype,
-    /// Makes linear layers 4-bit again, in bitsandbytes' serialization; which loses a part of what the adapter learned.
+    /// Quantizes linear layers to 4 bits again, in bitsandbytes' serialization. Loses part of what
+    /// the adapter learned.
     pub requantize: Option<QuantOptions>,
-    /// Most bytes of tensors in a file; a single larger tensor has one of its own.
+    /// Maximum bytes of tensors per file. A larger tensor gets a file of its own.
     pub max_shard_bytes: u64,
 }
 
 impl DirectoryOptions {
-    /// Tensors of this type in files of up to 5 GB, nothing quantized.
+    /// Stores tensors with this type, in files of up to 5 GB, nothing quantized.
     pub fn new(dtype: Dtype) -> Self {
         DirectoryOptions { dtype, requantize: None, max_shard_bytes: 5_000_000_000 }
     }
 }
 
-/// A tensor of the model in the plan of the files.
+/// A tensor in the plan of output files.
 struct Planned {
     name: String,
     shape: Vec<usize>,
     quantize: bool,
-    /// Bytes, of 4-bit ones about.
+    /// Size in bytes, approximate for 4-bit tensors.
     bytes: u64,
 }
 
 impl Merged<'_> {
-    /// Writes the model to a directory that transformers loads: `config.json`, tensors in one file or in shards with their
-    /// index, and the tokenizer and other small files of a source that is a directory; of a GGUF file the tokenizer is made
-    /// from its metadata. Host memory: about one matrix in f32, or the 4-bit matrices of one shard. All files are complete on
-    /// the disk before the first gets its name; files of the same names are replaced, shards of a model that was there before
-    /// are removed.
+    /// Writes the model to a directory that transformers loads: `config.json`, and tensors in one
+    /// file or in shards with an index. If the source is a directory, its tokenizer and other
+    /// small files are copied. For a GGUF file, the tokenizer is made from its metadata. Needs
+    /// host memory for about one matrix in f32, or for the 4-bit matrices of one shard. All files
+    /// are complete on disk before the first gets its name. Files with the same names are
+    /// replaced, and shards of an older model are removed.
     ///
     /// # Errors
-    /// [`Error::Tensor`] for a value that the type cannot hold, [`Error::File`] for a config that cannot be written,
-    /// [`Error::Io`] if reading or writing fails, [`Error::Interrupted`] if `watch` ends it.
+    /// [`Error::Tensor`] for a value that the type can't hold, [`Error::File`] for a config that
+    /// can't be written, [`Error::Io`] if reading or writing fails, [`Error::Interrupted`] if
+    /// `watch` breaks.
     pub fn write_directory(&self, output: &Path, options: &DirectoryOptions, watch: &Watch<'_>) -> Result<()> {
         let new = !output.exists();
         let written = self.write_into(output, options, watch);
         if written.is_err() && new {
-            // Empty, as every file in it had a temporary name.
+            // The folder is empty, because every file in it had a temporary name.
             let _ = fs::remove_dir(output.join(TEMPLATES));
             let _ = fs::remove_dir(output);
         }
         written
     }
 
-    /// The files beside the weights of a model that is a directory; of a GGUF file none, as all is in it.
+    /// Files beside the weights, if the model is a directory. A GGUF file has none.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -132,7 +135,7 @@ impl Merged<'_> {
         remove_old(output, &files)
     }
 
-    /// Which tensors go into which file, in the model's order.
+    /// Assigns tensors to files, in the model's order.
     fn plan(&self, options: &DirectoryOptions) -> Vec<Vec<Planned>> {
         let linear = |name: &str| name.contains(".self_attn.") || name.contains(".mlp.");
         let mut shards: Vec<(u64, Vec<Planned>)> = vec![(0, vec![])];
@@ -164,7 +167,7 @@ impl Merged<'_> {
         for Planned { name, shape, .. } in planned.iter().filter(|tensor| tensor.quantize) {
             begin(name)?;
             let (values, [rows, cols]) = (self.values(name)?, [shape[0], shape[1]]);
-            // Of the values in the type that they say they had.
+            // Quantize the values rounded to the type that is recorded as their original one.
             let quantize = |values: Source<'_>| QuantizedMatrix::quantize(values, rows, cols, quant);
             let matrix = match options.dtype {
                 Dtype::F32 => quantize(values.as_slice().into()),
@@ -197,7 +200,8 @@ impl Merged<'_> {
         OutTensor { name: name.clone(), dtype: stored, shape: shape.clone(), data: OutData::Lazy(Box::new(make)) }
     }
 
-    /// `config.json` of the result: the source's with the type of the result, and without what says that it is 4-bit.
+    /// `config.json` of the result: the source's with the new type, and without its own
+    /// quantization.
     fn config_json(&self, options: &DirectoryOptions) -> Result<String> {
         let mut config = match &self.source {
             Model::Checkpoint(_) => JsonObject::read(&self.path.join("config.json"))?.into_map(),
@@ -205,7 +209,7 @@ impl Merged<'_> {
         };
         config.shift_remove("quantization_config");
         config.shift_remove("torch_dtype");
-        // The model may have a head of its own though its config says otherwise.
+        // The model may have its own head although its config says otherwise.
         if !self.config.tie_word_embeddings {
             config.entry("tie_word_embeddings").and_modify(|tied| *tied = false.into());
         }
@@ -217,23 +221,24 @@ impl Merged<'_> {
     }
 }
 
-/// JSON as transformers prints it.
+/// JSON in transformers' layout.
 fn pretty(value: &Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }
 
-/// A folder of further chat templates, as transformers has it.
+/// Folder with more chat templates, named as in transformers.
 const TEMPLATES: &str = "additional_chat_templates";
 
 /// Files beside a model's weights.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Companions {
-    /// Those that a merged model has too: tokenizer, chat templates, generation settings, licences. Paths in the folder.
+    /// Files that are copied: tokenizer, chat templates, generation settings, licences. Paths
+    /// relative to the folder.
     pub copied: Vec<String>,
-    /// Of these, links that lead out of the folder, and where to. Links of the hub's cache, to blobs of the same model, are not
-    /// among them.
+    /// Copied files that are links out of the folder, and their targets. Links in the hub's cache
+    /// to blobs of the same model don't count.
     pub outside: Vec<(String, PathBuf)>,
-    /// Files and folders that do not come along, but for the weights' own and hidden ones.
+    /// Files and folders that aren't copied, except the weights' own and hidden ones.
     pub left_out: Vec<String>,
 }
 
@@ -266,7 +271,7 @@ impl Companions {
     }
 }
 
-/// The names of what is in a folder, in order.
+/// Names of a folder's entries, sorted.
 fn names_in(folder: &Path) -> Result<Vec<String>> {
     let error = |e: io::Error| Error::io(folder, e);
     let entries = fs::read_dir(folder).map_err(error)?.collect::<io::Result<Vec<_>>>().map_err(error)?;
@@ -275,8 +280,8 @@ fn names_in(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// The folder that a model's files may lie in: its own, or in the hub's cache (`models--ORG--NAME/snapshots/COMMIT`) that of
-/// the repository, where the blobs are.
+/// The folder that a model's files may lie in: the model's own, or in the hub's cache
+/// (`models--ORG--NAME/snapshots/COMMIT`) the repository's, which has the blobs.
 fn repository(folder: &Path) -> &Path {
     let snapshots = folder.parent().filter(|parent| parent.file_name().is_some_and(|name| name == "snapshots"));
     snapshots.and_then(Path::parent).unwrap_or(folder)
@@ -298,7 +303,7 @@ fn is_small_file(path: &Path) -> bool {
     path.metadata().is_ok_and(|found| found.is_file() && found.len() <= MAX_SMALL)
 }
 
-/// Paths in the folder and contents of the files that come along.
+/// Relative paths and contents of the copied files.
 fn small_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     let read = |name: String| {
         let bytes = read_small(&folder.join(&name), MAX_SMALL)?;
@@ -307,7 +312,8 @@ fn small_files(folder: &Path) -> Result<Vec<(String, Vec<u8>)>> {
     Companions::of(folder)?.copied.into_iter().map(read).collect()
 }
 
-/// Removes the tensor files of a model that was in the folder, but for those of these names, which have replaced them.
+/// Removes the tensor files of an older model from the folder, except `files`, which have just
+/// been written.
 fn remove_old(folder: &Path, files: &[String]) -> Result<()> {
     let error = |e: io::Error| Error::io(folder, e);
     for entry in fs::read_dir(folder).map_err(error)? {

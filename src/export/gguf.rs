@@ -1,4 +1,4 @@
-//! A merged model as a GGUF file.
+//! Writes a merged model as a GGUF file.
 
 use std::borrow::Cow;
 use std::fs;
@@ -10,10 +10,10 @@ use crate::formats::gguf::{self, GgufFile, Metadata, OutTensor, OutValue, Tensor
 use crate::nn::gguf::{gguf_name, row_order};
 use crate::text::Tokenizer;
 
-/// The version of ggml's quantized types.
+/// Version of ggml's quantized types.
 const QUANTIZATION_VERSION: u32 = 2;
 
-/// `general.file_type` of files whose matrices are of this type; llama.cpp's `llama_ftype`.
+/// `general.file_type` of files with matrices of this type; llama.cpp's `llama_ftype`.
 fn file_type(kind: TensorType) -> Option<u32> {
     match kind {
         TensorType::F32 => Some(0),
@@ -25,8 +25,9 @@ fn file_type(kind: TensorType) -> Option<u32> {
     }
 }
 
-/// The type of a tensor in a file of `kind`. Vectors are F32, as llama.cpp wants them; what Q4_0 would hurt most, embedding and
-/// head, is Q8_0; rows that are no whole blocks are F16.
+/// Type of a tensor in a file of type `kind`. Vectors are F32, as llama.cpp requires. Embedding
+/// and head, which Q4_0 would hurt most, are Q8_0 instead. Rows that aren't a multiple of the
+/// block size are F16.
 fn kind_of(name: &str, shape: &[usize], kind: TensorType) -> TensorType {
     let &[_, cols] = shape else { return TensorType::F32 };
     let outer = name.starts_with("model.embed_tokens.") || name.starts_with("lm_head.");
@@ -35,30 +36,30 @@ fn kind_of(name: &str, shape: &[usize], kind: TensorType) -> TensorType {
 }
 
 impl Merged<'_> {
-    /// Writes the model to a GGUF file, its matrices as F32, F16, BF16, Q8_0 or Q4_0 (embedding and head as Q8_0 beside
-    /// that). Metadata and tokenizer of a GGUF file come along as they are; of a directory they are made from
-    /// `config.json`, `tokenizer.json` and the files beside it. Host memory: about one matrix in f32. The file appears whole
-    /// or not at all.
+    /// Writes the model to a GGUF file with matrices as F32, F16, BF16, Q8_0 or Q4_0 (with Q8_0
+    /// for embedding and head). Metadata and tokenizer of a GGUF file are copied. For a directory
+    /// they are made from `config.json`, `tokenizer.json` and the files beside it. Needs host
+    /// memory for about one matrix in f32. The file appears complete or not at all.
     ///
     /// # Errors
-    /// [`Error::Tensor`] for a value that the type cannot hold, [`Error::File`] for a tokenizer that no GGUF file can have,
-    /// [`Error::Invalid`] for another type, [`Error::Io`] if reading or writing fails, [`Error::Interrupted`] if `watch` ends
-    /// it.
+    /// [`Error::Tensor`] for a value that the type can't hold, [`Error::File`] for a tokenizer
+    /// that GGUF can't represent, [`Error::Invalid`] for another type, [`Error::Io`] if reading or
+    /// writing fails, [`Error::Interrupted`] if `watch` breaks.
     pub fn write_gguf(&self, output: &Path, kind: TensorType, watch: &Watch<'_>) -> Result<()> {
         let Some(file_type) = file_type(kind) else {
             return Err(Error::Invalid {
                 op: "merge",
                 what: "the type",
                 got: kind.to_string(),
-                expected: "F32, F16, BF16, Q8_0 and Q4_0 can be written".into(),
+                expected: "supported types are F32, F16, BF16, Q8_0 and Q4_0".into(),
             });
         };
         let (mut metadata, names) = match &self.source {
             Source::Gguf(file) => {
                 let mut metadata = Metadata::of(file);
-                // Ours is the default.
+                // We write with the default alignment.
                 metadata.remove("general.alignment");
-                // All is in one file now.
+                // The output is a single file.
                 gguf::SPLIT_KEYS.iter().for_each(|key| metadata.remove(key));
                 (metadata, self.names_of(file))
             }
@@ -103,7 +104,7 @@ impl Merged<'_> {
         gguf::write(output, &metadata, &tensors)
     }
 
-    /// Hugging Face's names of a file's tensors, in its order.
+    /// Hugging Face's names of the tensors, in the file's order.
     fn names_of(&self, file: &GgufFile) -> Vec<String> {
         let order = file.names_in_order();
         let place = |name: &String| gguf_name(name).and_then(|theirs| order.iter().position(|known| *known == theirs));
@@ -112,21 +113,21 @@ impl Merged<'_> {
         names
     }
 
-    /// The divisors of the rotary frequencies, where there are any.
+    /// The divisors of the rotary frequencies, if there are any.
     fn freqs(&self) -> Result<Option<(&'static str, Vec<f32>)>> {
         let Some((name, values)) = self.config.gguf_rope_freqs() else { return Ok(None) };
         match &self.source {
-            // To the bit.
+            // Copied from the file, to keep them to the bit.
             Source::Gguf(file) => Ok(Some((name, file.vector(name, values.len(), gguf::RowOrder::Plain)?))),
             Source::Checkpoint(_) => Ok(Some((name, values))),
         }
     }
 
-    /// A tensor's blocks, its rows in the order of a GGUF file.
+    /// A tensor's encoded blocks, with rows in GGUF's order.
     fn encoded(&self, output: &Path, name: &str, kind: TensorType) -> Result<Vec<u8>> {
         let error = |message: String| self.tensor_error(output, name, message);
         let bytes = gguf::encode(kind, &self.values(name)?).map_err(error)?;
         let ordered = row_order(&self.config, name).arrange(bytes, self.tensors[name][0]);
-        ordered.ok_or_else(|| error("has rows of which no heads can be made".into()))
+        ordered.ok_or_else(|| error("has a number of rows that doesn't divide into heads".into()))
     }
 }

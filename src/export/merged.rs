@@ -1,4 +1,4 @@
-//! A model with an adapter added, tensor after tensor.
+//! A model merged with an adapter, one tensor at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
@@ -15,21 +15,21 @@ use crate::nn::config::HEAD;
 use crate::nn::gguf::{ROPE_FREQS, gguf_name, is_gguf, row_order};
 use crate::nn::{Linear, LoraAdapter, ModelConfig, ModelSpec};
 
-/// What is being written.
+/// Progress of writing.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
-    /// The tensor, by its name in the output.
+    /// The tensor's name in the output.
     pub name: &'a str,
-    /// Tensors that were written before it.
+    /// Number of tensors written before it.
     pub done: usize,
-    /// All tensors.
+    /// Total number of tensors.
     pub total: usize,
 }
 
-/// Told of every tensor before it is made; may end the work, which then leaves nothing.
+/// Called before each tensor is made. If it breaks, the work ends and leaves nothing.
 pub(super) type Watch<'a> = dyn Fn(Progress<'_>) -> ControlFlow<()> + 'a;
 
-/// Asks whether to go on.
+/// Calls `watch`; returns an error if it breaks.
 pub(super) fn proceed(watch: &Watch<'_>, progress: Progress<'_>) -> Result<()> {
     match watch(progress) {
         ControlFlow::Continue(()) => Ok(()),
@@ -37,17 +37,18 @@ pub(super) fn proceed(watch: &Watch<'_>, progress: Progress<'_>) -> Result<()> {
     }
 }
 
-/// A model and an adapter that fits it. Nothing of them is in memory but the adapter; tensors are read, merged and dropped
-/// one by one.
+/// A model and an adapter that fits it. Only the adapter is in memory. Tensors are read, merged
+/// and dropped one by one.
 ///
-/// W of a linear layer with an adapter becomes W + s * B * A, with DoRA's row lengths where it is DoRA, computed in f32. Where
-/// W is 4-bit it is its dequantized values, which the adapter was trained beside.
+/// W of a linear layer with an adapter becomes W + s * B * A, with DoRA's row lengths if it uses
+/// DoRA, computed in f32. If W is 4-bit, its dequantized values are used, which the adapter was
+/// trained beside.
 pub struct Merged<'a> {
     pub(super) path: PathBuf,
     pub(super) config: ModelConfig,
     pub(super) source: Source,
     pub(super) adapter: &'a PeftAdapter,
-    /// Name and shape of every tensor of the model, by Hugging Face's names.
+    /// Names and shapes of all the model's tensors, under Hugging Face's names.
     pub(super) tensors: BTreeMap<String, Vec<usize>>,
     cpu: Device,
 }
@@ -58,11 +59,13 @@ pub(super) enum Source {
 }
 
 impl<'a> Merged<'a> {
-    /// A Hugging Face directory or a GGUF file, and an adapter for it. Reads headers only.
+    /// Opens a Hugging Face directory or a GGUF file, and checks that the adapter fits. Reads
+    /// headers only.
     ///
     /// # Errors
-    /// [`Error::File`], [`Error::Tensor`] and [`Error::Io`] for a model that cannot be loaded, or has tensors that such a
-    /// model does not have; [`Error::Invalid`] and [`Error::Shape`] for an adapter of another model.
+    /// [`Error::File`], [`Error::Tensor`] and [`Error::Io`] for a model that can't be loaded or
+    /// has unknown tensors; [`Error::Invalid`] and [`Error::Shape`] for an adapter that is for
+    /// another model.
     pub fn open(path: &Path, adapter: &'a PeftAdapter) -> Result<Merged<'a>> {
         let (source, spec) = if is_gguf(path) {
             let file = GgufFile::open(path)?;
@@ -79,7 +82,8 @@ impl<'a> Merged<'a> {
         let tensors: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
         match &source {
             Source::Checkpoint(checkpoint) => {
-                // A head that is not the model's own is a copy of the embedding.
+                // If the model doesn't use a head of its own, a head in the file is a copy of the
+                // embedding.
                 checkpoint.check_all_used(&tensors.keys().cloned().chain([HEAD.into()]).collect())?;
             }
             Source::Gguf(file) => check_all_known(file, &tensors)?,
@@ -87,32 +91,32 @@ impl<'a> Merged<'a> {
         Ok(Merged { path: path.into(), config, source, adapter, tensors, cpu: Device::cpu() })
     }
 
-    /// What the model is.
+    /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Tensors that the adapter changes.
+    /// Number of tensors that the adapter changes.
     pub fn merged_count(&self) -> usize {
         self.adapter.modules.len()
     }
 
-    /// Tensors of the model.
+    /// Number of tensors in the model.
     pub fn tensor_count(&self) -> usize {
         self.tensors.len()
     }
 
-    /// Whether the adapter changes the tensor of this Hugging Face name.
+    /// Whether the adapter changes the tensor with this Hugging Face name.
     pub(super) fn is_changed(&self, name: &str) -> bool {
         self.module(name).is_some()
     }
 
-    /// The path of the module whose weight this is, if it has an adapter.
+    /// The module that this weight belongs to, if it has an adapter.
     fn module<'n>(&self, name: &'n str) -> Option<&'n str> {
         name.strip_suffix(".weight").filter(|module| self.adapter.modules.contains_key(*module))
     }
 
-    /// The values of a tensor of the model, the adapter's added; rows in Hugging Face's order.
+    /// Values of a tensor with the adapter added; rows in Hugging Face's order.
     pub(super) fn values(&self, name: &str) -> Result<Vec<f32>> {
         let shape = self.tensors.get(name).map_or(&[][..], Vec::as_slice);
         let &[rows, cols] = shape else {
@@ -138,20 +142,21 @@ impl<'a> Merged<'a> {
         }
     }
 
-    /// The bytes of a tensor of the source, if the adapter leaves it alone and it is of this type there already.
+    /// Bytes of a tensor in the source, if the adapter doesn't change it and it already has this
+    /// type.
     pub(super) fn unchanged(&self, name: &str, kind: TensorType) -> Option<&[u8]> {
         let Source::Gguf(file) = &self.source else { return None };
         let tensor = file.tensor(&theirs(name)).ok()?;
         (tensor.kind == kind && !self.is_changed(name)).then_some(tensor.bytes)
     }
 
-    /// An error about a tensor of the result.
+    /// Error for a tensor of the result.
     pub(super) fn tensor_error(&self, output: &Path, name: &str, message: impl ToString) -> Error {
         Error::Tensor { path: output.into(), key: name.into(), message: message.to_string() }
     }
 }
 
-/// The name of a model's tensor in a GGUF file; every tensor of a supported model has one.
+/// A tensor's name in GGUF; every tensor of a supported model has one.
 fn theirs(name: &str) -> String {
     gguf_name(name).unwrap_or_else(|| name.to_owned())
 }
@@ -162,7 +167,8 @@ fn dequantized(matrix: &HostMatrix) -> Vec<f32> {
     values
 }
 
-/// An error for tensors that a model does not have: they would be lost.
+/// Returns an error if the file has tensors that the model doesn't use, because they would be
+/// lost.
 fn check_all_known(file: &GgufFile, tensors: &BTreeMap<String, Vec<usize>>) -> Result<()> {
     let known: BTreeSet<String> = tensors.keys().map(|name| theirs(name)).collect();
     let unknown: Vec<&str> = file.names().filter(|name| !known.contains(*name) && *name != ROPE_FREQS).collect();

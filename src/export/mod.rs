@@ -1,12 +1,12 @@
-//! Files for other programs: models with an adapter merged into them, and adapters alone.
+//! Files for other programs: models with a merged adapter, and adapters alone.
 //!
 //! | from | to | by |
 //! |---|---|---|
 //! | a model and an adapter | a Hugging Face directory | [`Merged::write_directory`] |
 //! | a model and an adapter | a GGUF file | [`Merged::write_gguf`] |
-//! | an adapter | a GGUF file of an adapter, as llama.cpp loads it | [`write_gguf_adapter`] |
+//! | an adapter | a GGUF adapter for llama.cpp | [`write_gguf_adapter`] |
 //!
-//! Adapters as PEFT has them are written by [`PeftAdapter`](crate::formats::peft::PeftAdapter).
+//! [`PeftAdapter`](crate::formats::peft::PeftAdapter) writes adapters in PEFT's format.
 
 mod adapter;
 mod directory;

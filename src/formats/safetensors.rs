@@ -185,7 +185,7 @@ fn parse_header(bytes: &[u8]) -> Result<(usize, Metadata), String> {
     let (length, rest) = bytes.split_first_chunk::<LENGTH_BYTES>().ok_or("is too short for a safetensors file")?;
     let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
     if length > MAX_HEADER {
-        return Err(format!("is no safetensors file: the header would take {length} bytes"));
+        return Err(format!("not a safetensors file: the header would take {length} bytes"));
     }
     let header = rest.get(..length).ok_or_else(|| {
         format!("is truncated: the header takes {length} bytes, but {} follow; copy or download it again", rest.len())
@@ -447,7 +447,7 @@ mod tests {
         };
         assert!(error(b"").contains("too short"));
         assert!(error(b"1234567").contains("too short"));
-        assert!(error(&u64::MAX.to_le_bytes()).contains("no safetensors file"));
+        assert!(error(&u64::MAX.to_le_bytes()).contains("not a safetensors file"));
         assert!(error(b"\x20\0\0\0\0\0\0\0{}").contains("header takes 32 bytes, but 2 follow"));
         assert!(error(b"\x02\0\0\0\0\0\0\0{]").contains("malformed"));
         assert!(error(b"\x02\0\0\0\0\0\0\0\xff\xfe").contains("malformed"));

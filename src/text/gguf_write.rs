@@ -71,7 +71,7 @@ impl Tokenizer {
         let refuse = |message: String| Error::File { path: path.clone(), message };
         let value = serde_json::to_value(self.inner()).map_err(|e| refuse(e.to_string()))?;
         let spec: Spec = serde_json::from_value(value)
-            .map_err(|e| refuse(format!("is no BPE tokenizer, which a GGUF file is made with ({e})")))?;
+            .map_err(|e| refuse(format!("not a BPE tokenizer; GGUF output needs one ({e})")))?;
         if spec.model.kind != "BPE" {
             return Err(refuse(format!("is a {} tokenizer; a GGUF file is made with BPE only", spec.model.kind)));
         }

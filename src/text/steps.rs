@@ -178,7 +178,8 @@ fn growth(step: &Value) -> Result<Growth, String> {
         let expression = literal.or_else(|| pattern.get("Regex")?.as_str().map(str::to_owned));
         // The library reports what is wrong with other patterns.
         let Some(expression) = expression else { return Ok(Growth::Times(1, 0)) };
-        let regex = SysRegex::new(&expression).map_err(|e| format!("{expression:?} is no regular expression: {e}"))?;
+        let regex =
+            SysRegex::new(&expression).map_err(|e| format!("{expression:?} isn't a valid regular expression: {e}"))?;
         return Ok(Growth::Replaced(Arc::new(regex), content.len()));
     }
     if let Some(map) = text("precompiled_charsmap") {

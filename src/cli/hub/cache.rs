@@ -1,10 +1,10 @@
-//! The cache, laid out as Hugging Face's tools have it, so that each finds what the other has fetched:
+//! The cache, in the layout of Hugging Face's tools, so that each program finds the other's files:
 //!
 //! ```text
-//! models--org--name/blobs/DIGEST              a file, by its digest; DIGEST.incomplete while it comes
+//! models--org--name/blobs/DIGEST              a file; DIGEST.incomplete while it downloads
 //! models--org--name/snapshots/COMMIT/NAME     links to blobs
-//! models--org--name/refs/REVISION             the commit that a branch or tag was last
-//! .locks/models--org--name/DIGEST.lock        locked by who fetches it
+//! models--org--name/refs/REVISION             the last known commit of a branch or tag
+//! .locks/models--org--name/DIGEST.lock        locked by the process that fetches it
 //! ```
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -17,19 +17,19 @@ use sha2::{Digest as Hash, Sha256};
 use crate::error::{Error, Result};
 use crate::formats::input::read_small_text;
 
-/// A repository's part of the cache.
+/// One repository's part of the cache.
 pub(super) struct Folder {
     cache: PathBuf,
     name: String,
 }
 
-/// What the bytes of a file are known by.
+/// Digest that identifies a file's contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Digest {
-    /// SHA-256, of large files.
+    /// SHA-256, for large files.
     Sha256(String),
-    /// The id that git gives to a file: SHA-1 of a header with its size and of its bytes. Some mirrors give the SHA-1 of the
-    /// bytes alone.
+    /// Git's file id: SHA-1 of a header with the file's size, followed by its bytes. Some mirrors
+    /// send the SHA-1 of the bytes alone.
     Sha1(String),
 }
 
@@ -38,22 +38,22 @@ impl Folder {
         Folder { cache: cache.into(), name: format!("models--{}", repo.replace('/', "--")) }
     }
 
-    /// The whole cache, with other repositories too.
+    /// The whole cache, including other repositories.
     pub(super) fn cache(&self) -> &Path {
         &self.cache
     }
 
-    /// The files of a commit.
+    /// Folder with the files of a commit.
     pub(super) fn snapshot(&self, commit: &str) -> PathBuf {
         self.root().join("snapshots").join(commit)
     }
 
-    /// A file by its digest.
+    /// Path of the file with this digest.
     pub(super) fn blob(&self, digest: &str) -> PathBuf {
         self.root().join("blobs").join(digest)
     }
 
-    /// What there is of a file that is being fetched, opened to be read and written.
+    /// Opens the partial file of a download for reading and writing, or creates it.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -64,7 +64,8 @@ impl Folder {
         Ok((path.clone(), file.map_err(|e| Error::io(&path, e))?))
     }
 
-    /// Locked until it is dropped; `wait` is told if another process has it now. A filesystem without locks goes without.
+    /// Locks a digest until the returned file is dropped. Calls `wait` first if another process
+    /// holds the lock. On a filesystem without locks, it doesn't lock.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -80,17 +81,19 @@ impl Folder {
         Ok(file)
     }
 
-    /// Makes a blob the file `name` of a commit: by a link where the filesystem has links, else by a copy.
+    /// Makes a blob the file `name` of a commit: by a link if the filesystem has links, otherwise
+    /// by a copy.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub(super) fn link(&self, digest: &str, commit: &str, name: &str) -> Result<PathBuf> {
         let (blob, path) = (self.blob(digest), self.snapshot(commit).join(name));
         make_parent(&path)?;
-        // From the folder of the file up to the repository's, and down.
+        // From the file's folder up to the repository's, then down to the blob.
         let up: PathBuf = std::iter::repeat_n("..", name.split('/').count() + 1).collect();
         let target = up.join("blobs").join(digest);
-        // Under another name first: what is there, such as a link to nothing, is replaced, and a copy appears whole.
+        // Made under another name first. Renaming replaces what is there, such as a dangling link,
+        // and a copy appears complete.
         let new = self.blob(&format!("{digest}.link"));
         let _ = fs::remove_file(&new);
         symlink(&target, &new)
@@ -101,20 +104,24 @@ impl Folder {
         Ok(path)
     }
 
-    /// The commit that a revision was when it was last fetched; a commit is its own.
+    /// The commit that a revision stood for when it was last fetched. A commit stands for itself.
     ///
     /// # Errors
-    /// [`Error::File`] if the cache has no commit there.
+    /// [`Error::File`] if the cache's entry isn't a commit.
     pub(super) fn commit(&self, revision: &str) -> Result<String> {
         let path = self.root().join("refs").join(revision);
         if !path.exists() {
             return Ok(revision.to_owned());
         }
         let text = read_small_text(&path, 1024)?.trim().to_owned();
-        if is_commit(&text) { Ok(text) } else { Err(Error::File { path, message: "holds no commit".into() }) }
+        if is_commit(&text) {
+            Ok(text)
+        } else {
+            Err(Error::File { path, message: "doesn't contain a commit id".into() })
+        }
     }
 
-    /// Notes the commit that a revision is.
+    /// Records the commit that a revision stands for.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -134,7 +141,7 @@ impl Folder {
 }
 
 impl Digest {
-    /// The digest in an ETag, quoted or not, if it is one.
+    /// Parses the digest in an ETag, quoted or not.
     pub(super) fn parse(text: &str) -> Option<Digest> {
         let text = text.strip_prefix("W/").unwrap_or(text).trim_matches('"').to_ascii_lowercase();
         let is_hex = text.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -151,7 +158,7 @@ impl Digest {
         }
     }
 
-    /// Reads the file and compares; if it is another, says how.
+    /// Compares the file's digest. The inner error describes a mismatch.
     ///
     /// # Errors
     /// If the file cannot be read.
@@ -167,22 +174,23 @@ impl Digest {
     }
 }
 
-/// The SHA-256 of a file, in hexadecimal.
+/// SHA-256 of a file, in hexadecimal.
 pub(super) fn sha256(path: &Path) -> io::Result<String> {
     hashed::<Sha256>(b"", path)
 }
 
-/// The SHA-256 of a text, in hexadecimal.
+/// SHA-256 of a text, in hexadecimal.
 pub(super) fn sha256_of(text: &str) -> String {
     hex(&Sha256::digest(text))
 }
 
-/// 40 hexadecimal digits.
+/// Whether a text is 40 hexadecimal digits.
 pub(super) fn is_commit(text: &str) -> bool {
     text.len() == 40 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// A relative path with slashes that stays in its folder on every system. (On Windows a colon follows a drive, or a file.)
+/// Whether a name is a relative path with slashes that stays in its folder on every system. On
+/// Windows, a colon follows a drive or a file name.
 pub(super) fn is_inside(name: &str) -> bool {
     let is_plain = |c: char| !c.is_control() && !matches!(c, '\\' | ':');
     name.chars().all(is_plain) && name.split('/').all(|part| !["", ".", ".."].contains(&part))
@@ -242,7 +250,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a");
         fs::write(&path, "hello\n").unwrap();
-        // As `git hash-object`, `sha1sum` and `sha256sum` print them.
+        // Printed by `git hash-object`, `sha1sum` and `sha256sum`.
         for right in [
             "ce013625030ba8dba906f756967f9e9ca394464a",
             "W/\"CE013625030BA8DBA906F756967F9E9CA394464A\"",

@@ -1,5 +1,5 @@
-//! Requests to the hub: over https unless the endpoint is an http one, with redirects followed here, so that the token goes
-//! to the endpoint and nowhere else.
+//! Requests to the hub. They use https unless the endpoint is http. Redirects are followed here,
+//! so that only the endpoint gets the token.
 
 use std::fmt;
 use std::io::Read;
@@ -19,33 +19,33 @@ use super::cache::is_commit;
 use super::env::Settings;
 use crate::formats::input::{MAX_SMALL, read_small};
 
-/// For the name and then for the connection.
+/// Time limit for resolving the name, and again for connecting.
 const CONNECT: Duration = Duration::from_secs(5);
 
-/// The most bytes of the answer about a model: a repository of 100 000 files has half of it.
+/// Maximum bytes of the answer about a model. A repository with 100 000 files has half of it.
 const MAX_INFO: u64 = 32 << 20;
 
-/// Redirects of one request. The hub has two.
+/// Maximum redirects per request. The hub uses two.
 const MAX_REDIRECTS: usize = 10;
 
-/// How often in a row something is tried.
+/// Tries in a row.
 pub(super) const TRIES: u32 = 4;
 
-/// What needs no `%` in a part of a URL.
+/// Characters other than these are percent-encoded in a part of a URL.
 const PLAIN: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
-/// Why the hub did not give what was asked for.
+/// Why a request failed.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// Another try may do.
+    /// Temporary; another try may succeed.
     Passing(String),
-    /// The hub is not there, or is not itself: the cache may do.
+    /// The hub can't be reached or answers nonsense; the cache may help.
     Away(String),
-    /// It would be the same again.
+    /// Permanent; another try would fail the same way.
     Final(String),
 }
 
-/// The commit that a revision is, and its files.
+/// The commit of a revision, and its files.
 #[derive(Deserialize)]
 pub(super) struct Info {
     sha: String,
@@ -57,39 +57,39 @@ struct Sibling {
     rfilename: String,
 }
 
-/// An answer that is no redirect.
+/// An answer that isn't a redirect.
 pub(super) struct Answer {
     pub status: StatusCode,
-    /// Of the answer.
+    /// Headers of the answer.
     pub headers: HeaderMap,
-    /// Of all answers on the way that are the hub's own: it describes files as it redirects.
+    /// Headers of the hub's own answers on the way, as the hub describes files when it redirects.
     pub hub: Vec<HeaderMap>,
     pub body: Body,
 }
 
 pub(super) struct Client {
     agent: Agent,
-    /// With no slash at its end.
+    /// URL without a slash at its end.
     endpoint: String,
     uri: Uri,
     token: Option<String>,
-    /// For an answer to begin.
+    /// Time limit for an answer to begin.
     answer: Duration,
-    /// For more to come.
+    /// Time limit for more bytes.
     stall: Duration,
 }
 
 impl Client {
     /// # Errors
-    /// A sentence, if the endpoint is no URL, or there are no certificates where they should be.
+    /// A sentence, if the endpoint isn't a URL or the certificates can't be read.
     pub(super) fn new(settings: &Settings) -> Result<Client, String> {
         let endpoint = settings.endpoint.clone();
-        let not = || format!("HF_ENDPOINT is {endpoint:?}, but has to be a URL such as https://huggingface.co");
+        let not = || format!("HF_ENDPOINT is {endpoint:?}, but must be a URL such as https://huggingface.co");
         let uri: Uri = endpoint.parse().map_err(|_| not())?;
         if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.host().is_none_or(str::is_empty) {
             return Err(not());
         }
-        // Proxies are those of the environment, by default.
+        // Proxies come from the environment, by default.
         let agent = Agent::config_builder()
             .http_status_as_error(false)
             .tls_config(TlsConfig::builder().root_certs(roots(settings.certificates.as_deref())?).build())
@@ -99,7 +99,7 @@ impl Client {
             .timeout_connect(Some(CONNECT))
             .timeout_recv_response(Some(settings.answer))
             .timeout_per_read(Some(settings.stall))
-            // Sizes and digests are those of the files.
+            // Sizes and digests are for uncompressed files.
             .accept_encoding("identity")
             .user_agent(concat!("qlora-wgpu/", env!("CARGO_PKG_VERSION")))
             .build()
@@ -108,20 +108,20 @@ impl Client {
         Ok(Client { agent, endpoint, uri, token, answer, stall })
     }
 
-    /// The time after which a download that brings nothing is given up.
+    /// Time after which a download without new bytes is given up.
     pub(super) fn stall(&self) -> Duration {
         self.stall
     }
 
-    /// Where a file of a commit is.
+    /// URL of a file in a commit.
     pub(super) fn file_url(&self, repo: &str, commit: &str, name: &str) -> String {
         let parts: Vec<String> = name.split('/').map(encoded).collect();
         format!("{}/{repo}/resolve/{commit}/{}", self.endpoint, parts.join("/"))
     }
 
-    /// What the hub says of a revision.
+    /// Asks the hub about a revision.
     pub(super) fn info(&self, repo: &str, revision: &str) -> Result<Info, Fault> {
-        // Without a query: some mirrors know none.
+        // Sent without a query, because some mirrors don't support one.
         let url = format!("{}/api/models/{repo}/revision/{}", self.endpoint, encoded(revision));
         let mut tries = 1;
         loop {
@@ -147,17 +147,17 @@ impl Client {
         }
         let info: Info =
             serde_json::from_slice(&text).map_err(|e| self.away(&format!("its answer is not a model's: {e}")))?;
-        // It becomes a part of paths.
+        // The commit becomes part of paths.
         if is_commit(&info.sha) {
             Ok(info)
         } else {
-            Err(self.away(&format!("it answers with the commit {:?}, which is none", info.sha)))
+            Err(self.away(&format!("it answers with the commit {:?}, which isn't a commit id", info.sha)))
         }
     }
 
-    /// The answer to a request for what comes from byte `start` on, after all redirects; `limit` is for all of it.
+    /// Requests the bytes from `start` on and follows redirects. `limit` bounds the whole request.
     pub(super) fn get(&self, url: &str, start: u64, limit: Option<Duration>) -> Result<Answer, Fault> {
-        let mut uri: Uri = url.parse().map_err(|_| Fault::Final(format!("{url} is no URL")))?;
+        let mut uri: Uri = url.parse().map_err(|_| Fault::Final(format!("{url} isn't a URL")))?;
         let mut seen = vec![];
         let mut hub = vec![];
         loop {
@@ -189,21 +189,22 @@ impl Client {
         }
     }
 
-    /// Where an answer for `uri` redirects to.
+    /// Target of a redirect.
     fn redirect(&self, uri: &Uri, head: &Parts) -> Result<Uri, Fault> {
         let fault = |what: String| Fault::Final(format!("{} redirects {what}", shown(uri)));
         let location = head.headers.get(LOCATION);
         let location = location.ok_or_else(|| fault(format!("(status {}) with no Location", head.status.as_u16())))?;
         let next = location.to_str().ok().and_then(|location| join(uri, location));
-        let next = next
-            .ok_or_else(|| fault(format!("to {:?}, which is no URL", String::from_utf8_lossy(location.as_bytes()))))?;
+        let next = next.ok_or_else(|| {
+            fault(format!("to {:?}, which isn't a URL", String::from_utf8_lossy(location.as_bytes())))
+        })?;
         if self.uri.scheme_str() == Some("https") && next.scheme_str() != Some("https") {
             return Err(fault(format!("to {}, which is not https", shown(&next))));
         }
         Ok(next)
     }
 
-    /// Why an answer is none that was hoped for.
+    /// Explains an unsuccessful answer.
     pub(super) fn refusal(&self, repo: &str, answer: &Answer) -> Fault {
         let status = answer.status.as_u16();
         let is_gated = answer.hub.iter().any(|head| head.get("x-error-code").is_some_and(|code| code == "GatedRepo"));
@@ -211,14 +212,14 @@ impl Client {
         let has_token = self.token.is_some();
         match status {
             401 | 403 if is_gated || status == 403 => Fault::Final(if has_token {
-                format!("it is gated, and not for this HF_TOKEN: ask for access at {page} (status {status})")
+                format!("it is gated, and this HF_TOKEN has no access: ask for it at {page} (status {status})")
             } else {
                 format!("it is gated: ask for access at {page}, and set HF_TOKEN (status {status})")
             }),
             401 if has_token => Fault::Final(format!("{} does not know this HF_TOKEN (status 401)", self.endpoint)),
             401 => Fault::Final(format!("{page} does not exist or is private; set HF_TOKEN if it is (status 401)")),
             404 => Fault::Final(format!(
-                "{} has no such model, revision or file, or not for this HF_TOKEN (status 404)",
+                "{} has no such model, revision or file, or this HF_TOKEN has no access (status 404)",
                 self.endpoint
             )),
             408 | 429 | 500..=599 => Fault::Passing(format!("{} answers with status {status}", self.endpoint)),
@@ -226,7 +227,7 @@ impl Client {
         }
     }
 
-    /// Waits before another try, after `tries`.
+    /// Waits before the next try, after `tries` tries.
     pub(super) fn pause(&self, tries: u32) {
         let first = (self.stall / 20).min(Duration::from_millis(500));
         thread::sleep(first * 2u32.pow(tries.saturating_sub(1)));
@@ -246,7 +247,7 @@ impl Client {
         Fault::Away(format!("{} cannot be reached ({reason})", self.endpoint))
     }
 
-    /// What a failure means to people.
+    /// Explains a failure to people.
     pub(super) fn cause(&self, error: ureq::Error) -> String {
         use ureq::Timeout;
         match error {
@@ -270,13 +271,13 @@ impl Info {
         &self.sha
     }
 
-    /// Names as the hub gives them.
+    /// File names as the hub gives them.
     pub(super) fn files(&self) -> Vec<String> {
         self.siblings.iter().map(|sibling| sibling.rfilename.clone()).collect()
     }
 }
 
-/// The certificates to trust: those in a file, or else those that browsers have.
+/// The certificates to trust: those in a file, or otherwise those that browsers trust.
 fn roots(file: Option<&Path>) -> Result<RootCerts, String> {
     let Some(file) = file else { return Ok(RootCerts::WebPki) };
     let pem = read_small(file, MAX_SMALL).map_err(|e| format!("the certificates cannot be read: {e}"))?;
@@ -299,19 +300,19 @@ fn encoded(part: &str) -> String {
     utf8_percent_encode(part, PLAIN).to_string()
 }
 
-/// A URL without its query, which may hold a signature.
+/// A URL without its query, which may contain a signature.
 fn shown(uri: &Uri) -> String {
     let authority = uri.authority().map_or("", |authority| authority.as_str());
     format!("{}://{authority}{}", uri.scheme_str().unwrap_or_default(), uri.path())
 }
 
-/// Who answers at a URL: scheme, host and port.
+/// Origin of a URL: scheme, host and port.
 fn origin(uri: &Uri) -> (Option<&str>, Option<String>, Option<u16>) {
     let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
     (uri.scheme_str(), uri.host().map(str::to_ascii_lowercase), Some(uri.port_u16().unwrap_or(default)))
 }
 
-/// Where a redirect from `base` leads.
+/// Resolves a redirect's location against `base`.
 fn join(base: &Uri, location: &str) -> Option<Uri> {
     let location = location.split('#').next().unwrap_or_default();
     let (scheme, authority) = (base.scheme_str()?, base.authority()?);

@@ -1,4 +1,5 @@
-//! One file of a commit, fetched into the cache: what gets there is whole, and what the hub says it is.
+//! Downloads one file of a commit into the cache. Files there are complete and match the hub's
+//! description.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -16,22 +17,22 @@ use crate::cli::say;
 use crate::error::Error;
 use crate::formats::input::MAX_SMALL;
 
-/// Bytes that are read at once.
+/// Bytes per read.
 const CHUNK: usize = 1 << 18;
 
-/// Bytes that make a try count as none: a long download may break off often.
+/// Progress in bytes that resets the count of tries, because a long download may break off often.
 const PROGRESS: u64 = 1 << 20;
 
-/// Bytes a second. Less is as good as nothing.
+/// Minimum bytes per second; a slower download is broken off.
 const MIN_RATE: f64 = 1024.0;
 
-/// Files of one commit of a repository, and where they come from and go to.
+/// Downloads files of one commit of a repository into the cache.
 pub(super) struct Download<'a> {
     client: &'a Client,
     folder: &'a Folder,
     repo: &'a str,
     commit: &'a str,
-    /// A warning was given.
+    /// Whether the warning about missing digests was given.
     has_warned: Cell<bool>,
 }
 
@@ -39,7 +40,7 @@ pub(super) struct Download<'a> {
 struct Remote {
     url: String,
     name: String,
-    /// None where a mirror names its files by something else.
+    /// `None` if a mirror's ETag isn't a digest.
     digest: Option<Digest>,
     size: Option<u64>,
 }
@@ -49,13 +50,13 @@ impl<'a> Download<'a> {
         Download { client, folder, repo, commit, has_warned: Cell::new(false) }
     }
 
-    /// The file `name`, fetched if the cache lacks it.
+    /// Returns the path of the file `name`; fetches it if the cache lacks it.
     ///
     /// # Errors
     /// A sentence.
     pub(super) fn file(&self, name: &str) -> Result<PathBuf, String> {
         if !is_inside(name) {
-            return Err(format!("{name:?} is no name of a file in a model"));
+            return Err(format!("{name:?} isn't a valid name for a file in a model"));
         }
         let path = self.folder.snapshot(self.commit).join(name);
         if path.exists() {
@@ -68,14 +69,14 @@ impl<'a> Download<'a> {
                 Err(fault) => tries.again(fault, 0)?,
             }
         };
-        // Where there is no digest, a name that no other file has.
+        // Without a digest, use a name that no other file has.
         let key = match &remote.digest {
             Some(digest) => digest.hex().to_owned(),
             None => sha256_of(&format!("{}/{name}", self.commit)),
         };
         let wait = || say::progress(format!("waiting for another process that downloads {name}"));
         let _lock = self.folder.lock(&key, wait).map_err(|e| e.to_string())?;
-        // It may be there from another commit, or from whoever had the lock.
+        // It may exist from another commit, or from the process that held the lock.
         let blob = self.folder.blob(&key).metadata();
         let blob = match blob.is_ok_and(|blob| remote.size.is_none_or(|size| size == blob.len())) {
             true => key,
@@ -84,7 +85,7 @@ impl<'a> Download<'a> {
         self.folder.link(&blob, self.commit, name).map_err(|e| e.to_string())
     }
 
-    /// What the file is, and the answer with its bytes.
+    /// Requests the file. Returns its description, and the answer with its bytes.
     fn describe(&self, name: &str) -> Result<(Remote, Answer), Fault> {
         let url = self.client.file_url(self.repo, self.commit, name);
         let answer = self.client.get(&url, 0, None)?;
@@ -96,33 +97,33 @@ impl<'a> Download<'a> {
             if let Some(commit) = text(head, "x-repo-commit")?.filter(|commit| *commit != self.commit) {
                 return Err(Fault::Final(format!("the hub answers with commit {commit:?} instead of {}", self.commit)));
             }
-            // Of a large file, which is elsewhere, what the redirect says.
+            // A large file is stored elsewhere; the redirect describes it.
             for tag in ["x-linked-etag", ETAG.as_str()] {
                 if let Some(tag) = text(head, tag)?.filter(|_| remote.digest.is_none()) {
                     remote.digest = digest(tag)?;
                 }
             }
             if let Some(size) = text(head, "x-linked-size")?.filter(|_| remote.size.is_none()) {
-                let size = size.parse().map_err(|_| Fault::Final(format!("the hub says its size is {size:?}")))?;
+                let size = size.parse().map_err(|_| Fault::Final(format!("the hub gives its size as {size:?}")))?;
                 remote.size = Some(size);
             }
         }
         let (_, total) = remote.extent(&answer, 0)?;
         remote.size = remote.size.or(total);
         if remote.digest.is_none() && remote.size.is_none() {
-            return Err(Fault::Final("the hub tells neither its digest nor its size".into()));
+            return Err(Fault::Final("the hub gives neither its digest nor its size".into()));
         }
         Ok((remote, answer))
     }
 
-    /// Fetches a file as the blob `key`, from `answer` and what more it takes. Without a digest, the blob has another name, which
-    /// is returned.
+    /// Fetches a file as the blob `key`, from `answer` and further requests if needed. Returns the
+    /// blob's name, which differs from `key` if there is no digest.
     fn fetch(&self, remote: &Remote, answer: Answer, key: &str, mut tries: Tries<'_>) -> Result<String, String> {
         let (path, mut file) = self.folder.incomplete(key).map_err(|e| e.to_string())?;
         let failed = |e: io::Error| Error::io(&path, e).to_string();
         if remote.digest.is_none() && !self.has_warned.replace(true) {
             let name = &remote.name;
-            say::warning(format!("{}: the hub gives no digest of {name}, so only its size is checked", self.repo));
+            say::warning(format!("{}: the hub gives no digest for {name}, so only its size is checked", self.repo));
         }
         let bar = bar(remote);
         let mut answer = Some(answer);
@@ -145,7 +146,8 @@ impl<'a> Download<'a> {
         Ok(blob)
     }
 
-    /// Adds what the file at `path` lacks, and checks the whole. After an error, what there is may be gone on from.
+    /// Adds what the file at `path` lacks, and checks the whole. After an error, a later try may
+    /// continue from the partial file.
     fn go_on(
         &self,
         remote: &Remote,
@@ -181,11 +183,11 @@ impl<'a> Download<'a> {
         let Err(wrong) = digest.check(path).map_err(failed)? else { return Ok(()) };
         file.set_len(0).map_err(failed)?;
         let message = format!("it is not the file that the hub describes: {wrong}");
-        // An old part may have been the wrong one.
+        // An old partial file may have been the wrong part.
         Err(if start > 0 { Fault::Passing(message) } else { Fault::Final(message) })
     }
 
-    /// Writes the bytes that an answer has, from byte `at` of the file on, to the last.
+    /// Writes the answer's bytes to the file, from byte `at` on.
     fn receive(
         &self,
         remote: &Remote,
@@ -231,7 +233,8 @@ impl<'a> Download<'a> {
 }
 
 impl Remote {
-    /// The byte of the file at which an answer begins to a request from `start` on, and the size of the file if it tells.
+    /// Where in the file an answer to a request from byte `start` on begins, and the file's size
+    /// if the answer has it.
     fn extent(&self, answer: &Answer, start: u64) -> Result<(u64, Option<u64>), Fault> {
         let headers = &answer.headers;
         if let Some(encoding) = text(headers, CONTENT_ENCODING.as_str())?.filter(|&encoding| encoding != "identity") {
@@ -257,19 +260,19 @@ impl Remote {
     }
 }
 
-/// Tries of one file.
+/// Counts tries for one file.
 struct Tries<'a> {
     client: &'a Client,
     count: u32,
-    /// The most bytes there were.
+    /// Maximum length of the partial file so far.
     most: u64,
 }
 
 impl Tries<'_> {
-    /// Waits, if after this fault, with `len` bytes there, another try is worth it.
+    /// Waits, if another try makes sense after this fault, with `len` bytes received.
     ///
     /// # Errors
-    /// Why it is not.
+    /// Why another try doesn't make sense.
     fn again(&mut self, fault: Fault, len: u64) -> Result<(), String> {
         let message = match fault {
             Fault::Final(message) => return Err(message),
@@ -281,30 +284,33 @@ impl Tries<'_> {
         self.most = self.most.max(len);
         self.count += 1;
         if self.count == TRIES {
-            return Err(format!("{message}; run again to go on"));
+            return Err(format!("{message}; run the command again to continue"));
         }
         self.client.pause(self.count);
         Ok(())
     }
 }
 
-/// The digest in an ETag. One that is none has to be at least a name: Hugging Face's tools name files by it.
+/// Parses the digest in an ETag. An ETag that isn't a digest must at least be a valid name, as
+/// Hugging Face's tools name files by it.
 fn digest(tag: &str) -> Result<Option<Digest>, Fault> {
     let name = tag.strip_prefix("W/").unwrap_or(tag).trim_matches('"');
     let is_name = !name.starts_with('.') && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.:+=".contains(&b));
     match Digest::parse(name) {
-        None if !is_name => Err(Fault::Final(format!("the hub names it by the ETag {name:?}, which is no digest"))),
+        None if !is_name => {
+            Err(Fault::Final(format!("the hub identifies it by the ETag {name:?}, which isn't a digest")))
+        }
         digest => Ok(digest),
     }
 }
 
-/// A header, if it is there.
+/// A header's text, if the header exists.
 fn text<'h>(headers: &'h HeaderMap, name: &str) -> Result<Option<&'h str>, Fault> {
-    let odd = |_| Fault::Final(format!("the hub answers with a header {name} that is no text"));
+    let odd = |_| Fault::Final(format!("the hub answers with a header {name} that isn't text"));
     headers.get(name).map(|value| value.to_str().map_err(odd)).transpose()
 }
 
-/// The first byte and the size of the file, if it is known, in `bytes 0-9/10`.
+/// Parses `bytes 0-9/10`: the first byte, and the file's size if known.
 fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
@@ -313,7 +319,7 @@ fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
     (first <= last && total.is_none_or(|total| last < total)).then_some((first, total))
 }
 
-/// A bar, or a line where there is none.
+/// Shows a bar, or prints a line if bars are hidden.
 fn bar(remote: &Remote) -> ProgressBar {
     let size = remote.size.unwrap_or(0);
     let bar = say::bar(size as usize, "{wide_msg} {bar:8} {percent}% of {total_bytes}, {eta}");

@@ -1,6 +1,6 @@
-//! The variables of the environment that Hugging Face's tools read, with their meanings there: `HF_ENDPOINT`, `HF_HOME`,
-//! `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`,
-//! `SSL_CERT_FILE`, and older names of some.
+//! Environment variables of Hugging Face's tools, with the same meanings: `HF_ENDPOINT`,
+//! `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_TOKEN_PATH`,
+//! `HF_HUB_ETAG_TIMEOUT`, `HF_HUB_DOWNLOAD_TIMEOUT`, `SSL_CERT_FILE`, and older names for some.
 
 use std::env;
 use std::path::PathBuf;
@@ -10,27 +10,28 @@ use crate::formats::input::{MAX_SMALL, read_small_text};
 
 const ENDPOINT: &str = "https://huggingface.co";
 
-/// Seconds: for an answer to begin, and for a download to go on.
+/// Default limit in seconds, for an answer to begin and for more bytes of a download.
 const TIMEOUT: f64 = 10.0;
 
-/// Where models come from and go to.
+/// Where models come from and where they are stored.
 pub(super) struct Settings {
     /// A URL without a slash at its end.
     pub endpoint: String,
     pub cache: PathBuf,
     pub token: Option<String>,
     pub offline: bool,
-    /// A file with the certificates to trust.
+    /// File with the certificates to trust.
     pub certificates: Option<PathBuf>,
-    /// For an answer to begin.
+    /// Time limit for an answer to begin.
     pub answer: Duration,
-    /// For the next bytes of a download to come.
+    /// Time limit for more bytes of a download.
     pub stall: Duration,
 }
 
 impl Settings {
     /// # Errors
-    /// A sentence, if there is no place for the cache, the token cannot be read, or a time is no number.
+    /// A sentence, if there is no place for the cache, the token can't be read, or a time isn't a
+    /// number.
     pub(super) fn from_env() -> Result<Settings, String> {
         let folder = |home: PathBuf| home.join("huggingface");
         let home = path(&["HF_HOME"])
@@ -50,7 +51,7 @@ impl Settings {
     }
 }
 
-/// The token of the environment, or else of the file where `hf auth login` puts it.
+/// The token from the environment, or otherwise from the file that `hf auth login` writes.
 fn token(file: PathBuf) -> Result<Option<String>, String> {
     let token = match variable(&["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"]) {
         Some(token) => token,
@@ -59,17 +60,18 @@ fn token(file: PathBuf) -> Result<Option<String>, String> {
     };
     let token = token.trim();
     if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err("the token (HF_TOKEN, or the file of the login) has characters that no token has".into());
+        return Err("the token (from HF_TOKEN or the login's file) has invalid characters".into());
     }
     Ok(Some(token.to_owned()).filter(|token| !token.is_empty()))
 }
 
-/// The first of these variables that is there and not empty.
+/// The first of these variables that is set and not empty.
 fn variable(names: &[&str]) -> Option<String> {
     names.iter().find_map(|name| env::var(name).ok().filter(|value| !value.is_empty()))
 }
 
-/// As [`variable`], for a path: `~` and variables in it are expanded, as a configuration file may have them.
+/// Like [`variable`], for a path. Expands `~` and variables in it, as configuration files may use
+/// them.
 fn path(names: &[&str]) -> Option<PathBuf> {
     let value = names.iter().find_map(|name| env::var_os(name).filter(|value| !value.is_empty()))?;
     let home = || env::home_dir().and_then(|home| home.into_os_string().into_string().ok());
@@ -86,8 +88,8 @@ fn is_set(name: &str) -> bool {
 fn seconds(name: &str) -> Result<Duration, String> {
     let Some(text) = variable(&[name]) else { return Ok(Duration::from_secs_f64(TIMEOUT)) };
     let seconds = text.trim().parse().ok().filter(|&seconds: &f64| seconds >= 0.0);
-    // None is the default there too.
+    // 0 means the default, as in Hugging Face's tools.
     let seconds = seconds.map(|seconds| if seconds == 0.0 { TIMEOUT } else { seconds });
     let time = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    time.ok_or_else(|| format!("{name} is {text:?}, but has to be a number of seconds"))
+    time.ok_or_else(|| format!("{name} is {text:?}, but must be a number of seconds"))
 }

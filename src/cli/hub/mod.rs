@@ -1,4 +1,5 @@
-//! Models by their ids on the Hugging Face hub, fetched into the cache folder that Hugging Face's own tools use.
+//! Models from the Hugging Face hub, fetched by id into the cache folder of Hugging Face's own
+//! tools.
 
 mod cache;
 mod client;
@@ -20,7 +21,7 @@ use client::{Client, Fault, Info};
 use download::Download;
 use env::Settings;
 
-/// Files beside the weights that are fetched where the repository has them.
+/// Files beside the weights, fetched if the repository has them.
 const OPTIONAL: [&str; 6] = [
     "generation_config.json",
     "tokenizer.json",
@@ -30,13 +31,14 @@ const OPTIONAL: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// The folder with more templates, fetched too.
+/// The folder with more chat templates; its files are fetched too.
 const TEMPLATES: &str = "additional_chat_templates/";
 
-/// What is to be done where nothing can be fetched.
+/// Advice if nothing can be fetched.
 const HINT: &str = "check the path or id, or download the model yourself and give its directory";
 
-/// A model on the hub, `org/name` or `org/name@revision`; or one file of it, with `/FILE.gguf` after that.
+/// A model on the hub, `org/name` or `org/name@revision`, or one of its files, with `/FILE.gguf`
+/// appended.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct HubId {
     repo: String,
@@ -45,7 +47,7 @@ pub(super) struct HubId {
 }
 
 impl HubId {
-    /// The id that `text` is, if it looks like one.
+    /// Parses a text that looks like an id.
     pub(super) fn parse(text: &str) -> Option<HubId> {
         let (name, revision, file) = match text.split_once('@') {
             Some((name, rest)) if is_gguf(rest) => {
@@ -65,41 +67,42 @@ impl HubId {
         };
         let parts = |path: &str| path.split('/').all(|part| !part.is_empty() && valid(part));
         let whole = name.split('/').count() == 2 && parts(name) && parts(revision);
-        // Names of files may have any letters, but lead nowhere else.
+        // File names may have any letters, but must stay in the folder.
         let inside = file.is_none_or(is_inside);
         (whole && inside).then(|| HubId { repo: name.into(), revision: revision.into(), file: file.map(String::from) })
     }
 
-    /// The file, or the folder with the model's files, fetched first if the cache does not have them.
+    /// Returns the path of the file, or of the folder with the model's files. Fetches them if the
+    /// cache lacks them.
     ///
     /// # Errors
-    /// [`Error::Io`] if the hub cannot be reached and the cache lacks the model, the hub has no such model, or it is of no
-    /// kind that is read here.
+    /// [`Error::Io`] if the hub can't be reached and the cache lacks the model, if the hub has no
+    /// such model, or if the model's files aren't of a supported kind.
     pub(super) fn fetch(&self) -> Result<PathBuf> {
         let settings = Settings::from_env().map_err(|message| self.error(message))?;
         let folder = Folder::new(&settings.cache, &self.repo);
         if settings.offline {
             return self.cached(&folder).map_err(|message| {
-                self.error(format!("is no path here, and HF_HUB_OFFLINE is set, but {message}; {HINT}"))
+                self.error(format!("no such path, and HF_HUB_OFFLINE is set, but {message}; {HINT}"))
             });
         }
         let client = Client::new(&settings).map_err(|message| self.error(message))?;
         match client.info(&self.repo, &self.revision) {
             Ok(info) => self.download(&client, &folder, &info).map_err(|message| self.error(message)),
-            Err(Fault::Final(message)) => Err(self.error(format!("is no path here, and {message}; {HINT}"))),
+            Err(Fault::Final(message)) => Err(self.error(format!("no such path, and {message}; {HINT}"))),
             Err(Fault::Away(message) | Fault::Passing(message)) => match self.cached(&folder) {
                 Ok(path) => {
                     say::warning(format!("{self}: {message}; using the copy in {}", folder.cache().display()));
                     Ok(path)
                 }
-                Err(lacks) => Err(self.error(format!("is no path here, {message}, and {lacks}; {HINT}"))),
+                Err(lacks) => Err(self.error(format!("no such path, {message}, and {lacks}; {HINT}"))),
             },
         }
     }
 
     fn download(&self, client: &Client, folder: &Folder, info: &Info) -> Result<PathBuf, String> {
         let cache = folder.cache().display();
-        // One commit for all files, whatever becomes of the branch in the meantime.
+        // One commit for all files, even if the branch moves meanwhile.
         let commit = info.commit();
         let download = Download::new(client, folder, &self.repo, commit);
         let mut told = false;
@@ -110,12 +113,12 @@ impl HubId {
             }
             download.file(name).map_err(|e| format!("{name} could not be downloaded to {cache} ({e})"))
         })?;
-        // Last, so that what this names is whole.
+        // Recorded last, so that the revision names complete files.
         folder.set_commit(&self.revision, commit).map_err(|e| e.to_string())?;
         Ok(path)
     }
 
-    /// The model in the cache. The error says what is missing there.
+    /// The model in the cache. The error says what the cache lacks.
     fn cached(&self, folder: &Folder) -> Result<PathBuf, String> {
         let cache = folder.cache().display();
         let commit = folder.commit(&self.revision).map_err(|e| e.to_string())?;
@@ -131,7 +134,7 @@ impl HubId {
         .map_err(|message| format!("in the cache {cache}: {message}"))
     }
 
-    /// Gets all files of a model among `names`.
+    /// Gets all of a model's files among `names`.
     fn assemble(
         &self,
         names: &[String],
@@ -145,7 +148,7 @@ impl HubId {
                 let others = if ggufs().is_empty() { "no .gguf file".into() } else { ggufs().join(", ") };
                 return Err(format!("there is no {missing}; there is {others}"));
             }
-            // The first is the one to open.
+            // The first part is the one to open.
             let first = get(&parts[0])?;
             parts[1..].iter().try_for_each(|part| get(part).map(drop))?;
             return Ok(first);
@@ -153,10 +156,10 @@ impl HubId {
         let (single, index) = (checkpoint::SINGLE, checkpoint::INDEX);
         if !has("config.json") || !(has(single) || has(index)) {
             return Err(match ggufs().as_slice() {
-                [] => format!("there is no config.json with {single} or {index}, so it is no model that can be read"),
+                [] => format!("there is no config.json with {single} or {index}, so this isn't a supported model"),
                 [first, ..] => {
                     let list = ggufs().join(", ");
-                    format!("it has only GGUF files; name one, as in {}/{first}, of {list}", self.name())
+                    format!("it has only GGUF files; name one, as in {}/{first}. Its files: {list}", self.name())
                 }
             });
         }
@@ -177,7 +180,7 @@ impl HubId {
         Ok(folder)
     }
 
-    /// As it is written, without the file.
+    /// The id without the file.
     fn name(&self) -> String {
         match self.revision.as_str() {
             "main" => self.repo.clone(),
@@ -185,7 +188,7 @@ impl HubId {
         }
     }
 
-    /// The last part of the file, or of the model's name.
+    /// The last part of the file's path or of the model's name.
     pub(super) fn last(&self) -> &str {
         let whole = self.file.as_ref().unwrap_or(&self.repo);
         whole.rsplit_once('/').map_or(whole, |(_, last)| last)
@@ -203,7 +206,8 @@ impl fmt::Display for HubId {
     }
 }
 
-/// All parts of a GGUF file that was split, `NAME-00001-of-00003.gguf`; or the file itself.
+/// All parts of a split GGUF file, `NAME-00001-of-00003.gguf`, or the file itself if it isn't
+/// split.
 fn parts(file: &str) -> Vec<String> {
     static PART: LazyLock<Regex> =
         LazyLock::new(|| Regex::new(r"(?i)^(.*-)\d{5}(-of-(\d{5})\.gguf)$").expect("an expression"));

@@ -1,4 +1,4 @@
-//! The tensors of a file or folder: formats, shapes and sizes, and the rows that show them.
+//! Tensors of a file or folder: formats, shapes and sizes, and table rows for them.
 
 use std::collections::BTreeMap;
 
@@ -13,13 +13,13 @@ use crate::formats::safetensors::Tensors;
 /// How values are stored.
 #[derive(Serialize, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Storage {
-    /// The type as the file names it, or `nf4`, `fp4`, `int4`.
+    /// The type as named in the file, or `nf4`, `fp4`, `int4`.
     format: String,
-    /// Weights per scale, of bitsandbytes' formats.
+    /// Weights per scale, for bitsandbytes' formats.
     block: Option<usize>,
     /// Whether the scales are quantized too.
     double_quantized: bool,
-    /// Scales per super-scale, if they are.
+    /// Scales per super-scale, if the scales are quantized.
     super_block: Option<usize>,
 }
 
@@ -35,12 +35,12 @@ impl Storage {
     }
 }
 
-/// How much there is.
+/// Size of one or several tensors.
 #[derive(Serialize, Clone, Copy, Debug)]
 pub struct Size {
     pub parameters: u64,
     pub bytes: u64,
-    /// `None` where there are no parameters.
+    /// `None` if there are no parameters.
     pub bits_per_weight: Option<f64>,
 }
 
@@ -54,7 +54,7 @@ impl Size {
         Size::new(shape.iter().map(|&length| length as u64).product(), bytes as u64)
     }
 
-    /// All tensors together.
+    /// Sum over all tensors.
     pub fn sum<'a>(tensors: impl IntoIterator<Item = &'a TensorInfo>) -> Self {
         let add =
             |(parameters, bytes), tensor: &TensorInfo| (parameters + tensor.size.parameters, bytes + tensor.size.bytes);
@@ -66,13 +66,13 @@ impl Size {
         self.bits_per_weight.map_or("-".into(), |bits| format!("{bits:.3}"))
     }
 
-    /// Parameters, bytes, and bits per weight.
+    /// Table cells: parameters, bytes, and bits per weight.
     fn columns(&self) -> [String; 3] {
         [HumanCount(self.parameters).to_string(), HumanBytes(self.bytes).to_string(), self.bits()]
     }
 }
 
-/// A tensor, or all parts of a 4-bit weight.
+/// A tensor, or a 4-bit weight with all its parts.
 #[derive(Serialize, Clone, Debug)]
 pub struct TensorInfo {
     name: String,
@@ -83,7 +83,7 @@ pub struct TensorInfo {
     size: Size,
 }
 
-/// All tensors of a format.
+/// All tensors with one format.
 #[derive(Serialize, Clone, Debug)]
 pub struct TotalInfo {
     #[serde(flatten)]
@@ -93,7 +93,7 @@ pub struct TotalInfo {
     size: Size,
 }
 
-/// The tensors of a GGUF file, in the order of their names and layers.
+/// Tensors of a GGUF file, sorted by name and layer.
 pub fn of_gguf(file: &GgufFile) -> Result<Vec<TensorInfo>> {
     let info = |name: &str| {
         let tensor = file.tensor(name)?;
@@ -103,7 +103,7 @@ pub fn of_gguf(file: &GgufFile) -> Result<Vec<TensorInfo>> {
     file.names().map(info).collect::<Result<_>>().map(sorted)
 }
 
-/// The tensors of a safetensors file or checkpoint, in the order of their names and layers.
+/// Tensors of a safetensors file or checkpoint, sorted by name and layer.
 pub fn of_safetensors(tensors: &impl Tensors) -> Result<Vec<TensorInfo>> {
     let packed = bitsandbytes::quantized_weights(tensors);
     let is_part = |name: &str| bitsandbytes::weight_of(name).is_some_and(|weight| packed.contains(weight));
@@ -131,7 +131,7 @@ fn sorted(mut tensors: Vec<TensorInfo>) -> Vec<TensorInfo> {
     tensors
 }
 
-/// What is before the first number in a name, the number, and what follows: the layer, most often.
+/// Splits a name at its first number, usually the layer: text before, number, text after.
 fn split(name: &str) -> (&str, Option<usize>, &str) {
     let mut start = 0;
     for part in name.split('.') {
@@ -144,7 +144,7 @@ fn split(name: &str) -> (&str, Option<usize>, &str) {
     (name, None, "")
 }
 
-/// Sums by format, the largest first.
+/// Totals by format, largest first.
 pub fn totals(tensors: &[TensorInfo]) -> Vec<TotalInfo> {
     let mut formats: BTreeMap<&Storage, Vec<&TensorInfo>> = BTreeMap::new();
     for tensor in tensors {
@@ -160,7 +160,7 @@ pub fn totals(tensors: &[TensorInfo]) -> Vec<TotalInfo> {
     totals
 }
 
-/// A row a format, and one of all where there are several.
+/// A row per format, and one for all if there are several.
 pub fn format_rows(totals: &[TotalInfo], tensors: usize, all: &Size) -> Vec<[String; 5]> {
     let row = |label: String, count: usize, size: &Size| {
         let [parameters, bytes, bits] = size.columns();
@@ -173,7 +173,7 @@ pub fn format_rows(totals: &[TotalInfo], tensors: usize, all: &Size) -> Vec<[Str
     rows
 }
 
-/// A row a tensor, or one for those of several layers that are alike but for the layer.
+/// A row per tensor, or per group of tensors that differ only in the layer.
 pub fn tensor_rows(tensors: &[TensorInfo], all: bool) -> Vec<[String; 7]> {
     // Rows are in the order of their first tensors.
     let mut places = BTreeMap::new();
@@ -203,7 +203,7 @@ pub fn tensor_rows(tensors: &[TensorInfo], all: bool) -> Vec<[String; 7]> {
     groups.into_iter().map(row).collect()
 }
 
-/// Rising numbers as ranges: `0-2,5`.
+/// Formats ascending numbers as ranges: `0-2,5`.
 fn ranges(numbers: impl Iterator<Item = usize>) -> String {
     let mut ranges: Vec<(usize, usize)> = Vec::new();
     for number in numbers {

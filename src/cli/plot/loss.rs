@@ -1,4 +1,4 @@
-//! `loss.svg` and `loss.png`: the losses of a run over its steps.
+//! `loss.svg` and `loss.png`: a run's losses over its steps.
 
 use std::ops::Range;
 use std::path::Path;
@@ -12,17 +12,19 @@ use super::{COLORS, Drawn, Figure, GRID, TEXT, font};
 use crate::error::{Error, Result};
 use crate::train::metrics::Record;
 
-/// Pixels.
+/// Width and height in pixels.
 const SIZE: (u32, u32) = (1000, 600);
 const TRAINING: RGBColor = COLORS[0];
 const EVALUATION: RGBColor = COLORS[1];
-/// Of the training losses behind their mean: halfway to white, as pieces of a transparent line would be darker where they meet.
+/// Training losses behind their mean. Halfway to white instead of transparent, as pieces of a
+/// transparent line would be darker where they meet.
 const PALE: RGBColor = RGBColor(128, 185, 217);
 
-/// From so many steps on, single ones are noise around the line that is of interest.
+/// Losses are smoothed from this many steps on: single steps are then noise around the trend.
 const SMOOTH_FROM: usize = 40;
 
-/// Draws the losses of `records` into `folder`; files of these names are replaced. A loss that is not finite is left out.
+/// Plots the losses of `records` into `folder`, replacing existing files. Omits losses that aren't
+/// finite.
 ///
 /// # Errors
 /// [`Error::Invalid`] if no record has a loss; [`Error::Io`] if a file cannot be written.
@@ -38,12 +40,12 @@ type Points = Vec<(u32, f64)>;
 
 struct Plot {
     training: Points,
-    /// The mean of so many steps around each; of 1, nothing to draw.
+    /// Number of steps that a smoothed point averages; 1: no smoothing.
     window: usize,
     smoothed: Points,
     evaluation: Points,
     last_step: u32,
-    /// From the lowest loss to the highest, with some room.
+    /// From the lowest loss to the highest, with some margin.
     losses: (f64, f64),
 }
 
@@ -62,11 +64,11 @@ impl Plot {
                 op: "loss plot",
                 what: "the number of losses",
                 got: "0".into(),
-                expected: "a run that did a step has one".into(),
+                expected: "a run has one after its first step".into(),
             });
         };
         let (low, high) = all().fold((f64::MAX, f64::MIN), |(low, high), &(_, loss)| (low.min(loss), high.max(loss)));
-        // Also where all are equal, however large.
+        // Leave a margin even if all losses are equal, however large.
         let room = (0.05 * (high - low)).max(1e-3 * high.abs()).max(1e-6);
         Ok(Plot {
             window,
@@ -117,7 +119,7 @@ impl Figure for Plot {
         let strong = TRAINING.stroke_width(2 * scale);
         let raw = if smooth { PALE.stroke_width(scale) } else { strong };
         if !self.training.is_empty() {
-            // A line of one point would not be seen.
+            // A line with one point would be invisible.
             if self.training.len() == 1 {
                 chart.draw_series(dots(&self.training, raw, 4 * scale))?;
             }
@@ -144,8 +146,8 @@ impl Figure for Plot {
     }
 }
 
-/// A line through points. An image has it in pieces: of a line with corners plotters draws each sharp one as a spike, far longer
-/// than the line is wide.
+/// Draws a line through points. For an image, the line is drawn in pieces: plotters draws each
+/// sharp corner of a line as a spike, far longer than the line is wide.
 fn line(points: &[(u32, f64)], style: ShapeStyle, scale: u32) -> impl Iterator<Item = PathElement<(u32, f64)>> {
     let length = if scale > 1 { 2 } else { points.len().max(1) };
     points.windows(length).map(move |piece| PathElement::new(piece.to_vec(), style))
@@ -155,7 +157,7 @@ fn dots(points: &[(u32, f64)], style: ShapeStyle, radius: u32) -> impl Iterator<
     points.iter().map(move |&point| Circle::new(point, radius, style.filled()))
 }
 
-/// The mean of the `window` points around each (an odd number), fewer at the ends.
+/// Moving mean over `window` points (an odd number), fewer at the ends.
 fn smooth(points: &Points, window: usize) -> Points {
     let reach = window / 2;
     let mean = |at: usize| {
@@ -165,7 +167,7 @@ fn smooth(points: &Points, window: usize) -> Points {
     (0..points.len()).map(mean).collect()
 }
 
-/// An axis with ticks of our own.
+/// An axis with our own ticks.
 struct LossAxis {
     range: RangedCoordf64,
     ticks: Vec<f64>,
@@ -188,14 +190,14 @@ impl Ranged for LossAxis {
     }
 }
 
-/// The multiples of 1, 2 or 5 times a power of ten from `low` to `high`, at most ten of them, and the digits after the point
-/// that they take. The library's own choice leaves some out.
+/// Ticks from `low` to `high`, at most ten: multiples of 1, 2 or 5 times a power of ten. Also
+/// returns the decimal places they need. plotters' own choice omits some.
 fn ticks(low: f64, high: f64) -> (Vec<f64>, usize) {
     let least = (high - low) / 9.0;
     let power = 10f64.powf(least.log10().floor());
     let step =
         [1.0, 2.0, 5.0, 10.0].map(|times| times * power).into_iter().find(|step| *step >= least).unwrap_or(least);
-    // A hair of room, as quotients are not exact.
+    // Tolerance, because quotients aren't exact.
     let multiples = (low / step - 1e-9).ceil() as i64..=(high / step + 1e-9).floor() as i64;
     let digits = (-(step * 1.001).log10().floor()).clamp(0.0, 8.0) as usize;
     (multiples.map(|multiple| multiple as f64 * step).collect(), digits)
@@ -208,7 +210,8 @@ mod tests {
     use super::super::testing::{count, pixels};
     use super::*;
 
-    /// A falling loss with noise, evaluated every `every` steps and before the first.
+    /// Records with a falling, noisy loss, evaluated before the first step and every `every`
+    /// steps.
     fn records(steps: u32, every: Option<u32>) -> Vec<Record> {
         let loss = |step: u32| 3.5 + 0.5 * (-f64::from(step) / 30.0).exp();
         let record = |step: u32| Record {
@@ -220,7 +223,7 @@ mod tests {
         (0..=steps).map(record).collect()
     }
 
-    /// Draws, checks both files, and returns the SVG and the PNG's pixels.
+    /// Plots, checks both files, and returns the SVG and the PNG's pixels.
     fn drawn(records: &[Record]) -> (String, Vec<u8>) {
         let folder = tempfile::tempdir().unwrap();
         write(folder.path(), records).unwrap();
@@ -256,7 +259,8 @@ mod tests {
 
     #[test]
     fn a_line_stays_between_its_points() {
-        // With so many steps the line turns sharply at every pixel. Two evaluations say where 7 and 0 are.
+        // With this many steps, the line turns sharply at every pixel. Two evaluations mark where
+        // 7 and 0 are.
         let record = |step: u32| Record {
             step,
             loss: Some(3.0 + (step * 7919 % 1013) as f32 / 1013.0),
@@ -264,13 +268,13 @@ mod tests {
             ..Record::default()
         };
         let (_, pixels) = drawn(&(1..=3000).map(record).collect::<Vec<_>>());
-        // Rows with a colour, left of the legend.
+        // Rows that contain a colour, left of the legend.
         let rows = |color: RGBColor| -> Vec<f64> {
             let has = |x: usize, y: usize| pixels[3 * (y * SIZE.0 as usize + x)..][..3] == [color.0, color.1, color.2];
             (0..SIZE.1 as usize).filter(|&y| (0..650).any(|x| has(x, y))).map(|y| y as f64).collect()
         };
         let (evaluation, training) = (rows(EVALUATION), rows(PALE));
-        // The dot at 7 has a radius of 4; the line from there to 0 is at 0.35 of it where the legend begins or before.
+        // The dot at 7 has a radius of 4. The axis ends below 0 by 5 % of the range, at -0.35.
         let svg_row = |loss: f64| {
             let (top, bottom) = (evaluation[0] + 4.0, 532.0);
             let low = -0.35;

@@ -1,4 +1,4 @@
-//! Plots as SVG and PNG: the losses of a run, the times of a benchmark.
+//! Plots as SVG and PNG: losses of a run, times of a benchmark.
 
 pub(super) mod loss;
 pub(super) mod speed;
@@ -13,10 +13,11 @@ use plotters::style::{FontStyle, register_font};
 use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
 
-/// The PNG is drawn so many times larger and scaled down, as its lines have hard edges.
+/// Oversampling factor of the PNG, for smooth lines.
 const OVERSAMPLING: u32 = 3;
 
-/// Colours that differ for every kind of sight (of Okabe and Ito's palette); one for text, one for lines behind.
+/// Okabe and Ito's palette, whose colours differ for people with any colour vision; one colour for
+/// text, one for lines in the background.
 const COLORS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -27,35 +28,35 @@ const COLORS: [RGBColor; 5] = [
 const TEXT: RGBColor = RGBColor(51, 51, 51);
 const GRID: RGBColor = RGBColor(224, 224, 224);
 
-/// Of the PNG's text; an SVG names a family, and its viewer has one.
+/// Font for the PNG. An SVG only names a family, and its viewer provides it.
 static FONT: &[u8] = include_bytes!("../../../assets/DejaVuSans-ascii.ttf");
 const FAMILY: &str = "sans-serif";
 
 type Drawn<B> = std::result::Result<(), DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>>;
 
-/// What can be drawn in both formats.
+/// A figure that can be drawn in both formats.
 trait Figure {
     /// Width and height in pixels.
     fn size(&self) -> (u32, u32);
 
-    /// Draws on a white area that is `scale` times as large.
+    /// Draws on a white area, scaled by `scale`.
     fn draw<B: DrawingBackend>(&self, area: &DrawingArea<B, Shift>, scale: u32) -> Drawn<B>;
 }
 
-/// Text of so many pixels.
+/// Text style with this size in pixels.
 fn font(size: u32) -> TextStyle<'static> {
     (FAMILY, size).into_font().color(&TEXT)
 }
 
 fn draw<B: DrawingBackend>(figure: &impl Figure, backend: B, scale: u32) -> std::result::Result<(), String> {
-    // Only a font that is none is refused.
+    // Registration fails only for an invalid font.
     let _ = register_font(FAMILY, FontStyle::Normal, FONT);
     let area = backend.into_drawing_area();
     let drawn = area.fill(&WHITE).and_then(|()| figure.draw(&area, scale)).and_then(|()| area.present());
     drawn.map_err(|error| error.to_string())
 }
 
-/// The figure as an SVG, ready to get this name.
+/// Draws the figure as an SVG file that `commit` moves into place.
 fn svg(path: &Path, figure: &impl Figure) -> Result<StagedFile> {
     let mut text = String::new();
     draw(figure, SVGBackend::with_string(&mut text, figure.size()), 1)
@@ -63,7 +64,7 @@ fn svg(path: &Path, figure: &impl Figure) -> Result<StagedFile> {
     StagedFile::new(path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io(path, e)))
 }
 
-/// The figure as a PNG, ready to get this name.
+/// Draws the figure as a PNG file that `commit` moves into place.
 fn png(path: &Path, figure: &impl Figure) -> Result<StagedFile> {
     let (width, height) = (figure.size().0 * OVERSAMPLING, figure.size().1 * OVERSAMPLING);
     let mut large = vec![0; (3 * width * height) as usize];
@@ -73,7 +74,8 @@ fn png(path: &Path, figure: &impl Figure) -> Result<StagedFile> {
     StagedFile::new(path, |out| encode(out, figure.size(), &pixels).map_err(|e| Error::io(path, e)))
 }
 
-/// An image of `size` whose pixels are the means of `by` x `by` ones; red, green and blue, rows from the top.
+/// Scales an image down to `size`: each pixel is the mean of `by` x `by` pixels. RGB, rows from
+/// the top.
 fn scale_down(large: &[u8], (width, height): (u32, u32), by: usize) -> Vec<u8> {
     let (width, height) = (width as usize, height as usize);
     let mut small = Vec::with_capacity(3 * width * height);
@@ -109,7 +111,7 @@ mod testing {
 
     use plotters::style::RGBColor;
 
-    /// A PNG's size and its pixels.
+    /// Reads a PNG's size and pixels.
     pub fn pixels(path: &Path) -> ((u32, u32), Vec<u8>) {
         let mut reader = ::png::Decoder::new(BufReader::new(File::open(path).unwrap())).read_info().unwrap();
         let size = (reader.info().width, reader.info().height);
@@ -118,7 +120,7 @@ mod testing {
         (size, pixels)
     }
 
-    /// Pixels of exactly this colour.
+    /// Number of pixels with exactly this colour.
     pub fn count(pixels: &[u8], color: RGBColor) -> usize {
         pixels.chunks_exact(3).filter(|pixel| **pixel == [color.0, color.1, color.2]).count()
     }

@@ -1,4 +1,4 @@
-//! The times of a benchmark as bars: a group for each case, a bar for each program, on a logarithmic axis.
+//! Benchmark times as bars: a group per case, a bar per program, on a logarithmic axis.
 
 use std::path::{Path, PathBuf};
 
@@ -12,19 +12,19 @@ use crate::bench::report::Report;
 use crate::error::{Error, Result};
 use crate::printable::one_line;
 
-/// Pixels.
+/// Width in pixels.
 const WIDTH: i32 = 1000;
 const MARGIN: i32 = 20;
-/// Of a line of text.
+/// Height of a line of text.
 const LINE: i32 = 24;
-/// What bars begin at, and what is kept free behind the longest one for its text.
+/// Where bars begin, and the room behind the longest one for its text.
 const LEFT: i32 = 270;
 const RIGHT: i32 = 170;
 const BAR: i32 = 22;
-/// Between cases.
+/// Gap between cases.
 const GAP: i32 = 14;
 
-/// The path of a plot, by its ending.
+/// Parses the path of a plot, which must have a supported extension.
 pub(crate) fn path(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(text);
     match path.extension().and_then(|ending| ending.to_str()) {
@@ -33,7 +33,7 @@ pub(crate) fn path(text: &str) -> Result<PathBuf, String> {
     }
 }
 
-/// Draws the times of a report; a file of this name is replaced.
+/// Plots a report's times, replacing an existing file.
 ///
 /// # Errors
 /// [`Error::Invalid`] if it has no rows; [`Error::Io`] if the file cannot be written.
@@ -48,11 +48,11 @@ pub(crate) fn write(path: &Path, report: &Report) -> Result<()> {
 struct Bars {
     /// Machine, device and date.
     subtitle: String,
-    /// This one first.
+    /// Program names, ours first.
     programs: Vec<String>,
-    /// Of each case its name, and what each program took, in milliseconds.
+    /// Each case's name, and the time of each program in milliseconds.
     cases: Vec<(String, Vec<Option<f64>>)>,
-    /// Powers of ten: all times are between them.
+    /// Powers of ten that enclose all times.
     decades: (i32, i32),
 }
 
@@ -64,7 +64,7 @@ impl Bars {
                 op: "bench plot",
                 what: "the number of cases",
                 got: "0".into(),
-                expected: "one at least".into(),
+                expected: "there must be at least one".into(),
             });
         };
         let ours = match first.tier.as_str() {
@@ -84,38 +84,38 @@ impl Bars {
         })
     }
 
-    /// Where the first case begins.
+    /// Top of the first case.
     fn top(&self) -> i32 {
         MARGIN + 2 * LINE + LINE * self.programs.len() as i32 + GAP
     }
 
-    /// Where the last one ends.
+    /// Bottom of the last case.
     fn bottom(&self) -> i32 {
         self.top() + self.cases.len() as i32 * (BAR * self.programs.len() as i32 + GAP)
     }
 
-    /// Where a bar of so many milliseconds ends.
+    /// Where a bar for `ms` milliseconds ends.
     fn end(&self, ms: f64) -> i32 {
         let (low, high) = (f64::from(self.decades.0), f64::from(self.decades.1));
         LEFT + (f64::from(WIDTH - RIGHT - LEFT) * (ms.log10() - low) / (high - low)).round() as i32
     }
 }
 
-/// Ours and the peers'.
+/// Our time, then the peers'.
 fn times(row: &Row) -> Vec<Option<f64>> {
     std::iter::once(Some(row.ms_median)).chain(row.peers.iter().map(|peer| peer.ms_median)).collect()
 }
 
-/// Three digits of a time.
+/// Formats a time with three digits.
 fn duration(ms: f64) -> String {
-    // Rounded first, as that may make one digit more.
+    // Rounded first, because rounding may add a digit.
     let ms: f64 = format!("{ms:.2e}").parse().unwrap_or(ms);
     let (value, unit) = if ms >= 1e3 { (ms / 1e3, "s") } else { (ms, "ms") };
     let digits = (2.0 - value.log10().floor()).clamp(0.0, 3.0) as usize;
     format!("{value:.digits$} {unit}")
 }
 
-/// A power of ten of a millisecond.
+/// Label for a power of ten, in milliseconds.
 fn tick(decade: i32) -> String {
     let (decade, unit) = if decade >= 3 { (decade - 3, "s") } else { (decade, "ms") };
     format!("{:.*} {unit}", (-decade).max(0) as usize, 10f64.powi(decade))
@@ -160,7 +160,7 @@ impl Figure for Bars {
                     text("not compared", (LEFT + 8, top + BAR / 2), 14, HPos::Left)?;
                     continue;
                 };
-                // One at the axis would not be seen.
+                // A bar that ends at the axis would be invisible.
                 let right = self.end(ms).max(LEFT + 2);
                 bar(LEFT, top + 1, right, BAR - 2, color)?;
                 let ratio = match times[0] {
@@ -185,7 +185,7 @@ mod tests {
     use crate::device::Device;
     use crate::quant::QuantOptions;
 
-    /// Two cases of 4 and 40 ms; a peer takes ten times as long for the first one.
+    /// Two cases of 4 and 40 ms. A peer takes ten times as long for the first one.
     fn report() -> Report {
         let row = |m: usize| {
             let case = Case { op: Op::Forward, m, n: 32, k: 64, rank: 0, quant: QuantOptions::nf4() };
@@ -221,14 +221,14 @@ mod tests {
         for text in texts {
             assert!(svg.contains(text), "{text} in {svg}");
         }
-        // The legend's, and the bars: 4 and 40 ms of ours, 40 ms of theirs.
+        // The legend's colours, and bars: 4 and 40 ms for us, 40 ms for the peer.
         assert_eq!((svg.matches("#0072B2").count(), svg.matches("#D55E00").count()), (3, 2));
 
         let plot = folder.path().join("speed.png");
         write(&plot, &report).unwrap();
         let ((width, height), pixels) = pixels(&plot);
         assert_eq!((width, height), Bars::new(&report).unwrap().size());
-        // Each decade is as wide as the next: theirs of 40 ms is as long as ours.
+        // All decades have the same width, so the peer's bar for 40 ms is as long as ours.
         let [ours, theirs] = [COLORS[0], COLORS[1]].map(|color| count(&pixels, color));
         assert!(theirs > 5000 && ours > theirs + 2000, "{ours} {theirs}");
     }

@@ -28,7 +28,7 @@ pub(crate) fn encode(kind: TensorType, values: &[f32]) -> Result<Vec<u8>, String
         other => return Err(format!("can't be written as {other}")),
     };
     let bytes = kind.bytes(values.len()).ok_or_else(|| {
-        format!("has {} values, which are no whole blocks of {} of {kind}", values.len(), kind.block())
+        format!("has {} values, not a multiple of {kind}'s block size {}", values.len(), kind.block())
     })?;
     check_range(kind, values)?;
     let mut out = vec![0; bytes];

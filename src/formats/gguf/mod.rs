@@ -359,7 +359,7 @@ impl Header {
     fn read(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
         if reader.take(MAGIC.len()).ok() != Some(MAGIC) {
-            return Err("is no GGUF file: it does not begin with \"GGUF\"".to_owned().into());
+            return Err("not a GGUF file: it does not begin with \"GGUF\"".to_owned().into());
         }
         match reader.u32()? {
             2 | 3 => {}

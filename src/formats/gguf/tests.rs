@@ -121,7 +121,7 @@ fn malformed_files_are_errors() {
     assert!(with_version(2).is_ok());
     assert!(with_version(1).unwrap_err().to_string().contains("version 1; supported"));
     assert!(with_version(3 << 24).unwrap_err().to_string().contains("big-endian"));
-    assert!(open(&folder, b"GGML\x03\0\0\0").unwrap_err().to_string().contains("no GGUF file"));
+    assert!(open(&folder, b"GGML\x03\0\0\0").unwrap_err().to_string().contains("not a GGUF file"));
     assert!(matches!(GgufFile::open("/no/such/file").unwrap_err(), Error::Io { .. }));
 
     let empty = Writer::default;

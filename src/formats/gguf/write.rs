@@ -164,7 +164,7 @@ fn header(path: &Path, metadata: &Metadata, tensors: &[OutTensor<'_>]) -> Result
             tensor_error(
                 path,
                 tensor,
-                format!("has rows that are no whole blocks of {}: {:?}", tensor.kind, tensor.shape),
+                format!("row length is not a multiple of {}'s block size: {:?}", tensor.kind, tensor.shape),
             )
         })?;
         out.extend(text(&tensor.name));
@@ -244,7 +244,7 @@ mod tests {
         assert!(error(&[tensor("w", &[1], &[1.0]), tensor("w", &[1], &[1.0])]).contains("twice"));
         assert!(error(&[tensor("v", &[1], &[1.0]), tensor("w", &[2], &[1.0])]).contains("do not fill"));
         let blocks = OutTensor { kind: TensorType::Q8_0, ..tensor("w", &[2, 48], &[]) };
-        assert!(error(&[blocks]).contains("no whole blocks of Q8_0: [2, 48]"));
+        assert!(error(&[blocks]).contains("not a multiple of Q8_0's block size: [2, 48]"));
         let failing = || Err(Error::Io { path: "there".into(), message: "no room".into() });
         assert!(error(&[OutTensor { data: Box::new(failing), ..tensor("w", &[1], &[]) }]).contains("no room"));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);

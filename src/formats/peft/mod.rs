@@ -230,7 +230,7 @@ fn split_key(key: &str) -> Result<(&str, &'static str), &'static str> {
     known.ok_or(if rest.contains(".lora_embedding_") {
         "adapts an embedding, which is not supported"
     } else if rest.contains(".lora_") {
-        "is no known tensor of a LoRA adapter"
+        "not a known LoRA tensor"
     } else {
         "is a whole weight (of `modules_to_save`, or a resized embedding), which is not supported"
     })

@@ -288,7 +288,7 @@ fn tensors_that_do_not_fit_are_named() {
         ("base_model.model.model.embed_tokens.lora_embedding_A", "adapts an embedding"),
         ("base_model.model.model.embed_tokens.weight", "is a whole weight"),
         ("base_model.model.lm_head.weight", "is a whole weight"),
-        ("base_model.model.q_proj.lora_A.default.weight", "is no known tensor"),
+        ("base_model.model.q_proj.lora_A.default.weight", "not a known LoRA tensor"),
     ];
     for (key, message) in others {
         fault(json!({}), with(tensor(key, &[2, 4])), key, message);
