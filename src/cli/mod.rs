@@ -298,4 +298,44 @@ mod tests {
             assert!(named.contains(command.get_name()), "the documents show no {}", command.get_name());
         }
     }
+
+    /// Makes code blocks of the indented lines below "Examples:" and "Environment:", which Markdown
+    /// would run together.
+    fn fence(page: &str) -> String {
+        let mut fenced = String::new();
+        let mut lines = page.lines().peekable();
+        while let Some(line) = lines.next() {
+            fenced += &format!("{line}\n");
+            if !["Examples:", "Environment:"].contains(&line) {
+                continue;
+            }
+            fenced += "\n```sh\n";
+            while let Some(code) = lines.next_if(|line| line.starts_with("  ")) {
+                fenced += &format!("{}\n", code.trim_start());
+            }
+            fenced += "```\n";
+        }
+        fenced.trim_end().to_owned() + "\n"
+    }
+
+    /// `QLORA_UPDATE_DOCS=1 cargo test --lib docs_cli` writes the page.
+    #[test]
+    fn docs_cli_is_what_the_help_says() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/cli.md");
+        let options = clap_markdown::MarkdownOptions::new().title("The command".into()).show_footer(false);
+        let page = fence(&clap_markdown::help_markdown_command_custom(&command(), &options));
+        if std::env::var_os("QLORA_UPDATE_DOCS").is_some_and(|value| value == "1") {
+            std::fs::write(&path, &page).unwrap();
+        }
+        let kept = std::fs::read_to_string(&path).unwrap_or_default();
+        let line = |text: &str, at: usize| text.lines().nth(at).map(str::to_owned);
+        let first = (0..page.lines().count().max(kept.lines().count())).find(|&at| line(&page, at) != line(&kept, at));
+        if let Some(at) = first {
+            let (got, wanted) = (line(&kept, at), line(&page, at));
+            panic!(
+                "line {} of docs/cli.md is {got:?}, the help says {wanted:?}; QLORA_UPDATE_DOCS=1 writes it",
+                at + 1
+            );
+        }
+    }
 }

@@ -122,7 +122,7 @@ mod tests {
                 // The same sums in the same order, but a GPU may fuse the last addition; with f16,
                 // other values of dY are then rounded.
                 let share = if testing::is_f16(&device) { 4e-3 } else { 1e-5 };
-                let all = |(value, found): &(Vec<f32>, Vec<Vec<f32>>)| [&[value.clone()], &found[..]].concat();
+                let all = |(value, found): &(Vec<f32>, Vec<Vec<f32>>)| [std::slice::from_ref(value), found].concat();
                 for (got, wanted) in all(&together).iter().zip(&all(&apart)) {
                     let largest = wanted.iter().fold(0.0f32, |most, value| most.max(value.abs()));
                     let bounds = vec![share * f64::from(largest); wanted.len()];
