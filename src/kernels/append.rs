@@ -90,6 +90,6 @@ mod tests {
             append([&mut keys, &mut values], first, [&zeros(2, width), &zeros(2, width)]).unwrap_err().to_string()
         };
         assert!(message(4, 8, 3).contains("2 rows of width 8 from row 3 on, capacity 4"));
-        assert!(message(4, 6, 0).contains("fours"));
+        assert!(message(4, 6, 0).contains("divisible by 4"));
     }
 }
