@@ -15,12 +15,12 @@ enable wgpu_cooperative_matrix;
 {% set right = {"name": "right", "along": right_along, "rows": "p.columns", "width": columns, "units": right_units, "each": [right_units // threads, 1] | max} %}
 {% set given, own = (left, right) if large == "left" else (right, left) %}
 //
-// Operands are staged as f16 times powers of two: of [P, C] or [Q, C] a factor a row, of [C, P] or
-// [C, Q] the one that fits all of
-// the part. {{ given.name | upper }}, the larger one, has factors of its rows, which others share;
-// those of {{ own.name | upper }} are found here, in the part that is read.
+// Operands are staged as f16, multiplied by powers of two: one per row for [P, C] or [Q, C], and one
+// that fits the whole part for [C, P] or [C, Q]. The larger operand, {{ given.name | upper }}, has
+// row factors that other kernels share. The factors of {{ own.name | upper }} are computed here, for
+// the part that is read.
 //
-// Floor: the bytes of the larger operand over the memory's bandwidth, since a rank is small.
+// Floor: the bytes of the larger operand over the memory's bandwidth, because a rank is small.
 {% set sum_stride = columns + 4 %}
 {# Rows of a tile are padded by 8 values, which spreads the banks. #}
 {% set stride = depth + 8 %}

@@ -17,7 +17,7 @@ fn gpu_of(device: &Device) -> &Gpu {
     }
 }
 
-/// A wgpu adapter, opened by the caller without any features.
+/// A device that the caller opened without any features, with its wgpu adapter.
 fn callers_own() -> (wgpu::Adapter, wgpu::Device, wgpu::Queue) {
     let wanted = common::adapters().swap_remove(0).name;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());

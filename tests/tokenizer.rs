@@ -337,7 +337,7 @@ fn a_vocabulary_larger_than_the_models_is_refused() {
     assert!(error.contains("2048") && error.contains("2047"), "{error}");
     let ids = tokenizer.encode("a cat", false).unwrap();
     let padded: Vec<u32> = [&[2048], &ids[..], &[u32::MAX]].concat();
-    assert_eq!(tokenizer.decode(&padded, false).unwrap(), "a cat", "ids without a token are no text");
+    assert_eq!(tokenizer.decode(&padded, false).unwrap(), "a cat", "ids without a token give no text");
     assert_eq!(tokenizer.eos_ids(), [0]);
     assert!(matches!(tokenizer.chat(), Err(Error::Invalid { .. })));
 }

@@ -182,7 +182,7 @@ fn reruns_and_checkpointed_runs_are_equal_to_the_bit() {
         let name = common::name(&device);
         let first = trajectory(&device, false, 0.1);
         assert!(first == trajectory(&device, false, 0.1), "{name}: the same run again");
-        assert!(first == trajectory(&device, true, 0.1), "{name}: with activations checkpointed");
+        assert!(first == trajectory(&device, true, 0.1), "{name}: with recomputation");
         assert!(first != trajectory(&device, false, 0.2), "{name}: dropout matters");
     }
 }

@@ -318,7 +318,7 @@ mod tests {
         let part = plan(&format!("test $QLORA_TIER = f16 && echo '{rows}' | sed s/1e-3/1e-2/"), 60).run();
         assert_eq!((part.agrees, part.error), (Some(false), None));
         let part = plan(&format!("echo '{rows}' | sed s/1e-3/null/"), 60).run();
-        assert_eq!(part.agrees, Some(false), "a NaN is no agreement");
+        assert_eq!(part.agrees, Some(false), "a NaN doesn't agree");
         for (script, seconds, reason) in [
             ("echo first; echo last >&2; exit 3", 60, "exit status: 3: last"),
             ("sleep 60", 0, "timed out after 0 s"),

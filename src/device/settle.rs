@@ -127,7 +127,7 @@ mod tests {
             return;
         }
         let only_plain: Check = |gpu| Ok((gpu.tier() != Tier::Plain).then(|| "y is off".into()));
-        let never: Check = |_| unreachable!("what is known is not checked again");
+        let never: Check = |_| unreachable!("a known tier is not checked again");
         for adapter in list::adapters() {
             let info = adapter.get_info();
             let features = adapter.features() & (wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16);

@@ -69,7 +69,7 @@ mod tests {
                 let mut sum = a_tensor.clone();
                 add_assign(&mut sum, &b_tensor).unwrap();
                 assert_eq!(sum.to_vec().unwrap(), wanted);
-                assert_eq!(a_tensor.to_vec().unwrap(), a, "a clone is no alias");
+                assert_eq!(a_tensor.to_vec().unwrap(), a, "a clone is not an alias");
                 // Adds a tensor to itself: both operands are the same buffer.
                 let itself = sum.clone();
                 add_assign(&mut sum, &itself).unwrap();

@@ -77,7 +77,7 @@ mod tests {
                 let at = first * width;
                 assert_eq!(keys.to_vec().unwrap(), reference(&old_keys, at, &new_keys), "{}", testing::name(&device));
                 assert_eq!(values.to_vec().unwrap(), reference(&old_values, at, &new_values));
-                assert_eq!(before.to_vec().unwrap(), old_keys, "what shared the values has the old ones");
+                assert_eq!(before.to_vec().unwrap(), old_keys, "clones keep the old values");
             }
         }
     }

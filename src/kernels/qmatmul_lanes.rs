@@ -65,8 +65,8 @@ pub(super) fn one_subgroup(gpu: &Gpu) -> bool {
         && (info.subgroup_min_size, info.subgroup_max_size) == (THREADS, THREADS)
 }
 
-/// Returns the fastest of `shapes` for `m` rows and a part of W, or the first one if there are
-/// fewer rows than any of them needs.
+/// Returns the fastest of `shapes` for `m` rows and a part of W. With fewer rows than the largest
+/// shape needs, returns the first one.
 pub(super) fn tuned<const N: usize>(
     gpu: &Gpu,
     kernel: &Kernel,

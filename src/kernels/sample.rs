@@ -40,8 +40,10 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// Checks the options.
+    ///
     /// # Errors
-    /// [`Error::Invalid`] for a temperature under 0 or a `top_p` outside 0..=1.
+    /// [`Error::Invalid`] for a temperature below 0 or a `top_p` outside 0..=1.
     pub(crate) fn check(&self) -> Result<()> {
         let invalid = |what, got: f32, expected: &str| {
             Err(Error::Invalid { op: OP, what, got: got.to_string(), expected: expected.into() })

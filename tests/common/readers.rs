@@ -90,7 +90,7 @@ pub fn safetensors(bytes: &[u8]) -> Result<()> {
         if let Ok(matrix) = bitsandbytes::read(&checkpoint, weight) {
             let (rows, cols) = (matrix.rows(), matrix.cols());
             decode(checkpoint.matrix(weight, rows, cols, &BaseFormat::AsIs), rows, cols);
-            drop(bitsandbytes::tensors(weight, &matrix).expect("parts of what was read from parts"));
+            drop(bitsandbytes::tensors(weight, &matrix).expect("writing parts that were read from parts"));
         }
     }
     Ok(())
