@@ -61,7 +61,7 @@ impl Driver {
         let shapes = adapter.cooperative_matrix_properties();
         let cooperative_edges = shapes.iter().filter(square).map(|shape| shape.m_size).collect();
         // SAFETY: the adapter outlives this use of it.
-        let hal_adapter = unsafe { adapter.as_hal::<hal::api::Vulkan>() }.ok_or("the adapter is not a Vulkan adapter")?;
+        let hal_adapter = unsafe { adapter.as_hal::<hal::api::Vulkan>() }.ok_or("the adapter is not Vulkan's")?;
         let raw_instance = hal_adapter.shared_instance().raw_instance().clone();
         let mut information =
             vk::PhysicalDevicePipelineExecutablePropertiesFeaturesKHR::default().pipeline_executable_info(true);

@@ -474,9 +474,7 @@ impl Gpu {
                 self.forget_retired();
                 let Ok(id) = u32::try_from(home.next_id.fetch_add(1, Ordering::Relaxed)) else {
                     home.pool.forget(size);
-                    return Err(
-                        self.error(what, "the device has made 2^32 buffers, and no buffer ids are left".into())
-                    );
+                    return Err(self.error(what, "no buffer ids are left after 2^32 buffers".into()));
                 };
                 let descriptor =
                     wgpu::BufferDescriptor { label: Some(what), size, usage: STORAGE, mapped_at_creation: !pooled };

@@ -6,7 +6,7 @@ use crate::quant::{DenseMatrix, QuantizedMatrix};
 
 /// A matrix in host memory: 4-bit, or dense in its own precision.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "there are few matrices, of megabytes each; the variants differ by 200 bytes")]
+#[expect(clippy::large_enum_variant, reason = "200 bytes do not matter beside megabytes of weights")]
 pub enum HostMatrix {
     /// The canonical 4-bit matrix.
     Quantized(QuantizedMatrix),

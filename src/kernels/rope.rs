@@ -144,7 +144,7 @@ impl RopeTable {
                     "for theta {}, {} values per head and {positions} positions",
                     config.theta, config.head_dim
                 ),
-                expected: "it needs at least one position, an even number of values per head, and positive factors".into(),
+                expected: "it needs a position, an even number of values per head, and positive factors".into(),
             });
         }
         let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
