@@ -15,10 +15,10 @@ enable wgpu_cooperative_matrix;
 {% set right = {"name": "right", "along": right_along, "rows": "p.columns", "width": columns, "units": right_units, "each": [right_units // threads, 1] | max} %}
 {% set given, own = (left, right) if large == "left" else (right, left) %}
 //
-// Operands are staged as f16, multiplied by powers of two: one per row for [P, C] or [Q, C], and one
-// that fits the whole part for [C, P] or [C, Q]. The larger operand, {{ given.name | upper }}, has
-// row factors that other kernels share. The factors of {{ own.name | upper }} are computed here, for
-// the part that is read.
+// Operands are staged as f16, multiplied by powers of two: one per row for [P, C] or [Q, C], and
+// one that fits the whole part for [C, P] or [C, Q]. The larger operand,
+// {{ given.name | upper }}, has row factors that other kernels share. The factors of {{ own.name | upper }} are computed here,
+// for the part that is read.
 //
 // Floor: the bytes of the larger operand over the memory's bandwidth, because a rank is small.
 {% set sum_stride = columns + 4 %}

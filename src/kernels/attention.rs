@@ -69,7 +69,7 @@ impl AttentionShape {
             op,
             what: "the shape",
             got: format!("{heads} heads, {kv_heads} key heads, {head_dim} values per head, scale {scale}"),
-            expected: "heads must be a multiple of key heads, values per head of 4 in 8..=256, scale finite".into(),
+            expected: "heads must be a multiple of key heads, values per head a multiple of 4 in 8..=256".into(),
         })
     }
 

@@ -65,7 +65,7 @@ fn own_values(visibility: &Visibility, span: &Range<usize>, width: usize) -> usi
     2 * visibility.of_queries(span).len() * width
 }
 
-/// Number of scores of each task, for all key heads.
+/// Number of scores of each task. Every key head has its own tasks.
 fn scores(shape: &AttentionShape, visibility: &Visibility) -> Vec<usize> {
     let of_block = |block: Range<usize>| block.len() * visibility.of_queries(&block).len();
     blocks(visibility.queries()).flat_map(|block| vec![of_block(block); shape.kv_heads]).collect()

@@ -49,8 +49,8 @@ kernel! {
 #[derive(Clone, Copy)]
 pub(super) struct Large<'a> {
     pub rows: Rows<'a>,
-    /// Whether the contracted index runs along its rows: L [P, C], R [Q, C]. Otherwise L is [C,
-    /// P], R [C, Q].
+    /// Whether the contracted index runs along its rows: L [P, C], R [Q, C]. Otherwise L is
+    /// [C, P], R [C, Q].
     pub along: bool,
     /// Dropout of its values.
     pub dropout: Option<Dropout>,
