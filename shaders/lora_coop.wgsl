@@ -17,8 +17,8 @@ enable wgpu_cooperative_matrix;
 //
 // Operands are staged as f16, multiplied by powers of two: one per row for [P, C] or [Q, C], and
 // one that fits the whole part for [C, P] or [C, Q]. The larger operand,
-// {{ given.name | upper }}, has row factors that other kernels share. The factors of {{ own.name | upper }} are computed here,
-// for the part that is read.
+// {{ given.name | upper }}, has row factors that other kernels share. The factors of
+// {{ own.name | upper }} are computed here, for the part that is read.
 //
 // Floor: the bytes of the larger operand over the memory's bandwidth, because a rank is small.
 {% set sum_stride = columns + 4 %}

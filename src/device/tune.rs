@@ -56,7 +56,7 @@ const SWITCHES: [(&str, &str); 2] = [
 /// Checks the values of these variables.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a value other than 0 or 1.
+/// [`Error::Invalid`] unless each is 0, 1, empty or unset.
 pub(super) fn check_variables() -> Result<()> {
     for (what, off) in SWITCHES {
         match std::env::var_os(what) {
