@@ -1,6 +1,8 @@
 // One AdamW step, in place, on gradients multiplied by norm[1]; nothing changes if that is not
-// finite. param *= decay; m += (g - m) * (1 - beta1); v = beta2 * v + (1 - beta2) * g^2; param -=
-// step_size * m / (sqrt(v) / root2 + eps)
+// finite.
+//
+// param *= decay; m += (g - m) * (1 - beta1); v = beta2 * v + (1 - beta2) * g^2;
+// param -= step_size * m / (sqrt(v) / root2 + eps)
 {% from "adamw.wgsl" import update %}
 
 struct Params {

@@ -1,7 +1,10 @@
 // dK and dV of attention, [keys, Hkv * D]. Each key goes over the queries that see it, in all
-// heads that share the key. With P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta):
-// dV = P^T * dO, dK = scale * dS^T * Q. For software drivers. See attention_dkv_tile for the
-// floor.
+// heads that share the key.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dV = P^T * dO, dK = scale * dS^T * Q.
+//
+// For software drivers. See attention_dkv_tile for the floor.
 {% from "attention_heads.wgsl" import key_block %}
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}

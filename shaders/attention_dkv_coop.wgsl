@@ -1,9 +1,12 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 // dK and dV of attention by cooperative matrices. Keys go over the queries that see them, in all
-// heads that share the keys. With P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta):
-// dV = P^T * dO, dK = scale * dS^T * Q. Scores are as exact as in the forward. All else is one
-// f16; sums are f32.
+// heads that share the keys.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dV = P^T * dO, dK = scale * dS^T * Q.
+//
+// Scores are as exact as in the forward. All else is one f16; sums are f32.
 //
 // Floor: bytes of packed Q, dO, K and V and of dK and dV, D * (10 * M * H + 14 * keys * Hkv), over
 // the memory's bandwidth; 12 * H * D FLOP of f16 matrices per pair of a query and a key that it

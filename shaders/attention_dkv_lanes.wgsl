@@ -1,6 +1,8 @@
 // dK and dV of attention, [keys, Hkv * D], for software drivers. Keys go over the queries that see
-// them, in all heads that share the keys. With P = exp(scale * Q * K^T - lse) and dS = P * (dO *
-// V^T - delta): dV = P^T * dO, dK = scale * dS^T * Q.
+// them, in all heads that share the keys.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dV = P^T * dO, dK = scale * dS^T * Q.
 {% from "attention_heads.wgsl" import key_block %}
 {% from "attention_lanes.wgsl" import dots, add_up, zeros, eight %}
 {% include "attention_params.wgsl" %}

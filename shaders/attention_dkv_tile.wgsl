@@ -1,5 +1,7 @@
 // dK and dV of attention, [keys, Hkv * D]. Keys go over tiles of the queries that see them, in all
-// heads that share the keys. With P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta):
+// heads that share the keys.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
 // dV = P^T * dO, dK = scale * dS^T * Q.
 //
 // Floor: bytes of Q, dO, K, V, dK and dV, 8 * D * (M * H + 2 * keys * Hkv), over the memory's

@@ -1,6 +1,9 @@
-// dQ of attention, [M, H * D]. Each query goes over the keys that it sees. With P = exp(scale * Q
-// * K^T - lse) and dS = P * (dO * V^T - delta): dQ = scale * dS * K. For software drivers. See
-// attention_dq_tile for the floor.
+// dQ of attention, [M, H * D]. Each query goes over the keys that it sees.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dQ = scale * dS * K.
+//
+// For software drivers. See attention_dq_tile for the floor.
 {% from "attention_heads.wgsl" import query_block %}
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}

@@ -1,8 +1,11 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// dQ of attention by cooperative matrices. Queries go over the keys that they see. With P =
-// exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dQ = scale * dS * K. Scores are as
-// exact as in the forward. All else is one f16; sums are f32.
+// dQ of attention by cooperative matrices. Queries go over the keys that they see.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dQ = scale * dS * K.
+//
+// Scores are as exact as in the forward. All else is one f16; sums are f32.
 //
 // Floor: bytes of packed Q, dO, K and V and of dQ, D * (10 * M * H + 8 * keys * Hkv), over the
 // memory's bandwidth; 10 * H * D FLOP of f16 matrices per pair of a query and a key that it sees

@@ -1,5 +1,7 @@
-// dQ of attention, [M, H * D], for software drivers. Queries go over the keys that they see. With
-// P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dQ = scale * dS * K.
+// dQ of attention, [M, H * D], for software drivers. Queries go over the keys that they see.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dQ = scale * dS * K.
 {% from "attention_lanes.wgsl" import begin_queries, dots, add_up, zeros, eight %}
 {% include "attention_params.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<f32>;

@@ -1,5 +1,7 @@
-// dQ of attention, [M, H * D]. Queries go over tiles of the keys that they see. With P = exp(scale
-// * Q * K^T - lse) and dS = P * (dO * V^T - delta): dQ = scale * dS * K.
+// dQ of attention, [M, H * D]. Queries go over tiles of the keys that they see.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dQ = scale * dS * K.
 //
 // Floor: bytes of Q, dO, dQ, K and V, 4 * D * (3 * M * H + 2 * keys * Hkv), over the memory's
 // bandwidth; 6 * H * D FLOP per pair of a query and a key that it sees (M * keys pairs, half of

@@ -1,6 +1,6 @@
-// Softmax cross-entropy of logits [rows, K] (K = V, the vocabulary) with their labels: loss =
-// log(sum(exp(logits))) - logits[label]. With `gradient` the logits become (softmax -
-// onehot(label)) * scale. Both are 0 where the label is 0xffffffff. A team owns a row.
+// Softmax cross-entropy of logits [rows, K] (K = V, the vocabulary) with their labels:
+// loss = log(sum(exp(logits))) - logits[label]. With `gradient` the logits become
+// (softmax - onehot(label)) * scale. Both are 0 where the label is 0xffffffff. A team owns a row.
 //
 // Floor: 8 M V bytes over the bandwidth with `gradient`, 4 M V without. 5 M V FLOP and one
 // exponential per logit take less time.

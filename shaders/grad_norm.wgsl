@@ -1,6 +1,6 @@
-// Given the sums of squares of runs of n gradients and their total, computes values = [norm,
-// factor, loss, norms of the n gradients]. factor = min(1, max_norm / (norm + 1e-6)), or NaN if
-// the norm or the loss is not finite.
+// Given the sums of squares of runs of n gradients and their total, computes
+// values = [norm, factor, loss, norms of the n gradients]
+// with factor = min(1, max_norm / (norm + 1e-6)), or NaN if the norm or the loss is not finite.
 
 struct Params {
     first_group: u32,

@@ -1,5 +1,5 @@
-// Input gradient of y = x * rstd * w, for each row of K values: dx = rstd * (w * dy - x * rstd^2 *
-// mean(w * dy * x)), with rstd recomputed from x. A team owns a row.
+// Input gradient of y = x * rstd * w, for each row of K values, with rstd recomputed from x:
+// dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)). A team owns a row.
 {% if adds %}
 // Adds to the values in dx.
 {% endif %}

@@ -1,6 +1,11 @@
-//! One AdamW step, in place, with g = factor * grad and t = step: param *= 1 - lr * weight_decay;
-//! m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; param -= lr / (1 - beta1^t) * m /
-//! (sqrt(v) / sqrt(1 - beta2^t) + eps).
+//! One AdamW step, in place, with g = factor * grad and t = step:
+//!
+//! ```text
+//! param *= 1 - lr * weight_decay
+//! m = beta1 m + (1 - beta1) g
+//! v = beta2 v + (1 - beta2) g^2
+//! param -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//! ```
 //!
 //! Reference: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, in the order
 //! of torch's `AdamW`.

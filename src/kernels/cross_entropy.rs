@@ -1,5 +1,6 @@
-//! Softmax cross-entropy of logits [rows, V] with their labels: `loss = log(sum(exp(logits))) -
-//! logits[label]`; its gradient is `(softmax - onehot(label)) * scale`.
+//! Softmax cross-entropy of logits [rows, V] with their labels:
+//! `loss = log(sum(exp(logits))) - logits[label]`. Its gradient is
+//! `(softmax - onehot(label)) * scale`.
 //!
 //! Both are 0 where the label is [`IGNORE`]. [`linear_cross_entropy`](super::linear_cross_entropy)
 //! calls it for one chunk of tokens after another.

@@ -1,5 +1,5 @@
-//! Input gradient of y = x * rstd * w over rows of K values: dx = rstd * (w * dy - x * rstd^2 *
-//! mean(w * dy * x)).
+//! Input gradient of y = x * rstd * w over rows of K values:
+//! dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)).
 //!
 //! rstd is recomputed from x, so the forward saves only its input. The weight is frozen and gets
 //! no gradient.

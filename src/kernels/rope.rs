@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al., "RoFormer", 2021). Pair i (a, b) of a head's D values,
-//! for a token at position m, becomes (a cos t - b sin t, b cos t + a sin t) with t = m *
-//! theta^(-2 i / D), for i < D / 2. X and Y are [M, H * D].
+//! for a token at position m, becomes (a cos t - b sin t, b cos t + a sin t) with
+//! t = m * theta^(-2 i / D), for i < D / 2. X and Y are [M, H * D].
 //!
 //! The backward rotates by the negative angle. Angles, including their scaling for long contexts,
 //! are computed on the host in f32 like the `transformers` library does
