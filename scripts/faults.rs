@@ -1,9 +1,11 @@
-//! Ends or fails a training run at the system calls that touch its files, one call at a time, resumes it, and says what is wrong.
+//! Interrupts a training run at the system calls that touch its files, one call at a time, by
+//! killing it or failing the call. Then resumes the run and reports what is wrong.
 //!
-//! `scripts/faults.sh` builds and runs it. A run is right if it ends with status 0 once it is resumed, its adapters, plots,
-//! checkpoints and metrics (speed and memory aside) are those of a run that nothing happened to, and nothing else is left in its
-//! folder; a call that fails ends the run with status 1 and a message, or does not matter. Where nothing was saved yet, every other
-//! run is started again without `--resume`.
+//! `scripts/faults.sh` builds and runs it. A run is right if, once resumed, it ends with status 0;
+//! its adapters, plots, checkpoints and metrics (without speed and memory) equal those of an
+//! undisturbed run; and nothing else is left in its folder. A failing call must end the run with
+//! status 1 and a message, or have no effect. If nothing was saved yet, every other run is started
+//! again without `--resume`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::error::Error;
@@ -18,7 +20,8 @@ use serde_json::Value;
 
 const USAGE: &str = "usage: faults [--full] [kill|eio]...";
 
-/// Calls that make, change, name or remove files. Not every architecture has all; strace passes over those marked with `?`.
+/// Calls that make, change, name or remove files. Not every architecture has all; strace ignores
+/// missing ones marked with `?`.
 const CALLS: [&str; 14] = [
     "write",
     "pwrite64",
@@ -36,13 +39,13 @@ const CALLS: [&str; 14] = [
     "unlinkat",
 ];
 
-/// Points of each kind of fault, unless all are asked for: as many as take a minute on two cores.
+/// Points to test per kind of fault, unless all are requested: about a minute on two cores.
 const SAMPLE: usize = 60;
 
-/// A run that does nothing for so long hangs.
+/// A run that does nothing for this long hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// With evaluations, early stopping and several checkpoints, of which old ones are removed.
+/// With evaluations, early stopping and several checkpoints, old ones of which are removed.
 const FLAGS: [&str; 21] = [
     "--max-steps",
     "4",
@@ -78,16 +81,17 @@ struct Trial {
     qlora: PathBuf,
     model: PathBuf,
     data: PathBuf,
-    /// Where all runs are.
+    /// Folder of all runs.
     folder: PathBuf,
 }
 
-/// What a run leaves, by the name of its file: for metrics without speed and memory, for plots only that they are there.
+/// Files that a run leaves, by name: metrics without speed and memory; for plots only their
+/// existence.
 type Left = BTreeMap<String, Vec<u8>>;
 
 impl Trial {
-    /// Runs in `output`, under strace if there are arguments for it: the status, none if a signal has ended it, and the last line on
-    /// stderr.
+    /// Runs in `output`, under strace if there are arguments for it. Returns the status (`None` if
+    /// a signal ended it) and the last line on stderr.
     fn run(&self, output: &Path, strace: &[String], resume: bool) -> Result<(Option<i32>, String), Box<dyn Error>> {
         let mut command = Command::new(if strace.is_empty() { self.qlora.as_os_str() } else { "strace".as_ref() });
         if !strace.is_empty() {
@@ -101,7 +105,7 @@ impl Trial {
             .arg("--output")
             .arg(output);
         command.args(FLAGS).args(resume.then_some("--resume"));
-        // One thread makes all calls, so that they have the same numbers every time.
+        // One thread makes all calls, so that their numbers are the same every time.
         command.env("RAYON_NUM_THREADS", "1").env("QLORA_TUNE", "0");
         let log = output.with_extension("log");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(fs::File::create(&log)?);
@@ -122,14 +126,15 @@ impl Trial {
         Ok((status.code(), text.trim_end().lines().next_back().unwrap_or_default().to_owned()))
     }
 
-    /// The calls of a whole run in `output` that touch its files, and what the run leaves.
+    /// Does an undisturbed run in `output`. Returns the calls that touch its files, and the files
+    /// it leaves.
     fn whole(&self, output: &Path) -> Result<(Vec<Point>, Left), Box<dyn Error>> {
         let trace = self.folder.join("trace");
         let calls = format!("trace={}", CALLS.join(","));
         let strace = ["-f", "-y", "-o", &trace.display().to_string(), "-e", &calls].map(str::to_owned);
         let (status, message) = self.run(output, &strace, false)?;
         if status != Some(0) {
-            return Err(format!("a run that nothing happens to ends with {status:?}: {message}").into());
+            return Err(format!("an undisturbed run ends with {status:?}: {message}").into());
         }
         let mut numbers: HashMap<(String, String), usize> = HashMap::new();
         let mut points = Vec::new();
@@ -148,7 +153,8 @@ impl Trial {
         Ok((points, left(output)?))
     }
 
-    /// What is wrong with a run that the fault hits at this point, once it is resumed; `None` if the call was not made.
+    /// Lets the fault hit a run at this point, resumes the run, and returns what is wrong; `None`
+    /// if the call was not made.
     fn hit(&self, point: &Point, fault: &str, output: &Path, wanted: &Left) -> Result<Option<String>, Box<dyn Error>> {
         let _ = fs::remove_dir_all(output);
         let Point { call, number } = point;
@@ -160,7 +166,7 @@ impl Trial {
         match status {
             Some(0) if fault == "kill" => return Ok(None),
             Some(0) => {}
-            // A message is written, too, which may be the call that fails.
+            // Writing the message may itself be the call that fails.
             Some(1) if fault == "eio" && (message.starts_with("error: ") || call == "write") => {}
             None if fault == "kill" => {}
             status => return Ok(Some(format!("status {status:?}: {message}"))),
@@ -174,11 +180,11 @@ impl Trial {
         let found = left(output)?;
         let names: Vec<&str> = wanted.keys().chain(found.keys()).map(String::as_str).collect();
         let wrong = names.into_iter().find(|&name| wanted.get(name) != found.get(name));
-        Ok(Some(wrong.map_or("right".into(), |name| format!("{name} is not what it should be"))))
+        Ok(Some(wrong.map_or("right".into(), |name| format!("{name} differs from an undisturbed run's"))))
     }
 }
 
-/// What is in a folder, and in those within it.
+/// Returns the contents of a folder and of the folders in it.
 fn left(folder: &Path) -> Result<Left, Box<dyn Error>> {
     let mut all = Left::new();
     let mut folders = vec![folder.to_owned()];
@@ -206,10 +212,10 @@ fn left(folder: &Path) -> Result<Left, Box<dyn Error>> {
     Ok(all)
 }
 
-/// Metrics without what depends on the clock and on what a process has done before.
+/// Removes from metrics what depends on the clock and on earlier work of the process.
 fn comparable(metrics: &str) -> Result<String, Box<dyn Error>> {
     let mut text = String::new();
-    // A line of a run that was killed may be cut off.
+    // If the run was killed, its last line may be cut off.
     for line in metrics.split_inclusive('\n').filter(|line| line.ends_with('\n')) {
         let mut record: serde_json::Map<String, Value> = serde_json::from_str(line)?;
         ["tokens_per_second", "peak_bytes"].iter().for_each(|key| drop(record.remove(*key)));
@@ -218,7 +224,8 @@ fn comparable(metrics: &str) -> Result<String, Box<dyn Error>> {
     Ok(text)
 }
 
-/// So many of the points, the same every time, spread over all kinds of calls: of each as large a share, and a few at least.
+/// Selects this many points, the same every time, spread over all kinds of calls: the same share
+/// of each kind, and at least a few.
 fn sample(points: &[Point], count: usize) -> Vec<Point> {
     let mut kinds: BTreeMap<&str, Vec<&Point>> = BTreeMap::new();
     points.iter().for_each(|point| kinds.entry(&point.call).or_default().push(point));
@@ -242,7 +249,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         return Ok(ExitCode::from(2));
     }
     let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
-    // Beside this program's folder, examples.
+    // This program is in the folder `examples` beside it.
     let qlora = std::env::current_exe()?.parent().and_then(Path::parent).ok_or("no folder of programs")?.join("qlora");
     let folder = tempfile::tempdir()?;
     let data = folder.path().join("data.jsonl");

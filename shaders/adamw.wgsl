@@ -1,4 +1,6 @@
-// One AdamW step, in place, on gradients multiplied by norm[1]; nothing changes if that is not finite.
+// One AdamW step, in place, on gradients multiplied by norm[1]; nothing changes if that is not
+// finite.
+//
 // param *= decay; m += (g - m) * (1 - beta1); v = beta2 * v + (1 - beta2) * g^2;
 // param -= step_size * m / (sqrt(v) / root2 + eps)
 {% from "adamw.wgsl" import update %}
@@ -21,7 +23,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> grad: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> m: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> v: array<vec4<f32>>;
-// Read as bits, so that a NaN shows: WGSL may assume that there are none.
+// Read as bits to detect a NaN: WGSL may assume that there are none.
 @group(0) @binding(4) var<storage, read> norm: array<u32>;
 
 fn quad(i: u32) {

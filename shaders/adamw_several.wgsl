@@ -1,11 +1,12 @@
-// One AdamW step of up to three tensors, each as adamw.wgsl does it: a workgroup works on one of them.
+// One AdamW step of up to three tensors, each like in adamw.wgsl. A workgroup works on one of
+// them.
 {% from "adamw.wgsl" import update %}
 
 struct Params {
     first_group: u32,
     groups: u32,
-    first1: u32,      // workgroup where the second tensor begins
-    first2: u32,      // and the third
+    first1: u32,      // first workgroup of the second tensor
+    first2: u32,      // first workgroup of the third tensor
     quads0: u32,
     quads1: u32,
     quads2: u32,
@@ -19,7 +20,7 @@ struct Params {
 }
 
 {{ param_space }} p: Params;
-// Read as bits, so that a NaN shows: WGSL may assume that there are none.
+// Read as bits to detect a NaN: WGSL may assume that there are none.
 @group(0) @binding(0) var<storage, read> norm: array<u32>;
 {% for t in range(3) %}
 @group(0) @binding({{ 4 * t + 1 }}) var<storage, read_write> param{{ t }}: array<vec4<f32>>;

@@ -1,18 +1,18 @@
-// O = softmax(scale * Q * K^T) * V for the keys that each query sees, and the log-sum-exp of its scores: Q and O [M, H * D],
-// K and V [keys, Hkv * D], lse [M, H]. Online softmax: key after key, so that a query's result does not depend on where
-// its keys lie among the others'.
-// For software drivers; its floor is that of attention_tile.
+// O = softmax(scale * Q * K^T) * V for the keys that each query sees, and the log-sum-exp of its
+// scores: Q and O [M, H * D], K and V [keys, Hkv * D], lse [M, H]. Online softmax goes key after
+// key, so a query's result does not depend on where its keys lie among other keys. For software
+// drivers. See attention_tile for the floor.
 {% from "attention_heads.wgsl" import query_block %}
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
+@group(0) @binding(3) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
 @group(0) @binding(4) var<storage, read_write> o: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> lse: array<f32>;
 
-// Below every score; finite, since WGSL promises nothing of infinities.
+// Below every score. Finite, because WGSL guarantees nothing about infinities.
 const LOWEST = -3.0e38;
 
 @compute @workgroup_size({{ rows * parts }})
@@ -26,7 +26,8 @@ fn main(
     let row = block * {{ rows }}u + thread % {{ rows }}u;
     let query = min(row, p.queries - 1u);
     let seen = key_ranges[query];
-    // Ranges never go back from a query to the next: these are the keys of all the workgroup's queries.
+    // Ranges don't move back from one query to the next, so these are the keys of all queries
+    // here.
     let start = key_ranges[block * {{ rows }}u].x;
     let end = key_ranges[min(block * {{ rows }}u + {{ rows - 1 }}u, p.queries - 1u)].y;
 

@@ -1,15 +1,15 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 // O = softmax(scale * Q * K^T) * V for the keys that each query sees, and the log-sum-exp of its
-// scores, by cooperative matrices. Scores are products of Q and K as two f16 each, so that a
-// softmax of scores of thousands is right too; weights and V are one f16 each; sums are f32.
+// scores, by cooperative matrices. For the scores, Q and K are two f16 each, so that the softmax
+// is accurate even for scores in the thousands. Weights and V are one f16 each; sums are f32.
 //
-// Online softmax: weights are exp(score - m), where m is a score of the query that no later one
-// exceeds by much. Where one does, which is rare after the first keys, m becomes that score and O
+// Online softmax: weights are exp(score - m), where m is a score of the query that no later score
+// exceeds by much. If one does, which is rare after the first keys, m becomes that score, and O
 // and the sum shrink.
 //
 // Floor: bytes of packed Q, K and V and of O, D * (8 * M * H + 6 * keys * Hkv), over the memory's
-// bandwidth; 8 * H * D FLOP of f16 matrices a pair of a query and a key that it sees (M * keys
+// bandwidth; 8 * H * D FLOP of f16 matrices per pair of a query and a key that it sees (M * keys
 // pairs, half of them in causal order) over their rate: three products for the scores and one for
 // O.
 {{ "" }}
@@ -23,21 +23,21 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read> keys: array<{{ "vec4<f16>" if staged else "f16" }}>;
 @group(0) @binding(2) var<storage, read> query_scales: array<f32>;     // of Q
 @group(0) @binding(3) var<storage, read> key_scales: array<vec4<f32>>; // of K, of V
-@group(0) @binding(4) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
+@group(0) @binding(4) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
 @group(0) @binding(5) var<storage, read_write> o: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> lse: array<f32>;
 
-// Below every score; finite, since WGSL promises nothing of infinities.
+// Below every score. Finite, because WGSL guarantees nothing about infinities.
 const LOWEST = -3.0e38;
-// By so much a score may exceed m: ln 32, so that weights reach 32.
+// A score may exceed m by this: ln 32, so that weights reach 32.
 const SLACK = 3.4657359;
-// Of weights as f16, which keeps those down to 2^-24 exact and those of 32 finite.
+// Factor of weights as f16. It keeps weights down to 2^-24 exact and weights of 32 finite.
 const WEIGHT_FACTOR = 1024.0;
 
 {{ memory() }}
-// Of each query: by what O shrinks with this tile, and in the end what it is times.
+// For each query: the factor by which O shrinks with this tile, and at the end the factor of O.
 var<workgroup> shrink: array<f32, {{ own_rows }}>;
-// Whether O of any query of a subgroup's threads shrinks.
+// Whether O shrinks for any query of a subgroup's threads.
 var<workgroup> shrinks: array<u32, 4>;
 
 @compute @workgroup_size({{ 4 * lanes }})
@@ -58,18 +58,18 @@ fn main(
 {{ key_rows() }}
 {{ begin() }}
 {{ ranges("key_ranges", "p.queries") }}
-    // Of smaller values less is kept: this may not overflow in `weight_factor`.
+    // Smaller values lose precision: `weight_factor` must not overflow.
     var v_most = 0x1p-116f;
     for (var key = start + thread; key < end; key = key + {{ 4 * lanes }}u) {
         v_most = max(v_most, key_scales[(v_row + key) / 4u][key % 4u]);
     }
-    // What weights are times: it brings all rows of V to one scale.
+    // Brings all rows of V to one scale; weights are multiplied by it.
     let v_scale = -least_of(-v_most, subgroup);
     let weight_factor = WEIGHT_FACTOR / v_scale;
 {% for r in range(rows_each) %}
     let undo{{ r }} = query_scales[q_row + row_base + local{{ r }}] * p.scale;
     var most{{ r }} = LOWEST;
-    var total{{ r }} = 0.0; // of this thread's weights
+    var total{{ r }} = 0.0; // sum of this thread's weights
 {% endfor %}
     let q_begin = (q_row + row_base{{ of_strip }}) * {{ wide }}u;
 {{ fetch_own(edge, "queries", "q_begin", 0, 2, "q_plane") }}

@@ -1,5 +1,5 @@
-// What the backward of attention wants of each query and head: stats[m, h] = (lse[m, h], sum over
-// d of dO * O); `team` threads a row.
+// The backward of attention reads this for each query and head: stats[m, h] = (lse[m, h], sum over
+// d of dO * O). `team` threads share a row.
 //
 // Floor: bytes of dO and O, 8 * M * H * D, over the memory's bandwidth; 2 * M * H * D FLOP.
 struct Params {

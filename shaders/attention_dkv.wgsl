@@ -1,6 +1,10 @@
-// dK and dV of attention, [keys, Hkv * D]: a key over the queries that see it, of every head that shares it. With
-// P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV = P^T * dO, dK = scale * dS^T * Q.
-// For software drivers; its floor is that of attention_dkv_tile.
+// dK and dV of attention, [keys, Hkv * D]. Each key goes over the queries that see it, in all
+// heads that share the key.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dV = P^T * dO, dK = scale * dS^T * Q.
+//
+// For software drivers. See attention_dkv_tile for the floor.
 {% from "attention_heads.wgsl" import key_block %}
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
@@ -8,8 +12,8 @@
 @group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // of each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // of each key: first query, end
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // for each query and head: lse, delta
+@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // for each key: first query, end
 @group(0) @binding(6) var<storage, read_write> dk: array<vec4<f32>>;
 @group(0) @binding(7) var<storage, read_write> dv: array<vec4<f32>>;
 
@@ -24,7 +28,7 @@ fn main(
     let row = block * {{ rows }}u + thread % {{ rows }}u;
     let key = min(row, p.keys - 1u);
     let seen_by = query_ranges[key];
-    // Ranges never go back from a key to the next: these are the queries of all the workgroup's keys.
+    // Ranges don't move back from one key to the next, so these are the queries of all keys here.
     let start = query_ranges[block * {{ rows }}u].x;
     let end = query_ranges[min(block * {{ rows }}u + {{ rows - 1 }}u, p.keys - 1u)].y;
 
@@ -37,7 +41,7 @@ fn main(
 {% endfor %}
     for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
     for (var query = start; query < end; query = query + {{ tile }}u) {
-        // Scores, then gradients of the weights.
+        // First scores, then gradients of the weights.
         var sums = vec4<f32>(0.0);
 {% for t in range(tile) %}
         let row{{ t }} = min(query + {{ t }}u, p.queries - 1u) * p.heads + head;

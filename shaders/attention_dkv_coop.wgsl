@@ -1,13 +1,16 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// dK and dV of attention by cooperative matrices: keys over the queries that see them, of every
-// head that shares them. With P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV =
-// P^T * dO, dK = scale * dS^T * Q. Scores are as exact as the forward's, all else is one f16; sums
-// are f32.
+// dK and dV of attention by cooperative matrices. Keys go over the queries that see them, in all
+// heads that share the keys.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dV = P^T * dO, dK = scale * dS^T * Q.
+//
+// Scores are as exact as in the forward. All else is one f16; sums are f32.
 //
 // Floor: bytes of packed Q, dO, K and V and of dK and dV, D * (10 * M * H + 14 * keys * Hkv), over
-// the memory's bandwidth; 12 * H * D FLOP of f16 matrices a pair of a query and a key that it sees
-// (M * keys pairs, half of them in causal order) over their rate.
+// the memory's bandwidth; 12 * H * D FLOP of f16 matrices per pair of a query and a key that it
+// sees (M * keys pairs, half of them in causal order) over their rate.
 {{ "" }}
 {% from "coop.wgsl" import enter, accumulators, least %}
 {% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, of_strip, of_half, share, rows_each, unit, memory, each_quad, query_rows, key_rows, begin, ranges, fetch_own, scores, gather, in_memory, four, four_of, stage, result_at %}
@@ -19,16 +22,16 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read> keys: array<{{ "vec4<f16>" if staged else "f16" }}>;
 @group(0) @binding(2) var<storage, read> query_scales: array<f32>;       // of Q, of dO
 @group(0) @binding(3) var<storage, read> key_scales: array<f32>;         // of K, of V
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // of each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // of each key: first query, end
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // for each query and head: lse, delta
+@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // for each key: first query, end
 @group(0) @binding(6) var<storage, read_write> dk: array<vec4<f32>>;
 @group(0) @binding(7) var<storage, read_write> dv: array<vec4<f32>>;
 
-// Of weights as f16.
+// Factor of weights as f16.
 const WEIGHT_FACTOR = 16384.0;
 
-// Of each query of a step: Q's scale, lse; what brings dO and Q to the scale of all; and delta
-// over dO's scale.
+// For each query of a step: Q's scale and lse; the factors that bring dO and Q to one scale for
+// all; and delta over dO's scale.
 var<workgroup> q_scale: array<f32, {{ other_rows }}>;
 var<workgroup> lse: array<f32, {{ other_rows }}>;
 var<workgroup> do_ratio: array<f32, {{ other_rows }}>;
@@ -72,8 +75,8 @@ fn main(
     }
     let all_q = -least_of(-q_most, subgroup);
     let all_do = -least_of(-do_most, subgroup);
-    // Packed values are below 2^14: times this no value of dO * V^T, with V's scale, and no delta
-    // exceeds 1.
+    // Packed values are below 2^14. Multiplied by this, no value of dO * V^T with V's scale, and
+    // no delta, exceeds 1.
     let range = min(0x1p-28f / {{ wide }}.0 / -least_of(-v_most, subgroup), 1.0 / -least_of(-delta_most, subgroup));
 {% for r in range(rows_each) %}
     let undo{{ r }} = key_scales[k_row + row_base + local{{ r }}] * p.scale;
@@ -122,7 +125,7 @@ fn main(
                 let weight = {{ four("weights", "to") }};
                 let d_weight = {{ four("sums", "at") }} * v_scale{{ r }};
                 let graded = weight * ((d_weight - {{ four_of("delta", "local_other") }}) * range);
-                // Others are seen by nobody, or as good as.
+                // With a weight of 0 the pair isn't visible, or as good as invisible.
                 let d_score = select(vec4<f32>(0.0), graded, weight > vec4<f32>(0.0)) * {{ four_of("q_ratio", "local_other") }};
 {{ stage("to", "d_score") }}
             }

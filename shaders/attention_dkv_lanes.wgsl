@@ -1,5 +1,8 @@
-// dK and dV of attention, [keys, Hkv * D], for software drivers: keys over the queries that see them, of every head that shares
-// them. With P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV = P^T * dO, dK = scale * dS^T * Q.
+// dK and dV of attention, [keys, Hkv * D], for software drivers. Keys go over the queries that see
+// them, in all heads that share the keys.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dV = P^T * dO, dK = scale * dS^T * Q.
 {% from "attention_heads.wgsl" import key_block %}
 {% from "attention_lanes.wgsl" import dots, add_up, zeros, eight %}
 {% include "attention_params.wgsl" %}
@@ -7,8 +10,8 @@
 @group(0) @binding(1) var<storage, read> k: array<f32>;
 @group(0) @binding(2) var<storage, read> v: array<f32>;
 @group(0) @binding(3) var<storage, read> d_o: array<f32>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // of each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // of each key: first query, end
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // for each query and head: lse, delta
+@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // for each key: first query, end
 @group(0) @binding(6) var<storage, read_write> dk: array<f32>;
 @group(0) @binding(7) var<storage, read_write> dv: array<f32>;
 
@@ -26,7 +29,7 @@ fn main(
 {% endfor %}
 {{ zeros("dk") }}
 {{ zeros("dv") }}
-    // Ranges never go back from a key to the next: these are the queries of all the workgroup's keys.
+    // Ranges don't move back from one key to the next, so these are the queries of all keys here.
     let end = seen_by{{ rows - 1 }}.y;
     for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
     for (var first = seen_by0.x; first < end; first = first + 8u) {

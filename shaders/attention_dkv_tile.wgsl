@@ -1,14 +1,16 @@
-// dK and dV of attention, [keys, Hkv * D]: keys over tiles of the queries that see them, of every
-// head that shares them. With P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta): dV =
-// P^T * dO, dK = scale * dS^T * Q.
+// dK and dV of attention, [keys, Hkv * D]. Keys go over tiles of the queries that see them, in all
+// heads that share the keys.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dV = P^T * dO, dK = scale * dS^T * Q.
 //
 // Floor: bytes of Q, dO, K, V, dK and dV, 8 * D * (M * H + 2 * keys * Hkv), over the memory's
-// bandwidth; 8 * H * D FLOP a pair of a query and a key that it sees (M * keys pairs, half of them
-// in causal order) over the rate of f32.
+// bandwidth; 8 * H * D FLOP per pair of a query and a key that it sees (M * keys pairs, half of
+// them in causal order) over the rate of f32.
 {{ "" }}
 {% from "attention_heads.wgsl" import key_block %}
 {% from "attention_tiles.wgsl" import across, quads, own_rows, other_rows, threads, staged_quads, begin, begins, product, stage_weights, gather, store, zeros, ranges, visible %}
-{# Of this thread's four queries. #}
+{# Values of this thread's four queries. #}
 {% macro of_others(array, part) -%}
 vec4<f32>({% for t in range(4) %}{{ array }}[min(query + 4u * across + {{ t }}u, p.queries - 1u) * p.heads + head].{{ part }}{{ ", " if not loop.last }}{% endfor %})
 {%- endmacro %}
@@ -17,12 +19,12 @@ vec4<f32>({% for t in range(4) %}{{ array }}[min(query + 4u * across + {{ t }}u,
 @group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // of each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // of each key: first query, end
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // for each query and head: lse, delta
+@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // for each key: first query, end
 @group(0) @binding(6) var<storage, read_write> dk: array<vec4<f32>>;
 @group(0) @binding(7) var<storage, read_write> dv: array<vec4<f32>>;
 
-// Tiles of both sides, then weights and dO, or gradients of scores and Q.
+// Tiles of both sides, later weights and dO, or gradients of scores and Q.
 var<workgroup> staged: array<vec4<f32>, {{ staged_quads }}>;
 
 @compute @workgroup_size({{ threads }})

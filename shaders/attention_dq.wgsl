@@ -1,6 +1,9 @@
-// dQ of attention, [M, H * D]: a query over the keys that it sees. With P = exp(scale * Q * K^T - lse) and
-// dS = P * (dO * V^T - delta): dQ = scale * dS * K.
-// For software drivers; its floor is that of attention_dq_tile.
+// dQ of attention, [M, H * D]. Each query goes over the keys that it sees.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dQ = scale * dS * K.
+//
+// For software drivers. See attention_dq_tile for the floor.
 {% from "attention_heads.wgsl" import query_block %}
 {% from "dot_quads.wgsl" import dot_quads %}
 {% include "attention_rows.wgsl" %}
@@ -8,8 +11,8 @@
 @group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // of each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // for each query and head: lse, delta
+@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
 @group(0) @binding(6) var<storage, read_write> dq: array<vec4<f32>>;
 
 @compute @workgroup_size({{ rows * parts }})
@@ -23,7 +26,8 @@ fn main(
     let row = block * {{ rows }}u + thread % {{ rows }}u;
     let query = min(row, p.queries - 1u);
     let seen = key_ranges[query];
-    // Ranges never go back from a query to the next: these are the keys of all the workgroup's queries.
+    // Ranges don't move back from one query to the next, so these are the keys of all queries
+    // here.
     let start = key_ranges[block * {{ rows }}u].x;
     let end = key_ranges[min(block * {{ rows }}u + {{ rows - 1 }}u, p.queries - 1u)].y;
 
@@ -35,7 +39,7 @@ fn main(
     var dq{{ i }} = vec4<f32>(0.0);
 {% endfor %}
     for (var key = start; key < end; key = key + {{ tile }}u) {
-        // Scores, then gradients of the weights.
+        // First scores, then gradients of the weights.
         var sums = vec4<f32>(0.0);
 {% for t in range(tile) %}
         let at{{ t }} = (min(key + {{ t }}u, p.keys - 1u) * p.kv_heads + kv_head) * {{ quads * parts }}u + part * {{ quads }}u;

@@ -1,12 +1,15 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// dQ of attention by cooperative matrices: queries over the keys that they see. With P = exp(scale
-// * Q * K^T - lse) and dS = P * (dO * V^T - delta): dQ = scale * dS * K. Scores are as exact as
-// the forward's, all else is one f16; sums are f32.
+// dQ of attention by cooperative matrices. Queries go over the keys that they see.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dQ = scale * dS * K.
+//
+// Scores are as exact as in the forward. All else is one f16; sums are f32.
 //
 // Floor: bytes of packed Q, dO, K and V and of dQ, D * (10 * M * H + 8 * keys * Hkv), over the
-// memory's bandwidth; 10 * H * D FLOP of f16 matrices a pair of a query and a key that it sees (M
-// * keys pairs, half of them in causal order) over their rate.
+// memory's bandwidth; 10 * H * D FLOP of f16 matrices per pair of a query and a key that it sees
+// (M * keys pairs, half of them in causal order) over their rate.
 {{ "" }}
 {% from "coop.wgsl" import enter, accumulators, least %}
 {% from "attention_strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, of_strip, of_half, share, rows_each, unit, memory, each_quad, query_rows, key_rows, begin, ranges, fetch_own, scores, gather, in_memory, four, stage, result_at %}
@@ -18,11 +21,11 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read> keys: array<{{ "vec4<f16>" if staged else "f16" }}>;
 @group(0) @binding(2) var<storage, read> query_scales: array<f32>;     // of Q, of dO
 @group(0) @binding(3) var<storage, read> key_scales: array<vec4<f32>>; // of K, of V
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // of each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // for each query and head: lse, delta
+@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
 @group(0) @binding(6) var<storage, read_write> dq: array<vec4<f32>>;
 
-// Of weights as f16.
+// Factor of weights as f16.
 const WEIGHT_FACTOR = 16384.0;
 
 {{ memory() }}
@@ -52,10 +55,10 @@ fn main(
         v_most = max(v_most, key_scales[(v_row + key) / 4u][key % 4u]);
     }
     let k_scale = -least_of(-k_most, subgroup);
-    // Packed values are below 2^14: times this no value of dO * V^T and no delta, with V's scale,
-    // exceeds 1.
+    // Packed values are below 2^14. Multiplied by this, no value of dO * V^T and no delta, with
+    // V's scale, exceeds 1.
     let range = 0x1p-28f / {{ wide }}.0 / -least_of(-v_most, subgroup);
-    // It brings all rows of K to one scale.
+    // Brings all rows of K to one scale.
     let k_inverse = 1.0 / k_scale;
 {% for r in range(rows_each) %}
     let undo{{ r }} = query_scales[q_row + row_base + local{{ r }}] * p.scale;
@@ -90,7 +93,7 @@ fn main(
                 let weight = {{ four("weights", "to") }};
                 let d_weight = {{ four("sums", "at") }} * key_scales[(v_row + other) / 4u];
                 let graded = weight * ((d_weight - vec4<f32>(delta{{ r }})) * range);
-                // Others are seen by nobody, or as good as.
+                // With a weight of 0 the pair isn't visible, or as good as invisible.
                 let d_score = select(vec4<f32>(0.0), graded, weight > vec4<f32>(0.0)) * (key_scales[(k_row + other) / 4u] * k_inverse);
 {{ stage("to", "d_score") }}
             }

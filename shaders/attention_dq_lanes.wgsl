@@ -1,13 +1,15 @@
-// dQ of attention, [M, H * D], for software drivers: queries over the keys that they see. With P = exp(scale * Q * K^T - lse) and
-// dS = P * (dO * V^T - delta): dQ = scale * dS * K.
+// dQ of attention, [M, H * D], for software drivers. Queries go over the keys that they see.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dQ = scale * dS * K.
 {% from "attention_lanes.wgsl" import begin_queries, dots, add_up, zeros, eight %}
 {% include "attention_params.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<f32>;
 @group(0) @binding(1) var<storage, read> k: array<f32>;
 @group(0) @binding(2) var<storage, read> v: array<f32>;
 @group(0) @binding(3) var<storage, read> d_o: array<f32>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // of each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // for each query and head: lse, delta
+@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
 @group(0) @binding(6) var<storage, read_write> dq: array<f32>;
 
 @compute @workgroup_size(8)

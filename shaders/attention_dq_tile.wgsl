@@ -1,9 +1,11 @@
-// dQ of attention, [M, H * D]: queries over tiles of the keys that they see. With P = exp(scale *
-// Q * K^T - lse) and dS = P * (dO * V^T - delta): dQ = scale * dS * K.
+// dQ of attention, [M, H * D]. Queries go over tiles of the keys that they see.
+//
+// P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
+// dQ = scale * dS * K.
 //
 // Floor: bytes of Q, dO, dQ, K and V, 4 * D * (3 * M * H + 2 * keys * Hkv), over the memory's
-// bandwidth; 6 * H * D FLOP a pair of a query and a key that it sees (M * keys pairs, half of them
-// in causal order) over the rate of f32.
+// bandwidth; 6 * H * D FLOP per pair of a query and a key that it sees (M * keys pairs, half of
+// them in causal order) over the rate of f32.
 {{ "" }}
 {% from "attention_heads.wgsl" import query_block %}
 {% from "attention_tiles.wgsl" import across, quads, own_rows, other_rows, threads, staged_quads, begin, begins, product, stage_weights, gather, store, zeros, ranges, visible %}
@@ -12,11 +14,11 @@
 @group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // of each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
+@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // for each query and head: lse, delta
+@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
 @group(0) @binding(6) var<storage, read_write> dq: array<vec4<f32>>;
 
-// Tiles of both sides, then gradients of scores and K.
+// Tiles of both sides, later gradients of scores and K.
 var<workgroup> staged: array<vec4<f32>, {{ staged_quads }}>;
 
 @compute @workgroup_size({{ threads }})

@@ -1,23 +1,24 @@
-// O = softmax(scale * Q * K^T) * V for the keys that each query sees, and the log-sum-exp of its scores, for software drivers:
-// Q and O [M, H * D], K and V [keys, Hkv * D], lse [M, H].
+// O = softmax(scale * Q * K^T) * V for the keys that each query sees, and the log-sum-exp of its
+// scores, for software drivers: Q and O [M, H * D], K and V [keys, Hkv * D], lse [M, H].
 //
-// Online softmax in powers of two: the reference that weights are taken from is a whole number, so that moving it is exact, and a
-// query's result does not depend on where its keys lie among the others'.
+// Online softmax in powers of two. The reference exponent of the weights is a whole number, so
+// changing it is exact, and a query's result does not depend on where its keys lie among other
+// keys.
 {% from "attention_lanes.wgsl" import begin_queries, dots, add_up, zeros, eight %}
 {% include "attention_params.wgsl" %}
 @group(0) @binding(0) var<storage, read> q: array<f32>;
 @group(0) @binding(1) var<storage, read> k: array<f32>;
 @group(0) @binding(2) var<storage, read> v: array<f32>;
-@group(0) @binding(3) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
+@group(0) @binding(3) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
 @group(0) @binding(4) var<storage, read_write> o: array<f32>;
 @group(0) @binding(5) var<storage, read_write> lse: array<f32>;
 
-// Below every score; finite, since WGSL promises nothing of infinities.
+// Below every score. Finite, because WGSL guarantees nothing about infinities.
 const LOWEST = -3.0e38;
 const LOG2_E = 1.4426950408889634;
 const LN_2 = 0.6931471805599453;
 
-// 2^e of a whole number of at most 127; 0 under -126.
+// 2^e for a whole number e of at most 127; 0 below -126.
 fn power_of_two(e: f32) -> f32 {
     return bitcast<f32>(u32(i32(max(e, -127.0)) + 127) << 23u);
 }

@@ -1,13 +1,14 @@
 enable f16;
-// Packs Q, K, V and, `backward`, dO for attention by cooperative matrices, each [M, H * D]: for every head and row f16 times a power of two from the row's own largest value,
-// padded by zeros to {{ wide }} values and to whole tiles of 16 x 16, each in one piece:
-// packed[plane][head][row / 16][d / 16][row % 16][d % 16].
+// Packs Q, K, V and, if `backward`, dO for attention by cooperative matrices, each [M, H * D]. For
+// every head and row, values become f16 times a power of two found from the row's own largest
+// value. Rows are padded with zeros to {{ wide }} values and to whole tiles of 16 x 16. Each tile
+// is contiguous: packed[plane][head][row / 16][d / 16][row % 16][d % 16].
 //
-// Q and K have two planes of f16, with 22 bits together: the value rounded to 11, and what is left.
-// V and dO have one of values rounded to f16. Products that contract over rows read one that is
-// transposed: [row / 16][d / 16][d % 16][row % 16].
+// Q and K have two planes of f16, with 22 bits together: the value rounded to 11 bits, and the
+// remainder. V and dO have one plane of values rounded to f16. Products that contract over rows
+// read a transposed plane: [row / 16][d / 16][d % 16][row % 16].
 //
-// Floor: bytes of what is packed and of its planes, (4 + 2 a plane) * M * H * D each, over the
+// Floor: bytes of the input and of its planes, (4 + 2 per plane) * M * H * D each, over the
 // memory's bandwidth; M * H * D FLOP each.
 {{ "" }}
 struct Params {
@@ -24,11 +25,10 @@ struct Params {
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>; // not read, unless `backward`
+@group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>; // unused, unless `backward`
 @group(0) @binding(4) var<storage, read_write> queries: array<vec4<f16>>; // planes of Q, of dO
 @group(0) @binding(5) var<storage, read_write> keys: array<vec4<f16>>;    // planes of K, of V
-// The values of a packed row of Q and of dO, or of K and of V, are times these; 2^-126 where there
-// are only zeros.
+// The factors of a packed row's values: of Q, then dO, or of K, then V. 2^-126 for a row of zeros.
 @group(0) @binding(6) var<storage, read_write> query_scales: array<f32>;
 @group(0) @binding(7) var<storage, read_write> key_scales: array<f32>;
 
@@ -38,9 +38,8 @@ struct Params {
 {% set quads = wide // 4 %}
 {# Padding spreads the banks. #}
 {% set stride = quads + 1 %}
-{# In the order of their workgroups: the tensor, the group that its workgroups end before, whose rows
-   they are, whether its scales are the second ones there, its first plane, and which planes it has.
-   #}
+{# In the order of their workgroups: the tensor, the group before which its workgroups end, its
+   side, whether its scales are the second ones there, its first plane, and its planes. #}
 {% set tensors = [
     {"name": "q", "end": "k_first", "side": "query", "second": false, "plane": 0, "split": true, "whole": false, "transposed": backward},
     {"name": "k", "end": "v_first", "side": "key", "second": false, "plane": 0, "split": true, "whole": false, "transposed": backward},
@@ -57,8 +56,8 @@ struct Params {
             let value = rows[at + {{ 4 * tile }}u + thread % 4u];
 {% endif %}
 {% if tensor.split %}
-            // Rounded to 11 bits, which all are f16's. By conversion to f16 and back it cannot be
-            // had: Mesa takes that for no change.
+            // Rounds to 11 bits, all of which f16 holds. Converting to f16 and back doesn't work
+            // here: Mesa optimizes it away.
             let larger = bitcast<vec4<f32>>((bitcast<vec4<u32>>(value) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u));
             {{ packed }}[to] = vec4<f16>(larger);
             {{ packed }}[to + plane] = vec4<f16>(value - larger);
@@ -66,7 +65,7 @@ struct Params {
             {{ packed }}[to] = vec4<f16>(value);
 {% endif %}
 {% if tensor.transposed %}
-            // It takes a value of each of four rows.
+            // Takes a value from each of four rows.
             let from_row = thread % 4u * {{ 4 * stride }}u + {{ 4 * tile }}u + thread / 16u;
             let e = thread / 4u % 4u;
             let column = vec4<f32>(rows[from_row][e], rows[from_row + {{ stride }}u][e], rows[from_row + {{ 2 * stride }}u][e], rows[from_row + {{ 3 * stride }}u][e]);
@@ -75,9 +74,9 @@ struct Params {
         }
 {% endfor %}
 {% endmacro %}
-// The workgroup's 16 rows, times their factors.
+// The workgroup's 16 rows, multiplied by their factors.
 var<workgroup> rows: array<vec4<f32>, {{ 16 * stride }}>;
-// The largest value of each thread's.
+// The largest value of each thread.
 var<workgroup> largest: array<f32, 64>;
 
 @compute @workgroup_size(64)
@@ -90,12 +89,12 @@ fn main(
     if (group >= p.groups) {
         return;
     }
-    // Rows of a head as they are packed, and tiles of 16 of them of all heads.
+    // Rows of a packed head, and the number of tiles of 16 rows in all heads.
     let query_padded = (p.queries + 63u) / 64u * 64u;
     let key_padded = (p.keys + 63u) / 64u * 64u;
     let query_tiles = p.heads * (query_padded / 16u);
     let key_tiles = p.kv_heads * (key_padded / 16u);
-    // Tiles of 16 rows before those of K, of V and of dO.
+    // Number of tiles of 16 rows before those of K, of V and of dO.
     let k_first = query_tiles;
     let v_first = k_first + key_tiles;
     let do_first = v_first + key_tiles;
@@ -110,7 +109,7 @@ fn main(
         group >= v_first,
     );
     let tile = group - first;
-    // Four threads a row.
+    // Four threads share a row.
     let row = tile * 16u + thread / 4u;
     let head = row / padded;
     let m = row - head * padded;
@@ -142,9 +141,9 @@ fn main(
 {% endfor %}
     workgroupBarrier();
 
-    // The inverse of a power of two, exactly.
+    // The exact inverse of a power of two.
     let scale = bitcast<f32>(0x7f000000u - bitcast<u32>(factor));
-    // A vec4 of every tile.
+    // One vec4 of every tile.
     let plane = tiles * {{ 16 * quads }}u;
     let to = tile * {{ 16 * quads }}u + thread;
 {% for tensor in tensors %}

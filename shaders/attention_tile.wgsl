@@ -3,8 +3,8 @@
 // keys.
 //
 // Floor: bytes of Q, O, K and V, 8 * D * (M * H + keys * Hkv), over the memory's bandwidth; 4 * H
-// * D FLOP a pair of a query and a key that it sees (M * keys pairs, half of them in causal order)
-// over the rate of f32.
+// * D FLOP per pair of a query and a key that it sees (M * keys pairs, half of them in causal
+// order) over the rate of f32.
 {{ "" }}
 {% from "attention_heads.wgsl" import query_block %}
 {% from "attention_tiles.wgsl" import across, quads, own_rows, other_rows, threads, others_begin, staged_quads, begin, begins, product, stage_weights, gather, store, zeros, ranges, visible %}
@@ -12,14 +12,14 @@
 @group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> key_ranges: array<vec2<u32>>; // of each query: first key, end
+@group(0) @binding(3) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
 @group(0) @binding(4) var<storage, read_write> o: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> lse: array<f32>;
 
-// Tiles of both sides, then weights and V.
+// Tiles of both sides, later weights and V.
 var<workgroup> staged: array<vec4<f32>, {{ staged_quads }}>;
 
-// Below every score; finite, since WGSL promises nothing of infinities.
+// Below every score. Finite, because WGSL guarantees nothing about infinities.
 const LOWEST = -3.0e38;
 
 @compute @workgroup_size({{ threads }})
@@ -36,7 +36,7 @@ fn main(
 {{ zeros("o") }}
 {% for i in range(tall) %}
     var most{{ i }} = LOWEST;
-    var sum{{ i }} = 0.0; // of this thread's weights
+    var sum{{ i }} = 0.0; // sum of this thread's weights
 {% endfor %}
 
     for (var key = start; key < end; key = key + {{ other_rows }}u) {

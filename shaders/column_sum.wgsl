@@ -1,11 +1,12 @@
-// OUT [S, N] = s * the sums over the rows of A [M, N] (* B [M, N]), a row of OUT for each `rows_each` rows: S = 1, or
-// partial sums that a second pass adds up. A thread owns a column. `accumulate`: it is added to what is in OUT.
+// OUT [S, N] = s * the sums over the rows of A [M, N] (* B [M, N]), with one row of OUT for each
+// `rows_each` rows: S = 1, or partial sums that a second pass adds up. A thread owns a column.
+// `accumulate`: add to OUT.
 
 struct Params {
     first_group: u32,
     groups: u32,
     rows: u32,          // M
-    rows_each: u32,     // rows of a sum
+    rows_each: u32,     // rows per sum
     columns: u32,       // N
     column_groups: u32, // workgroups along N
     scale: f32,         // s

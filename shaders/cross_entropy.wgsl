@@ -1,8 +1,9 @@
-// Softmax cross-entropy of rows of logits [rows, K] (K = V, the vocabulary) and their labels:
-// loss = log(sum(exp(logits))) - logits[label]; with `gradient` the logits become (softmax - onehot(label)) * scale.
-// Both are 0 where the label is 0xffffffff. A team owns a row.
+// Softmax cross-entropy of logits [rows, K] (K = V, the vocabulary) with their labels:
+// loss = log(sum(exp(logits))) - logits[label]. With `gradient` the logits become
+// (softmax - onehot(label)) * scale. Both are 0 where the label is 0xffffffff. A team owns a row.
 //
-// Floor: 8 M V bytes over the bandwidth with `gradient`, 4 M V without; 5 M V FLOP and an exponential a logit are less.
+// Floor: 8 M V bytes over the bandwidth with `gradient`, 4 M V without. 5 M V FLOP and one
+// exponential per logit take less time.
 
 struct Params {
     first_group: u32,
@@ -10,7 +11,7 @@ struct Params {
     k: u32,        // V
     rows: u32,     // rows of these logits
     first: u32,    // place of the first row's label and loss
-    gradient: u32, // 0: the logits stay
+    gradient: u32, // 0: leave the logits as they are
     scale: f32,
 }
 
@@ -28,7 +29,7 @@ fn columns(q: u32) -> vec4<u32> {
     return vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u);
 }
 
-// Four logits; the lowest number where there are none.
+// Four logits; the lowest number past the end.
 fn known4(row: u32, q: u32) -> vec4<f32> {
 {% if ragged %}
     return select(vec4<f32>(-3.4e38), logits4(row, q), columns(q) < vec4<u32>(p.k));
@@ -45,7 +46,7 @@ fn one_row(row: u32, team: Team, mine: bool) {
     }
     let largest = team_max(max(max(most.x, most.y), max(most.z, most.w)), team.thread);
 
-    // Sums of sums: a row may have 10^5 terms.
+    // Sums of sums, because a row may have 10^5 terms.
     var sums = vec4<f32>(0.0);
     for (var start = team.lane; start < quads; start = start + 64u * team.size) {
         var part = vec4<f32>(0.0);
@@ -58,7 +59,7 @@ fn one_row(row: u32, team: Team, mine: bool) {
     let wanted = labels[p.first + row];
     let counts = wanted != 0xffffffffu;
     let label = min(wanted, p.k - 1u);
-    // Read before the sum's barriers, after which its place may be overwritten.
+    // Read before the barriers of the sum; after them its place may be overwritten.
     let target4 = logits4(row, label >> 2u);
     let sum = team_sum((sums.x + sums.y) + (sums.z + sums.w), team.thread);
 

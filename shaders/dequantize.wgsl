@@ -1,5 +1,5 @@
-// Y = deq(W) + s * B * A: rows of a matrix as f32, with an adapter merged in where there is one (rank > 0).
-// One invocation writes eight values of a row.
+// Y = deq(W) + s * B * A: rows of a matrix as f32, with an adapter merged in if there is one (rank
+// > 0). One invocation writes eight values of a row.
 
 struct Params {
     first_group: u32,
@@ -7,7 +7,7 @@ struct Params {
     k: u32,
     first_row: u32, // first row of W, in this part
     rows: u32,      // rows to write
-    column: u32,    // row of B of this part's first row of W
+    column: u32,    // row of B for this part's first row of W
     rank: u32,
     lora_scale: f32,
     m: Matrix,

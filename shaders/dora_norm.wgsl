@@ -1,17 +1,18 @@
-// norm[n] = the length of row n of deq(W) + s * B * A (rank > 0), decoded on the way.
+// norm[n] = the length of row n of deq(W) + s * B * A (rank > 0). W is decoded on the way.
 {% if software %}
-// For software drivers: lanes along N, {{ rows }} rows an invocation, no workgroup memory.
+// For software drivers: lanes along N, {{ rows }} rows per invocation, no workgroup memory.
 {% else %}
-// A workgroup owns {{ rows }} rows, which share what is read of A; its threads stride K, then the partial sums meet.
+// A workgroup owns {{ rows }} rows, which share the loads of A. Its threads stride K, then the
+// partial sums are added up.
 {% endif %}
 
 struct Params {
     first_group: u32,
     groups: u32,
     k: u32,
-    words: u32,   // words of eight weights a row
+    words: u32,   // words of eight weights per row
     rows: u32,    // rows of W in this part
-    column: u32,  // row of B, and place in the result, of this part's first row of W
+    column: u32,  // row of B and place in the result, for this part's first row of W
     rank: u32,
     lora_scale: f32,
     m: Matrix,
@@ -29,7 +30,7 @@ struct Params {
 {% set operand = "a" %}
 {% include "rows.wgsl" %}
 
-// The least is the smallest normal number, so that a row of zeros divides zeros and not by zero.
+// The smallest result is the smallest normal number, so that a row of zeros isn't divided by zero.
 fn length_of(squares: f32) -> f32 {
     return max(sqrt(squares), 1.17549435e-38);
 }

@@ -1,4 +1,5 @@
-// Y[i] = f(i) * X[i] + (1 - f(i)) * Z[i], with f(i) the dropout factor of element i, 0 or 1 / (1 - probability).
+// Y[i] = f(i) * X[i] + (1 - f(i)) * Z[i], with f(i) the dropout factor of element i, 0 or 1 / (1 -
+// probability).
 
 struct Params {
     first_group: u32,
@@ -6,7 +7,7 @@ struct Params {
     len: u32,        // values
     seed_low: u32,   // of the dropout
     seed_high: u32,
-    drop_below: u32, // a value whose hash is under this is dropped
+    drop_below: u32, // values with a hash below this are dropped
     keep_scale: f32, // 1 / (1 - probability)
 }
 

@@ -1,5 +1,5 @@
-// y[t] = deq(W)[ids[t]]: the rows of a table that tokens name. One invocation writes eight values of a token, if its row is in
-// this part of the table.
+// y[t] = deq(W)[ids[t]]: the table rows of token ids. One invocation writes eight values of a
+// token, if its row is in this part of the table.
 
 struct Params {
     first_group: u32,
@@ -9,7 +9,7 @@ struct Params {
     first_row: u32,  // of this part, in the table
     rows: u32,       // in this part
     table_rows: u32, // in all parts
-    unused: u32,     // the matrix starts at a multiple of 16 bytes
+    unused: u32,     // padding: the matrix starts at a multiple of 16 bytes
     m: Matrix,
 }
 {% include "matrix_params.wgsl" %}

@@ -1,21 +1,22 @@
-// From the sums of squares of runs of n gradients and their total: values = [norm, factor, loss, norms of the n gradients].
-// factor = min(1, max_norm / (norm + 1e-6)), or NaN if the norm or the loss is not finite.
+// Given the sums of squares of runs of n gradients and their total, computes
+// values = [norm, factor, loss, norms of the n gradients]
+// with factor = min(1, max_norm / (norm + 1e-6)), or NaN if the norm or the loss is not finite.
 
 struct Params {
     first_group: u32,
     groups: u32,
     count: u32,    // n
-    clip: u32,     // 0: the factor of finite gradients is 1
+    clip: u32,     // 0: the factor is 1 for finite gradients
     has_loss: u32,
     max_norm: f32,
-    runs: u32,     // sums of squares of each gradient
+    runs: u32,     // sums of squares per gradient
 }
 
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> squares: array<f32>;
 @group(0) @binding(1) var<storage, read> total: array<f32>;
 @group(0) @binding(2) var<storage, read> loss: array<f32>;
-// As bits: a NaN may be stored, but not written as a constant.
+// Stored as bits: WGSL can store a NaN, but not write it as a constant.
 @group(0) @binding(3) var<storage, read_write> values: array<u32>;
 
 {% include "groups.wgsl" %}

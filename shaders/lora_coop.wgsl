@@ -1,22 +1,26 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// OUT [P, Q] = s * the sum over c of L[p, c] * R[c, q] by cooperative matrices, where P or Q is a rank: the products with an
-// adapter's matrices and their gradients. A workgroup of four subgroups owns {{ "16 x 64" if wide else "64 x 16" }} of OUT, each of them 16 x 16, and a part of
-// the contracted index; column_sum adds up the parts.
+// OUT [P, Q] = s * the sum over c of L[p, c] * R[c, q] by cooperative matrices, where P or Q is a
+// rank: the products with an adapter's matrices, and their gradients. A workgroup of four
+// subgroups owns {{ "16 x 64" if wide else "64 x 16" }} of OUT, each subgroup 16 x 16, for a part
+// of the contracted index. column_sum adds up the parts.
 {% from "coop.wgsl" import depth, enter, accumulators, multiply, store, least %}
 {% set threads = 4 * lanes %}
 {% set rows, columns = (16, 64) if wide else (64, 16) %}
-{# What a thread stages of an operand: a quad along c, or quads of two neighbouring c, whose stores are pairs and fall into different
-   banks. `units`: of the workgroup's tile. #}
+{# The unit that a thread stages of an operand: a quad along c, or quads of two neighbouring c,
+   which it stores as pairs that use different banks. `units`: number of units in the workgroup's
+   tile. #}
 {% set left_units, right_units = rows * depth // (4 if left_along else 8), columns * depth // (4 if right_along else 8) %}
 {% set left = {"name": "left", "along": left_along, "rows": "p.rows", "width": rows, "units": left_units, "each": [left_units // threads, 1] | max} %}
 {% set right = {"name": "right", "along": right_along, "rows": "p.columns", "width": columns, "units": right_units, "each": [right_units // threads, 1] | max} %}
 {% set given, own = (left, right) if large == "left" else (right, left) %}
 //
-// Operands are staged as f16 times powers of two: of [P, C] or [Q, C] a factor a row, of [C, P] or [C, Q] the one that fits all of
-// the part. {{ given.name | upper }}, the larger one, has factors of its rows, which others share; those of {{ own.name | upper }} are found here, in the part that is read.
+// Operands are staged as f16, multiplied by powers of two: one per row for [P, C] or [Q, C], and
+// one that fits the whole part for [C, P] or [C, Q]. The larger operand,
+// {{ given.name | upper }}, has row factors that other kernels share. The factors of
+// {{ own.name | upper }} are computed here, for the part that is read.
 //
-// Floor: the bytes of the larger operand over the memory's bandwidth, since a rank is small.
+// Floor: the bytes of the larger operand over the memory's bandwidth, because a rank is small.
 {% set sum_stride = columns + 4 %}
 {# Rows of a tile are padded by 8 values, which spreads the banks. #}
 {% set stride = depth + 8 %}
@@ -27,20 +31,20 @@ struct Params {
     rows: u32,          // P
     columns: u32,       // Q
     contracted: u32,    // C
-    each: u32,          // of them in a part
+    each: u32,          // contracted values per part
     row_groups: u32,    // workgroups along P
     column_groups: u32, // workgroups along Q
     scale: f32,         // s
     seed_low: u32,      // of the dropout
     seed_high: u32,
-    drop_below: u32,    // a value whose hash is under this is dropped
-    keep_scale: f32,    // 1: `scale` has it
+    drop_below: u32,    // values with a hash below this are dropped
+    keep_scale: f32,    // 1: `scale` includes it
 }
 
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> left: array<{{ "vec4<f32>" if quads else "f32" }}>;
 @group(0) @binding(1) var<storage, read> right: array<{{ "vec4<f32>" if quads else "f32" }}>;
-@group(0) @binding(2) var<storage, read> factor: array<f32>; // of each row of {{ given.name }}
+@group(0) @binding(2) var<storage, read> factor: array<f32>; // for each row of {{ given.name }}
 @group(0) @binding(3) var<storage, read_write> out: array<f32>;
 {% include "factor.wgsl" %}
 {% if dropout %}
@@ -59,7 +63,8 @@ var<workgroup> found: array<f32, {{ own.width }}>; // factors of the rows of {{ 
 {{ least() }}
 {% endif %}
 
-{# Four values of an operand, with dropout: along its own memory, from [own, c] on. Past its ends the last ones come again. #}
+{# Four values of an operand along its own memory, from [own, c] on, with dropout. Past the ends
+   the last values are repeated. #}
 {% macro load4(operand) %}
 fn {{ operand.name }}4(own: u32, c: u32) -> vec4<f32> {
 {% set row, place, length = ("own", "c", "p.contracted") if operand.along else ("min(c, p.contracted - 1u)", "own", operand.rows) %}
@@ -85,7 +90,7 @@ fn {{ operand.name }}4(own: u32, c: u32) -> vec4<f32> {
 {{ load4(left) }}
 {{ load4(right) }}
 
-{# Where a thread's units of an operand lie. #}
+{# Places of a thread's units of an operand. #}
 {% macro place(operand) %}
 {% for i in range(operand.each) %}
     let {{ operand.name }}_unit{{ i }} = thread + {{ threads * i }}u;
@@ -100,7 +105,7 @@ fn {{ operand.name }}4(own: u32, c: u32) -> vec4<f32> {
 {% endif %}
 {% endfor %}
 {% endmacro %}
-{# Loads it, from `start` on. #}
+{# Loads a thread's units, from `start` on. #}
 {% macro fetch(operand) %}
 {% for i in range(operand.each) %}
         let {{ operand.name }}_first{{ i }} = {{ operand.name }}4({{ operand.name }}_own{{ i }}, start + {{ operand.name }}_c{{ i }});
@@ -109,11 +114,11 @@ fn {{ operand.name }}4(own: u32, c: u32) -> vec4<f32> {
 {% endif %}
 {% endfor %}
 {% endmacro %}
-{# A guard for threads that have nothing to do. #}
+{# A guard for threads without work. #}
 {% macro within(operand, i) -%}
 {% if operand.units < threads %}if ({{ operand.name }}_unit{{ i }} < {{ operand.units }}u) {% endif %}
 {%- endmacro %}
-{# Stores it as f16. Past the part there are zeros. #}
+{# Stores a thread's units as f16, with zeros past the part. #}
 {% macro stage(operand) %}
 {% for i in range(operand.each) %}
         {{ within(operand, i) }}{
@@ -167,11 +172,12 @@ fn main(
     let {{ given.name }}_least = least_of(smallest, subgroup);
 {% endif %}
 
-    // Factors of {{ own.name }}, from what this thread will stage of it. A part is whole stages, and past the last value it comes again.
+    // Factors of {{ own.name }}, from the values that this thread will stage. A part consists of
+    // whole stages; past its end the last value is repeated.
 {% for i in range(own.each) %}
     var most{{ i }} = vec4<f32>(0.0);
 {% endfor %}
-{# Some loads are under way at a time. #}
+{# A few loads run at a time. #}
 {% set ahead = [4 // own.each, 1] | max %}
     let last_start = first + (part_end - 1u - first) / {{ depth }}u * {{ depth }}u;
     for (var begin = first; begin < part_end; begin = begin + {{ ahead * depth }}u) {
@@ -216,13 +222,13 @@ fn main(
     let {{ own.name }}_least = least_of(factor_of(largest), subgroup);
 {% endif %}
 
-    // Of this subgroup's piece.
+    // Start of this subgroup's piece.
     let left_begin = {{ "0u" if wide else "subgroup * " ~ 16 * stride ~ "u" }};
     let right_begin = {{ "subgroup * " ~ 16 * stride ~ "u" if wide else "0u" }};
 {{ accumulators(edge, 16, 16) }}
 
     for (var start = first; start < part_end; start = start + {{ depth }}u) {
-        // Loads are under way before the barrier.
+        // Starts loads before the barrier.
 {{ fetch(left) }}
 {{ fetch(right) }}
         workgroupBarrier();

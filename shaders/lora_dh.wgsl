@@ -1,11 +1,12 @@
-// G = s * dY * B: [M, r] from dY [M, N] and B [N, r]; both row-major f32. Lanes that run along r read B next to each other.
+// G = s * dY * B: [M, r] from dY [M, N] and B [N, r]; both row-major f32. Lanes run along r, so
+// they read neighbouring values of B.
 //
 // Floor: the 4 M N bytes of dY over the bandwidth, or 2 M N r FLOP over the rate of f32.
 
 struct Params {
     first_group: u32,
     groups: u32,
-    k: u32,           // values contracted: N of the layer
+    k: u32,           // N of the layer: the contracted values
     rows: u32,        // M
     rank: u32,
     rank_groups: u32, // workgroups along the rank
@@ -35,7 +36,7 @@ fn left4(row: u32, q: u32) -> vec4<f32> {
 fn right4_0(j: u32, q: u32) -> vec4<f32> {
     let n = 4u * q;
 {% if ragged %}
-    // Past the end: the last row of B, which meets a zero.
+    // Past the end: the last row of B, multiplied by zero.
     let row = min(vec4<u32>(n, n + 1u, n + 2u, n + 3u), vec4<u32>(p.k - 1u)) * p.rank + j;
 {% else %}
     let row = vec4<u32>(n, n + 1u, n + 2u, n + 3u) * p.rank + j;

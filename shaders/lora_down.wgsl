@@ -1,7 +1,7 @@
-// H = X * A^T with dropout on X: [M, r] from X [M, K] and A [r, K]; both row-major f32. Of up to three A at a time, which read the same
-// X and drop different values of it.
+// H = X * A^T with dropout on X: [M, r] from X [M, K] and A [r, K]; both row-major f32. Computes
+// up to three A at a time, which read the same X and drop different values of it.
 //
-// Floor: the 4 M K bytes of X over the bandwidth, or 2 M K r FLOP for each A over the rate of f32.
+// Floor: the 4 M K bytes of X over the bandwidth, or 2 M K r FLOP per A over the rate of f32.
 
 struct Params {
     first_group: u32,
@@ -16,7 +16,7 @@ struct Params {
     seed_high1: u32,
     seed_low2: u32,   // of the third
     seed_high2: u32,
-    drop_below: u32,  // a value whose hash is under this is dropped
+    drop_below: u32,  // values with a hash below this are dropped
     keep_scale: f32,  // 1 / (1 - probability)
 }
 
@@ -40,7 +40,7 @@ struct Params {
 {% include "rows.wgsl" %}
 {% if dropout %}
 
-// What the dropout of this A leaves of X.
+// Dropout factor of an element of X, for this A.
 fn mask_{{ part }}(row: u32, k: u32) -> f32 {
     return dropout_factor_of(row * p.k + k, p.seed_low{{ part or "" }}, p.seed_high{{ part or "" }});
 }

@@ -1,29 +1,33 @@
-// OUT [P, Q] = s * the sum over tokens m of L[m, p] * R[m, q], from L [M, P] and R [M, Q]; dropout on R.
+// OUT [P, Q] = s * the sum over tokens m of L[m, p] * R[m, q], from L [M, P] and R [M, Q]; dropout
+// on R.
 //
-// Floor: the 4 M (P + Q) bytes of L and R over the bandwidth, or 2 M P Q FLOP over the rate of f32.
+// Floor: the 4 M (P + Q) bytes of L and R over the bandwidth, or 2 M P Q FLOP over the rate of
+// f32.
 //
-// Threads run along the wider of P and Q, `wide`, and each owns {{ columns }} of its columns by {{ ranks }} of the other's, `narrow`, in
-// registers. Sums over many tokens come in several parts, one [P, Q] each, which column_sum adds up.
+// Threads run along the wider of P and Q, `wide`. Each owns {{ columns }} of its columns by
+// {{ ranks }} columns of the other, `narrow`, in registers. Sums over many tokens are split into
+// parts, one [P, Q] each, which column_sum adds up.
 {% if share %}
-// On software drivers whose workgroup is one subgroup of eight: each lane loads one of eight narrow values, and broadcasts hand
-// them round. {{ steps }} tokens at a time, so that sums are fetched and put back once for them.
+// On software drivers whose workgroup is one subgroup of eight, each lane loads one of eight
+// narrow values and broadcasts it. {{ steps }} tokens at a time, so that sums are fetched and
+// stored once for all of them.
 {% endif %}
 
 struct Params {
     first_group: u32,
     groups: u32,
     tokens: u32,        // M
-    tokens_each: u32,   // tokens of a part
+    tokens_each: u32,   // tokens per part
     wide: u32,          // columns of the wider operand
-    narrow: u32,        // columns of the other
-    wide_groups: u32,   // workgroups along the wider one
-    narrow_groups: u32, // workgroups along the other
-    wide_stride: u32,   // in OUT, from one column of the wider operand to the next; in values
-    narrow_stride: u32, // the same of the other
+    narrow: u32,        // columns of the narrower operand
+    wide_groups: u32,   // workgroups along the wider operand
+    narrow_groups: u32, // workgroups along the narrower operand
+    wide_stride: u32,   // stride in OUT from one column of the wider operand to the next, in values
+    narrow_stride: u32, // the same for the narrower operand
     scale: f32,         // s
     seed_low: u32,      // of the dropout
     seed_high: u32,
-    drop_below: u32,    // a value whose hash is under this is dropped
+    drop_below: u32,    // values with a hash below this are dropped
     keep_scale: f32,    // 1 / (1 - probability)
 }
 
@@ -74,7 +78,7 @@ fn main(
 {% endfor %}
     for (var start = first; start < end; start = start + {{ steps }}u) {
 {% for t in range(steps) %}
-        // Tokens past the end are the last one, times zero.
+        // Tokens past the end are the last one, multiplied by zero.
         let m{{ t }} = min(start + {{ t }}u, end - 1u);
         let wide_row{{ t }} = m{{ t }} * p.wide;
 {% for c in range(columns) %}

@@ -1,8 +1,10 @@
 enable f16;
-// Rows of X [M, K] as f16 for products by cooperative matrices: each times the power of two that brings its largest value into
-// [2^13, 2^14), and padded by zeros to a multiple of 64 values. {{ team }} threads own a row.
+// Rows of X [M, K] as f16 for products by cooperative matrices. Each row is multiplied by the
+// power of two that brings its largest value into [2^13, 2^14), and padded with zeros to a
+// multiple of 64 values. {{ team }} threads own a row.
 //
-// Floor: the 4 M K bytes of X and the 2 M K that are written over the bandwidth. A row is read again while it is cached.
+// Floor: the 4 M K bytes of X and the 2 M K bytes written, over the bandwidth. A row is read again
+// while it is cached.
 
 {% include "row_largest.wgsl" %}
 @group(0) @binding(2) var<storage, read_write> packed: array<vec4<f16>>;

@@ -1,14 +1,18 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// Y = X * W^T + bias + s * H * B^T by cooperative matrices, {{ tile_rows }} rows of X by {{ tile_columns }} rows of W a workgroup. Tiles of X and W are staged
-// in workgroup memory as f16, W decoded on the way and times `m.factor`. X comes as f16, its rows times powers of two. Both
-// are undone at the end.
+// Y = X * W^T + bias + s * H * B^T by cooperative matrices, {{ tile_rows }} rows of X by
+// {{ tile_columns }} rows of W per workgroup. Tiles of X and W are staged in workgroup memory as
+// f16. W is decoded on the way and multiplied by `m.factor`; X arrives as f16, its rows multiplied
+// by powers of two. Both are undone at the end.
 //
-// Floor: 2 M N K FLOP over the rate of f16 matrices. X is read N / {{ tile_columns }} times, W is read and decoded M / {{ tile_rows }} times.
+// Floor: 2 M N K FLOP over the rate of f16 matrices. X is read N / {{ tile_columns }} times, W is
+// read and decoded M / {{ tile_rows }} times.
 //
-// With `splits`, parts of K are added up by workgroups of their own, as [split][row][column], and column_sum adds those.
+// With `splits`, separate workgroups sum parts of K, as [split][row][column], and column_sum adds
+// these up.
 //
-// The adapter's part is f32: it is small beside the rest, and may be much smaller or larger in value.
+// The adapter's part is f32: it is small beside the rest, and its values may be much smaller or
+// larger.
 {{ "" }}
 {% set natural = false %}
 {% from "coop.wgsl" import depth, enter %}
@@ -16,8 +20,8 @@ enable wgpu_cooperative_matrix;
 {% from "coop_tiles.wgsl" import octs_of, stage_left, scale_chunk, threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, loaded, load_chunk, decode_chunk, stages, finish_all, quads_wide, row_step, rows_each, four %}
 
 {% include "qmatmul.wgsl" %}
-@group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row
-@group(0) @binding(6) var<storage, read> w4: array<vec4<u32>>;   // W again
+@group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two per row
+@group(0) @binding(6) var<storage, read> w4: array<vec4<u32>>;   // W, bound again
 @group(0) @binding(7) var<storage, read_write> y: array<{{ "vec4<f32>" if quads else "f32" }}>;
 
 {% include "matrix.wgsl" %}
@@ -36,7 +40,7 @@ fn main(
     fill_codebook(thread);
 {{ begin("p.n", "p.k") }}
 
-    // What this thread stages. Rows past the end repeat the last one.
+    // This thread's share of staging. Rows past the end repeat the last one.
     let x_octs = {{ octs_of("p.k") }};
     let words = (p.k + 7u) >> 3u;
     let x_oct = thread % {{ octs }}u;
@@ -50,7 +54,8 @@ fn main(
     let n{{ i }} = min(column_base + w_local + {{ threads // sharing * i }}u, p.n - 1u);
 {% endfor %}
 {{ loaded(chunked) }}
-{# Loads what is staged from eight `start` on. Past K the last weights come again, and X is padded by zeros. #}
+{# Loads the values to stage, from eight `start` on. Past K the last weights are repeated, and X is
+   padded with zeros. #}
 {% macro fetch(set, start) %}
         {
         let oct = min({{ start }} + x_oct, x_octs - 1u);
@@ -65,7 +70,7 @@ fn main(
 {% endif %}
         }
 {% endmacro %}
-{# Stages that. #}
+{# Stages the loaded values. #}
 {% macro stage_all(buffer, set, start) %}
 {{ stage_left(buffer, set, "x_local", "x_oct") }}
 {% for i in range(chunks_each) %}
@@ -92,7 +97,7 @@ fn main(
 {{ finish_all() }}
 }
 
-// Stores 16 rows of a subgroup's results, four of a row a thread at a time.
+// Stores 16 rows of a subgroup's results. A thread stores four values of a row at a time.
 fn finish(split: u32, row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
     let first_row = lane / {{ quads_wide }}u;
 {% for i in range(rows_each) %}
@@ -107,7 +112,7 @@ fn finish(split: u32, row_first: u32, column_first: u32, sums_begin: u32, lane: 
 {% for i in range(rows_each) %}
     var up{{ i }} = vec4<f32>(0.0);
 {% endfor %}
-    // The first split adds what is added once.
+    // The first split adds the bias and the adapter.
     let rank = select(0u, p.rank, split == 0u);
 {% if rank_quads %}
     let ranks = rank >> 2u;

@@ -1,33 +1,36 @@
 enable f16;
 enable wgpu_cooperative_matrix;
-// dX = dY * W + mask * (G * A) by cooperative matrices, {{ tile_rows }} rows of dY by {{ tile_columns }} columns of W a workgroup. Tiles of dY and W are
-// staged in workgroup memory as f16, W decoded on the way and times `m.factor`. dY comes as f16, its rows times powers of two.
-// Both are undone at the end.
+// dX = dY * W + mask * (G * A) by cooperative matrices, {{ tile_rows }} rows of dY by
+// {{ tile_columns }} columns of W per workgroup. Tiles of dY and W are staged in workgroup memory
+// as f16. W is decoded on the way and multiplied by `m.factor`; dY arrives as f16, its rows
+// multiplied by powers of two. Both are undone at the end.
 //
-// Floor: 2 M N K FLOP over the rate of f16 matrices. dY is read K / {{ tile_columns }} times, W is read and decoded M / {{ tile_rows }} times.
+// Floor: 2 M N K FLOP over the rate of f16 matrices. dY is read K / {{ tile_columns }} times, W is
+// read and decoded M / {{ tile_rows }} times.
 //
-// With `splits`, parts of N are added up by workgroups of their own, as [split][row][column], and column_sum adds those.
+// With `splits`, separate workgroups sum parts of N, as [split][row][column], and column_sum adds
+// these up.
 //
-// The adapter's part is f32, as in the forward.
+// The adapter's part is f32, like in the forward.
 {{ "" }}
 {% set natural = true %}
 {% set packed = true %}
 {% from "coop.wgsl" import depth, enter %}
 {% from "coop_tiles.wgsl" import octs_of, stage_left, scale_chunk, stride, threads, octs, left_step, left_each, sharing, chunks_each, chunk_words, memory, begin, stage, loaded, load_chunk, decode_chunk, stages, finish_all, quads_wide, row_step, rows_each, four %}
-{# Chunks of 32 columns, or words of eight, of a row of W, that a thread stages of one row in so many. #}
+{# A thread stages chunks of 32 columns, or words of eight, in one of every `units` rows of W. #}
 {% set units = threads // sharing %}
 {% if not double %}
-{# Quads of two neighbouring rows of W that a thread stages, so that what it stores are pairs: one quad, or whole words. #}
+{# A thread stages quads of two neighbouring rows of W, as pairs: one quad, or whole words. #}
 {% set pairs = depth // 2 %}
 {% set quads_each = pairs * tile_columns // 4 // threads %}
 {% set pair_words = quads_each // 2 %}
-{# Scales of chunks of 32, which are staged by themselves. #}
+{# Scales of chunks of 32, which are staged separately. #}
 {% set scales_staged = depth * tile_columns // 32 %}
 {% endif %}
 
 {% include "qmatmul_dx.wgsl" %}
-@group(0) @binding(4) var<storage, read> row_factor: array<f32>; // of dY, a power of two a row
-@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>;   // W again
+@group(0) @binding(4) var<storage, read> row_factor: array<f32>; // of dY, a power of two per row
+@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>;   // W, bound again
 @group(0) @binding(6) var<storage, read_write> dx: array<{{ "f32" if ragged else "vec4<f32>" }}>;
 
 {% include "matrix.wgsl" %}
@@ -36,7 +39,7 @@ enable wgpu_cooperative_matrix;
 
 {{ memory() }}
 {% if chunked and not double %}
-// Of this stage and of the next, times `m.factor`: [n][chunk].
+// Scales for this stage and the next, multiplied by `m.factor`: [n][chunk].
 var<workgroup> scale_tile: array<f32, {{ 2 * scales_staged }}>;
 {% if mins != "none" %}
 var<workgroup> min_tile: array<f32, {{ 2 * scales_staged }}>;
@@ -56,7 +59,7 @@ fn main(
     fill_codebook(thread);
 {{ begin("p.k", "p.n") }}
 
-    // What this thread stages. Rows and columns past the end repeat the last ones.
+    // This thread's share of staging. Rows and columns past the end repeat the last ones.
     let dy_octs = {{ octs_of("p.dy_stride") }};
     let dy_oct = thread % {{ octs }}u;
     let dy_local = thread / {{ octs }}u;
@@ -66,7 +69,7 @@ fn main(
 {% if double %}
     let w_part = thread % {{ sharing }}u * {{ chunk_words }}u;
 {% for i in range(chunks_each) %}
-    // Neighbours have two chunks of a few rows, whose stores fall into different banks.
+    // Neighbouring threads have two chunks of a few rows, so their stores use different banks.
     let unit{{ i }} = thread / {{ sharing }}u + {{ units * i }}u;
     let w_local{{ i }} = unit{{ i }} / 2u % {{ depth }}u;
     let w_chunk{{ i }} = unit{{ i }} % 2u + unit{{ i }} / {{ 2 * depth }}u * 2u;
@@ -75,7 +78,7 @@ fn main(
 {% endif %}
 {% endfor %}
 {% else %}
-    // Neighbours stage neighbouring pairs, whose stores fall into different banks.
+    // Neighbouring threads stage neighbouring pairs, so their stores use different banks.
     let pair = 2u * (thread % {{ pairs }}u);
     let w_quad = thread / {{ pairs }}u{{ " * " ~ quads_each ~ "u" if quads_each > 1 }};
 {% for i in range([pair_words, 1] | max) %}
@@ -88,7 +91,8 @@ fn main(
     var half = 0u;
 {% endif %}
 {{ loaded(chunked and double) }}
-{# Loads what is staged from eight `start` of the rows of W on. Past N the last row comes again, and dY is padded by zeros. #}
+{# Loads the values to stage, from eight `start` of the rows of W on. Past N the last row is
+   repeated, and dY is padded with zeros. #}
 {% macro fetch(set, start) %}
         {
         let oct = min(p.column / 8u + {{ start }} + dy_oct, dy_octs - 1u);
@@ -107,7 +111,7 @@ fn main(
         first{{ i }} = w[n0 + word{{ i }}];
         second{{ i }} = w[n1 + word{{ i }}];
 {% endfor %}
-        // Scales, in the half of their memory that is not being read.
+        // Scales go to the half of their memory that is not being read.
         half = {{ scales_staged }}u - half;
         for (var i = thread; i < {{ scales_staged }}u; i = i + {{ threads }}u) {
             let n = min(8u * ({{ start }}) + i / {{ tile_columns // 32 }}u, p.n - 1u);
@@ -121,7 +125,7 @@ fn main(
 {% endif %}
         }
 {% endmacro %}
-{# Stages that. #}
+{# Stages the loaded values. #}
 {% macro stage_all(buffer, set, start) %}
 {{ stage_left(buffer, set, "dy_local", "dy_oct") }}
 {% if double %}
@@ -187,7 +191,7 @@ fn main(
 {{ finish_all() }}
 }
 
-// Stores 16 rows of a subgroup's results, four of a row a thread at a time.
+// Stores 16 rows of a subgroup's results. A thread stores four values of a row at a time.
 fn finish(split: u32, row_first: u32, column_first: u32, sums_begin: u32, lane: u32) {
     let first_row = lane / {{ quads_wide }}u;
 {% for i in range(rows_each) %}
@@ -196,9 +200,9 @@ fn finish(split: u32, row_first: u32, column_first: u32, sums_begin: u32, lane: 
 {% endfor %}
     let quad = lane % {{ quads_wide }}u;
     let q = column_first / 4u + quad;
-    // Columns past the end are not stored, and read as the last ones.
+    // Columns past the end are read as the last ones and not stored.
     let near = min(q, (p.k - 1u) >> 2u);
-    // The first split adds what is added once.
+    // The first split adds the adapter.
     let rank = select(0u, p.rank, split == 0u);
 {% for i in range(rows_each) %}
     var down{{ i }} = vec4<f32>(0.0);

@@ -1,14 +1,15 @@
 // dX = dY * W + mask * (G * A), for software drivers: no workgroup memory, no barriers.
 //
-// Lanes run along K. One invocation owns {{ tokens }} rows of dX by {{ words }} words of eight columns, {{ threads }} words apart. Eight rows of W
-// are decoded at a time and feed {{ tokens }} rows.
+// Lanes run along K. One invocation owns {{ tokens }} rows of dX by {{ words }} words of eight
+// columns, {{ threads }} words apart. Eight rows of W are decoded at a time and serve {{ tokens }}
+// rows.
 {% if share %}
-// The workgroup is one subgroup of eight: each lane loads one dY of eight, and broadcasts hand them round. Drivers that do
-// not see that an address is the same in all lanes would load it eight times.
+// The workgroup is one subgroup of eight: each lane loads one of eight dY and broadcasts it.
+// Drivers that don't detect that an address is the same in all lanes would load it eight times.
 {% endif %}
 {% set sets = scale_sets if kind == "quant" else 0 %}
 {% if sets > 0 %}
-// So it is with the scales: the lanes' words of a row have {{ sets }} between them.
+// The same applies to scales: the lanes' words of a row use {{ sets }} scales together.
 {% endif %}
 {{ "" }}
 {% include "qmatmul_dx.wgsl" %}
@@ -19,7 +20,7 @@
 {% set operand = "a" %}
 {% include "rows.wgsl" %}
 
-{# One value of each set of lanes, from those that lane `i` has loaded. #}
+{# One value for each set of lanes, from the values that lane `i` has loaded. #}
 {% macro of_set(name, i) %}
 {% if sets == 2 %}
 select(subgroupBroadcast({{ name }}_0, {{ i }}u), subgroupBroadcast({{ name }}_1, {{ i }}u), upper)
@@ -53,7 +54,8 @@ fn main(
     let upper = lane >= {{ threads // 2 }}u;
 {% endif %}
 
-    // Words past the end are computed from the last one and not stored; rows always come in whole groups.
+    // Words past the end are computed from the last one and not stored; rows always come in whole
+    // groups.
 {% for c in range(words) %}
     let word{{ c }} = min(word_base + {{ c * threads }}u + lane, p.words - 1u);
 {% endfor %}
@@ -71,7 +73,8 @@ fn main(
     hi_sum{{ t }}_{{ c }} = load4(row{{ t }}, 2u * word{{ c }} + 1u);
 {% endfor %}{% endfor %}
 {% else %}
-    // The adapter, which only the first part adds, comes first: its mask must not touch the rest.
+    // The adapter, which only the first part adds, comes first, because its mask must not affect
+    // the rest.
     for (var j = 0u; j < p.rank; j = j + 1u) {
 {% for c in range(words) %}
         let lo{{ c }} = a4(j, 2u * word{{ c }});
@@ -95,7 +98,7 @@ fn main(
 {% endif %}
 {% endif %}
 
-    // Rows of W past the end are the last one, times zero.
+    // Rows of W past the end are the last one, multiplied by zero.
     let last = p.n - 1u;
     for (var n = 0u; n < p.n; n = n + 8u) {
 {% for i in range(8) %}

@@ -1,15 +1,16 @@
 {% if f16 %}
 enable f16;
 {% endif %}
-// dX = dY * W + mask * (G * A) by register tiles of {{ side }} rows of dY by {{ side }} columns of W. Tiles of dY and W are staged in workgroup
-// memory, W decoded on the way.
+// dX = dY * W + mask * (G * A) by register tiles of {{ side }} rows of dY by {{ side }} columns of
+// W. Tiles of dY and W are staged in workgroup memory; W is decoded on the way.
 //
-// Floor: 2 M N K FLOP over the rate of f32. dY is read K / {{ side }} times, W is read and decoded M / {{ side }} times.
+// Floor: 2 M N K FLOP over the rate of f32. dY is read K / {{ side }} times, W is read and decoded
+// M / {{ side }} times.
 //
-// The adapter comes first: its mask must not touch the rest.
+// The adapter comes first, because its mask must not affect the rest.
 {% if f16 %}
-// Staged as f16: rows of dY times a power of two from their own largest value, W times `m.factor`; undone at the end. The
-// adapter's part is f32 and waits in dX.
+// Staged as f16: rows of dY multiplied by a power of two from their own largest value, W by
+// `m.factor`; undone at the end. The adapter's part is f32 and waits in dX.
 {% endif %}
 {% from "tile.wgsl" import sums, multiply_columns, rank4 %}
 {% set type = "vec4<f16>" if f16 else "vec4<f32>" %}
@@ -17,8 +18,8 @@ enable f16;
 {% set rank_staged = 2 if f16 else 4 %}
 {{ "" }}
 {% include "qmatmul_dx.wgsl" %}
-@group(0) @binding(4) var<storage, read> row_factor: array<f32>; // of dY, a power of two a row; f16 staging only
-@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>;   // W again
+@group(0) @binding(4) var<storage, read> row_factor: array<f32>; // of dY, a power of two per row; f16 staging only
+@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>;   // W, bound again
 @group(0) @binding(6) var<storage, read_write> dx: array<{{ "f32" if ragged else "vec4<f32>" }}>;
 
 {% include "groups.wgsl" %}
@@ -36,7 +37,7 @@ var<workgroup> a_tile: array<vec4<f32>, {{ 4 * rank_staged * (side // 4 + 1) }}>
 
 {{ rank4("g", rank_quads) }}
 
-{# Does something with each four results of a thread that are in dX: `sumI_H`, at `row` and `q`. #}
+{# Applies `what` to every four results of a thread that lie in dX: `sumI_H`, at `row` and `q`. #}
 {% macro each_four(what) %}
 {% for i in range(8) %}
     {
@@ -54,7 +55,7 @@ var<workgroup> a_tile: array<vec4<f32>, {{ 4 * rank_staged * (side // 4 + 1) }}>
 {% endmacro %}
 
 {% set threads = side * side // 64 %}
-{# Rows of dY, or of G, that a thread stages: one in so many. #}
+{# A thread stages one of every `dy_step` rows of dY, or `g_step` rows of G. #}
 {% set dy_step = threads // quads_staged %}
 {% set g_step = threads // rank_staged %}
 {# Words of a row of W that a thread stages at a time, and threads that share a row. #}
@@ -80,8 +81,8 @@ fn main(
     let ty = thread / {{ side // 8 }}u;
     let quads = (p.k + 3u) >> 2u;
 
-    // What this thread stages: a quad of some rows of dY, and words of one row of W. Rows and words past the end repeat the last
-    // ones.
+    // This thread's share of staging: a quad of some rows of dY, and words of one row of W. Rows
+    // and words past the end repeat the last ones.
     let dy_quad = thread % {{ quads_staged }}u;
     let dy_local = thread / {{ quads_staged }}u;
 {% for i in range(side // dy_step) %}
@@ -133,7 +134,8 @@ fn main(
 {% endif %}
 
     for (var start = 0u; start < p.n; start = start + {{ 4 * quads_staged }}u) {
-        // Loads are under way before the barrier. Past N the last values come again, of which dY's count as zero.
+        // Starts loads before the barrier. Past N the last values are repeated, and dY counts as
+        // zero.
 {% for i in range(side // dy_step) %}
         let own{{ i }} = dy4(row{{ i }}, start + 4u * dy_quad);
 {% endfor %}

@@ -1,19 +1,24 @@
-// Y = X * W^T + bias + s * H * B^T for few rows of X ({{ tokens }} at most): a matrix-vector product.
+// Y = X * W^T + bias + s * H * B^T for few rows of X (at most {{ tokens }}): a matrix-vector
+// product.
 //
-// Floor: bytes of W (K N / 2 and its scales) over the memory's bandwidth, or 2 M N K FLOP over the rate of f32, whichever is longer.
+// Floor: bytes of W (K N / 2 and its scales) over the memory's bandwidth, or 2 M N K FLOP over the
+// rate of f32, whichever is longer.
 //
-// {{ lanes }} threads share {{ rows }} rows of W: each decodes {{ "32 weights of a row from one 16-byte load" if chunked else "8 weights of a row" }} at a time, and
-// multiplies them with X, which is staged in workgroup memory once for all rows. How many threads share rows, and so the
-// order in which a result's terms are added, depends on the rows of X alone.
+// {{ lanes }} threads share {{ rows }} rows of W. Each decodes
+// {{ "32 weights of a row from one 16-byte load" if chunked else "8 weights of a row" }} at a time
+// and multiplies them with X, which is staged in workgroup memory once for all rows. The number of
+// threads that share rows, and so the order of a result's sums, depends on the rows of X alone.
 {% set words = 4 if chunked else 1 %}
-{# Quads of a row of X that are staged at a time, with one of padding after every eight, which spreads the banks. #}
+{# Quads of a row of X that are staged at a time. One quad of padding after every eight spreads the
+   banks. #}
 {% set quads_staged = lanes * words * 2 %}
 {% set stride = quads_staged + quads_staged // 8 %}
 {% set teams = threads // lanes %}
-{# Sums that meet in workgroup memory at a time: of so many rows of W. #}
+{# Rows of W whose sums are added up in workgroup memory at a time. #}
 {% set batch = [rows, [1024 // (tokens * threads), 1] | max] | min %}
 
-{# Scales are looked up when X is staged and their codes have arrived, unless there are too few registers to keep what was loaded. #}
+{# Scales are looked up when X is staged and their codes have arrived, unless there are too few
+   registers to keep the loaded values. #}
 {% set few_registers = tokens > 2 %}
 {% macro look_up() %}
 {% for r in range(rows) %}
@@ -25,7 +30,7 @@
 {% endmacro %}
 
 {% include "qmatmul.wgsl" %}
-@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>; // W again
+@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>; // W, bound again
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;
 
 {% include "groups.wgsl" %}
@@ -64,7 +69,7 @@ fn main(
     let quads = (p.k + 3u) >> 2u;
     let words = (p.k + 7u) >> 3u;
     for (var start = 0u; start < words; start = start + {{ lanes * words }}u) {
-        // Loads of W are under way while X is staged. Past K the last weights come again, and X is zero.
+        // Loads of W run while X is staged. Past K the last weights are repeated, and X is zero.
 {% if chunked %}
         let chunk = min((start >> 2u) + lane, (words - 1u) >> 2u);
 {% for r in range(rows) %}
@@ -154,7 +159,7 @@ fn main(
 {% endfor %}{% endfor %}
     }
 
-    // The threads' sums meet, eight at a time and then the rest.
+    // The threads' sums are added up, eight at a time and then the rest.
 {% for first in range(0, rows, batch) %}
 {% set some = [batch, rows - first] | min %}
     workgroupBarrier();
@@ -166,12 +171,13 @@ fn main(
 {% endfor %}
 }
 
-// Adds up what `partial` has for `some` rows of each team, from row `first` on, and stores the results.
+// Adds up the sums in `partial` for `some` rows of each team, from row `first` on, and stores the
+// results.
 fn finish(first: u32, some: u32, group: u32, thread: u32) {
 {% set pieces = lanes // 8 %}
     let results = some * {{ tokens * teams }}u;
 {% if pieces > 1 %}
-    // Eight neighbours become one, in the place of their first.
+    // Eight neighbours become one, in the place of the first.
     for (var i = thread; i < results * {{ pieces }}u; i = i + {{ threads }}u) {
         var piece = 0.0;
         for (var e = 0u; e < 8u; e = e + 1u) { piece = piece + partial[8u * i + e]; }

@@ -1,10 +1,10 @@
 // Y = X * W^T + bias + s * H * B^T, for software drivers: no workgroup memory, no barriers.
 //
-// Lanes run along N. One invocation owns {{ tokens }} rows of X by {{ columns }} columns of Y: a word of codes is decoded once and
-// feeds {{ tokens }} rows.
+// Lanes run along N. One invocation owns {{ tokens }} rows of X by {{ columns }} columns of Y: a
+// word of codes is decoded once and serves {{ tokens }} rows.
 {% if share %}
-// The workgroup is one subgroup of eight: each lane loads one x of eight, and broadcasts hand them round. Drivers that do
-// not see that an address is the same in all lanes would load it eight times.
+// The workgroup is one subgroup of eight: each lane loads one of eight x and broadcasts it.
+// Drivers that don't detect that an address is the same in all lanes would load it eight times.
 {% endif %}
 {{ "" }}
 {% include "qmatmul.wgsl" %}
@@ -39,7 +39,8 @@ fn main(
     let n_base = column_group * {{ threads * columns }}u + lane;
     let row_base = p.row + row_group * {{ tokens }}u;
 
-    // Columns past the end are computed from the last one and not stored; rows always come in whole groups.
+    // Columns past the end are computed from the last one and not stored; rows always come in
+    // whole groups.
 {% for c in range(columns) %}
     let n{{ c }} = min(n_base + {{ c * threads }}u, p.n - 1u);
 {% endfor %}
@@ -76,7 +77,7 @@ fn main(
             y{{ t }}_{{ c }} = {% for half in ["hi", "lo"] %}{% for e in "wzyx" %}fma({{ half }}_x{{ t }}.{{ e }}, {{ half }}_w{{ c }}.{{ e }}, {% endfor %}{% endfor %}y{{ t }}_{{ c }}{% for i in range(8) %}){% endfor %};
 {% endmacro %}
 {% if kind == "quant" and not ragged %}
-    // {{ words_per_scale }} words in a row share a scale: it is fetched once.
+    // {{ words_per_scale }} words in a row share a scale, which is fetched once.
     for (var start = 0u; start < words; start = start + {{ words_per_scale }}u) {
 {% for c in range(columns) %}
         let block{{ c }} = block_of(n{{ c }}, 8u * start);
@@ -91,7 +92,8 @@ fn main(
         for (var g = 0u; g < words; g = g + 1u) {
 {% endif %}
 {% if tokens <= 2 %}
-            // All x fit in registers: a column at a time, so that its weights need not wait there.
+            // All x fit in registers. One column at a time, so that its weights need not stay
+            // there.
 {% for t in range(tokens) %}
 {{ load_x(t) }}
 {% endfor %}

@@ -1,13 +1,16 @@
 {% if f16 %}
 enable f16;
 {% endif %}
-// Y = X * W^T + bias + s * H * B^T by register tiles of {{ side }} rows of X by {{ side }} rows of W. Tiles of X and W are staged in workgroup
-// memory, W decoded on the way; the adapter's rank is {{ "a stretch of its own, in f32" if f16 else "one more stretch of the same loop" }}.
+// Y = X * W^T + bias + s * H * B^T by register tiles of {{ side }} rows of X by {{ side }} rows of
+// W. Tiles of X and W are staged in workgroup memory; W is decoded on the way. The adapter's rank
+// is {{ "a stretch of its own, in f32" if f16 else "one more stretch of the same loop" }}.
 //
-// Floor: 2 M N K FLOP over the rate of f32. X is read N / {{ side }} times, W is read and decoded M / {{ side }} times.
+// Floor: 2 M N K FLOP over the rate of f32. X is read N / {{ side }} times, W is read and decoded
+// M / {{ side }} times.
 {{ "" }}
 {% if f16 %}
-// Staged as f16: rows of X times a power of two from their own largest value, W times `m.factor`; undone at the end.
+// Staged as f16: rows of X multiplied by a power of two from their own largest value, W by
+// `m.factor`; undone at the end.
 {% endif %}
 {% set quads_staged = 4 %}
 {% set rank_staged = 2 if f16 else 4 %}
@@ -15,8 +18,8 @@ enable f16;
 {% from "tile.wgsl" import slot, sums, multiply_rows, rank4 %}
 
 {% include "qmatmul.wgsl" %}
-@group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two a row; f16 staging only
-@group(0) @binding(6) var<storage, read> w4: array<vec4<u32>>;   // W again
+@group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two per row; f16 staging only
+@group(0) @binding(6) var<storage, read> w4: array<vec4<u32>>;   // W, bound again
 @group(0) @binding(7) var<storage, read_write> y: array<{{ "vec4<f32>" if quads else "f32" }}>;
 
 {% include "groups.wgsl" %}
@@ -35,7 +38,7 @@ var<workgroup> b_tile: array<vec4<f32>, {{ slots * (rank_staged + 1) }}>;
 {{ rank4("h", rank_quads) }}
 {{ rank4("b", rank_quads) }}
 
-{# Rows of X, or of H, that a thread stages: one in so many. #}
+{# A thread stages one of every `x_step` rows of X, or `h_step` rows of H. #}
 {% set threads = side * side // 64 %}
 {% set x_step = threads // quads_staged %}
 {% set h_step = threads // rank_staged %}
@@ -60,7 +63,8 @@ fn main(
     let tx = thread % {{ side // 8 }}u;
     let ty = thread / {{ side // 8 }}u;
 
-    // What this thread stages: a quad of some rows of X, and words of one row of W. Rows past the end repeat the last one.
+    // This thread's share of staging: a quad of some rows of X, and words of one row of W. Rows
+    // past the end repeat the last one.
     let x_quad = thread % {{ quads_staged }}u;
     let x_local = thread / {{ quads_staged }}u;
 {% for i in range(side // x_step) %}
@@ -78,7 +82,8 @@ fn main(
     let quads = (p.k + 3u) >> 2u;
     let words = (p.k + 7u) >> 3u;
     for (var start = 0u; start < quads; start = start + {{ quads_staged }}u) {
-        // Loads are under way before the barrier. Past K the last values come again, of which X's count as zero.
+        // Starts loads before the barrier. Past K the last values are repeated, and X counts as
+        // zero.
 {% for i in range(side // x_step) %}
         let own{{ i }} = x4(row{{ i }}, min(start + x_quad, quads - 1u));
 {% endfor %}

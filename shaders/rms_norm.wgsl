@@ -1,6 +1,8 @@
-// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps), for each row of K values. A team owns a row.
+// y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps), for each row of K values. A team owns a
+// row.
 //
-// Floor: 8 M K bytes over the bandwidth, as x is read once from memory and y written; 4 M K FLOP are less.
+// Floor: 8 M K bytes over the bandwidth, because x is read from memory once and y is written. 4 M
+// K FLOP take less time.
 
 struct Params {
     first_group: u32,

@@ -1,10 +1,11 @@
-// Input gradient of y = x * rstd * w, for each row of K values:
-// dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)), with rstd found again from x. A team owns a row.
+// Input gradient of y = x * rstd * w, for each row of K values, with rstd recomputed from x:
+// dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)). A team owns a row.
 {% if adds %}
-// It adds to what is in dx.
+// Adds to the values in dx.
 {% endif %}
 //
-// Floor: {{ 16 if adds else 12 }} M K bytes over the bandwidth: dy and x are read once from memory, dx is written{{ " and read" if adds }}; 9 M K FLOP are less.
+// Floor: {{ 16 if adds else 12 }} M K bytes over the bandwidth: dy and x are read from memory
+// once, dx is written{{ " and read" if adds }}. 9 M K FLOP take less time.
 
 struct Params {
     first_group: u32,

@@ -1,12 +1,13 @@
-// Rotary position embedding: each pair of values of a head is turned by the angle of its token's position. X and Y are [M, H * D].{{ "
+// Rotary position embedding: each pair of values of a head is rotated by the angle of its token's
+// position. X and Y are [M, H * D].{{ "
 // X1 and Y1 follow, and have their own number of heads." if both }}
 struct Params {
     first_group: u32,
     groups: u32,
-    pairs: u32,      // of all values, M * H * D / 2
-    all_pairs: u32,  // with those of X1
+    pairs: u32,      // of all heads and tokens, M * H * D / 2
+    all_pairs: u32,  // together with those of X1
     row_pairs: u32,  // of a token, H * D / 2
-    row_pairs1: u32, // the same of X1
+    row_pairs1: u32, // the same for X1
     half: u32,       // of a head, D / 2
     positions: u32,  // rows of the table
     sign: f32,       // of the angle: -1 for the backward
@@ -14,10 +15,10 @@ struct Params {
 
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> x: array<f32>;
-@group(0) @binding(1) var<storage, read> x1: array<f32>; // where there is none, X again
+@group(0) @binding(1) var<storage, read> x1: array<f32>; // X again, if there is no second one
 @group(0) @binding(2) var<storage, read> cosines: array<f32>; // [positions, D / 2]
 @group(0) @binding(3) var<storage, read> sines: array<f32>;   // [positions, D / 2]
-@group(0) @binding(4) var<storage, read> position: array<u32>; // of each token
+@group(0) @binding(4) var<storage, read> position: array<u32>; // for each token
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
 @group(0) @binding(6) var<storage, read_write> y1: array<f32>;
 

@@ -1,13 +1,14 @@
-// The next tokens of a sequence: queries and keys are turned by the angles of their positions, and keys and values go into the cache.
-// Y = rope(Q), keys[first + i] = rope(K)[i], values[first + i] = V[i].
+// Adds the next tokens of a sequence to the cache: queries and keys are rotated by the angles of
+// their positions, and keys and values are stored in the cache. Y = rope(Q), keys[first + i] =
+// rope(K)[i], values[first + i] = V[i].
 struct Params {
     first_group: u32,
     groups: u32,
     pairs: u32,      // of Q
     kv_pairs: u32,   // of K, and of V
-    row_pairs: u32,  // of a token's query
+    row_pairs: u32,  // of one token's query
     kv_row_pairs: u32,
-    first: u32,      // position of the first token, and its row of the cache
+    first: u32,      // position of the first token, and its row in the cache
     half: u32,       // of a head, D / 2
     positions: u32,  // rows of the table
 }

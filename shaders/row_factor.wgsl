@@ -1,4 +1,5 @@
-// factor[m] = the power of two that brings the largest |X[m, :]| into [2^13, 2^14). {{ team }} threads own a row.
+// factor[m] = the power of two that brings the largest |X[m, :]| into [2^13, 2^14). {{ team }}
+// threads own a row.
 //
 // Floor: the 4 M K bytes of X over the bandwidth.
 

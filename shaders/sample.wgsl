@@ -1,24 +1,26 @@
-// ids[0] = a token chosen by its logit: {{ "the likeliest one" if greedy else "one drawn at random from the likeliest" }}.
-// 0xffffffff if a logit is NaN.
+// ids[0] = a token chosen by its logit:
+// {{ "the likeliest one" if greedy else "one drawn at random from the likeliest" }}. 0xffffffff if
+// a logit is NaN.
 {% if not greedy %}
 //
-// Tokens are in order of likelihood: larger logits first, of equals lower ids first. A token's weight is an integer,
-// 2^31 exp((logit - largest) / T): likelihoods are told apart in steps of 2^-14 octaves, and weights under 1 are 0. All sums
-// are integers, so they are exact in any order. A place in the order is found by two histograms: of 1/16 octaves, and of the
-// steps within one.
+// Tokens are ordered by likelihood: larger logits first, equal logits by lower id. A token's
+// weight is an integer, 2^31 exp((logit - largest) / T). Likelihoods have a resolution of 2^-14
+// octaves, and weights below 1 are 0. All sums are integers, so they are exact in any order. A
+// place in the order is found by two histograms: first of 1/16 octaves, then of the steps within
+// one of these.
 {% endif %}
-// One workgroup does it.
+// A single workgroup does everything.
 
 struct Params {
     first_group: u32,
     groups: u32,
     len: u32,      // logits
-    top_k: u32,    // 0: all
-    cut_p: u32,    // 1: only the likeliest whose weights reach top_p
-    top_p: u32,    // of all weights, in 2^-32
-    random: u32,   // in 2^-32
-    steps: f32,    // a difference of logits of 1
-    farthest: f32, // difference from the largest logit at which weights are 0
+    top_k: u32,    // number of tokens to keep; 0: all
+    cut_p: u32,    // 1: keep only the likeliest tokens whose weights reach top_p
+    top_p: u32,    // as a share of all weights, in units of 2^-32
+    random: u32,   // random number in units of 2^-32
+    steps: f32,    // steps per logit difference of 1
+    farthest: f32, // difference from the largest logit at which weights become 0
 }
 
 {{ param_space }} p: Params;
@@ -27,10 +29,11 @@ struct Params {
 
 const NONE = 0xffffffffu;
 
-// The largest key of some threads, and the first token that has it.
+// The largest key of some threads, and the first token with that key.
 var<workgroup> best: array<vec2<u32>, {{ threads }}>;
 
-// Keys are ordered as the logits are; both zeros are one. NaN: the largest; past the last logit: 0, the least.
+// Keys have the order of the logits; both zeros are equal. NaN has the largest key. Past the last
+// logit the key is 0, the smallest.
 fn keys4(quad: u32) -> vec4<u32> {
     let bits = logits[quad];
     let keys = select(bits | vec4<u32>(0x80000000u), ~bits, bits > vec4<u32>(0x80000000u));
@@ -38,7 +41,7 @@ fn keys4(quad: u32) -> vec4<u32> {
     return select(vec4<u32>(0u), known, vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.len));
 }
 
-// Leaves the largest key, and the first token that has it, in best[0].
+// Puts the largest key, and the first token with that key, in best[0].
 fn likeliest(thread: u32, quads: u32) {
     var keys = vec4<u32>(0u);
     var at = vec4<u32>(0u);
@@ -64,22 +67,22 @@ fn likeliest(thread: u32, quads: u32) {
 
 {% if not greedy %}
 const BINS = 512u;
-const STEPS = 1024u; // a bin
+const STEPS = 1024u; // per bin
 
-// Tokens and the sum of their weights, in two words.
+// A number of tokens, and the sum of their weights in two words.
 struct Sum {
     count: u32,
     low: u32,
     high: u32,
 }
 
-// Of each thread's bins.
+// The sum of each thread's bins.
 var<workgroup> partial: array<Sum, {{ threads }}>;
 var<workgroup> counts: array<atomic<u32>, BINS>;
 var<workgroup> lows: array<atomic<u32>, BINS>;
 var<workgroup> highs: array<atomic<u32>, BINS>;
 var<workgroup> fine: array<atomic<u32>, STEPS>;
-// Where a sum reaches its target: the bin, what comes before it, and the tokens in it.
+// The place where a sum reaches its target: the bin, the sum before it, and the tokens in it.
 var<workgroup> found: u32;
 var<workgroup> above: Sum;
 var<workgroup> members: u32;
@@ -109,7 +112,7 @@ fn part_of(a: vec2<u32>, part: u32) -> vec2<u32> {
     return add(multiply(a.y, part), vec2<u32>(multiply(a.x, part).y, 0u));
 }
 
-// 2^31 * 2^(-q / 2^14), the fraction's power by a polynomial in 16 bits.
+// 2^31 * 2^(-q / 2^14). The fractional power is a polynomial in 16 bits.
 fn weight(q: u32) -> u32 {
     let f = (q & 0x3fffu) << 2u;
     let y = 611u - ((f * 59u) >> 16u);
@@ -117,13 +120,13 @@ fn weight(q: u32) -> u32 {
     return ((65536u - ((f * (45427u - ((f * z) >> 16u))) >> 16u)) << 15u) >> (q >> 14u);
 }
 
-// The logits; the infinities count as large numbers.
+// The logits, with infinities replaced by large numbers.
 fn values4(keys: vec4<u32>) -> vec4<f32> {
     let bits = select(~keys, keys & vec4<u32>(0x7fffffffu), keys >= vec4<u32>(0x80000000u));
     return clamp(bitcast<vec4<f32>>(bits), vec4<f32>(-1e38), vec4<f32>(1e38));
 }
 
-// Steps from the largest logit; NONE where the weight is 0.
+// Steps from the largest logit; NONE if the weight is 0.
 fn steps4(keys: vec4<u32>, largest: vec4<f32>) -> vec4<u32> {
     let far = largest - values4(keys);
     let near = (far < vec4<f32>(p.farthest)) & (keys > vec4<u32>(0u));
@@ -139,7 +142,7 @@ fn reaches(sum: Sum, by_count: bool, target_sum: vec2<u32>) -> bool {
     return !less(select(vec2<u32>(sum.low, sum.high), vec2<u32>(sum.count, 0u), by_count), target_sum);
 }
 
-// What comes before this thread's bins, of which `own` is the sum.
+// The sum before this thread's bins; `own` is the sum of these bins.
 fn before(thread: u32, own: Sum) -> Sum {
     workgroupBarrier();
     partial[thread] = own;
@@ -169,7 +172,7 @@ fn coarse_sum(bin: u32) -> Sum {
     return Sum(atomicLoad(&counts[bin]), atomicLoad(&lows[bin]), atomicLoad(&highs[bin]));
 }
 
-// Of tokens `bin` steps after `start`.
+// The sum of the tokens `bin` steps after `start`.
 fn fine_sum(start: u32, bin: u32) -> Sum {
     let count = atomicLoad(&fine[bin]);
     let sum = multiply(count, weight(start + bin));
@@ -177,7 +180,7 @@ fn fine_sum(start: u32, bin: u32) -> Sum {
 }
 
 {% macro locate(bins, sum) %}
-    // The thread whose bins reach the target tells which one does.
+    // The thread whose bins reach the target finds the bin that does.
     if (!reaches(start, by_count, target_sum)) {
         var sum = start;
         for (var i = 0u; i < {{ bins }} / {{ threads }}u; i = i + 1u) {
@@ -196,7 +199,7 @@ fn fine_sum(start: u32, bin: u32) -> Sum {
     workgroupBarrier();
 {% endmacro %}
 
-// Finds the bin of `fine` where tokens or weights reach the target, after those of `offset`.
+// Finds the bin of `fine` in which tokens or weights reach the target; `offset` counts first.
 fn locate_fine(thread: u32, first: u32, offset: Sum, by_count: bool, target_sum: vec2<u32>) {
     var own = Sum(0u, 0u, 0u);
     for (var i = 0u; i < STEPS / {{ threads }}u; i = i + 1u) {
@@ -216,14 +219,15 @@ fn clear_fine(thread: u32) {
 
 // A place in the order of likelihood.
 struct Place {
-    q: u32,      // of its token
-    rank: u32,   // of its token among those of the same q
-    through: vec2<u32>, // the weights up to it
+    q: u32,      // steps of its token
+    rank: u32,   // rank of its token among those with the same q
+    through: vec2<u32>, // sum of the weights up to and including it
 }
 
-// The place where tokens or weights reach the target; `start` is what comes before this thread's bins.
+// Finds the place where tokens or weights reach the target; `start` is the sum before this
+// thread's bins.
 fn search(thread: u32, quads: u32, largest: vec4<f32>, start: Sum, by_count: bool, target_sum: vec2<u32>) -> Place {
-    // All have read what the last search has found.
+    // All threads have read the result of the last search.
     workgroupBarrier();
 {{ locate("BINS", "coarse_sum(bin)") }}
     let first = found * STEPS;
@@ -246,7 +250,7 @@ fn search(thread: u32, quads: u32, largest: vec4<f32>, start: Sum, by_count: boo
     if (by_count) {
         rank = target_sum.x - above.count - 1u;
     } else {
-        // The most tokens of this weight that do not reach the target.
+        // The maximum number of tokens with this weight that do not reach the target.
         let missing = subtract(target_sum, over);
         for (var bit = 0x80000000u; bit > 0u; bit = bit >> 1u) {
             if (less(multiply(rank | bit, w), missing)) {
@@ -257,13 +261,14 @@ fn search(thread: u32, quads: u32, largest: vec4<f32>, start: Sum, by_count: boo
     return Place(q, rank, add(over, multiply(rank + 1u, w)));
 }
 
-// Writes the token of this place.
+// Writes the token at this place.
 fn write(thread: u32, quads: u32, largest: vec4<f32>, place: Place) {
     let several = workgroupUniformLoad(&members) > 1u;
     var rank = place.rank;
     var key = 0u;
     if (several) {
-        // Their logits differ in less than a step, or not at all: by the bits of their keys, eight at a time.
+        // The remaining logits differ by less than a step, or not at all. Narrows down by the bits
+        // of their keys, eight at a time.
         for (var shift = 32u; shift > 0u;) {
             shift = shift - 8u;
             clear_fine(thread);
@@ -282,7 +287,7 @@ fn write(thread: u32, quads: u32, largest: vec4<f32>, place: Place) {
             key = (key << 8u) | (255u - found);
         }
     }
-    // Each thread has a run of tokens, for the order of their ids.
+    // Each thread has a run of consecutive tokens, because ids decide their order.
     let run = (quads + {{ threads - 1 }}u) / {{ threads }}u;
     let end = min((thread + 1u) * run, quads);
     var own = 0u;
@@ -358,7 +363,7 @@ fn main(
     }
     let start = before(thread, own);
     workgroupBarrier();
-    // The last thread's is that of all.
+    // The last thread's sum is the total.
     partial[thread] = plus(start, own);
     workgroupBarrier();
     let total = partial[{{ threads - 1 }}];

@@ -5,7 +5,7 @@ struct Params {
     groups: u32,
     len: u32,        // values of X
     columns: u32,    // N
-    add_stride: u32, // from one row of D to the next in values; 0: the same for all
+    add_stride: u32, // stride from one row of D to the next, in values; 0: all rows share one
 }
 
 {{ param_space }} p: Params;

@@ -13,7 +13,7 @@ struct Params {
 
 fn quad(i: u32) {
     let g = gate[i];
-    // exp of what is not positive cannot overflow.
+    // exp of a number up to 0 cannot overflow.
     let e = exp(-abs(g));
     let sigmoid = select(e, vec4<f32>(1.0), g >= vec4<f32>(0.0)) / (vec4<f32>(1.0) + e);
     y[i] = g * sigmoid * up[i];

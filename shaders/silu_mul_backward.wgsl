@@ -19,7 +19,7 @@ fn quad(i: u32) {
     let g = gate[i];
     let e = exp(-abs(g));
     let positive = g >= vec4<f32>(0.0);
-    // s and 1 - s, neither by a difference of near values.
+    // s and 1 - s, without subtracting nearly equal values.
     let s = select(e, one, positive) / (one + e);
     let rest = select(one, e, positive) / (one + e);
     let d = dy[i];

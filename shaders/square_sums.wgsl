@@ -1,11 +1,12 @@
-// y[slot + row]: the sum of the squares of one of {{ runs }} runs of one of up to 12 tensors; row = {{ runs }} * tensor + run. A team owns a row.
+// y[slot + row] = the sum of the squares of one of {{ runs }} runs of one of up to 12 tensors; row
+// = {{ runs }} * tensor + run. A team owns a row.
 
 struct Params {
     first_group: u32,
     groups: u32,
     rows: u32,
     slot: u32,        // place of the first sum in y
-    lens0: vec4<u32>, // values of the first four tensors
+    lens0: vec4<u32>, // number of values of the first four tensors
     lens1: vec4<u32>,
     lens2: vec4<u32>,
 }
@@ -29,7 +30,7 @@ fn one_row(row: u32, team: Team, mine: bool) {
         let first = row % {{ runs }}u * each;
         let end = min(first + each, quads);
         for (var q = first + team.lane; q < end; q = q + team.size) {
-            // Buffers end at whole quads; what is past the values is not theirs.
+            // Buffers end at whole quads; values past the tensor's end don't count.
             let values = select(vec4<f32>(0.0), x{{ t }}[q], vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(len));
             sums = sums + values * values;
         }

@@ -1,5 +1,6 @@
-// y[slot + run] = scale * the sum of a run of {{ 4 * run_quads }} values of x{{ " squared" if squares else "" }}. A team owns a run; the
-// runs' sums are summed again until one is left.
+// y[slot + run] = scale * the sum of a run of {{ 4 * run_quads }} values of
+// x{{ " squared" if squares else "" }}. A team owns a run. The runs' sums are summed again until
+// one is left.
 
 struct Params {
     first_group: u32,
@@ -21,7 +22,7 @@ fn one_row(row: u32, team: Team, mine: bool) {
     let end = min((row + 1u) * {{ run_quads }}u, quads);
     var sums = vec4<f32>(0.0);
     for (var q = row * {{ run_quads }}u + team.lane; q < end; q = q + team.size) {
-        // Buffers end at whole quads; what is past the values is not theirs.
+        // Buffers end at whole quads; values past the tensor's end don't count.
         let values = select(vec4<f32>(0.0), x[q], vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.len));
         sums = sums + values{{ " * values" if squares else "" }};
     }

@@ -1,7 +1,8 @@
-//! Chats in the templates of well-known models: the text is that of transformers, and the loss is on the answers alone.
+//! Chats in the templates of well-known models: the text equals that of transformers, and only
+//! answers carry loss.
 //!
-//! `golden/chat/cases.json` has templates in the form of those models, conversations, what transformers 5.24 makes of them,
-//! and the parts that carry loss.
+//! `golden/chat/cases.json` has templates in the style of those models, conversations, the output
+//! of transformers 5.24 for them, and the parts that carry loss.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +14,8 @@ use tempfile::TempDir;
 
 const GOLDEN: &str = include_str!("golden/chat/cases.json");
 
-/// A tokenizer with this chat template; every word in angle brackets is a special token, `</s>` the end token.
+/// A tokenizer with this chat template. Every word in angle brackets is a special token, `</s>`
+/// the end token.
 fn tokenizer(template: &str, texts: &[&str]) -> Tokenizer {
     let folder = TempDir::new().unwrap();
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer/tiny.json");
@@ -36,7 +38,7 @@ fn tokenizer(template: &str, texts: &[&str]) -> Tokenizer {
     Tokenizer::from_dir(folder.path()).unwrap()
 }
 
-/// The runs that carry loss in a line of this conversation, or the reason against it.
+/// Returns the runs that carry loss in a line with this conversation, or the error.
 fn loss(tokenizer: &Tokenizer, line: &Value) -> Result<Vec<String>, String> {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("a.jsonl");
@@ -79,7 +81,7 @@ fn answers_carry_loss_in_every_template() {
         let of = |key: &str| golden[key].as_array().unwrap().iter().filter(|case| case["template"] == *template);
         let texts: Vec<&str> = of("cases").filter_map(|case| case["text"].as_str()).collect();
         let tokenizer = tokenizer(source.as_str().unwrap(), &texts);
-        // Lines have no variables: these are for the library, which has `Conversation` for them.
+        // Lines have no variables. Only the library supports them, through `Conversation`.
         for case in of("masks").filter(|case| case["chat"] != "nothink") {
             let found = loss(&tokenizer, &golden["chats"][case["chat"].as_str().unwrap()]);
             match (&found, &case["loss"]) {
@@ -120,9 +122,9 @@ fn the_users_words_never_carry_loss() {
     let late = "{% for m in messages %}{% if not loop.first %}</s>{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}\
                 {% if add_generation_prompt %}</s>[assistant]{% else %}</s>{% endif %}";
     check(late, &["four</s>", "eleven</s>"]);
-    // What comes before an answer may depend on what follows.
+    // The text before an answer may depend on what follows.
     check("{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}", &["four</s>", "eleven</s>"]);
-    // Messages by number, in a macro, made up anew.
+    // Indexes messages by number, in a macro, and builds new ones.
     check(
         "{% for i in range(messages | length) %}{% set m = messages[i] %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}\
          {% if add_generation_prompt %}[assistant]{% endif %}",
@@ -138,7 +140,7 @@ fn the_users_words_never_carry_loss() {
          {% endfor %}{% for m in ns.all %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
         &["four</s>", "eleven</s>"],
     );
-    // A loop within the loop, over the messages to come.
+    // An inner loop over the messages to come.
     check(
         "{% for m in messages %}[{{ m.role }}]{% for later in messages[loop.index:] %}{% endfor %}{{ m.content }}</s>{% endfor %}\
          {% if add_generation_prompt %}[assistant]{% endif %}",

@@ -1,4 +1,4 @@
-//! How much of the heap it takes to quantize a checkpoint, and to merge an adapter into one.
+//! Heap memory for quantizing a checkpoint, and for merging an adapter into one.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
@@ -47,7 +47,8 @@ static ALLOCATOR: Counting = Counting;
 /// One test at a time: they share the counters.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// Quantizing reads the mapped file: neither f32 nor 16-bit values of a whole matrix are ever on the heap.
+/// Quantizing reads the mapped file: neither f32 nor 16-bit values of a whole matrix are ever on
+/// the heap.
 #[test]
 fn quantizing_holds_the_packed_matrices_only() {
     let _alone = ALONE.lock();
@@ -73,7 +74,7 @@ fn quantizing_holds_the_packed_matrices_only() {
             let base = BaseFormat::Quantize(QuantOptions::nf4().double_quant());
             checkpoint.matrix(&name(i), SIDE, SIDE, &base).unwrap()
         };
-        // The threads of the pool start here.
+        // Starts the threads of the pool.
         drop(quantize(0));
 
         let before = NOW.load(Relaxed);
@@ -87,7 +88,7 @@ fn quantizing_holds_the_packed_matrices_only() {
     }
 }
 
-/// A Llama of six layers in bf16, its values of little matter, with a tokenizer for GGUF files.
+/// Writes a Llama of six layers in bf16, with arbitrary values and a tokenizer for GGUF files.
 fn model(folder: &Path) {
     const HIDDEN: usize = 512;
     const INNER: usize = 1024;
@@ -133,7 +134,8 @@ fn model(folder: &Path) {
     write(&folder.join("model.safetensors"), tensors.collect(), BTreeMap::new()).unwrap();
 }
 
-/// Merging holds one matrix: as it is stored, as f32, and as it is written. The model has 42 of them.
+/// Merging holds one matrix at a time: as stored, as f32, and as written. The model has 42
+/// matrices.
 #[test]
 fn merging_holds_one_matrix() {
     let _alone = ALONE.lock();
@@ -149,7 +151,7 @@ fn merging_holds_one_matrix() {
     let merged = Merged::open(folder.path(), &adapter).unwrap();
     let go_on = |_: qlora_wgpu::export::Progress<'_>| ControlFlow::Continue(());
 
-    // The threads of the pool start here.
+    // Starts the threads of the pool.
     merged.write_gguf(&folder.path().join("a.gguf"), gguf::TensorType::Q8_0, &go_on).unwrap();
     let largest = 512 * 1024 * 4;
     let check = |what: &str, write: &dyn Fn()| {
@@ -157,7 +159,7 @@ fn merging_holds_one_matrix() {
         PEAK.store(before, Relaxed);
         write();
         let peak = PEAK.load(Relaxed).saturating_sub(before);
-        // Buffers of writing are a MiB.
+        // Write buffers take a MiB.
         assert!(
             peak < 5 * largest / 2 + (3 << 19),
             "{what}: {peak} bytes at the peak; the largest matrix takes {largest}"

@@ -1,5 +1,5 @@
-//! Files of which bytes were changed, cut off or put in: readers return what is wrong, or what it has become, and never
-//! panic. `make fuzz` looks for more.
+//! Files with bytes changed, cut off or inserted: readers return an error or the changed contents,
+//! and never panic. `make fuzz` looks for more.
 
 #[path = "common/readers.rs"]
 mod readers;
@@ -12,7 +12,7 @@ use qlora_wgpu::Result;
 
 type Read = fn(&[u8]) -> Result<()>;
 
-/// The files from which fuzzing starts.
+/// Seed files for fuzzing.
 fn seeds(kind: &str) -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(kind);
     let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -20,7 +20,7 @@ fn seeds(kind: &str) -> Vec<Vec<u8>> {
     paths.into_iter().map(|path| fs::read(path).unwrap()).collect()
 }
 
-/// One damage, at a place that is a fraction of the file's length.
+/// One damage, at a place given as a fraction of the file's length.
 #[derive(Clone, Debug)]
 enum Damage {
     Flip { at: f64, bits: u8 },

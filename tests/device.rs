@@ -1,4 +1,5 @@
-//! The device as a library user meets it: sharing one's own, errors as values, the pool's counters, recording.
+//! The device from a library user's view: sharing one's own device, errors as values, the pool's
+//! counters, recording.
 
 mod common;
 
@@ -16,7 +17,7 @@ fn gpu_of(device: &Device) -> &Gpu {
     }
 }
 
-/// A wgpu adapter, opened by the caller with no features at all.
+/// A device that the caller opened without any features, with its wgpu adapter.
 fn callers_own() -> (wgpu::Adapter, wgpu::Device, wgpu::Queue) {
     let wanted = common::adapters().swap_remove(0).name;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
@@ -78,13 +79,15 @@ fn a_callers_device_with_default_limits_runs_every_tier_of_its_features() {
             info.name == format!("{} ({})", found.name.trim(), found.backend)
         };
         let adapter = adapters.iter().find(named).unwrap();
-        // The limits that every WebGPU device has: 16 KiB of workgroup memory, eight storage buffers.
+        // The limits that every WebGPU device has: 16 KiB of workgroup memory, eight storage
+        // buffers.
         let descriptor = wgpu::DeviceDescriptor {
             required_features: adapter.features()
                 & (wgpu::Features::SUBGROUP
                     | wgpu::Features::SHADER_F16
                     | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX),
-            // SAFETY: of experimental features it asks for cooperative matrices alone, which only the crate's kernels use.
+            // SAFETY: cooperative matrices are the only experimental feature requested, and only
+            // the crate's kernels use them.
             experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
             ..Default::default()
         };
@@ -140,7 +143,7 @@ fn out_of_memory_is_an_error_and_the_device_stays_usable() {
         let error = Tensor::zeros(&device, &[300_000]).unwrap_err();
         assert!(matches!(error, Error::OutOfMemory { bytes, .. } if bytes >= 1_200_000), "{error:?}");
         assert_eq!(kept.to_vec().unwrap(), [2.0; 1000]);
-        // What was freed can be had again, in another size.
+        // Freed memory can be reused for another size.
         for values in [200_000, 150_000, 220_000] {
             Tensor::zeros(&device, &[values]).unwrap();
         }
@@ -191,7 +194,8 @@ fn a_pass_unlike_the_one_before_binds_its_own_buffers() {
         let values: Vec<f32> = (0..64).map(|i| ((i + seed) as f32 * 0.37).sin()).collect();
         Tensor::from_slice(device, &[64], &values).unwrap()
     };
-    // Each list is a pass with one read at its end: the same kernels with other tensors, in another order, fewer and more.
+    // Each list is a pass with one read at its end: the same kernels with other tensors, in
+    // another order, fewer and more.
     let passes = [[0, 1, 2].as_slice(), &[0, 1, 2], &[1, 0, 2], &[2], &[2, 1], &[0, 1, 2, 1, 0], &[0, 1, 2, 1, 0]];
     let run = |device: &Device| {
         let all: Vec<Tensor> = (0..4).map(|seed| tensor(device, seed)).collect();
@@ -207,7 +211,7 @@ fn a_pass_unlike_the_one_before_binds_its_own_buffers() {
             }
             results.extend(sum.to_vec().unwrap());
             if let (Device::Gpu(gpu), 4) = (device, index) {
-                // Every pooled buffer goes, and what was bound with it.
+                // Drops every pooled buffer and its bind groups.
                 gpu.trim();
             }
         }
@@ -271,7 +275,7 @@ fn a_tier_that_the_device_cannot_run_is_an_error() {
         assert!(error.contains(&tier.to_string()) && error.contains("plain"), "{error}");
     }
     Device::from_wgpu(&adapter, raw, queue, &options(Tier::Plain)).unwrap();
-    // Every adapter opens in exactly the tiers that it is listed with.
+    // Every GPU opens in exactly the tiers that it is listed with.
     for info in common::adapters() {
         for tier in Tier::ALL {
             let options = GpuOptions { select: Select::Index(info.index), ..options(tier) };
@@ -302,7 +306,7 @@ fn short_work_is_one_submission() {
         let x = Tensor::from_slice(&device, &[1, 64], &[0.5; 64]).unwrap();
         layer.forward(&x).unwrap().to_vec().unwrap();
         let before = gpu.submissions();
-        // Each is two dispatches at least.
+        // Each takes at least two dispatches.
         let all: Vec<Tensor> = (0..500).map(|_| layer.forward(&x).unwrap()).collect();
         let last = all[499].to_vec().unwrap();
         assert_eq!(gpu.submissions() - before, 1, "{}", device.name());

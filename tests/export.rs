@@ -1,4 +1,5 @@
-//! Merged models and exported adapters: what is in the files, and that models read from them compute the same.
+//! Merged models and exported adapters: checks the files' contents, and that models read from them
+//! compute the same.
 
 mod common;
 
@@ -25,7 +26,7 @@ fn go_on(_: Progress<'_>) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
-/// Byte-level BPE of 128 tokens: printable ASCII, some merges, and a special token.
+/// Byte-level BPE with 128 tokens: printable ASCII, some merges, and a special token.
 fn tokenizer_json() -> Value {
     let mut vocabulary: Vec<String> = (33..127_u8).map(|byte| char::from(byte).to_string()).collect();
     vocabulary.extend(["Ġ", "Ċ", "th", "the", "Ġthe", "an", "Ġa"].map(String::from));
@@ -69,7 +70,7 @@ fn model(name: &str) -> TempDir {
     folder
 }
 
-/// An adapter of given values on every linear layer, of ranks and alphas that differ.
+/// Makes an adapter with given values on every linear layer, with different ranks and alphas.
 fn made(model: &Path) -> PeftAdapter {
     let mut config = PeftConfig::new(4, 6.0);
     config.use_rslora = true;
@@ -138,7 +139,7 @@ fn a_directory_has_everything_of_its_source() {
         (Dtype::F16, 60_000, 5, 0.005),
         (Dtype::F16, u64::MAX, 1, 0.005),
     ] {
-        // Into the one before.
+        // Writes into the folder from before.
         let options = DirectoryOptions { max_shard_bytes: shard, ..DirectoryOptions::new(dtype) };
         merged.write_directory(&output, &options, &go_on).unwrap();
         let got = logits(&open(&output), &some_tokens());
@@ -182,7 +183,8 @@ fn requantized_directories_are_bitsandbytes() {
     {
         let name = format!("model.layers.1.{module}.weight");
         let read = |checkpoint: &Checkpoint| values(&checkpoint.matrix(&name, d_out, d_in, &BaseFormat::AsIs).unwrap());
-        // Codes of scales may differ by one from bitsandbytes', whose own are not always the nearest.
+        // Codes of scales may differ by one from bitsandbytes', which doesn't always find the
+        // nearest code.
         assert!(distance(&read(&ours), &read(&golden)) < 1e-3, "{name}");
     }
     let (got, wanted) = (
@@ -206,7 +208,7 @@ fn gguf_files_are_the_same_models() {
             (TensorType::F32, 1e-5),
             (TensorType::F16, 0.005),
             (TensorType::Bf16, 0.05),
-            // The sum of what every weight may be off by says little: see below.
+            // A bound from all weights' errors together would be too loose; see the check below.
             (TensorType::Q8_0, f32::INFINITY),
             (TensorType::Q4_0, f32::INFINITY),
         ] {
@@ -223,8 +225,8 @@ fn gguf_files_are_the_same_models() {
             let got = logits(&open(&output), &some_tokens());
             assert!(distance(&got, &expected) <= tolerance, "{name} {kind}: {}", distance(&got, &expected));
 
-            // Relative to the largest of a block: half a step, or of Q4_0 a whole one, since it has no code for -d * 8;
-            // and the scale is an f16.
+            // Relative to the largest value of a block: half a step, or for Q4_0 a whole one,
+            // because it has no code for -d * 8. The scale is an f16.
             let step = match kind {
                 TensorType::Q8_0 => 0.5 / 127.0,
                 TensorType::Q4_0 => 1.0 / 8.0,
@@ -249,7 +251,8 @@ fn gguf_files_are_the_same_models() {
     }
 }
 
-/// Both have the same ids for some texts, and the same special tokens and chat template.
+/// Checks that both have the same ids for some texts, the same special tokens and the same chat
+/// template.
 fn check_tokenizers(gguf: &Path, folder: &Path) {
     let ours = Tokenizer::from_gguf(&GgufFile::open(gguf).unwrap()).unwrap();
     let theirs = Tokenizer::from_dir(folder).unwrap();
@@ -283,7 +286,7 @@ fn gguf_files_become_gguf_files_and_directories() {
     for key in before.keys() {
         assert_eq!(after.metadata(key), before.metadata(key), "{key}");
     }
-    // What the adapter leaves alone is as it was.
+    // Tensors that the adapter doesn't touch are unchanged.
     assert_eq!(after.tensor("token_embd.weight").unwrap().bytes, before.tensor("token_embd.weight").unwrap().bytes);
 }
 
@@ -297,7 +300,7 @@ fn an_exported_adapter_is_the_file_of_llama_cpps_converter() {
     assert!(fs::read(&output).unwrap() == fs::read(golden).unwrap());
 }
 
-/// alpha / r * B * A of every module in the file is what PEFT adds to W.
+/// For every module in the file, alpha / r * B * A is what PEFT adds to W.
 #[test]
 fn scales_are_folded_into_an_exported_adapter() {
     let folder = tempfile::tempdir().unwrap();
@@ -348,7 +351,7 @@ fn what_cannot_be_written_leaves_nothing() {
     let merged = Merged::open(source.path(), &adapter).unwrap();
     let (folder, gguf) = (source.path().join("out"), source.path().join("out.gguf"));
     let options = DirectoryOptions { max_shard_bytes: 60_000, ..DirectoryOptions::new(Dtype::F32) };
-    // Ended at any tensor.
+    // Interrupts at any tensor.
     for end in [0, 1, 10, 20] {
         let watch = |progress: Progress<'_>| {
             if progress.done < end { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -360,7 +363,7 @@ fn what_cannot_be_written_leaves_nothing() {
         assert!(!folder.exists() && !gguf.exists());
     }
 
-    // A value that f16 does not have.
+    // A value that f16 can't represent.
     let mut large = made(source.path());
     large.modules.values_mut().for_each(|module| module.a *= 1e7);
     let merged = Merged::open(source.path(), &large).unwrap();
@@ -372,7 +375,7 @@ fn what_cannot_be_written_leaves_nothing() {
     let left: Vec<_> = fs::read_dir(source.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().contains("tmp")), "{left:?}");
 
-    // DoRA with a magnitude that is no number.
+    // DoRA with a NaN magnitude.
     let mut dora = common::model::adapter("adapter-dora");
     dora.modules.values_mut().for_each(|module| {
         module.magnitude = module.magnitude.as_ref().map(|m| Array1::from_elem(m.len(), f32::NAN).to_vec())
@@ -381,7 +384,7 @@ fn what_cannot_be_written_leaves_nothing() {
     let error = merged.write_directory(&folder, &options, &go_on).unwrap_err().to_string();
     assert!(error.contains("only finite values"), "{error}");
 
-    // Adapters of other models, and what a file of an adapter cannot say.
+    // Adapters of other models, and settings that an adapter file can't express.
     let spec = ModelSpec::read(source.path(), &BaseFormat::AsIs).unwrap();
     let error = write_gguf_adapter(&dora, &spec, &gguf).unwrap_err().to_string();
     assert!(error.contains("use_dora") && error.contains("qlora merge"), "{error}");
@@ -393,7 +396,7 @@ fn what_cannot_be_written_leaves_nothing() {
     let error = write_gguf_adapter(&unknown, &spec, &gguf).unwrap_err().to_string();
     assert!(error.contains("model.layers.9.self_attn.q_proj"), "{error}");
 
-    // Tokenizers that no GGUF file can have.
+    // Tokenizers that a GGUF file can't represent.
     let merged = Merged::open(source.path(), &adapter).unwrap();
     let error = |change: &dyn Fn(&mut Value)| {
         let mut tokenizer = tokenizer_json();

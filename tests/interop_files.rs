@@ -1,6 +1,7 @@
-//! What is the same on every machine in the files that `tests/interop` checks in other programs. Digests are those that it prints
-//! (`tests/interop/results`): a file that becomes another must pass there first. Merged models and exported adapters beside what
-//! PEFT and llama.cpp made of the same: `tests/export.rs`.
+//! Checks the machine-independent parts of the files that `tests/interop` tests with other
+//! programs. The digests are those it prints (`tests/interop/results`): a changed file must pass
+//! there first. `tests/export.rs` compares merged models and exported adapters with those of PEFT
+//! and llama.cpp.
 
 mod common;
 
@@ -21,7 +22,7 @@ fn digest(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The digest of the header of a safetensors file: names, types and shapes.
+/// Digest of a safetensors file's header: names, types and shapes.
 fn header_digest(path: &Path) -> String {
     let bytes = fs::read(path).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
@@ -36,7 +37,7 @@ fn qlora(folder: &TempDir, arguments: &[&str]) {
     Command::cargo_bin("qlora").unwrap().current_dir(folder).args(arguments).assert().success();
 }
 
-/// Quantizes the llama model as `common.py` does, to `NAME/model.safetensors`.
+/// Quantizes the llama model like `common.py`, to `NAME/model.safetensors`.
 fn quantize(folder: &TempDir, name: &str, arguments: &[&str]) {
     fs::create_dir(folder.path().join(name)).unwrap();
     let source = path("llama");
@@ -58,13 +59,14 @@ fn quantized_checkpoints() {
         quantize(&folder, name, arguments);
         let ours = folder.path().join(name).join("model.safetensors");
         assert_eq!(digest(&fs::read(&ours).unwrap()), wanted, "{name}");
-        // And what transformers itself wrote of this model, where that is recorded.
+        // Compares with the file that transformers wrote for this model, if it is recorded.
         let theirs = path(&format!("llama-bnb-{name}")).join("model.safetensors");
         if theirs.exists() {
             let (ours, theirs) = (SafetensorsFile::open(&ours).unwrap(), SafetensorsFile::open(&theirs).unwrap());
             assert_eq!(names(&ours), names(&theirs), "{name}");
             for key in theirs.names() {
-                // The mean that double quantization takes from scales differs in its last bit; quant_golden.rs looks closely.
+                // Double quantization subtracts a mean from scales, whose last bit differs;
+                // quant_golden.rs tests this closely.
                 if name.ends_with("_dq") && (key.contains("absmax") || key.contains("quant_state")) {
                     continue;
                 }
@@ -76,7 +78,7 @@ fn quantized_checkpoints() {
     }
 }
 
-/// An adapter of rsLoRA with patterns, as `peft_adapters.py` begins one.
+/// An rsLoRA adapter with patterns, like the one that `peft_adapters.py` starts with.
 fn patterns() -> PeftAdapter {
     let targets = TargetModules::regex(r".*\.(q_proj|v_proj|down_proj)").unwrap();
     let config = PeftConfig {

@@ -1,5 +1,5 @@
-//! The backward pass of adapted layers, without a tape: against finite differences of the formula in f64, on every device
-//! and tier.
+//! The backward pass of adapted layers, without a tape: compared with finite differences of the
+//! formula in f64, on every device and tier.
 
 mod common;
 
@@ -29,7 +29,7 @@ fn weight() -> HostMatrix {
 fn inputs() -> [Vec<f32>; 5] {
     let mut inputs: [Vec<f32>; 5] =
         std::array::from_fn(|i| uniform(10 + i as u64, SIZES[i], if i == 0 { 1.0 } else { 0.2 }));
-    // A magnitude is near a row's length.
+    // A magnitude is near its row's length.
     inputs[3].iter_mut().for_each(|value| *value += 1.0);
     inputs
 }
@@ -38,13 +38,14 @@ fn wide(values: &[f32]) -> Vec<f64> {
     values.iter().copied().map(f64::from).collect()
 }
 
-/// left [rows, inner] * right^T, of right [cols, inner].
+/// left [rows, inner] * right^T, with right [cols, inner].
 fn times_transposed(left: &[f64], right: &[f64], inner: usize) -> Vec<f64> {
     let dot = |l: &[f64], r: &[f64]| l.iter().zip(r).map(|(l, r)| l * r).sum::<f64>();
     left.chunks(inner).flat_map(|l| right.chunks(inner).map(move |r| dot(l, r))).collect()
 }
 
-/// The layer as PEFT writes it: base(x) + bias + (c - 1) * base(xd) + c * s * B(A(xd)), c = m / norm, norm given.
+/// The layer in PEFT's form: base(x) + bias + (c - 1) * base(xd) + c * s * B(A(xd)), with c = m /
+/// norm and a given norm.
 fn forward(w: &[f64], [x, a, b, magnitude, bias]: [&[f64]; 5], norm: Option<&[f64]>, probability: f32) -> Vec<f64> {
     let dropout = Dropout { probability, seed: SEED };
     let xd: Vec<f64> = (0..).zip(x).map(|(i, x)| x * f64::from(dropout.factor(i))).collect();
@@ -67,7 +68,8 @@ fn norms(w: &[f64], a: &[f64], b: &[f64]) -> Vec<f64> {
     (0..D_OUT).map(|n| (n * D_IN..(n + 1) * D_IN).map(|i| merged(i).powi(2)).sum::<f64>().sqrt()).collect()
 }
 
-/// y, and the gradients of <dY, y> by central differences; the norm stays as it is at the inputs.
+/// Returns y, and the gradients of <dY, y> by central differences. The norm is fixed at its value
+/// for the inputs.
 fn wanted(inputs: &[Vec<f32>; 5], dy: &[f32], dora: bool, probability: f32) -> (Vec<f64>, [Vec<f64>; 5]) {
     let mut dense = vec![0.0; D_OUT * D_IN];
     weight().dequantize_rows(0..D_OUT, &mut dense);
@@ -200,7 +202,8 @@ fn no_tokens_have_zero_gradients() {
     }
 }
 
-/// A step of plain gradient descent through `parameters_mut` lowers <y, y>, and a new DoRA adapter changes nothing.
+/// A step of plain gradient descent through `parameters_mut` lowers <y, y>, and a new DoRA adapter
+/// changes nothing.
 #[test]
 fn parameters_are_updated_by_name_and_dora_starts_as_the_base() {
     for device in common::all() {
@@ -244,7 +247,7 @@ fn dora_merges_into_its_rows_and_out_again() {
         let of = |layer: &Linear| wide(&layer.forward(&x).unwrap().to_vec().unwrap());
         let adapted = layer(&device, &inputs, true, 0.0);
         let merged = adapted.merge_to_f32().unwrap();
-        // Its rows have the magnitude's lengths.
+        // Its rows' lengths equal the magnitude.
         let lengths: Vec<f32> = merged.rows().into_iter().map(|row| row.dot(&row).sqrt()).collect();
         assert_near(&context, &lengths, &wide(&inputs[3]), 1e-5);
 

@@ -1,4 +1,5 @@
-//! Layers as a library user meets them: several adapters, dropout, merging, bad input; on every device and tier.
+//! Layers from a library user's view: several adapters, dropout, merging, bad input; on every
+//! device and tier.
 
 mod common;
 
@@ -33,7 +34,7 @@ fn assert_same(context: &str, got: &Array2<f32>, wanted: &Array2<f32>, allowed: 
     }
 }
 
-/// What one layer's f16 operands may cost in these shapes.
+/// Maximum error of one layer with f16 operands in these shapes.
 fn allowed(device: &Device) -> f32 {
     if common::is_f16(device) { 2e-2 } else { 3e-5 }
 }
@@ -121,7 +122,7 @@ fn merge_and_unmerge_of_a_dense_base() {
         assert!(refused.iter().all(|result| result.as_ref().unwrap_err().to_string().contains("unmerge")), "{context}");
         let x_tensor = Tensor::from_array(&device, &x).unwrap();
         assert!(layer.forward_train(&x_tensor, 1).is_err(), "{context}: there is nothing to train in a merged layer");
-        // The adapter that was merged is the one that is taken out, also if it has changed since.
+        // Unmerging removes the adapter as it was when merged, even if it has changed since.
         layer.adapter_mut("default").unwrap().edit(|_, mut b| b.fill(9.0)).unwrap();
         layer.unmerge().unwrap();
         assert!(!layer.is_merged());

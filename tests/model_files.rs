@@ -1,4 +1,4 @@
-//! Configs, checkpoints and adapters that transformers, bitsandbytes and PEFT wrote.
+//! Configs, checkpoints and adapters written by transformers, bitsandbytes and PEFT.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -28,7 +28,7 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model").join(name)
 }
 
-/// Every folder under the golden ones that holds an adapter.
+/// Every folder with an adapter among the golden files.
 fn adapters() -> Vec<PathBuf> {
     let folders =
         |path: &Path| fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
@@ -160,12 +160,12 @@ fn checkpoints_are_read_in_full() {
     }
 }
 
-/// The 4-bit weights of bitsandbytes' files are those that quantizing the original ones gives.
+/// The 4-bit weights in bitsandbytes' files equal our quantization of the original weights.
 #[test]
 fn quantized_checkpoints_are_those_of_bitsandbytes() {
     for (name, format) in BITSANDBYTES {
         let folder = golden(name);
-        // What `base` asks for is for dense matrices only.
+        // `base` applies to dense matrices only.
         let (_, matrices) = read_all(&folder, &BaseFormat::AsIs);
         let linear = matrices.iter().filter(|(name, _)| name.contains("_proj."));
         assert_eq!(linear.clone().count(), 14);

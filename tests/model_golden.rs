@@ -14,7 +14,7 @@ use qlora_wgpu::nn::{Decoder, Tokens};
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::{Device, Error};
 
-/// A model, the file of its logits, and where those of each form of its base are.
+/// A model, the file of its logits, and the files of each form of its base.
 type Model = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
 
 /// The recorded models.
@@ -41,7 +41,7 @@ const MODELS: [Model; 3] = [
     ),
 ];
 
-/// The largest difference of logits that a device may have.
+/// Largest allowed difference of logits on a device.
 fn bound(device: &Device) -> f32 {
     if common::is_f16(device) { 1e-2 } else { 1e-4 }
 }
@@ -94,7 +94,7 @@ fn a_model_quantized_while_it_loads_is_the_one_that_bitsandbytes_wrote() {
         let model = Decoder::load(&device, &path("llama"), &BaseFormat::Quantize(options)).unwrap();
         let (ours, theirs) = (logits(&model, &tokens), logits(&load(&device, directory), &tokens));
         let distance = distance(&ours, &theirs);
-        // Of double-quantized scales, bitsandbytes rounds a few through a lookup table.
+        // For double-quantized scales, bitsandbytes rounds a few through a lookup table.
         assert!(distance <= if directory.ends_with("dq") { 1e-2 } else { 0.0 }, "{directory}: {distance:e}");
     }
 }
@@ -136,7 +136,7 @@ fn adapters_of_different_layers_and_ranks_switch_to_the_bit_in_any_order() {
         let mut wanted: Vec<_> = names.iter().map(|&name| (Some(name), alone(Some(name)))).collect();
         wanted.push((None, alone(None)));
         let mut model = load(&device, "llama-bnb-nf4_dq");
-        // Attached in an order in which layers of the one before must go back to their base.
+        // Attached in an order in which layers of the previous adapter must go back to their base.
         for (name, wanted) in &wanted[..names.len()] {
             let name = name.unwrap();
             model.attach_peft(name, &adapter(&format!("adapter-{name}"))).unwrap();
@@ -146,7 +146,7 @@ fn adapters_of_different_layers_and_ranks_switch_to_the_bit_in_any_order() {
             let equal = logits(model, &tokens) == wanted[at].1;
             assert!(equal, "{} {:?} after {:?}", common::name(&device), wanted[at].0, wanted[before].0);
         };
-        // Every one after every other.
+        // Every adapter after every other.
         for before in 0..wanted.len() {
             for at in 0..wanted.len() {
                 for index in [before, at] {
@@ -188,7 +188,7 @@ fn merged_models_have_the_logits_of_peft() {
     }
 }
 
-/// Writes the model's merged linear layers, and what else the original has, as a directory.
+/// Writes the model's merged linear layers, and all other tensors of the original, as a directory.
 fn write_merged(model: &Decoder, directory: &std::path::Path) {
     let source = file("llama/model.safetensors");
     let merged: Vec<(String, ndarray::Array2<f32>)> =
@@ -255,7 +255,7 @@ fn padding_on_the_left_and_packing_change_nothing_for_a_sequence() {
             let model = load(&device, name);
             let alone: Vec<Vec<f32>> =
                 sequences.iter().map(|ids| logits(&model, &Tokens::new(ids.to_vec(), 1).unwrap())).collect();
-            // Left-padded, a row each.
+            // Left-padded, one row each.
             let (mut ids, mut mask) = (Vec::new(), Vec::new());
             for sequence in sequences {
                 let padding = length - sequence.len();
@@ -366,7 +366,7 @@ fn every_device_draws_the_same_answer_with_one_submission_a_token() {
             assert_eq!(heard, *answer.as_ref().unwrap());
             heard
         };
-        // The second goes on with the sampler of the first, wherever that one ended.
+        // The second continues with the sampler of the first, wherever that one ended.
         (one(), one())
     };
     let cpu = load(&Device::cpu(), "llama-bnb-nf4_dq");
@@ -381,7 +381,8 @@ fn every_device_draws_the_same_answer_with_one_submission_a_token() {
         assert_eq!(run(&model, 12, &[], 4), run(&cpu, 12, &[], 4), "{device:?}: the listener ends it");
         assert_eq!(run(&model, 0, &[], 0), (vec![], vec![]), "{device:?}");
     }
-    // Devices of this test alone, whose submissions nobody else adds to: one that is told of each token, one that runs ahead.
+    // Separate devices for this test, so that no other test adds submissions: one reports each
+    // token, one runs ahead.
     for tier in [None, Some(Tier::Plain)] {
         for device in common::gpus_with(|options| options.tier = tier) {
             let model = load(&device, "llama-bnb-nf4_dq");

@@ -1,4 +1,5 @@
-//! Model files as people have them: heads that are copies, parts of a split model, and files that are not what their name says.
+//! Model files as users have them: heads that are copies, parts of a split model, and files that
+//! aren't what their name says.
 
 mod common;
 
@@ -22,8 +23,8 @@ use tempfile::TempDir;
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// The recorded llama whose config says that the head is the embedding, with a head that `change` makes of the embedding's
-/// values.
+/// The recorded llama with a config that says that the head is the embedding. `change` makes the
+/// head from the embedding's values.
 fn tied(change: Option<fn(&mut [f32])>) -> TempDir {
     let folder = with_tokenizer("llama");
     let config = folder.path().join("config.json");
@@ -69,7 +70,7 @@ fn a_head_beside_a_tied_embedding_is_a_copy_or_used() {
     assert_ne!(logits(other.path()), wanted);
     assert_eq!([&plain, &copy, &other].map(|folder| is_tied(folder.path())), [true, true, false]);
 
-    // Merged, each is what it was.
+    // Merging keeps the kind of head.
     let adapter = PeftAdapter::read(path("adapter-lora")).unwrap();
     for (folder, has_head) in [(&copy, false), (&other, true)] {
         let merged = Merged::open(folder.path(), &adapter).unwrap();
@@ -83,7 +84,7 @@ fn a_head_beside_a_tied_embedding_is_a_copy_or_used() {
     }
 }
 
-/// A GGUF file at `path` with these keys and a vector of each name.
+/// Writes a GGUF file to `path` with these keys and a vector of each name.
 fn part(path: &Path, keys: &[(&str, u32)], names: &[&str]) {
     let mut metadata = Metadata::default();
     keys.iter().for_each(|(key, value)| metadata.set(*key, OutValue::U32(*value)));
@@ -134,7 +135,7 @@ fn a_split_gguf_file_is_read_from_its_first_part() {
     assert!(error(name(1)).contains("m-00002-of-00003.gguf: is not part 2 of 3"));
 }
 
-/// Opens the file as either kind of model.
+/// Opens the file as both kinds of model and returns the errors.
 fn open_errors(path: &Path) -> [String; 2] {
     [SafetensorsFile::open(path).unwrap_err().to_string(), GgufFile::open(path).unwrap_err().to_string()]
 }
@@ -196,7 +197,8 @@ fn a_file_that_is_cut_short_while_it_is_open_is_an_error() {
     }
 }
 
-/// A safetensors file of one sparse tensor, unless the disk cannot have such files; `pad` bytes before it.
+/// Writes a safetensors file with one sparse tensor, `pad` bytes before it. Returns false if the
+/// disk doesn't support such files.
 fn sparse(path: &Path, side: u64, pad: usize) -> bool {
     let bytes = side * side * 4;
     let header = format!(r#"{{"{EMBEDDING}":{{"dtype":"F32","shape":[{side},{side}],"data_offsets":[0,{bytes}]}}}}"#);
@@ -210,7 +212,7 @@ fn sparse(path: &Path, side: u64, pad: usize) -> bool {
 fn what_does_not_fit_into_memory_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
-    // 8 and 16 TiB of zeros are no file of some disks.
+    // Some disks don't support files of 8 or 16 TiB of zeros.
     let Some(side) = [1 << 21, 1 << 20].into_iter().find(|&side| (0..2).all(|pad| sparse(&path, side, pad))) else {
         return;
     };

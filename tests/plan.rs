@@ -1,4 +1,4 @@
-//! Plans against training steps: the peaks that a device counts are those that the plan says.
+//! Compares plans with training steps: the peaks that a device counts must equal the planned ones.
 
 mod common;
 
@@ -31,7 +31,7 @@ fn batch(model: &Decoder, batches: &MicroBatches) -> Batch {
     model.batch(&tokens, Some(&labels)).unwrap()
 }
 
-/// Loads, trains two steps, and compares what the device has counted with the plan.
+/// Loads, trains two steps, and compares the device's counters with the plan.
 fn check(
     device: &Device,
     model: &Path,
@@ -40,7 +40,7 @@ fn check(
     batches: MicroBatches,
     checkpoint: bool,
 ) {
-    // With nothing in its pool.
+    // With an empty pool.
     let device = match device {
         Device::Cpu(_) => &Device::cpu(),
         Device::Gpu(gpu) => {
@@ -48,7 +48,7 @@ fn check(
             device
         }
     };
-    // How many tiles there are at a time is a matter of luck where threads are many and matrices small.
+    // With many threads and small matrices, the number of simultaneous tiles depends on chance.
     let _set_once = rayon::ThreadPoolBuilder::new().num_threads(2).build_global();
     device.reset_peak();
     let options = options(checkpoint);
@@ -57,7 +57,7 @@ fn check(
         let mut model = Decoder::load(device, model, base).unwrap();
         model.attach("default", adapter, 0).unwrap();
         let mut trainer = Trainer::new(options);
-        // The optimizer's moments come with the first step, whose size does not matter.
+        // The first step allocates the optimizer's moments; its size doesn't matter.
         let first = batch(&model, &MicroBatches { count: 1, rows: 1, tokens: 9 });
         trainer.step(&mut model, &[first]).unwrap();
         let batches: Vec<Batch> = (0..batches.count).map(|_| batch(&model, &batches)).collect();
@@ -67,7 +67,8 @@ fn check(
     let mut context = format!("{} {} {batches:?}", common::name(device), model.file_name().unwrap().display());
     context.push_str(if checkpoint { ", checkpoints" } else { "" });
     context.push_str(if adapter.use_dora { ", DoRA: " } else { ": " });
-    // The pool keeps a few sizes of the shorter step too, and of tiles on the CPU those that threads happened to need.
+    // The pool also keeps a few sizes of the shorter step and, on the CPU, the tiles that threads
+    // happened to need.
     for (what, got, wanted, slack) in [("peak", peak, plan.peak_bytes, 0), ("held", held, plan.held_bytes, 128 << 10)] {
         println!("{context}{what} {got}, planned {wanted}, off by {:.3} %", 100.0 * (wanted as f64 / got as f64 - 1.0));
         assert!(wanted.abs_diff(got) <= got / 20 + slack, "{context}{what} {got}, planned {wanted}");
@@ -76,7 +77,7 @@ fn check(
     assert!(plan.held_bytes >= plan.peak_bytes, "{context}");
 }
 
-/// With and without checkpoints, DoRA and accumulation.
+/// With and without recomputation, DoRA and accumulation.
 fn check_all(device: &Device, model: &Path, base: &BaseFormat, adapter: &PeftConfig, rows: usize, tokens: usize) {
     for (count, checkpoint, use_dora) in (0..8).map(|i| (1 + i % 2, i / 2 % 2 == 1, i / 4 == 1)) {
         let adapter = PeftConfig { use_dora, ..adapter.clone() };
@@ -88,7 +89,7 @@ fn nf4() -> BaseFormat {
     BaseFormat::Quantize(QuantOptions::nf4().double_quant())
 }
 
-/// Of some layers only, with dropout.
+/// On some layers only, with dropout.
 fn sparse_adapter() -> PeftConfig {
     let targets = Targets::new(TargetModules::names(["q_proj", "down_proj"]));
     PeftConfig { targets, lora_dropout: 0.1, ..PeftConfig::new(3, 6.0) }
@@ -134,7 +135,7 @@ fn smollm2_on_a_gpu() {
     }
 }
 
-/// The shape of Mistral 7B, its linear layers in NF4, the rest in 16 bits.
+/// The shape of Mistral 7B, with linear layers in NF4 and the rest in 16 bits.
 fn seven_billion() -> ModelSpec {
     let llama = ModelSpec::read(&path("llama"), &nf4()).unwrap().config().clone();
     let config = ModelConfig {
@@ -228,7 +229,7 @@ fn the_command_prints_the_plan() {
         let spec = ModelSpec::read(&model, &nf4()).unwrap();
         let adapter = PeftConfig { use_dora: true, ..PeftConfig::new(16, 32.0) };
         let batches = MicroBatches { count: 1, rows: 2, tokens };
-        // Its threads are not those of this process, and so are the tiles.
+        // Its number of threads differs from this process's, and so does its number of tiles.
         let wanted = Plan::new(&spec, &adapter, batches, &options(true), &Device::cpu()).unwrap();
         assert_eq!(found["batches"], serde_json::to_value(batches).unwrap());
         for part in ["base", "adapters", "gradients", "optimizer", "logits"] {

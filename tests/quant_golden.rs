@@ -1,5 +1,5 @@
-//! Parity with bitsandbytes 0.50.2: files written by the library itself, for 12 matrices in f32, f16
-//! and bf16, each as NF4 and FP4, plain and double-quantized.
+//! Parity with bitsandbytes 0.50.2: compares with files written by the library itself, for 12
+//! matrices in f32, f16 and bf16, each as NF4 and FP4, plain and double-quantized.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -61,7 +61,7 @@ fn case(entry: &serde_json::Value) -> Case {
     }
 }
 
-/// SHA-256 of the weights rounded to the type of the original ones.
+/// SHA-256 of the weights, rounded to their original type.
 fn sha256(matrix: &QuantizedMatrix) -> String {
     let bytes: Vec<u8> = match matrix.dtype() {
         Dtype::F32 => matrix.dequantize().iter().flat_map(|w| w.to_le_bytes()).collect(),
@@ -115,8 +115,8 @@ fn nf4_codes_and_plain_scales_are_equal() {
     }
 }
 
-/// bitsandbytes on a CPU rounds FP4 like this crate. Files from its CUDA code would differ in the two
-/// codes of zero and in exact ties.
+/// bitsandbytes on a CPU rounds FP4 like this crate. Files from its CUDA code would differ in the
+/// two codes of zero and in exact ties.
 #[test]
 fn fp4_codes_and_plain_scales_are_equal() {
     let cases: Vec<_> = cases().into_iter().filter(|case| case.quant.starts_with("fp4")).collect();
@@ -131,8 +131,8 @@ fn fp4_codes_and_plain_scales_are_equal() {
 }
 
 /// The codes equal an exact search for the nearest entry. bitsandbytes itself looks codes up in a
-/// table of 65536 steps, so 4 of its 24 files have one code that is off by one. Its offset is an f32
-/// mean, up to 2 units in the last place from the f64 mean of this crate.
+/// table of 65536 steps, so 4 of its 24 files have one code that is off by one. Its offset is an
+/// f32 mean, up to 2 units in the last place from the f64 mean of this crate.
 #[test]
 fn double_quantized_scales_are_the_nearest() {
     let mut off_by_one = 0;

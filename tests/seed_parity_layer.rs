@@ -1,5 +1,5 @@
-//! The layer of entrenar 0.7.13 that this crate grew from: its recorded outputs, and what is wrong with it. Each test of
-//! the second kind is one that the seed would fail.
+//! The layer of entrenar 0.7.13, from which this crate grew: its recorded outputs, and its
+//! defects. The original would fail each test of the second kind.
 
 mod common;
 
@@ -104,7 +104,8 @@ fn memory_is_what_the_seed_reported_plus_what_it_forgot() {
                 QuantizedMatrix::quantize(layer.w.as_slice().unwrap().into(), layer.d_out, layer.d_in, &options)
                     .unwrap();
             let stored = (matrix.bits_per_weight() * matrix.len() as f64 / 8.0).round() as u64;
-            // The double-quantized form has an offset of four bytes, which the seed's format does not need.
+            // The double-quantized form has an offset of four bytes, which the original's format
+            // doesn't need.
             let offset = if kind == "double" { 4 } else { 0 };
             assert_eq!(Some(stored - offset), layer.case[kind]["base_quantized_bytes"].as_u64());
             let device = Device::cpu();
@@ -125,7 +126,7 @@ fn the_seed_s_initial_values() {
     assert_eq!(adapter.b().to_vec().unwrap(), [0.0; 6]);
 }
 
-// What is wrong with the seed, in the order of its list.
+// Defects of the original, in the order of its list.
 
 /// 1. It dequantizes the whole matrix into a new buffer on every call.
 #[test]
@@ -152,7 +153,7 @@ fn forward_never_holds_the_dequantized_matrix() {
 #[test]
 fn memory_stats_are_what_is_resident() {
     for device in common::gpus_with(|_| {}).into_iter().chain([Device::cpu()]) {
-        // What the device keeps for operands that a call does not use.
+        // Memory that the device keeps for operands that a call doesn't use.
         let spare = QLoraLinear::quantize(&device, array(8, 8, &[0.5; 64]).view(), &QuantOptions::nf4()).unwrap();
         spare.forward(&Tensor::zeros(&device, &[1, 8]).unwrap()).unwrap();
         drop(spare);
@@ -168,7 +169,7 @@ fn memory_stats_are_what_is_resident() {
             assert_eq!(stats.total_bytes, device.memory().live_bytes - before, "{} {options:?}", device.name());
             assert_eq!(stats.total_bytes, stats.base_quantized_bytes + stats.lora_bytes + stats.bias_bytes);
             assert_eq!(stats.device, device.name());
-            // Tables and padding are a few KiB beside 4.13 to 4.5 bits per weight.
+            // Tables and padding take a few KiB beside 4.13 to 4.5 bits per weight.
             let bits = 8.0 * stats.base_quantized_bytes as f64 / (512.0 * 1024.0);
             assert!(bits < 4.57, "{} {options:?}: {bits} bits per weight", device.name());
             assert!((stats.compression_ratio - 32.0 / bits).abs() < 1e-9);
@@ -176,7 +177,8 @@ fn memory_stats_are_what_is_resident() {
     }
 }
 
-/// 3. Its forward cuts the adapter off from training, and its trainer's alpha is never set: here A, B and alpha all count.
+/// 3. Its forward cuts the adapter off from training, and its trainer never sets alpha. Here A, B
+///    and alpha all count.
 #[test]
 fn the_adapter_moves_the_output_by_exactly_its_share() {
     let (d_out, d_in, rank) = (24, 40, 3);
@@ -202,7 +204,7 @@ fn the_adapter_moves_the_output_by_exactly_its_share() {
     }
 }
 
-/// 4. One vector at a time, no bias, no dropout, and `merged` is never set.
+/// 4. It handles one vector at a time, without bias and dropout, and never sets `merged`.
 #[test]
 fn batches_are_rows_one_by_one_and_bias_counts() {
     let (d_out, d_in) = (30, 64);
@@ -214,7 +216,7 @@ fn batches_are_rows_one_by_one_and_bias_counts() {
         let without = layer.forward_array(x.view()).unwrap();
         let layer = layer.with_bias(&bias).unwrap();
         let batch = layer.forward_array(x.view()).unwrap();
-        // Rounding of f16 operands, where many rows are staged so and one is not.
+        // Rounding of f16 operands, which are staged for many rows but not for one.
         let allowed = if common::is_f16(&device) { 2e-2 } else { 2e-5 };
         for row in 0..20 {
             let one = layer.forward_array(x.slice(ndarray::s![row..row + 1, ..])).unwrap();
@@ -242,7 +244,8 @@ fn a_weight_that_is_not_finite_is_an_error_with_its_index() {
     }
 }
 
-/// 5, continued: with bitsandbytes' scheme a block of small weights beside large ones does not become zeros.
+/// 5, continued: with bitsandbytes' scheme, a block of small weights beside large ones does not
+/// become zeros.
 #[test]
 fn small_blocks_survive_double_quantization() {
     let mut weight = uniform(9, 64 * 64, 1.0);
@@ -253,7 +256,7 @@ fn small_blocks_survive_double_quantization() {
     assert!(zeros(QuantOptions::nf4().double_quant()) < 16);
 }
 
-/// 6. rsLoRA's scale is lost, and merging passes over what it cannot read.
+/// 6. It loses rsLoRA's scale, and merging skips what it cannot read.
 #[test]
 fn rank_stabilized_scale_is_kept_everywhere() {
     let (d_out, d_in) = (16, 32);
@@ -285,8 +288,8 @@ fn merging_in_place_refuses_what_it_could_not_undo() {
     assert!(!layer.is_merged());
 }
 
-/// 7. Its tests allow errors of 0.2 to 0.5. Here the bound is the format's, for every weight: half of the widest gap of
-///    the codebook, times the scale.
+/// 7. Its tests allow errors of 0.2 to 0.5. Here the bound is the format's, for every weight: half
+///    of the widest gap of the codebook, times the scale.
 #[test]
 fn the_error_of_every_weight_is_within_the_format() {
     for (format, widest) in

@@ -36,7 +36,7 @@ fn quantize(values: &[f32], options: QuantOptions) -> Result<QuantizedMatrix, Er
     QuantizedMatrix::quantize(values.into(), 1, values.len(), &options)
 }
 
-/// The single and double quantization of finite `values`, whose codes must be the same.
+/// Quantizes finite `values` with plain and with double quantization; the codes must be equal.
 fn both(values: &[f32]) -> (QuantizedMatrix, QuantizedMatrix) {
     let single = quantize(values, QuantOptions::int4()).unwrap();
     let double = quantize(values, QuantOptions::int4().double_quant()).unwrap();
@@ -55,7 +55,7 @@ fn nested(matrix: &QuantizedMatrix) -> (&[u8], &[f32]) {
     (&double.codes, &double.supers)
 }
 
-/// Compares dequantized values with the record: all of them, or the first 64 and a hash.
+/// Compares dequantized values with the record: all values, or the first 64 and a hash.
 fn assert_dequantized(matrix: &QuantizedMatrix, record: &Value, name: &str) {
     let values = matrix.dequantize();
     assert_eq!(fnv1a64(&values), record["dequant_fnv1a64"], "{name}");
@@ -73,7 +73,7 @@ fn quantization_is_equal_to_the_bit() {
         let name = case["name"].as_str().unwrap();
         let values = input(name);
         assert_eq!(values.len() as u64, case["len"].as_u64().unwrap(), "{name}");
-        // Short inputs are recorded whole, long ones as a hash.
+        // Short inputs are recorded in full, long ones as a hash.
         match case.get("input_hex") {
             Some(hex) if case.get("input_fnv1a64").is_none() => assert_eq!(bits(&values), bits(&floats(hex)), "{name}"),
             _ => assert_eq!(fnv1a64(&values), case["input_fnv1a64"], "{name}"),

@@ -1,5 +1,6 @@
-//! A real model from its GGUF file, SmolLM2-135M-Instruct in Q4_1: weights, logits, a text's loss and a training run, all
-//! against transformers and PEFT on the same weights dequantized. `make smollm2` fetches the file.
+//! A real model from its GGUF file, SmolLM2-135M-Instruct in Q4_1: weights, logits, a text's loss
+//! and a training run, all compared with transformers and PEFT on the same weights, dequantized.
+//! `make smollm2` fetches the file.
 
 mod common;
 
@@ -38,7 +39,7 @@ fn ids(value: &Value) -> Vec<u32> {
     serde_json::from_value(value.clone()).unwrap()
 }
 
-/// A text of which every token but the first is a label.
+/// A text in which every token but the first is a label.
 fn labelled(model: &Decoder, ids: &Value) -> Batch {
     let ids = self::ids(ids);
     let labels: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
@@ -67,7 +68,7 @@ fn weights_are_those_of_the_reference_to_the_bit() {
 
 fn check(device: &Device, steps: usize) {
     let (recorded, json, name) = (tensors(), json(), common::name(device));
-    // Where operands are staged as f16, results carry its rounding.
+    // With operands staged as f16, results contain f16 rounding.
     let f16 = common::is_f16(device);
     let mut model = load(device);
 
@@ -117,7 +118,7 @@ fn the_cpu_agrees_with_transformers_and_peft() {
 
 #[test]
 fn a_gpu_agrees_with_transformers_and_peft() {
-    // One adapter is enough for the whole model; kernels are tested on all of them.
+    // One GPU is enough for the whole model; kernels are tested on all of them.
     if let Some(device) = common::gpus_with(|_| ()).first() {
         check(device, 2);
         answers(device);
@@ -165,7 +166,7 @@ fn loading_takes_less_than_twice_the_file_in_memory() {
     command.env_remove("QLORA_DEVICE").env_remove("QLORA_TIER").arg("generate").arg("--model").arg(smollm2());
     command.args(["--device", "cpu", "--prompt", "Once", "--max-tokens", "2"]).stdout(std::process::Stdio::null());
     let mut child = command.spawn().unwrap();
-    // The most that the process ever held: read as long as it is there.
+    // The process's maximum memory, read while it runs.
     let mut peak_kib = 0;
     while child.try_wait().unwrap().is_none() {
         let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();

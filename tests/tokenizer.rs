@@ -1,7 +1,7 @@
 //! Tokenizers of model folders and of GGUF files, and chats.
 //!
-//! `golden/tokenizer/smollm2.gguf` is the metadata of SmolLM2-135M-Instruct (Apache-2.0) without its tensors, `.json` what
-//! transformers makes of some texts and of a chat with it.
+//! `golden/tokenizer/smollm2.gguf` has the metadata of SmolLM2-135M-Instruct (Apache-2.0) without
+//! its tensors; the `.json` has the results of transformers for some texts and a chat.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ fn ids(value: &Value) -> Vec<u32> {
     serde_json::from_value(value.clone()).unwrap()
 }
 
-/// A GGUF file of metadata alone.
+/// A GGUF file with metadata only.
 #[derive(Default)]
 struct Metadata {
     entries: u64,
@@ -70,7 +70,8 @@ fn text(text: &str) -> Vec<u8> {
     [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
 }
 
-/// A vocabulary of SentencePiece's kind: the special tokens, all bytes (from id 4), and pieces (from id 260).
+/// A SentencePiece vocabulary: the special tokens, all bytes (from id 4), and pieces (from id
+/// 260).
 fn sentence_piece() -> Metadata {
     const PIECES: [(&str, f32); 18] = [
         ("▁", -30.0),
@@ -181,7 +182,7 @@ fn a_stream_holds_back_parts_of_characters() {
     let pieces: Vec<_> =
         tokenizer.encode("Hi<|im_end|> you", false).unwrap().into_iter().map(|id| stream.push(id).unwrap()).collect();
     assert_eq!(pieces, ["Hi", "", " you"]);
-    // Rows of an embedding that no token has.
+    // An embedding row without a token.
     assert_eq!(stream.push(49152).unwrap(), "");
     assert_eq!(stream.push(28).unwrap(), ",", "an id without a token leaves the stream as it was");
 }
@@ -192,7 +193,7 @@ fn sentence_piece_joins_by_score() {
     let id = |token: &str| tokenizer.token_id(token).unwrap();
     let encode = |text: &str| tokenizer.encode(text, false).unwrap();
     assert_eq!(encode("hello world"), [id("▁hello"), id("▁world")]);
-    // `ll` (-2) comes before `lo` (-3), wherever they stand.
+    // `ll` (-2) comes before `lo` (-3), wherever they are.
     assert_eq!(encode("ello"), [id("▁"), id("e"), id("ll"), id("o")]);
     assert_eq!(encode("lol"), [id("▁"), id("lo"), id("l")]);
     assert_eq!(encode("  held"), [id("▁"), id("▁"), id("▁"), id("he"), id("ld")]);
@@ -228,7 +229,7 @@ fn a_begin_token_is_never_doubled() {
     assert_eq!(both.encode("<s>hello</s>", true).unwrap(), [1, hello, 2]);
 }
 
-/// Pre-tokenizers by what they cut, seen through a vocabulary in which every text without a cut is one token.
+/// Tests where pre-tokenizers cut, with a vocabulary in which every uncut text is a single token.
 #[test]
 fn pre_tokenizers_cut_where_their_models_do() {
     let cases = [
@@ -248,7 +249,8 @@ fn pre_tokenizers_cut_where_their_models_do() {
         ("qwen35", "e\u{301}x", vec!["e\u{301}x"]),
     ];
     for (pre, text, wanted) in cases {
-        // All substrings, byte by byte in the alphabet of byte-level BPE, and every way to merge them.
+        // All substrings, byte by byte in the alphabet of byte-level BPE, and every way to merge
+        // them.
         let spelled = |text: &str| -> String {
             let letter = |byte: u8| match byte {
                 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => char::from(byte),
@@ -335,12 +337,12 @@ fn a_vocabulary_larger_than_the_models_is_refused() {
     assert!(error.contains("2048") && error.contains("2047"), "{error}");
     let ids = tokenizer.encode("a cat", false).unwrap();
     let padded: Vec<u32> = [&[2048], &ids[..], &[u32::MAX]].concat();
-    assert_eq!(tokenizer.decode(&padded, false).unwrap(), "a cat", "ids without a token are no text");
+    assert_eq!(tokenizer.decode(&padded, false).unwrap(), "a cat", "ids without a token give no text");
     assert_eq!(tokenizer.eos_ids(), [0]);
     assert!(matches!(tokenizer.chat(), Err(Error::Invalid { .. })));
 }
 
-/// The tiny tokenizer in a folder, with these further files.
+/// A folder with the tiny tokenizer and these further files.
 fn folder(files: &[(&str, Value)]) -> TempDir {
     let folder = TempDir::new().unwrap();
     fs::copy(golden("tiny.json"), folder.path().join("tokenizer.json")).unwrap();
@@ -365,15 +367,15 @@ fn tokens_beside_tokenizer_json_are_added() {
     assert_eq!(whole.encode("<|user|>hi<|bot|>yo<tool>", false).unwrap(), wanted);
     assert_eq!(whole.decode(&wanted, true).unwrap(), "hiyo<tool>", "two of them are special");
     assert_eq!(whole.vocab_size(), 2051);
-    // Either file alone will do.
+    // Either file alone is enough.
     for files in [&[("tokenizer_config.json", config(&decoder))][..], &[("added_tokens.json", list)]] {
         assert_eq!(read(files).encode("<|user|>hi<|bot|>yo", false).unwrap(), wanted[..wanted.len() - 1]);
     }
-    // One that ends a turn does so.
+    // A token that ends a turn does so here too.
     let ends = json!({"2048": token("<|im_end|>", true)});
     assert_eq!(read(&[("tokenizer_config.json", config(&ends))]).eos_ids(), [0, 2048]);
 
-    // An id that the library would not give is of another row: such a token is left out.
+    // An id that the library would not assign belongs to another row, so the token is left out.
     let gap = json!({"2060": token("<|far|>", true)});
     assert_eq!(read(&[("tokenizer_config.json", config(&gap))]).token_id("<|far|>"), None);
     for bad in [json!({"x": token("<a>", true)}), json!({"2048": {"special": true}}), json!({"2048": 5})] {
@@ -417,7 +419,7 @@ fn the_files_of_a_model_folder() {
         token["content"] = json!(name);
         added.push(token);
     }
-    // Silent cuts and padding are not what training wants.
+    // Training must not silently cut or pad.
     tiny["truncation"] = json!({"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"});
     tiny["padding"] = json!({"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": null, "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"});
     write("tokenizer.json", &tiny);
@@ -426,7 +428,7 @@ fn the_files_of_a_model_folder() {
     let ids = bare.encode("one two three", true).unwrap();
     assert_eq!(bare.decode(&ids, false).unwrap(), "one two three");
 
-    // What the post-processor says.
+    // The post-processor decides.
     tiny["post_processor"] = json!({
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -438,7 +440,7 @@ fn the_files_of_a_model_folder() {
     assert_eq!(begun.encode("one two three", true).unwrap(), [&[2048], &ids[..]].concat());
     assert_eq!(begun.encode("<s>one two three", true).unwrap(), [&[2048], &ids[..]].concat());
 
-    // And the configs over it.
+    // Configs override it.
     let mut config = json!({
         "bos_token": {"content": "<s>", "lstrip": false}, "eos_token": "<|endoftext|>", "add_bos_token": false,
         "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ bos_token }}yes"}],

@@ -1,4 +1,5 @@
-//! Tokenizers that ask for too much, or that the library behind them cannot use: each is an error with the name of its file.
+//! Tokenizers that ask for too much, or that the underlying library can't use: each gives an error
+//! with the name of its file.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -51,7 +52,8 @@ fn nested(list: &str, step: Value, depth: usize) -> Value {
     (0..depth).fold(step, |inner, _| json!({"type": "Sequence", list: [inner]}))
 }
 
-/// Reads a tokenizer and uses it in every way. The errors must name its file, and nothing may take long.
+/// Reads a tokenizer and uses it in every way. Errors must name its file, and nothing may take
+/// long.
 fn try_out(json: &Value) -> Result<()> {
     let start = Instant::now();
     let folder = tempfile::tempdir().unwrap();
@@ -117,7 +119,7 @@ fn what_asks_for_too_much_is_an_error() {
             "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {},
         })
     };
-    // A trie that claims 4 GB; a text of 70 bytes for a character.
+    // A trie that claims 4 GB; a text of 70 bytes for one character.
     let long = format!("BAAAAAAAAABh{}", "YWFh".repeat(23));
     let map = |text: &str| json!({"type": "Precompiled", "precompiled_charsmap": text});
     for (key, value, wanted) in [
@@ -203,7 +205,7 @@ fn what_the_library_panics_at_is_an_error() {
     }
 }
 
-/// Values to put anywhere.
+/// Values to insert anywhere.
 fn pool() -> Vec<Value> {
     let regex = json!({"Regex": "(a*)*b|(?=a)"});
     vec![
@@ -241,7 +243,7 @@ fn pool() -> Vec<Value> {
     ]
 }
 
-/// The values inside `value`, those of the vocabulary too.
+/// Finds the values inside `value`, including those of the vocabulary.
 fn places(value: &Value, path: &str, found: &mut Vec<String>) {
     found.push(path.to_owned());
     match value {

@@ -14,12 +14,13 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizer").join(name)
 }
 
-/// SmolLM2's: ChatML, `<|im_end|>` (2) ends a turn.
+/// SmolLM2's tokenizer: ChatML, where `<|im_end|>` (2) ends a turn.
 fn chatml() -> Tokenizer {
     Tokenizer::from_gguf(&GgufFile::open(golden("smollm2.gguf")).unwrap()).unwrap()
 }
 
-/// A tokenizer with this chat template, `<s>` (2048) before every text, and `</s>` (2049) at its end.
+/// A tokenizer with this chat template, `<s>` (2048) before every text, and `</s>` (2049) at its
+/// end.
 fn with_template(template: Option<&str>) -> Tokenizer {
     let folder = TempDir::new().unwrap();
     let mut tiny: Value = serde_json::from_slice(&fs::read(golden("tiny.json")).unwrap()).unwrap();
@@ -48,7 +49,7 @@ fn one(tokenizer: &Tokenizer, line: &Value) -> Example {
     dataset.examples.into_iter().next().unwrap()
 }
 
-/// The whole text of an example, and the runs of it that carry loss.
+/// Returns the whole text of an example, and its runs that carry loss.
 fn shown(tokenizer: &Tokenizer, example: &Example) -> (String, Vec<String>) {
     let mut runs: Vec<Vec<u32>> = vec![Vec::new()];
     for (&id, label) in example.ids().iter().zip(example.labels()) {
@@ -124,7 +125,7 @@ fn chats_carry_loss_on_all_turns_of_the_assistant() {
     assert!(text.starts_with("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n"), "{text}");
     assert_eq!(loss, ["b c<|im_end|>", "é<|im_end|>"]);
 
-    // No end tokens: the turns as they are, and the text's end.
+    // Without end tokens: the turns as they are, and the end of the text.
     let bare = with_template(Some(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
     ));
@@ -132,7 +133,8 @@ fn chats_carry_loss_on_all_turns_of_the_assistant() {
     assert!(text.ends_with("assistant: é\n</s>"), "{text}");
     assert_eq!(loss, [" b c\n", " é\n</s>"]);
 
-    // The last turn has an empty block of thoughts, which is gone once another follows; a prompt opens another one.
+    // The last turn has an empty block of thoughts, which disappears once another turn follows; a
+    // prompt opens another block.
     let thinking = with_template(Some(
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}\
          {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]<thoughts>{% endif %}",
@@ -211,14 +213,15 @@ fn a_split_takes_every_example_once_and_depends_on_the_seed_alone() {
     assert_eq!(all, whole.examples);
     assert_eq!(split(0.25, 1).1, taken);
     assert_ne!(split(0.25, 2).1, taken);
-    // Never none, never all.
+    // Neither part is ever empty.
     assert_eq!((split(0.001, 1).1.len(), split(0.999, 1).0.len()), (1, 1));
     assert!(whole.clone().split(0.0, 1).is_err());
     let mut one = Dataset { examples: vec![example(1)], ..Dataset::default() };
     assert!(one.split(0.5, 1).unwrap_err().to_string().contains("two"));
 }
 
-/// llama's kind of tokenizer: no cutting before the merges, and a mark before the text. Made of the byte-level one.
+/// A llama-like tokenizer, made from the byte-level one: it doesn't cut before merges and puts a
+/// mark before the text.
 fn whole_text() -> Tokenizer {
     let folder = TempDir::new().unwrap();
     let text = fs::read_to_string(golden("tiny.json")).unwrap();
@@ -247,7 +250,7 @@ fn a_long_text_has_the_ids_of_the_whole() {
     let dense: String = (0..40_000).map(|_| pick(&["a", "c", "g", "t"])).collect();
     for tokenizer in [chatml(), with_template(None), whole_text()] {
         for text in [&prose, &dense] {
-            // A pair is always encoded as one.
+            // A pair is always encoded as one text.
             let whole = one(&tokenizer, &json!({"prompt": "", "completion": text}));
             let pieces = one(&tokenizer, &json!({"text": text}));
             assert!(whole.ids() == pieces.ids(), "{} and {} tokens", whole.ids().len(), pieces.ids().len());
@@ -355,7 +358,7 @@ fn ids_are_bounded_by_the_model_and_not_by_the_tokenizer() {
     let path = folder.path().join("a.jsonl");
     fs::write(&path, "{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 2060]}\n").unwrap();
     for tokenizer in [Ok(&tokenizer), Err(&none)] {
-        // More rows than tokens, as padded embeddings have.
+        // More rows than tokens, like padded embeddings.
         let read =
             |rows| Dataset::read(&path, tokenizer, &DataOptions { vocabulary: Some(rows), ..DataOptions::default() });
         assert_eq!(read(2061).unwrap().examples.len(), 2);
@@ -415,7 +418,8 @@ fn every_key_is_used_or_named() {
         assert!(error.contains(&format!("`{key}`")), "{error}");
     }
 
-    // Nothing is lost of what is empty, is said elsewhere, or only says where an example comes from.
+    // Nothing is lost if a value is empty, repeated elsewhere, or only names the source of an
+    // example.
     let same = [
         json!({"messages": chat}),
         json!({"messages": chat, "tools": [], "system": null, "x": "", "prompt": "a", "text": "[user]a[assistant]b"}),

@@ -1,4 +1,5 @@
-//! Recorded training runs of PEFT on the dequantized bitsandbytes base: losses, gradients and final adapters.
+//! Recorded training runs of PEFT on the dequantized bitsandbytes base: losses, gradients and
+//! final adapters.
 
 mod common;
 
@@ -74,7 +75,7 @@ fn norm(values: &[f32]) -> f64 {
     values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt()
 }
 
-/// ‖got - wanted‖, at most `relative` of ‖wanted‖ (and a little for those that are zero).
+/// Checks that ‖got - wanted‖ is at most `relative` times ‖wanted‖ (plus a little for zeros).
 fn close_tensor(context: &str, got: &[f32], wanted: &[f32], relative: f64) {
     assert_eq!(got.len(), wanted.len(), "{context}");
     let difference: Vec<f32> = got.iter().zip(wanted).map(|(got, wanted)| got - wanted).collect();
@@ -82,12 +83,12 @@ fn close_tensor(context: &str, got: &[f32], wanted: &[f32], relative: f64) {
     assert!(distance <= relative * size + 1e-9, "{context}: off by {distance:e} of {size:e}");
 }
 
-/// Runs a recorded run on a device and compares every step.
+/// Repeats a recorded run on a device and compares every step.
 fn check(name: &'static str, device: &Device) {
     let run = Run::open(name);
     let golden = file(&format!("{name}/golden.safetensors"));
     let f16 = common::is_f16(device);
-    // Design: 1e-4 relative on f32 tiers, 1e-2 where operands are staged as f16.
+    // Bounds: 1e-4 relative on f32 tiers, 1e-2 with operands staged as f16.
     let loss_bound = if f16 { 1e-2 } else { 1e-4 };
     let gradient_bound = if f16 { 5e-2 } else { 1e-4 };
     let mut model = run.model(device);
@@ -157,7 +158,7 @@ fn the_curve_of_peft_with_dora() {
     check_everywhere("train-dora");
 }
 
-/// A run's losses and its final adapter's values.
+/// Returns a run's losses and its final adapter's values.
 fn trajectory(device: &Device, checkpoint: bool, dropout: f32) -> (Vec<u32>, Vec<Vec<u32>>) {
     let run = Run::open("train-full");
     let mut model = run.model(device);
@@ -181,7 +182,7 @@ fn reruns_and_checkpointed_runs_are_equal_to_the_bit() {
         let name = common::name(&device);
         let first = trajectory(&device, false, 0.1);
         assert!(first == trajectory(&device, false, 0.1), "{name}: the same run again");
-        assert!(first == trajectory(&device, true, 0.1), "{name}: with activations checkpointed");
+        assert!(first == trajectory(&device, true, 0.1), "{name}: with recomputation");
         assert!(first != trajectory(&device, false, 0.2), "{name}: dropout matters");
     }
 }
@@ -195,7 +196,7 @@ fn a_loss_that_is_not_finite_stops_the_run_and_leaves_the_adapter_alone() {
         trainer.step(&mut model, &run.batches(&device, 0)).unwrap();
         let before: Vec<Vec<f32>> =
             parameters(&mut model).into_iter().map(|(_, tensor)| tensor.to_vec().unwrap()).collect();
-        // One value of one adapter overflows.
+        // Makes one value of one adapter overflow.
         let (_, linear) = model.linears_mut().nth(3).unwrap();
         let b = linear.adapter("default").unwrap().b().clone();
         linear.adapter_mut("default").unwrap().edit(|_, mut b| b[[0, 0]] = f32::INFINITY).unwrap();
@@ -209,14 +210,14 @@ fn a_loss_that_is_not_finite_stops_the_run_and_leaves_the_adapter_alone() {
         let after: Vec<Vec<f32>> =
             parameters(&mut model).into_iter().map(|(_, tensor)| tensor.to_vec().unwrap()).collect();
         assert!(before == after, "{}: nothing was updated", common::name(&device));
-        // And the run goes on from there as if nothing had been.
+        // The run then continues as if nothing had happened.
         let report = trainer.step(&mut model, &run.batches(&device, 1)).unwrap();
         let bound = if common::is_f16(&device) { 1e-2 } else { 1e-4 };
         close(&common::name(&device), report.loss, &run.records()[1]["loss"], bound);
     }
 }
 
-/// A decoder of random 4-bit layers, large enough for the formulas of memory to show.
+/// A decoder of random 4-bit layers, large enough to test the memory formulas.
 struct Random;
 
 const HIDDEN: usize = 256;
@@ -268,7 +269,7 @@ fn random_batch(model: &Decoder, length: usize) -> Batch {
 
 #[test]
 fn memory_is_what_the_formula_says_and_holds_no_dequantized_copy() {
-    // Devices of its own, whose counters no other test moves.
+    // Separate devices, whose counters no other test changes.
     for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
         let name = common::name(&device);
         let layers = 3;
@@ -285,10 +286,10 @@ fn memory_is_what_the_formula_says_and_holds_no_dequantized_copy() {
             trained += layers * RANK * (n + k);
         }
         let dense = VOCABULARY * HIDDEN + (2 * layers + 1) * HIDDEN;
-        // 4.127 bits a weight, f32 for the rest; parameters with two moments each.
+        // 4.127 bits per weight, f32 for the rest; parameters with two moments each.
         let formula = 4.127 / 8.0 * weights as f64 + 4.0 * dense as f64 + 3.0 * 4.0 * trained as f64;
         let live = device.memory().live_bytes as f64;
-        // A table of 256 scales a matrix, paddings, the batch and the table of rotations.
+        // A table of 256 scales per matrix, paddings, the batch and the table of rotations.
         let overhead = (7 * layers * 1100 + 512 * 64 * 4 + 64 * 1024) as f64;
         assert!(
             live >= 0.99 * formula && live <= 1.02 * formula + overhead,
@@ -314,7 +315,7 @@ fn checkpointing_keeps_one_layer_and_the_inputs_of_the_others() {
             let model = random_model(&device, layers);
             let batch = random_batch(&model, length);
             let trainer = Trainer::new(TrainOptions { checkpoint_activations, ..Run::open("train-basic").options });
-            // Everything that stays is there before it is counted.
+            // Allocates everything that stays before counting.
             trainer.gradients(&model, std::slice::from_ref(&batch), 1.0).unwrap();
             device.wait().unwrap();
             device.reset_peak();
@@ -323,7 +324,7 @@ fn checkpointing_keeps_one_layer_and_the_inputs_of_the_others() {
             (device.memory().peak_bytes - before) as f64
         };
         let a_layer = |checkpoint| (peak(6, checkpoint) - peak(2, checkpoint)) / 4.0;
-        // Gradients of a layer's adapters are there at the end either way.
+        // The gradients of a layer's adapters exist at the end either way.
         let gradients = (4 * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + FFN))) as f64;
         let input = (4 * length * HIDDEN) as f64;
         let (whole, checkpointed) = (a_layer(false), a_layer(true));

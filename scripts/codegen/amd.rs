@@ -1,5 +1,5 @@
-//! Listings of RADV's compiler, ACO: `BB7:` before a block, then an instruction a line, `name
-//! operands ; bytes`.
+//! Parses listings of RADV's compiler, ACO: `BB7:` before a block, then one instruction per line,
+//! `name operands ; bytes`.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use crate::listing::{Block, Class, Instruction, Listing};
 pub fn parse(text: &str) -> Listing {
     let mut blocks: Vec<Block> = Vec::new();
     let mut index: HashMap<&str, usize> = HashMap::new();
-    // Where each block jumps to, and whether it goes on to the next one.
+    // Jump targets of each block, and whether it continues with the next one.
     let mut jumps: Vec<(Vec<&str>, bool)> = Vec::new();
     for line in text.lines() {
         if let Some(label) = line.strip_suffix(':').filter(|label| label.starts_with("BB")) {
@@ -54,7 +54,7 @@ fn instruction(name: &str) -> Instruction {
 fn class(name: &str) -> Class {
     let starts = |parts: &[&str]| parts.iter().any(|part| name.starts_with(part));
     let has = |parts: &[&str]| parts.iter().any(|part| name.contains(part));
-    // "v_dual_fmac_f32" as "v_fmac_f32".
+    // Turns "v_dual_fmac_f32" into "v_fmac_f32".
     let plain = name.replacen("v_dual_", "v_", 1);
     let vector = |parts: &[&str]| parts.iter().any(|part| plain.starts_with(part));
     if starts(&["v_wmma", "v_swmmac", "v_mfma"]) {
@@ -84,7 +84,7 @@ fn class(name: &str) -> Class {
     }
 }
 
-/// Bytes a thread: "b128" or, of older generations, "dwordx4".
+/// Bytes per thread: "b128" or, in older generations, "dwordx4".
 fn bytes(name: &str) -> u32 {
     let widths = [("b128", 16), ("b96", 12), ("b64", 8), ("b32", 4), ("x4", 16), ("x3", 12), ("x2", 8), ("dword", 4)];
     let small = [("16", 2), ("short", 2), ("8", 1), ("byte", 1)];

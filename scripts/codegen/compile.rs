@@ -1,5 +1,5 @@
-//! Compiles variants of kernels as wgpu would have them compiled (the same device features, the
-//! same SPIR-V, the same flags of the stage), and asks the driver what its compiler made of them:
+//! Compiles variants of kernels like wgpu does (same device features, same SPIR-V, same stage
+//! flags), and reads the result from the driver's compiler through
 //! VK_KHR_pipeline_executable_properties. Nothing is run.
 
 use std::collections::BTreeMap;
@@ -12,18 +12,18 @@ use qlora_wgpu::wgpu::{self, Features, hal, naga};
 
 use crate::variants::{Variant, number};
 
-/// A compiled variant, as a driver describes it.
+/// A compiled variant, as the driver describes it.
 pub struct Compiled {
-    /// Threads a subgroup.
+    /// Threads per subgroup.
     pub subgroup: u32,
     pub statistics: BTreeMap<String, f64>,
-    /// Forms of the program by their names; the last one is machine code.
+    /// Representations of the program by name; the last one is machine code.
     pub texts: Vec<(String, String)>,
 }
 
-/// The only device of a driver, made as the program makes it.
+/// The only device of a driver, created like in the program.
 pub struct Driver {
-    /// Adapter and driver, by name.
+    /// Names of the GPU and its driver.
     pub name: String,
     features: Features,
     subgroup_sizes: [u32; 2],
@@ -32,13 +32,14 @@ pub struct Driver {
     robust: bool,
     device: ash::Device,
     executables: ash::khr::pipeline_executable_properties::Device,
-    // What `device` is part of.
+    // Owners that keep `device` alive.
     _opened: hal::OpenDevice<hal::api::Vulkan>,
     _instance: wgpu::Instance,
 }
 
 impl Driver {
-    /// Opens it; without the checks of buffers' bounds that wgpu asks for, if not `robust`.
+    /// Opens the device. Unless `robust`, it omits the bounds checks of buffers that wgpu asks
+    /// for.
     pub fn open(robust: bool) -> Result<Driver, Box<dyn Error>> {
         let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
         let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::VULKAN));
@@ -68,7 +69,7 @@ impl Driver {
         let (information, robustness) = (&raw mut information, &raw mut robustness);
         let extend: Box<hal::vulkan::CreateDeviceCallback<'_>> = Box::new(|args| {
             args.extensions.push(ash::khr::pipeline_executable_properties::NAME);
-            // SAFETY: both are alive until the device is made, and nothing else points to them.
+            // SAFETY: both live until the device is created, and nothing else points to them.
             *args.create_info = std::mem::take(args.create_info).push_next(unsafe { &mut *information });
             if !robust {
                 args.extensions.push(ash::ext::pipeline_robustness::NAME);
@@ -76,8 +77,8 @@ impl Driver {
                 *args.create_info = std::mem::take(args.create_info).push_next(unsafe { &mut *robustness });
             }
         });
-        // SAFETY: the features are the adapter's own, and the extensions those of drivers that
-        // this program is for.
+        // SAFETY: the features are the GPU's own, and the drivers that this program is for have
+        // the extensions.
         let opened = unsafe {
             hal_adapter.open_with_callback(features, &limits, &wgpu::MemoryHints::MemoryUsage, Some(extend))?
         };
@@ -96,28 +97,28 @@ impl Driver {
         })
     }
 
-    /// Returns whether the device has the cooperative matrices that the variant multiplies, in
-    /// subgroups of its size, and is offered its tile.
+    /// Whether the device has the cooperative matrices of the variant, in subgroups of its size,
+    /// and would use its tile.
     pub fn runs(&self, variant: &Variant) -> bool {
         let [least, most] = self.subgroup_sizes;
         let edge = number(&variant.label, "edge").is_none_or(|edge| self.cooperative_edges.contains(&edge));
         // The tiles of products in src/kernels/qmatmul_coop.rs: AMD's GPUs, whose subgroups have
-        // two sizes, have one buffer, and NVIDIA's large tile has two.
+        // two sizes, use one buffer, and NVIDIA's large tile uses two.
         let double = variant.label.split(' ').any(|part| part == "double");
         let tile = number(&variant.label, "subgroups").is_none()
             || if least == most { double || number(&variant.label, "tile_rows") == Some(64) } else { !double };
-        // Attention's matrices are loaded from buffers there, and elsewhere from workgroup memory.
+        // There attention loads its matrices from buffers; elsewhere from workgroup memory.
         let staged = variant.label.split(' ').any(|part| part == "staged");
         let form = number(&variant.label, "strips").is_none() || staged == (least == most);
         edge && (!variant.cooperative()
             || tile && form && number(&variant.label, "lanes").is_none_or(|lanes| (least..=most).contains(&lanes)))
     }
 
-    /// Compiles one.
+    /// Compiles a variant.
     pub fn compile(&self, variant: &Variant) -> Result<Compiled, Box<dyn Error>> {
         let spirv = spirv(variant, self.immediates)?;
-        // SAFETY: all that is made here is made of valid parts, used by this thread alone, and
-        // destroyed when done with; the process ends with what an error leaves.
+        // SAFETY: everything made here is made of valid parts, used by this thread alone, and
+        // destroyed afterwards. After an error the process ends and cleans up.
         unsafe {
             let layout = self.layout(variant.kernel)?;
             let module = self.device.create_shader_module(&vk::ShaderModuleCreateInfo::default().code(&spirv), None)?;
@@ -136,7 +137,7 @@ impl Driver {
             binding.descriptor_type(kind).stage_flags(vk::ShaderStageFlags::COMPUTE)
         };
         let storage = kernel.bindings.iter().map(|_| vk::DescriptorType::STORAGE_BUFFER);
-        // The parameters, where they are not immediates.
+        // The parameters, if they are not immediates.
         let uniform = (!self.immediates).then_some(vk::DescriptorType::UNIFORM_BUFFER_DYNAMIC);
         let bindings: Vec<_> = (0..).zip(storage.chain(uniform)).map(binding).collect();
         let set = vk::DescriptorSetLayoutCreateInfo::default().bindings(&bindings);
@@ -159,9 +160,9 @@ impl Driver {
         stage = stage.stage(vk::ShaderStageFlags::COMPUTE).module(module).name(c"main");
         let lanes = number(&variant.label, "lanes").filter(|_| variant.cooperative());
         if let Some(lanes) = lanes.filter(|_| self.subgroup_sizes[0] != self.subgroup_sizes[1]) {
-            // The program uses a pipeline only if its subgroups have turned out to be of the
-            // variant's size, and a driver may take any other when it is free to choose: what
-            // counts is the code for that size.
+            // The program uses a pipeline only if its subgroups turn out to have the variant's
+            // size. A driver that is free to choose may take another size, but only the code for
+            // that size counts.
             size = size.required_subgroup_size(lanes);
             stage = stage.push_next(&mut size);
         } else if self.features.contains(Features::SUBGROUP) {
@@ -190,7 +191,7 @@ impl Driver {
         let mut statistics = BTreeMap::new();
         for statistic in unsafe { self.executables.get_pipeline_executable_statistics(&which)? } {
             use vk::PipelineExecutableStatisticFormatKHR as Format;
-            // SAFETY: the format says which of them it is.
+            // SAFETY: the format selects the union's member.
             let value = unsafe {
                 match statistic.format {
                     Format::UINT64 => statistic.value.u64 as f64,
@@ -204,7 +205,7 @@ impl Driver {
         Ok(Compiled { subgroup, statistics, texts: unsafe { self.texts(&which)? } })
     }
 
-    /// By hand, for ash 0.38's helper gives its second call no room for the texts.
+    /// By hand, because ash 0.38's helper leaves no room for the texts in its second call.
     unsafe fn texts(&self, which: &vk::PipelineExecutableInfoKHR<'_>) -> Result<Vec<(String, String)>, Box<dyn Error>> {
         let get = self.executables.fp().get_pipeline_executable_internal_representations_khr;
         let device = self.device.handle();
@@ -231,7 +232,7 @@ fn text(raw: &[c_char]) -> String {
     CStr::from_bytes_until_nul(&bytes).unwrap_or_default().to_string_lossy().into_owned()
 }
 
-/// The variant as wgpu translates a trusted module for Vulkan.
+/// Translates the variant like wgpu does for a trusted module on Vulkan.
 fn spirv(variant: &Variant, immediates: bool) -> Result<Vec<u32>, Box<dyn Error>> {
     use naga::proc::{BoundsCheckPolicies, BoundsCheckPolicy::Unchecked};
     let source = compose(variant.kernel, &variant.defines, immediates)?;

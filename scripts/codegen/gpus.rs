@@ -1,4 +1,4 @@
-//! The GPUs to compile for, and how a program comes to run on their drivers without them.
+//! The GPUs to compile for, and the setup that runs their drivers without hardware.
 
 use std::error::Error;
 use std::fs;
@@ -7,7 +7,7 @@ use std::process::Command;
 
 use crate::listing::Listing;
 
-/// A GPU that mesa-drm-shim can feign.
+/// A GPU that mesa-drm-shim can simulate.
 pub struct Gpu {
     /// Its name in options and in the table.
     pub name: &'static str,
@@ -15,20 +15,19 @@ pub struct Gpu {
     shim: &'static str,
     /// The driver's name: "radeon" stands for libvulkan_radeon.so.
     driver: &'static str,
-    /// Which GPU of the driver's it is.
+    /// Selects the GPU within the driver.
     id: &'static str,
-    /// Whether buffers' bounds are checked, as wgpu has it for every pipeline.
+    /// Whether bounds of buffers are checked, as wgpu requests for every pipeline.
     pub robust: bool,
-    /// What reads its listings. The other drivers' are not read: what their statistics say is
-    /// judged.
+    /// Parser for its listings. For other drivers, only the statistics are judged.
     pub parse: Option<fn(&str) -> Listing>,
 }
 
-/// All of them, those that take longest first.
+/// All GPUs, slowest to compile first.
 pub const ALL: [Gpu; 6] = [
-    // Without the checks that wgpu asks for: NVK has them done by the shader, at a price
-    // (attention at D = 64: 2169 instructions and 152 spills for 709 and none) that NVIDIA's own
-    // driver does not ask, and that is none of the kernels' making.
+    // Without the checks that wgpu asks for. NVK implements them in the shader, at a price
+    // (attention at D = 64: 2169 instructions and 152 spills instead of 709 and none) that
+    // NVIDIA's own driver doesn't pay, and that says nothing about the kernels.
     Gpu {
         name: "ampere",
         shim: "nouveau",
@@ -49,18 +48,18 @@ const fn amd(name: &'static str) -> Gpu {
 }
 
 impl Gpu {
-    /// The one of this name.
+    /// Finds a GPU by name.
     pub fn named(name: &str) -> Result<&'static Gpu, String> {
         let names = || ALL.iter().map(|gpu| gpu.name).collect::<Vec<_>>().join(", ");
         ALL.iter().find(|gpu| gpu.name == name).ok_or_else(|| format!("must be one of {}", names()))
     }
 
-    /// This program, to be run on its driver: with Mesa's packages unpacked in `mesa` and the
-    /// shims' in `shims`, through the dynamic linker that comes with them. `scratch` is a folder
-    /// for the driver's manifest.
+    /// Returns the command that runs this program on the GPU's driver, with Mesa's packages
+    /// unpacked in `mesa` and the shims' in `shims`, through the dynamic linker that comes with
+    /// them. `scratch` is a folder for the driver's manifest.
     pub fn command(&self, mesa: &Path, shims: &Path, scratch: &Path) -> Result<Command, Box<dyn Error>> {
         let find = |root: &Path, name: &str| -> Result<PathBuf, Box<dyn Error>> {
-            // Whole paths, for the manifest has them from its own folder on.
+            // Absolute paths, because relative ones count from the manifest's folder.
             let root = fs::canonicalize(root).map_err(|error| format!("{}: {error}", root.display()))?;
             let folders = fs::read_dir(root.join("usr/lib")).map_err(|error| format!("{}: {error}", root.display()))?;
             let mut paths = folders.filter_map(|folder| Some(folder.ok()?.path().join(name)));

@@ -1,11 +1,11 @@
-//! A kernel's machine code as blocks of instructions, its loops, and what is in them.
+//! A kernel's machine code as blocks of instructions, with its loops and their contents.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// What an instruction is to the rules. Those of a uniform or scalar unit are [`Class::Scalar`]:
-/// they go beside the vector ones.
+/// Class of an instruction, as the rules see it. Instructions of a uniform or scalar unit are
+/// [`Class::Scalar`]: they run beside the vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Class {
@@ -14,7 +14,7 @@ pub enum Class {
     Select,
     Convert,
     Move,
-    /// Any other arithmetic of a vector unit.
+    /// Any other arithmetic in a vector unit.
     Vector,
     GlobalLoad,
     GlobalStore,
@@ -28,12 +28,12 @@ pub enum Class {
 }
 
 impl Class {
-    /// Whether a vector unit computes it; matrix instructions are not among these.
+    /// Whether a vector unit computes it; matrix instructions don't count.
     pub fn is_vector(self) -> bool {
         matches!(self, Class::Fma | Class::Select | Class::Convert | Class::Move | Class::Vector)
     }
 
-    /// Whether it moves values between registers and memory, a value for each thread.
+    /// Whether it moves values between registers and memory, one value per thread.
     pub fn is_memory(self) -> bool {
         matches!(self, Class::GlobalLoad | Class::GlobalStore | Class::SharedLoad | Class::SharedStore | Class::Scratch)
     }
@@ -42,17 +42,17 @@ impl Class {
 /// One instruction.
 pub struct Instruction {
     pub class: Class,
-    /// As the listing names it.
+    /// Name in the listing.
     pub name: String,
-    /// Bytes a thread, of loads from global memory.
+    /// Bytes per thread, for loads from global memory.
     pub bytes: u32,
-    /// A load of 16 bits.
+    /// Whether it is a load of 16 bits.
     pub gathers: bool,
-    /// Transposes a matrix register.
+    /// Whether it transposes a matrix register.
     pub transposes: bool,
 }
 
-/// Blocks in the order of the listing; edges lead to the indices of blocks.
+/// Blocks in the order of the listing; edges are indices of blocks.
 #[derive(Default)]
 pub struct Listing {
     pub blocks: Vec<Block>,
@@ -64,11 +64,11 @@ pub struct Block {
     pub next: Vec<usize>,
 }
 
-/// How many instructions of each kind there are, each counted once however often it runs.
+/// Number of instructions of each kind, each counted once however often it runs.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Counts {
     pub classes: BTreeMap<Class, u32>,
-    /// Loads from global memory, by their bytes a thread.
+    /// Loads from global memory, by their bytes per thread.
     pub loads: BTreeMap<u32, u32>,
     pub gathers: u32,
     pub transposes: u32,
@@ -107,27 +107,27 @@ impl Counts {
 pub struct Loop {
     /// Index of its first block.
     pub head: usize,
-    /// How many blocks it has.
+    /// Number of its blocks.
     pub blocks: usize,
-    /// Of all its blocks, with those of the loops inside it.
+    /// Counts of all its blocks, including those of inner loops.
     pub counts: Counts,
-    /// Matrix instructions and FMAs that are in no loop inside it.
+    /// Matrix instructions and FMAs that are not in an inner loop.
     pub own: [u32; 2],
-    /// The loop around it.
+    /// The enclosing loop.
     pub around: Option<usize>,
 }
 
-/// What the rules want to know of a listing.
+/// Everything the rules need from a listing.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Summary {
     pub whole: Counts,
-    /// Outer loops before those inside them.
+    /// Loops, outer before inner.
     pub loops: Vec<Loop>,
 }
 
 impl Summary {
-    /// The innermost loop around the most matrix instructions or, where there are none, the most
-    /// FMAs; the first of equal ones, for what a product appends (its adapter) comes last.
+    /// The innermost loop around the most matrix instructions or, if there are none, the most
+    /// FMAs. Among equals the first, because what a product appends (its adapter) comes last.
     fn hot(&self) -> Option<usize> {
         let matrix = self.loops.iter().any(|it| it.own[0] > 0);
         let value = |at: &usize| self.loops[*at].own[usize::from(!matrix)];
@@ -136,13 +136,14 @@ impl Summary {
             .max_by_key(|at| (value(at), std::cmp::Reverse(self.loops[*at].head)))
     }
 
-    /// The counts of the hot loop; of the whole kernel if it has none.
+    /// Counts of the hot loop, or of the whole kernel if there is none.
     pub fn hot_counts(&self) -> &Counts {
         self.hot().map_or(&self.whole, |at| &self.loops[at].counts)
     }
 
-    /// The counts of the hot loop or, as it may work on what another one inside the same outer
-    /// loop has staged, of the innermost loop around it that loads from global memory.
+    /// Counts of the loop that loads the hot loop's operands. This is the hot loop itself or, if
+    /// another loop inside the same outer loop stages them, the innermost loop around it that
+    /// loads from global memory.
     pub fn loading_counts(&self) -> &Counts {
         let mut at = self.hot();
         while let Some(index) = at {
@@ -188,8 +189,7 @@ impl Listing {
         Summary { whole: count(&mut (0..self.blocks.len())), loops: loops.collect() }
     }
 
-    /// For each block that is jumped back to, which blocks are in its loop; the larger loops
-    /// first.
+    /// For each block that is jumped back to, the blocks of its loop; larger loops first.
     fn natural_loops(&self) -> Vec<(usize, Vec<bool>)> {
         let count = self.blocks.len();
         let mut before = vec![Vec::new(); count];
@@ -224,8 +224,7 @@ impl Listing {
         loops
     }
 
-    /// The immediate dominator of every block that can be reached (Cooper, Harvey and Kennedy's
-    /// algorithm).
+    /// Immediate dominator of every reachable block (Cooper, Harvey and Kennedy's algorithm).
     fn dominators(&self, before: &[Vec<usize>]) -> Vec<Option<usize>> {
         let count = self.blocks.len();
         let mut found = vec![None; count];

@@ -1,23 +1,24 @@
-//! Compiles every variant of every kernel to the machine code of GPUs that are not there, and says
-//! which rules it breaks.
+//! Compiles every variant of every kernel to machine code for GPUs that aren't in this machine,
+//! and reports the rules it breaks.
 //!
-//! `scripts/codegen.sh` (`make test-codegen`) fetches what this needs, builds it and runs it.
-//! Mesa's compilers run without hardware: mesa-drm-shim has a driver believe that there is a GPU.
-//! Nothing is computed, so this shows registers, spills, occupancy and instructions, not times;
-//! NAK is not NVIDIA's own compiler, nor Honeykrisp's Metal's.
+//! `scripts/codegen.sh` (`make test-codegen`) fetches everything it needs, builds it and runs it.
+//! Mesa's compilers run without hardware: mesa-drm-shim makes a driver believe that there is a
+//! GPU. Nothing is computed, so this shows registers, spills, occupancy and instructions, but no
+//! times. NAK is not NVIDIA's own compiler, and Honeykrisp's is not Metal's.
 //!
-//! The rules, in `rules.rs`: everything compiles; nothing spills; so many subgroups fit on a unit
-//! at once; what is for matrix instructions has them, and no more gathers than these, nor transposes; the loops of
-//! products load 16 bytes at a time; and three measures are those of `table.json`, within 10 %:
+//! The rules are in `rules.rs`. Everything compiles. Nothing spills. A minimum number of subgroups
+//! fits on a unit at once. Kernels for matrix instructions have some, and at most as many gathers
+//! and as many transposes. The loops of products load 16 bytes at a time. Three measures match
+//! `table.json` within 10 %:
 //!
-//! - `vector/matrix`: vector instructions a matrix instruction, of cooperative matrices
-//! - `vector/weight`: vector instructions a weight that a turn of the loop decodes, of
+//! - `vector/matrix`: vector instructions per matrix instruction, for cooperative matrices
+//! - `vector/weight`: vector instructions per weight that an iteration of the loop decodes, for
 //!   matrix-vector products
-//! - `FMA-share`: FMAs over all vector and memory instructions, of register tiles
+//! - `FMA-share`: FMAs divided by all vector and memory instructions, for register tiles
 //!
-//! All three are of the hot loop, the innermost one around the most matrix instructions or FMAs,
-//! with every instruction counted once. Whoever improves a figure has the table keep it
-//! (`--update`), and whoever makes one worse says why.
+//! All three apply to the hot loop, the innermost one around the most matrix instructions or FMAs,
+//! with every instruction counted once. If you improve a figure, update the table (`--update`); if
+//! you make one worse, say why.
 //!
 //! For work on a kernel: `sh scripts/codegen.sh --gpu navi31 --show qmatmul_gemv` prints
 //! statistics and loops of its variants, and `--keep FOLDER` keeps the listings.
@@ -49,34 +50,34 @@ use gpus::Gpu;
 use rules::Record;
 use table::Table;
 
-/// A driver that takes so long for all kernels hangs, however busy the machine is.
+/// A driver that takes this long for all kernels hangs, however busy the machine is.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// GPUs at a time.
 const AT_ONCE: usize = 2;
 
-/// Compiles all kernels for GPUs that are not there, and judges the machine code. Status 1: a rule
-/// is broken.
+/// Compiles all kernels for GPUs that aren't in this machine, and judges the machine code. Exit
+/// status 1: a rule is broken.
 #[derive(Parser, Debug)]
 #[command(name = "codegen")]
 struct Options {
-    /// Only for these GPUs: ampere, navi31, gfx1201, navi21, m1, adreno.
+    /// Only these GPUs: ampere, navi31, gfx1201, navi21, m1, adreno.
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = |name: &str| Gpu::named(name).map(|gpu| gpu.name))]
     gpu: Vec<&'static str>,
-    /// Only kernels with this part in their names.
+    /// Only kernels whose names contain this.
     #[arg(long, value_name = "PART", value_delimiter = ',')]
     kernel: Vec<String>,
-    /// Only variants with this part among their constants, or without it: '!ragged'.
+    /// Only variants whose constants contain this; '!ragged' excludes.
     #[arg(long, value_name = "PART", value_delimiter = ',')]
     label: Vec<String>,
-    /// Print statistics and loops of the variants of this kernel, and compile no other.
+    /// Print statistics and loops of this kernel's variants, and compile no other kernel.
     #[arg(long, value_name = "KERNEL")]
     show: Option<String>,
-    /// Print a table of registers, subgroups and measures, a line for each kernel and GPU.
+    /// Print a table of registers, subgroups and measures, with a line per kernel and GPU.
     #[arg(long)]
     table: bool,
-    /// Print every broken rule; else the worst variant stands for all of a kernel that break the
-    /// same one on a GPU.
+    /// Print every broken rule. By default, only the worst of a kernel's variants that break the
+    /// same rule on a GPU.
     #[arg(long)]
     all: bool,
     /// Write the measures to scripts/codegen/table.json.
@@ -85,13 +86,13 @@ struct Options {
     /// Keep the listings in this folder.
     #[arg(long, value_name = "FOLDER")]
     keep: Option<PathBuf>,
-    /// Mesa's packages, unpacked; scripts/codegen.sh says where.
+    /// Folder with Mesa's packages, unpacked; scripts/codegen.sh sets it.
     #[arg(long, value_name = "FOLDER")]
     mesa: PathBuf,
-    /// As --mesa, mesa-drm-shim's.
+    /// Folder with mesa-drm-shim's packages, unpacked.
     #[arg(long, value_name = "FOLDER")]
     shims: PathBuf,
-    /// Compile for this GPU, whose driver this process runs on, and print a record a line.
+    /// Compile for this GPU, whose driver this process runs on, and print one record per line.
     #[arg(long, hide = true)]
     compile: Option<String>,
 }
@@ -106,10 +107,10 @@ impl Options {
     }
 }
 
-/// What a GPU's compiler made of the kernels.
+/// Result of compiling the kernels for one GPU.
 struct Run {
     gpu: &'static Gpu,
-    /// Adapter and driver.
+    /// Names of the GPU and its driver.
     name: String,
     records: Vec<Record>,
 }
@@ -130,7 +131,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// In a process of a GPU's: a line with its name, and then a record a line.
+/// Runs in a GPU's own process. Prints its name, then one record per line.
 fn compile_for(gpu: &Gpu, options: &Options) -> Result<(), Box<dyn Error>> {
     let driver = compile::Driver::open(gpu.robust)?;
     let mut out = std::io::stdout().lock();
@@ -161,7 +162,7 @@ fn compile_for(gpu: &Gpu, options: &Options) -> Result<(), Box<dyn Error>> {
         writeln!(out, "{}", serde_json::to_string(&record)?)?;
     }
     out.flush()?;
-    // Drivers that were told of a GPU that is not there need not take leave of it.
+    // Skips the cleanup of drivers that believe in a GPU that isn't there.
     std::process::exit(0)
 }
 
@@ -174,8 +175,8 @@ fn keep(folder: &Path, stem: &str, label: &str, texts: &[(String, String)]) -> R
     Ok(())
 }
 
-/// Compiles for every GPU that is meant, a process each, and prints what there is to say. Whether
-/// all rules hold.
+/// Compiles for every selected GPU, in a process each, and prints the results. Returns whether all
+/// rules hold.
 fn judge(options: &Options) -> Result<bool, Box<dyn Error>> {
     let start = Instant::now();
     let mut table = Table::load()?;
@@ -208,7 +209,7 @@ fn judge(options: &Options) -> Result<bool, Box<dyn Error>> {
     if options.table {
         report::families(&runs);
     }
-    // What a run with these options says all about.
+    // The keys that a run with these options covers completely.
     let kernels = options.kernels();
     let names: Vec<_> = runs.iter().map(|run| run.gpu.name).collect();
     let meant = |key: &str| {
@@ -232,7 +233,7 @@ fn judge(options: &Options) -> Result<bool, Box<dyn Error>> {
     Ok(holds && failures.is_empty())
 }
 
-/// Has a process on the GPU's driver compile for it.
+/// Starts a process on the GPU's driver that compiles for it.
 fn run(gpu: &'static Gpu, options: &Options, scratch: &Path) -> Result<Run, Box<dyn Error>> {
     let (out, log) = (scratch.join(format!("{}.out", gpu.name)), scratch.join(format!("{}.log", gpu.name)));
     let mut command = gpu.command(&options.mesa, &options.shims, scratch)?;

@@ -1,5 +1,5 @@
-//! Listings of NVK's compiler, NAK: `block 7 L3 [5, 6] -> {`, then an instruction a line, `@p0 r1
-//! = name operands // delays`, and `} -> [8, 9]` with the blocks that follow.
+//! Parses listings of NVK's compiler, NAK: `block 7 L3 [5, 6] -> {`, then one instruction per
+//! line, `@p0 r1 = name operands // delays`, and `} -> [8, 9]` with the blocks that follow.
 
 use std::collections::HashMap;
 
@@ -67,7 +67,7 @@ fn class(name: &str) -> Class {
     }
 }
 
-/// Bytes a thread: "ld.global.a64.constant.b128".
+/// Bytes per thread: "ld.global.a64.constant.b128".
 fn bytes(name: &str) -> u32 {
     let mut bits = name.split('.').filter_map(|part| part.trim_start_matches(['b', 'u', 's', 'i']).parse::<u32>().ok());
     bits.rfind(|bits| [8, 16, 32, 64, 128].contains(bits)).map_or(4, |bits| bits / 8)

@@ -1,4 +1,4 @@
-//! In place of `compile.rs` on systems that mesa-drm-shim is not for.
+//! Replaces `compile.rs` on systems without mesa-drm-shim.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -17,7 +17,7 @@ pub struct Driver {
 
 impl Driver {
     pub fn open(_robust: bool) -> Result<Driver, Box<dyn Error>> {
-        Err("mesa-drm-shim is for Linux, and so is this program".into())
+        Err("mesa-drm-shim runs only on Linux, and so does this program".into())
     }
 
     pub fn runs(&self, variant: &Variant) -> bool {

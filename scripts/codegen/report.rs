@@ -1,4 +1,4 @@
-//! What is printed.
+//! Prints the results.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use crate::listing::Counts;
 use crate::rules::{Broken, Record};
 use crate::table::Table;
 
-/// Broken rules, the worst first, and how many hold. Whether all do.
+/// Prints broken rules, worst first, and the number that hold. Returns whether all hold.
 pub fn verdict<'a>(
     runs: &[Run],
     table: &Table,
@@ -17,7 +17,7 @@ pub fn verdict<'a>(
     elapsed: Duration,
 ) -> bool {
     let (mut right, mut broken) = (0, 0);
-    // By rule, GPU and kernel.
+    // Faults by rule, GPU and kernel.
     let mut groups = BTreeMap::new();
     for run in runs {
         for record in &run.records {
@@ -52,11 +52,11 @@ pub fn verdict<'a>(
     for run in runs {
         println!("{:8} {}: {} variants", run.gpu.name, run.name, run.records.len());
     }
-    println!("{right} rules right, {} broken; {} s", broken + stale, elapsed.as_secs());
+    println!("{right} rules hold, {} broken; {} s", broken + stale, elapsed.as_secs());
     broken + stale == 0
 }
 
-/// A Markdown table with a line for each kernel and GPU, `ragged` variants aside: the most
+/// Prints a Markdown table with a line per kernel and GPU, without `ragged` variants: the most
 /// registers, the fewest subgroups, and the range of the measure.
 pub fn families(runs: &[Run]) {
     println!("| kernel | GPU | variants | registers | subgroups | spills | measure |\n|---|---|---|---|---|---|---|");
@@ -82,7 +82,7 @@ pub fn families(runs: &[Run]) {
     println!();
 }
 
-/// Statistics and loops of every variant.
+/// Prints statistics and loops of every variant.
 pub fn show(runs: &[Run]) {
     for run in runs {
         for record in &run.records {

@@ -1,12 +1,13 @@
-//! The rules, on what a driver says of a variant and what its listing shows.
+//! The rules, applied to a driver's statistics for a variant and to its listing.
 //!
-//! Loads are counted in the loop that loads what the hot loop multiplies
-//! (`Summary::loading_counts`): all of 16 bytes, but for those of scales. A block of weights takes
-//! one of these, three where scales are double-quantized, and as many again with minimums. A
-//! matrix-vector product has a block of each of its rows in a turn. In tiles as many rows of W are
-//! staged as of X, and 32 weights, a block at least, and as many values of X take 9 loads of 16
-//! bytes: a block for 9 of them, two where tiles are not square. `qmatmul_dx_coop` takes words, not
-//! chunks, of two rows of W, so that what it stages are pairs, and loads the scales of two blocks.
+//! Loads are counted in the loop that loads the operands of the hot loop
+//! (`Summary::loading_counts`). All must have 16 bytes, except loads of scales. A block of weights
+//! takes one of these, three if scales are double-quantized, and the same again with minima. A
+//! matrix-vector product has a block of each of its rows per iteration. Tiles stage equal numbers
+//! of rows of W and X. There, 32 weights (at least a block) and 32 values of X take 9 loads of 16
+//! bytes: one block for 9 loads, two if tiles are not square. `qmatmul_dx_coop` takes words
+//! instead of chunks, of two rows of W, so that it can stage pairs, and loads the scales of two
+//! blocks.
 
 use std::collections::BTreeMap;
 
@@ -17,14 +18,14 @@ use crate::listing::{Class, Counts, Summary};
 use crate::table::{SLACK, Table};
 use crate::variants::{number, word};
 
-/// The fewest subgroups that are to fit on a unit at once: AMD's SIMDs and NVIDIA's SMs.
+/// Minimum subgroups that must fit on a unit at once: AMD's SIMDs and NVIDIA's SMs.
 const OCCUPANCY: [(&str, &str, f64); 2] =
-    [("Subgroups per SIMD", "waves a SIMD", 6.0), ("Max warps/SM", "warps an SM", 12.0)];
+    [("Subgroups per SIMD", "waves per SIMD", 6.0), ("Max warps/SM", "warps per SM", 12.0)];
 
-/// What drivers call registers in memory, or memory of single threads.
+/// Drivers' names for spilled registers, or for memory of single threads.
 const SPILLS: [&str; 5] = ["Spilled VGPRs", "Spilled SGPRs", "Spills to memory", "Spills", "STP Count"];
 
-/// A compiled variant, or why it is none.
+/// A compiled variant, or the error.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Record {
     pub kernel: String,
@@ -33,20 +34,20 @@ pub struct Record {
     pub error: Option<String>,
     pub subgroup: u32,
     pub statistics: BTreeMap<String, f64>,
-    /// Where listings are read.
+    /// Set if listings are parsed.
     pub summary: Option<Summary>,
 }
 
-/// A rule that does not hold.
+/// A broken rule.
 pub struct Broken {
     pub rule: &'static str,
-    /// What was found, with the figure.
+    /// Description, with the figure.
     pub found: String,
-    /// How many times as much as there may be.
+    /// The figure divided by what is allowed.
     pub excess: f64,
 }
 
-/// A measure of a variant, to be kept in the table.
+/// A measure of a variant, kept in the table.
 pub struct Measure {
     pub name: &'static str,
     pub value: f64,
@@ -58,12 +59,12 @@ impl Record {
         names.iter().find_map(|name| self.statistics.get(*name).copied())
     }
 
-    /// Registers a thread.
+    /// Registers per thread.
     pub fn registers(&self) -> Option<f64> {
         self.statistic(&["VGPRs", "Number of GPRs", "GPRs", "Registers used"])
     }
 
-    /// Subgroups (of Apple's, threads) that fit on a unit at once.
+    /// Subgroups (for Apple's GPUs, threads) that fit on a unit at once.
     pub fn occupancy(&self) -> Option<f64> {
         self.statistic(&["Subgroups per SIMD", "Max warps/SM", "Max Waves Per Core", "Threads"])
     }
@@ -89,20 +90,19 @@ impl Record {
         number(&self.label, "rows").unwrap_or(1)
     }
 
-    /// Weights that a thread of a matrix-vector product decodes in a turn of the hot loop: eight
-    /// of each row, or the 32 of a 16-byte load where these are loaded in that loop and not around
-    /// it.
+    /// Weights that a thread of a matrix-vector product decodes per iteration of the hot loop:
+    /// eight of each row, or the 32 of a 16-byte load if that loop loads them itself.
     fn weights_a_turn(&self, hot: &Counts) -> u32 {
         let loads = hot.loads.contains_key(&16);
         self.rows() * if self.flag("chunked") && loads { 32 } else { 8 }
     }
 
-    /// The key of a measure in the table.
+    /// Key of a measure in the table.
     pub fn key(&self, gpu: &Gpu, measure: &Measure) -> String {
         format!("{} {} {} [{}]", self.kernel, gpu.name, measure.name, self.label)
     }
 
-    /// The one measure of its kind of kernel. `ragged` variants have none: they are those of odd
+    /// The measure for its kind of kernel. `ragged` variants have none, because they are for odd
     /// shapes.
     pub fn measure(&self) -> Option<Measure> {
         let counts = self.summary.as_ref().filter(|_| !self.flag("ragged"))?.hot_counts();
@@ -123,7 +123,7 @@ impl Record {
         None
     }
 
-    /// How many rules hold, and those that do not.
+    /// Returns the number of rules that hold, and the broken ones.
     pub fn judge(&self, gpu: &Gpu, table: &Table) -> (usize, Vec<Broken>) {
         let mut court = Court::default();
         if let Some(error) = &self.error {
@@ -136,7 +136,7 @@ impl Record {
             for (name, unit, least) in OCCUPANCY {
                 if let Some(&value) = self.statistics.get(name) {
                     court.rule("occupancy", value >= least, least / value.max(0.5), || {
-                        format!("{value} {unit} of {least}")
+                        format!("{value} {unit}, needs {least}")
                     });
                 }
             }
@@ -153,9 +153,9 @@ impl Record {
         (court.right, court.broken)
     }
 
-    /// Returns whether this is a product with loops whose shapes fit loads of 16 bytes. `ragged` ones
-    /// and those whose rows are no whole chunks or quads do without, and so does Q8_0, which has 8
-    /// weights in 8 bytes.
+    /// Whether this is a product with loops whose shapes fit loads of 16 bytes. `ragged` variants
+    /// and rows without whole chunks or quads are exempt, and so is Q8_0, which has 8 weights in 8
+    /// bytes.
     fn loads_fit(&self) -> bool {
         let gemv = self.kernel.contains("gemv");
         let looped = gemv || self.cooperative() || self.kernel.contains("_tile");

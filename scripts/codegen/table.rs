@@ -1,17 +1,17 @@
-//! The figures that kernels have had: a JSON object, sorted, a line each, in `table.json` beside
-//! this file.
+//! Recorded figures of kernels: a sorted JSON object with one entry per line, in `table.json`
+//! beside this file.
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
 
-/// How much a figure may differ from the table's.
+/// Allowed relative difference from the table's figure.
 pub const SLACK: f64 = 0.1;
 
 pub struct Table {
     path: PathBuf,
-    /// By GPU, kernel, variant and measure.
+    /// Figures by GPU, kernel, variant and measure.
     figures: BTreeMap<String, f64>,
 }
 
@@ -27,7 +27,7 @@ impl Table {
         self.figures.get(key).copied()
     }
 
-    /// The keys that are not among these, and for which `meant` holds.
+    /// Returns the keys that are not among these, and for which `meant` holds.
     pub fn others<'a>(
         &'a self,
         found: &'a BTreeMap<String, f64>,
@@ -36,7 +36,7 @@ impl Table {
         self.figures.keys().filter(move |key| !found.contains_key(*key) && meant(key))
     }
 
-    /// Takes these figures in place of those for which `meant` holds, and writes the file.
+    /// Replaces the figures for which `meant` holds by these, and writes the file.
     pub fn update(
         &mut self,
         found: &BTreeMap<String, f64>,

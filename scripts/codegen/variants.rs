@@ -1,39 +1,39 @@
-//! The variants of kernels that hardware may run, and which of them are meant.
+//! The variants of kernels that hardware may run, and selecting among them.
 
 use std::collections::{BTreeSet, HashMap};
 
 use qlora_wgpu::device::{Defines, Kernel, Tier};
 use qlora_wgpu::kernels::registry::KERNELS;
 
-/// One of them.
+/// A variant of a kernel.
 pub struct Variant {
     pub kernel: &'static Kernel,
     pub defines: Defines,
-    /// The first of the tiers that have it.
+    /// The first tier that has it.
     pub tier: Tier,
-    /// Its constants in a line; no other variant of the kernel has the same.
+    /// Its constants in one line, unique among the kernel's variants.
     pub label: String,
 }
 
 impl Variant {
-    /// Whether it multiplies cooperative matrices.
+    /// Whether it uses cooperative matrices.
     pub fn cooperative(&self) -> bool {
         number(&self.label, "edge").is_some()
     }
 }
 
-/// The value of a constant in a variant's label, if it is a number: of "edge=16 lanes=32".
+/// Value of a numeric constant in a variant's label, such as "edge=16 lanes=32".
 pub fn number(label: &str, name: &str) -> Option<u32> {
     label.split(' ').find_map(|part| part.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
 }
 
-/// The word or number of a constant in a variant's label.
+/// Word or number of a constant in a variant's label.
 pub fn word<'a>(label: &'a str, name: &str) -> Option<&'a str> {
     label.split(' ').find_map(|part| part.strip_prefix(name)?.strip_prefix('='))
 }
 
-/// Those of kernels whose names have one of these parts (any, if there are none), with all of
-/// these parts in their labels: "!PART" is not to be in it.
+/// Returns the variants of kernels whose names contain one of these parts (all kernels, if there
+/// are none), and whose labels contain all of these parts; "!PART" must not occur.
 pub fn matching(kernels: &[String], labels: &[String]) -> Vec<Variant> {
     let mut seen = BTreeSet::new();
     let mut names: HashMap<String, usize> = HashMap::new();
@@ -46,7 +46,7 @@ pub fn matching(kernels: &[String], labels: &[String]) -> Vec<Variant> {
                     continue;
                 }
                 let mut label = defines.label();
-                // Codebooks are not in labels.
+                // Labels don't contain codebooks.
                 let count = names.entry(format!("{name} {label}")).or_default();
                 *count += 1;
                 if *count > 1 {

@@ -1,4 +1,5 @@
-{# An AdamW step of quad `i` of a tensor, whose arrays' names end in `t`, on a gradient multiplied by `factor`. #}
+{# An AdamW step for quad `i` of a tensor, whose arrays' names end in `t`. Gradients are multiplied
+   by `factor`. #}
 {% macro update(t, factor) %}
     let g = grad{{ t }}[i] * {{ factor }};
     let m_new = m{{ t }}[i] + (g - m{{ t }}[i]) * p.new1;

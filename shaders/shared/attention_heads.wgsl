@@ -1,4 +1,5 @@
-{# Which rows of which head a workgroup of an attention kernel owns. Workgroups past the last end here. #}
+{# Finds the rows and the head that a workgroup of an attention kernel owns. Workgroups past the
+   last one return here. #}
 {% macro enter_group() %}
     let group = group_index(workgroup, count);
     if (group >= p.groups) {
@@ -14,7 +15,7 @@
     let kv_head = head / (p.heads / p.kv_heads);
 {% endmacro %}
 
-{# A block of keys, and how many heads of queries share them. #}
+{# A block of keys, and the number of query heads that share them. #}
 {% macro key_block() %}
 {{ enter_group() }}
     let block = group / p.kv_heads;

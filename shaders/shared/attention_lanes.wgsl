@@ -1,10 +1,12 @@
-{# Attention on software drivers: no workgroup memory, no barriers. A workgroup is one subgroup of eight, and owns `rows` rows
-   of one head; it goes over the other side eight at a time. Scores have a lane for each of the eight; what is added up from
-   them has a lane for each of eight values of a head. What all lanes need, each loads an eighth of, and broadcasts hand it
-   round: these drivers load lane by lane. #}
+{# Attention on software drivers: no workgroup memory, no barriers. A workgroup is one subgroup of
+   eight and owns `rows` rows of one head. It goes over the other side eight rows at a time. For
+   scores, each lane has one of the eight rows; for the results, each lane has one of eight values
+   of a head. If all lanes need the same data, each loads an eighth and broadcasts it, because
+   these drivers load lane by lane. #}
 {% from "attention_heads.wgsl" import query_block %}
 
-{# The workgroup's queries, their head, and the keys that they see; ends the workgroups past the last. #}
+{# Finds the workgroup's queries, their head, and the keys that they see; returns from workgroups
+   past the last one. #}
 {% macro begin_queries() %}
 {{ query_block() }}
 {% for r in range(rows) %}
@@ -12,11 +14,13 @@
     let seen{{ r }} = key_ranges[query{{ r }}];
     let row{{ r }} = (query{{ r }} * p.heads + head) * {{ head_dim }}u;
 {% endfor %}
-    // Ranges never go back from a query to the next: these are the keys of all the workgroup's queries.
+    // Ranges don't move back from one query to the next, so these are the keys of all queries
+    // here.
     let end = seen{{ rows - 1 }}.y;
 {% endmacro %}
 
-{# Of each row r and the lane's own vector: resultR = sum over d of left[left_atR + d] * right[right_at + d]. #}
+{# For each row r and the lane's own vector: resultR = sum over d of left[left_atR + d] *
+   right[right_at + d]. #}
 {% macro dots(result, left, left_at, right, right_at) %}
 {% for r in range(rows) %}
         var {{ result }}{{ r }} = 0.0;
@@ -35,7 +39,8 @@
         }
 {% endmacro %}
 
-{# Adds the eight vectors at `at0` to `at7`, times each lane's weight, to the sums of every row: one vector after another. #}
+{# Adds the eight vectors at `at0` to `at7`, multiplied by each lane's weight, to the sums of every
+   row, one vector after another. #}
 {% macro add_up(sum, weight, values, at) %}
 {% for d in range(head_dim // 8) %}
         {
@@ -49,14 +54,15 @@
 {% endfor %}
 {% endmacro %}
 
-{# Of every row, a zero for each eight values of a head. #}
+{# For every row, a zero for each eight values of a head. #}
 {% macro zeros(sum) %}
 {% for r in range(rows) %}{% for d in range(head_dim // 8) %}
     var {{ sum }}{{ r }}_{{ d }} = 0.0;
 {% endfor %}{% endfor %}
 {% endmacro %}
 
-{# Where the eight of the other side are that begin at `first`: rows of `heads` heads, of which there are `count`. #}
+{# Places of the eight rows of the other side from `first` on. There are `count` rows of `heads`
+   heads. #}
 {% macro eight(at, first, count, heads, head) %}
 {% for i in range(8) %}
         let {{ at }}{{ i }} = (min({{ first }} + {{ i }}u, {{ count }} - 1u) * {{ heads }} + {{ head }}) * {{ head_dim }}u;

@@ -1,16 +1,16 @@
-{# Products of strips for the attention kernels of cooperative matrices. A workgroup of four
-   subgroups owns `strips` strips of 16 rows (queries, or keys) of one head, and goes over the
-   other side {{ 32 * (4 // strips) }} rows at a time. Of the scores a subgroup has its strip by 32
-   other rows; of what is added up from them the strip by the whole head, or by half of it where
-   two subgroups share a strip.
+{# Products of strips for the cooperative-matrix attention kernels. A workgroup of four subgroups
+   owns `strips` strips of 16 rows (queries or keys) of one head, and goes over the other side {{
+   32 * (4 // strips) }} rows at a time. A subgroup holds the scores of its strip with 32 other
+   rows, and the results of its strip for the whole head, or for half of the head if two subgroups
+   share a strip.
 
-   There are two forms, which give the same bits. Matrices are loaded from the buffers, where their
-   tiles lie in one piece. `staged`: they are loaded from workgroup memory, to which the threads
-   copy them once for all subgroups, 16 bytes at a time; for devices that load from buffers value
-   by value. What is copied at a time is `slice` values of the other rows' heads in two planes, or
-   as much else as there is room for. Of the own rows' planes the first `kept` stay in registers, the
-   next `held` in workgroup memory, and any more are loaded from the buffer for every tile of the
-   other rows. Arrays are those of vec4 then. #}
+   There are two forms, which give the same bits. In the first, matrices are loaded from the
+   buffers, where their tiles are contiguous. `staged`: matrices are loaded from workgroup memory.
+   Threads copy them there once for all subgroups, 16 bytes at a time; this is for devices that
+   load from buffers value by value. A copy holds `slice` values of the other rows' heads in two
+   planes, or other data as far as there is room. Of the own rows' planes, the first `kept` stay in
+   registers and the next `held` in workgroup memory; any more are loaded from the buffer for every
+   tile of the other rows. Arrays are then arrays of vec4. #}
 {% from "coop.wgsl" import store, load_again %}
 {% set halves = 4 // strips %}
 {% set own_rows = 16 * strips %}
@@ -18,31 +18,34 @@
 {# Padding spreads the banks. #}
 {% set sum_stride = other_rows + 4 %}
 {% set weight_stride = other_rows + 8 %}
-{# Tiles of 16 values of a head, and how many of them a subgroup adds up. #}
+{# Tiles of 16 values of a head, and the number of tiles that a subgroup sums. #}
 {% set tiles = wide // 16 %}
 {% set own_tiles = (tiles + halves - 1) // halves %}
-{# Between products threads own rows: `share` threads a row, or a thread `rows_each` rows; of a row
-   that is `quads_each` vec4. #}
+{# Between products threads own rows: `share` threads share a row, or a thread has `rows_each`
+   rows. Each time it has `quads_each` vec4 of a row. #}
 {% set share = [4 * lanes // own_rows, 1] | max %}
 {% set rows_each = [own_rows // (4 * lanes), 1] | max %}
 {% set quads_each = other_rows // 4 // share %}
-{# Values in an element of an array. #}
+{# Values per element of an array. #}
 {% set unit = 4 if staged else 1 %}
-{# What is added to the first rows of a tile: of this subgroup, where its threads alone load them. #}
+{# Offsets of this subgroup in the first rows of a tile, used when only its own threads load them.
+   #}
 {% set of_strip = "" if staged else " + 16u * strip" %}
 {% set of_half = "" if staged else " + 32u * half" %}
-{# Strides of copied rows: of a slice of other rows, and of whole own rows. Padding spreads the banks. #}
+{# Strides of copied rows: of a slice of other rows, and of whole own rows. Padding spreads the
+   banks. #}
 {% set slice_stride = slice + 8 if staged %}
 {% set own_stride = wide + 8 %}
 {% set copied = [2 * other_rows * slice_stride, own_rows * own_stride] | max if staged %}
-{# One plane of the other rows, and transposed ones: values of the head, and rows, at a time. #}
+{# For one plane of the other rows: values of the head copied at a time. For transposed planes:
+   rows copied at a time. #}
 {% set slice_of_one = (wide if other_rows * own_stride <= copied else 2 * slice) if staged %}
 {% set rows_across = (other_rows if wide * (other_rows + 8) <= copied else 32) if staged %}
 
 {# Workgroup memory of the staged form. #}
 {% macro memory() %}
 {% if staged %}
-// Tiles of the other rows (before the first of them, own ones).
+// Tiles of the other rows (own rows before the first of them).
 var<workgroup> others: array<vec4<f16>, {{ copied // 4 }}>;
 {% if held %}
 // Own rows: [plane][row][d].
@@ -51,7 +54,7 @@ var<workgroup> own: array<vec4<f16>, {{ held * own_rows * own_stride // 4 }}>;
 {% endif %}
 {% endmacro %}
 
-{# Where the rows of `head` begin, and the values of a plane. #}
+{# First rows of `head`, and values per plane. #}
 {% macro query_rows() %}
     let q_rows = padded(p.queries);
     let q_row = head * q_rows;
@@ -59,7 +62,7 @@ var<workgroup> own: array<vec4<f16>, {{ held * own_rows * own_stride // 4 }}>;
     let q_plane = p.heads * q_rows * {{ wide }}u;
 {% endmacro %}
 
-{# The same of `kv_head`. #}
+{# The same for `kv_head`. #}
 {% macro key_rows() %}
     let k_rows = padded(p.keys);
     let k_row = kv_head * k_rows;
@@ -67,11 +70,11 @@ var<workgroup> own: array<vec4<f16>, {{ held * own_rows * own_stride // 4 }}>;
     let k_plane = p.kv_heads * k_rows * {{ wide }}u;
 {% endmacro %}
 
-{# Copies tiles of 16 x 16 to `into` in workgroup memory, as soon as nobody reads there any more:
-   of `planes` planes, which are `plane` values apart, those of `row_tiles` times 16 rows from
-   `begin` on, and of each row `count` tiles from tile `first` on. There they are [plane][row][d],
-   or of tiles that are transposed [d][row], with rows of `stride` values. 32 threads copy a tile.
-   #}
+{# Copies tiles of 16 x 16 to `into` in workgroup memory, once all threads have finished reading
+   there. It takes `planes` planes, which are `plane` values apart; of these, `row_tiles` times 16
+   rows from `begin` on; and of each row, `count` tiles from tile `first` on. The copies are
+   [plane][row][d], or for transposed tiles [d][row], with rows of `stride` values. 32 threads copy
+   a tile. #}
 {% macro copy(from, begin, row_tiles, first, count, into, to, stride, planes=1, plane="", transposed=false) %}
 {% set a_turn = lanes // 8 %}
 {% set total = planes * row_tiles * count %}
@@ -109,8 +112,8 @@ var<workgroup> own: array<vec4<f16>, {{ held * own_rows * own_stride // 4 }}>;
     }
 {% endmacro %}
 
-{# Fetches own planes, number `first` and, if `planes` are two, the next, which begin at `begin` and
-   are `plane` values apart. In registers `ownN_I_K` is matrix I of plane N, from value K on. #}
+{# Fetches own planes: number `first`, and the next if `planes` is two. They begin at `begin` and
+   are `plane` values apart. In registers, `ownN_I_K` is matrix I of plane N, from value K on. #}
 {% macro fetch_own(edge, array, begin, first, planes=1, plane="") %}
 {% if staged %}
 {% for number in range(first, first + planes) %}
@@ -127,7 +130,7 @@ var<workgroup> own: array<vec4<f16>, {{ held * own_rows * own_stride // 4 }}>;
 {% endif %}
 {% endmacro %}
 
-{# This subgroup's part of the products, and this thread's rows between them. #}
+{# This subgroup's part of the products, and this thread's rows between products. #}
 {% macro begin() %}
     let strip = subgroup / {{ halves }}u;
     let half = subgroup % {{ halves }}u;
@@ -140,8 +143,9 @@ var<workgroup> own: array<vec4<f16>, {{ held * own_rows * own_stride // 4 }}>;
 {% endfor %}
 {% endmacro %}
 
-{# Of each own row of this thread the range of the other side that it sees; of all of the
-   workgroup's from `start` to `end`. Neither end of a range goes back from a row to the next. #}
+{# The range of the other side that each own row of this thread sees. The ranges of all of the
+   workgroup's rows go from `start` to `end`. Neither end of a range moves back from one row to the
+   next. #}
 {% macro ranges(array, count) %}
 {% for r in range(rows_each) %}
     let seen{{ r }} = select(vec2<u32>(0u), {{ array }}[min(row_base + local{{ r }}, {{ count }} - 1u)], row_base + local{{ r }} < {{ count }});
@@ -150,9 +154,10 @@ var<workgroup> own: array<vec4<f16>, {{ held * own_rows * own_stride // 4 }}>;
     let end = {{ array }}[min(row_base + {{ own_rows - 1 }}u, {{ count }} - 1u)].y;
 {% endmacro %}
 
-{# sums = the products of the own rows' tiles from `left` on with the other rows' from `right` on;
-   of two planes each, of which the product of the smaller parts is below what f32 keeps, where
-   their sizes are given. `number`: that of the first own plane. #}
+{# sums = the products of the own rows' tiles from `left` on with the other rows' tiles from
+   `right` on. If the sizes of planes are given, there are two planes each; the product of the
+   smaller parts is left out, because f32 couldn't hold it. `number`: number of the first own
+   plane. #}
 {% macro scores(edge, own, left, other, right, number, left_plane=none, right_plane=none) %}
     {
 {% for i in range(16 // edge) %}{% for j in range(32 // edge) %}
@@ -266,8 +271,8 @@ coopLoadT<{{ type }}>(&{{ array }}[({{ begin }}) / 4u + strip * {{ 4 * wide }}u 
 {% if halves * own_tiles > tiles %}min(half * {{ own_tiles }}u + {{ j }}u, {{ tiles - 1 }}u){% else %}(half * {{ own_tiles }}u + {{ j }}u){% endif %}
 {%- endmacro %}
 
-{# Has `function(d, ...)` look at the subgroup's results in `sums`, 16 of the head's values from
-   `d` on at a time. `again`: it changes them. #}
+{# Calls `function(d, ...)` for the subgroup's results in `sums`, 16 of the head's values from `d`
+   on at a time. `again`: the function changes them. #}
 {% macro in_memory(edge, sum, function, arguments=none, again=false) %}
 {% for tile in range(own_tiles) %}
     workgroupBarrier();
@@ -288,7 +293,7 @@ coopLoadT<{{ type }}>(&{{ array }}[({{ begin }}) / 4u + strip * {{ 4 * wide }}u 
 {%- endif %}
 {%- endmacro %}
 
-{# Of an array of single values. #}
+{# The same for an array of single values. #}
 {% macro four_of(array, at) -%}
 vec4<f32>(f32({{ array }}[{{ at }}]), f32({{ array }}[{{ at }} + 1u]), f32({{ array }}[{{ at }} + 2u]), f32({{ array }}[{{ at }} + 3u]))
 {%- endmacro %}
@@ -304,12 +309,13 @@ vec4<f32>(f32({{ array }}[{{ at }}]), f32({{ array }}[{{ at }} + 1u]), f32({{ ar
 {% endif %}
 {% endmacro %}
 
-{# Where four results lie that `in_memory` has a function look at: the `quad`-th of row `row`. #}
+{# Place of the four results that a function of `in_memory` reads: the `quad`-th of row `row`. #}
 {% macro result_at(row, quad) -%}
 sums_begin + {{ row }} * {{ sum_stride // unit }}u + {{ quad }} * {{ 4 // unit }}u
 {%- endmacro %}
 
-{# The head of a loop over the vec4 that this thread has of own row `r`: where they lie, and the first of the four other rows. #}
+{# The head of a loop over this thread's vec4 of own row `r`: their places, and the first of the
+   four other rows. #}
 {% macro each_quad(r) %}
             for (var n = 0u; n < {{ quads_each }}u; n = n + 1u) {
                 let local_other = 4u * (segment + n * {{ share }}u);

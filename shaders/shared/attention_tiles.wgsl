@@ -1,10 +1,11 @@
-{# What the attention kernels of hardware share: products of tiles that are staged in workgroup memory. A workgroup is 8 by 16
-   threads and owns 8 * `tall` rows (queries, or keys) of one head, of `head_quads` vec4; it goes over the other side 64 rows
-   at a time. Of the scores a thread has `tall` own rows by four others; of what is added up from them the same own rows by
-   every 16th vec4 of the head.
+{# Shared code of hardware's attention kernels: products of tiles staged in workgroup memory. A
+   workgroup has 8 by 16 threads and owns 8 * `tall` rows (queries or keys) of one head, of
+   `head_quads` vec4. It goes over the other side 64 rows at a time. A thread holds the scores of
+   `tall` own rows with four other rows, and the results of the same own rows for every 16th vec4
+   of the head.
 
-   Bounds of loops are not known to compilers where they need not be: some would unroll these loops, and then hold more in
-   registers than a thread has. #}
+   Loop bounds are hidden from compilers where possible: some compilers would unroll these loops
+   and then need more registers than a thread has. #}
 {% set down = 8 %}
 {% set across = 16 %}
 {% set quads = (head_quads + across - 1) // across %}
@@ -13,11 +14,13 @@
 {% set other_rows = 4 * across %}
 {# vec4 of a row that are staged at a time. #}
 {% set depth = 8 %}
-{# Of the own tile, as many a thread: where it is less than one, some threads have none. #}
+{# Passes over the own tile, per thread. If there is less than one, some threads have no work. #}
 {% set own_passes = [own_rows * depth // threads, 1] | max %}
-{# Other rows whose whole heads are staged at a time: they take as much as the other tile. #}
+{# Other rows whose whole heads are staged at a time: they take as much memory as the other tile.
+   #}
 {% set each = [32, 16, 8, 8][quads - 1] %}
-{# In workgroup memory the other side's tile lies behind the own side's, or the weights. #}
+{# In workgroup memory the other side's tile lies behind the own side's tile, or behind the
+   weights. #}
 {% set others_begin = own_rows * ([depth, across] | max) %}
 {% set staged_quads = others_begin + other_rows * depth %}
 
@@ -29,16 +32,16 @@
     let staged_quad = thread % {{ depth }}u;
 {% endmacro %}
 
-{# Where the rows begin that this thread stages of the tile from `base` on, of `count` rows of
-   `heads` heads: some of the own tile, four of the other. #}
+{# First values of the rows that this thread stages, for the tile from `base` on. There are `count`
+   rows of `heads` heads. The thread stages some rows of the own tile, or four of the other one. #}
 {% macro begins(name, rows, base, count, heads, head) %}
 {% for i in range([rows * depth // threads, 1] | max) %}
     let {{ name }}{{ i }} = (min({{ base }} + staged_row + {{ i * threads // depth }}u, {{ count }} - 1u) * {{ heads }} + {{ head }}) * {{ head_quads }}u;
 {% endfor %}
 {% endmacro %}
 
-{# sumI = the products of own row I with the four other rows. In memory the vec4 of a row are
-   permuted, so that eight threads that read eight rows meet in no bank. #}
+{# sumI = the products of own row I with the four other rows. The vec4 of a row are permuted in
+   memory, so that eight threads that read eight rows use different banks. #}
 {% macro product(sum, left, left_begins, right, right_begins) %}
 {% for i in range(tall) %}
         var {{ sum }}{{ i }} = vec4<f32>(0.0);
@@ -83,16 +86,16 @@
         }
 {% endmacro %}
 
-{# Has `weightI` of own row I and the four other rows in memory for `gather`. After a barrier: what
-   was staged there is read. #}
+{# Puts `weightI` of own row I and the four other rows in memory for `gather`. First a barrier,
+   until everything staged there has been read. #}
 {% macro stage_weights(weight) %}
 {% for i in range(tall) %}
         staged[(down * {{ tall }}u + {{ i }}u) * {{ across }}u + across] = {{ weight }}{{ i }};
 {% endfor %}
 {% endmacro %}
 
-{# Adds the other side's rows, of which there are `count`, from `base` to `end` at most, times the
-   staged weights: sumI_J is own row I's. #}
+{# Adds the other side's rows, multiplied by the staged weights. There are `count` rows; it takes
+   those from `base` to at most `end`. sumI_J belongs to own row I. #}
 {% macro gather(sum, right, base, end, count, heads, head) %}
         {
         let left = min({{ end }} - {{ base }}, {{ other_rows }}u);
@@ -149,22 +152,23 @@
 {% endfor %}
 {% endmacro %}
 
-{# A zero for every vec4 that a thread adds up. #}
+{# A zero for every vec4 that a thread sums. #}
 {% macro zeros(sum) %}
 {% for i in range(tall) %}{% for j in range(quads) %}
     var {{ sum }}{{ i }}_{{ j }} = vec4<f32>(0.0);
 {% endfor %}{% endfor %}
 {% endmacro %}
 
-{# What all of the workgroup's own rows see of the other side, from `start` to `end`: neither end
-   of a row's range goes back from a row to the next. #}
+{# The range of the other side that any of the workgroup's own rows sees, from `start` to `end`.
+   Neither end of a row's range moves back from one row to the next. #}
 {% macro ranges(array, base, count) %}
     let start = {{ array }}[{{ base }}].x;
     let end = {{ array }}[min({{ base }} + {{ own_rows - 1 }}u, {{ count }} - 1u)].y;
 {% endmacro %}
 
 {# Declares `visibleI`: which of this thread's four rows of the tile from `other` on own row I
-   sees. Its range is read again for every tile: some GPUs lack the registers to keep it. #}
+   sees. Its range is read again for every tile, because some GPUs lack the registers to keep it.
+   #}
 {% macro visible(array, base, count, other) %}
         let others = vec4<u32>({{ other }} + 4u * across) + vec4<u32>(0u, 1u, 2u, 3u);
 {% for i in range(tall) %}

@@ -1,15 +1,16 @@
-{# Products by cooperative matrices of f16, `edge` x `edge`, that add up in f32. A subgroup owns `rows` x `columns` results in
-   accumulators `sumI_J` (or of another name), which can be multiplied, added up and stored whole, and nothing else: what is to
-   be done to single results is done in workgroup memory.
+{# Products by cooperative matrices of f16, `edge` x `edge`, summed in f32. A subgroup owns `rows`
+   x `columns` results in accumulators `sumI_J` (or with another name). These can only be
+   multiplied, added up and stored as a whole; work on single results happens in workgroup memory.
 
-   All of a workgroup must come here together, and loads and stores do not look at bounds: whole tiles are staged, or padded
-   in their buffers.
-   Arguments of a store are bound to names first, which naga's SPIR-V writer wants. #}
+   All of a workgroup must come here together. Loads and stores don't check bounds: whole tiles are
+   staged, or padded in their buffers. The arguments of a store are bound to names first, because
+   naga's SPIR-V writer requires it. #}
 {# Values of the contracted index that are staged at a time. #}
 {% set depth = 32 %}
 
-{# `group_index` of groups.wgsl, spelled out: naga takes no result of a function for uniform. Where there is nothing to do, the host
-   asks for the size of subgroups: `out` is the last buffer, of elements of `type`. #}
+{# `group_index` of groups.wgsl, inlined because naga doesn't treat function results as uniform. If
+   there is no work, the host is asking for the size of subgroups: `out` is the last buffer, with
+   elements of `type`. #}
 {% macro enter(out, type="f32") %}
     let group = p.first_group + workgroup.y * count.x + workgroup.x;
     if (group >= p.groups) {
@@ -26,9 +27,9 @@
 {% endfor %}{% endfor %}
 {% endmacro %}
 
-{# Adds the product of `values` of the contracted index. `left` and `right` are tiles: the array's name, where the subgroup's
-   piece begins in it, their stride in values, whether the contracted index runs along memory, and how many values an element of
-   the array has. #}
+{# Adds the product of `values` contracted values. `left` and `right` are tiles: the array's name,
+   the start of the subgroup's piece in it, their stride in values, whether the contracted index
+   runs along memory, and the number of values per element of the array. #}
 {% macro multiply(edge, rows, columns, left, right, values=depth, sum="sum") %}
         for (var k = 0u; k < {{ values }}u; k = k + {{ edge }}u) {
 {% for i in range(rows // edge) %}
@@ -50,7 +51,8 @@
 coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(&{{ tile.name }}[{{ tile.begin }} + {{ place }}], {{ tile.stride // unit }}u);
 {%- endmacro %}
 
-{# Stores 16 x 16 of a subgroup's results, from row `down` and column `right` on, into an array whose elements have `unit` f32. #}
+{# Stores 16 x 16 of a subgroup's results, from row `down` and column `right` on, into an array
+   whose elements have `unit` f32. #}
 {% macro store(edge, down, right, array, begin, stride, sum="sum", unit=1) %}
 {% for i in range(16 // edge) %}{% for j in range(16 // edge) %}
         {
@@ -61,7 +63,7 @@ coopLoad{{ "T" if rows_along }}<coop_mat{{ edge }}x{{ edge }}<f16, {{ role }}>>(
 {% endfor %}{% endfor %}
 {% endmacro %}
 
-{# Loads 16 x 16 of a subgroup's results again, from where `store` has put them. #}
+{# Loads 16 x 16 of a subgroup's results back from where `store` has put them. #}
 {% macro load_again(edge, down, right, array, begin, stride, sum="sum", unit=1) %}
 {% for i in range(16 // edge) %}{% for j in range(16 // edge) %}
         {{ sum }}{{ down // edge + i }}_{{ right // edge + j }} = coopLoadT<coop_mat{{ edge }}x{{ edge }}<f32, C>>(&{{ array }}[{{ begin }} + {{ (edge * i * stride + edge * j) // unit }}u], {{ stride // unit }}u);

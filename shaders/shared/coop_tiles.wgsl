@@ -1,39 +1,44 @@
-{# Tiles of the two large products by cooperative matrices. A workgroup owns `tile_rows` x `tile_columns` results; each of its `subgroups` owns
-   `rows` x `columns` of them, in accumulators `sumI_J`.
+{# Tiles of the two large products by cooperative matrices. A workgroup owns `tile_rows` x
+   `tile_columns` results; each of its `subgroups` owns `rows` x `columns` of them, in accumulators
+   `sumI_J`.
 
-   L comes as f16, packed by pack_rows.wgsl. Both operands are staged as f16, 32 values of the contracted index at a time. There are
-   two forms.
+   L arrives as f16, packed by pack_rows.wgsl. Both operands are staged as f16, 32 values of the
+   contracted index at a time. There are two forms.
 
-   Single: one buffer, filled and then multiplied, with two barriers a stage. It takes the least memory, so that many workgroups hide
-   each other's waiting. Tiles of R are [column][contracted], as matrices are loaded from memory along the contracted index.
-   `double`: two buffers, of which one is multiplied while the other is filled with what was loaded a stage before: one barrier a
-   stage, a whole stage's time for loads, and decoding that compilers mix with products, as the buffers are arrays of their own. It
-   is for devices with few workgroups of large tiles. With `natural`, tiles of R are [contracted][column], as W lies in memory: such
-   devices load transposed matrices as fast.
+   Single: one buffer, filled and then multiplied, with two barriers per stage. It takes the least
+   memory, so that many workgroups hide each other's waiting. Tiles of R are [column][contracted],
+   because matrices are loaded from memory along the contracted index. `double`: two buffers. One
+   is multiplied while the other is filled with values loaded a stage before. That takes one
+   barrier per stage and leaves a whole stage's time for loads. Compilers mix decoding with
+   products, because the buffers are separate arrays. It is for devices with few workgroups of
+   large tiles. With `natural`, tiles of R are [contracted][column], as W lies in memory: such
+   devices load transposed matrices equally fast.
 
-   Buffers are arrays of vec4, so that drivers know of wide loads and stores, but for Metal, which loads matrices from arrays of
-   single values only, and for what is staged as pairs. #}
+   Buffers are arrays of vec4, so that drivers see wide loads and stores. There are two exceptions:
+   Metal, which loads matrices only from arrays of single values, and values staged as pairs. #}
 {% from "coop.wgsl" import depth, accumulators, multiply as multiply_tiles, store %}
 {% set rows = tile_rows // 2 %}
 {% set columns = 2 * tile_columns // subgroups %}
 {% set threads = subgroups * lanes %}
 {# Rows are padded by 8 values, which spreads the banks. #}
 {% set stride = depth + 8 %}
-{# An element of an array has so many values. #}
+{# Values per element of an array. #}
 {% set unit = 4 if vectors else 1 %}
 {% set right_unit = unit if double or not natural else 1 %}
 {% set natural = double and natural %}
 {% set right_stride = tile_columns + 8 if natural else stride %}
-{# Results leave through memory in strips of 16 rows, as wide as there is room for: `Tile::bytes` of src/kernels/qmatmul_coop.rs. #}
+{# Results leave through memory in strips of 16 rows, as wide as fits: `Tile::bytes` of
+   src/kernels/qmatmul_coop.rs. #}
 {% set strip = 128 // subgroups if double else 16 %}
 {# The last row has no padding. #}
 {% set left_size = tile_rows * stride - 8 %}
 {% set right_size = (depth if natural else tile_columns) * right_stride - 8 %}
-{# A thread stages an eight of every so many rows of L. #}
+{# A thread stages one eight of every `left_step` rows of L. #}
 {% set octs = depth // 8 %}
 {% set left_step = threads // octs %}
 {% set left_each = tile_rows // left_step %}
-{# Words of W, eight codes each, that a thread stages: whole chunks of four, or a part of one. #}
+{# Words of W, eight codes each, that a thread stages: whole chunks of four words, or a part of
+   one. #}
 {% set words_each = tile_columns * octs // threads %}
 {% set sharing = [4 // words_each, 1] | max %}
 {% set chunks_each = [words_each // 4, 1] | max %}
@@ -44,12 +49,13 @@
 var<workgroup> left_tile{{ buffer }}: array<{{ "vec4<f16>" if unit == 4 else "f16" }}, {{ left_size // unit }}>;
 var<workgroup> right_tile{{ buffer }}: array<{{ "vec4<f16>" if right_unit == 4 else "f16" }}, {{ right_size // right_unit }}>;
 {% endfor %}
-// A strip of each subgroup's results.
+// A strip of results for each subgroup.
 var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups * 16 * strip // unit }}>;
 {% endmacro %}
 
-{# Where the workgroup's tile begins among `width` columns of results, and where in it this subgroup's piece does. Of a contracted
-   index of `length`, the workgroup adds up its split: eights from `first` to `end`. #}
+{# Start of the workgroup's tile among `width` columns of results, and start of this subgroup's
+   piece in the tile. Of a contracted index of `length`, the workgroup sums its split: eights from
+   `first` to `end`. #}
 {% macro begin(width, length) %}
     let row_groups = (p.rows + {{ tile_rows - 1 }}u) / {{ tile_rows }}u;
     let column_groups = ({{ width }} + {{ tile_columns - 1 }}u) / {{ tile_columns }}u;
@@ -84,7 +90,8 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
             }
 {% endmacro %}
 
-{# What a thread has loaded and not yet staged: eights of L, and chunks of W with their scales. #}
+{# Values that a thread has loaded and not yet staged: eights of L, and chunks of W with their
+   scales. #}
 {% macro loaded(chunks) %}
 {% for set in range(2 if double else 1) %}
 {% for i in range(left_each) %}
@@ -102,12 +109,13 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 {% endfor %}
 {% endmacro %}
 
-{# Eights in a row of L of `length` values, which is padded to whole pairs of stages. #}
+{# Number of eights in a row of L of `length` values, which is padded to whole pairs of stages. #}
 {% macro octs_of(length) -%}
 (({{ length }} + {{ 2 * depth - 1 }}u) / {{ 2 * depth }}u * {{ 2 * octs }}u)
 {%- endmacro %}
 
-{# Stages eights of L, which are words of two f16: compilers move such words whole, and unpack nothing. #}
+{# Stages eights of L, which are words of two f16. Compilers move such words whole, without
+   unpacking. #}
 {% macro stage_left(buffer, set, local, oct) %}
 {% for i in range(left_each) %}
         {
@@ -129,7 +137,7 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 {% endif %}
 {% endmacro %}
 
-{# `scale` and `low` of a chunk that is loaded. #}
+{# `scale` and `low` of a loaded chunk. #}
 {% macro scale_chunk(set, i) %}
             let scale = scale_from(scale{{ set }}_{{ i }}) * p.m.factor;
 {% if mins != "none" %}
@@ -137,7 +145,7 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 {% endif %}
 {% endmacro %}
 
-{# Decodes the word of a chunk that a thread stages as its `j`-th: `lo` and `hi`. #}
+{# Decodes the `j`-th word that a thread stages of a chunk, into `lo` and `hi`. #}
 {% macro decode_chunk(set, i, j) %}
 {% set codes = "codes" ~ set ~ "_" ~ i %}
 {% if chunk_words == 4 %}
@@ -152,15 +160,15 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
             let hi = decode_high(word) * scale{{ " + low" if mins != "none" }};
 {% endmacro %}
 
-{# Adds the product of what is staged. #}
+{# Adds the product of the staged values. #}
 {% macro multiply(buffer) %}
 {{ multiply_tiles(edge, rows, columns,
     {"name": "left_tile" ~ buffer, "begin": "left_begin", "stride": stride, "along": true, "unit": unit},
     {"name": "right_tile" ~ buffer, "begin": "right_begin", "stride": right_stride, "along": not natural, "unit": right_unit}) }}
 {% endmacro %}
 
-{# Has `finish(split, row, column, sums_begin, lane)` take the results from `sums`, a strip of each subgroup at a time: where they begin in the
-   result, and in `sums`. #}
+{# Has `finish(split, row, column, sums_begin, lane)` take the results from `sums`, a strip of each
+   subgroup at a time. The arguments say where they begin in the result and in `sums`. #}
 {% macro finish_all() %}
     let sums_begin = subgroup * {{ 16 * strip // unit }}u;
 {% for down in range(0, rows, 16) %}{% for right in range(0, columns, strip) %}
@@ -184,7 +192,7 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 {%- if vectors %}sums[{{ at }}]{% else %}vec4<f32>(sums[{{ at }}], sums[{{ at }} + 1u], sums[{{ at }} + 2u], sums[{{ at }} + 3u]){% endif %}
 {%- endmacro %}
 
-{# The stages of a product, where macros of the caller load and stage what begins at an eight. #}
+{# The stages of a product. Macros of the caller load and stage the values from an eight on. #}
 {% macro stages(fetch, stage_all) %}
 {{ fetch(0, "first") }}
 {% if double %}

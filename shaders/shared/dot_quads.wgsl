@@ -1,4 +1,5 @@
-{# result = the sum over i of left_i * right[at + i], both of `quads` vec4: in two chains, so that one need not wait for the other. #}
+{# result = the sum over i of left_i * right[at + i], both of `quads` vec4. Two independent chains
+   avoid waiting. #}
 {% macro dot_quads(result, left, right, at, quads) %}
         {
             var even = {{ left }}0 * {{ right }}[{{ at }}];

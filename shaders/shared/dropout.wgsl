@@ -1,5 +1,6 @@
-// Counter-based dropout: whether element i survives depends on (i, seed) alone, so that forward, backward, every
-// device and every tier agree. The hash is pcg3d (Jarzynski and Olano, "Hash Functions for GPU Rendering", 2020).
+// Counter-based dropout: whether element i survives depends on (i, seed) alone, so that forward,
+// backward, every device and every tier agree. The hash is pcg3d (Jarzynski and Olano, "Hash
+// Functions for GPU Rendering", 2020).
 fn dropout_factor_of(i: u32, seed_low: u32, seed_high: u32) -> f32 {
     var v = vec3<u32>(i, seed_low, seed_high) * 1664525u + vec3<u32>(1013904223u);
     v.x = v.x + v.y * v.z;

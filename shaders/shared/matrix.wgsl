@@ -1,15 +1,18 @@
 // A matrix W [N, K] in one buffer of u32 words, `w`, decoded four or eight weights at a time.
 //
-//   kind = "quant":  w[n, k] = codebook[nibble] * scale[block] (+ min[block]), the canonical 4-bit form
+//   kind = "quant":  w[n, k] = codebook[nibble] * scale[block] (+ min[block]), the canonical 4-bit
+//   form
 //   kind = "f32" | "f16" | "bf16" | "q8_0":  a dense matrix in its own precision
 //
 // Rows of codes (or values) are `row_words` words apart. Blocks run over the flat index n * K + k.
-// `ragged` (K is no multiple of 8): a word may straddle two blocks, and weights past K must read as zero.
-// Include after `Params`, which holds `m: Matrix` and `k: u32`, and after the binding `w`.
+// `ragged` (K is not a multiple of 8): a word may straddle two blocks, and weights past K must
+// read as zero. Include after `Params`, which holds `m: Matrix` and `k: u32`, and after the
+// binding `w`.
 //
-// `wide`: the form for hardware. The same buffer is bound a second time as `w4`, whose loads are 16 bytes wide, and a codebook
-// that needs a table has it in workgroup memory: call `fill_codebook(thread)` first, with a barrier before anything is decoded.
-// `chunked`: 32 weights that one such load brings, and that begin at a multiple of 32, lie in one block.
+// `wide`: the form for hardware. The same buffer is bound a second time as `w4`, with loads 16
+// bytes wide. If the codebook needs a table, it is in workgroup memory: call
+// `fill_codebook(thread)` first, with a barrier before anything is decoded. `chunked`: 32 weights
+// that one such load brings, and that begin at a multiple of 32, lie in one block.
 {% set wide = wide is defined and wide %}
 
 struct W8 {
@@ -21,11 +24,12 @@ fn word_as_f32(at: u32) -> f32 {
     return bitcast<f32>(w[at]);
 }
 
-{# `NAME_of` in two steps, so that the second one, which has to wait for the code before it can look in the table, comes where
-   the loads of the first are done. #}
+{# `NAME_of` in two steps. The second step must wait for the code before it can look in the table,
+   so it is placed where the loads of the first step have finished. #}
 {% macro block_value(name, how, at, supers, table, offset) %}
 {% if how == "double" %}
-// What memory holds for the {{ name }} of a block: the word with its code, which starts at bit `shift`, and its super-scale.
+// Stored form of a block's {{ name }}: the word with its code, which starts at bit `shift`, and
+// its super-scale.
 struct Stored{{ name | title }} {
     word: u32,
     shift: u32,
@@ -38,7 +42,7 @@ fn stored_{{ name }}(block: u32) -> Stored{{ name | title }} {
 }
 
 fn {{ name }}_from(stored: Stored{{ name | title }}) -> f32 {
-    // Rounded after the product and again after the sum, as the reference is.
+    // Rounded after the product and again after the sum, like the reference.
     let scaled = word_as_f32({{ table }} + ((stored.word >> stored.shift) & 255u)) * stored.above;
     return scaled + {{ offset }};
 }
@@ -67,11 +71,12 @@ fn {{ name }}_of(block: u32) -> f32 {
 {% endif %}
 
 {% if decoder == "select" and share is defined and share %}
-// The codebook, half of it in each of two registers of eight lanes, from which shuffles take what a code names.
+// The codebook, half of it in each of two registers of eight lanes. Shuffles read the value of a
+// code from there.
 var<private> table_lo: f32;
 var<private> table_hi: f32;
 
-// To be called before anything is decoded.
+// Must be called before anything is decoded.
 fn fill_table(lane: u32) {
     table_lo = {{ codebook[0] }};
     table_hi = {{ codebook[8] }};
@@ -81,18 +86,18 @@ fn fill_table(lane: u32) {
 {% endfor %}
 }
 
-// The codebook's value of the code of a word that starts at this bit.
+// The codebook value of the code that starts at this bit of a word.
 fn decode(word: u32, start: u32) -> f32 {
     let code = (word >> start) & 7u;
     return select(subgroupShuffle(table_lo, code), subgroupShuffle(table_hi, code), (word & (8u << start)) != 0u);
 }
 
-// Codes 0 to 3 of a word, in its low half.
+// Values of codes 0 to 3, the low half of a word.
 fn decode_low(word: u32) -> vec4<f32> {
     return vec4<f32>(decode(word, 0u), decode(word, 4u), decode(word, 8u), decode(word, 12u));
 }
 
-// Codes 4 to 7.
+// Values of codes 4 to 7.
 fn decode_high(word: u32) -> vec4<f32> {
     return vec4<f32>(decode(word, 16u), decode(word, 20u), decode(word, 24u), decode(word, 28u));
 }
@@ -110,20 +115,20 @@ fn fill_codebook(thread: u32) {
     }
 }
 
-// Codes 0 to 3 of a word, in its low half.
+// Values of codes 0 to 3, the low half of a word.
 fn decode_low(word: u32) -> vec4<f32> {
     return vec4<f32>(
         codebook[word & 15u], codebook[(word >> 4u) & 15u], codebook[(word >> 8u) & 15u], codebook[(word >> 12u) & 15u],
     );
 }
 
-// Codes 4 to 7.
+// Values of codes 4 to 7.
 fn decode_high(word: u32) -> vec4<f32> {
     return decode_low(word >> 16u);
 }
 {% elif decoder == "select" %}
-// The codebook's values of four codes of a word, whose bits are under the masks: a tree of selects. Software drivers take half
-// the time of a table in workgroup memory for it.
+// Codebook values of four codes of a word, whose bits are under the masks: a tree of selects. On
+// software drivers this takes half the time of a table in workgroup memory.
 fn decode(word: u32, bit0: vec4<u32>, bit1: vec4<u32>, bit2: vec4<u32>, bit3: vec4<u32>) -> vec4<f32> {
 {% for i in range(4) %}
     let b{{ i }} = (vec4<u32>(word) & bit{{ i }}) != vec4<u32>(0u);
@@ -137,19 +142,19 @@ fn decode(word: u32, bit0: vec4<u32>, bit1: vec4<u32>, bit2: vec4<u32>, bit3: ve
     return select(select(c0, c1, b2), select(c2, c3, b2), b3);
 }
 
-// Codes 0 to 3 of a word, in its low half.
+// Values of codes 0 to 3, the low half of a word.
 fn decode_low(word: u32) -> vec4<f32> {
     let bit = vec4<u32>(0x1u, 0x10u, 0x100u, 0x1000u);
     return decode(word, bit, bit << vec4<u32>(1u), bit << vec4<u32>(2u), bit << vec4<u32>(3u));
 }
 
-// Codes 4 to 7.
+// Values of codes 4 to 7.
 fn decode_high(word: u32) -> vec4<f32> {
     let bit = vec4<u32>(0x10000u, 0x100000u, 0x1000000u, 0x10000000u);
     return decode(word, bit, bit << vec4<u32>(1u), bit << vec4<u32>(2u), bit << vec4<u32>(3u));
 }
 {% else %}
-// The codebook's values of four codes of a word, which start at these bits.
+// Codebook values of four codes of a word, which start at these bits.
 fn decode(word: u32, start: vec4<u32>) -> vec4<f32> {
 {% if decoder == "offset" %}
     // The codebook counts up by one from its first value.
@@ -161,12 +166,12 @@ fn decode(word: u32, start: vec4<u32>) -> vec4<f32> {
 {% endif %}
 }
 
-// Codes 0 to 3 of a word, in its low half.
+// Values of codes 0 to 3, the low half of a word.
 fn decode_low(word: u32) -> vec4<f32> {
     return decode(word, vec4<u32>(0u, 4u, 8u, 12u));
 }
 
-// Codes 4 to 7.
+// Values of codes 4 to 7.
 fn decode_high(word: u32) -> vec4<f32> {
     return decode(word, vec4<u32>(16u, 20u, 24u, 28u));
 }
@@ -223,13 +228,14 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
 }
 
 {% elif kind == "quant" %}
-// w[n, 4q .. 4q + 4], zero past K. A block has at least 32 weights, so four of them touch two blocks at most.
+// w[n, 4q .. 4q + 4], zero past K. A block has at least 32 weights, so four weights touch at most
+// two blocks.
 fn weights4(n: u32, q: u32) -> vec4<f32> {
     let word = w[n * p.m.row_words + (q >> 1u)] >> (16u * (q & 1u));
     let k = vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u);
     let flat = vec4<u32>(n * p.k + p.m.first_weight) + k;
     let block = flat.x >> p.m.block_shift;
-    // Two scales more than there are blocks are stored, so block + 1 can always be read.
+    // Two scales beyond the last block are stored, so block + 1 can always be read.
     let next = (flat >> vec4<u32>(p.m.block_shift)) != vec4<u32>(block);
     var values = decode_low(word) * select(vec4<f32>(scale_of(block)), vec4<f32>(scale_of(block + 1u)), next);
 {% if mins != "none" %}
@@ -266,7 +272,7 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
 }
 
 {% elif kind == "q8_0" %}
-// w[n, 4q .. 4q + 4]: bytes times the f16 scale of their 32.
+// w[n, 4q .. 4q + 4]: bytes times the f16 scale of their 32 weights.
 fn weights4(n: u32, q: u32) -> vec4<f32> {
     let word = w[n * p.m.row_words + q];
     let block = (n * p.k + 4u * q) >> 5u;

@@ -1,13 +1,14 @@
-// How one part of a device matrix lies in its buffer; `MatrixLayout` in src/kernels/matrix.rs. Places are in u32 words.
+// Layout of one part of a device matrix in its buffer; `MatrixLayout` in src/kernels/packing.rs.
+// Places are in u32 words.
 struct Matrix {
-    row_words: u32,    // from one row of codes or values to the next
-    block_shift: u32,  // log2 of the weights a block
+    row_words: u32,    // stride from one row of codes or values to the next
+    block_shift: u32,  // log2 of the weights per block
     first_weight: u32, // this part's first weight within its block
     first_block: u32,  // this part's first block within its super-block
-    super_shift: u32,  // log2 of the blocks a super-block
+    super_shift: u32,  // log2 of the blocks per super-block
     scales: u32,       // place of the scales: f32, bytes of codes, or f16 pairs (Q8_0)
     supers: u32,       // place of the super-scales
-    table: u32,        // place of the 256 values of a scale code
+    table: u32,        // place of the 256 values that scale codes stand for
     offset: f32,       // added to every double-quantized scale
     mins: u32,         // the same for the minima
     min_supers: u32,

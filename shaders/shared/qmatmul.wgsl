@@ -1,4 +1,5 @@
-// Parameters, operands and result of every form of the fused product; `QmatmulParams` in src/kernels/qmatmul.rs.
+// Parameters, operands and result of every form of the fused product; `QmatmulParams` in
+// src/kernels/qmatmul_operands.rs.
 struct Params {
     first_group: u32,
     groups: u32,
@@ -6,11 +7,11 @@ struct Params {
     n: u32,             // rows of W in this part
     row: u32,           // first row of X
     rows: u32,          // rows of X from there on
-    column: u32,        // column of Y of this part's first row of W
+    column: u32,        // column of Y for this part's first row of W
     y_stride: u32,      // columns of Y
-    splits: u32,        // parts of the contracted index that are added up apart
+    splits: u32,        // parts of the contracted index that are summed separately
     rank: u32,          // 0: no adapter
-    bias_rows: u32,     // 0: no bias; 1: the same for every row of Y; else a row for each
+    bias_rows: u32,     // 0: no bias; 1: all rows of Y share it; else one for each row
     lora_scale: f32,
     m: Matrix,
 }
@@ -26,7 +27,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read> h: array<{{ ranks }}>;
 @group(0) @binding(4) var<storage, read> b: array<{{ ranks }}>;
 
-// Where the bias has the value for a row of Y and a column.
+// Place of the bias for a row of Y and a column.
 fn bias_at(row: u32, column: u32) -> u32 {
     return select(0u, row * p.y_stride, p.bias_rows > 1u) + column;
 }

@@ -1,4 +1,5 @@
-// Parameters and operands of every form of the input gradient; `QmatmulDxParams` in src/kernels/qmatmul_dx_operands.rs.
+// Parameters and operands of every form of the input gradient; `QmatmulDxParams` in
+// src/kernels/qmatmul_dx_operands.rs.
 struct Params {
     first_group: u32,
     groups: u32,
@@ -7,14 +8,14 @@ struct Params {
     n: u32,             // rows of W in this part
     row: u32,           // first row of dX
     rows: u32,          // rows of dX from there on
-    column: u32,        // column of dY of this part's first row of W
+    column: u32,        // column of dY for this part's first row of W
     dy_stride: u32,     // columns of dY
-    splits: u32,        // parts of the contracted index that are added up apart
+    splits: u32,        // parts of the contracted index that are summed separately
     rank: u32,          // 0: no adapter, or an earlier part has added it
     accumulate: u32,    // 1: add to dX
     seed_low: u32,      // of the dropout
     seed_high: u32,
-    drop_below: u32,    // a value whose hash is under this is dropped
+    drop_below: u32,    // values with a hash below this are dropped
     keep_scale: f32,    // 1 / (1 - probability)
     m: Matrix,
 }
@@ -31,7 +32,7 @@ struct Params {
 
 {% include "dropout.wgsl" %}
 
-// Those of the elements [row, k .. k + 4] of X.
+// Dropout factors of the elements [row, k .. k + 4] of X.
 fn dropout_factor4(row: u32, k: u32) -> vec4<f32> {
     let i = row * p.k + k;
     return vec4<f32>(dropout_factor(i), dropout_factor(i + 1u), dropout_factor(i + 2u), dropout_factor(i + 3u));
@@ -48,7 +49,7 @@ fn store4(row: u32, q: u32, values: vec4<f32>) {
     dx[row * (p.k >> 2u) + q] = values;
 }
 {% else %}
-// dX[row, 4q .. 4q + 4], as far as there are columns.
+// dX[row, 4q .. 4q + 4], up to the last column.
 fn load4(row: u32, q: u32) -> vec4<f32> {
     let at = row * p.k + 4u * q;
 {% if ragged %}

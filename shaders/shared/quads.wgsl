@@ -1,5 +1,6 @@
-// An invocation for every four values: the including shader's `quad(i)` does values 4i to 4i + 3. Buffers end at whole
-// quads, so the last one is read and written whole wherever the values end. Include after `Params`, which holds `quads`.
+// One invocation for every four values: the including shader's `quad(i)` handles values 4i to 4i +
+// 3. Buffers end at whole quads, so the last one is always read and written whole. Include after
+// `Params`, which holds `quads`.
 {% include "groups.wgsl" %}
 
 @compute @workgroup_size({{ threads }})

@@ -1,8 +1,8 @@
 // Sums and maxima over a team of threads; every thread of the team gets the result.
 //
-// With `subgroups` a team is a subgroup, whatever its size. Without, it is `team` consecutive threads (a power of
-// two) and the reduction is a tree in workgroup memory, so all threads of the workgroup must call together. A team of
-// one has nothing to reduce.
+// With `subgroups` a team is a subgroup of any size. Without, it is `team` consecutive threads (a
+// power of two) and the reduction is a tree in workgroup memory, so all threads of the workgroup
+// must call it together. A team of one has nothing to reduce.
 {% if not subgroups and team > 1 %}
 var<workgroup> team_partial: array<f32, {{ threads }}>;
 {% endif %}

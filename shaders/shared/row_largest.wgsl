@@ -1,4 +1,5 @@
-// Operands of the kernels that scale rows of X [M, K], and the largest value of a row, which {{ team }} threads own.
+// Operands of the kernels that scale rows of X [M, K], and the largest value of a row, which
+// {{ team }} threads own.
 struct Params {
     first_group: u32,
     groups: u32,
@@ -15,14 +16,15 @@ struct Params {
 
 var<workgroup> partial: array<f32, {{ threads }}>;
 
-// The largest absolute value of a row. All threads of a workgroup must call it.
+// Largest absolute value of a row. All threads of a workgroup must call it.
 fn largest_of(row: u32, lane: u32, thread: u32) -> f32 {
 {% if quads %}
     let quads = p.k >> 2u;
     let base = row * quads;
     var most = vec4<f32>(0.0);
     for (var q = lane; q < quads; q = q + {{ 4 * team }}u) {
-        // Four loads are under way at a time. Past the end the last quad comes again, which changes no maximum.
+        // Four loads run at a time. Past the end the last quad is repeated, which changes no
+        // maximum.
 {% for i in range(4) %}
         let quad{{ i }} = abs(x[base + min(q + {{ i * team }}u, quads - 1u)]);
 {% endfor %}

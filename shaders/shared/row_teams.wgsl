@@ -1,6 +1,6 @@
-// A team of threads for every row: a subgroup, `team` threads, or one thread on software drivers. The including shader's
-// `one_row(row, team, mine)` is called by all threads of a workgroup together; it stores only where `mine`.
-// Include after `Params`.
+// A team of threads per row: a subgroup, `team` threads, or one thread on software drivers. All
+// threads of a workgroup call the including shader's `one_row(row, team, mine)` together; it
+// stores only if `mine`. Include after `Params`.
 {% include "groups.wgsl" %}
 {% include "reduce.wgsl" %}
 
@@ -32,9 +32,9 @@ fn main(
     if (group >= p.groups) {
         return;
     }
-    // A workgroup does {{ group_rows }} rows whatever the size of its subgroups.
+    // A workgroup handles {{ group_rows }} rows, whatever the size of its subgroups.
     for (var i = 0u; i < {{ group_rows }}u; i = i + teams) {
-        // Teams past the last row work on it again and do not store.
+        // Teams past the last row repeat it and do not store.
         let wanted = group * {{ group_rows }}u + i + team_id;
         let mine = i + team_id < {{ group_rows }}u && wanted < p.rows;
         one_row(min(wanted, p.rows - 1u), Team(lane, team_size, thread), mine);

@@ -1,5 +1,5 @@
-// Four values of a row of `{{ operand }}`, row-major with K values a row. `ragged`: K is no multiple of 8, so rows are read value
-// by value and read as zero past K.
+// Four values of a row of `{{ operand }}`, row-major with K values per row. `ragged`: K is not a
+// multiple of 8, so rows are read value by value, and as zero past K.
 {% if ragged %}
 fn {{ operand }}4(row: u32, q: u32) -> vec4<f32> {
     var values = vec4<f32>(0.0);

@@ -1,5 +1,5 @@
-// A product with few columns, RESULT [M, r] = {{ scale }}LEFT [M, K] * RIGHT [K, r], with {{ parts }} RIGHT at a time; of functions that
-// the kernel has:
+// A product with few columns, RESULT [M, r] = {{ scale }}LEFT [M, K] * RIGHT [K, r], with
+// {{ parts }} RIGHT at a time. It uses functions of the kernel:
 {% if share %}
 //   left1(row, k)    LEFT[row, k]
 {% else %}
@@ -8,14 +8,17 @@
 //   right4_I(j, q)   RIGHT I[4q .. 4q + 4, j]; finite past K
 //   mask_I(row, k)   with dropout: what LEFT[row, k] is multiplied by before it meets RIGHT I
 {% if software %}
-// For software drivers: lanes along r, {{ tokens }} rows of LEFT an invocation, no workgroup memory. Their time is that of
-// the loads{{ ": each of eight lanes loads one value of eight, and broadcasts hand them round" if share }}.
+// For software drivers: lanes along r, {{ tokens }} rows of LEFT per invocation, no workgroup
+// memory. Loads dominate the
+// time{{ ": each of eight lanes loads one value of eight, and broadcasts hand them round" if share }}.
 {% else %}
-// A workgroup owns {{ tokens }} rows by {{ ranks }} columns of the result; its threads stride K, then the partial sums meet.
+// A workgroup owns {{ tokens }} rows by {{ ranks }} columns of the result. Its threads stride K,
+// then the partial sums are added up.
 {% endif %}
 
 {% if not software %}
-// One partial sum a team (a subgroup of four threads at least, or a thread) for each of the {{ tokens * ranks }} results.
+// One partial sum per team (a subgroup of at least four threads, or a thread) for each of the
+// {{ tokens * ranks }} results.
 {% set teams_max = threads // 4 if subgroups else threads %}
 var<workgroup> partial: array<f32, {{ tokens * ranks * teams_max }}>;
 {% endif %}

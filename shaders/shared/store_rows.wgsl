@@ -1,4 +1,5 @@
-// Stores four values of a row of `{{ operand }}`, as rows.wgsl reads them; what is past K is left out.
+// Stores four values of a row of `{{ operand }}`, as rows.wgsl reads them; values past K are left
+// out.
 {% if ragged %}
 fn store_{{ operand }}4(row: u32, q: u32, values: vec4<f32>) {
     let at = row * p.k + 4u * q;

@@ -1,12 +1,14 @@
-{# Register tiles: `side` x `side` results by threads that own 8 x 8 each, `sum0_0` to `sum7_1`: sumI_H is row ty + I side / 8,
-   columns 4 tx + H side / 2 to + 3. A thread's place is tx = thread % (side / 8), ty = thread / (side / 8).
+{# Register tiles: `side` x `side` results by threads that own 8 x 8 each, `sum0_0` to `sum7_1`:
+   sumI_H is row ty + I side / 8, columns 4 tx + H side / 2 to + 3. A thread's place is tx = thread
+   % (side / 8), ty = thread / (side / 8).
 
-   The left operand lies in workgroup memory as [row][contracted / 4]. The right one lies like this too where its own memory runs
-   along the contracted index (`multiply_rows`), else as [contracted][column / 4] (`multiply_columns`). Four values make one
-   load, and one quad of padding a row spreads the banks. #}
+   The left operand lies in workgroup memory as [row][contracted / 4]. So does the right one if its
+   own memory runs along the contracted index (`multiply_rows`); otherwise it is
+   [contracted][column / 4] (`multiply_columns`). Four values make one load, and one quad of
+   padding per row spreads the banks. #}
 
-{# Where the right operand's row for column `n` begins: columns that a thread reads at once lie apart, those that neighbours
-   read lie side by side. #}
+{# Start of the right operand's row for column `n`. Columns that one thread reads at once are
+   apart; columns that neighbouring threads read are side by side. #}
 {% macro slot(side, n) %}({{ n }} % 4u * {{ side // 4 + 1 }}u + {{ n }} / 4u){% endmacro %}
 
 {% macro sums() %}
@@ -16,7 +18,7 @@
 {% endfor %}
 {% endmacro %}
 
-{# Adds `steps` quads of the contracted index, of which rows hold `quads`. #}
+{# Adds `steps` quads of the contracted index. Rows hold `quads` of them. #}
 {% macro multiply_rows(side, left, right, quads, steps) %}
         for (var k = 0u; k < {{ steps }}u; k = k + 1u) {
 {% for h in range(2) %}{% for j in range(4) %}
@@ -49,7 +51,8 @@
         }
 {% endmacro %}
 
-{# Four values of a row of an adapter's operand from rank j on, zero past the rank: one load, or four at once that nothing guards. #}
+{# Four values of a row of an adapter's operand from rank j on, zero past the rank: one load, or
+   four unconditional loads. #}
 {% macro rank4(name, rank_quads) %}
 fn {{ name }}4(row: u32, j: u32) -> vec4<f32> {
 {% if rank_quads %}

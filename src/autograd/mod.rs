@@ -1,10 +1,11 @@
-//! Reverse-mode differentiation over fused ops: a handful a decoder layer, not one a scalar.
+//! Reverse-mode differentiation over fused ops: a handful per decoder layer, not one per scalar.
 //!
-//! A [`Tape`] records, for each op that a trainable tensor reaches, how its gradient goes back to its inputs. What the
-//! frozen base alone has made is a plain value: it saves nothing and gets no gradient. [`Tape::backward`] consumes the
-//! tape from its end, so that what an op has saved is freed as soon as it has been used. [`Tape::checkpoint`] saves the
-//! input of a stretch only and runs the stretch again on the way back: the same kernels on the same values, so the same
-//! bits.
+//! A [`Tape`] records, for each op that a trainable tensor reaches, how its gradient propagates to
+//! its inputs. A value that depends on the frozen base alone is a plain value: it saves nothing
+//! and gets no gradient. [`Tape::backward`] consumes the tape from its end, so that what an op has
+//! saved is freed as soon as it has been used. [`Tape::checkpoint`] saves only the input of a
+//! stretch and runs the stretch again on the way back: the same kernels on the same values, so the
+//! same bits.
 
 mod ops;
 
@@ -15,11 +16,11 @@ use crate::error::{Error, Result};
 use crate::kernels::add_assign::add_assign;
 use crate::tensor::{Tensor, TensorId};
 
-/// What a tape asks of its values: a tensor, or in the plan of a run the memory of one. Clones share it.
+/// A value on a tape: a tensor, or in the plan of a run the memory of one. Clones share it.
 pub(crate) trait Value: Clone {
-    /// Equal for those that share their memory, and for no others that live.
+    /// Equal for values that share their memory, different for all other live values.
     fn id(&self) -> TensorId;
-    /// Adds to it, in memory of its own: those that shared it keep what was there.
+    /// Adds `other` in place. Values that shared the memory keep their old contents.
     fn add_in_place(&mut self, other: &Self) -> Result<()>;
 }
 
@@ -33,7 +34,7 @@ impl Value for Tensor {
     }
 }
 
-/// A value that an op has made, and where the tape knows it, if a gradient may come back to it.
+/// A value made by an op, and its node on the tape if it may get a gradient.
 #[derive(Clone, Debug)]
 pub struct Var<V = Tensor> {
     value: V,
@@ -41,7 +42,7 @@ pub struct Var<V = Tensor> {
 }
 
 impl<V> Var<V> {
-    /// Where the tape knows it.
+    /// Its node on the tape, if it may get a gradient.
     pub(crate) fn node(&self) -> Option<usize> {
         self.node
     }
@@ -51,18 +52,18 @@ impl<V> Var<V> {
         &self.value
     }
 
-    /// Whether a trainable tensor has a part in it.
+    /// Whether it depends on a trainable tensor.
     pub fn needs_grad(&self) -> bool {
         self.node.is_some()
     }
 }
 
-/// The gradients of an op's inputs, in their order; `None` where none is wanted.
+/// Gradients of an op's inputs, in their order; `None` for inputs that need none.
 pub(crate) type InputGrads<V = Tensor> = Vec<Option<V>>;
 
-/// How the gradients of an op's results, those that came, become those of its inputs. It is handed the gradient that its first
-/// input has so far, if it adds to that one itself, and it may add to gradients of trainable tensors of its own (a
-/// checkpointed stretch does).
+/// Turns the gradients of an op's results, if they have any, into those of its inputs. It receives
+/// the gradient accumulated so far for its first input, if it adds to that itself. It may also add
+/// to the gradients of its own trainable tensors (a recomputed stretch does).
 type Backward<'a, V> = Box<dyn FnOnce(Vec<Option<V>>, Option<V>, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a>;
 
 enum Node<'a, V> {
@@ -72,23 +73,23 @@ enum Node<'a, V> {
     Input,
     Op {
         inputs: Vec<Option<usize>>,
-        /// This node's, and those of so many [`Node::Further`] after it.
+        /// Number of result nodes: this one and the [`Node::Further`] after it.
         results: usize,
         /// Whether it adds to the first input's gradient itself.
         adds: bool,
         backward: Backward<'a, V>,
     },
-    /// One more result of an op.
+    /// A further result of an op.
     Further,
 }
 
-/// What has been computed, in order. It borrows the layers whose ops it has recorded.
+/// The ops computed so far, in order. The tape borrows the layers whose ops it has recorded.
 pub struct Tape<'a, V = Tensor> {
     nodes: Vec<Node<'a, V>>,
     inference: bool,
 }
 
-/// Gradients of trainable tensors. Those of several tapes add up: micro-batches of one step.
+/// Gradients of trainable tensors. Gradients of several tapes add up: micro-batches of one step.
 #[derive(Debug)]
 pub struct Gradients<V = Tensor> {
     by_tensor: HashMap<TensorId, V>,
@@ -101,12 +102,12 @@ impl<V> Default for Gradients<V> {
 }
 
 impl Gradients {
-    /// None yet.
+    /// Makes an empty set.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// That of a trainable tensor, if one came.
+    /// The gradient of a trainable tensor, if it got one.
     pub fn get(&self, tensor: &Tensor) -> Option<&Tensor> {
         self.by_tensor.get(&tensor.id())
     }
@@ -114,7 +115,7 @@ impl Gradients {
 
 #[expect(private_bounds, reason = "only this crate has values other than tensors")]
 impl<V: Value> Gradients<V> {
-    /// Adds to that of a trainable tensor.
+    /// Adds to the gradient of a trainable tensor.
     fn add(&mut self, id: TensorId, gradient: V) -> Result<()> {
         match self.by_tensor.entry(id) {
             Entry::Occupied(mut sum) => sum.get_mut().add_in_place(&gradient),
@@ -133,27 +134,28 @@ impl Default for Tape<'_> {
 }
 
 impl<'a> Tape<'a> {
-    /// An empty tape that records.
+    /// Makes an empty tape that records.
     pub fn new() -> Self {
         Tape::empty(false)
     }
 
-    /// A tape that records nothing: for evaluation.
+    /// Makes a tape that records nothing, for evaluation.
     pub fn inference() -> Self {
         Tape::empty(true)
     }
 
-    /// A trainable tensor. Its gradient is found under the tensor itself: [`Gradients::get`].
+    /// Registers a trainable tensor. [`Gradients::get`] finds its gradient by the tensor itself.
     pub fn parameter(&mut self, tensor: &Tensor) -> Var {
         let node = self.leaf(tensor);
         Var { value: tensor.clone(), node }
     }
 
-    /// Adds the gradients of `loss`, a single value, to those of the trainable tensors that it depends on.
+    /// Adds the gradients of `loss`, a single value, to those of the trainable tensors that it
+    /// depends on.
     ///
     /// # Errors
-    /// [`Error::Shape`] if it is not a single value, [`Error::Invalid`] if no trainable tensor has a part in it, and those
-    /// of the kernels.
+    /// [`Error::Shape`] if it is not a single value, [`Error::Invalid`] if it depends on no
+    /// trainable tensor, and errors of the kernels.
     pub fn backward(self, loss: &Var, gradients: &mut Gradients) -> Result<()> {
         if loss.value.len() != 1 {
             let got = format!("{:?}", loss.value.shape());
@@ -200,8 +202,8 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         Some(self.nodes.len() - 1)
     }
 
-    /// The result of an op whose inputs are these nodes; recorded if one of them wants a gradient. `backward` is made only
-    /// then, so that nothing is saved in vain.
+    /// Returns the result of an op with these input nodes; records the op if an input needs a
+    /// gradient. `backward` is only made then, so that nothing is saved in vain.
     pub(crate) fn record(
         &mut self,
         value: V,
@@ -215,7 +217,8 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         var
     }
 
-    /// As [`Tape::record`], of an op with several results. `backward` takes the gradients of those that were used.
+    /// Like [`Tape::record`], for an op with several results. `backward` takes the gradients of
+    /// the results that were used.
     pub(crate) fn record_several<const N: usize>(
         &mut self,
         values: [V; N],
@@ -225,8 +228,8 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         self.push_op(values, inputs, false, |dys, _, gradients| backward(dys, gradients))
     }
 
-    /// As [`Tape::record`], of an op that adds to the gradient of its first input itself, which saves a dispatch. `backward`
-    /// takes what has come of that gradient so far, and returns the sum.
+    /// Like [`Tape::record`], for an op that itself adds to the gradient of its first input, which
+    /// saves a dispatch. `backward` takes the gradient accumulated so far and returns the sum.
     pub(crate) fn record_adding(
         &mut self,
         value: V,
@@ -258,11 +261,11 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         values.map(|value| Var { value, node: self.push(node.take().unwrap_or(Node::Further)) })
     }
 
-    /// Runs `stretch` on `x` and saves only `x`: on the way back the stretch runs again. It has to do the same each time;
-    /// dropout does, given the same seed.
+    /// Runs `stretch` on `x` and saves only `x`; the backward pass runs the stretch again. It must
+    /// do the same each time. Dropout does, given the same seed.
     ///
     /// # Errors
-    /// Those of the stretch.
+    /// Errors of the stretch.
     pub fn checkpoint(
         &mut self,
         x: &Var<V>,
@@ -273,7 +276,8 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         }
         let y = stretch(&mut Tape::empty(true), &Var { value: x.value.clone(), node: None })?;
         let (saved, wanted) = (x.value.clone(), x.needs_grad());
-        // The stretch's own trainable tensors are known only when it runs again, so it always counts as trainable.
+        // The stretch's own trainable tensors are known only when it runs again, so it always
+        // counts as trainable.
         let node = self.push(Node::Op {
             inputs: vec![x.node],
             results: 1,
@@ -289,7 +293,7 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         Ok(Var { value: y.value, node })
     }
 
-    /// From `y` back to the start; returns the gradient of the node `wanted`.
+    /// Runs backward from `y` to the start; returns the gradient of the node `wanted`.
     pub(crate) fn run(
         self,
         y: &Var<V>,
@@ -303,7 +307,7 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         let mut answer = None;
         for (index, node) in self.nodes.into_iter().enumerate().rev() {
             match node {
-                // Its op comes next, and takes it.
+                // The op's main node comes next and takes it.
                 Node::Further => {}
                 Node::Leaf(id) => pending[index].take().map_or(Ok(()), |gradient| gradients.add(id, gradient))?,
                 Node::Input => {
@@ -341,8 +345,9 @@ mod tests {
     use crate::quant::{DenseData, DenseMatrix};
     use crate::testing;
 
-    /// A small graph: h = silu(x) * x + x, y = norm(h) + h, loss(norm(silu(y) * y + norm(y))). The sum that the first norm
-    /// adds to is also its own gradient, and that of the second is nobody else's.
+    /// A small graph: h = silu(x) * x + x, y = norm(h) + h, loss(norm(silu(y) * y + norm(y))). The
+    /// sum that the first norm adds to shares memory with its own gradient; the second norm's sum
+    /// is unshared.
     struct Graph {
         weight: Tensor,
         head: DeviceMatrix,

@@ -1,4 +1,4 @@
-//! The ops that a tape records: each a fused kernel and its backward.
+//! The ops that a tape records: each is a fused kernel with its backward.
 
 use std::sync::Arc;
 
@@ -19,10 +19,10 @@ use crate::kernels::visibility::Visibility;
 use crate::tensor::Tensor;
 
 impl<'a> Tape<'a> {
-    /// x / sqrt(mean(x^2) + eps) * weight over the last values, as many as `weight` has.
+    /// x / sqrt(mean(x^2) + eps) * weight, over runs of values as long as `weight`.
     ///
     /// # Errors
-    /// As [`rms_norm`].
+    /// Like [`rms_norm`].
     pub fn rms_norm(&mut self, x: &Var, weight: &'a Tensor, eps: f32) -> Result<Var> {
         let y = rms_norm(&x.value, weight, eps)?;
         let saved = x.value.clone();
@@ -31,10 +31,10 @@ impl<'a> Tape<'a> {
         }))
     }
 
-    /// Rotary position embedding of every head in a row of q and of k.
+    /// Rotary position embedding of every head in the rows of q and k.
     ///
     /// # Errors
-    /// As [`rope`](crate::kernels::rope::rope).
+    /// Like [`rope`](crate::kernels::rope::rope).
     pub fn rope(&mut self, [q, k]: [&Var; 2], table: &RopeTable, positions: &Indices) -> Result<[Var; 2]> {
         let ys = rope_both([&q.value, &k.value], table, positions, false)?;
         let (table, positions) = (table.clone(), positions.clone());
@@ -49,7 +49,7 @@ impl<'a> Tape<'a> {
     /// Softmax attention of q over k and v.
     ///
     /// # Errors
-    /// As [`attention`].
+    /// Like [`attention`].
     pub fn attention(
         &mut self,
         [q, k, v]: [&Var; 3],
@@ -70,7 +70,7 @@ impl<'a> Tape<'a> {
     /// silu(gate) * up.
     ///
     /// # Errors
-    /// As [`silu_mul`].
+    /// Like [`silu_mul`].
     pub fn silu_mul(&mut self, gate: &Var, up: &Var) -> Result<Var> {
         let y = silu_mul(&gate.value, &up.value)?;
         let saved = [gate, up].map(|var| var.value.clone());
@@ -84,18 +84,19 @@ impl<'a> Tape<'a> {
     /// a + b.
     ///
     /// # Errors
-    /// As [`add`].
+    /// Like [`add`].
     pub fn add(&mut self, a: &Var, b: &Var) -> Result<Var> {
         let y = add(&a.value, &b.value)?;
         Ok(self.record(y, vec![a.node, b.node], |dy, _| Ok(vec![Some(dy.clone()), Some(dy.clone())])))
     }
 
-    /// `scale` times the summed cross-entropy of `labels` under the logits `hidden` * `head`^T, and each token's own
-    /// (unscaled). The gradient is found on the way forward, while a chunk's logits are there, and must be used as it is: a
-    /// loss that goes into further ops is an error of theirs, since it is one value and there are none for it.
+    /// Returns `scale` times the summed cross-entropy of `labels` for the logits `hidden` *
+    /// `head`^T, and the (unscaled) loss of each token. The gradient is computed in the forward
+    /// pass, while a chunk's logits exist, and can't be rescaled later. So the loss must be used
+    /// as it is: other ops reject it, because it is a single value.
     ///
     /// # Errors
-    /// As [`linear_cross_entropy`].
+    /// Like [`linear_cross_entropy`].
     pub fn linear_cross_entropy(
         &mut self,
         hidden: &Var,

@@ -1,4 +1,4 @@
-//! Copies of device memory: the ceiling for whatever is bound by it.
+//! Measures copies of device memory: the upper bound for memory-bound kernels.
 
 use serde::Serialize;
 
@@ -8,32 +8,31 @@ use crate::error::{Error, Result};
 use crate::kernels::append::append;
 use crate::tensor::Tensor;
 
-/// Columns of the tensors that are copied.
+/// Columns of the copied tensors.
 const WIDTH: usize = 1024;
 
-/// How fast a device copies.
+/// Copy speed of a device.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct CopyRates {
-    /// Bytes of one copy; as many are read, and as many written.
+    /// Bytes of one copy. This many are read, and this many written.
     pub bytes: u64,
-    /// By the driver's own copy from buffer to buffer: bytes read and written a second, in 10^9,
-    /// at the median.
+    /// Copying from buffer to buffer by the driver: bytes read and written per second, in 10^9, at
+    /// the median.
     pub buffer_gb_per_s: f64,
-    /// As that, by a kernel of this library.
+    /// The same, by a kernel of this library.
     pub kernel_gb_per_s: f64,
 }
 
-/// Times copies of `bytes`, or of half as many, and so on, where there is no room for twice as
-/// much.
+/// Times copies of `bytes`. If there isn't room for twice as much, halves the size until there is.
 ///
 /// # Errors
-/// [`Error::Unsupported`] on the CPU device; what allocations of a few rows fail with.
+/// [`Error::Unsupported`] on the CPU device; errors of allocating even a few rows.
 pub fn measure_copy(device: &Device, bytes: u64) -> Result<CopyRates> {
     let Device::Gpu(gpu) = device else {
         let (what, hint) = ("timing copies of device memory".into(), "it works on GPUs only".into());
         return Err(Error::Unsupported { device: device.name().to_owned(), what, hint });
     };
-    // Two tensors in one copy by a kernel, each bound whole.
+    // The kernel copies two tensors at once, each bound as a whole.
     let half = (bytes / 2).min(gpu.limits().max_binding_bytes);
     let mut rows = ((half / (4 * WIDTH as u64)) as usize).max(1);
     loop {

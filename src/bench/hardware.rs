@@ -1,5 +1,5 @@
-//! All that there is to measure of a GPU, as parts that cannot spoil each other: each is a process
-//! of its own, with a time limit.
+//! Measures everything about a GPU, in parts that can't disturb each other: each is a process of
+//! its own, with a time limit.
 
 use std::fs;
 use std::path::Path;
@@ -13,41 +13,40 @@ use super::report::Machine;
 use crate::device::{DeviceInfo, Tier};
 use crate::error::{Error, Result};
 
-/// The file: where and when, and a part after the other.
+/// Contents of the report file: place, date and the parts in order.
 #[derive(Clone, Debug, Serialize)]
 pub struct HardwareReport {
-    /// Of this program.
+    /// Version of this program.
     pub version: &'static str,
-    /// When it was begun, as `2026-01-31T12:00:00Z`.
+    /// Start of the run, for example `2026-01-31T12:00:00Z`.
     pub date: String,
     /// The computer, before the run.
     pub machine: Machine,
-    /// What `qlora devices --json` says of the device.
+    /// The device as listed by `qlora devices --json`.
     pub device: DeviceInfo,
-    /// Whether sizes were those of a try.
+    /// Whether this was a quick run with small sizes.
     pub quick: bool,
-    /// What was measured.
+    /// The measurements.
     pub parts: Vec<Part>,
 }
 
-/// One measurement, or why there is none.
+/// One measurement, or the reason why there is none.
 #[derive(Clone, Debug, Serialize)]
 pub struct Part {
     /// "copy", "ceilings", "layer", "smollm2-step" or "7b-step".
     pub name: &'static str,
-    /// The tier of the kernels; none where it does not matter.
+    /// Tier of the kernels, if it matters.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tier: Option<String>,
-    /// Rows of X, of a layer.
+    /// Rows of X, for a layer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub m: Option<usize>,
-    /// How long it took, with making and checking everything.
+    /// Duration, including preparation and checks.
     pub seconds: f64,
-    /// Whether all results are the CPU's but for rounding.
+    /// Whether all results agree with the CPU's within rounding.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agrees: Option<bool>,
-    /// What the command has printed: rows of `qlora bench --json`, copy rates, or a program's
-    /// ceilings.
+    /// Output of the command: rows of `qlora bench --json`, copy rates, or a program's ceilings.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub result: Option<Value>,
     /// Why there is no result.
@@ -58,24 +57,24 @@ pub struct Part {
     pub skipped: Option<String>,
 }
 
-/// A part that is to be measured.
+/// A part to measure.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// Its name.
     pub name: &'static str,
-    /// For `QLORA_TIER`.
+    /// Value of `QLORA_TIER`.
     pub tier: Option<String>,
-    /// Rows of X, of a layer.
+    /// Rows of X, for a layer.
     pub m: Option<usize>,
     /// The program and its arguments.
     pub command: Vec<String>,
-    /// After so long it is ended.
+    /// The process is killed after this time.
     pub limit: Duration,
 }
 
 impl Plan {
-    /// Runs the command, and takes the JSON value that it prints last on standard output. Nothing
-    /// that goes wrong is an error here.
+    /// Runs the command, and takes the last JSON value that it prints on standard output. Failures
+    /// become part of the result.
     pub fn run(&self) -> Part {
         let start = Instant::now();
         let done = self.output();
@@ -113,10 +112,10 @@ impl Plan {
                 break status;
             }
             if start.elapsed() > self.limit {
-                // One that has ended meanwhile cannot be ended.
+                // Fails if it has ended meanwhile.
                 let _ = child.kill();
                 let _ = child.wait();
-                return Err(format!("was ended after {} s", self.limit.as_secs()));
+                return Err(format!("timed out after {} s", self.limit.as_secs()));
             }
             std::thread::sleep(Duration::from_millis(20));
         };
@@ -129,7 +128,7 @@ impl Plan {
     }
 }
 
-/// The JSON value of a file, after lines that are none.
+/// Reads the JSON value of a file, skipping lines before it.
 fn read_json(path: &Path) -> Result<Value, String> {
     let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
     let begins = text.match_indices(['{', '[']).map(|(at, _)| at).filter(|at| *at == 0 || text[..*at].ends_with('\n'));
@@ -137,7 +136,7 @@ fn read_json(path: &Path) -> Result<Value, String> {
     value.ok_or_else(|| format!("it prints no JSON, but {:.200?}", text.trim()))
 }
 
-/// Whether all rows are the CPU's results but for rounding; none for what is no rows.
+/// Whether all rows agree with the CPU's results within rounding; `None` if the value isn't rows.
 fn agrees(result: &Value) -> Option<bool> {
     let right = |row: &Value| {
         let tier: Option<Tier> = row["tier"].as_str().and_then(|tier| tier.parse().ok());
@@ -148,8 +147,9 @@ fn agrees(result: &Value) -> Option<bool> {
     Some(result.as_array()?.iter().all(right))
 }
 
-/// How far a result may be from the CPU's, relative to the largest value: f32 sums in another
-/// order, or f16 operands. Of a step loss and gradient norm, each relative to the CPU's.
+/// Allowed difference from the CPU's results, relative to the largest value: f32 sums in another
+/// order, or f16 operands. For a step, it applies to the loss and the gradient norm, each relative
+/// to the CPU's.
 pub fn allowed(tier: Option<Tier>, step: bool) -> f64 {
     match (tier.is_some_and(Tier::f16), step) {
         (false, false) => 1e-5,
@@ -160,10 +160,10 @@ pub fn allowed(tier: Option<Tier>, step: bool) -> f64 {
 }
 
 impl HardwareReport {
-    /// The parts that have failed or are wrong, in words.
+    /// Checks all parts.
     ///
     /// # Errors
-    /// [`Error::Device`] with them, if there are any.
+    /// [`Error::Device`] that lists the parts that have failed or are wrong.
     pub fn verdict(&self) -> Result<()> {
         let bad = self.parts.iter().filter_map(|part| {
             let what = match (&part.error, part.agrees) {
@@ -180,22 +180,22 @@ impl HardwareReport {
         Err(Error::Device { device: self.device.name.clone(), op: "bench".into(), message: bad.join("; ") })
     }
 
-    /// What a copy reaches, in 10^9 bytes a second: the better of the two.
+    /// Speed of a copy, in 10^9 bytes per second: the better of the two.
     fn copy(&self) -> Option<f64> {
         let result = self.parts.iter().find(|part| part.name == "copy")?.result.as_ref()?;
         let rates = ["buffer_gb_per_s", "kernel_gb_per_s"].map(|name| result[name].as_f64());
         rates.into_iter().flatten().reduce(f64::max)
     }
 
-    /// What the other program's product in bf16 reaches at these rows, in TFLOP/s.
+    /// Speed of the other program's product in bf16 for this many rows, in TFLOP/s.
     fn ceiling(&self, m: usize, op: &str) -> Option<f64> {
         let ceilings = self.parts.iter().find(|part| part.name == "ceilings")?.result.as_ref()?;
         let row = ceilings["bf16"].as_array()?.iter().find(|row| row["m"].as_u64() == Some(m as u64))?;
         row[if op == "forward" { "forward_tflops" } else { "dx_tflops" }].as_f64()
     }
 
-    /// Tables in Markdown, for people and `docs/performance.md`: a layer's passes by tier and rows,
-    /// and steps.
+    /// Tables in Markdown, for readers and `docs/performance.md`: passes of a layer by tier and
+    /// rows, and steps.
     pub fn markdown(&self) -> String {
         let number =
             |value: Option<f64>, unit: &str| value.map_or("unknown".into(), |value| format!("{value:.0} {unit}"));
@@ -232,8 +232,8 @@ impl HardwareReport {
         text + &self.steps()
     }
 
-    /// The time of a pass, and how near it is to what bounds it: for few rows a copy, for many a
-    /// product in bf16.
+    /// The time of a pass, and its share of the upper bound: a copy for few rows, a product in
+    /// bf16 for many.
     fn cell(&self, part: &Part, m: usize, op: &str) -> String {
         let rows = part.result.as_ref().and_then(Value::as_array);
         let Some(row) = rows.and_then(|rows| rows.iter().find(|row| row["op"] == op)) else { return "failed".into() };
@@ -241,7 +241,7 @@ impl HardwareReport {
         let share = |value: f64, most: Option<f64>, what: &str| {
             most.map_or(String::new(), |most| format!(", {:.0} % of {what}", value / most * 100.0))
         };
-        // A backward pass multiplies with W once, as a forward one does.
+        // A backward pass multiplies with W once, like a forward pass.
         let more = if m <= 8 {
             share(of("weight_gb_per_s"), self.copy(), "a copy")
         } else {
@@ -285,13 +285,13 @@ impl HardwareReport {
 }
 
 impl Part {
-    /// One that is not tried.
+    /// A part that is not tried.
     pub fn skipped(name: &'static str, why: &str) -> Part {
         let skipped = Some(why.to_owned());
         Part { name, tier: None, m: None, seconds: 0.0, agrees: None, result: None, error: None, skipped }
     }
 
-    /// "layer of 8 rows, tier f16".
+    /// Title, for example "layer of 8 rows, tier f16".
     pub fn title(&self) -> String {
         let rows = self.m.map_or(String::new(), |m| format!(" of {m} rows"));
         let tier = self.tier.as_ref().map_or(String::new(), |tier| format!(", tier {tier}"));
@@ -318,10 +318,10 @@ mod tests {
         let part = plan(&format!("test $QLORA_TIER = f16 && echo '{rows}' | sed s/1e-3/1e-2/"), 60).run();
         assert_eq!((part.agrees, part.error), (Some(false), None));
         let part = plan(&format!("echo '{rows}' | sed s/1e-3/null/"), 60).run();
-        assert_eq!(part.agrees, Some(false), "a NaN is no agreement");
+        assert_eq!(part.agrees, Some(false), "a NaN doesn't agree");
         for (script, seconds, reason) in [
             ("echo first; echo last >&2; exit 3", 60, "exit status: 3: last"),
-            ("sleep 60", 0, "was ended after 0 s"),
+            ("sleep 60", 0, "timed out after 0 s"),
             ("echo nothing", 60, "it prints no JSON, but \"nothing\""),
         ] {
             let part = plan(script, seconds).run();

@@ -1,46 +1,50 @@
-//! Where the time of a case goes.
+//! Time of each kernel in a case.
 
 use serde::Serialize;
 
 use crate::device::{Device, KernelTime, Profile};
 use crate::error::{Error, Result};
 
-/// Where the time of one run went.
+/// Time of each kernel in one run.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelTimes {
-    /// The whole run, in milliseconds, from its first command on the host until the device had done it.
+    /// Time of the whole run in milliseconds, from its first command on the host until the device
+    /// finished.
     pub ms: f64,
-    /// Between kernels, and while the device waited for the host, as a share of the run.
+    /// Share of the run spent between kernels, including time in which the device waited for the
+    /// host.
     pub outside_kernels: f64,
-    /// Kernels, the one that took longest first.
+    /// Kernels, slowest first.
     pub kernels: Vec<KernelRow>,
 }
 
 /// A kernel of a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct KernelRow {
-    /// Its name, which is its shader's.
+    /// Name of the kernel and of its shader.
     pub kernel: &'static str,
-    /// Its number of dispatches.
+    /// Number of dispatches.
     pub dispatches: usize,
-    /// All of its dispatches together, in milliseconds.
+    /// Total time of its dispatches, in milliseconds.
     pub ms: f64,
     /// Its share of the run.
     pub share: f64,
 }
 
 impl KernelTimes {
-    /// Those of what `work` records, which has run before: a first run also compiles and tunes.
+    /// Measures the kernels that `work` records. Run `work` once before, because a first run also
+    /// compiles and tunes.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for the CPU device, and for GPUs without timestamp queries; those of `work`.
+    /// [`Error::Unsupported`] for the CPU device, and for GPUs without timestamp queries; errors
+    /// of `work`.
     pub fn measure(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<KernelTimes> {
         match device {
             Device::Gpu(gpu) => Ok(gpu.profile(work)?.into()),
             Device::Cpu(_) => Err(Error::Unsupported {
                 device: device.name().to_owned(),
                 what: "time of each kernel".into(),
-                hint: "a system's profiler, such as perf, shows it".into(),
+                hint: "use a system profiler such as perf".into(),
             }),
         }
     }

@@ -1,4 +1,4 @@
-//! One layer, forward or backward.
+//! Measures one layer, forward or backward.
 
 use std::time::{Duration, Instant};
 
@@ -12,19 +12,19 @@ use crate::nn::{LoraAdapter, LoraConfig, QLoraLinear, Saved};
 use crate::quant::{QuantOptions, QuantizedMatrix};
 use crate::tensor::Tensor;
 
-/// What is timed.
+/// The pass to time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
     /// Y = X * deq(W)^T + s * (X * A^T) * B^T.
     Forward,
-    /// dX, dA and dB of dY, as [`QLoraLinear::backward`](crate::nn::AdaptedLinear::backward) gives them.
+    /// dX, dA and dB from dY, like [`QLoraLinear::backward`](crate::nn::AdaptedLinear::backward).
     Backward,
 }
 
 /// One pass of a [`QLoraLinear`]: M rows through a [N, K] weight with an adapter.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
-    /// Which pass.
+    /// The pass to time.
     pub op: Op,
     /// Rows of X.
     pub m: usize,
@@ -32,20 +32,20 @@ pub struct Case {
     pub n: usize,
     /// Columns of the weight.
     pub k: usize,
-    /// Of the adapter; 0: none.
+    /// Rank of the adapter; 0: no adapter.
     pub rank: usize,
-    /// How the base is quantized.
+    /// Quantization of the base.
     pub quant: QuantOptions,
 }
 
-/// A case's operands on the host, to put on one device after another.
+/// Operands of a case on the host, to be put on one device after another.
 pub struct Operands {
     case: Case,
     base: QuantizedMatrix,
     a: Vec<f32>,
     b: Vec<f32>,
     x: Vec<f32>,
-    /// Of a backward pass.
+    /// dY of a backward pass; empty for a forward pass.
     dy: Vec<f32>,
 }
 
@@ -53,7 +53,7 @@ pub struct Operands {
 pub struct Prepared {
     layer: QLoraLinear,
     x: Tensor,
-    /// dY, and what the forward pass has saved.
+    /// dY, and the tensors that the forward pass has saved.
     backward: Option<(Tensor, Saved)>,
 }
 
@@ -70,7 +70,7 @@ impl Case {
         })?)
     }
 
-    /// As [`Case::operands`], with this weight [N, K].
+    /// Like [`Case::operands`], with this weight [N, K].
     pub fn operands_of(self, weight: ArrayView2<'_, f32>) -> Result<Operands> {
         let Case { op, m, n, k, rank, quant } = self;
         let standard = weight.as_standard_layout();
@@ -85,7 +85,8 @@ impl Case {
         })
     }
 
-    /// Floating-point operations of a pass: forward 2 M (N K + r (N + K)), backward 2 M (N K + 2 r (N + K)).
+    /// Floating-point operations of a pass: forward 2 M (N K + r (N + K)), backward 2 M (N K + 2 r
+    /// (N + K)).
     pub fn flops(&self) -> f64 {
         let Case { op, m, n, k, rank, .. } = *self;
         let products = if op == Op::Forward { 1.0 } else { 2.0 };
@@ -118,7 +119,7 @@ impl Operands {
         self.base.bytes()
     }
 
-    /// How far a sample of Y or dX is from the formula in f64.
+    /// Error of a sample of Y or dX, compared with the formula in f64.
     fn sampled_error(&self, result: &[f32]) -> f64 {
         let Case { op, m, n, k, .. } = self.case;
         let width = if op == Op::Forward { n } else { k };
@@ -134,7 +135,7 @@ impl Operands {
         relative_error(&got, &wanted)
     }
 
-    /// Y at these rows and columns.
+    /// Returns Y at these rows and columns.
     fn sampled_forward(&self, rows: &[usize], columns: &[usize]) -> Vec<f64> {
         let Case { k, rank, .. } = self.case;
         let dot = |left: &[f32], right: &[f32]| -> f64 {
@@ -153,11 +154,11 @@ impl Operands {
         wanted
     }
 
-    /// dX at these rows and columns.
+    /// Returns dX at these rows and columns.
     fn sampled_backward(&self, rows: &[usize], columns: &[usize]) -> Vec<f64> {
         let Case { n, k, rank, .. } = self.case;
         let mut wanted = vec![0.0; rows.len() * columns.len()];
-        // Adds a row of W or A, each row of the result times a value of its own.
+        // Adds a row of W or A to each row of the result, multiplied by a factor per row.
         let mut add = |weight: &[f32], left: &dyn Fn(usize) -> f64| {
             for (wanted, &row) in wanted.chunks_mut(columns.len()).zip(rows) {
                 let left = left(row);
@@ -181,15 +182,15 @@ impl Operands {
 }
 
 impl Prepared {
-    /// Runs the case once, and returns Y or dX; on a GPU this only records it.
+    /// Runs the case once and returns Y or dX. On a GPU this only records it.
     pub fn run(&self) -> Result<Tensor> {
         let Some((dy, saved)) = &self.backward else { return self.layer.forward(&self.x) };
         let gradients = self.layer.backward(dy, saved, true)?;
-        // It was asked for.
+        // dX is always there, because it was requested.
         gradients.dx.map_or_else(|| Tensor::zeros(&self.x.device(), self.x.shape()), Ok)
     }
 
-    /// How long one pass takes on the device.
+    /// Device time of one pass.
     pub fn time(&self) -> Result<Duration> {
         match &self.x.device() {
             Device::Cpu(_) => {
@@ -202,7 +203,8 @@ impl Prepared {
     }
 }
 
-/// Times a case on a device and checks its result; with `profile`, runs it once more for the time of each kernel.
+/// Times a case on a device and checks its result. With `profile`, runs it once more to time each
+/// kernel.
 pub fn measure(operands: &Operands, device: &Device, profile: bool) -> Result<Row> {
     let prepared = operands.on(device)?;
     let result = prepared.run()?.to_vec()?;
@@ -242,7 +244,7 @@ mod tests {
         for op in [Op::Forward, Op::Backward] {
             let case = Case { op, m: 3, n: 130, k: 192, rank: 4, quant: QuantOptions::nf4() };
             let operands = case.operands().unwrap();
-            // Devices of its own: other tests' kernels would be seen too.
+            // Separate devices, because other tests' kernels would be seen too.
             for device in crate::testing::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
                 let profile = match (measure(&operands, &device, true), &device) {
                     (Ok(row), Device::Gpu(_)) => row.profile.unwrap(),
@@ -254,7 +256,8 @@ mod tests {
                     (other, _) => panic!("{}: {other:?}", device.name()),
                 };
                 let dispatches: usize = profile.kernels.iter().map(|row| row.dispatches).sum();
-                // The timed runs, which are more than five, have two or more each.
+                // The timed runs alone would exceed this: at least five, with two dispatches or
+                // more each.
                 assert!((2..12).contains(&dispatches), "{profile:?}");
                 assert!(profile.kernels.iter().all(|row| row.ms > 0.0), "{profile:?}");
                 assert!((0.0..1.0).contains(&profile.outside_kernels), "{profile:?}");

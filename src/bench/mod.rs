@@ -1,6 +1,7 @@
-//! What `qlora bench`, `cargo bench` and `qlora demo` measure, timed alike: a layer ([`layer`]), and a whole training step
-//! ([`step`]), and each kernel in one run of them ([`kernel_times`]); copies ([`copy`]); what other programs take for the same
-//! ([`peer`]); all of it as a file ([`report`]), and all there is to measure of a GPU as one ([`hardware`]).
+//! Measurements for `qlora bench`, `cargo bench` and `qlora demo`, all timed in the same way: a
+//! layer ([`layer`]), a whole training step ([`step`]), the time of each kernel in one run of
+//! these ([`kernel_times`]), copies ([`copy`]), and other programs' times for the same cases
+//! ([`peer`]). [`report`] writes them to a file; [`hardware`] measures everything about a GPU.
 
 pub mod copy;
 pub mod hardware;
@@ -23,7 +24,7 @@ use kernel_times::KernelTimes;
 use peer::PeerTime;
 use step::StepShape;
 
-/// What was measured; the fields of `qlora bench --json`.
+/// A measurement; the fields of `qlora bench --json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// "forward", "backward" or "step".
@@ -38,46 +39,47 @@ pub struct Row {
     pub format: String,
     /// Whether the scales are quantized too.
     pub double_quant: bool,
-    /// Rows of X; of a step: its tokens.
+    /// Rows of X; for a step, its tokens.
     pub m: usize,
-    /// Rows of the weight; of a step: values inside the feed-forward part.
+    /// Rows of the weight; for a step, values inside the feed-forward part.
     pub n: usize,
-    /// Columns of the weight; of a step: values of a hidden state.
+    /// Columns of the weight; for a step, values of a hidden state.
     pub k: usize,
-    /// Of the adapter.
+    /// Rank of the adapter.
     pub rank: usize,
     /// Shortest run, in milliseconds.
     pub ms_min: f64,
     /// Median run, in milliseconds.
     pub ms_median: f64,
-    /// 10^9 floating-point operations per second at the median; the cases say what they count.
+    /// 10^9 floating-point operations per second at the median. Each case documents what it
+    /// counts.
     pub gflops: f64,
     /// Packed weight bytes per second at the median, in 10^9.
     pub weight_gb_per_s: f64,
-    /// Largest difference from the CPU, divided by the largest value: of Y or dX against the CPU device, or for the CPU
-    /// device itself of a sample against the plain reference in f64. Of a step: of its loss and gradient norm, each
-    /// relative to the CPU device's.
+    /// Largest difference from the CPU, divided by the largest value: Y or dX compared with the
+    /// CPU device, or for the CPU device itself a sample compared with the plain reference in f64.
+    /// For a step: its loss and gradient norm, each relative to the CPU device's.
     pub max_rel_err_vs_cpu: f64,
-    /// Tokens per second at the median, of a step.
+    /// Tokens per second at the median, for a step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens_per_second: Option<f64>,
-    /// The most device memory that was live, of a step.
+    /// Maximum live device memory, for a step.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_bytes: Option<u64>,
-    /// The decoder of a step.
+    /// The decoder, for a step.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub shape: Option<StepShape>,
-    /// Where the time of one more run went.
+    /// Time of each kernel in one further run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<KernelTimes>,
-    /// What others took for the same.
+    /// Times of other programs for the same case.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerTime>,
 }
 
 impl Row {
-    /// A row of what all cases have; sizes are the case's to fill in. `times` in seconds, `weight_bytes` those of the packed
-    /// base.
+    /// Makes a row from the values that all cases have; the case fills in the sizes. `times` are
+    /// in seconds; `weight_bytes` is the size of the packed base.
     fn new(
         op: &'static str,
         device: &Device,
@@ -117,7 +119,7 @@ impl Row {
         }
     }
 
-    /// What the case is, as in "forward, M = 1, 4096 x 14336".
+    /// Title of the case, for example "forward, M = 1, 4096 x 14336".
     pub fn title(&self) -> String {
         match &self.shape {
             Some(shape) => format!("{} of {} tokens, {} layers", self.op, shape.tokens, shape.layers),
@@ -126,13 +128,13 @@ impl Row {
     }
 }
 
-/// Fewest and most timed runs of a case, and the time after which it has been timed enough.
+/// Minimum and maximum timed runs of a case, and the total time after which no more are started.
 const RUNS: (usize, usize, Duration) = (5, 50, Duration::from_secs(2));
 
-/// For so long short runs are not timed: a GPU that has idled takes a while to reach its clock.
+/// Short runs are not timed at first: an idle GPU takes a while to reach its clock.
 const WARM_UP: Duration = Duration::from_millis(300);
 
-/// Times of repeated runs, in seconds.
+/// Returns the times of repeated runs, in seconds.
 fn repeat(mut run: impl FnMut() -> Result<Duration>) -> Result<Vec<f64>> {
     let mut times = Vec::new();
     let start = Instant::now();
@@ -150,16 +152,17 @@ fn repeat(mut run: impl FnMut() -> Result<Duration>) -> Result<Vec<f64>> {
     Ok(times)
 }
 
-/// The largest difference of two arrays, divided by the second one's largest value.
+/// Largest difference of two arrays, divided by the second one's largest value.
 pub fn relative_error(got: &[f32], wanted: &[f32]) -> f64 {
     let largest = wanted.iter().fold(0.0f32, |most, value| most.max(value.abs()));
-    // A NaN must not vanish in the maximum, wherever it stands.
+    // A NaN anywhere must make the result NaN.
     let worse = |most: f64, next: f64| if most.is_nan() || next.is_nan() { f64::NAN } else { most.max(next) };
     let difference = got.iter().zip(wanted).map(|(got, wanted)| f64::from((got - wanted).abs())).fold(0.0, worse);
     difference / f64::from(largest.max(f32::MIN_POSITIVE))
 }
 
-/// `len` values, uniform in -amplitude..amplitude, by splitmix64: the same for the same seed, made in parallel.
+/// Returns `len` values, uniform in -amplitude..amplitude, by splitmix64. The same seed gives the
+/// same values; computed in parallel.
 pub fn uniform(seed: u64, len: usize, amplitude: f32) -> Vec<f32> {
     let value = |i: usize| (mix(seed, i as u64) >> 40) as f32 / 8_388_608.0 - 1.0;
     (0..len).into_par_iter().map(|i| value(i) * amplitude).collect()

@@ -1,8 +1,10 @@
-//! Other programs that time the same cases, in the same run: what a machine does in one minute says little about the next.
+//! Runs other programs that time the same cases, in the same run, because a machine's speed
+//! changes from minute to minute.
 //!
-//! A peer is a program that prints a line of JSON, `{"name"}`, and then answers every line that it reads, a case as
-//! [`Row`] has it (op, format, double_quant, m, n, k, rank, of a step its shape), with one of its own:
-//! `{"ms_min", "ms_median"}`, or `{"skipped"}` with the reason. `benches/peers` has some.
+//! A peer is a program that prints a line of JSON, `{"name"}`, and then answers every line that it
+//! reads. A line is a case with the fields of [`Row`] (op, format, double_quant, m, n, k, rank,
+//! and for a step its shape). An answer is a line too: `{"ms_min", "ms_median"}`, or `{"skipped"}`
+//! with the reason. `benches/peers` has some.
 
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -12,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Row;
 use crate::error::{Error, Result};
 
-/// A running peer; dropped, it is ended.
+/// A running peer; killed when dropped.
 pub struct Peer {
     command: String,
     name: String,
@@ -21,10 +23,10 @@ pub struct Peer {
     output: Lines<BufReader<ChildStdout>>,
 }
 
-/// What a peer says of a case.
+/// A peer's answer to a case.
 #[derive(Clone, Debug, Serialize)]
 pub struct PeerTime {
-    /// The peer, with its version.
+    /// Name and version of the peer.
     pub name: String,
     /// Shortest run, in milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -53,14 +55,14 @@ enum Answer {
 }
 
 impl Peer {
-    /// Starts a peer: a program and its arguments, with spaces between.
+    /// Starts a peer: a program and its arguments, separated by spaces.
     ///
     /// # Errors
-    /// [`Error::Io`] if it does not start, or does not say its name.
+    /// [`Error::Io`] if it does not start, or does not print its name.
     pub fn start(command: &str) -> Result<Peer> {
         let failed = |message: String| Error::Io { path: command.into(), message };
         let mut words = command.split_whitespace();
-        let program = words.next().ok_or_else(|| failed("is no command".into()))?;
+        let program = words.next().ok_or_else(|| failed("is not a command".into()))?;
         let mut child = Command::new(program)
             .args(words)
             .stdin(Stdio::piped())
@@ -80,12 +82,12 @@ impl Peer {
     /// Times the case of a row.
     ///
     /// # Errors
-    /// [`Error::Io`] if the peer ends, or answers with what is no time.
+    /// [`Error::Io`] if the peer ends, or its answer has no valid times.
     pub fn measure(&mut self, row: &Row) -> Result<PeerTime> {
         let case = serde_json::to_string(row).map_err(|error| self.failed(error.to_string()))?;
         writeln!(self.input, "{case}")
             .and_then(|()| self.input.flush())
-            .map_err(|error| self.failed(format!("takes no case: {error}")))?;
+            .map_err(|error| self.failed(format!("does not accept a case: {error}")))?;
         let name = self.name.clone();
         Ok(match self.read()? {
             Answer::Times { ms_min, ms_median } if ms_min > 0.0 && ms_median >= ms_min => PeerTime {
@@ -120,7 +122,7 @@ impl Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // One that has ended by itself cannot be ended.
+        // Fails if it has ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

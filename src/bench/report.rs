@@ -1,4 +1,4 @@
-//! What was measured, with when and where: the file of `qlora bench --output`.
+//! Measurements with their date and machine: the file of `qlora bench --output`.
 
 use jiff::{Timestamp, Unit};
 use serde::Serialize;
@@ -10,37 +10,39 @@ use crate::device::Device;
 /// The rows of one run on one device.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// Of this program.
+    /// Version of this program.
     pub version: &'static str,
-    /// When the run ended, as `2026-01-31T12:00:00Z`.
+    /// End of the run, for example `2026-01-31T12:00:00Z`.
     pub date: String,
     /// The computer, before the run.
     pub machine: Machine,
     /// The device's name.
     pub device: String,
-    /// Its driver and version; of the CPU device its threads.
+    /// Driver and its version; for the CPU device its threads.
     pub driver: String,
-    /// What was measured.
+    /// The measurements.
     pub rows: Vec<Row>,
 }
 
-/// A computer; what it does not tell is empty or 0.
+/// A computer. Unknown values are empty or 0.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
-    /// The processor's model, as it calls itself.
+    /// Model name of the processor.
     pub cpu: String,
     /// Cores, not threads.
     pub cores: usize,
-    /// Its memory.
+    /// Size of the memory.
     pub memory_bytes: u64,
     /// The operating system and its version.
     pub os: String,
-    /// How many processes wanted a core, on average over the last minute. What is measured on a busy machine says little.
+    /// Average number of processes that wanted a core, over the last minute. Measurements on a
+    /// busy machine are unreliable.
     pub load: f64,
 }
 
 impl Report {
-    /// Rows that were measured on this device until now, with how the computer was before.
+    /// Makes a report of rows measured on this device until now. `machine` describes the computer
+    /// before the run.
     pub fn new(machine: Machine, device: &Device, rows: Vec<Row>) -> Report {
         let now = Timestamp::now();
         Report {
@@ -55,7 +57,7 @@ impl Report {
 }
 
 impl Machine {
-    /// The computer that this runs on, now.
+    /// Describes this computer as it is now.
     pub fn this() -> Machine {
         let refresh = RefreshKind::nothing()
             .with_cpu(CpuRefreshKind::nothing())

@@ -1,4 +1,4 @@
-//! A whole training step of a decoder with made-up weights.
+//! Measures a whole training step of a decoder with random weights.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,8 @@ use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use crate::seed::mix;
 use crate::train::{StepReport, TrainOptions, Trainer};
 
-/// The decoder of a step: Llama's architecture, tied head, all linear layers adapted.
+/// The decoder of a step: Llama's architecture with a tied head, and adapters on all linear
+/// layers.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct StepShape {
     /// Values of a hidden state.
@@ -32,9 +33,9 @@ pub struct StepShape {
     pub kv_heads: usize,
     /// Rows of the embedding and the head.
     pub vocabulary: usize,
-    /// Tokens of the one sequence.
+    /// Tokens of the single sequence.
     pub tokens: usize,
-    /// Whether only layer inputs are kept for the way back.
+    /// Whether to save only layer inputs for the backward pass and recompute the rest.
     pub checkpoint_activations: bool,
 }
 
@@ -43,15 +44,15 @@ pub struct StepShape {
 pub struct StepCase {
     /// The decoder.
     pub shape: StepShape,
-    /// Of every adapter.
+    /// Rank of every adapter.
     pub rank: usize,
-    /// How the base is quantized.
+    /// Quantization of the base.
     pub quant: QuantOptions,
-    /// Whether one more step is made for the time of each kernel.
+    /// Whether to run one more step to time each kernel.
     pub profile: bool,
 }
 
-/// Weights by their names' hash: the same on every device.
+/// Weights derived from a hash of their names: the same on every device.
 struct MadeUp {
     quant: QuantOptions,
     weight_bytes: usize,
@@ -75,10 +76,10 @@ impl WeightSource for MadeUp {
 }
 
 impl StepCase {
-    /// The model's configuration.
+    /// Configuration of the model.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for heads that do not divide.
+    /// [`Error::Invalid`] if the numbers of heads don't divide.
     fn config(&self) -> Result<ModelConfig> {
         let StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, .. } = self.shape;
         if !hidden.is_multiple_of(2 * heads) || !heads.is_multiple_of(kv_heads) {
@@ -86,7 +87,7 @@ impl StepCase {
                 op: "bench",
                 what: "the decoder's shape",
                 got: format!("{hidden} values for {heads} heads and {kv_heads} key heads"),
-                expected: "heads are of one even size, and a multiple of the key heads".into(),
+                expected: "heads must have one even size and be a multiple of the key heads".into(),
             });
         }
         let head_dim = hidden / heads;
@@ -116,8 +117,8 @@ impl StepCase {
         })
     }
 
-    /// Floating-point operations of a step: products with W and the head forward and back, the adapters' two products
-    /// three times. Attention and element-wise work are not counted.
+    /// Floating-point operations of a step: products with W and the head, forward and backward,
+    /// and the adapters' two products three times. Attention and elementwise work are not counted.
     fn flops(&self) -> f64 {
         let StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, .. } = self.shape;
         let kv = kv_heads * (hidden / heads);
@@ -177,8 +178,8 @@ impl Prepared {
     }
 }
 
-/// Times a training step on a device: forward, backward, clipping, update, and reading loss and norm back. The first
-/// step's loss and gradient norm are compared with the CPU device's.
+/// Times a training step on a device: forward, backward, clipping, update, and reading loss and
+/// norm back. The first step's loss and gradient norm are compared with the CPU device's.
 pub fn measure_step(case: &StepCase, device: &Device) -> Result<Row> {
     let mut prepared = case.on(device)?;
     device.reset_peak();
@@ -237,7 +238,7 @@ mod tests {
     #[test]
     fn a_profile_has_every_kernel_and_less_than_the_step() {
         let case = StepCase { shape: SHAPE, rank: 4, quant: QuantOptions::nf4(), profile: true };
-        // Devices of its own: other tests' kernels would be seen too.
+        // Separate devices, because other tests' kernels would be seen too.
         for device in crate::testing::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
             let profile = match (measure_step(&case, &device), &device) {
                 (Ok(row), Device::Gpu(_)) => row.profile.unwrap(),
@@ -248,13 +249,13 @@ mod tests {
                 }
                 (other, _) => panic!("{}: {other:?}", device.name()),
             };
-            // Those that every tier runs.
+            // Kernels that every tier runs.
             for kernel in ["rms_norm", "rope", "silu_mul", "cross_entropy", "adamw"] {
                 let row = profile.kernels.iter().find(|row| row.kernel == kernel);
                 assert!(row.is_some_and(|row| row.dispatches >= 1 && row.ms > 0.0), "{kernel}: {profile:?}");
             }
             let products = profile.kernels.iter().find(|row| row.kernel == "silu_mul").unwrap();
-            // Forward, and again on the way back, in each of two layers.
+            // Forward, and again in the backward pass, in each of two layers.
             assert_eq!(products.dispatches, 4, "{profile:?}");
             assert!((0.0..1.0).contains(&profile.outside_kernels), "{profile:?}");
             let shares: f64 = profile.kernels.iter().map(|row| row.share).sum();

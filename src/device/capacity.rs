@@ -1,12 +1,13 @@
-//! How much memory a device has for a run.
+//! Memory that a device has for a run.
 
 use super::{Device, Gpu};
 use crate::memory;
 
 impl Device {
-    /// Bytes that there are for tensors and matrices: for the CPU device and software drivers what the host has available now,
-    /// for a GPU through Vulkan its largest heap of device memory, of which others may have taken some. `None` where it is not
-    /// known: Metal, DX12 and GL do not say through wgpu.
+    /// Bytes available for tensors and matrices. For the CPU device and software drivers, the host
+    /// memory that is available now. For a GPU through Vulkan, its largest heap of device memory,
+    /// part of which may be in use already. `None` if unknown: through wgpu, Metal, DX12 and GL
+    /// don't tell.
     pub fn capacity(&self) -> Option<u64> {
         match self {
             Device::Gpu(gpu) if gpu.info().device_type != wgpu::DeviceType::Cpu => largest_heap(gpu),
@@ -19,10 +20,10 @@ impl Device {
 fn largest_heap(gpu: &Gpu) -> Option<u64> {
     /// `VK_MEMORY_HEAP_DEVICE_LOCAL_BIT`
     const DEVICE_LOCAL: u32 = 1;
-    // SAFETY: the device is only asked, nothing of it is destroyed or changed.
+    // SAFETY: the device is only queried; nothing of it is destroyed or changed.
     let device = unsafe { gpu.wgpu_device().as_hal::<wgpu::hal::api::Vulkan>() }?;
     let instance = device.shared_instance().raw_instance();
-    // SAFETY: the physical device is of this instance, and both live as long as `device`.
+    // SAFETY: the physical device belongs to this instance, and both live as long as `device`.
     let memory = unsafe { instance.get_physical_device_memory_properties(device.raw_physical_device()) };
     let heaps = memory.memory_heaps.iter().take(memory.memory_heap_count as usize);
     heaps.filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0).map(|heap| heap.size).max()

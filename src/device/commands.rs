@@ -1,4 +1,5 @@
-//! Recording: dispatches gather in one encoder and are submitted in batches; reading back is the only wait.
+//! Recording: dispatches gather in one encoder and are submitted in batches. Reading back is the
+//! only wait.
 
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,63 +13,70 @@ use super::shader::{Defines, Kernel};
 use super::tier::Tier;
 use crate::error::Result;
 
-/// The most dispatches in one submission: those of a token of a model with a hundred layers.
+/// Maximum dispatches per submission: enough for one token of a 100-layer model.
 pub(super) const BATCH: usize = 2048;
-/// The most floating-point operations of a submission with several dispatches, on a device of unknown speed: those of a token
-/// of 15 billion parameters. Longer work begins before all of it is recorded.
+/// Maximum floating-point operations of a submission with several dispatches, on a device of
+/// unknown speed: enough for one token of a model with 15 billion parameters. Longer work starts
+/// before all of it is recorded.
 const BATCH_FLOPS: u64 = 32_000_000_000;
-/// On a device whose speed is known: what it does in 5 ms, if that is more.
+/// If the speed is known, a submission may take 5 ms, if that is more.
 const BATCHES_PER_SECOND: u64 = 200;
-/// The most floating-point operations of one dispatch on a device of unknown speed: about 0.2 s at 100 GFLOP/s, so that no
-/// desktop watchdog ends it.
+/// Maximum floating-point operations of one dispatch on a device of unknown speed: about 0.2 s at
+/// 100 GFLOP/s, so that no desktop watchdog stops it.
 const MAX_FLOPS: u64 = 20_000_000_000;
-/// On a device whose speed is known: what it does in a tenth of a second, if that is more. A fast device would have too little to
-/// do with less.
+/// If the speed is known, a dispatch may take a tenth of a second, if that is more. With less, a
+/// fast device would have too little to do.
 const DISPATCHES_PER_SECOND: u64 = 10;
-/// What any discrete GPU of the last ten years does in a second.
+/// Any discrete GPU of the last ten years reaches this speed, in floating-point operations per
+/// second.
 const DISCRETE_SPEED: u64 = 1_000_000_000_000;
-/// The same for software drivers, which run at a tenth of that; nothing watches them, but others want the cores.
+/// Maximum floating-point operations of one dispatch on software drivers, which run at a tenth of
+/// that speed. They have no watchdog, but other processes want the cores.
 const MAX_FLOPS_SOFTWARE: u64 = 4_000_000_000;
 
-/// What has been recorded and not yet submitted.
+/// Work that has been recorded and not yet submitted.
 #[derive(Default)]
 pub(super) struct Recorder {
-    // The pass stays open across dispatches, and must end before its encoder does. With the pipeline that is set.
+    // The open pass, with the pipeline that is set. It stays open across dispatches and must end
+    // before its encoder does.
     pass: Option<(wgpu::ComputePass<'static>, Arc<Pipeline>)>,
     encoder: Option<wgpu::CommandEncoder>,
     dispatches: usize,
-    /// Of the dispatches.
+    /// Floating-point operations of the recorded dispatches.
     flops: u64,
-    /// Of all dispatches there have been.
+    /// Floating-point operations of all dispatches so far.
     total_flops: u64,
-    /// How many there have been.
+    /// Number of submissions so far.
     submissions: u64,
-    /// Parameters of the batch where there are no immediates: one slot of `uniform_alignment` bytes a dispatch.
+    /// Parameters of the batch on devices without immediates: one slot of `uniform_alignment`
+    /// bytes per dispatch.
     uniforms: Vec<u8>,
     uniform_buffer: Option<wgpu::Buffer>,
-    /// While a profile is made.
+    /// Set while profiling.
     stamps: Option<Stamps>,
 }
 
-/// How long a thread waits before it asks again whether a buffer is mapped.
+/// Wait between two checks whether a buffer is mapped.
 const POLL_INTERVAL: Duration = Duration::from_micros(20);
 
 /// One call of a kernel.
 pub(crate) struct Dispatch<'a> {
     pub kernel: &'static Kernel,
     pub defines: &'a Defines,
-    /// In the order of `kernel.bindings`.
+    /// Buffers in the order of `kernel.bindings`.
     pub buffers: &'a [&'a Buffer],
-    /// The kernel's `Params`, whose first two words are `first_group` and `groups`; the recorder fills them in.
+    /// The kernel's `Params`, whose first two words are `first_group` and `groups`; the recorder
+    /// fills them in.
     pub params: &'a [u8],
-    /// Workgroups.
+    /// Number of workgroups.
     pub groups: u64,
-    /// Floating-point operations of one workgroup, to keep dispatches short.
+    /// Floating-point operations per workgroup; used to keep dispatches short.
     pub flops_per_group: u64,
 }
 
 impl Gpu {
-    /// Records a dispatch, in several parts if it would run long. Errors of the driver come with [`Gpu::flush`].
+    /// Records a dispatch, in several parts if it would run too long. [`Gpu::flush`] reports the
+    /// driver's errors.
     pub(crate) fn dispatch(&self, call: Dispatch<'_>) -> Result<()> {
         debug_assert_eq!(call.params.len(), call.kernel.params_bytes);
         debug_assert_eq!(call.buffers.len(), call.kernel.bindings.len());
@@ -112,9 +120,9 @@ impl Gpu {
         Ok(())
     }
 
-    /// What a dispatch binds, looked up or made, and kept for the next time.
+    /// Looks up or makes a dispatch's bindings, and keeps them for the next time.
     fn bind(&self, call: &Dispatch<'_>) -> Result<Bound> {
-        // Compiled before the recorder is locked: that takes long.
+        // Compiled before the recorder is locked, because it takes long.
         let pipeline = self.pipelines().get(self, call.kernel, call.defines)?;
         let uniforms = if self.immediates() { None } else { Some(self.uniforms()?) };
         let group = pipeline.bind_group(self, call.buffers, uniforms.as_ref())?;
@@ -123,48 +131,48 @@ impl Gpu {
         Ok(bound)
     }
 
-    /// Submits what has been recorded, without waiting for it.
+    /// Submits the recorded work without waiting for it.
     pub fn flush(&self) -> Result<()> {
         self.submit(&mut self.recorder().lock().unwrap_or_else(PoisonError::into_inner)).map(drop)
     }
 
-    /// How often recorded work has been submitted.
+    /// Number of submissions so far.
     pub fn submissions(&self) -> u64 {
         self.recorder().lock().unwrap_or_else(PoisonError::into_inner).submissions
     }
 
-    /// Floating-point operations a second that the device reaches at least; 0 if that is not known.
+    /// Floating-point operations per second that the device at least reaches; 0 if unknown.
     fn speed(&self) -> u64 {
         let discrete = self.info().device_type == wgpu::DeviceType::DiscreteGpu;
         self.tuner().speed().max(if discrete { DISCRETE_SPEED } else { 0 })
     }
 
-    /// Floating-point operations of all dispatches there have been.
+    /// Floating-point operations of all dispatches so far.
     pub(super) fn recorded_flops(&self) -> u64 {
         self.recorder().lock().unwrap_or_else(PoisonError::into_inner).total_flops
     }
 
-    /// Submits what has been recorded and waits until the device has done it.
+    /// Submits the recorded work and waits until the device has finished.
     pub fn wait(&self) -> Result<()> {
         self.flush()?;
         self.poll(wgpu::PollType::wait_indefinitely())
     }
 
-    /// A buffer of `bytes` zero bytes (a multiple of 4) from the pool.
+    /// Allocates a buffer of `bytes` zero bytes (a multiple of 4) from the pool.
     pub(crate) fn zeroed(&self, what: &str, bytes: u64) -> Result<Buffer> {
         let buffer = self.alloc(what, bytes)?;
         self.record(|encoder| encoder.clear_buffer(buffer.raw(), 0, None))?;
         Ok(buffer)
     }
 
-    /// Another buffer with the same bytes.
+    /// Returns another buffer with the same bytes.
     pub(crate) fn copy_of(&self, what: &str, buffer: &Buffer) -> Result<Buffer> {
         let copy = self.alloc(what, buffer.bytes())?;
         self.copy(buffer, 0, &copy, 0, buffer.bytes())?;
         Ok(copy)
     }
 
-    /// Copies `bytes` from one place to another, of different buffers; all are multiples of 4.
+    /// Copies `bytes` between two different buffers. Size and places are multiples of 4.
     pub(crate) fn copy(&self, from: &Buffer, at: u64, to: &Buffer, to_at: u64, bytes: u64) -> Result<()> {
         self.record(|encoder| encoder.copy_buffer_to_buffer(from.raw(), at, to.raw(), to_at, bytes))
     }
@@ -175,7 +183,7 @@ impl Gpu {
         self.check()
     }
 
-    /// The buffer of the batch's parameters, where there are no immediates.
+    /// Returns the buffer for the batch's parameters, on devices without immediates.
     fn uniforms(&self) -> Result<wgpu::Buffer> {
         let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(buffer) = &recorder.uniform_buffer {
@@ -192,9 +200,9 @@ impl Gpu {
         Ok(recorder.uniform_buffer.insert(buffer).clone())
     }
 
-    /// None if nothing was recorded.
+    /// Submits the recorded work; returns `None` if nothing was recorded.
     fn submit(&self, recorder: &mut Recorder) -> Result<Option<wgpu::SubmissionIndex>> {
-        // An earlier error must not cost the batch.
+        // Returns an earlier error before the batch is taken, so that the batch isn't lost.
         self.check()?;
         recorder.pass = None;
         let Some(mut encoder) = recorder.encoder.take() else { return Ok(None) };
@@ -211,15 +219,15 @@ impl Gpu {
             Some(self.wgpu_queue().submit([encoder.finish()]))
         });
         self.forget_retired();
-        // The tensors of a lost batch have no values: whoever comes next is told too.
+        // The tensors of a lost batch have no values, so the next caller gets the error too.
         submitted.inspect_err(|error| self.remember(error))
     }
 
-    /// The first `bytes` of a buffer, once everything recorded before has run.
+    /// Reads the first `bytes` of a buffer, once everything recorded before has run.
     pub(crate) async fn read_async(&self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
         let read = self.start_read(buffer, bytes)?;
         poll_fn(|context| {
-            // Native wgpu calls back only while somebody polls the device.
+            // Native wgpu only calls back while a thread polls the device.
             if let Err(error) = self.poll(wgpu::PollType::Poll) {
                 return Poll::Ready(Err(error));
             }
@@ -240,12 +248,13 @@ impl Gpu {
         self.copied(read)
     }
 
-    /// As [`Gpu::read_async`], blocking.
+    /// Like [`Gpu::read_async`], but blocking.
     pub(crate) fn read(&self, buffer: &Buffer, bytes: u64) -> Result<Vec<u8>> {
         self.finish_read(self.start_read(buffer, bytes)?)
     }
 
-    /// Submits what has been recorded, and a copy of the first `bytes` of a buffer, for [`Gpu::finish_read`].
+    /// Submits the recorded work and a copy of the first `bytes` of a buffer. [`Gpu::finish_read`]
+    /// returns the bytes.
     pub(crate) fn start_read(&self, buffer: &Buffer, bytes: u64) -> Result<Read> {
         let size = bytes.next_multiple_of(4);
         let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
@@ -274,7 +283,7 @@ impl Gpu {
         Ok(Read { staging, bytes: bytes as usize, submission, state })
     }
 
-    /// Waits for the copy, but not for what was submitted after it.
+    /// Waits for the copy, but not for work submitted after it.
     pub(crate) fn finish_read(&self, read: Read) -> Result<Vec<u8>> {
         loop {
             self.poll(wgpu::PollType::Wait { submission_index: read.submission.clone(), timeout: None })?;
@@ -297,8 +306,8 @@ impl Gpu {
         Ok(bytes)
     }
 
-    /// How long the device takes for what `work` records: by timestamp queries where there are any, else from
-    /// submission until it is done.
+    /// Measures the device time of the work that `work` records: by timestamp queries if
+    /// available, otherwise from submission until it is done.
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
         self.wait()?;
         if !self.has_timestamps() {
@@ -316,31 +325,31 @@ impl Gpu {
         Ok(Duration::from_nanos((times[1] - times[0]).max(0.0) as u64))
     }
 
-    /// Records something else than a dispatch.
+    /// Records a command other than a dispatch.
     pub(super) fn record<T>(&self, command: impl FnOnce(&mut wgpu::CommandEncoder) -> T) -> Result<T> {
         let mut recorder = self.recorder().lock().unwrap_or_else(PoisonError::into_inner);
         Ok(command(recorder.encoder(self)?))
     }
 
-    /// Whether timestamps of dispatches are taken.
+    /// Whether dispatches are being timed.
     pub(super) fn is_profiling(&self) -> bool {
         self.recorder().lock().unwrap_or_else(PoisonError::into_inner).stamps.is_some()
     }
 
-    /// Takes timestamps of dispatches from now on, or no more; what was taken before.
+    /// Starts or stops timing dispatches; returns the timestamps taken so far.
     pub(super) fn stamp(&self, stamps: Option<Stamps>) -> Option<Stamps> {
         std::mem::replace(&mut self.recorder().lock().unwrap_or_else(PoisonError::into_inner).stamps, stamps)
     }
 }
 
 impl Recorder {
-    /// The encoder, outside any pass.
+    /// Returns the encoder, outside any pass.
     fn encoder(&mut self, gpu: &Gpu) -> Result<&mut wgpu::CommandEncoder> {
         self.pass = None;
         self.any_encoder(gpu)
     }
 
-    /// The encoder, perhaps with an open pass.
+    /// Returns the encoder, possibly with an open pass.
     fn any_encoder(&mut self, gpu: &Gpu) -> Result<&mut wgpu::CommandEncoder> {
         let encoder = match self.encoder.take() {
             Some(encoder) => encoder,
@@ -349,7 +358,8 @@ impl Recorder {
         Ok(self.encoder.insert(encoder))
     }
 
-    /// The pass of the encoder for a dispatch of `kernel` with this pipeline set: the open one, or its own while a profile is made.
+    /// Returns the pass for a dispatch of `kernel`, with this pipeline set: the open pass, or
+    /// while profiling one of its own.
     fn pass(
         &mut self,
         gpu: &Gpu,
@@ -373,7 +383,8 @@ impl Recorder {
         Ok(&mut self.pass.insert((pass, pipeline.clone())).0)
     }
 
-    /// Where there are no immediates: puts the parameters in the batch's buffer and returns their offset.
+    /// Puts the parameters in the batch's buffer and returns their offset, or `None` with
+    /// immediates.
     fn stage_uniform(&mut self, gpu: &Gpu, params: &[u8]) -> Option<u32> {
         if gpu.immediates() {
             return None;
@@ -399,14 +410,16 @@ struct ReadState {
     waker: Option<Waker>,
 }
 
-/// The most floating-point operations of a dispatch and of a submission, for a device of this speed (0: not known).
+/// Returns the maximum floating-point operations of a dispatch and of a submission, for a device
+/// of this speed (0: unknown).
 fn limits(tier: Tier, speed: u64) -> (u64, u64) {
     let dispatch =
         if tier == Tier::Software { MAX_FLOPS_SOFTWARE } else { MAX_FLOPS.max(speed / DISPATCHES_PER_SECOND) };
     (dispatch, BATCH_FLOPS.max(speed / BATCHES_PER_SECOND))
 }
 
-/// `groups` workgroups as x and y within the limit; y rows are full, the surplus is cut off in the shader.
+/// Splits `groups` workgroups into x and y within the limit. All rows of y are full; the shader
+/// skips the surplus.
 fn fold(groups: u64, max: u32) -> (u32, u32) {
     let y = groups.div_ceil(u64::from(max)).max(1);
     (groups.div_ceil(y) as u32, y as u32)

@@ -1,5 +1,5 @@
-//! Cooperative matrices: products of small matrices by a whole subgroup, which hardware has units for. This says whether an
-//! adapter has those that the kernels are written for.
+//! Cooperative matrices: a whole subgroup multiplies small matrices, for which hardware has
+//! special units. This module finds out whether a GPU has the ones that the kernels need.
 
 use wgpu::CooperativeScalarType as Scalar;
 
@@ -10,14 +10,15 @@ use super::shader::Defines;
 pub(crate) struct Cooperative {
     /// Rows and columns of a matrix: 16 or 8.
     pub edge: u32,
-    /// Invocations a subgroup.
+    /// Invocations per subgroup.
     pub lanes: u32,
-    /// Matrices can be loaded from arrays of vectors: on Vulkan, but not on Metal.
+    /// Whether matrices can be loaded from arrays of vectors: on Vulkan, but not on Metal.
     pub vectors: bool,
 }
 
 impl Cooperative {
-    /// One of each size, with subgroups as drivers have them with it: for the registry test.
+    /// One for each size, with the subgroup sizes that drivers combine with it; for the registry
+    /// test.
     pub(crate) const ALL: [Cooperative; 4] = [
         Cooperative { edge: 8, lanes: 8, vectors: true },
         Cooperative { edge: 8, lanes: 32, vectors: false },
@@ -30,8 +31,9 @@ impl Cooperative {
         defines.with("edge", self.edge).with("lanes", self.lanes).with("vectors", self.vectors)
     }
 
-    /// Square matrices of f16 whose products add up in f32, the larger ones first, by subgroups of each size that the adapter may
-    /// run them with. Which one it is shows when a pipeline is compiled: most drivers take their largest.
+    /// Lists the square f16 matrices whose products are summed in f32, larger ones first, with
+    /// each subgroup size that the GPU may use for them. The actual size is only known once a
+    /// pipeline is compiled; most drivers take their largest.
     pub(super) fn candidates(adapter: &wgpu::Adapter) -> Vec<Cooperative> {
         let info = adapter.get_info();
         let sizes = [info.subgroup_min_size, info.subgroup_max_size];
@@ -60,12 +62,13 @@ impl Cooperative {
     }
 }
 
-/// Sizes of subgroups that the kernels can be compiled for, largest first.
+/// Subgroup sizes that the kernels can be compiled for, largest first.
 const LANES: [u32; 4] = [64, 32, 16, 8];
-/// Subgroups of a workgroup, at least.
+/// Minimum subgroups per workgroup.
 const SUBGROUPS: u32 = 4;
 
-/// Features as tiers count them: cooperative matrices only where there are those that the kernels are written for.
+/// Filters features for the choice of a tier: cooperative matrices count only if they are the ones
+/// that the kernels need.
 pub(super) fn usable(mut features: wgpu::Features, cooperative: bool) -> wgpu::Features {
     if !cooperative {
         features.remove(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX);

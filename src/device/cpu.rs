@@ -1,4 +1,4 @@
-//! The CPU as a device: host memory from a pool, counted as a GPU's is.
+//! The CPU as a device. Host memory comes from a pool and is counted like a GPU's.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -17,7 +17,7 @@ impl Default for Cpu {
     }
 }
 
-/// `len` f32 values of host memory, given back to the pool when dropped.
+/// `len` f32 values of host memory, returned to the pool when dropped.
 pub struct HostBuffer {
     values: Vec<f32>,
     size: u64,
@@ -30,12 +30,12 @@ impl Cpu {
         self.0.counters()
     }
 
-    /// Starts a new memory peak at what is live now.
+    /// Starts a new memory peak at the bytes that are live now.
     pub fn reset_peak(&self) {
         self.0.reset_peak();
     }
 
-    /// `len` zeros.
+    /// Returns `len` zeros.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] if the system has no room.
@@ -47,7 +47,7 @@ impl Cpu {
                 values.resize(len, 0.0);
                 values
             }
-            // There is no limit to pass.
+            // There is no limit, so it can't be exceeded.
             Taken::Allocate { .. } | Taken::OverLimit { .. } => {
                 let mut values = Vec::new();
                 if values.try_reserve_exact(size as usize / 4).is_err() {
@@ -62,14 +62,14 @@ impl Cpu {
         Ok(HostBuffer { values, size, pool: self.0.clone() })
     }
 
-    /// These values, counted as this device's until they are dropped.
+    /// Returns a copy of these values, counted as this device's memory until dropped.
     pub(crate) fn adopt(&self, values: &[f32]) -> Result<HostBuffer> {
         let mut buffer = self.zeros(values.len())?;
         buffer.copy_from_slice(values);
         Ok(buffer)
     }
 
-    /// Counts memory that something else holds, such as packed weights, for as long as the answer lives.
+    /// Counts memory held elsewhere, such as packed weights, as long as the result lives.
     pub(crate) fn count(&self, bytes: u64) -> Counted {
         self.0.count(bytes);
         self.0.tell_growth("cpu");

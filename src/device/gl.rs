@@ -1,10 +1,11 @@
-//! Which OpenGL adapters have the shading language that compute shaders need.
+//! Detects OpenGL drivers whose shading language is too old for compute shaders.
 //!
-//! wgpu asks for OpenGL 3.3. NVIDIA's driver gives that very version with compute shaders as an extension, and wgpu says that
-//! the adapter has them; but the GLSL of that version has none, and no kernel would be compiled.
+//! wgpu asks for OpenGL 3.3. NVIDIA's driver gives exactly this version with compute shaders as an
+//! extension, and wgpu reports that the GPU supports them. But the GLSL of that version doesn't,
+//! and no kernel would compile.
 
-/// Why an adapter cannot run compute shaders, by what its driver says of its version; none where it can, or says nothing
-/// that is known.
+/// Returns why a GPU can't run compute shaders, judged by the version text of its driver. `None`
+/// if it can, or if the text isn't understood.
 pub(super) fn too_old(version: &str) -> Option<String> {
     const EMBEDDED: &str = "OpenGL ES ";
     let (name, number, least) = match version.strip_prefix(EMBEDDED) {
@@ -16,7 +17,7 @@ pub(super) fn too_old(version: &str) -> Option<String> {
     (found < least).then(|| format!("it is {}; compute shaders need {}", dotted(found), dotted(least)))
 }
 
-/// 4 and 6 of "4.6.0 NVIDIA 580.159.04".
+/// Parses 4 and 6 from "4.6.0 NVIDIA 580.159.04".
 fn major_and_minor(text: &str) -> Option<(u32, u32)> {
     let release = text.split(' ').next()?;
     let mut numbers = release.split('.').map(|number| number.parse().ok());

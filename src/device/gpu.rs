@@ -1,4 +1,4 @@
-//! A wgpu device with what the kernels need around it: limits, tier, buffers, errors as values.
+//! A wgpu device with everything that kernels need: limits, tier, buffers, errors as values.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,26 +37,26 @@ struct Inner {
 /// The limits that kernels and tensors respect.
 #[derive(Clone, Copy, Debug)]
 pub struct GpuLimits {
-    /// The most bytes that one storage binding, and so one tensor or one part of a matrix, may have.
+    /// Maximum bytes of one storage binding, and so of one tensor or one part of a matrix.
     pub max_binding_bytes: u64,
-    /// The most workgroups in one dimension of a dispatch.
+    /// Maximum workgroups in one dimension of a dispatch.
     pub max_workgroups: u32,
-    /// Bytes of memory that a workgroup may share.
+    /// Bytes of workgroup memory.
     pub workgroup_bytes: u32,
-    /// The most invocations of a workgroup.
+    /// Maximum invocations per workgroup.
     pub workgroup_threads: u32,
-    /// The most storage buffers of a kernel.
+    /// Maximum storage buffers of a kernel.
     pub max_storage_buffers: u32,
-    /// Parameters travel as immediate data; otherwise in a uniform buffer.
+    /// Whether parameters travel as immediate data; otherwise in a uniform buffer.
     pub immediates: bool,
     /// Alignment of uniform offsets, in bytes.
     pub uniform_alignment: u32,
 }
 
-/// Options of [`Gpu::wrap`] that [`GpuOptions`](super::GpuOptions) passes on.
+/// Options of [`Gpu::wrap`], passed on from [`GpuOptions`](super::GpuOptions).
 pub(super) struct Wrap {
     pub tier: Tier,
-    /// What the adapter has of them.
+    /// The GPU's cooperative matrices, if it has any.
     pub cooperative: Option<Cooperative>,
     pub max_binding_bytes: Option<u64>,
     pub memory_limit: Option<u64>,
@@ -65,14 +65,14 @@ pub(super) struct Wrap {
     pub tune: Option<PathBuf>,
 }
 
-/// Set once the device is lost, or when wgpu reported an error outside every scope.
+/// Set once the device is lost, or when wgpu has reported an error outside every scope.
 #[derive(Default)]
 struct Fault {
     lost: OnceLock<String>,
     uncaptured: Mutex<Option<String>>,
 }
 
-/// The pool, and the buffers that are gone for good, whose bind groups can be forgotten.
+/// The pool, and the buffers that have been freed for good, whose bind groups can be forgotten.
 struct Buffers {
     pool: Pool<(u32, wgpu::Buffer)>,
     next_id: AtomicU64,
@@ -85,7 +85,8 @@ impl Buffers {
     }
 }
 
-/// A storage buffer; shared by its clones, back in the pool (or freed) when the last one is dropped.
+/// A storage buffer, shared by its clones. When the last one is dropped it returns to the pool or
+/// is freed.
 #[derive(Clone)]
 pub struct Buffer(Arc<BufferInner>);
 
@@ -99,7 +100,7 @@ struct BufferInner {
 }
 
 impl Buffer {
-    /// Bytes in use; the buffer behind may be larger.
+    /// Bytes in use; the allocation may be larger.
     pub fn bytes(&self) -> u64 {
         self.0.bytes
     }
@@ -113,7 +114,7 @@ impl Buffer {
         &self.0.raw
     }
 
-    /// Tells live buffers apart; a later life of the same memory has the same id.
+    /// Distinguishes live buffers. When the pool reuses the memory, the id stays the same.
     pub(crate) fn id(&self) -> u32 {
         self.0.id
     }
@@ -124,7 +125,7 @@ impl Buffer {
     }
 
     pub(super) fn binding(&self) -> wgpu::BindingResource<'_> {
-        // The whole buffer: a cached bind group must fit every later life of it.
+        // The whole buffer, because a cached bind group must fit every reuse of it.
         self.0.raw.as_entire_binding()
     }
 }
@@ -144,7 +145,8 @@ const STORAGE: wgpu::BufferUsages =
     wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
 impl Gpu {
-    /// Opens an adapter with every feature that a kernel of the tier can use. Installs handlers for errors and loss.
+    /// Opens a GPU with every feature that a kernel of the tier can use. Installs handlers for
+    /// errors and loss.
     pub(super) async fn open(adapter: &wgpu::Adapter, wrap: Wrap) -> Result<Gpu> {
         use wgpu::Features as F;
         let wanted =
@@ -157,9 +159,11 @@ impl Gpu {
             label: Some("qlora-wgpu"),
             required_features,
             experimental_features: if experimental {
-                // SAFETY: cooperative matrices are the only experimental feature asked for, and only in the tier that uses
-                // them. Their loads and stores are not checked against bounds: the kernels let them touch whole tiles in
-                // workgroup memory and, for loads, rows that attention_pack has padded to whole tiles. All of a workgroup runs them together, with subgroups of one size.
+                // SAFETY: cooperative matrices are the only experimental feature requested, and
+                // only in the tier that uses them. Their loads and stores are not bounds-checked:
+                // the kernels let them touch whole tiles in workgroup memory and, for loads, rows
+                // that attention_pack has padded to whole tiles. All of a workgroup executes them
+                // together, with subgroups of one size.
                 unsafe { wgpu::ExperimentalFeatures::enabled() }
             } else {
                 wgpu::ExperimentalFeatures::disabled()
@@ -188,7 +192,7 @@ impl Gpu {
         Ok(gpu)
     }
 
-    /// Wraps a device that the caller made; leaves its error and loss handlers as they are.
+    /// Wraps a device that the caller made, and leaves its error and loss handlers alone.
     pub(super) fn wrap(info: wgpu::AdapterInfo, raw: wgpu::Device, queue: wgpu::Queue, wrap: Wrap) -> Result<Gpu> {
         let name = device_name(&info);
         let features = usable(raw.features(), wrap.cooperative.is_some());
@@ -203,7 +207,7 @@ impl Gpu {
             });
         }
         let device_limits = raw.limits();
-        // A storage binding's size is a multiple of 4, and vec4 views want 16.
+        // A storage binding's size must be a multiple of 4, and for vec4 views a multiple of 16.
         let max_binding = device_limits.max_storage_buffer_binding_size.min(device_limits.max_buffer_size) & !15;
         let limits = GpuLimits {
             max_binding_bytes: wrap.max_binding_bytes.map_or(max_binding, |bytes| bytes.min(max_binding) & !15),
@@ -246,17 +250,17 @@ impl Gpu {
         })))
     }
 
-    /// The adapter's name and backend, as in `AMD Radeon 780M (vulkan)`.
+    /// The GPU's name and backend, for example `AMD Radeon 780M (vulkan)`.
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// The capability tier that chooses kernels.
+    /// The capability tier, which chooses kernels.
     pub fn tier(&self) -> Tier {
         self.0.tier
     }
 
-    /// The cooperative matrices of its kernels; none in tiers that use none.
+    /// The cooperative matrices of the kernels, or `None` in tiers without.
     pub(crate) fn cooperative(&self) -> Option<Cooperative> {
         self.0.cooperative
     }
@@ -266,17 +270,17 @@ impl Gpu {
         self.0.limits
     }
 
-    /// What wgpu says of the adapter.
+    /// wgpu's information about the GPU.
     pub fn info(&self) -> &wgpu::AdapterInfo {
         &self.0.info
     }
 
-    /// The wgpu device, to share it.
+    /// The wgpu device, for sharing.
     pub fn wgpu_device(&self) -> &wgpu::Device {
         &self.0.raw
     }
 
-    /// The wgpu queue, to share it.
+    /// The wgpu queue, for sharing.
     pub fn wgpu_queue(&self) -> &wgpu::Queue {
         &self.0.queue
     }
@@ -286,18 +290,18 @@ impl Gpu {
         self.0.buffers.pool.counters()
     }
 
-    /// Starts a new memory peak at what is live now.
+    /// Starts a new memory peak at the bytes that are live now.
     pub fn reset_peak(&self) {
         self.0.buffers.pool.reset_peak();
     }
 
-    /// Gives pooled buffers back to the driver.
+    /// Returns pooled buffers to the driver.
     pub fn trim(&self) {
         self.0.buffers.retire(self.0.buffers.pool.trim());
         self.forget_retired();
     }
 
-    /// How many kernel variants have been compiled.
+    /// Number of kernel variants compiled so far.
     pub fn pipeline_count(&self) -> usize {
         self.0.pipelines.len()
     }
@@ -318,7 +322,7 @@ impl Gpu {
         &self.0.recorder
     }
 
-    /// The same device, not only an equal one.
+    /// Whether both are the same device, not only equal ones.
     pub(crate) fn is(&self, other: &Gpu) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -329,7 +333,7 @@ impl Gpu {
         Error::Device { device: self.0.name.clone(), op: op.to_owned(), message }
     }
 
-    /// An error if the device is lost or has reported one since the last check.
+    /// Returns an error if the device is lost or has reported an error since the last check.
     pub(super) fn check(&self) -> Result<()> {
         if let Some(reason) = self.0.fault.lost.get() {
             return Err(self.lost(reason));
@@ -344,22 +348,22 @@ impl Gpu {
         Error::DeviceLost { device: self.0.name.clone(), reason: reason.to_owned() }
     }
 
-    /// Keeps an error for the next caller too.
+    /// Keeps an error for the next caller, too.
     pub(super) fn remember(&self, error: &Error) {
         self.0.fault.uncaptured.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error.to_string());
     }
 
-    /// Marks the device as lost, so that every later call says so.
+    /// Marks the device as lost; every later call reports this.
     pub(super) fn mark_lost(&self, reason: &str) -> Error {
         self.lost(self.0.fault.lost.get_or_init(|| reason.to_owned()))
     }
 
-    /// Runs `f` and turns what wgpu reports meanwhile into an `Error`.
+    /// Runs `f` and turns errors that wgpu reports meanwhile into an `Error`.
     pub(super) fn scoped<T>(&self, op: &str, f: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
         self.scoped_alloc(op, 0, f)
     }
 
-    /// As [`Gpu::scoped`], for an `f` that allocates so many bytes.
+    /// Like [`Gpu::scoped`], for an `f` that allocates this many bytes.
     pub(super) fn scoped_alloc<T>(&self, op: &str, bytes: u64, f: impl FnOnce(&wgpu::Device) -> T) -> Result<T> {
         self.check()?;
         let _turn = self.turn();
@@ -368,7 +372,7 @@ impl Gpu {
         let internal = raw.push_error_scope(wgpu::ErrorFilter::Internal);
         let memory = raw.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let value = f(raw);
-        // Scopes are a stack: innermost first. Native scopes answer at once.
+        // Scopes are a stack, innermost first. Native scopes answer at once.
         let memory = pollster::block_on(memory.pop());
         let internal = pollster::block_on(internal.pop());
         let validation = pollster::block_on(validation.pop());
@@ -384,11 +388,12 @@ impl Gpu {
         }
     }
 
-    /// After something has failed: an error if the reason is that the device is gone. wgpu reports nothing on a lost
-    /// device, it makes objects that are invalid, and a device of the caller has no callback of ours.
+    /// After a failure, returns an error if its reason is a lost device. On a lost device wgpu
+    /// reports nothing and makes invalid objects, and a device that the caller made lacks our
+    /// callback.
     fn check_lost(&self) -> Result<()> {
         let raw = &self.0.raw;
-        // Runs the loss callback of our own devices; its answer does not matter here.
+        // Runs the loss callback of devices that we opened; the result doesn't matter here.
         let _ = raw.poll(wgpu::PollType::Poll);
         self.check()?;
         let validation = raw.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -409,10 +414,10 @@ impl Gpu {
         }
     }
 
-    /// Bytes that a buffer of `bytes` from the pool takes.
+    /// Bytes that a pooled buffer of `bytes` takes.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if they are over the binding limit.
+    /// [`Error::TooLarge`] if they exceed the binding limit.
     pub(crate) fn pooled_bytes(&self, what: &str, bytes: u64) -> Result<u64> {
         self.check_binding(what, bytes)?;
         Ok(size_class(bytes).min(self.0.limits.max_binding_bytes))
@@ -426,22 +431,24 @@ impl Gpu {
         Ok(())
     }
 
-    /// Bytes that a buffer of so many words outside the pool takes.
+    /// Bytes that a buffer of this many words takes outside the pool.
     pub(crate) fn exact_bytes(words: usize) -> u64 {
         (words as u64 * 4).max(16).next_multiple_of(16)
     }
 
-    /// An uninitialized buffer of at least `bytes` (a multiple of 4) from the pool, for `what`.
+    /// Allocates an uninitialized buffer of at least `bytes` (a multiple of 4) from the pool.
+    /// Errors name it `what`.
     pub(crate) fn alloc(&self, what: &str, bytes: u64) -> Result<Buffer> {
         self.create(what, bytes, self.pooled_bytes(what, bytes)?, true, |_| ())
     }
 
-    /// A buffer of exactly these words, outside the pool: for what stays, such as weights.
+    /// Allocates a buffer of exactly these words outside the pool, for data that stays, such as
+    /// weights.
     pub(crate) fn alloc_exact(&self, what: &str, words: &[u32]) -> Result<Buffer> {
         let bytes = Gpu::exact_bytes(words.len());
         self.check_binding(what, bytes)?;
         self.create(what, bytes, bytes, false, |buffer| {
-            // A buffer that could not be created has no mapping; its scope reports the reason.
+            // If the buffer couldn't be created it has no mapping; its scope reports the reason.
             if let Ok(mut view) = buffer.get_mapped_range_mut(..) {
                 let words: &[u8] = bytemuck::cast_slice(words);
                 view.slice(..words.len()).copy_from_slice(words);
@@ -467,9 +474,7 @@ impl Gpu {
                 self.forget_retired();
                 let Ok(id) = u32::try_from(home.next_id.fetch_add(1, Ordering::Relaxed)) else {
                     home.pool.forget(size);
-                    return Err(
-                        self.error(what, "the device has made 2^32 buffers, and there are no more numbers".into())
-                    );
+                    return Err(self.error(what, "no buffer ids are left after 2^32 buffers".into()));
                 };
                 let descriptor =
                     wgpu::BufferDescriptor { label: Some(what), size, usage: STORAGE, mapped_at_creation: !pooled };
@@ -481,7 +486,7 @@ impl Gpu {
                     })
                 };
                 let created = match create() {
-                    // The pool's free buffers may be the room that is missing.
+                    // Freeing the pool's buffers may make enough room.
                     Err(Error::OutOfMemory { .. }) => {
                         self.trim();
                         self.wait()?;
@@ -504,25 +509,27 @@ impl Gpu {
         Ok(Buffer(Arc::new(BufferInner { raw, id, bytes, size, pooled, home })))
     }
 
-    /// Drops buffers that are gone, and their bind groups, which would keep the memory alive.
+    /// Drops freed buffers and their bind groups, which would keep the memory alive.
     pub(super) fn forget_retired(&self) {
         let retired = std::mem::take(&mut *self.0.buffers.retired.lock().unwrap_or_else(PoisonError::into_inner));
         if !retired.is_empty() {
             let ids: Vec<u32> = retired.iter().map(|(id, _)| *id).collect();
             let groups = self.0.pipelines.forget_buffers(&ids);
-            // Not before: who compiles a kernel holds the list of kernels and waits for its turn.
+            // Not earlier: a thread that compiles a kernel holds the list of kernels and waits for
+            // its turn.
             let _turn = self.turn();
             drop((groups, retired));
         }
     }
 
-    /// Held while wgpu works, where only one thread may use a device at a time: wgpu's GL backend panics when a thread waits
-    /// some seconds for another, and a driver may well compile a shader for so long.
+    /// Held while wgpu works on devices that only one thread may use at a time. wgpu's GL backend
+    /// panics when a thread waits a few seconds for another, and a driver can take that long to
+    /// compile a shader.
     pub(super) fn turn(&self) -> Option<MutexGuard<'_, ()>> {
         self.0.turn.as_ref().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// A buffer from the pool that holds these bytes (a multiple of 4).
+    /// Allocates a buffer from the pool with these bytes (a multiple of 4).
     pub(crate) fn upload(&self, what: &str, data: &[u8]) -> Result<Buffer> {
         let buffer = self.alloc(what, data.len() as u64)?;
         self.write(&buffer, data)?;
@@ -531,12 +538,13 @@ impl Gpu {
 
     /// Overwrites the start of a buffer, after everything recorded so far.
     pub(crate) fn write(&self, buffer: &Buffer, data: &[u8]) -> Result<()> {
-        // A queue write runs before commands that are only recorded yet, and those may use the buffer's last life.
+        // A queue write runs before commands that are only recorded, and these may still use the
+        // buffer's previous contents.
         self.flush()?;
         self.scoped("writing a buffer", |_| self.0.queue.write_buffer(buffer.raw(), 0, data))
     }
 
-    /// A few zero bytes to bind where a kernel has an operand that this call does not use.
+    /// A few zero bytes to bind for operands that a call doesn't use.
     pub(crate) fn unused(&self) -> Result<&Buffer> {
         if let Some(zeros) = self.0.zeros.get() {
             return Ok(zeros);
@@ -546,15 +554,15 @@ impl Gpu {
     }
 }
 
-/// The most bytes of a kernel's `Params`; every native backend carries this many as immediate data.
+/// Maximum bytes of a kernel's `Params`. Every native backend supports this much immediate data.
 pub(crate) const MAX_PARAMS_BYTES: u32 = 128;
 
-/// How errors, listings and `--device` name an adapter.
+/// The name of a GPU in errors, listings and `--device`.
 pub(super) fn device_name(info: &wgpu::AdapterInfo) -> String {
     format!("{} ({})", info.name.trim(), info.backend)
 }
 
-/// An adapter's driver and its version.
+/// Driver and driver version of a GPU.
 pub(super) fn driver_name(info: &wgpu::AdapterInfo) -> String {
     format!("{} {}", info.driver, info.driver_info).trim().to_owned()
 }

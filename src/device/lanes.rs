@@ -1,15 +1,16 @@
-//! How many lanes the driver runs a pipeline of cooperative matrices with. Its shader divides the work among subgroups of a known
-//! size, which drivers that have several choose by themselves, a pipeline at a time.
+//! Finds out how many lanes a driver uses for a pipeline with cooperative matrices. The shader
+//! divides its work among subgroups of a known size, but drivers that support several sizes choose
+//! one per pipeline.
 
 use super::gpu::Gpu;
 use super::shader::{Access, Kernel};
 use crate::error::Result;
 
-/// Bytes of a buffer that stands for an operand: more than one element of any.
+/// Bytes of a dummy buffer for an operand: more than one element of any type.
 const BYTES: u64 = 256;
 
-/// Runs one workgroup of a pipeline that has nothing to do: its shader then stores the size of its subgroups as an f32 in its last
-/// buffer (`enter` of `shaders/shared/coop.wgsl`).
+/// Runs one workgroup of a pipeline without any work. The shader then stores the size of its
+/// subgroups as an f32 in its last buffer (`enter` of `shaders/shared/coop.wgsl`).
 pub(super) fn measured(
     gpu: &Gpu,
     label: &str,

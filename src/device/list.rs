@@ -1,4 +1,4 @@
-//! What devices there are, and which one is meant.
+//! Device enumeration and selection.
 
 use std::path::PathBuf;
 
@@ -13,37 +13,39 @@ use super::tier::Tier;
 use super::tune;
 use crate::error::{Error, Result};
 
-/// Which adapter [`Device::gpu`](super::Device::gpu) opens.
+/// Selects the GPU that [`Device::gpu`](super::Device::gpu) opens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Select {
-    /// Discrete before integrated before others; software drivers last.
+    /// Prefers discrete, then integrated GPUs, then others; software drivers last.
     #[default]
     HighPerformance,
-    /// Integrated before discrete before others; software drivers last.
+    /// Prefers integrated, then discrete GPUs, then others; software drivers last.
     LowPower,
-    /// The index in [`devices`].
+    /// Index in [`devices`].
     Index(usize),
-    /// A part of `NAME (BACKEND)`, in any case, as in `radeon`, `vulkan` or `llvmpipe (LLVM 15`.
+    /// Part of `NAME (BACKEND)`, in any case, for example `radeon`, `vulkan` or `llvmpipe (LLVM
+    /// 15`.
     Name(String),
 }
 
-/// How to open an adapter.
+/// Options for opening a GPU.
 #[derive(Clone, Debug)]
 pub struct GpuOptions {
-    /// Which one.
+    /// Which GPU to open.
     pub select: Select,
-    /// The kernels' tier; by default the best one, or what `QLORA_TIER` says.
+    /// Tier of the kernels. By default the one that `QLORA_TIER` names, else the best.
     pub tier: Option<Tier>,
-    /// At most this many bytes in one binding, where that is less than the device's own limit. Larger matrices are
+    /// Maximum bytes of one binding, if less than the device's own limit. Larger matrices are
     /// split by rows.
     pub max_binding_bytes: Option<u64>,
-    /// The most bytes of live and pooled buffers; more is [`Error::OutOfMemory`].
+    /// Maximum bytes of live and pooled buffers. More is an [`Error::OutOfMemory`].
     pub memory_limit: Option<u64>,
-    /// Pass parameters as immediate data where the device can; a browser cannot.
+    /// Pass parameters as immediate data if the device supports it; browsers don't.
     pub immediates: bool,
-    /// The file that keeps which variants of kernels are the fastest on which adapter and driver. Without one nothing is
-    /// measured, and the first variant taken; all give the same bits. By default it is in the folder `QLORA_CACHE`, or
-    /// `qlora-wgpu` in the user's cache folder, and there is none where `QLORA_TUNE` is 0.
+    /// File that remembers the fastest variant of each kernel for a GPU and driver. Without a file
+    /// nothing is measured and the first variant is used; all variants give the same bits. By
+    /// default the file is in the folder `QLORA_CACHE`, or in `qlora-wgpu` in the user's cache
+    /// folder. If `QLORA_TUNE` is 0 there is none.
     pub tune: Option<PathBuf>,
 }
 
@@ -60,32 +62,33 @@ impl Default for GpuOptions {
     }
 }
 
-/// A device that [`devices`] found.
+/// A device listed by [`devices`].
 #[derive(Clone, Debug, Serialize)]
 pub struct DeviceInfo {
-    /// Its place in the list; `--device` and `QLORA_DEVICE` take it.
+    /// Place in the list; `--device` and `QLORA_DEVICE` accept it.
     pub index: usize,
-    /// Name and backend, as in `llvmpipe (LLVM 15.0.6, 256 bits) (vulkan)`.
+    /// Name and backend, for example `llvmpipe (LLVM 15.0.6, 256 bits) (vulkan)`.
     pub name: String,
     /// `cpu`, `discrete`, `integrated`, `virtual`, `software` or `other`.
     pub kind: &'static str,
     /// wgpu's backend; `none` for the CPU device.
     pub backend: String,
-    /// The driver and its version.
+    /// Driver and its version.
     pub driver: String,
-    /// The tier it gets by default, where that tier's results agree with the CPU's; empty for the CPU device.
+    /// Default tier, used if its results agree with the CPU's; empty for the CPU device.
     pub tier: String,
-    /// Every tier it can run.
+    /// Every tier that the device can run.
     pub tiers: Vec<String>,
-    /// The most bytes of one binding; 0 for the CPU device, which has no such limit.
+    /// Maximum bytes of one binding; 0 for the CPU device, which has no such limit.
     pub max_binding_bytes: u64,
-    /// Sizes of its subgroups, smallest and largest; 0 for the CPU device.
+    /// Smallest and largest subgroup size; 0 for the CPU device.
     pub subgroup_sizes: [u32; 2],
-    /// Whether it multiplies cooperative matrices of any shape; those with the tier's shapes run `cooperative-matrix`.
+    /// Whether it supports cooperative matrices of any shape. If their shapes are the tier's, it
+    /// can run `cooperative-matrix`.
     pub cooperative_matrix: bool,
 }
 
-/// Every device: the CPU first, then the adapters of every backend in wgpu's order.
+/// Lists every device: the CPU first, then the GPUs of every backend in wgpu's order.
 pub fn devices() -> Vec<DeviceInfo> {
     let cpu = DeviceInfo {
         index: 0,
@@ -128,12 +131,14 @@ fn describe(index: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
     }
 }
 
-/// Adapters that can run compute shaders.
+/// GPUs that can run compute shaders.
 pub(super) fn adapters() -> Vec<wgpu::Adapter> {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle_from_env();
-    // Indirect dispatches are not used; their validation would only cost memory and a buffer-size limit.
+    // We don't use indirect dispatches; validating them would only cost memory and limit buffer
+    // sizes.
     descriptor.flags.remove(wgpu::InstanceFlags::VALIDATION_INDIRECT_CALL);
-    // Ask for memory that is not there: an error instead of a driver's death.
+    // Requests for memory that isn't available should fail with an error instead of crashing the
+    // driver.
     descriptor.memory_budget_thresholds =
         wgpu::MemoryBudgetThresholds { for_resource_creation: Some(95), for_device_loss: None };
     let instance = wgpu::Instance::new(descriptor);
@@ -142,21 +147,21 @@ pub(super) fn adapters() -> Vec<wgpu::Adapter> {
     adapters
 }
 
-/// Whether an adapter can run compute shaders.
+/// Whether a GPU can run compute shaders.
 fn computes(adapter: &wgpu::Adapter) -> bool {
     if !adapter.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS) {
         return false;
     }
     let info = adapter.get_info();
-    // OpenGL's version is all that wgpu knows of the driver there.
+    // With OpenGL, wgpu knows only the version of the driver.
     let why = if info.backend == wgpu::Backend::Gl { gl::too_old(&info.driver_info) } else { None };
     if let Some(why) = &why {
-        tracing::debug!("{} is left out: {why}", device_name(&info));
+        tracing::debug!("{} is ignored: {why}", device_name(&info));
     }
     why.is_none()
 }
 
-/// The first hardware GPU by performance.
+/// Opens the fastest hardware GPU by type, or returns `None` if there is only software.
 pub(crate) fn hardware(check: Check) -> Result<Option<Gpu>> {
     let adapter = ranked(adapters(), false).into_iter().next();
     match adapter.filter(|adapter| adapter.get_info().device_type != wgpu::DeviceType::Cpu) {
@@ -165,7 +170,7 @@ pub(crate) fn hardware(check: Check) -> Result<Option<Gpu>> {
     }
 }
 
-/// Opens the adapter that the options and the environment mean.
+/// Opens the GPU that the options and the environment select.
 pub(crate) fn open(options: &GpuOptions, check: Check) -> Result<Gpu> {
     match (&options.select, std::env::var("QLORA_DEVICE")) {
         (Select::HighPerformance | Select::LowPower, Ok(name)) if !["", "gpu", "best"].contains(&name.as_str()) => {
@@ -175,7 +180,7 @@ pub(crate) fn open(options: &GpuOptions, check: Check) -> Result<Gpu> {
     }
 }
 
-/// Opens the adapter that `wanted` means, whatever the environment says.
+/// Opens the GPU that `wanted` selects, regardless of the environment.
 pub(crate) fn open_selected(options: &GpuOptions, wanted: Select, check: Check) -> Result<Gpu> {
     let found = adapters();
     let names: Vec<String> = found.iter().map(|adapter| device_name(&adapter.get_info())).collect();
@@ -195,7 +200,7 @@ pub(crate) fn open_selected(options: &GpuOptions, wanted: Select, check: Check) 
     open_adapter(&adapter, options, check)
 }
 
-/// What there is instead of the adapter that is wanted: these, in the order of [`devices`].
+/// The error for a GPU that isn't found. It lists `names`, in the order of [`devices`].
 fn no_device(wanted: &Select, names: &[String], is_hardware: bool) -> Error {
     let found: Vec<String> = (1..).zip(names).map(|(index, name)| format!("{index} {name}")).collect();
     let mut hints = Vec::new();
@@ -219,7 +224,7 @@ fn no_device(wanted: &Select, names: &[String], is_hardware: bool) -> Error {
     }
 }
 
-/// The word for a device, or the word in a name, that was most likely meant.
+/// Returns the device word, or the word of a name, that was most likely meant.
 fn nearest(wanted: &Select, names: &[String]) -> Option<String> {
     let Select::Name(wanted) = wanted else { return None };
     let wanted = wanted.to_lowercase();
@@ -229,12 +234,12 @@ fn nearest(wanted: &Select, names: &[String]) -> Option<String> {
     words.filter(|word| likeness(word) > 0.6).max_by(|one, other| likeness(one).total_cmp(&likeness(other)))
 }
 
-/// What to do where no adapter is found.
+/// Advice if there is no hardware GPU.
 const NO_DEVICE_HINT: &str = "Install a Vulkan driver for the GPU, or Mesa's software driver: \
     `apt install libvulkan1 mesa-vulkan-drivers` (Debian, Ubuntu), `dnf install mesa-vulkan-drivers` (Fedora), \
-    `pacman -S vulkan-swrast` (Arch). macOS and Windows bring Metal and DX12 along. The CPU device needs none: `--device cpu`";
+    `pacman -S vulkan-swrast` (Arch). macOS and Windows include Metal and DX12. The CPU device needs no driver: `--device cpu`";
 
-/// Best first: by type, then in wgpu's order, which puts Vulkan, Metal and DX12 before GL.
+/// Sorts best first: by type, then in wgpu's order, which puts Vulkan, Metal and DX12 before GL.
 fn ranked(mut adapters: Vec<wgpu::Adapter>, low_power: bool) -> Vec<wgpu::Adapter> {
     adapters.sort_by_key(|adapter| {
         let info = adapter.get_info();
@@ -288,7 +293,7 @@ fn wanted(options: &GpuOptions, info: &wgpu::AdapterInfo, ability: &Ability) -> 
     Ok(Wanted { tier, forced: asked.is_some() })
 }
 
-/// The tier that `QLORA_TIER` asks for.
+/// Returns the tier that `QLORA_TIER` asks for.
 fn tier_variable() -> Result<Option<Tier>> {
     let Some(name) = std::env::var_os("QLORA_TIER").filter(|name| !name.is_empty()) else { return Ok(None) };
     let name = name.to_string_lossy();
@@ -300,10 +305,10 @@ fn tier_variable() -> Result<Option<Tier>> {
     })
 }
 
-/// Checks the variables that have few values, whether or not a device reads them.
+/// Checks the environment variables that have few possible values, even if no device reads them.
 ///
 /// # Errors
-/// [`Error::Invalid`] for `QLORA_TIER`, `QLORA_TUNE` or `QLORA_CHECK` with a value that it cannot have.
+/// [`Error::Invalid`] if `QLORA_TIER`, `QLORA_TUNE` or `QLORA_CHECK` has an invalid value.
 #[cfg(feature = "cli")]
 pub(crate) fn check_environment() -> Result<()> {
     tier_variable()?;

@@ -1,5 +1,5 @@
-//! Devices: the CPU, and whatever wgpu reaches. Choice of adapter, capability tiers, buffers and their pool,
-//! pipelines, command recording, readback, errors.
+//! Devices: the CPU, and every GPU that wgpu reaches. Choice of GPU, capability tiers, buffers and
+//! their pool, pipelines, command recording, readback, errors.
 
 mod capacity;
 mod commands;
@@ -39,19 +39,19 @@ use crate::error::{Error, Result};
 /// Where tensors live and kernels run. Cheap to clone; clones share one device.
 #[derive(Clone)]
 pub enum Device {
-    /// The processor, on every core.
+    /// The processor, using all cores.
     Cpu(Cpu),
-    /// An adapter opened through wgpu.
+    /// A GPU opened through wgpu.
     Gpu(Gpu),
 }
 
 impl Device {
-    /// The CPU device, with a memory pool of its own.
+    /// Opens the CPU device, with its own memory pool.
     pub fn cpu() -> Device {
         Device::Cpu(Cpu::default())
     }
 
-    /// What messages and tables call it.
+    /// Name in messages and tables.
     pub fn name(&self) -> &str {
         match self {
             Device::Cpu(_) => "cpu",
@@ -59,7 +59,7 @@ impl Device {
         }
     }
 
-    /// Its driver and version; of the CPU device its threads.
+    /// Driver and its version; for the CPU device its threads.
     pub fn driver(&self) -> String {
         match self {
             Device::Cpu(_) => format!("{} threads", rayon::current_num_threads()),
@@ -75,7 +75,7 @@ impl Device {
         }
     }
 
-    /// Starts a new memory peak at what is live now.
+    /// Starts a new memory peak at the bytes that are live now.
     pub fn reset_peak(&self) {
         match self {
             Device::Cpu(cpu) => cpu.reset_peak(),
@@ -91,7 +91,7 @@ impl Device {
         }
     }
 
-    /// Whether tensors of both can meet in one operation.
+    /// Whether both are the same device, so that their tensors can be combined.
     pub(crate) fn is(&self, other: &Device) -> bool {
         match (self, other) {
             (Device::Cpu(_), Device::Cpu(_)) => true,
@@ -100,7 +100,7 @@ impl Device {
         }
     }
 
-    /// An error unless both are one device.
+    /// Returns an error unless both are the same device.
     pub(crate) fn same(&self, other: &Device, op: &'static str) -> Result<()> {
         if self.is(other) {
             return Ok(());

@@ -1,4 +1,4 @@
-//! Compute pipelines, compiled once per kernel variant, and the bind groups that go with them.
+//! Compute pipelines, compiled once per kernel variant, and their bind groups.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,9 +11,9 @@ use super::shader::{Access, Defines, Kernel, compose};
 use crate::error::{Error, Result};
 use crate::hash::QuickState;
 
-/// The most storage buffers of a kernel.
+/// Maximum storage buffers of a kernel.
 const MAX_BINDINGS: usize = 16;
-/// Bind groups of a pipeline that are made before those that were not used meanwhile are dropped.
+/// After this many new bind groups of a pipeline, those that weren't used meanwhile are dropped.
 const MAX_BIND_GROUPS: usize = 2048;
 
 /// A compiled variant of a kernel.
@@ -26,7 +26,7 @@ pub(super) struct Pipeline {
     bind_groups: Mutex<BindGroups>,
 }
 
-/// All pipelines of a device, by the kernel's name and the variant.
+/// All pipelines of a device, by kernel name and variant.
 #[derive(Default)]
 pub(super) struct Pipelines {
     compiled: Mutex<HashMap<&'static str, Variants, QuickState>>,
@@ -35,14 +35,14 @@ pub(super) struct Pipelines {
 
 type Variants = HashMap<Defines, Arc<Pipeline>, QuickState>;
 
-/// Bind groups by the buffers' ids: those used of late, and those used before.
+/// Bind groups by the ids of their buffers: recently used ones, and older ones.
 #[derive(Default)]
 struct BindGroups {
     young: ByIds,
     old: ByIds,
 }
 
-/// Ids of a kernel's buffers, 0 after them: of a fixed size, so that a key lies in the map itself.
+/// Ids of a kernel's buffers, padded with 0. The fixed size keeps keys inside the map.
 type Ids = [u32; MAX_BINDINGS];
 
 fn ids(buffers: &[&Buffer]) -> Ids {
@@ -51,24 +51,24 @@ fn ids(buffers: &[&Buffer]) -> Ids {
     ids
 }
 
-/// What a dispatch binds.
+/// Pipeline and bind group of a dispatch.
 #[derive(Clone)]
 pub(super) struct Bound {
     pub(super) pipeline: Arc<Pipeline>,
     pub(super) group: wgpu::BindGroup,
 }
 
-/// What the dispatches since the last read have bound, in their order. A training step, or a token, binds what the one before
-/// it did, so that the next dispatch finds its own here and asks no map.
+/// Bindings of the dispatches since the last read, in order. A training step, or a token, binds
+/// the same as the one before, so the next dispatch finds its bindings here without a map lookup.
 #[derive(Default)]
 struct Trail {
-    /// `None` for one whose buffers are gone.
+    /// `None` for a dispatch whose buffers are gone.
     steps: Vec<Option<(Ids, Bound)>>,
-    /// Where the next dispatch is.
+    /// Position of the next dispatch.
     at: usize,
 }
 
-/// The most dispatches of a trail; those after them are looked up.
+/// Maximum dispatches in a trail; later ones are looked up.
 const MAX_TRAIL: usize = 1 << 14;
 type ByIds = HashMap<Ids, wgpu::BindGroup, QuickState>;
 
@@ -91,12 +91,12 @@ impl BindGroups {
 }
 
 impl Pipelines {
-    /// What this dispatch binds, if it is the one that came here the last time.
+    /// Returns the bindings of this dispatch, if the same one was here last time.
     pub(super) fn expected(&self, kernel: &Kernel, defines: &Defines, buffers: &[&Buffer]) -> Option<Bound> {
         let trail = &mut *self.trail();
         let (ids, bound) = trail.steps.get(trail.at)?.as_ref()?;
         let pipeline = &*bound.pipeline;
-        // Names of kernels are unique.
+        // Kernel names are unique.
         let same = std::ptr::eq(pipeline.kernel, kernel.name)
             && buffers.iter().zip(ids).all(|(buffer, id)| buffer.id() == *id)
             && pipeline.defines == *defines;
@@ -106,7 +106,7 @@ impl Pipelines {
         })
     }
 
-    /// Keeps what a dispatch that was not expected has bound.
+    /// Remembers the bindings of a dispatch that was not expected.
     pub(super) fn note(&self, buffers: &[&Buffer], bound: &Bound) {
         let trail = &mut *self.trail();
         let step = Some((ids(buffers), bound.clone()));
@@ -120,7 +120,7 @@ impl Pipelines {
         trail.at += 1;
     }
 
-    /// The next dispatch is the first one again.
+    /// Starts again: the next dispatch is the first of the trail.
     pub(super) fn restart_trail(&self) {
         self.trail().at = 0;
     }
@@ -129,9 +129,9 @@ impl Pipelines {
         self.trail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The pipeline of this variant, compiled on first use.
+    /// Returns the pipeline of this variant; compiles it on first use.
     pub(super) fn get(&self, gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Arc<Pipeline>> {
-        // Held while compiling: two threads that want the same variant compile it once.
+        // Held while compiling, so that two threads that want the same variant compile it once.
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         let variants = compiled.entry(kernel.name).or_default();
         if let Some(pipeline) = variants.get(defines) {
@@ -142,12 +142,13 @@ impl Pipelines {
         Ok(pipeline)
     }
 
-    /// How many variants have been compiled.
+    /// Number of variants compiled so far.
     pub(super) fn len(&self) -> usize {
         self.compiled.lock().unwrap_or_else(PoisonError::into_inner).values().map(HashMap::len).sum()
     }
 
-    /// Takes out the bind groups of buffers that no longer exist: once they are dropped, the memory is given back.
+    /// Removes and returns the bind groups of buffers that no longer exist. Dropping them frees
+    /// the memory.
     pub(super) fn forget_buffers(&self, retired: &[u32]) -> Vec<wgpu::BindGroup> {
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         let gone = |ids: &Ids| ids.iter().any(|id| retired.contains(id));
@@ -211,7 +212,7 @@ impl Pipeline {
                 module: &module,
                 entry_point: Some("main"),
                 compilation_options: wgpu::PipelineCompilationOptions {
-                    // Every kernel writes its workgroup memory before it reads it.
+                    // Every kernel writes its workgroup memory before reading it.
                     zero_initialize_workgroup_memory: false,
                     ..Default::default()
                 },
@@ -225,8 +226,8 @@ impl Pipeline {
             if measured != cooperative.lanes {
                 return Err(Error::Unsupported {
                     device: gpu.name().to_owned(),
-                    what: format!("{label} by subgroups of {measured}, for which it was not compiled,"),
-                    hint: "QLORA_TIER=subgroup-f16 does without cooperative matrices".into(),
+                    what: format!("{label} with subgroups of {measured} lanes, for which it was not compiled,"),
+                    hint: "set QLORA_TIER=subgroup-f16 to avoid cooperative matrices".into(),
                 });
             }
         }
@@ -234,7 +235,8 @@ impl Pipeline {
         Ok(Pipeline { raw, kernel, defines, layout, label, bind_groups: Mutex::default() })
     }
 
-    /// The bind group of these buffers, and of the batch's parameters where they are in a buffer; made on first use.
+    /// Returns the bind group of these buffers, and of the batch's parameters if they are in a
+    /// buffer; made on first use.
     pub(super) fn bind_group(
         &self,
         gpu: &Gpu,
@@ -268,16 +270,17 @@ impl Pipeline {
     }
 }
 
-/// Debug builds keep every run-time check of the driver's code; release builds drop them.
+/// Debug builds keep all run-time checks in the driver's code; release builds omit them.
 fn shader_module(device: &wgpu::Device, label: &str, source: String) -> wgpu::ShaderModule {
     let descriptor =
         wgpu::ShaderModuleDescriptor { label: Some(label), source: wgpu::ShaderSource::Wgsl(source.into()) };
     if cfg!(debug_assertions) {
         return device.create_shader_module(descriptor);
     }
-    // SAFETY: the checks that are left out guard against out-of-bounds indices, endless loops and division by
-    // zero. The host validates every shape before it dispatches; kernels clamp rows and columns to the matrix,
-    // bound every loop by a parameter, and divide by constants and non-zero tile counts only. The same shaders run
-    // with all checks on in debug builds, where the tests compare them with their CPU twins.
+    // SAFETY: the omitted checks guard against out-of-bounds indices, endless loops and division
+    // by zero. The host validates every shape before it dispatches. Kernels clamp rows and columns
+    // to the matrix, bound every loop by a parameter, and divide only by constants and non-zero
+    // tile counts. The same shaders run with all checks in debug builds, where the tests compare
+    // them with their CPU twins.
     unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
 }

@@ -1,4 +1,4 @@
-//! Buffer reuse by size class, with counters that say what is resident.
+//! Reuses buffers by size class and counts resident memory.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BinaryHeap};
@@ -7,18 +7,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Memory of one device, in bytes; read with [`Device::memory`](super::Device::memory).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryCounters {
-    /// Held by live tensors and matrices.
+    /// Bytes held by live tensors and matrices.
     pub live_bytes: u64,
-    /// The most that `live_bytes` has been since the device was made or the peak was reset.
+    /// Maximum of `live_bytes` since the device was made or the peak was reset.
     pub peak_bytes: u64,
-    /// Freed and kept for the next allocation of its size class.
+    /// Bytes freed and kept for the next allocation of the same size class.
     pub pooled_bytes: u64,
-    /// The most that `live_bytes` and `pooled_bytes` have been together, since then too: what was taken from the driver or
-    /// the system at the worst moment. A pool that is asked for more than there is gives its free memory back first.
+    /// Maximum of `live_bytes` plus `pooled_bytes` over the same time: the most memory ever taken
+    /// from the driver or the system. When memory runs out, a pool first gives its free memory
+    /// back.
     pub peak_held_bytes: u64,
-    /// Allocations that went to the driver (or the system's allocator).
+    /// Allocations made by the driver (or the system's allocator).
     pub allocations: u64,
-    /// Allocations that a pooled buffer served.
+    /// Allocations served by a pooled buffer.
     pub reuses: u64,
 }
 
@@ -30,11 +31,12 @@ impl MemoryCounters {
     }
 }
 
-/// Free memory beyond this, and beyond what is live, is given back when a new size is asked for.
+/// Free memory that exceeds live memory by more than this is given back when a new size is
+/// requested.
 const SLACK_BYTES: u64 = 64 << 20;
 
-/// Rounds a size up so that few distinct sizes exist: to 256 bytes, and above 4 KiB to eighths of a power of two
-/// (at most 12.5 % more than asked for).
+/// Rounds a size up so that few distinct sizes exist: to 256 bytes, and above 4 KiB to eighths of
+/// a power of two (at most 12.5 % more than requested).
 pub(crate) fn size_class(bytes: u64) -> u64 {
     let step = (bytes.max(1).next_power_of_two() / 16).max(256);
     bytes.max(1).next_multiple_of(step)
@@ -47,16 +49,17 @@ pub(crate) struct Pool<T> {
 }
 
 struct State<T> {
-    /// By size.
+    /// Free items by size.
     free: BTreeMap<u64, BinaryHeap<Free<T>>>,
-    /// Items that have come back so far.
+    /// Number of items returned so far.
     returns: u64,
     counters: MemoryCounters,
-    /// What was held when it was last told.
+    /// Bytes held when growth was last reported.
     told: u64,
 }
 
-/// A free item. The greatest is the next to be taken: that with the lowest number, and among equals the last to come back.
+/// A free item. The greatest one is taken next: the one with the lowest number, among equals the
+/// last one returned.
 struct Free<T> {
     order: (Reverse<u64>, u64),
     item: T,
@@ -82,13 +85,13 @@ impl<T> Ord for Free<T> {
     }
 }
 
-/// What [`Pool::take`] answers.
+/// Result of [`Pool::take`].
 pub(crate) enum Taken<T> {
-    /// A pooled item of the size asked for.
+    /// A pooled item of the requested size.
     Reused(T),
-    /// Nothing fits: the caller allocates, and drops these, which were trimmed to make room.
+    /// Nothing fits. The caller allocates, and drops the items trimmed to make room.
     Allocate { trimmed: Vec<T> },
-    /// The device's memory limit would be passed, also without these, which were trimmed.
+    /// The device's memory limit would be exceeded, even without the trimmed items.
     OverLimit { trimmed: Vec<T> },
 }
 
@@ -100,12 +103,13 @@ impl<T> Pool<T> {
     }
 
     fn state(&self) -> MutexGuard<'_, State<T>> {
-        // The state is consistent after every statement below, so a panic elsewhere does not spoil it.
+        // The state is consistent after every statement below, so a panic elsewhere doesn't
+        // corrupt it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes an item of exactly `size` bytes and counts it as live, also when the caller has to allocate it. Where a
-    /// new one is wanted (`reuse` is false) the caller always has to.
+    /// Takes an item of exactly `size` bytes and counts it as live, even if the caller has to
+    /// allocate it. If `reuse` is false, the caller always has to.
     pub(crate) fn take(&self, size: u64, reuse: bool) -> Taken<T> {
         let state = &mut *self.state();
         let reused = state.free.get_mut(&size).filter(|_| reuse).and_then(BinaryHeap::pop).map(|free| free.item);
@@ -132,14 +136,15 @@ impl<T> Pool<T> {
         reused.map_or(Taken::Allocate { trimmed }, Taken::Reused)
     }
 
-    /// Counts `size` bytes that are held elsewhere as live.
+    /// Counts `size` bytes held elsewhere as live.
     pub(crate) fn count(&self, size: u64) {
         self.state().counters.add_live(size);
     }
 
-    /// Takes back an item of `size` bytes: kept for reuse. The free item with the lowest number is the next to be taken, among
-    /// equals the last to come back. With a number for each, what is taken depends on which items are free, and not on the
-    /// order in which they came back: a training step takes the buffers of the step before, and its bind groups are there.
+    /// Takes back an item of `size` bytes for reuse. The free item with the lowest number is taken
+    /// next, among equals the last one returned. Thanks to the numbers, the choice depends on
+    /// which items are free and not on the order in which they came back: a training step takes
+    /// the buffers of the step before, and their bind groups still exist.
     pub(crate) fn put(&self, size: u64, number: u64, item: T) {
         let state = &mut *self.state();
         state.counters.live_bytes -= size;
@@ -149,7 +154,8 @@ impl<T> Pool<T> {
         state.free.entry(size).or_default().push(Free { order, item });
     }
 
-    /// An item of `size` bytes is gone: dropped by its owner, or never allocated after [`Pool::take`].
+    /// Counts `size` bytes as gone: the owner dropped the item, or didn't allocate it after
+    /// [`Pool::take`].
     pub(crate) fn forget(&self, size: u64) {
         self.state().counters.live_bytes -= size;
     }
@@ -161,7 +167,7 @@ impl<T> Pool<T> {
         items(&mut state.free)
     }
 
-    /// Tells who listens that more is held than ever, where it has doubled.
+    /// Reports a new maximum of held memory to listeners whenever it has doubled.
     pub(crate) fn tell_growth(&self, device: &str) {
         if !tracing::enabled!(tracing::Level::DEBUG) {
             return;
@@ -179,7 +185,7 @@ impl<T> Pool<T> {
         self.state().counters
     }
 
-    /// Starts a new peak at what is live now.
+    /// Starts a new peak at the bytes that are live now.
     pub(crate) fn reset_peak(&self) {
         let counters = &mut self.state().counters;
         counters.peak_bytes = counters.live_bytes;
@@ -187,7 +193,7 @@ impl<T> Pool<T> {
     }
 }
 
-/// Takes all of them out.
+/// Takes out all items.
 fn items<T>(free: &mut BTreeMap<u64, BinaryHeap<Free<T>>>) -> Vec<T> {
     std::mem::take(free).into_values().flatten().map(|free| free.item).collect()
 }

@@ -1,4 +1,4 @@
-//! Where time goes on a device: each kernel's own, by timestamp queries.
+//! Profiling: the time of each kernel on a device, by timestamp queries.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -7,44 +7,45 @@ use super::commands::BATCH;
 use super::gpu::Gpu;
 use crate::error::{Error, Result};
 
-/// What [`Gpu::profile`] has measured.
+/// Result of [`Gpu::profile`].
 #[derive(Clone, Debug)]
 pub struct Profile {
-    /// From the start of the work until the device had done it.
+    /// From the start of the work until the device finished it.
     pub wall: Duration,
-    /// Kernels, the one that took longest first.
+    /// Kernels, slowest first.
     pub kernels: Vec<KernelTime>,
 }
 
-/// What a kernel took.
+/// Time of a kernel.
 #[derive(Clone, Debug)]
 pub struct KernelTime {
-    /// Its name, which is its shader's.
+    /// Name of the kernel and of its shader.
     pub kernel: &'static str,
-    /// How often it was dispatched.
+    /// Number of dispatches.
     pub dispatches: usize,
-    /// All of its dispatches together.
+    /// Total time of its dispatches.
     pub time: Duration,
 }
 
 impl Profile {
-    /// All kernels together.
+    /// Total time of all kernels.
     pub fn in_kernels(&self) -> Duration {
         self.kernels.iter().map(|kernel| kernel.time).sum()
     }
 }
 
-/// Timestamps of dispatches while a profile is made: each is a pass of its own, with two of them.
+/// Timestamps of dispatches while profiling. Each dispatch is a pass of its own with two
+/// timestamps.
 #[derive(Default)]
 pub(super) struct Stamps {
-    /// Of the batch that is being recorded, and its kernels.
+    /// Queries of the batch being recorded, and its kernels.
     open: Option<(wgpu::QuerySet, Vec<&'static str>)>,
-    /// Of batches that have been submitted.
+    /// Timestamps of submitted batches.
     done: Vec<(wgpu::Buffer, Vec<&'static str>)>,
 }
 
 impl Stamps {
-    /// The pass of the next dispatch, which is one of `kernel`'s.
+    /// Begins the pass of the next dispatch, for `kernel`.
     pub(super) fn pass(
         &mut self,
         gpu: &Gpu,
@@ -69,7 +70,7 @@ impl Stamps {
         Ok(encoder.begin_compute_pass(&descriptor).forget_lifetime())
     }
 
-    /// Ends the batch: its timestamps go to a buffer.
+    /// Ends the batch: copies its timestamps to a buffer.
     pub(super) fn close(&mut self, gpu: &Gpu, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
         let Some((queries, kernels)) = self.open.take() else { return Ok(()) };
         self.done.push((resolve(gpu, encoder, &queries, 2 * kernels.len() as u32)?, kernels));
@@ -77,7 +78,7 @@ impl Stamps {
     }
 }
 
-/// Room for so many timestamps.
+/// Makes a query set for this many timestamps.
 pub(super) fn query_set(gpu: &Gpu, count: u32) -> Result<wgpu::QuerySet> {
     gpu.scoped("timestamp queries", |device| {
         device.create_query_set(&wgpu::QuerySetDescriptor {
@@ -88,7 +89,7 @@ pub(super) fn query_set(gpu: &Gpu, count: u32) -> Result<wgpu::QuerySet> {
     })
 }
 
-/// Records that the first `count` timestamps go to a buffer.
+/// Records a copy of the first `count` timestamps to a buffer.
 pub(super) fn resolve(
     gpu: &Gpu,
     encoder: &mut wgpu::CommandEncoder,
@@ -108,13 +109,14 @@ pub(super) fn resolve(
 }
 
 impl Gpu {
-    /// Whether the device can say when a kernel began and ended.
+    /// Whether the device can tell when a kernel began and ended.
     pub(super) fn has_timestamps(&self) -> bool {
         let features = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
         self.wgpu_device().features().contains(features)
     }
 
-    /// Timestamps that [`resolve`] has put in a buffer, in nanoseconds from any start.
+    /// Returns the timestamps that [`resolve`] has put in a buffer, in nanoseconds from an
+    /// arbitrary start.
     pub(super) fn timestamps(&self, resolved: &wgpu::Buffer) -> Result<Vec<f64>> {
         let ticks = self.alloc("timestamps", resolved.size())?;
         self.record(|encoder| encoder.copy_buffer_to_buffer(resolved, 0, ticks.raw(), 0, resolved.size()))?;
@@ -124,11 +126,11 @@ impl Gpu {
         Ok(ticks.into_iter().map(|tick| tick as f64 * period).collect())
     }
 
-    /// Time of each kernel in what `work` records. Each dispatch is a pass of its own meanwhile, so that the whole takes a
-    /// little longer than it does else.
+    /// Measures the time of each kernel in the work that `work` records. Each dispatch is a pass
+    /// of its own, so everything takes a little longer than usual.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a device without timestamp queries; those of `work`.
+    /// [`Error::Unsupported`] on a device without timestamp queries; errors of `work`.
     pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Profile> {
         if !self.has_timestamps() {
             return Err(Error::Unsupported {

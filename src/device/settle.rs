@@ -1,5 +1,6 @@
-//! Which tier a device runs: the best one whose results agree with the CPU's, found out once for a driver's version and kept
-//! beside the tuned choices. Nobody has seen every driver, and a wrong result that nobody notices is the worst there is.
+//! Chooses the tier of a device: the best one whose results agree with the CPU's. The answer is
+//! found once per driver version and kept beside the tuned choices. Nobody has tested every
+//! driver, and nothing is worse than a wrong result that nobody notices.
 
 use super::cooperative::Cooperative;
 use super::gpu::{Gpu, Wrap, device_name};
@@ -8,32 +9,33 @@ use super::tier::Tier;
 use super::tune;
 use crate::error::{Error, Result};
 
-/// Says where a device's results differ from the CPU's, if they do.
+/// Describes where a device's results differ from the CPU's, or returns `None`.
 pub(crate) type Check = fn(&Gpu) -> Result<Option<String>>;
 
-/// What is kept for a tier that failed.
+/// Recorded in place of lanes for a tier that failed.
 const FAILED: usize = usize::MAX;
 
-/// The tier that is wanted, and whether there is no other that will do.
+/// The wanted tier, and whether it is the only acceptable one.
 #[derive(Clone, Copy)]
 pub(super) struct Wanted {
     pub tier: Tier,
     pub forced: bool,
 }
 
-/// What decides which forms of the kernels an adapter can run.
+/// Properties of a GPU that decide which forms of the kernels it can run.
 pub(super) struct Ability {
     pub features: wgpu::Features,
-    /// With each size of subgroups that may be the one.
+    /// Candidates, one for each possible subgroup size.
     pub cooperative: Vec<Cooperative>,
-    /// Software drivers are those that every change is tested on: they are taken as they are.
+    /// Whether to skip the check. Software drivers are trusted, because every change is tested on
+    /// them.
     pub trusted: bool,
 }
 
 /// Opens a device with the best tier that passes `check`.
 ///
 /// # Errors
-/// Those of `open`; [`Error::Device`] where no tier passes.
+/// Errors of `open`; [`Error::Device`] if no tier passes.
 pub(super) fn settle(
     info: &wgpu::AdapterInfo,
     ability: &Ability,
@@ -65,7 +67,7 @@ pub(super) fn settle(
                 }
             }
         }
-        // A tier that the adapter cannot run is for `open` to refuse.
+        // If the GPU can't run the tier, `open` reports it.
         let none = [any];
         for form in if forms.is_empty() { &none[..] } else { &forms } {
             let gpu = open(settings(options, tier, *form))?;
@@ -81,7 +83,7 @@ pub(super) fn settle(
             faults.push(format!("tier {tier}: {fault}"));
         }
         tracing::warn!(
-            "{}: tier {tier} is not used, as its results are not the CPU's: {}",
+            "{}: not using tier {tier}, because its results differ from the CPU's: {}",
             device_name(info),
             faults.join("; ")
         );
@@ -98,7 +100,7 @@ pub(super) fn settle(
     })
 }
 
-/// Whether devices are checked: `QLORA_CHECK` is not 0.
+/// Whether devices are checked: unless `QLORA_CHECK` is 0.
 pub(super) fn checks() -> bool {
     !std::env::var("QLORA_CHECK").is_ok_and(|value| value == "0")
 }
@@ -125,7 +127,7 @@ mod tests {
             return;
         }
         let only_plain: Check = |gpu| Ok((gpu.tier() != Tier::Plain).then(|| "y is off".into()));
-        let never: Check = |_| unreachable!("what is known is not checked again");
+        let never: Check = |_| unreachable!("a known tier is not checked again");
         for adapter in list::adapters() {
             let info = adapter.get_info();
             let features = adapter.features() & (wgpu::Features::SUBGROUP | wgpu::Features::SHADER_F16);
@@ -141,7 +143,7 @@ mod tests {
             assert_eq!(open(best, false, never).unwrap().tier(), Tier::Plain);
             assert_eq!(open(Tier::Plain, true, never).unwrap().tier(), Tier::Plain);
             if best != Tier::Plain {
-                // Who asks for a tier is told that it is wrong, each time.
+                // Forcing a tier that is wrong fails every time.
                 for _ in 0..2 {
                     let error = open(best, true, only_plain).map(|gpu| gpu.tier()).unwrap_err().to_string();
                     assert!(error.contains(&format!("tier {best}: y is off")), "{error}");

@@ -1,4 +1,5 @@
-//! Shader text: whole `.wgsl` files with a few template tags for tile sizes, unrolled loops and shared snippets.
+//! Shader text: whole `.wgsl` files with a few template tags for tile sizes, unrolled loops and
+//! shared snippets.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value};
 
-/// How a kernel uses one of its storage buffers.
+/// Access of a kernel to one of its storage buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// `var<storage, read>`
@@ -20,13 +21,13 @@ pub enum Access {
 /// A kernel as the device sees it; everything else about it is in its file under `kernels`.
 #[derive(Debug)]
 pub struct Kernel {
-    /// Its name, that of `shaders/NAME.wgsl` and of its Rust file.
+    /// Name of the kernel, of `shaders/NAME.wgsl` and of its Rust file.
     pub name: &'static str,
-    /// The template of its shader.
+    /// Template of the shader.
     pub source: &'static str,
-    /// Storage buffers in binding order, as named in the shader.
+    /// Storage buffers in binding order, with their names in the shader.
     pub bindings: &'static [(&'static str, Access)],
-    /// Bytes of its `Params`.
+    /// Size of its `Params` in bytes.
     pub params_bytes: usize,
     /// Name and byte offset of each field of its `Params`.
     pub params_fields: &'static [(&'static str, usize)],
@@ -36,13 +37,14 @@ pub struct Kernel {
 #[derive(Debug, PartialEq, Eq, Hash)]
 pub struct Defines(Vec<(Word, Define)>);
 
-/// A word of the program's text.
+/// A word from the program's own text.
 #[derive(Clone, Copy, Debug, Eq)]
 pub struct Word(&'static str);
 
 impl PartialEq for Word {
     fn eq(&self, other: &Word) -> bool {
-        // A variant is asked for at the same place each time, so that its words are the same bytes: most comparisons end here.
+        // The same place in the code asks for a variant each time, so its words are usually at the
+        // same address, and most comparisons end here.
         std::ptr::eq(self.0, other.0) || self.0 == other.0
     }
 }
@@ -67,7 +69,7 @@ impl Default for Defines {
 
 impl Clone for Defines {
     fn clone(&self) -> Self {
-        // With the room that a copy of the list has not.
+        // With spare room, which a plain copy of the list wouldn't have.
         let mut all = Vec::with_capacity(Defines::ROOM.max(self.0.len()));
         all.extend_from_slice(&self.0);
         Defines(all)
@@ -81,9 +83,10 @@ pub enum Define {
     Flag(bool),
     /// A size or a count.
     Number(u32),
-    /// A word out of a fixed set.
+    /// One of a fixed set of words.
     Word(Word),
-    /// The bits of f32 values, so that they compare and reach the shader exactly. Every dispatch has a clone.
+    /// Bits of f32 values, so that they compare and reach the shader exactly. Shared, because
+    /// every dispatch clones them.
     Floats(Arc<[u32]>),
 }
 
@@ -112,15 +115,16 @@ impl From<&[f32]> for Define {
 }
 
 impl Defines {
-    /// Constants that a list has room for from the start. No variant has more, so a dispatch allocates its list once.
+    /// Initial capacity of a list. No variant has more constants, so a dispatch allocates its list
+    /// once.
     pub(crate) const ROOM: usize = 24;
 
-    /// No constants yet.
+    /// Makes an empty list.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Their names.
+    /// Names of the constants.
     #[cfg(test)]
     pub fn names(&self) -> impl Iterator<Item = &'static str> {
         self.0.iter().map(|(name, _)| name.0)
@@ -137,12 +141,12 @@ impl Defines {
         self.0.iter().any(|(other, value)| other.0 == name && *value == Define::Flag(true))
     }
 
-    /// Whether the variant multiplies cooperative matrices: it has the size of these.
+    /// Whether the variant uses cooperative matrices: it then defines their size.
     pub(crate) fn is_cooperative(&self) -> bool {
         self.0.iter().any(|(name, _)| name.0 == "edge")
     }
 
-    /// The variant in one line, for labels and messages.
+    /// Describes the variant in one line, for labels and messages.
     pub fn label(&self) -> String {
         let show = |(name, value): &(Word, Define)| match value {
             Define::Flag(true) => Some(name.0.to_owned()),
@@ -154,7 +158,7 @@ impl Defines {
     }
 }
 
-/// A WGSL literal with exactly these bits. Finite values only (a codebook's are).
+/// Returns a WGSL literal with exactly these bits. Finite values only (a codebook's values are).
 fn wgsl_float(bits: u32) -> String {
     format!("{:?}f", f32::from_bits(bits))
 }
@@ -166,7 +170,8 @@ macro_rules! shared {
 }
 
 static ENVIRONMENT: LazyLock<Environment<'static>> = LazyLock::new(|| {
-    // The snippets are part of the crate: whether they parse cannot depend on input, and the registry test uses them.
+    // The snippets are part of the crate: whether they parse can't depend on input, and the
+    // registry test uses them.
     environment().unwrap_or_else(|error| unreachable!("shaders/shared: {error:#}"))
 });
 
@@ -208,8 +213,8 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
     Ok(environment)
 }
 
-/// The WGSL text of a kernel's variant. `immediates` chooses where `Params` lives: in immediate data, or in a
-/// uniform buffer after the last storage binding.
+/// Composes the WGSL text of a kernel's variant. `immediates` chooses where `Params` lives: in
+/// immediate data, or in a uniform buffer after the last storage binding.
 pub fn compose(kernel: &Kernel, defines: &Defines, immediates: bool) -> Result<String, String> {
     let mut context: BTreeMap<&str, Value> = defines
         .0

@@ -5,24 +5,26 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// Which form of the kernels a device runs; chosen once per device, best first.
+/// The form of the kernels that a device runs, chosen once per device, best first.
 ///
-/// `QLORA_TIER` or [`GpuOptions::tier`](super::GpuOptions::tier) forces one, so that every form that a driver
-/// can run is tested on it.
+/// `QLORA_TIER` or [`GpuOptions::tier`](super::GpuOptions::tier) forces one, so that every form
+/// that a driver can run is tested on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tier {
-    /// Software drivers (`DeviceType::Cpu`): no shared memory and no barriers, which cost more there than they save.
+    /// Software drivers (`DeviceType::Cpu`): no workgroup memory and no barriers, which cost more
+    /// there than they save.
     Software,
-    /// Plain WGSL: shared-memory register tiles, reductions as trees in workgroup memory.
+    /// Plain WGSL: register tiles fed from workgroup memory, reductions as trees in workgroup
+    /// memory.
     Plain,
-    /// As `Plain`, with subgroup reductions.
+    /// Like `Plain`, with subgroup reductions.
     Subgroup,
-    /// As `Plain`, with operands staged as f16 (accumulators stay f32).
+    /// Like `Plain`, with operands staged as f16 (sums stay f32).
     F16,
     /// Subgroup reductions and f16 staging.
     SubgroupF16,
-    /// As `SubgroupF16`, with the large products by cooperative matrices (tensor cores) of f16 that add up in f32, 16 x 16
-    /// or 8 x 8 as the adapter has them.
+    /// Like `SubgroupF16`, with the large products by cooperative matrices (tensor cores): f16
+    /// operands, f32 sums, 16 x 16 or 8 x 8 as the GPU supports.
     CooperativeMatrix,
 }
 
@@ -31,17 +33,17 @@ impl Tier {
     pub const ALL: [Tier; 6] =
         [Tier::Software, Tier::Plain, Tier::Subgroup, Tier::F16, Tier::SubgroupF16, Tier::CooperativeMatrix];
 
-    /// Reductions use subgroup operations.
+    /// Whether reductions use subgroup operations.
     pub fn subgroups(self) -> bool {
         matches!(self, Tier::Subgroup | Tier::SubgroupF16 | Tier::CooperativeMatrix)
     }
 
-    /// Operands are staged as f16, so results carry f16 rounding of the operands.
+    /// Whether operands are staged as f16, so that results contain f16 rounding of the operands.
     pub fn f16(self) -> bool {
         matches!(self, Tier::F16 | Tier::SubgroupF16 | Tier::CooperativeMatrix)
     }
 
-    /// Large products are those of cooperative matrices.
+    /// Whether large products use cooperative matrices.
     pub fn cooperative(self) -> bool {
         self == Tier::CooperativeMatrix
     }
@@ -55,7 +57,7 @@ impl Tier {
         features
     }
 
-    /// The best tier for an adapter of this type and these features.
+    /// Returns the best tier for a GPU of this type and these features.
     pub fn best(device_type: wgpu::DeviceType, features: wgpu::Features) -> Tier {
         if device_type == wgpu::DeviceType::Cpu {
             return Tier::Software;
@@ -63,13 +65,14 @@ impl Tier {
         Tier::runnable(features).last().unwrap_or(Tier::Plain)
     }
 
-    /// What to fall back on where this tier's results are wrong: the tiers of hardware below it, most capable first.
+    /// Fallbacks if this tier's results are wrong: the hardware tiers below it, most capable
+    /// first.
     pub(super) fn below(self, features: wgpu::Features) -> impl Iterator<Item = Tier> {
         let lower = move |tier: &Tier| *tier < self && *tier != Tier::Software && features.contains(tier.features());
         Tier::ALL.into_iter().rev().filter(lower)
     }
 
-    /// The tiers that a device with these features can run, least capable first.
+    /// Tiers that a device with these features can run, least capable first.
     pub fn runnable(features: wgpu::Features) -> impl Iterator<Item = Tier> {
         Tier::ALL.into_iter().filter(move |tier| features.contains(tier.features()))
     }

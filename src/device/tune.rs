@@ -1,8 +1,8 @@
-//! Which variant of a kernel is the fastest on an adapter, for kernels of which several give the same bits: measured once
-//! for a case, and kept in a file under the driver's version.
+//! Chooses the fastest variant of a kernel on a GPU, among variants that give the same bits. Each
+//! case is measured once, and the choice is kept in a file under the driver's version.
 //!
-//! `QLORA_TUNE=0` leaves it at the first variant, that of the kernel's table. Variants that add up in another order are never
-//! chosen here: what a run computes must not depend on how fast something was.
+//! `QLORA_TUNE=0` always takes the first variant in the kernel's table. Variants with another
+//! order of sums are never chosen here: the result of a run must not depend on timing.
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{BuildHasher, Hash};
@@ -17,44 +17,46 @@ use crate::error::{Error, Result};
 use crate::formats::input::read_small;
 use crate::hash::QuickState;
 
-/// Fewest and most rounds of timed runs, each of every variant once, and the seconds in them after which it is enough.
+/// Minimum and maximum rounds of timed runs, each with one run per variant, and the total seconds
+/// after which no more rounds are started.
 const ROUNDS: (usize, usize, f64) = (3, 10, 0.01);
 
-/// Of the file. A choice has some 100 bytes.
+/// Maximum size of the file. A choice takes about 100 bytes.
 const MOST_BYTES: u64 = 16 << 20;
 
-/// Cases, and the variant of each.
+/// The variant chosen for each case.
 pub(super) type Choices = BTreeMap<String, usize>;
 
-/// What has been chosen on a device.
+/// The choices made on a device.
 pub(super) struct Tuner {
     known: Mutex<Choices>,
-    /// A dispatch looks its case up by a hash. Should two cases have the same, one may run a slower variant.
+    /// Choices by a hash of the case, for fast lookup in a dispatch. If two cases collide, one may
+    /// run a slower variant.
     quick: Mutex<HashMap<u64, usize, QuickState>>,
-    /// The adapter, its driver, the tier and this crate's version: what a choice holds for.
+    /// Scope of a choice: the GPU, its driver, the tier and this crate's version.
     device: String,
-    /// Where choices are kept. Without one nothing is measured.
+    /// File that keeps the choices. Without one nothing is measured.
     file: Option<PathBuf>,
-    /// The most floating-point operations a second of anything that was measured; 0: not known.
+    /// The highest floating-point operations per second measured so far; 0: unknown.
     speed: AtomicU64,
 }
 
-/// The speed's case, in 10^9 floating-point operations a second.
+/// Case under which the speed is stored, in 10^9 floating-point operations per second.
 const SPEED: &str = "GFLOP/s";
 const GIGA: u64 = 1_000_000_000;
-/// Of what a speed is taken from, in seconds.
+/// Shortest time from which a speed is derived, in seconds.
 const SHORTEST: f64 = 1e-5;
 
-/// The variables that switch something off, and what that is.
+/// The environment variables that switch something off, and a description of that.
 const SWITCHES: [(&str, &str); 2] = [
     ("QLORA_TUNE", "do not measure variants of kernels"),
     ("QLORA_CHECK", "do not compare a new driver's results with the CPU's"),
 ];
 
-/// Checks what these variables say.
+/// Checks the values of these variables.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a value that one of them cannot have.
+/// [`Error::Invalid`] unless each is 0, 1, empty or unset.
 pub(super) fn check_variables() -> Result<()> {
     for (what, off) in SWITCHES {
         match std::env::var_os(what) {
@@ -72,7 +74,8 @@ pub(super) fn check_variables() -> Result<()> {
     Ok(())
 }
 
-/// The file of choices, unless `QLORA_TUNE` is 0: in `QLORA_CACHE`, or the user's folder for such.
+/// The file of choices, unless `QLORA_TUNE` is 0: in the folder `QLORA_CACHE`, or in the user's
+/// cache folder.
 pub(super) fn default_file() -> Option<PathBuf> {
     if std::env::var("QLORA_TUNE").is_ok_and(|value| value == "0") {
         return None;
@@ -82,7 +85,8 @@ pub(super) fn default_file() -> Option<PathBuf> {
 }
 
 impl Tuner {
-    /// With the choices that `file` has for `device`. A file that cannot be read is one without any, and said so.
+    /// Loads the choices for `device` from `file`. An unreadable file counts as empty, with a
+    /// warning.
     pub(super) fn new(device: String, file: Option<PathBuf>) -> Tuner {
         let known = file.as_deref().map(|file| recall(file, &device));
         let known = known.unwrap_or_default();
@@ -90,19 +94,19 @@ impl Tuner {
         Tuner { known: Mutex::new(known), quick: Mutex::default(), device, file, speed }
     }
 
-    /// Floating-point operations a second that the device is known to reach; 0 if it is not known.
+    /// Floating-point operations per second that the device is known to reach; 0 if unknown.
     pub(super) fn speed(&self) -> u64 {
         self.speed.load(Ordering::Relaxed)
     }
 
-    /// Takes note of how fast so many floating-point operations were done.
+    /// Updates the known speed from the time that some floating-point operations took.
     fn note_speed(&self, flops: u64, seconds: f64) {
-        // Clocks of GPUs are too coarse for less.
+        // GPU clocks are too coarse for shorter times.
         if seconds < SHORTEST {
             return;
         }
         let speed = (flops as f64 / seconds) as u64;
-        // Small gains are not worth writing a file for.
+        // Small gains aren't worth writing a file.
         if speed > GIGA && speed > self.speed.fetch_max(speed, Ordering::Relaxed) / 4 * 5 {
             self.set(SPEED, (speed / GIGA) as usize);
         }
@@ -116,7 +120,7 @@ impl Tuner {
         self.quick.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a choice.
+    /// Keeps a choice in memory and in the file.
     fn set(&self, case: &str, choice: usize) {
         let mut known = self.known();
         known.insert(case.to_owned(), choice);
@@ -124,25 +128,27 @@ impl Tuner {
     }
 }
 
-/// What the file has for a device; nothing where it cannot be read, which is said.
+/// Reads the choices for a device from the file. An unreadable file counts as empty, with a
+/// warning.
 pub(super) fn recall(file: &Path, device: &str) -> Choices {
     if !file.exists() {
         return Choices::new();
     }
     read(file).map(|all| of_device(&all, device)).unwrap_or_else(|error| {
-        tracing::warn!("kernels are measured and checked again: {error}");
+        tracing::warn!("kernels will be measured and checked again: {error}");
         Choices::new()
     })
 }
 
-/// Writes that down. Whether it could be does not change what is computed, and is only said.
+/// Writes the choices to the file. A failure doesn't change any results, so it only causes a
+/// warning.
 pub(super) fn keep(file: Option<&Path>, device: &str, choices: &Choices) {
     if let Some(Err(error)) = file.map(|file| write(file, device, choices)) {
-        tracing::warn!("what was found out about the device is not kept: {error}");
+        tracing::warn!("could not save the measurements of this device: {error}");
     }
 }
 
-/// Choices of every device.
+/// Reads the choices of all devices.
 fn read(file: &Path) -> Result<serde_json::Map<String, Value>> {
     serde_json::from_slice(&read_small(file, MOST_BYTES)?).map_err(|error| Error::io(file, error))
 }
@@ -152,7 +158,7 @@ fn of_device(all: &serde_json::Map<String, Value>, device: &str) -> Choices {
     choices.filter_map(|(case, choice)| Some((case.clone(), usize::try_from(choice.as_u64()?).ok()?))).collect()
 }
 
-/// Adds to what the file has, which another process may have written since.
+/// Merges the choices into the file, which another process may have written meanwhile.
 fn write(file: &Path, device: &str, choices: &Choices) -> Result<()> {
     let io = |error: std::io::Error| Error::io(file, error);
     let folder = file.parent().unwrap_or(Path::new("."));
@@ -167,9 +173,10 @@ fn write(file: &Path, device: &str, choices: &Choices) -> Result<()> {
 }
 
 impl Gpu {
-    /// The fastest of so many variants for a case. `case` names the kernel and what its time depends on, and `key` is the same
-    /// without text. `run` records one of them; it may be called often, and leaves the same every time. Nothing is measured while
-    /// a profile is made.
+    /// Returns the fastest of several variants for a case. `case` names the kernel and everything
+    /// its time depends on; `key` is the same without text. `run` records one variant. It may be
+    /// called many times and must have the same effect every time. Nothing is measured while
+    /// profiling.
     pub(crate) fn tuned(
         &self,
         key: impl Hash,
@@ -213,8 +220,8 @@ impl Gpu {
     }
 }
 
-/// The shortest time of each variant. They take turns: a device that raises its clock meanwhile does so for all of them. Short
-/// runs are repeated more often, for their times differ more.
+/// Returns the shortest time of each variant. Variants take turns, so that a rising clock affects
+/// all of them. Short runs are repeated more often, because their times vary more.
 fn shortest(variants: usize, mut time: impl FnMut(usize) -> Result<f64>) -> Result<Vec<f64>> {
     let (fewest, most, enough) = ROUNDS;
     let mut shortest = vec![f64::INFINITY; variants];
@@ -254,7 +261,7 @@ mod tests {
         let [one, other] = ["one", "other"].map(new);
         assert_eq!((get(&one, "case"), get(&one, "second"), get(&other, "case")), (Some(2), Some(0), Some(1)));
         assert_eq!(get(&other, "second"), None);
-        // One that cannot be read counts as empty, and is replaced.
+        // An unreadable file counts as empty and is replaced.
         std::fs::write(&file, "{\"one\": ").unwrap();
         let one = new("one");
         assert_eq!(get(&one, "case"), None);
@@ -267,7 +274,7 @@ mod tests {
         for (seconds, rounds) in [(1.0, 3), (0.000_6, 5), (0.000_02, 10)] {
             let mut runs = Vec::new();
             let times = shortest(2, |variant| {
-                // A clock that rises for the whole first round.
+                // A clock that rises during the whole first round.
                 let slow = if runs.len() < 2 { 5.0 } else { 1.0 };
                 runs.push(variant);
                 Ok(seconds * slow * if variant == 0 { 1.0 } else { 0.9 })
@@ -285,7 +292,7 @@ mod tests {
         let new = |device: &str| Tuner::new(device.into(), Some(file.clone()));
         let one = new("one");
         assert_eq!(one.speed(), 0);
-        // Too short to be true, too slow to matter, and then true.
+        // One too short to be true, one too slow to matter, one valid.
         for (flops, seconds, wanted) in [(GIGA, 1e-9, 0), (GIGA, 2.0, 0), (6 * GIGA, 1e-3, 6000 * GIGA)] {
             one.note_speed(flops, seconds);
             assert_eq!((one.speed(), new("one").speed()), (wanted, wanted), "{flops} in {seconds} s");

@@ -1,8 +1,14 @@
 //! One AdamW step, in place, with g = factor * grad and t = step:
-//! param *= 1 - lr * weight_decay; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
-//! param -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps).
 //!
-//! Reference: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, in the order of torch's `AdamW`.
+//! ```text
+//! param *= 1 - lr * weight_decay
+//! m = beta1 m + (1 - beta1) g
+//! v = beta2 v + (1 - beta2) g^2
+//! param -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//! ```
+//!
+//! Reference: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, in the order
+//! of torch's `AdamW`.
 
 use rayon::prelude::*;
 
@@ -19,7 +25,7 @@ params! {
     struct AdamWParams {
         first_group: u32,
         groups: u32,
-        /// Values, in fours, rounded up.
+        /// Number of values / 4, rounded up.
         quads: u32,
         /// 1 - lr * weight_decay.
         decay: f32,
@@ -41,7 +47,7 @@ kernel! {
     KERNEL = "adamw", AdamWParams, [param: Write, grad: Read, m: Write, v: Write, norm: Read]
 }
 
-/// The optimizer's settings; f64 because what is derived from them is found in f64, as torch does.
+/// The optimizer's settings. They are f64 because torch derives its step factors in f64 too.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamW {
     /// Learning rate of this step.
@@ -50,14 +56,14 @@ pub struct AdamW {
     pub beta1: f64,
     /// Decay of the mean of squared gradients.
     pub beta2: f64,
-    /// Added to the root of that.
+    /// Added to the root of the mean of squares.
     pub eps: f64,
-    /// Share of a parameter that a step of learning rate 1 takes away.
+    /// A step at learning rate 1 shrinks a parameter by this fraction.
     pub weight_decay: f64,
 }
 
 impl Default for AdamW {
-    /// torch's: learning rate 1e-3, betas 0.9 and 0.999, eps 1e-8, weight decay 0.01.
+    /// torch's defaults: learning rate 1e-3, betas 0.9 and 0.999, eps 1e-8, weight decay 0.01.
     fn default() -> Self {
         AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
     }
@@ -65,7 +71,7 @@ impl Default for AdamW {
 
 impl AdamW {
     fn params(&self, step: u32, len: usize) -> AdamWParams {
-        // powf: a step of 2^31 and more is no i32.
+        // powf rather than powi: a step of 2^31 or more doesn't fit an i32.
         let correction = |beta: f64| 1.0 - beta.powf(step.into());
         AdamWParams {
             quads: quads::count(len),
@@ -99,23 +105,25 @@ impl AdamW {
     }
 }
 
-/// A tensor that a step updates.
+/// A tensor to update in a step.
 pub struct Update<'a> {
     /// The values.
     pub param: &'a mut Tensor,
-    /// Their gradient.
+    /// Gradient of the values.
     pub grad: &'a Tensor,
-    /// The mean of gradients; zeros at first.
+    /// Mean of gradients; zeros at first.
     pub m: &'a mut Tensor,
-    /// The mean of squared gradients; zeros at first.
+    /// Mean of squared gradients; zeros at first.
     pub v: &'a mut Tensor,
 }
 
-/// Updates `param` and its moments `m` and `v` (all of one shape, moments zero at first) by `grad`, multiplied by the clip
-/// factor that `norm` holds on the device. `step` counts from 1. If the factor is NaN all three stay as they are.
+/// Updates `param` and its moments `m` and `v` from `grad`, multiplied by the clip factor that
+/// `norm` holds on the device. All four tensors have one shape; the moments start at zero. `step`
+/// counts from 1. If the factor is NaN, `param`, `m` and `v` stay as they are.
 ///
 /// # Errors
-/// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], [`Error::Invalid`] for settings out of range.
+/// [`Error::Shape`] if shapes disagree, [`Error::DeviceMismatch`], [`Error::Invalid`] for settings
+/// out of range.
 pub fn adamw(
     param: &mut Tensor,
     grad: &Tensor,
@@ -128,10 +136,10 @@ pub fn adamw(
     adamw_all(&mut [Update { param, grad, m, v }], config, step, norm)
 }
 
-/// As [`adamw`], of many tensors.
+/// Like [`adamw`], for many tensors.
 ///
 /// # Errors
-/// As [`adamw`]; nothing is updated if shapes, devices or settings are at fault.
+/// Like [`adamw`]. Nothing is updated if shapes, devices or settings are wrong.
 pub fn adamw_all(updates: &mut [Update<'_>], config: &AdamW, step: u32, norm: &GradNorm) -> Result<()> {
     config.check(step)?;
     if norm.values.len() < 2 {
@@ -157,7 +165,7 @@ pub fn adamw_all(updates: &mut [Update<'_>], config: &AdamW, step: u32, norm: &G
     }
 }
 
-/// Those of the values, the gradient and the moments.
+/// Buffers of the values, the gradient and the moments.
 fn buffers<'a>(gpu: &Gpu, Update { param, grad, m, v }: &'a Update<'_>) -> Result<[&'a Buffer; 4]> {
     Ok([param.buffer(gpu, OP)?, grad.buffer(gpu, OP)?, m.buffer(gpu, OP)?, v.buffer(gpu, OP)?])
 }
@@ -201,7 +209,7 @@ fn on_cpu(update: &mut Update<'_>, params: &AdamWParams, factor: f32) -> Result<
     Ok(())
 }
 
-/// The formula, in f64, for gradients that have been clipped.
+/// The formula in f64, for gradients that are already clipped.
 pub fn reference(param: &mut [f64], grad: &[f64], m: &mut [f64], v: &mut [f64], config: &AdamW, step: u32) {
     let &AdamW { lr, beta1, beta2, eps, weight_decay } = config;
     let [bias1, bias2] = [beta1, beta2].map(|beta| 1.0 - beta.powi(step as i32));
@@ -222,7 +230,7 @@ mod tests {
 
     const CONFIG: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
 
-    /// Ten steps with other gradients each, clipped, against the same in f64.
+    /// Compares ten steps with different gradients, some clipped, with the same steps in f64.
     fn check(device: &Device, len: usize, amplitude: f32) {
         let start = testing::values(1, len, 1.0);
         let tensor = |values: &[f32]| Tensor::from_slice(device, &[len], values).unwrap();
@@ -231,7 +239,7 @@ mod tests {
         for step in 1..=10 {
             let grad = testing::values(100 + u64::from(step), len, amplitude);
             let grad_tensor = tensor(&grad);
-            // Half the norm of some gradients is clipped away, and nothing of others.
+            // Even steps clip, odd steps don't.
             let max_norm = (step % 2 == 0).then_some(amplitude);
             let norm = grad_norm(&[&grad_tensor], None, max_norm).unwrap();
             adamw(&mut param, &grad_tensor, &mut m, &mut v, &CONFIG, step, &norm).unwrap();
@@ -240,7 +248,7 @@ mod tests {
             reference(&mut param64, &grad, &mut m64, &mut v64, &CONFIG, step);
         }
         let context = format!("{} {len} values, gradients of {amplitude}", testing::name(device));
-        // Ten updates of lr at most; their relative error is that of a few roundings.
+        // Ten updates of at most lr each; their relative error is that of a few roundings.
         testing::assert_close(&context, &param.to_vec().unwrap(), &param64, &vec![2e-6; len]);
         testing::assert_close(&context, &m.to_vec().unwrap(), &m64, &vec![1e-5 * f64::from(amplitude); len]);
         let bounds: Vec<f64> = v64.iter().map(|v| 2e-5 * v + 1e-37).collect();

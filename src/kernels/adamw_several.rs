@@ -1,5 +1,6 @@
-//! [`adamw`](super::adamw) of three tensors in one dispatch: a model has hundreds of small ones, and each dispatch costs the host
-//! as much as any other. Bits are those of one at a time.
+//! [`adamw`](super::adamw) for three tensors in one dispatch: a model has hundreds of small
+//! tensors, and each dispatch costs the host the same. The results equal single updates to the
+//! bit.
 
 use super::adamw::AdamWParams;
 use super::{kernel, params, quads, takes_several};
@@ -10,15 +11,15 @@ params! {
     struct AdamWSeveralParams {
         first_group: u32,
         groups: u32,
-        /// Workgroup where the second tensor begins.
+        /// First workgroup of the second tensor.
         first1: u32,
-        /// And the third.
+        /// First workgroup of the third tensor.
         first2: u32,
-        /// Values of each, in fours, rounded up.
+        /// Number of values / 4 of each tensor, rounded up.
         quads0: u32,
         quads1: u32,
         quads2: u32,
-        /// As in `AdamWParams`, from here on.
+        /// This and the fields below: as in `AdamWParams`.
         decay: f32,
         new1: f32,
         beta2: f32,
@@ -39,15 +40,16 @@ kernel! {
     ]
 }
 
-/// Tensors a dispatch.
+/// Tensors per dispatch.
 pub(super) const TENSORS: usize = 3;
 
-/// Whether a device takes several tensors at a time.
+/// Whether a device can bind several tensors at a time, and gains by it.
 pub(super) fn fits(gpu: &Gpu) -> bool {
     takes_several(gpu, &KERNEL)
 }
 
-/// Records the update of tensors of `lens` values; `buffers` are the norm, and the parameter, gradient, m and v of each.
+/// Records the update of tensors of `lens` values. `buffers` are the norm, then the parameter,
+/// gradient, m and v of each tensor.
 pub(super) fn dispatch(
     gpu: &Gpu,
     buffers: &[&Buffer; 1 + 4 * TENSORS],

@@ -1,4 +1,4 @@
-//! y = a + b, elementwise, for tensors of one shape: residual connections.
+//! y = a + b, elementwise, for tensors of one shape. Used for residual connections.
 
 use rayon::prelude::*;
 
@@ -14,10 +14,11 @@ kernel! {
     KERNEL = "add", QuadParams, [a: Read, b: Read, y: Write]
 }
 
-/// a + b, of their shape.
+/// Returns a + b, in their shape.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) where shapes disagree, [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// [`Error::Shape`](crate::Error::Shape) if shapes disagree,
+/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     expect_shape(OP, "b", b, a.shape())?;
     a.device().same(&b.device(), OP)?;
@@ -68,8 +69,8 @@ mod tests {
                 let mut sum = a_tensor.clone();
                 add_assign(&mut sum, &b_tensor).unwrap();
                 assert_eq!(sum.to_vec().unwrap(), wanted);
-                assert_eq!(a_tensor.to_vec().unwrap(), a, "a clone is no alias");
-                // To itself: the operands are one tensor.
+                assert_eq!(a_tensor.to_vec().unwrap(), a, "a clone is not an alias");
+                // Adds a tensor to itself: both operands are the same buffer.
                 let itself = sum.clone();
                 add_assign(&mut sum, &itself).unwrap();
                 assert_eq!(sum.to_vec().unwrap(), reference(&wanted, &wanted));

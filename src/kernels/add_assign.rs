@@ -1,4 +1,4 @@
-//! y += x, elementwise and in place, for tensors of one shape: gradients that add up.
+//! y += x, elementwise and in place, for tensors of one shape. Used to accumulate gradients.
 
 use rayon::prelude::*;
 
@@ -18,7 +18,8 @@ kernel! {
 /// Adds `x` to `y`. Tensors that shared `y`'s values keep the old ones.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) where shapes disagree, [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// [`Error::Shape`](crate::Error::Shape) if shapes disagree,
+/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
 pub fn add_assign(y: &mut Tensor, x: &Tensor) -> Result<()> {
     expect_shape(OP, "x", x, y.shape())?;
     y.device().same(&x.device(), OP)?;
@@ -33,7 +34,8 @@ pub fn add_assign(y: &mut Tensor, x: &Tensor) -> Result<()> {
     Ok(())
 }
 
-/// The gradient that a kernel is to write on `gpu`, or where there is a sum already, to add to: in memory of its own.
+/// Returns the tensor on `gpu` that a kernel writes its gradient to: a new one, or the existing
+/// sum in memory of its own, to add to.
 pub(super) fn begin(gpu: &Gpu, op: &'static str, sum: Option<Tensor>, shape: &[usize]) -> Result<Tensor> {
     let Some(mut sum) = sum else { return Tensor::uninit(gpu, "gradient", shape) };
     expect_shape(op, "the sum of gradients", &sum, shape)?;
@@ -42,7 +44,8 @@ pub(super) fn begin(gpu: &Gpu, op: &'static str, sum: Option<Tensor>, shape: &[u
     Ok(sum)
 }
 
-/// `gradient`, added to the sum where there is one: for those that do not add in their kernel.
+/// Returns `gradient`, added to the sum if there is one. For kernels that can't add to it
+/// themselves.
 pub(crate) fn finish(sum: Option<Tensor>, gradient: Tensor) -> Result<Tensor> {
     let Some(mut sum) = sum else { return Ok(gradient) };
     add_assign(&mut sum, &gradient)?;

@@ -1,5 +1,5 @@
-//! `keys[first + i] = k[i]` and `values[first + i] = v[i]`, for the rows of K and V [M, width]: copies by a kernel, which
-//! `bench --copy` times beside those of the driver.
+//! `keys[first + i] = k[i]` and `values[first + i] = v[i]`, for the rows of K and V [M, width].
+//! `bench --copy` compares these copies by a kernel with the driver's copies.
 
 use super::{expect_2d, expect_shape, kernel, params, quads};
 use crate::error::{Error, Result};
@@ -11,9 +11,9 @@ params! {
     struct AppendParams {
         first_group: u32,
         groups: u32,
-        /// Of K, in fours of values.
+        /// Values of K / 4.
         quads: u32,
-        /// Place of the first row in the cache, in fours of values.
+        /// Place of the first row in the cache, in vec4.
         at: u32,
     }
 }
@@ -23,19 +23,21 @@ kernel! {
     KERNEL = "append", AppendParams, [k: Read, v: Read, keys: Write, values: Write]
 }
 
-/// Overwrites rows from `first` on of `keys` and `values` [capacity, width] with those of `k` and `v` [M, width]; the width is a
-/// multiple of 4.
+/// Overwrites the rows of `keys` and `values` [capacity, width] from `first` on with the rows of
+/// `k` and `v` [M, width]. The width is a multiple of 4.
 ///
 /// # Errors
-/// [`Error::Shape`] where shapes disagree or rows do not fit, [`Error::DeviceMismatch`].
+/// [`Error::Shape`] if shapes disagree or rows don't fit, [`Error::DeviceMismatch`].
 pub fn append([keys, values]: [&mut Tensor; 2], first: usize, [k, v]: [&Tensor; 2]) -> Result<()> {
     let ((capacity, width), (rows, _)) = (expect_2d(OP, "the keys", keys)?, expect_2d(OP, "K", k)?);
     expect_shape(OP, "the values", values, &[capacity, width])?;
     expect_shape(OP, "K", k, &[rows, width])?;
     expect_shape(OP, "V", v, &[rows, width])?;
     if !width.is_multiple_of(4) || first + rows > capacity {
-        let (expected, got) =
-            ("rows of whole fours that fit".into(), format!("{rows} of {width} from {first} on of {capacity}"));
+        let (expected, got) = (
+            "rows that fit, of a width divisible by 4".into(),
+            format!("{rows} rows of width {width} from row {first} on, capacity {capacity}"),
+        );
         return Err(Error::Shape { op: OP, what: "K", expected, got });
     }
     [&*values, k, v].iter().try_for_each(|other| keys.device().same(&other.device(), OP))?;
@@ -51,7 +53,7 @@ pub fn append([keys, values]: [&mut Tensor; 2], first: usize, [k, v]: [&Tensor; 
     quads::dispatch_with(gpu, &KERNEL, &buffers, k.len(), bytemuck::bytes_of(&params))
 }
 
-/// The formula, for the keys or the values.
+/// The formula, for the keys or for the values.
 pub fn reference<T: Copy>(cache: &[T], at: usize, rows: &[T]) -> Vec<T> {
     [&cache[..at], rows, &cache[at + rows.len()..]].concat()
 }
@@ -77,7 +79,7 @@ mod tests {
                 let at = first * width;
                 assert_eq!(keys.to_vec().unwrap(), reference(&old_keys, at, &new_keys), "{}", testing::name(&device));
                 assert_eq!(values.to_vec().unwrap(), reference(&old_values, at, &new_values));
-                assert_eq!(before.to_vec().unwrap(), old_keys, "what shared the values has the old ones");
+                assert_eq!(before.to_vec().unwrap(), old_keys, "clones keep the old values");
             }
         }
     }
@@ -89,7 +91,7 @@ mod tests {
             let (mut keys, mut values) = (zeros(capacity, width), zeros(capacity, width));
             append([&mut keys, &mut values], first, [&zeros(2, width), &zeros(2, width)]).unwrap_err().to_string()
         };
-        assert!(message(4, 8, 3).contains("2 of 8 from 3 on of 4"));
-        assert!(message(4, 6, 0).contains("fours"));
+        assert!(message(4, 8, 3).contains("2 rows of width 8 from row 3 on, capacity 4"));
+        assert!(message(4, 6, 0).contains("divisible by 4"));
     }
 }

@@ -1,9 +1,11 @@
-//! O = softmax(scale * Q * K^T) * V over the keys that each query sees: Q and O [M, H * D], K and V [keys, Hkv * D]. Query
-//! head h reads head h / (H / Hkv) of K and V. Online softmax, no matrix of scores in memory (Dao, "FlashAttention-2",
-//! 2023). The backward is in [`attention_backward`](super::attention_backward).
+//! O = softmax(scale * Q * K^T) * V over the keys that each query sees: Q and O [M, H * D], K and
+//! V [keys, Hkv * D]. Query head h reads head h / (H / Hkv) of K and V. Uses online softmax, so
+//! the matrix of scores is never stored (Dao, "FlashAttention-2", 2023). The backward is in
+//! [`attention_backward`](super::attention_backward).
 //!
-//! Forms: tiles in workgroup memory for hardware, and for many queries in the tier `cooperative-matrix` products of f16; for
-//! software drivers tiles in registers, or a thread a row. All but the products of f16 is f32.
+//! Forms: on hardware, tiles in workgroup memory, or for many queries in the tier
+//! `cooperative-matrix`, products of f16. On software drivers, tiles in registers, or one thread
+//! per row. All but the f16 products compute in f32.
 
 use super::attention_form::{Form, Pass};
 use super::visibility::Visibility;
@@ -18,7 +20,7 @@ use crate::tensor::{Storage, Tensor};
 const OP: &str = "attention";
 
 params! {
-    /// Of the forward and of both backward kernels, in every form.
+    /// Parameters of the forward and of both backward kernels, in every form.
     struct AttentionParams {
         first_group: u32,
         groups: u32,
@@ -26,11 +28,11 @@ params! {
         queries: u32,
         /// Rows of K and V.
         keys: u32,
-        /// H, of Q.
+        /// H, heads of Q.
         heads: u32,
-        /// Of K and V.
+        /// Hkv, heads of K and V.
         kv_heads: u32,
-        /// Of the scores.
+        /// Factor of the scores.
         scale: f32,
         /// Log-sum-exp of a query that sees no key: minus infinity.
         no_key: f32,
@@ -45,18 +47,18 @@ kernel! {
 /// The heads of an attention layer, and the factor of its scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
-    /// H, heads of the queries; a multiple of `kv_heads`.
+    /// H, query heads; a multiple of `kv_heads`.
     pub heads: usize,
-    /// Heads of keys and values.
+    /// Hkv, heads of keys and values.
     pub kv_heads: usize,
-    /// D, values a head: a multiple of 4 in 8..=256.
+    /// D, values per head: a multiple of 4 in 8..=256.
     pub head_dim: usize,
-    /// Of the scores; usually 1 / sqrt(D).
+    /// Factor of the scores; usually 1 / sqrt(D).
     pub scale: f32,
 }
 
 impl AttentionShape {
-    /// An error unless the kernels can run it.
+    /// Returns an error unless the kernels support this shape.
     pub(crate) fn check(&self, op: &'static str) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim, scale } = *self;
         let grouped = kv_heads > 0 && heads > 0 && heads.is_multiple_of(kv_heads);
@@ -66,32 +68,32 @@ impl AttentionShape {
         Err(Error::Invalid {
             op,
             what: "the shape",
-            got: format!("{heads} heads, {kv_heads} heads of keys, {head_dim} values a head, scale {scale}"),
-            expected: "heads must be a multiple of those of the keys, a head 8 to 256 values, a multiple of 4".into(),
+            got: format!("{heads} heads, {kv_heads} key heads, {head_dim} values per head, scale {scale}"),
+            expected: "heads must be a multiple of key heads, values per head a multiple of 4 in 8..=256".into(),
         })
     }
 
-    /// Query heads that share a head of keys.
+    /// Query heads per key head.
     pub(crate) fn group(&self) -> usize {
         self.heads / self.kv_heads
     }
 }
 
-/// What [`attention`] computes.
+/// Result of [`attention`].
 #[derive(Clone, Debug)]
 pub struct Attended {
     /// O, [M, H * D]; zeros where a query sees no key.
     pub o: Tensor,
-    /// Log-sum-exp of each query's scores, [M, H]; minus infinity where it sees no key.
+    /// Log-sum-exp of each query's scores, [M, H]; minus infinity where the query sees no key.
     pub lse: Tensor,
 }
 
-/// Attention of `q` [M, H * D] over `k` and `v` [keys, Hkv * D] on their device, under a `visibility` made for it of M
-/// queries and as many keys.
+/// Attention of `q` [M, H * D] over `k` and `v` [keys, Hkv * D]. `visibility` is on their device,
+/// with M queries and the same number of keys.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Invalid`] for heads that do not group or a head size out of range,
-/// [`Error::DeviceMismatch`].
+/// [`Error::Shape`], [`Error::Invalid`] if `heads` is not a multiple of `kv_heads` or the head
+/// size is out of range, [`Error::DeviceMismatch`].
 pub fn attention(
     q: &Tensor,
     k: &Tensor,
@@ -128,7 +130,7 @@ pub fn attention(
     }
 }
 
-/// What [`attention`] takes beside its results.
+/// Memory that [`attention`] takes beside its results.
 pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visibility) -> Scratch {
     match device {
         Device::Cpu(_) => attention_cpu::scratch(shape, visibility),
@@ -139,7 +141,8 @@ pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visi
     }
 }
 
-/// An error unless Q, K and V have these heads, and as many rows as `visibility` says, all on one device.
+/// Returns an error unless Q, K and V have these heads and the rows that `visibility` asks for,
+/// all on one device.
 pub(crate) fn expect_qkv(
     op: &'static str,
     [q, k, v]: [&Tensor; 3],
@@ -156,38 +159,42 @@ pub(crate) fn expect_qkv(
     [k.device(), v.device(), visibility.key_ranges().device()].iter().try_for_each(|other| device.same(other, op))
 }
 
-/// Threads a workgroup: one register of a software driver's eight lanes.
+/// Threads per workgroup: the eight lanes of a software driver's register.
 const ROWS: usize = 8;
-/// The same where threads share rows, about: fewer where the parts of a head do not divide it.
+/// Approximate threads per workgroup where threads share rows; fewer if the parts of a head don't
+/// divide it.
 const THREADS: usize = 64;
 /// The largest head that one thread owns, in values.
 const MOST_ALONE: usize = 128;
 
-/// How a workgroup's threads share rows (queries, or keys) and their heads' values on software drivers.
+/// Distribution of rows (queries or keys) and the values of their heads to a workgroup's threads,
+/// on software drivers.
 #[derive(Clone, Copy)]
 pub(crate) struct Split {
-    /// Rows a workgroup.
+    /// Rows per workgroup.
     pub rows: usize,
     /// Threads that share a row.
     parts: usize,
-    /// vec4 of the head that each of them owns.
+    /// vec4 of the head that each of these threads owns.
     quads: usize,
 }
 
 impl Split {
-    /// A thread a row; of heads so large that those would compile for half a minute, parts of `most` vec4 at most, although
-    /// threads that share rows must meet at barriers.
+    /// One thread per row. Large heads are split into parts of at most `most` vec4, because they
+    /// would compile for half a minute otherwise; but then the threads of a row must meet at
+    /// barriers.
     pub fn new(head_dim: usize, most: usize) -> Split {
         let all = head_dim / 4;
         if head_dim <= MOST_ALONE {
             return Split { rows: ROWS, parts: 1, quads: all };
         }
-        // `all` parts of one vec4 always do.
+        // Always found: `all` parts of one vec4 each fit.
         let parts = (1..all).find(|parts| all.is_multiple_of(*parts) && all / parts <= most).unwrap_or(all);
         Split { rows: (THREADS / parts).max(1), parts, quads: all / parts }
     }
 
-    /// The variant's text constants. Threads that meet take `tile` rows of the other side between barriers.
+    /// Text constants of the variant. Threads that meet at barriers take `tile` rows of the other
+    /// side in between.
     pub fn defines(self, tile: u32) -> Defines {
         let tile = if self.parts > 1 { tile } else { 1 };
         Defines::new()
@@ -197,7 +204,7 @@ impl Split {
             .with("tile", tile)
     }
 
-    /// Variants for the registry test: among the head sizes one that has no useful divisor.
+    /// Variants for the registry test. One of the head sizes has no useful divisor.
     pub fn variants(tier: Tier, most: usize, tile: u32) -> Vec<Defines> {
         if tier != Tier::Software {
             return Vec::new();
@@ -206,12 +213,12 @@ impl Split {
     }
 }
 
-/// The most vec4 of a row that a thread owns where threads share it: of Q and of O.
+/// Maximum vec4 of a row that a thread owns when threads share the row, for each of Q and O.
 const MOST_QUADS: usize = 16;
 /// Keys between barriers: their scores are a vec4.
 const TILE: u32 = 4;
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Split::variants(tier, MOST_QUADS, TILE)
 }
@@ -230,7 +237,8 @@ impl AttentionParams {
     }
 }
 
-/// Floating-point operations of one of `groups` workgroups, of `products` products of Q's size with K's.
+/// Floating-point operations of one of `groups` workgroups, for `products` products of the size of
+/// Q * K^T.
 pub(crate) fn flops_per_group(shape: &AttentionShape, visibility: &Visibility, products: u64, groups: u64) -> u64 {
     products * 2 * visibility.pairs() * (shape.heads * shape.head_dim) as u64 / groups.max(1)
 }
@@ -261,7 +269,7 @@ fn dispatch(
     })
 }
 
-/// The formula, for any real type: O and the log-sum-exp.
+/// The formula, for any real type. Returns O and the log-sum-exp.
 pub fn reference<T: Real>([q, k, v]: [&[T]; 3], shape: &AttentionShape, visibility: &Visibility) -> (Vec<T>, Vec<T>) {
     let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
     let mut o = vec![T::zero(); q.len()];
@@ -295,7 +303,7 @@ pub(super) mod tests {
     use super::*;
     use crate::testing;
 
-    /// Q, K and V, and who sees whom.
+    /// Q, K, V and a visibility.
     pub struct Case {
         pub shape: AttentionShape,
         pub ranges: Vec<(u32, u32)>,
@@ -337,14 +345,14 @@ pub(super) mod tests {
             Tensor::from_slice(device, &[values.len() / cols, cols], values).unwrap()
         }
 
-        /// Q, K and V on a device.
+        /// Returns Q, K and V on a device.
         pub fn qkv(&self, device: &Device) -> [Tensor; 3] {
             let AttentionShape { heads, kv_heads, .. } = self.shape;
             [(heads, &self.q), (kv_heads, &self.k), (kv_heads, &self.v)]
                 .map(|(heads, values)| self.tensor(device, heads, values))
         }
 
-        /// With K and V of another size, and Q of one that leaves the scores as they were.
+        /// Scales K by `k` and V by `v`, and Q so that the scores stay the same.
         pub fn scaled(mut self, k: f32, v: f32) -> Case {
             self.k.iter_mut().for_each(|value| *value *= k);
             self.q.iter_mut().for_each(|value| *value /= k);
@@ -365,7 +373,7 @@ pub(super) mod tests {
             format!("{} {:?} M={} keys={}", testing::name(device), self.shape, self.ranges.len(), self.keys)
         }
 
-        /// Whether cooperative matrices of f16 attend on this device.
+        /// Whether attention uses f16 cooperative matrices on this device.
         pub fn is_f16(&self, device: &Device) -> bool {
             matches!(device, Device::Gpu(gpu)
                 if attention_pack::cooperative(gpu, &self.shape, &self.visibility(device)).is_some())
@@ -378,7 +386,7 @@ pub(super) mod tests {
             let (o, lse) = reference([&q, &k, &v], &self.shape, &self.visibility(&cpu));
             let magnitudes: Vec<f64> = v.iter().map(|v| v.abs()).collect();
             let (terms, _) = reference([&q, &k, &magnitudes], &self.shape, &self.visibility(&cpu));
-            // A weight and a value of V are rounded to f16.
+            // Both a softmax weight and a value of V are rounded to f16.
             let relative = if self.is_f16(device) { 1.1e-3 } else { 1e-5 };
             let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + 1e-30).collect();
             testing::assert_close(&self.name(device), &attended.o.to_vec().unwrap(), &o, &bounds);
@@ -395,8 +403,8 @@ pub(super) mod tests {
         values.iter().map(|&value| f64::from(value)).collect()
     }
 
-    /// A device of each form of the kernels: the CPU, and of every adapter a software and a hardware tier and that of
-    /// cooperative matrices.
+    /// Devices that cover every form of the kernels: the CPU, and for every GPU a software tier, a
+    /// hardware tier and the cooperative-matrix tier.
     pub fn forms() -> Vec<Device> {
         let form = |device: &Device| match device {
             Device::Cpu(_) => true,
@@ -405,7 +413,7 @@ pub(super) mod tests {
         testing::devices().into_iter().filter(form).collect()
     }
 
-    /// Ranges whose ends never go back, with gaps and with queries that see nothing.
+    /// Ranges whose ends never decrease, with gaps and with queries that see nothing.
     pub fn any_ranges() -> impl Strategy<Value = (Vec<(u32, u32)>, usize)> {
         prop::collection::vec((0..3u32, 0..8u32), 1..100).prop_map(|steps| {
             let (mut first, mut end) = (0, 0u32);
@@ -436,7 +444,7 @@ pub(super) mod tests {
     }
 
     fn causal_rows(head_dims: &[usize], device: &Device) {
-        // Two rows of 75: padded left, and packed with padding right.
+        // Two rows of 75: one padded left, one packed with padding right.
         let mut segments = [[0; 5].as_slice(), &[1; 70]].concat();
         segments.extend([[1; 30].as_slice(), &[2; 40], &[0; 5]].concat());
         for &head_dim in head_dims {
@@ -454,7 +462,7 @@ pub(super) mod tests {
 
     #[test]
     fn causal_rows_of_large_heads() {
-        // They take long to compile: on the first adapter only.
+        // These take long to compile, so only the first GPU runs them.
         forms().iter().take(3).for_each(|device| causal_rows(&[80, 96, 128, 256], device));
     }
 
@@ -464,7 +472,7 @@ pub(super) mod tests {
             let ranges: Vec<_> = (190..200).map(|end| (0, end)).collect();
             Case::new([4, 2, 32], &ranges, 200, 3).check(&device);
             Case::new([4, 2, 32], &[(0, 200)], 200, 3).check(&device);
-            // Nobody asks, and nobody answers.
+            // No queries.
             assert_eq!(Case::new([4, 2, 32], &[], 5, 3).attend(&device).o.shape(), [0, 128]);
             Case::new([4, 2, 32], &[(0, 0), (0, 0)], 5, 3).check(&device);
         }
@@ -479,7 +487,8 @@ pub(super) mod tests {
             let [q, k, v] = case.wide();
             let (o, lse) = reference([&q, &k, &v], &case.shape, &case.visibility(&Device::cpu()));
             assert!(lse.iter().any(|lse| *lse > 1e3), "{lse:?}");
-            // f32 scores of some thousands are right to 1e-3, and so are their exponentials.
+            // f32 scores of a few thousand have an absolute error near 1e-3, and so do their
+            // exponentials, relatively.
             let bounds = vec![2e-2; o.len()];
             testing::assert_close(&case.name(&device), &attended.o.to_vec().unwrap(), &o, &bounds);
             let bounds = vec![2e-2; lse.len()];
@@ -507,7 +516,7 @@ pub(super) mod tests {
                     assert_eq!(separate, packed_o, "{}", packed.name(&device));
                     continue;
                 }
-                // Other tiles, and so other sums and roundings.
+                // The tiles differ, so sums and roundings do.
                 let bounds = vec![if packed.is_f16(&device) { 2e-3 } else { 2e-6 }; separate.len()];
                 testing::assert_close(&packed.name(&device), packed_o, &testing::wide(&separate), &bounds);
             }
@@ -520,7 +529,7 @@ pub(super) mod tests {
             for (k, v) in [(1e5, 1e5), (1e-8, 1e-8), (1e-5, 1e8)] {
                 let mut case = Case::causal([4, 2, 32], &[1; 100], 100, None).scaled(k, v);
                 case.check(&device);
-                // Of every size at once.
+                // Every size together.
                 let row = 2 * case.shape.head_dim;
                 case.v.iter_mut().enumerate().for_each(|(i, value)| *value *= [1.0, 1e-3, 1e3, 0.0][i / row % 4]);
                 case.check(&device);

@@ -1,10 +1,11 @@
-//! The backward of [`attention`](super::attention). With P = exp(scale * Q * K^T - lse), recomputed, and delta the sum over d of
-//! dO * O for each query and head (Dao, "FlashAttention-2", 2023):
+//! The backward of [`attention`](super::attention). With P = exp(scale * Q * K^T - lse),
+//! recomputed, and delta the sum over d of dO * O for each query and head (Dao,
+//! "FlashAttention-2", 2023):
 //!
 //! dV = P^T * dO, dS = P * (dO * V^T - delta), dQ = scale * dS * K, dK = scale * dS^T * Q.
 //!
-//! On a GPU one pass over queries makes dQ, one over keys makes dK and dV, by cooperative matrices where the forward is. Nothing is added up across threads in an order that
-//! varies.
+//! On a GPU, one pass over queries computes dQ and one over keys computes dK and dV. Both use
+//! cooperative matrices where the forward does. Sums across threads always have the same order.
 
 use super::attention::{Attended, AttentionShape, expect_qkv};
 use super::attention_form::{Form, Pass};
@@ -21,22 +22,22 @@ use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "attention backward";
 
-/// What [`attention_backward`] computes.
+/// Result of [`attention_backward`].
 #[derive(Clone, Debug)]
 pub struct AttentionGrads {
-    /// Of Q, [M, H * D].
+    /// Gradient of Q, [M, H * D].
     pub dq: Tensor,
-    /// Of K, [keys, Hkv * D].
+    /// Gradient of K, [keys, Hkv * D].
     pub dk: Tensor,
-    /// Of V, [keys, Hkv * D].
+    /// Gradient of V, [keys, Hkv * D].
     pub dv: Tensor,
 }
 
-/// The gradients of Q, K and V from `d_o` [M, H * D], that of O; the other arguments are those of
-/// [`attention`](super::attention::attention) and what it returned.
+/// Returns the gradients of Q, K and V. `d_o` [M, H * D] is the gradient of O; the other arguments
+/// are those of [`attention`](super::attention::attention) and its result.
 ///
 /// # Errors
-/// As [`attention`](super::attention::attention).
+/// Like [`attention`](super::attention::attention).
 pub fn attention_backward(
     d_o: &Tensor,
     q: &Tensor,
@@ -105,7 +106,7 @@ pub fn attention_backward(
     }
 }
 
-/// What [`attention_backward`] takes beside its results.
+/// Memory that [`attention_backward`] takes beside its results.
 pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visibility) -> Scratch {
     let rows = visibility.queries() * shape.heads;
     match device {
@@ -126,7 +127,7 @@ pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visi
     }
 }
 
-/// What both passes read on a GPU.
+/// Operands that both passes read on a GPU.
 pub(crate) struct GpuCall<'a> {
     pub op: &'static str,
     pub gpu: &'a Gpu,
@@ -147,7 +148,7 @@ impl<'a> GpuCall<'a> {
     }
 }
 
-/// The formula, for any real type: dQ, dK and dV.
+/// The formula, for any real type. Returns dQ, dK and dV.
 pub fn reference<T: Real>(
     d_o: &[T],
     [q, k, v]: [&[T]; 3],
@@ -194,7 +195,7 @@ mod tests {
         [grads.dq, grads.dk, grads.dv].map(|grad| grad.to_vec().unwrap())
     }
 
-    /// The sums of the magnitudes of what [`reference`] adds up.
+    /// Sums of the absolute values of the terms that [`reference`] adds up.
     fn terms(d_o: &[f64], [q, k, v]: [&[f64]; 3], (o, lse): (&[f64], &[f64]), case: &Case) -> [Vec<f64>; 3] {
         let AttentionShape { heads, kv_heads, head_dim, scale } = case.shape;
         let scale = f64::from(scale);
@@ -233,7 +234,8 @@ mod tests {
         let wanted = reference(&d_o, qkv, (&o, &lse), &case.shape, &visibility);
         let terms = terms(&d_o, qkv, (&o, &lse), case);
         for (what, ((got, wanted), terms)) in ["dQ", "dK", "dV"].iter().zip(got.iter().zip(&wanted).zip(&terms)) {
-            // In f16 five roundings at most; and what is far smaller than the largest may be lost.
+            // In f16 there are at most five roundings, and values far smaller than the largest may
+            // be lost.
             let (relative, lost) = if case.is_f16(device) { (3e-3, 1e-8) } else { (1e-5, 0.0) };
             let largest = terms.iter().fold(0.0, |most: f64, terms| most.max(*terms));
             let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + lost * largest + 1e-30).collect();
@@ -301,7 +303,7 @@ mod tests {
 
     #[test]
     fn causal_rows_of_large_heads() {
-        // They take long to compile: on the first adapter only.
+        // These take long to compile, so only the first GPU runs them.
         forms().iter().take(3).for_each(|device| causal_rows(&[80, 96, 128, 256], device));
     }
 
@@ -323,7 +325,7 @@ mod tests {
                 let case = Case::causal([4, 2, 32], &[1; 100], 100, None).scaled(k, v);
                 let mut d_o = testing::values(99, case.q.len(), d_o);
                 check_of(&case, &d_o, &device);
-                // Of every size at once.
+                // Every size together.
                 let row = 4 * case.shape.head_dim;
                 d_o.iter_mut().enumerate().for_each(|(i, value)| *value *= [1.0, 1e-3, 1e3, 0.0][i / row % 4]);
                 check_of(&case, &d_o, &device);

@@ -1,6 +1,6 @@
-//! [`attention`](super::attention) of many queries by cooperative matrices: 64 or 32 queries of a
-//! head a workgroup over tiles of keys, as f16 with sums in f32. One shader for both sizes of
-//! matrices.
+//! [`attention`](super::attention) of many queries by cooperative matrices. A workgroup owns 64 or
+//! 32 queries of a head and loops over tiles of keys. Operands are f16, sums f32. One shader
+//! serves both sizes of cooperative matrices.
 
 use super::attention::{AttentionParams, AttentionShape, flops_per_group};
 use super::attention_form::Form;

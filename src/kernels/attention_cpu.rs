@@ -1,5 +1,5 @@
-//! [`attention`](super::attention) and its backward on the CPU, fast: a task is some queries of one head of keys; the scores of a
-//! block of queries against the keys that it sees come from a GEMM crate.
+//! Fast [`attention`](super::attention) and its backward on the CPU. A task covers some queries of
+//! one key head. A GEMM crate multiplies a block of queries with the keys that it sees.
 
 use std::ops::Range;
 
@@ -14,38 +14,39 @@ use super::visibility::Visibility;
 use crate::device::Cpu;
 use crate::error::Result;
 
-/// Queries at a time.
+/// Queries per block.
 const BLOCK: usize = 64;
-/// Spans of queries at most that the backward works on at once: each has gradients of K and V of its own.
+/// Maximum spans of queries that the backward works on at once. Each has its own gradients of K
+/// and V.
 const SPANS: usize = 8;
 
-/// Rows of one head of a matrix [rows, heads * D], from `row` on.
+/// Returns the rows of one head of a matrix [rows, heads * D], from `row` on.
 fn head_rows<'a>(data: &'a [f32], heads: usize, head: usize, head_dim: usize, row: usize) -> View<'a> {
     View { data: &data[(row * heads + head) * head_dim..], row_stride: heads * head_dim, col_stride: 1 }
 }
 
-/// The same matrix with rows and columns exchanged.
+/// Returns the transposed matrix.
 fn transposed(view: View<'_>) -> View<'_> {
     View { row_stride: view.col_stride, col_stride: view.row_stride, ..view }
 }
 
-/// A matrix of `cols` columns without gaps.
+/// Returns a view of a row-major matrix of `cols` columns without gaps.
 fn dense(data: &[f32], cols: usize) -> View<'_> {
     View { data, row_stride: cols, col_stride: 1 }
 }
 
-/// The part of `seen` within `block`, counted from the block's start.
+/// Returns the part of `seen` that lies within `block`, counted from the block's start.
 fn within(seen: Range<usize>, block: &Range<usize>) -> Range<usize> {
     let at = |key: usize| key.clamp(block.start, block.end) - block.start;
     at(seen.start)..at(seen.end)
 }
 
-/// Blocks of rows, and which rows each has.
+/// Returns the rows of each block.
 fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(BLOCK).map(move |start| start..(start + BLOCK).min(rows))
 }
 
-/// Each block of rows of a matrix [rows, heads * width], cut into heads.
+/// Returns each block of rows of a matrix [rows, heads * width], split into heads.
 fn head_columns(data: &mut [f32], heads: usize, width: usize) -> impl Iterator<Item = Columns<'_>> {
     data.chunks_mut(BLOCK * heads * width).flat_map(move |chunk| {
         let rows = chunk.len() / (heads * width);
@@ -53,36 +54,37 @@ fn head_columns(data: &mut [f32], heads: usize, width: usize) -> impl Iterator<I
     })
 }
 
-/// Rows of a span of queries, and the spans of `m` queries.
+/// Returns the number of rows per span of queries, and the spans for `m` queries.
 fn spans(m: usize) -> (usize, Vec<Range<usize>>) {
     let rows = m.div_ceil(SPANS).max(1).next_multiple_of(BLOCK);
     (rows, (0..m).step_by(rows).map(|start| start..(start + rows).min(m)).collect())
 }
 
-/// Values of the gradients of K and V that a span has of its own.
+/// Number of values in the gradients of K and V that a span holds for itself.
 fn own_values(visibility: &Visibility, span: &Range<usize>, width: usize) -> usize {
     2 * visibility.of_queries(span).len() * width
 }
 
-/// Scores of each task, of all heads of keys.
+/// Number of scores of each task. Every key head has its own tasks.
 fn scores(shape: &AttentionShape, visibility: &Visibility) -> Vec<usize> {
     let of_block = |block: Range<usize>| block.len() * visibility.of_queries(&block).len();
     blocks(visibility.queries()).flat_map(|block| vec![of_block(block); shape.kv_heads]).collect()
 }
 
-/// What [`forward`] takes.
+/// Memory that [`forward`] takes.
 pub(crate) fn scratch(shape: &AttentionShape, visibility: &Visibility) -> Scratch {
     Scratch::tasks(scores(shape, visibility))
 }
 
-/// What [`Backward::run`] takes.
+/// Memory that [`Backward::run`] takes.
 pub(crate) fn backward_scratch(shape: &AttentionShape, visibility: &Visibility) -> Scratch {
     let width = shape.kv_heads * shape.head_dim;
     let kept = spans(visibility.queries()).1.iter().map(|span| own_values(visibility, span, width)).collect();
     Scratch { kept, tasks: scores(shape, visibility), of_task: 2 }
 }
 
-/// O and log-sum-exp of [Q, K, V]; the caller has checked the shapes, `o` and `lse` are zeros.
+/// Computes O and the log-sum-exp of [Q, K, V]. The caller has checked the shapes; `o` and `lse`
+/// are zeros.
 pub(crate) fn forward(
     cpu: &Cpu,
     [q, k, v]: [&[f32]; 3],
@@ -134,7 +136,7 @@ pub(crate) fn forward(
     })
 }
 
-/// The largest value; minus infinity of none.
+/// Returns the largest value, or minus infinity if there are none.
 fn largest(values: &[f32]) -> f32 {
     let (chunks, tail) = values.as_chunks::<8>();
     let mut most = [f32::NEG_INFINITY; 8];
@@ -146,7 +148,7 @@ fn largest(values: &[f32]) -> f32 {
     most.iter().chain(tail).fold(f32::NEG_INFINITY, |most, &value| most.max(value))
 }
 
-/// Turns scores into exp(score - shift); their sum, in eight partial sums.
+/// Turns scores into exp(score - shift) and returns their sum, added up in eight partial sums.
 fn weights(scores: &mut [f32], shift: f32) -> f32 {
     let (chunks, tail) = scores.as_chunks_mut::<8>();
     let mut sums = [0.0f32; 8];
@@ -162,7 +164,7 @@ fn weights(scores: &mut [f32], shift: f32) -> f32 {
     sums.iter().sum::<f32>() + tail.iter().sum::<f32>()
 }
 
-/// Operands of the backward; the caller has checked their shapes.
+/// Operands of the backward. The caller has checked their shapes.
 pub(crate) struct Backward<'a> {
     pub cpu: &'a Cpu,
     pub q: &'a [f32],
@@ -171,21 +173,22 @@ pub(crate) struct Backward<'a> {
     pub d_o: &'a [f32],
     /// Log-sum-exp of every query and head.
     pub lse: &'a [f32],
-    /// The sum over d of dO * O, of every query and head.
+    /// The sum over d of dO * O for every query and head.
     pub deltas: &'a [f32],
     pub shape: &'a AttentionShape,
     pub visibility: &'a Visibility,
 }
 
-/// P and dS of some queries of a head and some keys.
+/// P and dS for some queries of a head and some keys.
 struct Scores<'a> {
     weights: &'a mut [f32],
     d_scores: &'a mut [f32],
 }
 
 impl Backward<'_> {
-    /// dQ, dK and dV; all are zeros. A task is a span of queries of one head of keys; spans see the same keys, so each adds
-    /// to gradients of K and V of its own, which are added up in order at the end: threads do not change the sums.
+    /// Computes dQ, dK and dV, which are zeros at first. A task is a span of queries of one key
+    /// head. Spans see the same keys, so each adds to its own gradients of K and V; these are
+    /// added up in order at the end. So the number of threads doesn't change the sums.
     pub fn run(&self, dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) -> Result<()> {
         let AttentionShape { heads, kv_heads, head_dim, .. } = *self.shape;
         let (group, width) = (self.shape.group(), kv_heads * head_dim);
@@ -201,7 +204,7 @@ impl Backward<'_> {
             let (dk, dv) = grads.split_at_mut(keys * width);
             let [dk, dv] = [dk, dv].map(|grad| Columns::new(grad, keys, width).split(head_dim));
             let dq = Columns::new(dq, span.len(), heads * head_dim).split(group * head_dim);
-            // No keys, no columns.
+            // Without keys there are no columns.
             tasks.extend(dq.into_iter().zip(dk.into_iter().zip(dv)).enumerate().map(|of_head| (span.clone(), of_head)));
         }
         tasks
@@ -229,7 +232,8 @@ impl Backward<'_> {
         Ok(())
     }
 
-    /// Sets `dq` of a span of queries, and adds to `dk` and `dv` of the keys that it sees, for one head of keys.
+    /// Sets `dq` for a span of queries, and adds to `dk` and `dv` for the keys that it sees, all
+    /// of one key head.
     fn span(
         &self,
         span: &Range<usize>,
@@ -266,7 +270,8 @@ impl Backward<'_> {
         Ok(())
     }
 
-    /// P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta) of one head, [queries, keys].
+    /// Computes P = exp(scale * Q * K^T - lse) and dS = P * (dO * V^T - delta) for one head,
+    /// [queries, keys].
     fn scores(&self, scores: Scores<'_>, head: usize, queries: &Range<usize>, keys: &Range<usize>) {
         let AttentionShape { heads, kv_heads, head_dim, scale } = *self.shape;
         let kv_head = head / self.shape.group();

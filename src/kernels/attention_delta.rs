@@ -1,5 +1,5 @@
-//! stats[m, h] = (lse[m, h], delta[m, h]) with delta the sum over d of dO * O: what the backward of
-//! [`attention`](super::attention) wants of each query and head. O and dO are [M, H * D].
+//! stats[m, h] = (lse[m, h], delta[m, h]), with delta the sum over d of dO * O. The backward of
+//! [`attention`](super::attention) reads it for each query and head. O and dO are [M, H * D].
 
 use rayon::prelude::*;
 
@@ -26,21 +26,21 @@ kernel! {
     KERNEL = "attention_delta", AttentionDeltaParams, [d_o: Read, o: Read, lse: Read, stats: Write]
 }
 
-/// Invocations a workgroup.
+/// Invocations per workgroup.
 const THREADS: u32 = 64;
 
-/// Threads that share a row: on hardware so many that they read whole lines of memory, on software
-/// drivers one, for there they would meet at a barrier.
+/// Threads that share a row. On hardware, enough to read whole lines of memory; on software
+/// drivers one, because several would have to meet at a barrier.
 fn team(tier: Tier) -> u32 {
     if tier == Tier::Software { 1 } else { 8 }
 }
 
-/// The variant's text constants.
+/// Text constants of the variant.
 pub(crate) fn defines(tier: Tier) -> Defines {
     Defines::new().with("threads", THREADS).with("team", team(tier))
 }
 
-/// Log-sum-exp and delta of every query and head, in pairs.
+/// Returns pairs of log-sum-exp and delta for every query and head.
 pub(crate) fn dispatch(gpu: &Gpu, d_o: &Tensor, o: &Tensor, lse: &Tensor, head_dim: usize) -> Result<Buffer> {
     let stats = gpu.alloc("attention stats", lse.len() as u64 * 8)?;
     let rows = (THREADS / team(gpu.tier())) as usize;
@@ -56,7 +56,7 @@ pub(crate) fn dispatch(gpu: &Gpu, d_o: &Tensor, o: &Tensor, lse: &Tensor, head_d
     Ok(stats)
 }
 
-/// Delta of every query and head, on the CPU.
+/// Computes delta for every query and head, on the CPU.
 pub(crate) fn deltas(d_o: &[f32], o: &[f32], head_dim: usize, deltas: &mut [f32]) {
     let rows = d_o.par_chunks_exact(head_dim).zip(o.par_chunks_exact(head_dim));
     deltas.par_iter_mut().zip(rows).with_min_len(256).for_each(|(delta, (d_o, o))| *delta = simd::dot(d_o, o));

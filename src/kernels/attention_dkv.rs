@@ -1,5 +1,5 @@
-//! dK and dV of [`attention`](super::attention), [keys, Hkv * D], on software drivers: each key over the queries that see it, of
-//! every head that shares it.
+//! dK and dV of [`attention`](super::attention), [keys, Hkv * D], on software drivers. For each
+//! key it loops over the queries that see it, in all heads that share the key.
 
 use super::attention::{AttentionParams, Split, flops_per_group};
 use super::attention_backward::GpuCall;
@@ -14,12 +14,13 @@ kernel! {
         [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
 }
 
-/// The most vec4 of a row that a thread owns where threads share it: of K, V, dK and dV.
+/// Maximum vec4 of a row that a thread owns when threads share the row, for each of K, V, dK and
+/// dV.
 const MOST_QUADS: usize = 8;
-/// Queries between barriers: a score and a gradient of each are a vec4.
+/// Queries between barriers: for each a score and a gradient, together a vec4.
 const TILE: u32 = 2;
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Split::variants(tier, MOST_QUADS, TILE)
 }

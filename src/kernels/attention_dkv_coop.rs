@@ -1,6 +1,6 @@
-//! [`attention_dkv`](super::attention_dkv) by cooperative matrices: 64 or 32 keys of a head a
-//! workgroup over tiles of queries, as f16 with sums in f32. One shader for both sizes of
-//! matrices.
+//! [`attention_dkv`](super::attention_dkv) by cooperative matrices. A workgroup owns 64 or 32 keys
+//! of a head and loops over tiles of queries. Operands are f16, sums f32. One shader serves both
+//! sizes of cooperative matrices.
 
 use super::attention::{AttentionParams, flops_per_group};
 use super::attention_backward::GpuCall;

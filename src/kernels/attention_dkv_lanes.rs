@@ -1,4 +1,5 @@
-//! [`attention_dkv`](super::attention_dkv) for software drivers; see [`attention_lanes`](super::attention_lanes).
+//! [`attention_dkv`](super::attention_dkv) for software drivers; see
+//! [`attention_lanes`](super::attention_lanes).
 
 use super::attention::{AttentionParams, flops_per_group};
 use super::attention_backward::GpuCall;
@@ -14,10 +15,10 @@ kernel! {
         [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
 }
 
-/// dK and dV.
+/// Two sums per row: dK and dV.
 const SUMS: usize = 2;
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     variants_of(tier, SUMS)
 }

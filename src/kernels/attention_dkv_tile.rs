@@ -1,4 +1,4 @@
-//! dK and dV of [`attention`](super::attention) on hardware, by the tiles of
+//! dK and dV of [`attention`](super::attention) on hardware, with the tiles of
 //! [`attention_tile`](super::attention_tile).
 
 use super::attention::{AttentionParams, flops_per_group};
@@ -15,10 +15,10 @@ kernel! {
         [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
 }
 
-/// dK and dV.
+/// The results are dK and dV.
 const WORK: Work = Work { products: 2, results: 2 };
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Tiling::variants(tier, WORK)
 }

@@ -1,4 +1,5 @@
-//! dQ of [`attention`](super::attention), [M, H * D], on software drivers: each query over the keys that it sees.
+//! dQ of [`attention`](super::attention), [M, H * D], on software drivers. For each query it loops
+//! over the keys that it sees.
 
 use super::attention::{AttentionParams, Split, flops_per_group};
 use super::attention_backward::GpuCall;
@@ -13,12 +14,12 @@ kernel! {
         [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write]
 }
 
-/// The most vec4 of a row that a thread owns where threads share it: of Q, dO and dQ.
+/// Maximum vec4 of a row that a thread owns when threads share the row, for each of Q, dO and dQ.
 const MOST_QUADS: usize = 8;
-/// Keys between barriers: a score and a gradient of each are a vec4.
+/// Keys between barriers: for each a score and a gradient, together a vec4.
 const TILE: u32 = 2;
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Split::variants(tier, MOST_QUADS, TILE)
 }

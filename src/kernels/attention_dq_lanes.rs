@@ -1,4 +1,5 @@
-//! [`attention_dq`](super::attention_dq) for software drivers; see [`attention_lanes`](super::attention_lanes).
+//! [`attention_dq`](super::attention_dq) for software drivers; see
+//! [`attention_lanes`](super::attention_lanes).
 
 use super::attention::{AttentionParams, flops_per_group};
 use super::attention_backward::GpuCall;
@@ -14,7 +15,7 @@ kernel! {
         [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write]
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     variants_of(tier, 1)
 }

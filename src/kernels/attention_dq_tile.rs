@@ -1,4 +1,4 @@
-//! dQ of [`attention`](super::attention) on hardware, by the tiles of
+//! dQ of [`attention`](super::attention) on hardware, with the tiles of
 //! [`attention_tile`](super::attention_tile).
 
 use super::attention::{AttentionParams, flops_per_group};
@@ -15,10 +15,10 @@ kernel! {
         [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write]
 }
 
-/// dQ.
+/// The result is dQ.
 const WORK: Work = Work { products: 2, results: 1 };
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Tiling::variants(tier, WORK)
 }

@@ -1,12 +1,12 @@
-//! How the kernels of [`attention`](super::attention) by cooperative matrices are laid out for a
-//! head and a device: `shaders/shared/attention_strips.wgsl`.
+//! Layouts of the cooperative-matrix kernels of [`attention`](super::attention), chosen for a head
+//! size and a device; `shaders/shared/attention_strips.wgsl`.
 
 use super::attention_pack::{TILE, wide};
 use super::qmatmul_coop::NVIDIA;
 use super::qmatmul_tile::has_room;
 use crate::device::{Cooperative, Defines, Gpu, Tier};
 
-/// Which of the kernels.
+/// One of the three kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pass {
     Forward,
@@ -25,32 +25,32 @@ impl Pass {
     }
 }
 
-/// The layout of a kernel.
+/// Layout of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Form {
     pub cooperative: Cooperative,
     head_dim: usize,
-    /// Of 16 own rows each, of the workgroup's four subgroups: two subgroups share one, and the
-    /// head's values, where there are fewer.
+    /// Strips of 16 own rows each, shared out to the workgroup's four subgroups. With fewer than
+    /// four strips, two subgroups share a strip and split the head's values.
     strips: u32,
     staged: Option<Staged>,
 }
 
-/// Matrices are loaded from workgroup memory, not from buffers.
+/// Operands are loaded from workgroup memory instead of buffers.
 #[derive(Clone, Copy, Debug)]
 struct Staged {
     /// Values of the other rows' heads that are copied at a time.
     slice: u32,
-    /// Planes of the own rows in registers.
+    /// Planes of the own rows kept in registers.
     kept: u32,
-    /// Further ones in workgroup memory.
+    /// Further planes of the own rows, held in workgroup memory.
     held: u32,
 }
 
 impl Form {
-    /// The one that a device runs. AMD's GPUs load whole rows of matrices from buffers; NVIDIA's
-    /// compiler makes single values of them. Software drivers take minutes to compile the staged
-    /// form of a large head.
+    /// Chooses the form for a device. AMD's GPUs load whole rows of matrices from buffers;
+    /// NVIDIA's compiler turns these into loads of single values. Software drivers take minutes to
+    /// compile the staged form of a large head.
     pub fn of(pass: Pass, gpu: &Gpu, cooperative: Cooperative, head_dim: usize) -> Form {
         let staged = if cooperative.vectors && gpu.info().vendor == NVIDIA {
             Form::staged(pass, cooperative, head_dim, |bytes| has_room(gpu, 4 * cooperative.lanes, bytes))
@@ -65,9 +65,10 @@ impl Form {
         Form { cooperative, head_dim, strips, staged: None }
     }
 
-    /// The one with workgroup memory, if it `fits`. A thread has 168 registers where three
-    /// workgroups share a processor of NVIDIA's: less of larger heads is kept in them, least where
-    /// slices are no powers of two, and two subgroups share the gradients of heads over 64.
+    /// The staged form, if its workgroup memory `fits`. A thread has 168 registers when three
+    /// workgroups share an NVIDIA processor. So less of a larger head is kept in registers, least
+    /// where slices are not powers of two; and for heads over 64, two subgroups share the
+    /// gradients.
     fn staged(pass: Pass, cooperative: Cooperative, head_dim: usize, fits: impl Fn(u32) -> bool) -> Option<Form> {
         let wide = wide(head_dim) as u32;
         let (strips, slice, kept, held) = match (pass, wide) {
@@ -82,7 +83,7 @@ impl Form {
         fits(form.bytes(pass)).then_some(form)
     }
 
-    /// Workgroup memory of the staged form.
+    /// Bytes of workgroup memory of the staged form.
     fn bytes(self, pass: Pass) -> u32 {
         let Some(Staged { slice, held, .. }) = self.staged else { return 0 };
         let (own, other) = (self.own_rows() as u32, 128 / self.strips);
@@ -114,7 +115,7 @@ impl Form {
         }
     }
 
-    /// Every variant's text constants, for the registry test.
+    /// Text constants of every variant, for the registry test.
     pub fn variants(pass: Pass, tier: Tier) -> Vec<Defines> {
         let mut all = Vec::new();
         for cooperative in Cooperative::ALL.into_iter().filter(|_| tier.cooperative()) {
@@ -127,8 +128,8 @@ impl Form {
         all.into_iter().map(Form::defines).collect()
     }
 
-    /// The forms of small heads and those of large ones, as far as they fit a device, the one from
-    /// buffers first: those of each list give the same bits.
+    /// The forms of small heads and of large heads that fit a device, the one that reads buffers
+    /// first. All forms of a list give the same bits.
     #[cfg(test)]
     fn all(pass: Pass, gpu: &Gpu, cooperative: Cooperative, head_dim: usize) -> [Vec<Form>; 2] {
         let limit = if cooperative.vectors { gpu.limits().workgroup_bytes } else { 0 };
@@ -163,7 +164,7 @@ mod tests {
 
     const OP: &str = "test";
 
-    /// What `run` gives by some forms, which is to be the same.
+    /// Checks that `run` gives the same results for all forms of a list.
     fn same(name: &str, lists: [Vec<Form>; 2], run: impl Fn(Form) -> Vec<Tensor>) {
         let bits = |form| -> Vec<Vec<u32>> {
             let bits = |tensor: &Tensor| tensor.to_vec().unwrap().into_iter().map(f32::to_bits).collect();

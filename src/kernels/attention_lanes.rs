@@ -1,5 +1,6 @@
-//! [`attention`](super::attention) on software drivers whose workgroups can be one subgroup of eight lanes: tiles of rows by
-//! eight of the other side, in registers. Shared with both kernels of its backward.
+//! [`attention`](super::attention) on software drivers whose workgroups can be one subgroup of
+//! eight lanes: tiles of rows by eight rows of the other side, in registers. Both backward kernels
+//! share this code.
 
 use super::attention::{AttentionParams, AttentionShape, flops_per_group};
 use super::kernel;
@@ -14,29 +15,29 @@ kernel! {
     KERNEL = "attention_lanes", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write]
 }
 
-/// Whether these kernels can run it on this device.
+/// Whether these kernels can run on this device.
 pub(super) fn fits(gpu: &Gpu, head_dim: usize) -> bool {
     gpu.tier() == Tier::Software && one_subgroup(gpu) && head_dim.is_multiple_of(8)
 }
 
-/// Rows that a workgroup owns: fewer for large heads, whose sums it keeps, `sums` for each row and value of a head; and no more
-/// than there are, but for powers of two.
+/// Rows that a workgroup owns. Large heads get fewer, because the workgroup keeps `sums` sums for
+/// each row and value of a head. At most `count`, rounded up to a power of two.
 pub(super) fn rows(count: usize, head_dim: usize, sums: usize) -> usize {
     let most = (MOST_SUMS / (head_dim * sums)).clamp(1, MOST_ROWS);
     most.min(count.max(1).next_power_of_two())
 }
 
 const MOST_ROWS: usize = 16;
-/// Numbers that a workgroup adds up, all lanes together.
+/// Maximum sums of a workgroup, over all lanes.
 const MOST_SUMS: usize = 2048;
 
 /// Text constants of a variant.
 pub(super) fn defines(rows: usize, head_dim: usize) -> Defines {
-    // GLSL has no such subgroups.
+    // GLSL lacks subgroups of a fixed size.
     Defines::new().with("rows", rows as u32).with("head_dim", head_dim as u32).with("share", true)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(super) fn variants_of(tier: Tier, sums: usize) -> Vec<Defines> {
     if tier != Tier::Software {
         return Vec::new();
@@ -45,7 +46,7 @@ pub(super) fn variants_of(tier: Tier, sums: usize) -> Vec<Defines> {
     [(1, 64), (3, 8), (100, 8), (100, 64), (100, 80), (100, 256)].iter().map(variant).collect()
 }
 
-/// As [`variants_of`], of this kernel.
+/// Like [`variants_of`], for this kernel.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     variants_of(tier, 1)
 }

@@ -1,7 +1,7 @@
-//! What the cooperative matrices of [`attention`](super::attention) read: Q, K, V and dO as f16
-//! times a power of two a row and head, in tiles of 16 x 16, padded to whole ones. Q and K, whose
-//! products softmax wants exact, are two f16 each. Products that contract over rows read tiles
-//! that are transposed.
+//! Packs operands for the cooperative-matrix kernels of [`attention`](super::attention): Q, K, V
+//! and dO as f16, multiplied by a power of two per row and head, in tiles of 16 x 16, padded to
+//! whole tiles. Q and K are stored as two f16 each, because softmax needs their products exact.
+//! Products that contract over rows read transposed tiles.
 
 use super::attention::AttentionShape;
 use super::visibility::Visibility;
@@ -18,9 +18,9 @@ params! {
         queries: u32,
         /// Rows of K and V.
         keys: u32,
-        /// H, of Q and dO.
+        /// H, heads of Q and dO.
         heads: u32,
-        /// Of K and V.
+        /// Hkv, heads of K and V.
         kv_heads: u32,
         /// D / 4.
         head_quads: u32,
@@ -35,16 +35,16 @@ kernel! {
         ]
 }
 
-/// Rows of a head are padded to a multiple of this, which the rows of a workgroup and of its steps
-/// divide.
+/// Rows of a head are padded to a multiple of this. The rows of a workgroup and of its steps
+/// divide it.
 const PADDED: usize = 64;
 /// Rows and columns of a packed tile.
 pub(crate) const TILE: usize = 16;
 /// The largest head whose results fit the registers of a subgroup, in values.
 const LARGEST_HEAD: usize = 128;
 
-/// The cooperative matrices of a device that attends with them: over so many queries, if it can
-/// pack what they read.
+/// Returns the device's cooperative matrices if attention over this many queries uses them and the
+/// device can bind the packed operands.
 pub(crate) fn cooperative(gpu: &Gpu, shape: &AttentionShape, visibility: &Visibility) -> Option<Cooperative> {
     let fits = |side: Side| 4 * side.values() as u64 <= gpu.limits().max_binding_bytes;
     let all = visibility.keys() > 0
@@ -64,29 +64,29 @@ struct Side {
     count: usize,
     heads: usize,
     head_dim: usize,
-    /// Of f16: the shader says which.
+    /// Planes of f16; the shader documents them.
     planes: usize,
 }
 
 impl Side {
-    /// Of queries and of keys.
+    /// Returns the sides of queries and of keys.
     fn of(shape: &AttentionShape, visibility: &Visibility, backward: bool) -> [Side; 2] {
         let [queries, keys] = if backward { [5, 4] } else { [2, 3] };
         let side = |count, heads, planes| Side { count, heads, head_dim: shape.head_dim, planes };
         [side(visibility.queries(), shape.heads, queries), side(visibility.keys(), shape.kv_heads, keys)]
     }
 
-    /// Of all heads, padded.
+    /// Padded rows of all heads.
     fn rows(self) -> usize {
         self.heads * self.count.next_multiple_of(PADDED)
     }
 
-    /// f32 that have the size of what is packed.
+    /// Size of the packed values, in f32.
     fn values(self) -> usize {
         self.planes * self.rows() * wide(self.head_dim) / 2
     }
 
-    /// Scales of two tensors; the forward wants none of dO.
+    /// Number of scales of two tensors. The forward needs none for dO.
     fn scales(self) -> usize {
         2 * self.rows()
     }
@@ -103,15 +103,16 @@ impl Side {
     }
 }
 
-/// What the kernels of a call read.
+/// Packed operands of a call.
 pub(crate) struct Packed {
-    /// Q, and dO where there is one.
+    /// Q, and dO in a backward pass.
     pub queries: Buffer,
     /// K and V.
     pub keys: Buffer,
-    /// Of every head's rows, what packed values are times, powers of two: of Q, of dO.
+    /// Powers of two that packed values were multiplied by, for each head's rows: of Q, then of
+    /// dO.
     pub query_scales: Buffer,
-    /// Of K, of V.
+    /// The same, of K, then of V.
     pub key_scales: Buffer,
 }
 
@@ -151,13 +152,13 @@ impl Packed {
         Ok(packed)
     }
 
-    /// The first bindings of the attention kernels of cooperative matrices.
+    /// The first bindings of the cooperative-matrix attention kernels.
     pub fn operands(&self) -> [&Buffer; 4] {
         [&self.queries, &self.keys, &self.query_scales, &self.key_scales]
     }
 }
 
-/// What [`Packed::new`] takes.
+/// Memory that [`Packed::new`] takes.
 pub(crate) fn scratch(shape: &AttentionShape, visibility: &Visibility, backward: bool) -> Scratch {
     Scratch::kept(Side::of(shape, visibility, backward).into_iter().flat_map(Side::scratch))
 }
@@ -166,14 +167,14 @@ fn defines(wide: usize, backward: bool) -> Defines {
     Defines::new().with("wide", wide as u32).with("backward", backward).with("f16", true)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     let widths = [48, 128].into_iter().filter(|_| tier.cooperative());
     widths.flat_map(|wide| [false, true].map(|backward| defines(wide, backward))).collect()
 }
 
-/// The formula for one row of a head: what packed values are times, and the values of the planes
-/// of two f16 and of one.
+/// The formula for one row of a head. Returns its factor, the values of both planes of a pair of
+/// f16, and of a single plane.
 #[cfg(test)]
 fn reference(row: &[f32], wide: usize) -> (f32, [Vec<f32>; 3]) {
     let factor = super::row_factor::reference(row);
@@ -190,8 +191,8 @@ mod tests {
     use crate::tensor::from_bytes;
     use crate::testing;
 
-    /// Checks a packed tensor, whose first plane is number `first` of its side: `planes` says of each which of the reference's
-    /// it is, and whether it is transposed.
+    /// Checks a packed tensor, whose first plane is number `first` of its side. `planes` says for
+    /// each plane which reference plane it is and whether it is transposed.
     fn check(
         context: &str,
         x: &[f32],
@@ -214,7 +215,7 @@ mod tests {
                 };
                 let got: Vec<f32> = (0..wide).map(value).collect();
                 let wanted = &wanted[of];
-                // A driver may flush subnormals, and round to either side.
+                // A driver may flush subnormals, and may round to either side.
                 let bounds: Vec<f64> = wanted.iter().map(|value| 1e-3 * f64::from(value.abs()) + 7e-5).collect();
                 let context = format!("{context}: head {head} row {m} plane {plane}");
                 testing::assert_close(&context, &got, &testing::wide(wanted), &bounds);
@@ -261,7 +262,7 @@ mod tests {
                 let query_scales = scales(&packed.query_scales, of_queries);
                 let key_scales = scales(&packed.key_scales, of_keys);
                 let context = |what| format!("{device:?} backward={backward} {what}");
-                // The planes in their order, and which of the reference's they are.
+                // The planes in order, and the reference plane of each.
                 let exact = [(0, false), (1, false), (2, true)];
                 let exact = if backward { &exact[..] } else { &exact[..2] };
                 check(&context("Q"), &q, of_queries, (&queries, &query_scales), 0, exact);

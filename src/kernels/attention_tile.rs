@@ -1,5 +1,5 @@
 //! [`attention`](super::attention) on hardware: tiles of queries by tiles of keys in workgroup
-//! memory, sums in registers, all in f32. Shared with both kernels of its backward.
+//! memory, sums in registers, all in f32. Both backward kernels share this code.
 
 use super::attention::{AttentionParams, AttentionShape, flops_per_group};
 use super::kernel;
@@ -13,55 +13,55 @@ kernel! {
     KERNEL = "attention_tile", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write]
 }
 
-/// Threads of a workgroup along its own rows, and across: along the other side, and along a head's
-/// vec4.
+/// Threads of a workgroup along its own rows, and across: along the other side's rows, or along a
+/// head's vec4.
 const DOWN: usize = 8;
 const ACROSS: usize = 16;
-/// The most numbers of tiles and sums that a thread may hold: with operands and addresses they
-/// must fit 128 registers, the most that a thread of some GPUs has.
+/// Maximum numbers of tiles and sums that a thread may hold. With operands and addresses they must
+/// fit 128 registers, the limit for a thread on some GPUs.
 const MOST_HELD: usize = 64;
 
-/// What a kernel computes for each own row: products that it holds at a time, and heads that it
-/// adds up from them.
+/// Work per own row: the products held at a time, and the heads summed up from them.
 #[derive(Clone, Copy)]
 pub(super) struct Work {
     pub products: usize,
     pub results: usize,
 }
 
-/// How a workgroup's threads share a tile of scores and what is added up from them.
+/// Distribution of a tile of scores, and the sums made from it, to a workgroup's threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tiling {
-    /// Own rows a thread.
+    /// Own rows per thread.
     tall: usize,
     /// vec4 of a head.
     head_quads: usize,
 }
 
 impl Tiling {
-    /// The most rows a thread whose sums fit, for operands are loaded once for all of them.
+    /// Takes the most rows per thread whose sums fit, because operands are loaded once for all of
+    /// them.
     pub fn new(head_dim: usize, work: Work) -> Tiling {
         let head_quads = head_dim / 4;
         let sums = work.results * head_quads.div_ceil(ACROSS);
         let fits = |tall: &usize| {
-            // Products of so small heads are unrolled, which holds more operands.
+            // Products of heads this small are unrolled, which holds more operands.
             let small = *tall == 4 && head_dim < 32;
             4 * tall * (sums + work.products) <= MOST_HELD && !small
         };
         Tiling { tall: [4, 2].into_iter().find(fits).unwrap_or(1), head_quads }
     }
 
-    /// Own rows of a workgroup.
+    /// Rows that a workgroup owns.
     pub fn rows(self) -> usize {
         DOWN * self.tall
     }
 
-    /// The variant's text constants.
+    /// Text constants of the variant.
     pub fn defines(self) -> Defines {
         Defines::new().with("tall", self.tall as u32).with("head_quads", self.head_quads as u32)
     }
 
-    /// Variants for the registry test: among the head sizes one that fills no tile.
+    /// Variants for the registry test. One of the head sizes doesn't fill a tile.
     pub fn variants(tier: Tier, work: Work) -> Vec<Defines> {
         if tier == Tier::Software {
             return Vec::new();
@@ -70,10 +70,10 @@ impl Tiling {
     }
 }
 
-/// O.
+/// The result is O.
 const WORK: Work = Work { products: 1, results: 1 };
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Tiling::variants(tier, WORK)
 }

@@ -1,6 +1,8 @@
-//! `out[n]` = sum over m of `A[m, n]` (* `B[m, n]`): a bias's gradient, and that of DoRA's magnitude.
+//! `out[n]` = sum over m of `A[m, n]` (* `B[m, n]`): the gradient of a bias, or of DoRA's
+//! magnitude.
 //!
-//! Tall matrices are summed in two passes, a fixed number of rows at a time: the same bits on every run.
+//! Tall matrices are summed in two passes over a fixed number of rows at a time, so every run
+//! gives the same bits.
 
 use rayon::prelude::*;
 
@@ -17,15 +19,15 @@ params! {
         groups: u32,
         /// M.
         rows: u32,
-        /// Rows of a sum.
+        /// Rows per sum.
         rows_each: u32,
         /// N.
         columns: u32,
         /// Workgroups along N.
         column_groups: u32,
-        /// The sums are multiplied by it.
+        /// Factor of the sums.
         scale: f32,
-        /// 1: added to what is there.
+        /// 1: add to the result.
         accumulate: u32,
     }
 }
@@ -35,10 +37,11 @@ kernel! {
     KERNEL = "column_sum", ColumnSumParams, [a: Read, b: Read, sums: Write]
 }
 
-/// Computes the sums of the columns of `a` [M, N], or of the products of `a` and `b`, where they are: `[N]`.
+/// Computes the column sums of `a` [M, N], or of `a * b`, on their device: `[N]`.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
+/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+/// and device errors.
 pub fn column_sum(a: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let (m, n) = expect_2d(OP, "A", a)?;
     if let Some(b) = b {
@@ -60,10 +63,10 @@ pub fn column_sum(a: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     }
 }
 
-/// Columns a task on the CPU.
+/// Columns per task on the CPU.
 const CPU_COLUMNS: usize = 256;
 
-/// The sums in f64, which costs nothing beside the reading of A.
+/// Sums in f64, which costs nothing compared with reading A.
 fn on_cpu(a: &[f32], b: Option<&[f32]>, sums: &mut [f32]) {
     let n = sums.len();
     sums.par_chunks_mut(CPU_COLUMNS).enumerate().for_each(|(task, sums)| {
@@ -95,13 +98,13 @@ fn defines(tier: Tier, product: bool) -> Defines {
     Defines::new().with("threads", threads(tier)).with("product", product)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].map(|product| defines(tier, product)).into()
 }
 
-/// Rows that one of several sums takes, so that `groups` workgroups for each sum of all rows fill the device, but no sum is
-/// short and none so long that rounding adds up.
+/// Rows per sum, so that `groups` workgroups per sum fill the device. No sum is short, and none is
+/// so long that rounding errors build up.
 pub(super) fn rows_each(tier: Tier, groups: usize, rows: usize) -> usize {
     const SHORTEST: usize = 32;
     const LONGEST: usize = 1024;
@@ -109,33 +112,34 @@ pub(super) fn rows_each(tier: Tier, groups: usize, rows: usize) -> usize {
     rows.div_ceil(wanted / groups.clamp(1, wanted)).clamp(SHORTEST, LONGEST)
 }
 
-/// Where workgroups put parts of a result's sums, which are added up in their order: the result itself if it is one part.
+/// Where workgroups write partial sums, which are then added up in order. With a single part, this
+/// is the result itself.
 pub(super) struct Partial {
     parts: usize,
     values: usize,
     buffer: Option<Buffer>,
-    /// Whether they are added to what is in the result.
+    /// Whether to add to the result.
     adds: bool,
 }
 
 impl Partial {
-    /// Room for so many parts of `values` results.
+    /// Allocates `parts` parts of `values` results.
     pub fn new(gpu: &Gpu, what: &'static str, parts: usize, values: usize) -> Result<Partial> {
         let buffer = if parts > 1 { Some(gpu.alloc(what, (4 * parts * values) as u64)?) } else { None };
         Ok(Partial { parts, values, buffer, adds: false })
     }
 
-    /// The same, for a result to which the sums are added if `adds`.
+    /// The same, but adds to the result if `adds`.
     pub fn adding(self, adds: bool) -> Partial {
         Partial { adds, ..self }
     }
 
-    /// What the workgroups write: [parts, values], or `result`.
+    /// Returns the buffer that the workgroups write: [parts, values], or `result`.
     pub fn or<'a>(&'a self, result: &'a Buffer) -> &'a Buffer {
         self.buffer.as_ref().unwrap_or(result)
     }
 
-    /// Adds the parts up into `result`.
+    /// Adds up the parts into `result`.
     pub fn add_up(&self, gpu: &Gpu, result: &Buffer) -> Result<()> {
         match &self.buffer {
             Some(buffer) => dispatch(gpu, buffer, None, [self.parts, self.values], 1.0, result, self.adds),
@@ -143,7 +147,7 @@ impl Partial {
         }
     }
 
-    /// The memory that this takes.
+    /// Memory that this takes.
     pub fn scratch(gpu: &Gpu, parts: usize, values: usize) -> Scratch {
         if parts < 2 {
             return Scratch::default();
@@ -154,7 +158,7 @@ impl Partial {
     }
 }
 
-/// Records the sums of `a` (and `b`) times `scale` into `out`, or where it `adds`, onto what is there.
+/// Records the sums of `a` (times `b`) times `scale`, written to `out`, or added to it if `adds`.
 pub(super) fn dispatch(
     gpu: &Gpu,
     a: &Buffer,
@@ -185,7 +189,7 @@ pub(super) fn dispatch(
             defines: &defines(gpu.tier(), b.is_some()),
             buffers: &[a, b.unwrap_or(gpu.unused()?), out],
             params: bytemuck::bytes_of(&params),
-            // No rows have a sum too: zero.
+            // A sum over no rows is still written: zero.
             groups: u64::from(column_groups) * rows.div_ceil(rows_each).max(1) as u64,
             flops_per_group: 2 * u64::from(threads(gpu.tier())) * rows_each as u64,
         })
@@ -198,14 +202,14 @@ pub(super) fn dispatch(
     pass(&partial, None, splits, splits, scale, out, adds)
 }
 
-/// What [`column_sum`] takes beside its result for A [M, N].
+/// Memory that [`column_sum`] takes beside its result for A [M, N].
 pub(crate) fn scratch(device: &Device, m: usize, n: usize) -> Scratch {
     let Device::Gpu(gpu) = device else { return Scratch::default() };
     let splits = m.div_ceil(each(gpu.tier(), m, n));
     Scratch::kept((splits > 1).then_some(splits * n))
 }
 
-/// Rows of A [M, N] that a sum of the first pass takes.
+/// Rows of A [M, N] per sum of the first pass.
 fn each(tier: Tier, m: usize, n: usize) -> usize {
     rows_each(tier, n.div_ceil(threads(tier) as usize), m)
 }

@@ -1,8 +1,9 @@
-//! Softmax cross-entropy of rows of logits [rows, V] and their labels:
-//! `loss = log(sum(exp(logits))) - logits[label]`; its gradient is `(softmax - onehot(label)) * scale`.
+//! Softmax cross-entropy of logits [rows, V] with their labels:
+//! `loss = log(sum(exp(logits))) - logits[label]`. Its gradient is
+//! `(softmax - onehot(label)) * scale`.
 //!
-//! Both are 0 where the label is [`IGNORE`]. [`linear_cross_entropy`](super::linear_cross_entropy) calls it for one chunk of
-//! tokens after another.
+//! Both are 0 where the label is [`IGNORE`]. [`linear_cross_entropy`](super::linear_cross_entropy)
+//! calls it for one chunk of tokens after another.
 
 use rayon::prelude::*;
 
@@ -16,7 +17,7 @@ use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "cross_entropy";
 
-/// The label of a token whose prediction does not count (-100 elsewhere).
+/// Label of a token whose prediction doesn't count (-100 in other libraries).
 pub const IGNORE: u32 = u32::MAX;
 
 params! {
@@ -29,9 +30,9 @@ params! {
         rows: u32,
         /// Place of the first row's label and loss.
         first: u32,
-        /// 0: the logits stay.
+        /// 0: leave the logits as they are.
         gradient: u32,
-        /// Of the gradient.
+        /// Factor of the gradient.
         scale: f32,
     }
 }
@@ -41,13 +42,14 @@ kernel! {
     KERNEL = "cross_entropy", CrossEntropyParams, [labels: Read, logits: Write, losses: Write]
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].map(|ragged| RowTeams::long(tier).row_defines(ragged)).to_vec()
 }
 
-/// Writes the losses of `logits` [rows, V] to `losses` [M] from `first` on, for the labels that are there; with a
-/// `gradient` scale the logits become their gradient, without one they are of no more use.
+/// Writes the losses of `logits` [rows, V] to `losses` [M] from `first` on, with the labels at the
+/// same places. With a `gradient` scale, the logits are replaced by their gradient; without one,
+/// their values are unspecified afterwards.
 pub(super) fn cross_entropy(
     logits: &mut Tensor,
     labels: &Indices,
@@ -85,7 +87,7 @@ pub(super) fn cross_entropy(
     Ok(())
 }
 
-/// The loss of one row, which becomes its gradient.
+/// Returns the loss of one row, and replaces its logits by the gradient if there is a scale.
 fn on_cpu(logits: &mut [f32], label: u32, gradient: Option<f32>) -> f32 {
     if label == IGNORE {
         if gradient.is_some() {
@@ -106,7 +108,8 @@ fn on_cpu(logits: &mut [f32], label: u32, gradient: Option<f32>) -> f32 {
     sum.ln() as f32 + (largest - target)
 }
 
-/// Replaces values by exp(value - largest) and sums them: in two loops, which compilers turn into vectors, as they do not one.
+/// Replaces values by exp(value - largest) and sums them. Compilers vectorize two loops, but not
+/// one.
 fn exp_sum(values: &mut [f32], largest: f32) -> f32 {
     values.iter_mut().for_each(|value| *value = exp(*value - largest));
     let (eights, tail) = values.as_chunks::<8>();
@@ -119,7 +122,7 @@ fn exp_sum(values: &mut [f32], largest: f32) -> f32 {
     sums.iter().chain(tail).sum()
 }
 
-/// The largest value; not NaN.
+/// Returns the largest value, ignoring NaN.
 fn largest(values: &[f32]) -> f32 {
     let (eights, tail) = values.as_chunks::<8>();
     let mut most = [f32::MIN; 8];
@@ -131,7 +134,8 @@ fn largest(values: &[f32]) -> f32 {
     most.iter().chain(tail).fold(f32::MIN, |most, &value| most.max(value))
 }
 
-/// An error that names the first label that is neither under `vocabulary` nor [`IGNORE`], and where it is.
+/// Returns an error with the position of the first label that is neither below `vocabulary` nor
+/// [`IGNORE`].
 ///
 /// # Errors
 /// [`Error::Invalid`].
@@ -147,7 +151,7 @@ pub fn check_labels(labels: &[u32], vocabulary: usize) -> Result<()> {
     }
 }
 
-/// The formula, for any real type: the rows' losses, and their gradients times `scale`.
+/// The formula, for any real type. Returns the rows' losses, and their gradients times `scale`.
 pub fn reference<T: Real>(logits: &[T], labels: &[u32], scale: T) -> (Vec<T>, Vec<T>) {
     let v = logits.len() / labels.len().max(1);
     let (mut losses, mut gradient) = (Vec::new(), Vec::new());
@@ -182,7 +186,7 @@ mod tests {
         check_labels(&labels, v).unwrap();
         let (wanted_losses, wanted) = reference(&wide(&logits), &labels, f64::from(scale));
         let context = format!("{} {rows} x {v} amplitude {amplitude}", testing::name(device));
-        // One row before and one behind, which must stay as they are.
+        // One extra row before and one after, which must stay as they are.
         let padded = [&[7][..], &labels, &[7]].concat();
         let labels = Indices::from_slice(device, &padded).unwrap();
         for gradient in [None, Some(scale)] {
@@ -197,7 +201,7 @@ mod tests {
                 continue;
             }
             let got = tensor.to_vec().unwrap();
-            // The rounding of a logit is multiplied into its softmax.
+            // A logit's rounding error becomes a relative error of its softmax.
             let relative = 1e-5 + 1e-6 * f64::from(amplitude);
             let bound = |(i, wanted): (usize, &f64)| {
                 let label = padded[1 + i / v] as usize == i % v;
@@ -233,7 +237,8 @@ mod tests {
     #[test]
     fn huge_logits_stay_finite() {
         for device in testing::devices() {
-            // Near -1e4 and 1e4 one number is 1e-3 from the next: what is compared is exact in f32.
+            // Near 1e4, neighbouring f32 numbers are 1e-3 apart; the compared values are exact in
+            // f32.
             let logits = [1e4, -1e4, 0.0, 1e4 - 1.0, -3e38, 1.0, 2.0, 3.0, 3e38, 0.0, 0.0, 0.0];
             let labels = Indices::from_slice(&device, &[1, 3, 0]).unwrap();
             let mut tensor = Tensor::from_slice(&device, &[3, 4], &logits).unwrap();

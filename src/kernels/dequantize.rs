@@ -1,7 +1,7 @@
-//! deq(W) + s * B * A: rows of a matrix as f32, with an adapter merged in where there is one.
+//! deq(W) + s * B * A: rows of a matrix as f32, with an adapter merged in if there is one.
 //!
-//! Without an adapter a device's values are the host's to the bit, but for subnormals (a driver may flush them) and one
-//! ulp of `table * super + offset` where a driver fuses it.
+//! Without an adapter a device's values equal the host's to the bit. The exceptions: a driver may
+//! flush subnormals, and where it fuses `table * super + offset` the result may differ by one ulp.
 
 use std::ops::Range;
 
@@ -29,7 +29,7 @@ params! {
         first_row: u32,
         /// Rows to write.
         rows: u32,
-        /// Row of B of the part's first row of W.
+        /// Row of B for the part's first row of W.
         column: u32,
         /// 0: no adapter.
         rank: u32,
@@ -43,10 +43,11 @@ kernel! {
     KERNEL = "dequantize", DequantizeParams, [w: Read, a: Read, b: Read, y: Write]
 }
 
-/// Invocations a workgroup.
+/// Invocations per workgroup.
 const THREADS: u32 = 64;
 
-/// Values decoded between two readbacks, at most, so that neither side holds the whole matrix twice.
+/// Maximum values decoded between two readbacks, so that neither side holds the whole matrix
+/// twice.
 const CHUNK_VALUES: usize = 16 << 20;
 
 /// An adapter to merge: s * B * A.
@@ -64,7 +65,7 @@ pub struct Delta<'a> {
 pub(super) type HostDelta<'a> = (&'a [f32], &'a [f32], f32);
 
 impl<'a> Delta<'a> {
-    /// An error unless it can be added to `w`.
+    /// Returns an error unless the delta can be added to `w`.
     pub(super) fn check(&self, op: &'static str, w: &DeviceMatrix) -> Result<()> {
         let (rank, _) = expect_2d(op, "A", self.a)?;
         expect_shape(op, "A", self.a, &[rank, w.cols()])?;
@@ -78,20 +79,20 @@ impl<'a> Delta<'a> {
     }
 }
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 pub(crate) fn defines(matrix: Defines) -> Defines {
     matrix.with("threads", THREADS)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     matrices.iter().cloned().map(defines).collect()
 }
 
-/// deq(W) + s * B * A on the host, [N, K] f32, computed where `w` is.
+/// Returns deq(W) + s * B * A on the host, [N, K] f32, computed on the device of `w`.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::DeviceMismatch`], and the device's own.
+/// [`Error::Shape`], [`Error::DeviceMismatch`], and device errors.
 pub fn dequantize(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Array2<f32>> {
     let (n, k) = (w.rows(), w.cols());
     if let Some(delta) = delta {
@@ -116,10 +117,10 @@ pub fn dequantize(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Array2<f
     })
 }
 
-/// Rows a task on the CPU.
+/// Rows per task on the CPU.
 pub(super) const CPU_ROWS: usize = 64;
 
-/// The rows from `first` on, as many as `out` holds.
+/// Decodes rows from `first` on, as many as `out` holds.
 pub(super) fn host_rows(matrix: &HostMatrix, delta: Option<HostDelta<'_>>, first: usize, out: &mut [f32]) {
     let k = matrix.cols();
     let rows = out.len() / k;
@@ -191,7 +192,8 @@ mod tests {
     use crate::device::Device;
     use crate::testing;
 
-    /// Debian 12's lavapipe computes as the host does; other drivers may flush subnormals and fuse a multiply-add.
+    /// lavapipe on Debian 12 computes like the host; other drivers may flush subnormals and fuse a
+    /// multiply-add.
     fn is_exact(device: &Device) -> bool {
         match device {
             Device::Cpu(_) => true,
@@ -208,14 +210,14 @@ mod tests {
         let most = wanted.iter().fold(0.0f32, |most, value| most.max(value.abs()));
         let got = dequantize(&w, None).unwrap();
         for (i, (got, wanted)) in got.iter().zip(&wanted).enumerate() {
-            // Elsewhere: subnormals may be zero, and a double-quantized scale may be fused, to within one ulp of its
-            // largest term.
+            // On other drivers subnormals may be zero, and a double-quantized scale may be fused,
+            // to within one ulp of its largest term.
             let fused = if double { f32::EPSILON * (wanted.abs() + most) } else { 0.0 };
             let close = got.to_bits() == wanted.to_bits()
                 || (!is_exact(device) && (got - wanted).abs() <= fused.max(f32::MIN_POSITIVE));
             assert!(close, "{} {kind} {n} x {k}: [{i}] got {got:e}, wanted {wanted:e}", testing::name(device));
         }
-        assert!(*w.to_host().unwrap() == *matrix, "{} {kind} {n} x {k}: comes back as it was", testing::name(device));
+        assert!(*w.to_host().unwrap() == *matrix, "{} {kind} {n} x {k}: round trip", testing::name(device));
     }
 
     fn check_merge(device: &Device, matrix: &HostMatrix, rank: usize, seed: u64) {

@@ -1,8 +1,9 @@
-//! `norm[n]` = the length of row n of deq(W) + s * B * A: what DoRA divides its magnitude by. `[N]`, from W [N, K],
-//! B [N, r], A [r, K]; W is decoded on the way and never whole.
+//! `norm[n]` = the length of row n of deq(W) + s * B * A, the divisor of DoRA's magnitude. `[N]`,
+//! from W [N, K], B [N, r], A [r, K]. W is decoded on the way and never stored whole.
 //!
-//! Reference: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, section 4.3: no gradient flows through the
-//! norm. The least norm is the smallest normal f32, so that a row of zeros, whose magnitude is zero too, has a factor of 0.
+//! Reference: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, section 4.3: no
+//! gradient flows through the norm. The smallest result is the smallest normal f32, so that a row
+//! of zeros, whose magnitude is zero too, has a factor of 0.
 
 use rayon::prelude::*;
 
@@ -22,11 +23,11 @@ params! {
         groups: u32,
         /// K, in values.
         k: u32,
-        /// Words of eight weights a row.
+        /// Words of eight weights per row.
         words: u32,
         /// Rows of W in the part.
         rows: u32,
-        /// Row of B, and place in the result, of the part's first row of W.
+        /// Row of B and place in the result, for the part's first row of W.
         column: u32,
         /// 0: no adapter.
         rank: u32,
@@ -40,10 +41,10 @@ kernel! {
     KERNEL = "dora_norm", DoraNormParams, [w: Read, a: Read, b: Read, norm: Write]
 }
 
-/// Computes the lengths of the rows of deq(W) + s * B * A where `w` is: `[N]`.
+/// Computes the lengths of the rows of deq(W) + s * B * A on the device of `w`: `[N]`.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::DeviceMismatch`], and the device's own.
+/// [`Error::Shape`], [`Error::DeviceMismatch`], and device errors.
 pub fn dora_norm(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Tensor> {
     if let Some(delta) = delta {
         delta.check(OP, w)?;
@@ -70,12 +71,12 @@ pub fn dora_norm(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Tensor> {
             }
             Ok(norm)
         }
-        // A matrix on the CPU has its host form.
+        // Unreachable: a matrix on the CPU has its host form.
         (device, ..) => Err(Error::DeviceMismatch { op: OP, left: device.name().into(), right: "cpu".into() }),
     }
 }
 
-/// What [`dora_norm`] takes beside its result for W [N, K].
+/// Memory that [`dora_norm`] takes beside its result for W [N, K].
 pub(crate) fn scratch(device: &Device, n: usize, k: usize) -> Scratch {
     match device {
         Device::Cpu(_) => Scratch::tasks((0..n).step_by(CPU_ROWS).map(|first| CPU_ROWS.min(n - first) * k)),
@@ -83,7 +84,8 @@ pub(crate) fn scratch(device: &Device, n: usize, k: usize) -> Scratch {
     }
 }
 
-/// Rows of W that an invocation (on a software driver) or a workgroup owns, and invocations a workgroup.
+/// Returns the rows of W per owner, and the invocations per workgroup. The owner is an invocation
+/// on software drivers, a workgroup on hardware.
 fn tile(tier: Tier) -> (u32, u32) {
     if tier == Tier::Software { (2, 8) } else { (4, 64) }
 }
@@ -93,7 +95,7 @@ fn defines(matrix: Defines, tier: Tier) -> Defines {
     matrix.with("rows", rows).with("threads", threads).with("software", tier == Tier::Software)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines], tier: Tier) -> Vec<Defines> {
     matrices.iter().map(|matrix| defines(matrix.clone(), tier)).collect()
 }
@@ -158,7 +160,7 @@ mod tests {
         assert_eq!(norm.shape(), [n]);
         let mut dense = vec![0.0; n * k];
         matrix.dequantize_rows(0..n, &mut dense);
-        // Of the absolute values: what the norm's terms could add up to.
+        // Norms of the absolute values: an upper bound for the norm's terms.
         let (wanted, terms) =
             testing::with_terms([&dense, &a, &b], |[w, a, b]| reference(w, k, (rank > 0).then_some((a, b, 0.5))));
         let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
@@ -186,7 +188,7 @@ mod tests {
             rank in 0..=40usize,
             seed in 0..1000u64,
         ) {
-            // 4-bit and plain scales, or dense: few variants to compile.
+            // 4-bit with plain scales, or dense: few variants to compile.
             let (kind, matrix) = testing::matrices(seed, n, k, 0.1).swap_remove(seed as usize % 2 * 7);
             for device in testing::devices() {
                 check(&device, &kind, &matrix, rank, seed);

@@ -1,5 +1,6 @@
-//! `Y[i] = f(i) * X[i] + (1 - f(i)) * Z[i]`, with f the dropout's factors, 0 or 1 / (1 - p): dropout(X), what dropout takes
-//! from Z (dropout(Z) + Y = Z), or the sum of a gradient that went through dropout and one that went beside it.
+//! `Y[i] = f(i) * X[i] + (1 - f(i)) * Z[i]`, with f the dropout's factors, 0 or 1 / (1 - p). It
+//! computes dropout(X), the part of Z that dropout removes (dropout(Z) + Y = Z), or the sum of a
+//! gradient that went through dropout and one that bypassed it.
 
 use rayon::prelude::*;
 
@@ -17,10 +18,10 @@ params! {
         groups: u32,
         /// Values.
         len: u32,
-        /// Lower and upper half of the dropout's seed.
+        /// Lower half of the dropout's seed, then the upper half.
         seed_low: u32,
         seed_high: u32,
-        /// A value whose hash is under this is dropped.
+        /// Values with a hash below this are dropped.
         drop_below: u32,
         /// 1 / (1 - p).
         keep_scale: f32,
@@ -32,12 +33,12 @@ kernel! {
     KERNEL = "dropout_mix", DropoutMixParams, [x: Read, z: Read, y: Write]
 }
 
-/// What a mix is made of.
+/// Which terms a mix has.
 #[derive(Clone, Copy)]
 pub enum Mix<'a> {
     /// f * X: dropout.
     Kept(&'a Tensor),
-    /// (1 - f) * Z: what dropout takes away.
+    /// (1 - f) * Z: the part that dropout removes.
     Rest(&'a Tensor),
     /// f * X + (1 - f) * Z.
     Both(&'a Tensor, &'a Tensor),
@@ -63,14 +64,14 @@ impl<'a> Mix<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
-/// [`Error::Invalid`](crate::Error::Invalid) for a probability outside 0..1, and the device's own.
+/// [`Error::Invalid`](crate::Error::Invalid) for a probability outside 0..1, and device errors.
 pub fn dropout_mix(mix: Mix<'_>, dropout: Dropout) -> Result<Tensor> {
     let first = mix.first();
     if let Mix::Both(x, z) = mix {
         expect_shape(OP, "Z", z, x.shape())?;
         x.device().same(&z.device(), OP)?;
     }
-    // Its factors are right for a probability of zero, too.
+    // Only checks the probability: the factors are right for zero, too.
     dropout.active(OP)?;
     match first.storage() {
         Storage::Cpu(cpu, values) => {
@@ -94,14 +95,14 @@ fn on_cpu(x: &[f32], z: &[f32], y: &mut [f32], mix: impl Fn(f32, f32, f32) -> f3
     });
 }
 
-/// Invocations a workgroup.
+/// Invocations per workgroup.
 const THREADS: u32 = 64;
 
 fn defines(kept: bool, rest: bool) -> Defines {
     Defines::new().with("threads", THREADS).with("kept", kept).with("rest", rest)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
     vec![defines(true, false), defines(false, true), defines(true, true)]
 }

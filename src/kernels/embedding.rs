@@ -1,4 +1,4 @@
-//! `Y = deq(W)[ids]`: the rows of a table that tokens name, [M, K] from W [rows, K] of any kind.
+//! `Y = deq(W)[ids]`: the table rows for a list of token ids, [M, K] from W [rows, K] of any kind.
 
 use rayon::prelude::*;
 
@@ -26,7 +26,7 @@ params! {
         rows: u32,
         /// Rows in all parts.
         table_rows: u32,
-        /// The matrix starts at a multiple of 16 bytes.
+        /// Padding: the matrix starts at a multiple of 16 bytes.
         unused: u32,
         m: MatrixLayout,
     }
@@ -37,25 +37,26 @@ kernel! {
     KERNEL = "embedding", EmbeddingParams, [ids: Read, w: Read, y: Write]
 }
 
-/// Invocations a workgroup.
+/// Invocations per workgroup.
 const THREADS: u32 = 64;
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 fn defines(matrix: Defines) -> Defines {
     matrix.with("threads", THREADS)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     matrices.iter().cloned().map(defines).collect()
 }
 
-/// The rows of `table` that `ids` name, [M, K].
+/// Returns the rows of `table` with these `ids`, [M, K].
 ///
-/// Ids must be less than the table's rows: [`check_ids`] tells, before they go to a device. Larger ones read its last row.
+/// Ids must be below the number of rows; call [`check_ids`] before they go to a device. Larger
+/// ones read the last row.
 ///
 /// # Errors
-/// [`Error::DeviceMismatch`], and the device's own.
+/// [`Error::DeviceMismatch`], and device errors.
 pub fn embedding(table: &DeviceMatrix, ids: &Indices) -> Result<Tensor> {
     table.device().same(&ids.device(), OP)?;
     let (rows, k) = (table.rows(), table.cols());
@@ -94,7 +95,7 @@ pub fn embedding(table: &DeviceMatrix, ids: &Indices) -> Result<Tensor> {
     Ok(y)
 }
 
-/// An error that names the first id that is not under `rows`, and where it is.
+/// Returns an error with the position of the first id that is not below `rows`.
 ///
 /// # Errors
 /// [`Error::Invalid`].
@@ -110,7 +111,7 @@ pub fn check_ids(ids: &[u32], rows: usize) -> Result<()> {
     }
 }
 
-/// The formula, for any real type: `table` has rows of `k`.
+/// The formula, for any real type. `table` has rows of `k` values.
 pub fn reference<T: Real>(table: &[T], ids: &[u32], k: usize) -> Vec<T> {
     ids.iter().flat_map(|&id| table[id as usize * k..][..k].iter().copied()).collect()
 }
@@ -131,7 +132,8 @@ mod tests {
         let y = embedding(&table, &Indices::from_slice(device, ids).unwrap()).unwrap();
         assert_eq!(y.shape(), [ids.len(), k]);
         let wanted = reference(&dense_of::<f64>(matrix), ids, k);
-        // As the host decodes, but for flushed subnormals and a scale's fused multiply-add.
+        // Equal to the host's values, except for flushed subnormals and a fused multiply-add in a
+        // scale.
         let most = wanted.iter().fold(0.0f64, |most, value| most.max(value.abs()));
         let bounds = vec![1e-6 * most + 1.2e-38; wanted.len()];
         let context = format!("{} {kind} {rows} x {k}, {} ids", testing::name(device), ids.len());

@@ -1,13 +1,14 @@
-//! exp for the CPU device, in a form that compilers turn into vectors; the standard library's is a call a value.
+//! exp for the CPU device, in a form that compilers vectorize. The standard library's needs a call
+//! per value.
 
 /// e^x within 2 ulp for x in -87.3..88; 0 below, the value at 88 above. NaN stays NaN.
 ///
 /// e^x = 2^n e^r with |r| <= ln(2) / 2 and e^r by a polynomial (Cephes, `expf`).
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // Adding it rounds to an integer, which the lowest bits of the sum then hold.
+    // Adding this rounds to an integer, which is then in the lowest bits of the sum.
     const ROUND: f32 = 12_582_912.0;
-    // ln(2) in two parts, the first with few enough bits for n * LN2_HIGH to be exact.
+    // ln(2) in two parts. The first has few enough bits that n * LN2_HIGH is exact.
     const LN2_HIGH: f32 = 0.693_359_4;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     const LEAST: f32 = -87.3;

@@ -1,7 +1,8 @@
-//! The L2 norm of all gradients together, and the factor that clips them, both left on the device:
-//! factor = min(1, max_norm / (norm + 1e-6)), as torch's `clip_grad_norm_`.
+//! The L2 norm of all gradients together, and the factor that clips them. Both stay on the device:
+//! factor = min(1, max_norm / (norm + 1e-6)), like torch's `clip_grad_norm_`.
 //!
-//! The factor is NaN where the norm or the loss is not finite; [`adamw`](super::adamw) then changes nothing.
+//! The factor is NaN if the norm or the loss is not finite; [`adamw`](super::adamw) then changes
+//! nothing.
 
 use super::{Scratch, expect_shape, kernel, params, square_sums, sum};
 use crate::device::{Defines, Device, Dispatch, Gpu};
@@ -14,13 +15,13 @@ params! {
     struct GradNormParams {
         first_group: u32,
         groups: u32,
-        /// n, gradient tensors.
+        /// n, number of gradient tensors.
         count: u32,
-        /// 0: nothing is clipped.
+        /// 0: no clipping.
         clip: u32,
         has_loss: u32,
         max_norm: f32,
-        /// Sums of squares of each tensor.
+        /// Sums of squares per tensor.
         runs: u32,
     }
 }
@@ -33,34 +34,36 @@ kernel! {
 /// Where the norms of the single tensors begin in [`GradNorm::values`].
 pub(crate) const EACH: usize = 3;
 
-/// Invocations a workgroup.
+/// Invocations per workgroup.
 const THREADS: u32 = 64;
 
-/// The variant's text constants.
+/// Text constants of the variant.
 pub(crate) fn defines() -> Defines {
     Defines::new().with("threads", THREADS)
 }
 
-/// Norms of gradients, and what to multiply the gradients by.
+/// Norms of gradients, and the clip factor to multiply the gradients by.
 #[derive(Clone, Debug)]
 pub struct GradNorm {
-    /// [3 + n]: the norm of all, the clip factor (NaN: skip this step), the loss (0 without one), and the norm of each of the
-    /// n tensors. Norms are before clipping. The loss is here so that a step reads one buffer back.
+    /// [3 + n]: the norm of all gradients, the clip factor (NaN: skip this step), the loss (0
+    /// without one), and the norm of each of the n tensors. Norms are before clipping. The loss is
+    /// here so that a step reads back a single buffer.
     pub values: Tensor,
 }
 
-/// Norms of `grads`, of any shapes, and the factor that clips them to `max_norm` together; without it the factor is 1.
-/// A `loss` `[1]` that is not finite makes the factor NaN too.
+/// Computes the norms of `grads`, of any shapes, and the factor that clips them together to
+/// `max_norm`. Without `max_norm` the factor is 1. If `loss` `[1]` is not finite, the factor is
+/// NaN too.
 ///
-/// Squares count in f32 on a GPU: gradients under 1e-22 count as zero there, a norm over 1e19 as infinite.
+/// A GPU squares in f32: gradients below 1e-22 count as zero there, a norm over 1e19 as infinite.
 ///
 /// # Errors
-/// [`Error::Invalid`] for no gradients or a `max_norm` that is not positive, [`Error::Shape`] for a loss of other shape,
-/// [`Error::DeviceMismatch`].
+/// [`Error::Invalid`] for no gradients or a `max_norm` that is not positive, [`Error::Shape`] for
+/// a loss of another shape, [`Error::DeviceMismatch`].
 pub fn grad_norm(grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<f32>) -> Result<GradNorm> {
     let invalid = |what, got, expected: &str| Err(Error::Invalid { op: OP, what, got, expected: expected.into() });
     let Some(first) = grads.first() else {
-        return invalid("the number of gradients", "0".into(), "there is at least one");
+        return invalid("the number of gradients", "0".into(), "it must be at least 1");
     };
     if let Some(max_norm) = max_norm
         && (max_norm <= 0.0 || max_norm.is_nan())
@@ -127,12 +130,13 @@ fn on_gpu(gpu: &Gpu, grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<
     Ok(values)
 }
 
-/// Sums of squares that a tensor has on the way to its norm.
+/// Sums of squares per tensor, before its norm is computed.
 fn runs(gpu: &Gpu) -> usize {
     if square_sums::fits(gpu) { square_sums::RUNS } else { 1 }
 }
 
-/// What [`grad_norm`] takes beside its result for so many gradients, as long as a sum takes one pass.
+/// Memory that [`grad_norm`] takes beside its result for this many gradients, as long as a sum
+/// takes one pass.
 pub(crate) fn scratch(device: &Device, grads: usize) -> Scratch {
     match device {
         Device::Cpu(_) => Scratch::default(),
@@ -147,7 +151,8 @@ fn factor(norm: f32, loss: f32, max_norm: Option<f32>) -> f32 {
     max_norm.map_or(1.0, |max_norm| (max_norm / (norm + 1e-6)).min(1.0))
 }
 
-/// The formula, in f64: the norm of all, the clip factor, the loss, and the norm of each.
+/// The formula in f64. Returns the norm of all gradients, the clip factor, the loss, and the norm
+/// of each gradient.
 pub fn reference(grads: &[&[f64]], loss: Option<f64>, max_norm: Option<f64>) -> Vec<f64> {
     let norm = |squares: f64| squares.sqrt();
     let squares = grads.iter().map(|grad| grad.iter().map(|value| value * value).sum::<f64>());

@@ -1,4 +1,4 @@
-//! Matrices in host memory: 4-bit or dense, decoded alike.
+//! Matrices in host memory, 4-bit or dense. Both are decoded the same way.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use crate::quant::{DenseMatrix, QuantizedMatrix};
 
 /// A matrix in host memory: 4-bit, or dense in its own precision.
 #[derive(Clone, Debug, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "a handful of matrices of megabytes each; what differs is 200 bytes")]
+#[expect(clippy::large_enum_variant, reason = "200 bytes do not matter beside megabytes of weights")]
 pub enum HostMatrix {
     /// The canonical 4-bit matrix.
     Quantized(QuantizedMatrix),
@@ -27,7 +27,7 @@ impl From<DenseMatrix> for HostMatrix {
 }
 
 impl HostMatrix {
-    /// N, the rows.
+    /// N, number of rows.
     pub fn rows(&self) -> usize {
         match self {
             HostMatrix::Quantized(matrix) => matrix.rows(),
@@ -35,7 +35,7 @@ impl HostMatrix {
         }
     }
 
-    /// K, the columns.
+    /// K, number of columns.
     pub fn cols(&self) -> usize {
         match self {
             HostMatrix::Quantized(matrix) => matrix.cols(),
@@ -59,7 +59,8 @@ impl HostMatrix {
         }
     }
 
-    /// Decodes columns `cols` of `rows` into the start of `out`, rows `cols.len()` apart.
+    /// Decodes columns `cols` of `rows` into the start of `out`, with a row stride of
+    /// `cols.len()`.
     pub(crate) fn dequantize_tile(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
         for (row, out) in rows.zip(out.chunks_mut(cols.len())) {
             let start = row * self.cols() + cols.start;

@@ -1,12 +1,14 @@
-//! The loss of a language model's head: cross-entropy of X * W^T and labels, and its gradient in X.
+//! Loss of a language model's head: cross-entropy of X * W^T with labels, and its gradient with
+//! respect to X.
 //!
-//! | letter | what | shape |
+//! | letter | meaning | shape |
 //! |---|---|---|
 //! | X | hidden states | [M, K] |
-//! | W | the head, of any kind of matrix, whole or in parts | [V, K] |
-//! | labels | the token that each row is to predict, or [`IGNORE`] | `[M]` |
+//! | W | the head, any kind of matrix, whole or in parts | [V, K] |
+//! | labels | the token that each row should predict, or [`IGNORE`] | `[M]` |
 //!
-//! Logits are made for a chunk of tokens, turned into their own gradient and multiplied by W again: [M, V] never exists.
+//! Logits are computed for a chunk of tokens, turned into their own gradient and multiplied by W
+//! again: [M, V] is never stored.
 
 use super::cross_entropy::cross_entropy;
 pub use super::cross_entropy::{IGNORE, check_labels};
@@ -22,30 +24,32 @@ use crate::tensor::Tensor;
 
 const OP: &str = "linear_cross_entropy";
 
-/// Logits at a time, in bytes, at most.
+/// Maximum size of the logits held at a time, in bytes.
 const CHUNK_BYTES: u64 = 32 << 20;
-/// Chunks are a multiple of so many rows where they can be: whole tiles of the products.
+/// If possible, chunks are a multiple of this many rows: whole tiles of the products.
 const CHUNK_ROWS: usize = 64;
 
-/// What [`linear_cross_entropy`] answers.
+/// Result of [`linear_cross_entropy`].
 pub struct CrossEntropy {
-    /// The sum of the labelled tokens' losses times the scale, `[1]`.
+    /// `scale` times the sum of the labelled tokens' losses, `[1]`.
     pub loss: Tensor,
     /// Each token's loss, unscaled, 0 where the label is [`IGNORE`], `[M]`.
     pub token_losses: Tensor,
-    /// The gradient of `loss` in the hidden states, [M, K], if it was asked for.
+    /// Gradient of `loss` with respect to the hidden states, [M, K], if requested.
     pub d_hidden: Option<Tensor>,
 }
 
-/// The loss of `hidden` [M, K] with the head `head` [V, K]: `scale` * the sum of `-log softmax(hidden * head^T)[label]` over
-/// the tokens whose label counts. `labels` `[M]` are already shifted: that of a row is the next token. A `scale` of 1 gives
-/// the sum, 1 / labelled tokens the mean.
+/// Computes the loss of `hidden` [M, K] with the head `head` [V, K]: `scale` * the sum of `-log
+/// softmax(hidden * head^T)[label]` over the tokens whose label counts. `labels` `[M]` are already
+/// shifted: a row's label is the next token. A `scale` of 1 gives the sum, 1 / labelled tokens the
+/// mean.
 ///
-/// Labels must be less than V or [`IGNORE`]: [`check_labels`] tells, before they go to a device. Larger ones count as V - 1.
+/// Labels must be less than V or [`IGNORE`]; call [`check_labels`] before they go to a device.
+/// Larger ones count as V - 1.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
-/// Values are not looked at: what is not finite makes the loss so.
+/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+/// and device errors. Values are not checked: if any is not finite, neither is the loss.
 pub fn linear_cross_entropy(
     hidden: &Tensor,
     head: &DeviceMatrix,
@@ -73,7 +77,8 @@ pub fn linear_cross_entropy(
     Ok(CrossEntropy { loss: sum(&token_losses, scale)?, token_losses, d_hidden })
 }
 
-/// Rows of logits at a time, for a vocabulary of `v`: half of what a binding holds leaves room beside it.
+/// Rows of logits held at a time for a vocabulary of `v`. They take at most half of a binding,
+/// which leaves room for other buffers.
 pub(crate) fn chunk_rows(device: &Device, v: usize) -> usize {
     let bytes = match device {
         Device::Cpu(_) => CHUNK_BYTES,
@@ -93,7 +98,8 @@ mod tests {
 
     const SCALE: f32 = 0.125;
 
-    /// Losses, d_hidden and their bounds for a device whose products have a relative error of `product`.
+    /// Expected losses, d_hidden and their error bounds, for a device whose products have a
+    /// relative error of `product`.
     struct Wanted {
         losses: Vec<f64>,
         loss_bounds: Vec<f64>,
@@ -111,7 +117,8 @@ mod tests {
         let w_row = (0..v).map(|j| norm(&mut w[j * k..][..k].iter().copied())).fold(0.0, f64::max);
         let (mut loss_bounds, mut d_bounds) = (Vec::new(), Vec::new());
         for i in 0..m {
-            // How far a logit of this row may be off; a softmax is then off by twice that, relatively.
+            // Absolute error bound of this row's logits. The relative error of a softmax is then
+            // twice that.
             let off = 1e-5 * terms[i * v..][..v].iter().fold(0.0, |most: f64, &terms| most.max(terms))
                 + product * norm(&mut x[i * k..][..k].iter().copied()) * w_row;
             loss_bounds.push(2.0 * off + 1e-5 * (1.0 + losses[i]));
@@ -157,7 +164,7 @@ mod tests {
 
     #[test]
     fn kinds_of_heads_on_every_device_and_tier() {
-        // The products' own tests run every kind on every tier; here each comes once.
+        // The products' own tests run every kind on every tier; here each kind runs once.
         for (device, name) in testing::devices().iter().zip(["f32", "f16", "bf16", "q8_0"].into_iter().cycle()) {
             let (kind, head) = dense(130, 64, name);
             check(device, &kind, &head, 11);
@@ -203,7 +210,7 @@ mod tests {
             let all = 4 * (m * v) as u64;
             assert!(used < all / 3, "{}: {used} bytes, all logits take {all}", testing::name(&device));
         }
-        // The CPU has no binding limit: only a vocabulary this large makes chunks.
+        // The CPU has no binding limit, so it needs a vocabulary this large to make chunks.
         let (m, v, k) = (300, 100_000, 4);
         let device = Device::cpu();
         let head = DeviceMatrix::new(&device, dense(v, k, "bf16").1).unwrap();

@@ -1,6 +1,7 @@
-//! OUT [P, Q] = s * L * R by cooperative matrices, where P or Q is a rank: what [`lora_down`](super::lora_down),
-//! [`lora_dh`](super::lora_dh) and [`lora_dw`](super::lora_dw) are for many tokens in that tier. Operands are staged as f16 with
-//! powers of two that keep their range, sums are f32, in parts that a second pass adds up in a fixed order.
+//! OUT [P, Q] = s * L * R by cooperative matrices, where P or Q is a rank:
+//! [`lora_down`](super::lora_down), [`lora_dh`](super::lora_dh) and [`lora_dw`](super::lora_dw)
+//! for many tokens in that tier. Operands are staged as f16 with powers of two that keep their
+//! range. Sums are f32, in parts that a second pass adds up in a fixed order.
 
 use super::column_sum::{Partial, rows_each};
 use super::lora_down::Dropout;
@@ -18,22 +19,22 @@ params! {
         rows: u32,
         /// Q.
         columns: u32,
-        /// C.
+        /// C, contracted index.
         contracted: u32,
-        /// Of them in a part.
+        /// Contracted values per part.
         each: u32,
         /// Workgroups along P.
         row_groups: u32,
         /// Workgroups along Q.
         column_groups: u32,
-        /// s, with the dropout's 1 / (1 - p).
+        /// s, times the dropout's 1 / (1 - p).
         scale: f32,
-        /// Lower and upper half of the dropout's seed.
+        /// Lower half of the dropout's seed, then the upper half.
         seed_low: u32,
         seed_high: u32,
-        /// A value whose hash is under this is dropped.
+        /// Values with a hash below this are dropped.
         drop_below: u32,
-        /// 1.
+        /// Always 1.
         keep_scale: f32,
     }
 }
@@ -44,21 +45,22 @@ kernel! {
         [left: Read, right: Read, factor: Read, out: Write]
 }
 
-/// The larger operand, whose row factors other kernels share.
+/// The larger operand. Other kernels share its row factors.
 #[derive(Clone, Copy)]
 pub(super) struct Large<'a> {
     pub rows: Rows<'a>,
-    /// The contracted index runs along its rows: L [P, C], R [Q, C]; otherwise L is [C, P], R [C, Q].
+    /// Whether the contracted index runs along its rows: L [P, C], R [Q, C]. Otherwise L is
+    /// [C, P], R [C, Q].
     pub along: bool,
-    /// Of its values.
+    /// Dropout of its values.
     pub dropout: Option<Dropout>,
 }
 
-/// The operand with a rank, whose factors the workgroups find.
+/// The operand with a rank. The workgroups compute its factors themselves.
 #[derive(Clone, Copy)]
 pub(super) struct Small<'a> {
     pub tensor: &'a Tensor,
-    /// As in [`Large`].
+    /// Like in [`Large`].
     pub along: bool,
 }
 
@@ -69,38 +71,40 @@ pub(super) enum Operands<'a> {
     LargeRight(Small<'a>, Large<'a>),
 }
 
-/// The cooperative matrices of a device that multiplies `tokens` rows with them.
+/// Returns the device's cooperative matrices, if it multiplies `tokens` rows with them.
 pub(super) fn of(gpu: &Gpu, tokens: usize) -> Option<Cooperative> {
     gpu.cooperative().filter(|_| tokens > GEMV_ROWS)
 }
 
-/// Whether products over `tokens` rows stage their operands, with a factor a row.
+/// Whether products over `tokens` rows stage their operands, with a factor per row.
 pub(crate) fn stages(device: &Device, tokens: usize) -> bool {
     matches!(device, Device::Gpu(gpu) if of(gpu, tokens).is_some())
 }
 
-/// The longer and the shorter side of a tile of OUT, fixed in the shader by its four subgroups of 16 x 16.
+/// The longer and the shorter side of a tile of OUT, fixed by the shader: four subgroups of 16 x
+/// 16.
 const TILE: (usize, usize) = (64, 16);
-/// Values of the contracted index that the shader stages at a time: a part has a multiple of them.
+/// Contracted values that the shader stages at a time; a part has a multiple of them.
 const DEPTH: usize = 32;
-/// The fewest of a part, so that what it stores is little beside what it reads.
+/// Minimum contracted values per part, so that it stores little compared with what it reads.
 const SHORTEST: usize = 256;
-/// The longest contracted index that is no parts: adding these up takes a dispatch, which costs as much as they would save.
+/// Maximum contracted values that aren't split into parts: adding up parts takes a dispatch, which
+/// costs as much as they would save.
 const WHOLE: usize = 1536;
-/// Values of all parts together, at most: 32 MiB.
+/// Maximum values of all parts together: 32 MiB.
 const MAX_PARTIAL_VALUES: usize = 8 << 20;
 
-/// How the work is divided.
+/// Division of the work.
 struct Division {
     row_groups: usize,
     column_groups: usize,
-    /// Contracted values of a part.
+    /// Contracted values per part.
     each: usize,
     parts: usize,
 }
 
 impl Division {
-    /// Of an OUT [rows, columns], neither of them 0.
+    /// Divides OUT [rows, columns], neither of them 0.
     fn of(gpu: &Gpu, [rows, columns, contracted]: [usize; 3]) -> Division {
         let (long, short) = TILE;
         let tile = if is_wide(rows, columns) { (short, long) } else { (long, short) };
@@ -117,18 +121,18 @@ fn is_wide(rows: usize, columns: usize) -> bool {
     columns > rows
 }
 
-/// What the operands are.
+/// Layout of the operands in memory.
 #[derive(Clone, Copy)]
 struct Form {
-    /// The larger one: "left" or "right".
+    /// Which operand is the larger one: "left" or "right".
     large: &'static str,
-    /// The contracted index runs along the rows of L, of R.
+    /// Whether the contracted index runs along the rows of L, and of R.
     along: [bool; 2],
     dropout: bool,
 }
 
 impl Form {
-    /// Of H, G, dA and dB.
+    /// The forms for H, G, dA and dB.
     const ALL: [Form; 4] = [
         Form { large: "left", along: [true, true], dropout: true },
         Form { large: "left", along: [true, false], dropout: false },
@@ -136,7 +140,8 @@ impl Form {
         Form { large: "left", along: [false, false], dropout: false },
     ];
 
-    /// Text constants. `quads`: the rows of both operands end at whole quads, and are read four values at a time.
+    /// Text constants. `quads`: the rows of both operands have a length divisible by 4, and are
+    /// read four values at a time.
     fn defines(self, cooperative: Cooperative, wide: bool, quads: bool) -> Defines {
         cooperative
             .defines(Defines::new())
@@ -149,17 +154,17 @@ impl Form {
     }
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
     let each = |cooperative| {
-        // A wide H where there are fewer tokens than ranks.
+        // A wide H occurs if there are fewer tokens than ranks.
         let sizes = [(false, true), (true, true), (false, false), (true, false)];
         Form::ALL.into_iter().flat_map(move |form| sizes.map(|(wide, quads)| form.defines(cooperative, wide, quads)))
     };
     Cooperative::ALL.into_iter().flat_map(each).collect()
 }
 
-/// Computes s * L * R as the tensor `what`: [P, Q], none of P, Q and C 0.
+/// Computes s * L * R as the tensor `what`: [P, Q]. P, Q and C are not 0.
 pub(super) fn product(
     gpu: &Gpu,
     cooperative: Cooperative,
@@ -181,7 +186,7 @@ pub(super) fn product(
     let out = Tensor::uninit(gpu, what, &[rows, columns])?;
     let end = out.buffer(gpu, what)?;
     let division = Division::of(gpu, [rows, columns, contracted]);
-    // Products read X and dY too, whose rows run along the contracted index here.
+    // The products read X and dY too, with the contracted index of this kernel along their rows.
     let factors = match large.along {
         true => large.rows.found_beside_product(gpu, what)?,
         false => large.rows.found(gpu, what)?,
@@ -196,7 +201,7 @@ pub(super) fn product(
         each: division.each as u32,
         row_groups: division.row_groups as u32,
         column_groups: division.column_groups as u32,
-        // The dropout's scale, which has no bound, must not meet f16.
+        // The dropout's scale is unbounded, so it must stay out of f16.
         scale: scale * keep_scale,
         seed_low,
         seed_high,
@@ -218,13 +223,14 @@ pub(super) fn product(
     Ok(out)
 }
 
-/// What [`product`] takes beside OUT [P, Q] for C contracted values, and beside the factors that others share.
+/// Memory that [`product`] takes beside OUT [P, Q] and the shared factors, for C contracted
+/// values.
 pub(super) fn scratch(gpu: &Gpu, sizes: [usize; 3]) -> Scratch {
     Partial::scratch(gpu, Division::of(gpu, sizes).parts, sizes[0] * sizes[1])
 }
 
-/// The bound of tests of a product over so many tokens, relative to the sum of its terms' absolute values: that of f16 operands
-/// where cooperative matrices multiply, else that of f32.
+/// Error bound of tests of a product over this many tokens, relative to the sum of its terms'
+/// absolute values: that of f16 operands with cooperative matrices, else that of f32.
 #[cfg(test)]
 pub(super) fn tolerance(device: &Device, tokens: usize) -> f64 {
     match device {

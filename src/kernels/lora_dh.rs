@@ -1,6 +1,8 @@
-//! G = s * dY * B: [M, r] from dY [M, N] and B [N, r]: the gradient of H = X * A^T in Y = X * W^T + s * H * B^T.
+//! G = s * dY * B: [M, r] from dY [M, N] and B [N, r]. G is the gradient of H = X * A^T in Y = X *
+//! W^T + s * H * B^T.
 //!
-//! f32, or f16 with powers of two and f32 sums where cooperative matrices multiply: a gradient of 1e-8 is as good as any other.
+//! Computed in f32; with cooperative matrices in f16, with powers of two and f32 sums, so that
+//! gradients of 1e-8 keep their accuracy.
 
 use super::lora_coop::{self, Large, Operands, Small};
 use super::lora_down::Tile;
@@ -17,7 +19,7 @@ params! {
     struct LoraDhParams {
         first_group: u32,
         groups: u32,
-        /// Values contracted: N of the layer.
+        /// N of the layer: the contracted values.
         k: u32,
         /// M.
         rows: u32,
@@ -37,12 +39,13 @@ kernel! {
 /// Computes s * dY * B on the device of `dy`: [M, r].
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and the device's own.
+/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+/// and device errors.
 pub fn lora_dh(dy: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
     of_rows(Rows { tensor: dy, factors: &RowFactors::default() }, b, scale)
 }
 
-/// As [`lora_dh`], of a dY that other kernels read too.
+/// Like [`lora_dh`], for a dY that other kernels also read.
 pub(crate) fn of_rows(dy: Rows<'_>, b: &Tensor, scale: f32) -> Result<Tensor> {
     let Rows { tensor, .. } = dy;
     let (m, n) = expect_2d(OP, "dY", tensor)?;
@@ -61,7 +64,8 @@ pub(crate) fn of_rows(dy: Rows<'_>, b: &Tensor, scale: f32) -> Result<Tensor> {
     }
 }
 
-/// What [`lora_dh`] takes beside its result and the factors of dY's rows, for dY [M, N] and a rank.
+/// Memory that [`lora_dh`] takes beside its result and the factors of dY's rows, for dY [M, N] and
+/// a rank.
 pub(crate) fn scratch(device: &Device, [m, n, rank]: [usize; 3]) -> Scratch {
     match device {
         Device::Gpu(gpu) if lora_coop::of(gpu, m).is_some() => lora_coop::scratch(gpu, [m, rank, n]),
@@ -69,7 +73,7 @@ pub(crate) fn scratch(device: &Device, [m, n, rank]: [usize; 3]) -> Scratch {
     }
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Tile::variants(tier, 1, &[false])
 }
@@ -151,7 +155,7 @@ mod tests {
         }
     }
 
-    /// <dH, G> of a step along H is the change of <dY, Y>, with Y = s * H * B^T.
+    /// <dH, G> for a step dH along H equals the change of <dY, Y>, with Y = s * H * B^T.
     #[test]
     fn the_reference_is_the_gradient_of_the_forward() {
         let [m, n, rank] = [3, 5, 2];

@@ -1,7 +1,8 @@
 //! H = dropout(X) * A^T: [M, r] from X [M, K] and A [r, K].
 //!
-//! Dropout sets a value to zero with probability p and multiplies the others by 1 / (1 - p). Whether element i of X
-//! survives depends on (i, seed) alone, so that forward, backward and every device agree: no mask is stored.
+//! Dropout sets a value to zero with probability p and multiplies the others by 1 / (1 - p).
+//! Whether element i of X survives depends on (i, seed) alone, so forward, backward and every
+//! device agree without a stored mask.
 
 use rayon::prelude::*;
 
@@ -16,7 +17,7 @@ use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "lora_down";
 
-/// Values a task on the CPU where the work is elementwise.
+/// Values per task on the CPU for elementwise work.
 pub(super) const CPU_CHUNK: usize = 1 << 14;
 
 params! {
@@ -30,14 +31,14 @@ params! {
         rank: u32,
         /// Workgroups along the rank.
         rank_groups: u32,
-        /// Lower and upper half of the seed of the first A's dropout, the second's and the third's.
+        /// Lower and upper half of the dropout seed of the first A, then of the second and third.
         seed_low: u32,
         seed_high: u32,
         seed_low1: u32,
         seed_high1: u32,
         seed_low2: u32,
         seed_high2: u32,
-        /// A value whose hash is under this is dropped.
+        /// Values with a hash below this are dropped.
         drop_below: u32,
         /// 1 / (1 - p).
         keep_scale: f32,
@@ -59,7 +60,7 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// This dropout unless it drops nothing.
+    /// Returns this dropout, or `None` if it drops nothing.
     ///
     /// # Errors
     /// [`Error::Invalid`] for a probability outside 0..1.
@@ -75,14 +76,15 @@ impl Dropout {
         Ok((self.probability != 0.0).then_some(self))
     }
 
-    /// Low and high half of the seed, the hash under which a value is dropped, and what the others are multiplied by: the
-    /// parameters of `shaders/shared/dropout.wgsl`. Without dropout, those that keep everything.
+    /// Returns the parameters of `shaders/shared/dropout.wgsl`: low and high half of the seed, the
+    /// hash below which a value is dropped, and the factor of the other values. Without dropout,
+    /// they keep everything.
     pub(super) fn params(dropout: Option<Dropout>) -> (u32, u32, u32, f32) {
         let of = |d: Dropout| (d.seed as u32, (d.seed >> 32) as u32, d.drop_below(), d.keep_scale());
         dropout.map_or((0, 0, 0, 1.0), of)
     }
 
-    /// `values` with dropout, into `out`, on all cores.
+    /// Writes `values` with dropout to `out`, on all cores.
     pub(super) fn apply(self, values: &[f32], out: &mut [f32]) {
         let chunks = out.par_chunks_mut(CPU_CHUNK).zip(values.par_chunks(CPU_CHUNK)).enumerate();
         chunks.for_each(|(index, (out, values))| {
@@ -91,7 +93,7 @@ impl Dropout {
         });
     }
 
-    /// The factors of as many elements as `out` holds, from element `first` on.
+    /// Writes the factors of elements from `first` on, as many as `out` holds.
     pub(super) fn factors(self, first: u32, out: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") {
@@ -102,7 +104,7 @@ impl Dropout {
         self.factors_plain(first, out);
     }
 
-    /// Without AVX2 there is no product of four u32 at a time, and compilers take them one by one.
+    /// Without AVX2 four u32 can't be multiplied at a time, and compilers take them one by one.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2")]
     fn factors_avx2(self, first: u32, out: &mut [f32]) {
@@ -116,17 +118,17 @@ impl Dropout {
         }
     }
 
-    /// A value whose hash is under this is dropped.
+    /// Values with a hash below this are dropped.
     pub(super) fn drop_below(self) -> u32 {
         (f64::from(self.probability) * 4_294_967_296.0) as u32
     }
 
-    /// What the values that stay are multiplied by.
+    /// Factor of the values that are kept.
     pub(super) fn keep_scale(self) -> f32 {
         1.0 / (1.0 - self.probability)
     }
 
-    /// What element `i` of X, row-major, is multiplied by: 0 or 1 / (1 - p).
+    /// Factor of element `i` of X, row-major: 0 or 1 / (1 - p).
     #[inline]
     pub fn factor(self, i: u32) -> f32 {
         if self.hash(i) >= self.drop_below() { self.keep_scale() } else { 0.0 }
@@ -153,7 +155,7 @@ pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Ten
     of_rows(Rows { tensor: x, factors: &RowFactors::default() }, a, dropout)
 }
 
-/// As [`lora_down`], of an X that other kernels read too.
+/// Like [`lora_down`], for an X that other kernels also read.
 pub(crate) fn of_rows(rows: Rows<'_>, a: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
     let x = rows.tensor;
     let (m, k) = expect_2d(OP, "x", x)?;
@@ -189,7 +191,8 @@ pub(crate) fn of_rows(rows: Rows<'_>, a: &Tensor, dropout: Option<Dropout>) -> R
     }
 }
 
-/// What [`lora_down`] takes beside its result and the factors of X's rows, for X [M, K] and a rank, with dropout or not.
+/// Memory that [`lora_down`] takes beside its result and the factors of X's rows, for X [M, K] and
+/// a rank, with or without dropout.
 pub(crate) fn scratch(device: &Device, [m, k, rank]: [usize; 3], dropout: bool) -> Scratch {
     match device {
         Device::Cpu(_) => Scratch::kept(dropout.then_some(m * k)),
@@ -198,10 +201,10 @@ pub(crate) fn scratch(device: &Device, [m, k, rank]: [usize; 3], dropout: bool) 
     }
 }
 
-/// Of several A that read the same X.
+/// Like [`lora_down`], for several A that read the same X.
 ///
 /// # Errors
-/// As [`lora_down`].
+/// Like [`lora_down`].
 pub(crate) fn lora_down_all(rows: Rows<'_>, parts: &[(&Tensor, Option<Dropout>)]) -> Result<Vec<Tensor>> {
     let each = || parts.iter().map(|&(a, dropout)| of_rows(rows, a, dropout)).collect();
     let x = rows.tensor;
@@ -223,20 +226,21 @@ pub(crate) fn lora_down_all(rows: Rows<'_>, parts: &[(&Tensor, Option<Dropout>)]
     dispatch(gpu, x, &active, [m, k, rank])
 }
 
-/// The most A that a dispatch takes.
+/// Maximum number of A per dispatch.
 const MOST_PARTS: usize = 3;
 
-/// Rows of X and of A a workgroup owns on hardware, and its threads.
+/// Rows of X and of A per workgroup on hardware, and its threads.
 const TILE: (u32, u32, u32) = (8, 4, 64);
-/// The same for few rows of X, of which there are two workgroups a processor at best: they own little, and more threads share it.
+/// The same for few rows of X. These give at most two workgroups per processor, so a workgroup
+/// owns little and more threads share it.
 const FEW: [(u32, u32); 4] = [(1, 1), (2, 1), (4, 2), (8, 2)];
 const FEW_THREADS: u32 = 256;
 /// Partial sums of a workgroup without subgroups.
 const PARTIAL_SUMS: u32 = 2048;
-/// The threads a workgroup on a software driver.
+/// Threads per workgroup on software drivers.
 const SOFTWARE_THREADS: u32 = 8;
 
-/// How a product with few columns is divided.
+/// Division of a product with few columns.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
     /// Rows that a workgroup owns.
@@ -244,17 +248,18 @@ pub(super) struct Tile {
     /// Columns that it owns.
     pub ranks: u32,
     threads: u32,
-    /// Lanes of a software driver share what they load.
+    /// Whether the lanes of a software driver share what they load.
     share: bool,
 }
 
 impl Tile {
-    /// For `m` rows and `parts` right sides at a time. `share`: workgroups can be one subgroup of eight, and rows are whole words.
+    /// The tile for `m` rows and `parts` right sides at a time. `share`: workgroups can be one
+    /// subgroup of eight, and rows are whole words.
     pub fn new(tier: Tier, m: usize, parts: usize, share: bool) -> Tile {
         if tier != Tier::Software {
             let few = FEW.into_iter().find(|&(tokens, _)| m <= tokens as usize);
             let (tokens, ranks, threads) = few.map_or(TILE, |(tokens, ranks)| (tokens, ranks, FEW_THREADS));
-            // As many sums a thread, about.
+            // Keeps the number of sums per thread about the same.
             let tokens = tokens.min(TILE.0 >> (parts - 1));
             let most = if tier.subgroups() { threads } else { PARTIAL_SUMS / (tokens * ranks) };
             return Tile { tokens, ranks, threads: threads.min(most), share: false };
@@ -264,12 +269,12 @@ impl Tile {
         Tile { tokens, ranks: SOFTWARE_THREADS, threads: SOFTWARE_THREADS, share }
     }
 
-    /// As [`Tile::new`], of a device and rows of `k` values.
+    /// Like [`Tile::new`], for a device and rows of `k` values.
     pub fn of(gpu: &Gpu, [m, k]: [usize; 2], parts: usize) -> Tile {
         Tile::new(gpu.tier(), m, parts, one_subgroup(gpu) && !is_ragged(k))
     }
 
-    /// The variant's text constants.
+    /// Text constants of the variant.
     pub fn defines(self, tier: Tier, parts: usize, ragged: bool, dropout: bool) -> Defines {
         Defines::new()
             .with("ragged", ragged)
@@ -283,7 +288,7 @@ impl Tile {
             .with("parts", parts as u32)
     }
 
-    /// Every variant's text constants with up to so many right sides, for the registry test.
+    /// Text constants of every variant with up to `parts` right sides, for the registry test.
     pub fn variants(tier: Tier, parts: usize, dropouts: &[bool]) -> Vec<Defines> {
         let mut all = Vec::new();
         for parts in 1..=parts {
@@ -298,12 +303,13 @@ impl Tile {
     }
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     Tile::variants(tier, MOST_PARTS, &[false, true])
 }
 
-/// H of each of at most [`MOST_PARTS`] A of one shape, with dropouts of one probability that drop something.
+/// Computes H for each of at most [`MOST_PARTS`] A of one shape. Their dropouts have one
+/// probability, above 0.
 fn dispatch(
     gpu: &Gpu,
     x: &Tensor,
@@ -316,7 +322,7 @@ fn dispatch(
     }
     let tile = Tile::of(gpu, [m, k], parts.len());
     let rank_groups = (rank as u32).div_ceil(tile.ranks);
-    // Where there are fewer, the others are not used: any buffer does.
+    // Unused bindings need a buffer; any will do.
     let part = |index: usize| parts[index.min(parts.len() - 1)];
     let seed = |index: usize| Dropout::params(part(index).1);
     let ((seed_low, seed_high, drop_below, keep_scale), (seed_low1, seed_high1, ..), (seed_low2, seed_high2, ..)) =
@@ -370,7 +376,7 @@ mod tests {
         let (x_tensor, a_tensor) = (tensor(&[m, k], &x), tensor(&[rank, k], &a));
         let h = lora_down(&x_tensor, &a_tensor, dropout).unwrap();
         assert_eq!(h.shape(), [m, rank]);
-        // Beside others it is the same, to the bit.
+        // Computed together with others, the result is the same to the bit.
         let other = tensor(&[rank, k], &testing::values(seed + 2, rank * k, 1.0));
         let reseeded = |by| dropout.map(|dropout| Dropout { seed: dropout.seed.wrapping_add(by), ..dropout });
         let beside = [(&other, reseeded(1)), (&a_tensor, dropout), (&a_tensor, reseeded(2))];

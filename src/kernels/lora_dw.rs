@@ -1,12 +1,14 @@
-//! OUT [P, Q] = s * the sum over tokens m of L[m, p] * R[m, q], with dropout on R: the gradients of an adapter's weights.
+//! OUT [P, Q] = s * the sum over tokens m of L[m, p] * R[m, q], with dropout on R: the gradients
+//! of an adapter's weights.
 //!
 //! | gradient | L | R | s |
 //! |---|---|---|---|
 //! | dA [r, K] | G = s * dY * B, [M, r] | X [M, K], with the forward's dropout | 1 |
 //! | dB [N, r] | dY [M, N] | H = dropout(X) * A^T, [M, r] | s |
 //!
-//! f32, or f16 with powers of two and f32 sums where cooperative matrices multiply. Many tokens are summed in parts that a second
-//! pass adds up, in a fixed order: the same bits on every run.
+//! Computed in f32; with cooperative matrices in f16, with powers of two and f32 sums. Many tokens
+//! are summed in parts that a second pass adds up in a fixed order, so every run gives the same
+//! bits.
 
 use super::column_sum::{self, rows_each};
 use super::lora_coop::{self, Large, Operands, Small};
@@ -26,26 +28,26 @@ params! {
         groups: u32,
         /// M.
         tokens: u32,
-        /// Tokens of a part.
+        /// Tokens per part.
         tokens_each: u32,
         /// Columns of the wider operand.
         wide: u32,
-        /// Columns of the other.
+        /// Columns of the narrower operand.
         narrow: u32,
-        /// Workgroups along the wider one.
+        /// Workgroups along the wider operand.
         wide_groups: u32,
-        /// Workgroups along the other.
+        /// Workgroups along the narrower operand.
         narrow_groups: u32,
-        /// In OUT, from one column of the wider operand to the next; in values.
+        /// Stride in OUT from one column of the wider operand to the next, in values.
         wide_stride: u32,
-        /// The same of the other.
+        /// The same for the narrower operand.
         narrow_stride: u32,
         /// s.
         scale: f32,
-        /// Lower and upper half of the dropout's seed.
+        /// Lower half of the dropout's seed, then the upper half.
         seed_low: u32,
         seed_high: u32,
-        /// A value whose hash is under this is dropped.
+        /// Values with a hash below this are dropped.
         drop_below: u32,
         /// 1 / (1 - p).
         keep_scale: f32,
@@ -60,8 +62,8 @@ kernel! {
 /// Computes s * L^T * dropout(R) on the device of `l`: [P, Q].
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::DeviceMismatch`], [`Error::Invalid`] for a dropout probability outside 0..1, and the
-/// device's own.
+/// [`Error::Shape`], [`Error::DeviceMismatch`], [`Error::Invalid`] for a dropout probability
+/// outside 0..1, and device errors.
 pub fn lora_dw(l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
     let factors = RowFactors::default();
     let drops = dropout.is_some_and(|dropout| dropout.probability != 0.0);
@@ -69,12 +71,12 @@ pub fn lora_dw(l: &Tensor, r: &Tensor, scale: f32, dropout: Option<Dropout>) -> 
     run(l, r, shared, scale, dropout)
 }
 
-/// dA = G^T * dropout(X), of an X that other kernels read too.
+/// Computes dA = G^T * dropout(X), for an X that other kernels also read.
 pub(crate) fn of_a(g: &Tensor, x: Rows<'_>, dropout: Option<Dropout>) -> Result<Tensor> {
     run(g, x.tensor, Shared::R(x.factors), 1.0, dropout)
 }
 
-/// dB = s * dY^T * H, of a dY that other kernels read too.
+/// Computes dB = s * dY^T * H, for a dY that other kernels also read.
 pub(crate) fn of_b(dy: Rows<'_>, h: &Tensor, scale: f32) -> Result<Tensor> {
     run(dy.tensor, h, Shared::L(dy.factors), scale, None)
 }
@@ -90,7 +92,7 @@ fn run(l: &Tensor, r: &Tensor, shared: Shared<'_>, scale: f32, dropout: Option<D
     let (m, rows) = expect_2d(OP, "L", l)?;
     let (r_m, cols) = expect_2d(OP, "R", r)?;
     if m != r_m {
-        let (expected, got) = (format!("{m}, those of L"), r_m.to_string());
+        let (expected, got) = (format!("{m}, as in L"), r_m.to_string());
         return Err(Error::Shape { op: OP, what: "rows of R", expected, got });
     }
     l.device().same(&r.device(), OP)?;
@@ -114,18 +116,18 @@ fn run(l: &Tensor, r: &Tensor, shared: Shared<'_>, scale: f32, dropout: Option<D
     }
 }
 
-/// Values of all partial gradients together, at most: 32 MiB.
+/// Maximum values of all partial gradients together: 32 MiB.
 const MAX_PARTIAL_VALUES: usize = 8 << 20;
 
-/// What a workgroup's invocations own.
+/// The piece of OUT that an invocation owns, and how it is computed.
 #[derive(Clone, Copy)]
 struct Tile {
-    /// Columns of the wider operand an invocation.
+    /// Columns of the wider operand per invocation.
     columns: u32,
-    /// Columns of the other.
+    /// Columns of the narrower operand per invocation.
     ranks: u32,
     threads: u32,
-    /// Lanes of a software driver share what they load.
+    /// Whether the lanes of a software driver share what they load.
     share: bool,
 }
 
@@ -133,7 +135,7 @@ struct Tile {
 const STEPS: u32 = 4;
 
 impl Tile {
-    /// For so many columns of the narrower operand.
+    /// The tile for `narrow` columns of the narrower operand.
     fn new(tier: Tier, narrow: usize, share: bool) -> Tile {
         let (ranks, threads) = match tier {
             Tier::Software if share && narrow > 8 => (16, 8),
@@ -154,26 +156,26 @@ impl Tile {
     }
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     let tiles = [(8, false), (8, true), (16, true)].map(|(narrow, share)| Tile::new(tier, narrow, share));
     tiles.iter().flat_map(|tile| ["none", "wide", "narrow"].map(|dropout| tile.defines(dropout))).collect()
 }
 
-/// How the work is divided.
+/// Division of the work.
 struct Division {
     tile: Tile,
     /// Workgroups along the wider operand.
     wide_groups: usize,
-    /// Workgroups along the other.
+    /// Workgroups along the narrower operand.
     narrow_groups: usize,
-    /// Tokens of a part.
+    /// Tokens per part.
     each: usize,
     parts: usize,
 }
 
 impl Division {
-    /// Of an OUT [rows, cols], neither of them 0, from `m` tokens.
+    /// Divides OUT [rows, cols], neither of them 0, computed from `m` tokens.
     fn of(gpu: &Gpu, m: usize, rows: usize, cols: usize) -> Division {
         let tile = Tile::new(gpu.tier(), rows.min(cols), one_subgroup(gpu));
         let wide_groups = rows.max(cols).div_ceil((tile.columns * tile.threads) as usize);
@@ -184,8 +186,8 @@ impl Division {
     }
 }
 
-/// What [`lora_dw`] takes beside OUT [rows, cols] for `m` tokens, with dropout on R or not, and beside the factors of dY's rows or
-/// X's.
+/// Memory that [`lora_dw`] takes beside OUT [rows, cols] and the factors of dY's or X's rows, for
+/// `m` tokens, with or without dropout on R.
 pub(crate) fn scratch(device: &Device, m: usize, rows: usize, cols: usize, dropout: bool) -> Scratch {
     match device {
         Device::Cpu(_) => Scratch::kept(dropout.then_some(m * cols)),
@@ -306,7 +308,7 @@ mod tests {
             m in 1..=257usize,
             rank in 1..=40usize,
             width in 1..=257usize,
-            // dA or dB.
+            // Whether this is dA or dB.
             of_a: bool,
             probability in prop_oneof![Just(0.0f32), 0.01..0.99f32],
             seed in 0..1000u64,
@@ -334,7 +336,7 @@ mod tests {
     #[test]
     fn tiny_gradients_survive_beside_rows_of_padding() {
         let (m, rank, cols) = (70, 16, 40);
-        // Every third token is padding: no gradient.
+        // Every third token is padding, without a gradient.
         let mut l = testing::values(1, m * rank, 1e-8);
         l.chunks_mut(3 * rank).for_each(|rows| rows[..rank].fill(0.0));
         for x in [1.0, 1e5] {
@@ -351,7 +353,7 @@ mod tests {
         }
     }
 
-    /// With Y = s * H * B^T and H = dropout(X) * A^T, of <dY, Y>.
+    /// The gradients of <dY, Y>, with Y = s * H * B^T and H = dropout(X) * A^T.
     #[test]
     fn the_references_are_the_gradients_of_the_forward() {
         let [m, n, k, rank] = [4, 5, 6, 2];

@@ -1,8 +1,10 @@
-//! Matrices where the kernels read them: as they are on the host, or packed into one buffer a part on a GPU.
+//! Matrices in the form that kernels read: on the CPU as on the host, on a GPU packed into one
+//! buffer per part.
 //!
-//! On a GPU the rows of codes (element e of a word in bits 4e) are padded to 32 weights, and everything else that
-//! decodes them follows in the same buffer: scales, super-scales, tables, minima. A matrix over the binding limit
-//! is split by rows into parts. There is one copy, and forward and backward read it.
+//! On a GPU, rows of codes (element e of a word in bits 4e) are padded to 32 weights. Everything
+//! else that decodes them follows in the same buffer: scales, super-scales, tables, minima. A
+//! matrix over the binding limit is split by rows into parts. Forward and backward read the same
+//! single copy.
 
 use std::hash::Hash;
 use std::sync::Arc;
@@ -33,12 +35,12 @@ enum Storage {
 const OP: &str = "device matrix";
 
 impl DeviceMatrix {
-    /// Puts a matrix on a device. The CPU device keeps the host form itself, shared; a GPU gets a packed copy and the
-    /// host form is dropped.
+    /// Puts a matrix on a device. The CPU device shares the host form itself; a GPU gets a packed
+    /// copy, and the host form is dropped.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if one row is over the binding limit, [`Error::OutOfMemory`], [`Error::Invalid`] for an
-    /// empty matrix or a super-block that is no power of two.
+    /// [`Error::TooLarge`] if one row is over the binding limit, [`Error::OutOfMemory`],
+    /// [`Error::Invalid`] for an empty matrix or a super-block that is not a power of two.
     pub fn new(device: &Device, matrix: impl Into<Arc<HostMatrix>>) -> Result<DeviceMatrix> {
         let matrix = matrix.into();
         let (rows, cols) = (matrix.rows(), matrix.cols());
@@ -63,17 +65,17 @@ impl DeviceMatrix {
         Ok(DeviceMatrix { rows, cols, defines, words_per_scale, meta, storage })
     }
 
-    /// N, the rows.
+    /// N, number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// K, the columns.
+    /// K, number of columns.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// Where it is.
+    /// The device that holds the matrix.
     pub fn device(&self) -> Device {
         match &self.storage {
             Storage::Cpu { cpu, .. } => Device::Cpu(cpu.clone()),
@@ -81,7 +83,7 @@ impl DeviceMatrix {
         }
     }
 
-    /// Bytes that it takes on its device, padding and tables included.
+    /// Bytes on the device, including padding and tables.
     pub fn resident_bytes(&self) -> u64 {
         match &self.storage {
             Storage::Cpu { matrix, .. } => matrix.bytes() as u64,
@@ -89,7 +91,7 @@ impl DeviceMatrix {
         }
     }
 
-    /// How many buffers it is split into; one on the CPU.
+    /// Number of buffers that hold the matrix; one on the CPU.
     pub fn part_count(&self) -> usize {
         match &self.storage {
             Storage::Cpu { .. } => 1,
@@ -97,17 +99,17 @@ impl DeviceMatrix {
         }
     }
 
-    /// Whether it is dense f32.
+    /// Whether the matrix is dense f32.
     pub fn is_f32(&self) -> bool {
         matches!(*self.meta, Meta::F32)
     }
 
-    /// Whether it is 4-bit with quantized scales.
+    /// Whether the matrix is 4-bit with quantized scales.
     pub fn is_double_quantized(&self) -> bool {
         matches!(*self.meta, Meta::Quantized { scales: ScaleMeta::Double { .. }, .. })
     }
 
-    /// The host form on the CPU device.
+    /// The host form, if the matrix is on the CPU device.
     pub(crate) fn host(&self) -> Option<&HostMatrix> {
         match &self.storage {
             Storage::Cpu { matrix, .. } => Some(matrix),
@@ -115,7 +117,7 @@ impl DeviceMatrix {
         }
     }
 
-    /// The device and the parts on a GPU.
+    /// The device and the parts, if the matrix is on a GPU.
     pub(crate) fn gpu(&self) -> Option<(&Gpu, &[Part])> {
         match &self.storage {
             Storage::Cpu { .. } => None,
@@ -123,27 +125,29 @@ impl DeviceMatrix {
         }
     }
 
-    /// The text constants that `shaders/shared/matrix.wgsl` wants.
+    /// Text constants for `shaders/shared/matrix.wgsl`.
     pub(crate) fn defines(&self) -> Defines {
         self.defines.clone()
     }
 
-    /// The same for the form that hardware reads, 16 bytes at a time.
+    /// The same, for hardware's way of reading: 16 bytes at a time.
     pub(crate) fn wide_defines(&self) -> Defines {
         wide(self.defines.clone(), self.words_per_scale >= 4)
     }
 
-    /// What tells its variant from others.
+    /// Key that distinguishes kernel variants for this matrix.
     pub(crate) fn variant(&self) -> impl Hash {
         (&self.defines, self.words_per_scale)
     }
 
-    /// Words of eight weights in a row that share a scale, wherever they start at a multiple of that many.
+    /// Words of eight weights that share a scale: any group of this many in a row that starts at a
+    /// multiple of it.
     pub(crate) fn words_per_scale(&self) -> u32 {
         self.words_per_scale
     }
 
-    /// Copies the matrix (from a GPU: back) to the host. Exact: codes, scales and tables are those that went in.
+    /// Copies the matrix to the host, from a GPU back. Exact: codes, scales and tables equal the
+    /// originals.
     pub fn to_host(&self) -> Result<Arc<HostMatrix>> {
         match &self.storage {
             Storage::Cpu { matrix, .. } => Ok(matrix.clone()),
@@ -152,7 +156,8 @@ impl DeviceMatrix {
     }
 }
 
-/// Whether `shaders/shared/matrix.wgsl` needs its per-element form: rows do not end at whole words.
+/// Whether `shaders/shared/matrix.wgsl` needs its per-element form, because rows don't end at
+/// whole words.
 pub(crate) fn is_ragged(cols: usize) -> bool {
     !cols.is_multiple_of(8)
 }
@@ -169,7 +174,8 @@ fn defines(matrix: &HostMatrix) -> Defines {
     }
 }
 
-/// Text constants of a 4-bit matrix; `scales` and `mins` are "plain" or "double", `mins` also "none".
+/// Text constants of a 4-bit matrix. `scales` and `mins` are "plain" or "double"; `mins` can also
+/// be "none".
 pub(crate) fn quant_defines(codebook: &Codebook, scales: &'static str, mins: &'static str, ragged: bool) -> Defines {
     let values = &codebook.0;
     let counts_up = (0..16).all(|i| values[i].to_bits() == (values[0] + i as f32).to_bits());
@@ -189,13 +195,13 @@ pub(crate) fn quant_defines(codebook: &Codebook, scales: &'static str, mins: &'s
         .with("ragged", ragged)
 }
 
-/// Text constants of a dense matrix; `kind` is "f32", "f16", "bf16" or "q8_0".
+/// Text constants of a dense matrix. `kind` is "f32", "f16", "bf16" or "q8_0".
 pub(crate) fn dense_defines(kind: &'static str, ragged: bool) -> Defines {
     Defines::new().with("kind", kind).with("mins", "none").with("ragged", ragged)
 }
 
-/// Text constants of a matrix that is read 16 bytes at a time. `chunked`: 32 codes of a row that begin at a multiple of 32 share
-/// a scale.
+/// Text constants of a matrix that is read 16 bytes at a time. `chunked`: 32 codes of a row that
+/// begin at a multiple of 32 share a scale.
 pub(crate) fn wide(matrix: Defines, chunked: bool) -> Defines {
     matrix.with("wide", true).with("chunked", chunked)
 }

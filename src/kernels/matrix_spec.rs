@@ -1,5 +1,5 @@
-//! What a matrix is but for its values: its shape and how it is stored. The bytes that it takes on a device follow from
-//! that, so that they are known from a file's header.
+//! Shape and storage format of a matrix, without its values. They determine the bytes on a device,
+//! so a file's header is enough to know them.
 
 use std::ops::Range;
 
@@ -9,51 +9,51 @@ use crate::device::{Device, Gpu};
 use crate::error::{Error, Result};
 use crate::quant::{Codebook, DenseData, DoubleQuant, DoubleScales, Q8_BLOCK, QuantOptions, Scales};
 
-/// How the scales (or the minima) of a 4-bit matrix are stored.
+/// Storage format of the scales (or the minima) of a 4-bit matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ScaleKind {
-    /// One f32 a block.
+    /// One f32 per block.
     Plain,
-    /// One byte a block, and one f32 for every `super_block` of them.
+    /// One byte per block, and one f32 for every `super_block` of them.
     Double {
         /// Codes per super-scale.
         super_block: usize,
     },
 }
 
-/// How the weights of a matrix are stored.
+/// Storage format of a matrix's weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MatrixKind {
     /// The canonical 4-bit matrix.
     Quantized {
         /// Weights per scale.
         block: usize,
-        /// One a block.
+        /// One scale per block.
         scales: ScaleKind,
-        /// One a block, where the format has them.
+        /// One minimum per block, if the format has minima.
         mins: Option<ScaleKind>,
     },
     /// 32-bit values.
     F32,
-    /// 16-bit values, of either type.
+    /// 16-bit values, f16 or bf16.
     Half,
-    /// A byte a weight, an f16 for every 32 of a row.
+    /// One byte per weight, and an f16 scale for every 32 weights of a row.
     Q8_0,
 }
 
 /// A matrix W [N, K] without its values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MatrixSpec {
-    /// N.
+    /// N, number of rows.
     pub rows: usize,
-    /// K.
+    /// K, number of columns.
     pub cols: usize,
-    /// How its weights are stored.
+    /// Storage format of the weights.
     pub kind: MatrixKind,
 }
 
 impl ScaleKind {
-    /// That of some scales.
+    /// The kind of some scales.
     pub fn of(scales: &Scales) -> ScaleKind {
         match scales {
             Scales::Plain(_) => ScaleKind::Plain,
@@ -61,16 +61,16 @@ impl ScaleKind {
         }
     }
 
-    /// Bytes in host memory, of so many blocks.
+    /// Bytes in host memory for this many blocks.
     fn host_bytes(self, blocks: usize) -> usize {
         match self {
             ScaleKind::Plain => 4 * blocks,
-            // With the offset and the table.
+            // Includes the offset and the table.
             ScaleKind::Double { super_block } => blocks + 4 * (blocks.div_ceil(super_block) + 1 + 256),
         }
     }
 
-    /// Words in a part that has these blocks; see `pack_scales`.
+    /// Words in a part with these blocks; see `pack_scales`.
     fn part_words(self, blocks: &Range<usize>) -> usize {
         match self {
             ScaleKind::Plain => blocks.len() + 2,
@@ -83,7 +83,7 @@ impl ScaleKind {
 }
 
 impl MatrixKind {
-    /// What a quantizer makes with these options.
+    /// The kind that a quantizer makes with these options.
     pub fn quantized(options: &QuantOptions) -> MatrixKind {
         let scales = match options.double {
             DoubleQuant::None => ScaleKind::Plain,
@@ -102,7 +102,7 @@ impl MatrixKind {
 }
 
 impl MatrixSpec {
-    /// That of a matrix.
+    /// The spec of a matrix.
     pub fn of(matrix: &HostMatrix) -> MatrixSpec {
         let kind = match matrix {
             HostMatrix::Quantized(matrix) => MatrixKind::Quantized {
@@ -119,11 +119,12 @@ impl MatrixSpec {
         MatrixSpec { rows: matrix.rows(), cols: matrix.cols(), kind }
     }
 
-    /// Bytes that it takes on a device, as [`DeviceMatrix::resident_bytes`](super::DeviceMatrix::resident_bytes) of the matrix
-    /// itself.
+    /// Bytes on a device. Equals
+    /// [`DeviceMatrix::resident_bytes`](super::DeviceMatrix::resident_bytes) of the matrix itself.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] if one row is over the binding limit, [`Error::Invalid`] for blocks or super-blocks of 0.
+    /// [`Error::TooLarge`] if one row is over the binding limit, [`Error::Invalid`] for blocks or
+    /// super-blocks of 0.
     pub fn device_bytes(&self, device: &Device) -> Result<u64> {
         let empty = |kind: ScaleKind| kind == ScaleKind::Double { super_block: 0 };
         if matches!(self.kind, MatrixKind::Quantized { block: 0, .. }) || self.kind.all_scales().any(empty) {
@@ -140,13 +141,13 @@ impl MatrixSpec {
         }
     }
 
-    /// Bytes in host memory; those of [`HostMatrix::bytes`].
+    /// Bytes in host memory. Equals [`HostMatrix::bytes`].
     fn host_bytes(&self) -> usize {
         let n = self.rows * self.cols;
         match self.kind {
             MatrixKind::Quantized { block, .. } => {
                 let scales: usize = self.kind.all_scales().map(|kind| kind.host_bytes(n.div_ceil(block))).sum();
-                // With the codebook, and with both of its values for every byte.
+                // Includes the codebook, and a table of both values for every byte.
                 n.div_ceil(2) + scales + size_of::<Codebook>() + 256 * size_of::<[f32; 2]>()
             }
             MatrixKind::F32 => 4 * n,
@@ -155,7 +156,7 @@ impl MatrixSpec {
         }
     }
 
-    /// Words that a row of codes or values takes in a part.
+    /// Words of a row of codes or values in a part.
     pub(super) fn row_words(&self) -> usize {
         let padded = self.cols.next_multiple_of(32);
         match self.kind {
@@ -166,11 +167,11 @@ impl MatrixSpec {
         }
     }
 
-    /// The rows of each part: as many as the binding limit allows.
+    /// The rows of each part, as many as the binding limit allows.
     pub(super) fn part_rows(&self, gpu: &Gpu) -> Result<impl Iterator<Item = Range<usize>> + use<>> {
         let &MatrixSpec { rows, cols, kind } = self;
         let limit = gpu.limits().max_binding_bytes;
-        // Tables, paddings and partly used super-blocks of a part, at most.
+        // Upper bound for tables, padding and partly used super-blocks of a part.
         let overhead = 4096;
         let scale_bytes = match kind {
             MatrixKind::Quantized { block, .. } => {
@@ -188,12 +189,12 @@ impl MatrixSpec {
             let (device, what) = (gpu.name().to_owned(), format!("a row of matrix {rows} x {cols}"));
             return Err(Error::TooLarge { device, what, bytes: row_bytes as u64 + overhead, limit });
         }
-        // Packed rows of dY are read from multiples of this on.
+        // Packed rows of dY are read from a multiple of this.
         let rows_per_part = if rows_per_part > PACKED { rows_per_part / PACKED * PACKED } else { rows_per_part };
         Ok((0..rows).step_by(rows_per_part).map(move |start| start..(start + rows_per_part).min(rows)))
     }
 
-    /// Words of the part that has these rows.
+    /// Number of words in a part with these rows.
     pub(super) fn part_words(&self, rows: &Range<usize>) -> usize {
         let codes = rows.len() * self.row_words();
         match self.kind {

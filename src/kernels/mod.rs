@@ -1,5 +1,6 @@
-//! The kernels: one file each, named as its shader in `shaders/`, with the formula, host checks, dispatch, CPU twin and
-//! tests. [`matrix`] says how matrices lie on a device; [`registry`] lists every kernel.
+//! The kernels: one file for each, named like its shader in `shaders/`, with the formula, host
+//! checks, dispatch, CPU twin and tests. [`matrix`] describes the layout of matrices on a device;
+//! [`registry`] lists every kernel.
 //!
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
@@ -84,8 +85,8 @@ pub(crate) use parity::disagreement;
 pub(crate) use rows::{RowFactors, Rows};
 pub(crate) use scratch::Scratch;
 
-/// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry test compares with
-/// the shader's.
+/// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry
+/// test compares with the shader's.
 macro_rules! params {
     ($(#[$meta:meta])* struct $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
         $(#[$meta])*
@@ -96,7 +97,7 @@ macro_rules! params {
         }
 
         impl $name {
-            #[allow(dead_code, reason = "of a struct within another's Params, only the registry test asks")]
+            #[allow(dead_code, reason = "for a struct nested in another's Params, only the registry test uses it")]
             pub(crate) const FIELDS: &'static [(&'static str, usize)] =
                 &[$((stringify!($field), std::mem::offset_of!($name, $field))),*];
         }
@@ -105,7 +106,8 @@ macro_rules! params {
     };
 }
 
-/// Declares a kernel: its shader's name, its `Params` and its storage buffers in binding order.
+/// Declares a kernel: the name of its shader, its `Params`, and its storage buffers in binding
+/// order.
 macro_rules! kernel {
     ($(#[$meta:meta])* $static:ident = $name:literal, $params:ty, [$($binding:ident: $access:ident),* $(,)?]) => {
         $(#[$meta])*
@@ -125,17 +127,17 @@ use crate::device::{Gpu, Kernel, Tier};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 
-/// Whether a device runs a kernel that takes several tensors at a time: it can bind all of them, and is no software driver, which a
-/// dispatch costs little.
+/// Whether a device runs a kernel that takes several tensors at a time. It must be able to bind
+/// them all. Software drivers don't, because their dispatches cost little.
 fn takes_several(gpu: &Gpu, kernel: &Kernel) -> bool {
     gpu.tier() != Tier::Software && gpu.limits().max_storage_buffers as usize >= kernel.bindings.len()
 }
 
-/// The scalar of a CPU twin: f32 as the kernels compute, f64 for finite differences.
+/// The scalar of a CPU twin: f32 like the kernels, f64 for finite differences.
 pub trait Real:
     num_traits::Float + num_traits::FromPrimitive + std::iter::Sum + std::ops::AddAssign + Send + Sync
 {
-    /// From a stored f32.
+    /// Converts a stored f32.
     fn of(value: f32) -> Self;
 }
 
@@ -158,11 +160,11 @@ pub struct LoraUp<'a> {
     pub h: &'a Tensor,
     /// B, [N, r].
     pub b: &'a Tensor,
-    /// s, alpha / r or alpha / sqrt(r).
+    /// s: alpha / r or alpha / sqrt(r).
     pub scale: f32,
 }
 
-/// An error unless `tensor` has this shape.
+/// Returns an error unless `tensor` has this shape.
 pub(crate) fn expect_shape(op: &'static str, what: &'static str, tensor: &Tensor, expected: &[usize]) -> Result<()> {
     if tensor.shape() == expected {
         return Ok(());
@@ -170,7 +172,7 @@ pub(crate) fn expect_shape(op: &'static str, what: &'static str, tensor: &Tensor
     Err(Error::Shape { op, what, expected: format!("{expected:?}"), got: format!("{:?}", tensor.shape()) })
 }
 
-/// Rows and columns of a 2-D tensor.
+/// Returns the rows and columns of a 2-D tensor.
 pub(crate) fn expect_2d(op: &'static str, what: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
     match *tensor.shape() {
         [rows, cols] => Ok((rows, cols)),

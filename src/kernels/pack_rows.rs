@@ -1,5 +1,6 @@
-//! Rows of a matrix as f16, each times its factor ([`row_factor`](super::row_factor)) and padded by zeros: what products by
-//! cooperative matrices read. One pass finds the factors and packs.
+//! Packs the rows of a matrix as f16, each multiplied by its factor
+//! ([`row_factor`](super::row_factor)) and padded with zeros. Products by cooperative matrices
+//! read these rows. One pass finds the factors and packs.
 
 use super::kernel;
 use super::row_factor::{self, RowFactorParams};
@@ -11,20 +12,21 @@ kernel! {
     KERNEL = "pack_rows", RowFactorParams, [x: Read, factor: Write, packed: Write]
 }
 
-/// Packed rows have a multiple of so many values: two stages of a product, so `2 * depth` of `shaders/shared/coop.wgsl`.
+/// Packed rows have a multiple of this many values: two stages of a product, which is `2 * depth`
+/// of `shaders/shared/coop.wgsl`.
 pub(crate) const PACKED: usize = 64;
 
-/// Words of `rows` packed rows of `k` values.
+/// Number of words in `rows` packed rows of `k` values.
 pub(crate) fn words(rows: usize, k: usize) -> usize {
     rows * k.next_multiple_of(PACKED) / 2
 }
 
-/// Adds what the text depends on beside what [`row_factor`]'s does.
+/// Adds text constants to those of [`row_factor`].
 fn defines(shared: Defines) -> Defines {
     shared.with("f16", true)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
     row_factor::variants().into_iter().map(defines).collect()
 }

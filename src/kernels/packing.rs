@@ -1,5 +1,5 @@
-//! How a matrix is packed into one buffer of u32 words a part, and unpacked again: rows of codes first, then scales,
-//! super-scales, tables and minima. `shaders/shared/matrix.wgsl` reads it.
+//! Packs a matrix into one buffer of u32 words per part, and unpacks it: rows of codes first, then
+//! scales, super-scales, tables and minima. `shaders/shared/matrix.wgsl` reads it.
 
 use std::ops::Range;
 
@@ -15,51 +15,51 @@ use crate::quant::{Codebook, DenseData, DenseMatrix, DoubleScales, Dtype, Format
 use crate::tensor::from_bytes;
 
 params! {
-    /// How one part lies in its buffer; `Matrix` in the shaders. Places are in u32 words.
+    /// Layout of one part in its buffer; `Matrix` in the shaders. Places are in u32 words.
     struct MatrixLayout {
-        /// From one row of codes or values to the next.
+        /// Stride from one row of codes or values to the next.
         row_words: u32,
-        /// log2 of the weights a block.
+        /// log2 of the weights per block.
         block_shift: u32,
         /// The part's first weight within its block.
         first_weight: u32,
         /// The part's first block within its super-block.
         first_block: u32,
-        /// log2 of the blocks a super-block.
+        /// log2 of the blocks per super-block.
         super_shift: u32,
         /// Place of the scales: f32, bytes of codes, or f16 pairs (Q8_0).
         scales: u32,
         /// Place of the super-scales.
         supers: u32,
-        /// Place of the 256 values of a scale code.
+        /// Place of the 256 values that scale codes stand for.
         table: u32,
         /// Added to every double-quantized scale.
         offset: f32,
-        /// Place of the minima; the next three are as those of the scales.
+        /// Place of the minima. The next three fields are like those of the scales.
         mins: u32,
         /// Place of the minima's super-scales.
         min_supers: u32,
-        /// Place of the 256 values of a minimum's code.
+        /// Place of the 256 values that codes of minima stand for.
         min_table: u32,
         /// Added to every double-quantized minimum.
         min_offset: f32,
-        /// The power of two that brings the largest weight near 256, for f16 staging. Rows of W whose largest weight is under
-        /// 2^-22 of that lose precision there.
+        /// The power of two that brings the largest weight near 256, for f16 staging. Rows of W
+        /// whose largest weight is below 2^-22 of the matrix's largest lose precision there.
         factor: f32,
     }
 }
 
 /// Rows of a matrix in one buffer.
 pub(crate) struct Part {
-    /// Which rows of the whole matrix.
+    /// These rows of the whole matrix.
     pub rows: Range<usize>,
     /// The packed words.
     pub buffer: Buffer,
-    /// Where what lies in it.
+    /// Layout of the buffer.
     pub layout: MatrixLayout,
 }
 
-/// What the packed words alone do not say, to bring a matrix back to the host.
+/// Information that the packed words lack, needed to bring a matrix back to the host.
 pub(super) enum Meta {
     Quantized {
         format: Format,
@@ -102,7 +102,8 @@ impl ScaleMeta {
     }
 }
 
-/// The power of two that brings `largest` into [128, 256], kept within the normal numbers; 1 for no weights at all.
+/// The power of two that brings `largest` into [128, 256], within the range of normal numbers; 1
+/// if all weights are zero.
 fn staging_factor(largest: f32) -> f32 {
     if largest == 0.0 || !largest.is_finite() {
         return 1.0;
@@ -131,11 +132,12 @@ fn matrix_factor(matrix: &HostMatrix) -> f32 {
     })
 }
 
-/// Packs a matrix into as many buffers as the binding limit asks for.
+/// Packs a matrix into as many buffers as the binding limit requires.
 pub(super) fn upload(gpu: &Gpu, matrix: &HostMatrix) -> Result<Vec<Part>> {
     let spec = MatrixSpec::of(matrix);
     let what = format!("matrix {} x {}", spec.rows, spec.cols);
-    // Only f16 staging asks for it, and finding it reads every scale (or every dense value).
+    // Only f16 staging needs the factor, and computing it reads every scale (or every dense
+    // value).
     let factor = if gpu.tier().f16() { matrix_factor(matrix) } else { 1.0 };
     let mut parts = Vec::new();
     for range in spec.part_rows(gpu)? {
@@ -152,7 +154,7 @@ pub(super) fn upload(gpu: &Gpu, matrix: &HostMatrix) -> Result<Vec<Part>> {
 }
 
 impl Meta {
-    /// That of a matrix.
+    /// The information for a matrix.
     pub(super) fn of(matrix: &HostMatrix) -> Meta {
         match matrix {
             HostMatrix::Quantized(matrix) => Meta::Quantized {
@@ -188,11 +190,12 @@ fn pack_quantized(matrix: &QuantizedMatrix, rows: Range<usize>, layout: &mut Mat
     if let Some(mins) = matrix.mins() {
         let places = pack_scales(mins, blocks, &mut words)?;
         (layout.mins, layout.min_supers, layout.min_table, layout.min_offset) = places.fields();
-        // One shift serves both where both are double-quantized: the formats that have minima use the same super-block.
+        // Scales and minima share one shift if both are double-quantized: the formats that have
+        // minima use the same super-block.
         if let (Scales::Double(scales), Scales::Double(mins)) = (matrix.scales(), mins)
             && scales.super_block != mins.super_block
         {
-            return Err(bad_super_block(mins.super_block, "it must be that of the scales"));
+            return Err(bad_super_block(mins.super_block, "it must equal that of the scales"));
         }
         if let Scales::Double(_) = mins {
             (layout.first_block, layout.super_shift) = (places.first_block, places.super_shift);
@@ -205,7 +208,8 @@ fn bad_super_block(got: usize, expected: &str) -> Error {
     Error::Invalid { op: "device matrix", what: "the super-block", got: got.to_string(), expected: expected.to_owned() }
 }
 
-/// Codes of one row, from flat index `first` on: element e into bits 4 (e mod 8) of word e / 8.
+/// Packs the codes of one row, from flat index `first` on: element e into bits 4 (e mod 8) of word
+/// e / 8.
 fn pack_codes(matrix: &QuantizedMatrix, first: usize, cols: usize, out: &mut [u32]) {
     if !first.is_multiple_of(2) || !cols.is_multiple_of(8) {
         for e in 0..cols {
@@ -215,7 +219,7 @@ fn pack_codes(matrix: &QuantizedMatrix, first: usize, cols: usize, out: &mut [u3
     }
     let bytes = &matrix.codes()[first / 2..(first + cols) / 2];
     for (word, bytes) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-        // The host has the first of two codes in the high nibble.
+        // On the host, the first of two codes is in the high nibble.
         let packed = u32::from_le_bytes(*bytes);
         *word = (packed >> 4) & 0x0f0f_0f0f | (packed & 0x0f0f_0f0f) << 4;
     }
@@ -236,8 +240,9 @@ impl ScalePlaces {
     }
 }
 
-/// Appends the scales of `blocks` and what decodes them. Two more scales than there are blocks can be read: a ragged row's
-/// last words may end past the last block, and they read the next block's scale too.
+/// Appends the scales of `blocks` and their tables. Two scales beyond the last block can be read:
+/// a ragged row's last words may end past the last block, and they read the next block's scale
+/// too.
 fn pack_scales(scales: &Scales, blocks: Range<usize>, words: &mut Vec<u32>) -> Result<ScalePlaces> {
     let place = |words: &Vec<u32>| words.len() as u32;
     let at = place(words);
@@ -249,7 +254,7 @@ fn pack_scales(scales: &Scales, blocks: Range<usize>, words: &mut Vec<u32>) -> R
         }
         Scales::Double(double) => {
             if !double.super_block.is_power_of_two() {
-                return Err(bad_super_block(double.super_block, "GPU kernels take powers of two"));
+                return Err(bad_super_block(double.super_block, "GPU kernels need a power of two"));
             }
             let codes = &double.codes[blocks.clone()];
             words.extend(
@@ -314,7 +319,7 @@ fn pack_dense(matrix: &DenseMatrix, rows: Range<usize>, layout: &mut MatrixLayou
     words
 }
 
-/// Reads the parts back and makes them the matrix that they were.
+/// Reads the parts back and restores the original matrix.
 pub(super) fn download(gpu: &Gpu, parts: &[Part], meta: &Meta, rows: usize, cols: usize) -> Result<HostMatrix> {
     let mut words_of_parts = Vec::with_capacity(parts.len());
     for part in parts {
@@ -398,7 +403,8 @@ fn unpack_scales(
     blocks: &dyn Fn(&Part) -> Range<usize>,
     places: impl Fn(&MatrixLayout) -> (u32, u32),
 ) -> Scales {
-    // Parts may share a block, or a super-block, at their seam: what the part before has written is skipped.
+    // Two parts may share a block or a super-block at their border; skip what the earlier part has
+    // written.
     match meta {
         ScaleMeta::Plain => {
             let mut values = Vec::new();

@@ -1,5 +1,6 @@
-//! Whether a device computes what the CPU does: small products, attention and reductions of a training step, forward and
-//! backward, in the device's own tier. It is asked once for a driver's version, before anything else runs there.
+//! Checks that a device computes the same as the CPU: small products, attention and reductions of
+//! a training step, forward and backward, in the device's own tier. Runs once per driver version,
+//! before anything else runs there.
 
 use super::attention::{AttentionShape, attention};
 use super::attention_backward::attention_backward;
@@ -20,34 +21,37 @@ use crate::quant::{QuantOptions, QuantizedMatrix};
 use crate::seed::mix;
 use crate::tensor::Tensor;
 
-/// Tokens: more than a tile of 64, and no whole number of anything.
+/// Tokens: more than a tile of 64, and not a multiple of any tile.
 const M: usize = 70;
 const N: usize = 96;
 const K: usize = 128;
 const RANK: usize = 8;
 
-/// The kernel whose results are farthest from the CPU's, if they are farther than rounding explains: its name and by how much.
+/// Returns the kernel whose results differ most from the CPU's, if rounding doesn't explain the
+/// difference: its name and the error.
 ///
 /// # Errors
-/// Those of either device.
+/// Errors of either device.
 pub(crate) fn disagreement(gpu: &Gpu) -> Result<Option<String>> {
-    // Cooperative attention is laid out in another way for large heads.
+    // Cooperative attention has a different layout for large heads.
     let head_dims: &[usize] = if gpu.cooperative().is_some() { &[64, 128] } else { &[64] };
     let wanted = results(&Device::cpu(), head_dims)?;
     let found = results(&Device::Gpu(gpu.clone()), head_dims)?;
     let errors = wanted.iter().zip(&found).map(|((name, wanted), (_, found))| (*name, relative_error(found, wanted)));
     let worst = errors.max_by(|(_, one), (_, other)| one.total_cmp(other));
     Ok(worst.filter(|(_, error)| *error > allowed(gpu.tier())).map(|(name, error)| {
-        format!("{name} is off by {error:.1e} of the largest value, and rounding explains {:.0e}", allowed(gpu.tier()))
+        format!("{name} is off by {error:.1e} of the largest value, but rounding explains {:.0e}", allowed(gpu.tier()))
     }))
 }
 
-/// Relative to the largest value of a result: f32 sums in another order, or operands of f16.
+/// Allowed error relative to the largest value of a result. It covers f32 sums in another order,
+/// or f16 operands.
 fn allowed(tier: Tier) -> f64 {
     if tier.f16() { 1e-2 } else { 1e-4 }
 }
 
-/// Infinite where a value is not finite, or has no counterpart.
+/// Error relative to the largest wanted value; infinite if lengths differ or a value is not
+/// finite.
 fn relative_error(found: &[f32], wanted: &[f32]) -> f64 {
     if found.len() != wanted.len() || found.iter().any(|value| !value.is_finite()) {
         return f64::INFINITY;
@@ -143,7 +147,7 @@ mod tests {
             change(&mut wrong);
             relative_error(&wrong, &right)
         };
-        // A tile's part that was not computed, values in others' places, no number.
+        // A part of a tile that wasn't computed, swapped values, a NaN.
         assert!(with(|wrong| wrong[500..516].fill(0.0)) > 0.1);
         assert!(with(|wrong| wrong.rotate_left(1)) > 0.1);
         assert_eq!(with(|wrong| wrong[7] = f32::NAN), f64::INFINITY);

@@ -13,7 +13,8 @@ pub(crate) struct View<'a> {
     pub col_stride: usize,
 }
 
-/// Columns of a matrix result [rows, cols], borrowed exclusively; other columns of the same rows may be borrowed elsewhere.
+/// Some columns of a matrix result [rows, cols], borrowed exclusively. Other columns of the same
+/// rows may be borrowed elsewhere.
 pub(crate) struct Columns<'a> {
     data: *mut f32,
     row_stride: usize,
@@ -22,20 +23,21 @@ pub(crate) struct Columns<'a> {
     borrow: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: it stands for exclusive borrows of its pieces of rows, which may be sent.
+// SAFETY: it represents exclusive borrows of its pieces of rows, and these may be sent.
 unsafe impl Send for Columns<'_> {}
 
 impl<'a> Columns<'a> {
     /// All columns of a row-major matrix.
     ///
     /// # Panics
-    /// If `data` is no `rows` rows of `cols`: a bug of the caller.
+    /// If `data` doesn't hold `rows` rows of `cols`: a bug in the caller.
     pub fn new(data: &'a mut [f32], rows: usize, cols: usize) -> Self {
         assert_eq!(data.len(), rows * cols, "a result of {rows} x {cols}");
         Columns { data: data.as_mut_ptr(), row_stride: cols, rows, cols, borrow: PhantomData }
     }
 
-    /// Disjoint groups of `width` columns, the last one narrower where it does not divide.
+    /// Splits into disjoint groups of `width` columns; the last one is narrower if `width` doesn't
+    /// divide the number of columns.
     pub fn split(self, width: usize) -> Vec<Columns<'a>> {
         let group = |first: usize| Columns {
             // SAFETY: `first` is one of the columns, so this is within the first row.
@@ -46,30 +48,31 @@ impl<'a> Columns<'a> {
         if self.rows == 0 { Vec::new() } else { (0..self.cols).step_by(width.max(1)).map(group).collect() }
     }
 
-    /// These columns of some rows.
+    /// The same columns of fewer rows.
     ///
     /// # Panics
-    /// If there are no such rows: a bug of the caller.
+    /// If these rows don't exist: a bug in the caller.
     pub fn rows(&mut self, rows: Range<usize>) -> Columns<'_> {
         assert!(rows.start < rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         // SAFETY: `rows.start` is one of the rows, so this is within the borrowed matrix.
         Columns { data: unsafe { self.data.add(rows.start * self.row_stride) }, rows: rows.len(), ..*self }
     }
 
-    /// These columns of a row.
+    /// These columns of one row.
     ///
     /// # Panics
-    /// If there is no such row.
+    /// If the row doesn't exist.
     pub fn row(&mut self, row: usize) -> &mut [f32] {
         assert!(row < self.rows, "row {row} of {}", self.rows);
-        // SAFETY: the piece is within the borrowed matrix, and no other `Columns` has it.
+        // SAFETY: the piece is within the borrowed matrix, and no other `Columns` holds it.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.row_stride), self.cols) }
     }
 
-    /// Sets the columns to `scale * left * right`, or adds that where `add`: left [rows, inner], right [inner, cols].
+    /// Sets the columns to `scale * left * right`, or adds that if `add`. left is [rows, inner],
+    /// right [inner, cols].
     ///
     /// # Panics
-    /// If an operand is too short for its shape: a bug of the caller.
+    /// If an operand is too short for its shape: a bug in the caller.
     pub fn product(
         &mut self,
         left: View<'_>,
@@ -88,8 +91,8 @@ impl<'a> Columns<'a> {
         };
         assert!(enough(&left, rows, inner), "left operand of {rows} x {inner}");
         assert!(enough(&right, inner, cols), "right operand of {inner} x {cols}");
-        // SAFETY: the assertions bound every element of the operands that the strides reach; the result's pieces of rows
-        // are borrowed exclusively.
+        // SAFETY: the assertions bound every element of the operands that the strides reach; the
+        // result's pieces of rows are borrowed exclusively.
         unsafe {
             gemm::gemm(
                 rows,
@@ -116,13 +119,14 @@ impl<'a> Columns<'a> {
     }
 }
 
-/// Threads for a product of this many multiplications: small ones are done before others could join.
+/// Chooses the threads for a product with this many multiplications. Small products finish before
+/// other threads could join.
 pub(crate) fn parallelism(multiplications: usize) -> Parallelism {
     if multiplications > 1 << 18 { Parallelism::Rayon(0) } else { Parallelism::None }
 }
 
-/// Groups of columns of equal width, `most` at most and at least one a thread where there are so many, and which
-/// columns each has.
+/// Splits columns into groups of equal width: at most `most` wide, and at least one group per
+/// thread if there are enough columns. Returns the width and the columns of each group.
 pub(crate) fn panels(cols: usize, most: usize) -> (usize, impl Fn(usize) -> Range<usize>) {
     let count = cols.div_ceil(most).next_multiple_of(rayon::current_num_threads());
     let width = cols.div_ceil(count).next_multiple_of(8);

@@ -1,15 +1,16 @@
 //! Y = X * W^T + bias + s * H * B^T: the fused product with a packed matrix and an adapter.
 //!
-//! | letter | what | shape |
+//! | letter | meaning | shape |
 //! |---|---|---|
 //! | X | activations | [M, K] |
-//! | W | 4-bit or dense matrix, decoded on the way and never whole | [N, K] |
+//! | W | 4-bit or dense matrix, decoded on the way and never stored whole | [N, K] |
 //! | bias | added to every row; or a residual, added row by row | `[N]` or [M, N] |
 //! | H, B, s | adapter: H = X * A^T ([`lora_down`](super::lora_down)), B and its scale | [M, r], [N, r] |
 //!
-//! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, equation 5. W counts with its
-//! dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few rows, register tiles, one by cooperative
-//! matrices, and one for software drivers; on the CPU, SIMD for few rows and a GEMM crate over decoded tiles.
+//! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, equation 5.
+//! W stands for its dequantized f32 values; sums are f32. Forms: [`qmatmul_gemv`](super) for few
+//! rows, register tiles, one by cooperative matrices, and one for software drivers. On the CPU:
+//! SIMD for few rows, a GEMM crate over decoded tiles for many.
 
 use super::column_sum::Partial;
 use super::matrix::{DeviceMatrix, HostMatrix};
@@ -26,13 +27,13 @@ use crate::tensor::{Storage, Tensor};
 /// Computes X * W^T + bias + s * H * B^T on the device of `x`: [M, N].
 ///
 /// # Errors
-/// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], and the device's own errors. Values are not
-/// looked at: what is not finite comes out as it does in the formula.
+/// [`Error::Shape`] if shapes disagree, [`Error::DeviceMismatch`], and the device's own errors.
+/// Values are not checked: NaN and infinities propagate as in the formula.
 pub fn qmatmul(x: &Tensor, w: &DeviceMatrix, bias: Option<&Tensor>, lora: Option<LoraUp<'_>>) -> Result<Tensor> {
     product(Rows { tensor: x, factors: &RowFactors::default() }, Product { w, bias, lora })
 }
 
-/// What X is multiplied with.
+/// Everything that X is multiplied with.
 #[derive(Clone, Copy)]
 pub(crate) struct Product<'a> {
     /// W, [N, K].
@@ -43,7 +44,7 @@ pub(crate) struct Product<'a> {
     pub lora: Option<LoraUp<'a>>,
 }
 
-/// As [`qmatmul`], of an X that other kernels read too.
+/// Like [`qmatmul`], for an X that other kernels also read.
 pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) -> Result<Tensor> {
     let x = rows.tensor;
     let (m, k) = expect_2d(OP, "x", x)?;
@@ -103,12 +104,13 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
             partial.add_up(gpu, result)?;
             Ok(y)
         }
-        // `same` has made sure of one device.
+        // Unreachable: `same` has checked that there is one device.
         _ => Err(Error::DeviceMismatch { op: OP, left: x.device().name().into(), right: w.device().name().into() }),
     }
 }
 
-/// What [`qmatmul`] takes beside its result and the factors of X's rows, for `m` of them and W [N, K].
+/// Memory that [`qmatmul`] takes beside its result and the factors of X's rows, for `m` rows and W
+/// [N, K].
 pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch {
     match device {
         Device::Cpu(_) => qmatmul_cpu::scratch(m, n, k),
@@ -116,12 +118,13 @@ pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch 
     }
 }
 
-/// The shape of a product as [`splits`] counts it: few rows of X are a matrix-vector product, which has none.
+/// The shape of a product as [`splits`] counts it. With few rows of X it is a matrix-vector
+/// product, which has no splits.
 fn split_shape([m, n, k]: [usize; 3]) -> [usize; 3] {
     [m, n, if m > GEMV_ROWS { k } else { 0 }]
 }
 
-/// Whether an X of `m` rows is staged as f16, with a factor a row.
+/// Whether an X of `m` rows is staged as f16, with a factor per row.
 pub(crate) fn stages(device: &Device, m: usize) -> bool {
     matches!(device, Device::Gpu(gpu) if stages_on(gpu, m))
 }
@@ -130,8 +133,9 @@ fn stages_on(gpu: &Gpu, m: usize) -> bool {
     gpu.tier().f16() && m > GEMV_ROWS
 }
 
-/// The formula, for any real type: what every form is compared with. `x` is [M, K], `w` [N, K], `lora` (H [M, r],
-/// B [N, r], s). Returns Y and, for tolerances, the sums of the terms' absolute values.
+/// The formula, for any real type; every form is compared with it. `x` is [M, K], `w` [N, K],
+/// `lora` (H [M, r], B [N, r], s). Returns Y and, for tolerances, the sums of the terms' absolute
+/// values.
 pub fn reference<T: Real>(
     x: &[T],
     w: &[T],
@@ -166,7 +170,7 @@ pub fn reference<T: Real>(
     (y, terms)
 }
 
-/// All of a host matrix as `T`, for [`reference()`].
+/// Decodes a whole host matrix as `T`, for [`reference()`].
 pub fn dense_of<T: Real>(matrix: &HostMatrix) -> Vec<T> {
     let mut values = vec![0.0; matrix.rows() * matrix.cols()];
     matrix.dequantize_rows(0..matrix.rows(), &mut values);
@@ -201,7 +205,7 @@ mod tests {
         seed: u64,
     }
 
-    /// Runs a case on a device and compares with the twin in f64.
+    /// Runs a case on a device and compares the result with the twin in f64.
     fn check(device: &Device, kind: &str, matrix: &HostMatrix, case: &Case) {
         let &Case { m, n, k, rank, bias, seed } = case;
         let context = format!("{} {kind} M={m} N={n} K={k} r={rank} bias={bias:?}", testing::name(device));
@@ -255,13 +259,14 @@ mod tests {
         {
             check_everywhere(&Case { m, n, k, rank, bias, seed: 7 }, |_| true);
         }
-        // The largest shapes take long to compile on software drivers: a few kinds of matrix stand for all.
+        // The largest shapes take long to compile on software drivers: a few kinds of matrix
+        // represent all.
         check_everywhere(&Case { m: 65, n: 130, k: 96, rank: 20, bias: Bias::Row, seed: 7 }, |i| i % 4 == 1);
-        // Results are stored by fours where N allows it.
+        // Results are stored four at a time if N is a multiple of 4.
         for bias in [Bias::Row, Bias::Rows] {
             check_everywhere(&Case { m: 12, n: 72, k: 64, rank: 4, bias, seed: 7 }, |i| i == 1);
         }
-        // Few tiles and a long K, which cooperative matrices add up in three splits.
+        // Few tiles and a long K, which cooperative matrices sum in three splits.
         check_everywhere(&Case { m: 12, n: 70, k: 3100, rank: 4, bias: Bias::Rows, seed: 7 }, |i| i % 4 == 1);
     }
 
@@ -302,7 +307,7 @@ mod tests {
     #[test]
     fn a_matrix_over_the_binding_limit_is_split_by_rows() {
         let case = Case { m: 3, n: 601, k: 96, rank: 5, bias: Bias::Rows, seed: 3 };
-        // Without immediates: the way of a browser.
+        // Without immediates, like in a browser.
         for device in testing::gpus_with(|options| {
             options.max_binding_bytes = Some(24_000);
             options.immediates = false;
@@ -310,7 +315,7 @@ mod tests {
             for (kind, matrix) in testing::matrices(3, case.n, case.k, 0.1) {
                 let split = DeviceMatrix::new(&device, matrix.clone()).unwrap();
                 assert!(split.part_count() > 1, "{kind}");
-                assert!(*split.to_host().unwrap() == matrix, "{kind}: comes back as it was");
+                assert!(*split.to_host().unwrap() == matrix, "{kind}: round trip");
                 check(&device, &kind, &matrix, &case);
                 check(&device, &kind, &matrix, &Case { m: 9, ..case });
             }
@@ -368,7 +373,7 @@ mod tests {
             if wanted.is_empty() {
                 continue;
             }
-            // What measuring writes down is replaced by each variant in turn.
+            // In the measured file, replaces the choice by each variant in turn.
             open(true).iter().for_each(|device| [m, 3].iter().for_each(|&m| drop(run(device, m))));
             let Ok(text) = std::fs::read_to_string(&file) else {
                 assert!(tier == Tier::Software, "a variant of the product of few rows is always measured");

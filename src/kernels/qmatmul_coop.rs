@@ -1,5 +1,6 @@
-//! [`qmatmul`](super::qmatmul) by cooperative matrices: tiles of Y, operands staged as f16 in workgroup memory with powers
-//! of two that keep their range, sums in f32. One shader for both sizes of matrices.
+//! [`qmatmul`](super::qmatmul) by cooperative matrices: tiles of Y, operands staged as f16 in
+//! workgroup memory with powers of two that keep their range, sums in f32. One shader serves both
+//! sizes of cooperative matrices.
 
 use super::kernel;
 use super::packing::Part;
@@ -14,17 +15,18 @@ kernel! {
         [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write]
 }
 
-/// A tile of the result, which some subgroups share.
+/// A tile of the result, shared by several subgroups.
 #[derive(Clone, Copy)]
 pub(super) struct Tile {
     pub rows: u32,
     pub columns: u32,
     pub subgroups: u32,
-    /// The form with two buffers of operands; `shaders/shared/coop_tiles.wgsl`.
+    /// Uses the form with two buffers of operands; `shaders/shared/coop_tiles.wgsl`.
     pub double: bool,
 }
 
-/// By what they take, the smallest first. A larger tile decodes each weight for more rows. Which is the fastest is measured.
+/// Smallest first. A larger tile decodes each weight for more rows; which one is fastest is
+/// measured.
 const SINGLE_64: Tile = Tile { rows: 64, columns: 64, subgroups: 4, double: false };
 const DOUBLE_64: Tile = Tile { double: true, ..SINGLE_64 };
 const SINGLE_128: Tile = Tile { rows: 128, columns: 128, subgroups: 8, double: false };
@@ -34,8 +36,9 @@ const DOUBLE_128: Tile = Tile { double: true, ..SINGLE_128 };
 impl Tile {
     pub const ALL: [Tile; 5] = [SINGLE_64, DOUBLE_64, SINGLE_128, DOUBLE_WIDE, DOUBLE_128];
 
-    /// Those that a device has room for and that `m` rows fill, the smallest first; the first is for every device. Two buffers leave
-    /// AMD's GPUs too few workgroups, and on NVIDIA's the large tile was always slower with one.
+    /// The tiles that fit a device and that `m` rows fill, smallest first; the first one fits
+    /// every device. With two buffers AMD's GPUs run too few workgroups, and on NVIDIA's the large
+    /// tile was always slower with one buffer.
     pub fn of(gpu: &Gpu, cooperative: Cooperative, m: usize) -> &'static [Tile] {
         let few = m <= SINGLE_64.rows as usize;
         let tiles: &[Tile] = match gpu.info().vendor {
@@ -48,7 +51,8 @@ impl Tile {
         &tiles[..tiles.iter().take_while(fits).count().max(1)]
     }
 
-    /// Workgroup memory that it takes at most: buffers of both operands, a strip of each subgroup's results, and tables.
+    /// Maximum workgroup memory: buffers of both operands, a strip of results per subgroup, and
+    /// tables.
     fn bytes(self) -> u32 {
         let buffers = if self.double { 2 } else { 1 };
         let strip = if self.double { 128 / self.subgroups } else { 16 };
@@ -56,7 +60,7 @@ impl Tile {
         operands + 4 * 16 * strip * self.subgroups + if self.double { 64 } else { 4096 }
     }
 
-    /// Workgroups for a result [m, n] of some splits.
+    /// Number of workgroups for a result [m, n] with this many splits.
     pub fn groups(self, [m, n, splits]: [usize; 3]) -> u64 {
         (m.div_ceil(self.rows as usize) * n.div_ceil(self.columns as usize) * splits) as u64
     }
@@ -72,13 +76,13 @@ impl Tile {
 const AMD: u32 = 0x1002;
 pub(super) const NVIDIA: u32 = 0x10de;
 
-/// Workgroups that occupy a large device.
+/// Number of workgroups that occupies a large device.
 const WANTED_GROUPS: usize = 256;
-/// The fewest values of a split, so that what it stores is little beside what it reads.
+/// Minimum contracted values per split, so that it stores little compared with what it reads.
 const SHORTEST: usize = 1024;
 
-/// The splits of a product's contracted index, where matrices are cooperative. Their number depends on the shape alone, so that
-/// the order of sums does.
+/// Number of splits of a product's contracted index, with cooperative matrices. It depends on the
+/// shape alone, so the order of sums does too.
 pub(super) fn splits(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> usize {
     if gpu.cooperative().is_none() {
         return 1;
@@ -87,7 +91,7 @@ pub(super) fn splits(gpu: &Gpu, [m, n, contracted]: [usize; 3]) -> usize {
     (WANTED_GROUPS / tiles.max(1)).min(contracted / SHORTEST).max(1)
 }
 
-/// What a variant's text depends on beside the matrix and the device.
+/// Properties of a variant's text besides the matrix and the device.
 #[derive(Clone, Copy)]
 struct Form {
     tile: Tile,
@@ -97,13 +101,13 @@ struct Form {
     rank_quads: bool,
 }
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
     let matrix = form.tile.defines(cooperative.defines(matrix)).with("quads", form.quads);
     matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {

@@ -1,5 +1,5 @@
-//! [`qmatmul`](super::qmatmul) on the CPU, fast: for few rows of X a SIMD product straight from the packed codes; for
-//! many, tiles of W are decoded and a GEMM crate multiplies them.
+//! Fast [`qmatmul`](super::qmatmul) on the CPU. For few rows of X, a SIMD product straight from
+//! the packed codes; for many, tiles of W are decoded and a GEMM crate multiplies them.
 
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -12,7 +12,7 @@ use super::simd::{self, FewRows};
 use crate::device::Cpu;
 use crate::error::Result;
 
-/// Y [M, N] of `x` [M, K]; the caller has checked the shapes. `bias` is `[N]` or [M, N].
+/// Computes Y [M, N] for `x` [M, K]. The caller has checked the shapes. `bias` is `[N]` or [M, N].
 pub(crate) fn forward(
     cpu: &Cpu,
     x: &[f32],
@@ -30,12 +30,12 @@ pub(crate) fn forward(
     }
 }
 
-/// What `bias` adds to a row of Y, which has `n` values.
+/// Returns the part of `bias` that is added to a row of Y of `n` values.
 fn bias_row(bias: &[f32], row: usize, n: usize) -> &[f32] {
     if bias.len() == n { bias } else { &bias[row * n..][..n] }
 }
 
-/// Rows of W a task.
+/// Rows of W per task.
 const GEMV_TASK: usize = 32;
 
 fn few_rows(
@@ -67,7 +67,7 @@ fn few_rows(
         fill(y);
         return Ok(());
     }
-    // [N, M]: a task's results lie together.
+    // [N, M], so that a task's results are contiguous.
     let mut by_row = cpu.zeros(n * m)?;
     fill(&mut by_row);
     for (row, values) in by_row.chunks(m).enumerate() {
@@ -78,18 +78,18 @@ fn few_rows(
     Ok(())
 }
 
-/// Rows of W, and columns of it, that a task decodes at a time at most: 2 MiB of f32, so that it stays in the cache, and X is
-/// packed by the GEMM crate once for so many rows.
+/// Maximum rows and columns of W that a task decodes at a time: 2 MiB of f32, so that they stay in
+/// the cache, and the GEMM crate packs X only once for all these rows.
 const PANEL: (usize, usize) = (512, 1024);
 
-/// Columns of W [N, K] that a task with `width` of its rows decodes at a time.
+/// Columns of W [N, K] that a task decodes at a time, with `width` rows.
 fn depth(n: usize, k: usize, width: usize) -> usize {
-    // However many threads there are, their tiles together are at most a quarter of W.
+    // With any number of threads, all tiles together take at most a quarter of W.
     let live = rayon::current_num_threads().min(n.div_ceil(width));
     (n * k / 4 / (live * width)).clamp(64, PANEL.1).min(k)
 }
 
-/// What [`forward`] takes for `m` rows of X and W [N, K].
+/// Memory that [`forward`] takes for `m` rows of X and W [N, K].
 pub(crate) fn scratch(m: usize, n: usize, k: usize) -> Scratch {
     if m <= GEMV_ROWS {
         return Scratch::kept([n * m]);

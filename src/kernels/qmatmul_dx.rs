@@ -1,15 +1,17 @@
-//! dX = dY * W + mask * (G * A): the input gradient of the fused product, from the same packed bytes as the forward.
+//! dX = dY * W + mask * (G * A): the input gradient of the fused product, from the same packed
+//! bytes as the forward.
 //!
-//! | letter | what | shape |
+//! | letter | meaning | shape |
 //! |---|---|---|
 //! | dY | gradient of [`qmatmul`](super::qmatmul)'s result | [M, N] |
-//! | W | 4-bit or dense matrix, decoded on the way and never whole | [N, K] |
+//! | W | 4-bit or dense matrix, decoded on the way and never stored whole | [N, K] |
 //! | G, A | adapter: G = s * dY * B, the gradient of H, and its down-projection | [M, r], [r, K] |
-//! | mask | elementwise, what the dropout of [`lora_down`](super::lora_down) multiplied X by; 1 without | [M, K] |
+//! | mask | elementwise dropout factors of [`lora_down`](super::lora_down); 1 without dropout | [M, K] |
 //!
-//! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3. W counts with its
-//! dequantized f32 values; sums are f32. Forms: a register tile, one by cooperative matrices, and one for software drivers; on
-//! the CPU a GEMM crate over decoded tiles. Where W is in several parts, by rows, they add to dX one after another.
+//! Reference: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3. W
+//! stands for its dequantized f32 values; sums are f32. Forms: a register tile, one by cooperative
+//! matrices, and one for software drivers; on the CPU, a GEMM crate over decoded tiles. If W is
+//! split by rows into parts, they add to dX one after another.
 
 use super::column_sum::Partial;
 use super::lora_down::Dropout;
@@ -31,7 +33,7 @@ pub struct LoraDx<'a> {
     pub g: &'a Tensor,
     /// A, [r, K].
     pub a: &'a Tensor,
-    /// That of the forward pass.
+    /// Dropout of the forward pass.
     pub dropout: Option<Dropout>,
 }
 
@@ -44,13 +46,15 @@ impl LoraDx<'_> {
 /// Computes dY * W + mask * (G * A) on the device of `dy`: [M, K].
 ///
 /// # Errors
-/// [`Error::Shape`] where shapes disagree, [`Error::DeviceMismatch`], [`Error::Invalid`] for a dropout probability outside
-/// 0..1, and the device's own errors. Values are not looked at: what is not finite comes out as it does in the formula.
+/// [`Error::Shape`] if shapes disagree, [`Error::DeviceMismatch`], [`Error::Invalid`] for a
+/// dropout probability outside 0..1, and the device's own errors. Values are not checked: NaN and
+/// infinities propagate as in the formula.
 pub fn qmatmul_dx(dy: &Tensor, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Result<Tensor> {
     onto(None, Rows { tensor: dy, factors: &RowFactors::default() }, w, lora)
 }
 
-/// As [`qmatmul_dx`], of a dY that other kernels read too, and added to `sum`, what has come of the gradient before.
+/// Like [`qmatmul_dx`], for a dY that other kernels also read. Adds to `sum`, the gradient
+/// accumulated so far.
 pub(crate) fn onto(sum: Option<Tensor>, rows: Rows<'_>, w: &DeviceMatrix, lora: Option<LoraDx<'_>>) -> Result<Tensor> {
     let dy = rows.tensor;
     let (m, n) = expect_2d(OP, "dY", dy)?;
@@ -70,7 +74,7 @@ pub(crate) fn onto(sum: Option<Tensor>, rows: Rows<'_>, w: &DeviceMatrix, lora: 
         expect_shape(OP, "A", lora.a, &[rank, k])?;
         expect_shape(OP, "G", lora.g, &[m, rank])?;
         let dropout = lora.dropout.map_or(Ok(None), |dropout| dropout.active(OP))?;
-        // Of rank 0 there is nothing to add.
+        // Rank 0 adds nothing.
         adapter = (rank > 0).then_some(LoraDx { dropout, ..lora });
     }
     match (dy.storage(), w.host(), w.gpu()) {
@@ -96,7 +100,7 @@ pub(crate) fn onto(sum: Option<Tensor>, rows: Rows<'_>, w: &DeviceMatrix, lora: 
                 return add_assign::finish(later, dx);
             }
             let packed = parts.iter().all(|part| reads_packed(w, part));
-            // Tiles have no splits.
+            // Only packed rows are summed in splits.
             let splits = splits(gpu, [m, k, if packed { n } else { 0 }]);
             let partial = Partial::new(gpu, "splits of a product", splits, m * k)?.adding(adds);
             let result = dx.buffer(gpu, OP)?;
@@ -115,12 +119,13 @@ pub(crate) fn onto(sum: Option<Tensor>, rows: Rows<'_>, w: &DeviceMatrix, lora: 
             partial.add_up(gpu, result)?;
             add_assign::finish(later, dx)
         }
-        // `same` has made sure of one device.
+        // Unreachable: `same` has checked that there is one device.
         _ => Err(Error::DeviceMismatch { op: OP, left: dy.device().name().into(), right: w.device().name().into() }),
     }
 }
 
-/// What [`qmatmul_dx`] takes beside its result and the factors of dY's rows, for `m` of them and W [N, K].
+/// Memory that [`qmatmul_dx`] takes beside its result and the factors of dY's rows, for `m` rows
+/// and W [N, K].
 pub(crate) fn scratch(device: &Device, [m, n, k]: [usize; 3]) -> Scratch {
     match device {
         Device::Cpu(_) => qmatmul_dx_cpu::scratch(n, k),
@@ -128,19 +133,21 @@ pub(crate) fn scratch(device: &Device, [m, n, k]: [usize; 3]) -> Scratch {
     }
 }
 
-/// Whether the kernel adds to a sum of gradients itself. The CPU and software drivers have no dispatches to save; on Mesa's
-/// a kernel that also loads what it stores takes half as long again to compile.
+/// Whether the kernel itself adds to a sum of gradients. On the CPU and software drivers this
+/// wouldn't save a costly dispatch, and on Mesa's a kernel that also loads what it stores takes
+/// half as long again to compile.
 pub(crate) fn adds_in_place(device: &Device) -> bool {
     matches!(device, Device::Gpu(gpu) if gpu.tier() != Tier::Software)
 }
 
-/// Whether dY is staged as f16, with a factor a row.
+/// Whether dY is staged as f16, with a factor per row.
 pub(crate) fn stages(device: &Device) -> bool {
     matches!(device, Device::Gpu(gpu) if gpu.tier().f16())
 }
 
-/// The formula, for any real type: what every form is compared with. `dy` is [M, N], `w` [N, K], `lora` (G [M, r],
-/// A [r, K], dropout). Returns dX and, for tolerances, the sums of the terms' absolute values.
+/// The formula, for any real type; every form is compared with it. `dy` is [M, N], `w` [N, K],
+/// `lora` (G [M, r], A [r, K], dropout). Returns dX and, for tolerances, the sums of the terms'
+/// absolute values.
 pub fn reference<T: Real>(
     dy: &[T],
     w: &[T],
@@ -198,7 +205,7 @@ mod tests {
         values.iter().copied().map(f64::from).collect()
     }
 
-    /// Runs a case on a device and compares with the twin in f64.
+    /// Runs a case on a device and compares the result with the twin in f64.
     fn check(device: &Device, kind: &str, matrix: &HostMatrix, case: &Case) {
         let &Case { m, n, k, rank, dropout, seed } = case;
         let context = format!("{} {kind} {case:?}", testing::name(device));
@@ -212,7 +219,7 @@ mod tests {
         let dy_tensor = tensor(&[m, n], &dy);
         let dx = qmatmul_dx(&dy_tensor, &w, Some(lora)).unwrap();
         assert_eq!(dx.shape(), [m, k]);
-        // Parts add up one after another, and the f16 tiles add the adapter before the rest.
+        // Parts are added one after another, and the f16 tiles add the adapter first.
         let whole_first = match device {
             Device::Cpu(_) => true,
             Device::Gpu(gpu) => {
@@ -235,7 +242,8 @@ mod tests {
         testing::assert_adds(&context, &dx, |i, sum| if whole_first { 0.0 } else { rounding(i, sum) }, onto);
     }
 
-    /// Only software drivers' form uses subgroups: the tiers that differ in nothing else are left to the smaller tests.
+    /// Only the software drivers' form uses subgroups. Tiers that differ only in them are covered
+    /// by the smaller tests.
     fn devices() -> impl Iterator<Item = Device> {
         let same = |tier: Tier| tier.subgroups() && !tier.cooperative();
         let differs = move |device: &Device| !matches!(device, Device::Gpu(gpu) if same(gpu.tier()));
@@ -261,9 +269,10 @@ mod tests {
             check_everywhere(&Case { m: 1, n, k, rank, dropout: None, seed: 7 }, |i| i % every == 0);
         }
         check_everywhere(&Case { m: 2, n: 33, k: 128, rank: 4, dropout: DROPOUT, seed: 7 }, |i| i % 4 == 1);
-        // The largest shapes take long to compile on software drivers: one kind of matrix stands for all.
+        // The largest shapes take long to compile on software drivers: one kind of matrix
+        // represents all.
         check_everywhere(&Case { m: 65, n: 130, k: 192, rank: 20, dropout: None, seed: 7 }, |i| i == 1);
-        // Few tiles and a long N, which cooperative matrices add up in three splits.
+        // Few tiles and a long N, which cooperative matrices sum in three splits.
         check_everywhere(&Case { m: 3, n: 3100, k: 64, rank: 4, dropout: None, seed: 7 }, |i| i == 1);
     }
 
@@ -314,7 +323,7 @@ mod tests {
         let info = testing::adapters();
         let tiers = |tier: &Tier| info.iter().all(|info| info.tiers.contains(&tier.to_string()));
         for tier in Tier::ALL.into_iter().filter(tiers) {
-            // Without immediates: the way of a browser.
+            // Without immediates, like in a browser.
             for device in testing::gpus_with(|options| {
                 options.max_binding_bytes = Some(24_000);
                 options.immediates = false;
@@ -329,7 +338,7 @@ mod tests {
         }
     }
 
-    /// A sum is handed in before its tiles have been measured.
+    /// Passes a sum before the tiles for it have been measured.
     #[test]
     fn what_is_measured_does_not_add_up() {
         let (m, n, k) = (70, 150, 128);
@@ -371,7 +380,7 @@ mod tests {
         }
     }
 
-    /// For every X: <dY, forward(X)> = <dX, X>, as the forward is linear in X.
+    /// For every X, <dY, forward(X)> = <dX, X>, because the forward is linear in X.
     #[test]
     fn the_reference_is_the_adjoint_of_the_forward() {
         let (m, n, k, rank, scale) = (5, 7, 12, 3, 0.5);

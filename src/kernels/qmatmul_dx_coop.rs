@@ -1,5 +1,6 @@
-//! [`qmatmul_dx`](super::qmatmul_dx) by cooperative matrices: tiles of dX, operands staged as f16 in workgroup memory
-//! with powers of two that keep their range, sums in f32. One shader for both sizes of matrices.
+//! [`qmatmul_dx`](super::qmatmul_dx) by cooperative matrices: tiles of dX, operands staged as f16
+//! in workgroup memory with powers of two that keep their range, sums in f32. One shader serves
+//! both sizes of cooperative matrices.
 
 use super::kernel;
 use super::packing::Part;
@@ -14,7 +15,7 @@ kernel! {
         [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write]
 }
 
-/// What a variant's text depends on beside the matrix and the device.
+/// Properties of a variant's text besides the matrix and the device.
 #[derive(Clone, Copy)]
 struct Form {
     tile: Tile,
@@ -23,12 +24,12 @@ struct Form {
     dropout: bool,
 }
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
     form.tile.defines(cooperative.defines(matrix)).with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {

@@ -1,5 +1,5 @@
-//! [`qmatmul_dx`](super::qmatmul_dx) on the CPU, fast: tiles of W are decoded, each weight once, and a GEMM crate multiplies
-//! them.
+//! Fast [`qmatmul_dx`](super::qmatmul_dx) on the CPU: tiles of W are decoded, each weight once,
+//! and a GEMM crate multiplies them.
 
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -11,25 +11,25 @@ use super::qmatmul_dx_operands::HostLoraDx;
 use crate::device::Cpu;
 use crate::error::Result;
 
-/// Columns of W, and rows of it, that a task decodes at a time at most: 2 MiB of f32, so that it stays in the cache, and dY is
-/// packed by the GEMM crate once for so many columns.
+/// Maximum columns and rows of W that a task decodes at a time: 2 MiB of f32, so that they stay in
+/// the cache, and the GEMM crate packs dY only once for all these columns.
 const PANEL: (usize, usize) = (512, 1024);
 
-/// Rows of W [N, K] that a task with `width` of its columns decodes at a time.
+/// Rows of W [N, K] that a task decodes at a time, with `width` columns.
 fn depth(n: usize, k: usize, width: usize) -> usize {
-    // However many threads there are, their tiles together are at most a quarter of W.
+    // With any number of threads, all tiles together take at most a quarter of W.
     let live = rayon::current_num_threads().min(k.div_ceil(width));
     (n * k / 4 / (live * width)).clamp(64, PANEL.1).min(n)
 }
 
-/// What [`backward`] takes for W [N, K].
+/// Memory that [`backward`] takes for W [N, K].
 pub(crate) fn scratch(n: usize, k: usize) -> Scratch {
     let (width, cols_of) = panels(k, PANEL.0);
     let depth = depth(n, k, width);
     Scratch::tasks((0..k.div_ceil(width)).map(|index| depth * cols_of(index).len()))
 }
 
-/// dX [M, K] of `dy` [M, N]; the caller has checked the shapes.
+/// Computes dX [M, K] for `dy` [M, N]. The caller has checked the shapes.
 pub(crate) fn backward(
     cpu: &Cpu,
     dy: &[f32],
@@ -43,7 +43,7 @@ pub(crate) fn backward(
     let depth = depth(n, k, width);
     Columns::new(dx, m, k).split(width).into_par_iter().enumerate().try_for_each(|(index, mut dx)| {
         let cols = cols_of(index);
-        // The adapter comes first: its mask must not touch the rest.
+        // The adapter comes first, because its mask must not affect the rest.
         if let Some(HostLoraDx { g, a, rank, dropout }) = lora {
             let left = View { data: g, row_stride: rank, col_stride: 1 };
             let right = View { data: &a[cols.start..], row_stride: k, col_stride: 1 };

@@ -1,5 +1,6 @@
-//! [`qmatmul_dx`](super::qmatmul_dx) for software drivers: no workgroup memory, no barriers; lanes along K, and one
-//! invocation owns a two-dimensional piece of dX in registers, so that decoded words feed many rows.
+//! [`qmatmul_dx`](super::qmatmul_dx) for software drivers: no workgroup memory, no barriers. Lanes
+//! run along K, and one invocation owns a two-dimensional piece of dX in registers, so that
+//! decoded words serve many rows.
 
 use super::kernel;
 use super::matrix::is_ragged;
@@ -14,31 +15,34 @@ kernel! {
     KERNEL = "qmatmul_dx_lanes", QmatmulDxParams, [dy: Read, w: Read, g: Read, a: Read, dx: Write]
 }
 
-/// Rows by words of eight columns of dX that one invocation owns, most rows first; from measurements on Mesa 22.3
-/// (benches/NOTES.md). The largest pay where lanes share dY; elsewhere they would only take long to compile.
+/// Piece of dX that one invocation owns: rows x words of eight columns, most rows first; from
+/// measurements on Mesa 22.3 (benches/NOTES.md). The largest pay off where lanes share dY;
+/// elsewhere they would only take long to compile.
 const SHAPES: [(u32, u32); 6] = [(32, 2), (16, 2), (8, 2), (4, 2), (2, 2), (1, 2)];
-/// What may be faster than the first of them, for many rows: they differ in how much is decoded twice, and in what is left over
-/// at the end of K.
+/// Candidates for many rows, the default first. They differ in how much is decoded twice, and in
+/// the remainder at the end of K.
 const LARGEST: [(u32, u32); 3] = [SHAPES[0], (64, 1), (32, 1)];
 
-/// How many scales the eight words of a workgroup's lanes have between them, if they are few enough to be shared.
+/// Number of scales that the eight words of a workgroup's lanes use together, if there are few
+/// enough to share.
 fn scale_sets(words_per_scale: u32) -> u32 {
     if words_per_scale >= THREADS / 2 { THREADS / words_per_scale } else { 0 }
 }
 
-/// What a variant's text depends on beside the matrix and the shape.
+/// Properties of a variant's text besides the matrix and the shape.
 #[derive(Clone, Copy)]
 struct Form {
-    /// Lanes share what they load.
+    /// Whether lanes share what they load.
     share: bool,
     /// See [`scale_sets`].
     scale_sets: u32,
     dropout: bool,
-    /// Adds to dX. A variant, as drivers compile for seconds what most matrices never need.
+    /// Whether it adds to dX. A separate variant, because drivers would spend seconds compiling
+    /// what most matrices never need.
     accumulate: bool,
 }
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 fn defines(matrix: Defines, (tokens, words): (u32, u32), form: Form) -> Defines {
     matrix
         .with("threads", THREADS)
@@ -50,7 +54,8 @@ fn defines(matrix: Defines, (tokens, words): (u32, u32), form: Form) -> Defines 
         .with("accumulate", form.accumulate)
 }
 
-/// Every variant's text constants, for the registry test. Sizes only repeat text: of most shapes there is one matrix.
+/// Text constants of every variant, for the registry test. Sizes only repeat text, so most shapes
+/// come with one matrix.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for share in [false, true] {
@@ -79,18 +84,18 @@ pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part) -> Result<()> {
         accumulate: call.params(part).accumulate != 0,
     };
     let run = |largest| dispatch_as(call, part, largest, form);
-    // A kernel that adds to dX cannot be run again.
+    // A kernel that adds to dX can't be run again.
     let tunable = share && !form.accumulate;
     let largest = if tunable { tuned(call.gpu, &KERNEL, LARGEST, (call.m, call.w, part), run)? } else { LARGEST[0] };
     run(largest)
 }
 
-/// With the shape `largest` for as many rows as it takes in whole.
+/// Runs the shape `largest` for as many whole groups of rows as fit, then smaller shapes.
 fn dispatch_as(call: &GpuDxCall<'_>, part: &Part, largest: (u32, u32), form: Form) -> Result<()> {
     let operands = call.operands(part)?;
     let (mut row, m) = (0, call.m as u32);
     while row < m {
-        // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
+        // First all whole groups of the shape's rows, then a smaller shape for the remainder.
         let left = m - row;
         let (tokens, words) = fitting(SHAPES, form.share, largest, left);
         let rows = left / tokens * tokens;

@@ -1,4 +1,4 @@
-//! What every form of [`qmatmul_dx`](super::qmatmul_dx) takes: its operands, checked, and its parameters.
+//! Operands and parameters for every form of [`qmatmul_dx`](super::qmatmul_dx), checked.
 
 use std::ops::Range;
 
@@ -23,7 +23,8 @@ pub(crate) struct HostLoraDx<'a> {
     pub dropout: Option<Dropout>,
 }
 
-/// The operands of a call on a GPU, checked: an adapter has a rank, and a dropout drops something.
+/// Checked operands of a call on a GPU: the adapter's rank and the dropout's probability are above
+/// 0.
 #[derive(Clone, Copy)]
 pub(crate) struct GpuDxCall<'a> {
     pub gpu: &'a Gpu,
@@ -31,11 +32,11 @@ pub(crate) struct GpuDxCall<'a> {
     pub dy: &'a Buffer,
     pub m: usize,
     pub lora: Option<LoraDx<'a>>,
-    /// Parts of N that are added up apart.
+    /// Number of parts of N that are summed separately.
     pub splits: usize,
     /// dX, or with splits [splits, M, K].
     pub dx: &'a Buffer,
-    /// Whether the first part adds to it too.
+    /// Whether the first part of W also adds to dX.
     pub adds: bool,
 }
 
@@ -54,20 +55,20 @@ params! {
         row: u32,
         /// Rows of dX from there on.
         rows: u32,
-        /// Column of dY of the part's first row of W.
+        /// Column of dY for the part's first row of W.
         column: u32,
         /// Columns of dY.
         dy_stride: u32,
-        /// Parts of the contracted index that are added up apart.
+        /// Number of parts of the contracted index that are summed separately.
         splits: u32,
         /// 0: no adapter, or an earlier part has added it.
         rank: u32,
         /// 1: add to dX.
         accumulate: u32,
-        /// Lower and upper half of the dropout's seed.
+        /// Lower half of the dropout's seed, then the upper half.
         seed_low: u32,
         seed_high: u32,
-        /// A value whose hash is under this is dropped.
+        /// Values with a hash below this are dropped.
         drop_below: u32,
         /// 1 / (1 - p).
         keep_scale: f32,
@@ -75,24 +76,26 @@ params! {
     }
 }
 
-/// Whether a part's columns of packed rows of dY begin and end at whole stages. Only tiny parts do not.
+/// Whether a part's columns in the packed rows of dY begin and end at whole stages. Only tiny
+/// parts don't.
 pub(super) fn reads_packed(w: &DeviceMatrix, part: &Part) -> bool {
     let Range { start, end } = part.rows;
     start.is_multiple_of(PACKED) && (end.is_multiple_of(PACKED) || end == w.rows())
 }
 
 impl<'a> GpuDxCall<'a> {
-    /// The adapter, where this part is the one that adds it.
+    /// Returns the adapter, if this part adds it.
     fn adapter(&self, part: &Part) -> Option<LoraDx<'a>> {
         self.lora.filter(|_| part.rows.start == 0)
     }
 
-    /// The adapter's dropout, where this part is the one that adds it.
+    /// Returns the adapter's dropout, if this part adds the adapter.
     pub(crate) fn dropout(&self, part: &Part) -> Option<Dropout> {
         self.adapter(part).and_then(|lora| lora.dropout)
     }
 
-    /// Parameters for all rows of dX and this part of W; each form fills in how it divides the work.
+    /// Parameters for all rows of dX and this part of W. Each form fills in how it divides the
+    /// work.
     pub(crate) fn params(&self, part: &Part) -> QmatmulDxParams {
         let dropout = self.dropout(part);
         QmatmulDxParams {
@@ -123,12 +126,12 @@ impl<'a> GpuDxCall<'a> {
         Ok([self.dy, &part.buffer, g, a])
     }
 
-    /// Whether a part adds to what is in dX.
+    /// Whether a part adds to the values in dX.
     fn accumulates(&self, part: &Part) -> bool {
         self.adds || part.rows.start > 0
     }
 
-    /// Runs a part by the fastest of these tiles.
+    /// Runs a part with the fastest of these tiles.
     pub(crate) fn with_tile<T: Copy>(
         &self,
         kernel: &'static Kernel,
@@ -140,27 +143,29 @@ impl<'a> GpuDxCall<'a> {
         with_tile(self.gpu, kernel, (self.m, self.w, part), tiles, try_out, |tile| run(self, tile))
     }
 
-    /// Runs what is measured: where a part adds to dX, which must not be done twice, on memory of its own.
+    /// Runs a measurement. If a part adds to dX, which must not happen twice, it writes to
+    /// separate memory.
     pub(crate) fn try_out(&self, part: &Part, run: impl Fn(&GpuDxCall<'_>) -> Result<()>) -> Result<()> {
         if !self.accumulates(part) {
             return run(self);
         }
         let values = self.splits * self.m * self.w.cols();
-        let dx = self.gpu.alloc("a product that is measured", 4 * values as u64)?;
+        let dx = self.gpu.alloc("a measured product", 4 * values as u64)?;
         run(&GpuDxCall { dx: &dx, ..*self })
     }
 
-    /// Whether the columns of dY that belong to a part begin and end at whole quads, in every row.
+    /// Whether the columns of dY that belong to a part begin and end at a multiple of 4 in every
+    /// row.
     pub(crate) fn loads_quads(&self, part: &Part) -> bool {
         [self.w.rows(), part.rows.start, part.rows.len()].iter().all(|size| size.is_multiple_of(4))
     }
 
-    /// Whether rows of G end at whole quads.
+    /// Whether the rank is a multiple of 4, so that rows of G can be read as vec4.
     pub(crate) fn reads_rank_quads(&self, part: &Part) -> bool {
         self.adapter(part).is_none_or(|lora| lora.rank().is_multiple_of(4))
     }
 
-    /// Floating-point operations of `rows` x `columns` of dX from this part.
+    /// Floating-point operations for `rows` x `columns` of dX from this part.
     pub(crate) fn flops(&self, part: &Part, rows: u64, columns: u64) -> u64 {
         let rank = self.adapter(part).map_or(0, |lora| lora.rank());
         2 * rows * columns * (part.rows.len() + rank) as u64

@@ -1,5 +1,6 @@
-//! [`qmatmul_dx`](super::qmatmul_dx) on hardware: square tiles of dX, operands staged in workgroup memory (as f16 where the
-//! tier says so, with powers of two that keep their range), 8 x 8 values of dX an invocation.
+//! [`qmatmul_dx`](super::qmatmul_dx) on hardware: square tiles of dX, operands staged in workgroup
+//! memory (in tiers with f16 as f16, with powers of two that keep their range), 8 x 8 values of dX
+//! per invocation.
 
 use super::kernel;
 use super::packing::Part;
@@ -14,7 +15,7 @@ kernel! {
         [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write]
 }
 
-/// What a variant's text depends on beside the matrix.
+/// Properties of a variant's text besides the matrix.
 #[derive(Clone, Copy)]
 struct Form {
     /// Operands are staged as f16.
@@ -28,13 +29,13 @@ struct Form {
     dropout: bool,
 }
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 fn defines(matrix: Defines, form: Form) -> Defines {
     let matrix = matrix.with("f16", form.f16).with("side", form.side).with("quads", form.quads);
     matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
     let of = |matrix: &Defines, side, quads, dropout| {
         defines(matrix.clone(), Form { f16, side, quads, rank_quads: quads, dropout })
@@ -46,7 +47,7 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
     all
 }
 
-/// `factor`: that of the rows of dY, for f16 staging ([`row_factor`](super::row_factor)).
+/// `factor`: factors of the rows of dY, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
     let run = |call: &GpuDxCall<'_>, side| dispatch_as(call, part, factor, side);
     call.with_tile(&KERNEL, part, sides(call.gpu, call.m), run)

@@ -1,5 +1,5 @@
-//! [`qmatmul`](super::qmatmul) for up to eight rows of X on hardware: bound by reading W, so W is read once. Some threads
-//! share a few rows of W, and stage X in workgroup memory.
+//! [`qmatmul`](super::qmatmul) for up to eight rows of X on hardware. It is bound by reading W, so
+//! it reads W once. Groups of threads share a few rows of W and stage X in workgroup memory.
 
 use super::kernel;
 use super::packing::Part;
@@ -13,20 +13,22 @@ kernel! {
         [x: Read, w: Read, bias: Read, h: Read, b: Read, w4: Read, y: Write]
 }
 
-/// Threads a workgroup, and the rows of W that those of them who share some have at a time. Which is the fastest is measured.
+/// Threads per workgroup, and the rows of W that a group of threads has at a time. Which shape is
+/// fastest is measured.
 const SHAPES: [(u32, u32); 4] = [(128, 4), (64, 2), (128, 2), (256, 4)];
-/// Threads that share rows of W, times rows of X: what they stage of X takes the same memory for any number of rows.
+/// Threads that share rows of W, times rows of X. The product is fixed, so that staged X takes the
+/// same memory for any number of rows.
 const LANES: u32 = 64;
-/// Sums of one row of W that fit in workgroup memory beside that.
+/// Maximum sums of one row of W that fit in workgroup memory beside the staged X.
 const SUMS: u32 = 1024;
 
-/// The shapes for so many rows of X.
+/// The shapes for this many rows of X.
 fn shapes(tokens: u32) -> impl Iterator<Item = (u32, u32)> {
     // Small workgroups that stage as much as large ones would leave processors idle.
     SHAPES.into_iter().filter(move |(threads, _)| (16 * tokens..=SUMS / tokens).contains(threads))
 }
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 pub(crate) fn defines(matrix: Defines, tokens: u32, (threads, rows): (u32, u32)) -> Defines {
     matrix
         .with("tokens", tokens)
@@ -36,12 +38,12 @@ pub(crate) fn defines(matrix: Defines, tokens: u32, (threads, rows): (u32, u32))
         .with("share", false)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let mut all = Vec::new();
     for tokens in [1, 2, 4, 8] {
         for (index, shape) in shapes(tokens).enumerate() {
-            // Sizes only repeat text: one matrix stands for the others.
+            // Sizes only repeat text, so one matrix represents the others.
             let matrices = if index == 0 { matrices } else { &matrices[..1] };
             all.extend(matrices.iter().map(|matrix| defines(matrix.clone(), tokens, shape)));
         }

@@ -1,5 +1,6 @@
-//! [`qmatmul`](super::qmatmul) for software drivers: no workgroup memory, no barriers; lanes along N, and one
-//! invocation owns a two-dimensional piece of Y in registers, so that a decoded word feeds many rows.
+//! [`qmatmul`](super::qmatmul) for software drivers: no workgroup memory, no barriers. Lanes run
+//! along N, and one invocation owns a two-dimensional piece of Y in registers, so that a decoded
+//! word serves many rows.
 
 use super::kernel;
 use super::matrix::{DeviceMatrix, is_ragged};
@@ -13,28 +14,30 @@ kernel! {
     KERNEL = "qmatmul_lanes", QmatmulParams, [x: Read, w: Read, bias: Read, h: Read, b: Read, y: Write]
 }
 
-/// Invocations a workgroup: one register of the drivers' eight lanes.
+/// Invocations per workgroup: the eight lanes of a driver's register.
 pub(super) const THREADS: u32 = 8;
 
-/// Rows by columns of Y that one invocation owns, most rows first; from measurements on Mesa 22.3 (benches/NOTES.md). The
-/// largest pay where lanes share x; elsewhere they would only take long to compile.
+/// Piece of Y that one invocation owns: rows x columns, most rows first; from measurements on Mesa
+/// 22.3 (benches/NOTES.md). The largest pay off where lanes share x; elsewhere they would only
+/// take long to compile.
 const SHAPES: [(u32, u32); 6] = [(32, 16), (16, 16), (8, 16), (4, 8), (2, 8), (1, 8)];
-/// What may be faster than the first of them, for many rows: they differ in how much is decoded twice, and in what is left over
-/// at the end of N.
+/// Candidates for many rows, the default first. They differ in how much is decoded twice, and in
+/// the remainder at the end of N.
 const LARGEST: [(u32, u32); 3] = [SHAPES[0], (64, 8), (32, 8)];
 
-/// Of these shapes those that a kernel comes in.
+/// Selects the shapes that a kernel is compiled for.
 pub(super) fn shapes(all: [(u32, u32); 6], share: bool) -> impl Iterator<Item = (u32, u32)> {
     all.into_iter().filter(move |(tokens, _)| share || *tokens <= 8)
 }
 
-/// The shape for `left` rows, at least one: `largest` where it takes no more, else the first that does; the last takes one row.
+/// Chooses the shape for `left` rows, at least one: `largest` if it has no more rows than that,
+/// else the first shape that has no more. The last shape has one row.
 pub(super) fn fitting(all: [(u32, u32); 6], share: bool, largest: (u32, u32), left: u32) -> (u32, u32) {
     let mut usable = Some(largest).into_iter().filter(|_| share).chain(shapes(all, share));
     usable.find(|(tokens, _)| *tokens <= left).unwrap_or(all[5])
 }
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 pub(crate) fn defines(matrix: Defines, words_per_scale: u32, (tokens, columns): (u32, u32), share: bool) -> Defines {
     matrix
         .with("threads", THREADS)
@@ -44,7 +47,7 @@ pub(crate) fn defines(matrix: Defines, words_per_scale: u32, (tokens, columns): 
         .with("share", share)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
     let shapes = [false, true].into_iter().flat_map(|share| shapes(SHAPES, share).map(move |shape| (shape, share)));
     let shapes = shapes.chain(LARGEST[1..].iter().map(|shape| (*shape, true)));
@@ -62,7 +65,8 @@ pub(super) fn one_subgroup(gpu: &Gpu) -> bool {
         && (info.subgroup_min_size, info.subgroup_max_size) == (THREADS, THREADS)
 }
 
-/// The fastest of `shapes` for a part of `m` rows by W, if they are enough for each of them; else the first.
+/// Returns the fastest of `shapes` for `m` rows and a part of W. With fewer rows than the largest
+/// shape needs, returns the first one.
 pub(super) fn tuned<const N: usize>(
     gpu: &Gpu,
     kernel: &Kernel,
@@ -87,7 +91,7 @@ pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part) -> Result<()> {
     run(largest)
 }
 
-/// With the shape `largest` for as many rows as it takes in whole.
+/// Runs the shape `largest` for as many whole groups of rows as fit, then smaller shapes.
 fn dispatch_as(call: &GpuCall<'_>, part: &Part, largest: (u32, u32), share: bool) -> Result<()> {
     let operands = call.operands(part)?;
     let n = part.rows.len() as u32;
@@ -95,7 +99,7 @@ fn dispatch_as(call: &GpuCall<'_>, part: &Part, largest: (u32, u32), share: bool
     let words_per_scale = if is_ragged(k) { 1 } else { call.w.words_per_scale() };
     let (mut row, m) = (0, call.m as u32);
     while row < m {
-        // As many rows as the largest shape takes in whole, then a smaller shape for what is left.
+        // First all whole groups of the shape's rows, then a smaller shape for the remainder.
         let left = m - row;
         let (tokens, columns) = fitting(SHAPES, share, largest, left);
         let rows = left / tokens * tokens;

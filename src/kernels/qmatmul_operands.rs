@@ -1,4 +1,4 @@
-//! What every form of [`qmatmul`](super::qmatmul) takes: its operands, checked, and its parameters.
+//! Operands and parameters for every form of [`qmatmul`](super::qmatmul), checked.
 
 use super::matrix::DeviceMatrix;
 use super::packing::{MatrixLayout, Part};
@@ -9,7 +9,8 @@ use crate::tensor::Tensor;
 
 pub(super) const OP: &str = "qmatmul";
 
-/// The most rows of X for which W is read once and multiplied as it comes: beyond, tiles pay.
+/// Maximum rows of X for which W is read once and multiplied directly. With more rows, tiles are
+/// faster.
 pub(crate) const GEMV_ROWS: usize = 8;
 
 /// An adapter's operands in host memory: H [M, rank], B [N, rank].
@@ -21,7 +22,7 @@ pub(crate) struct HostLora<'a> {
     pub scale: f32,
 }
 
-/// The operands of a call on a GPU, checked.
+/// Checked operands of a call on a GPU.
 pub(crate) struct GpuCall<'a> {
     pub gpu: &'a Gpu,
     pub w: &'a DeviceMatrix,
@@ -29,7 +30,7 @@ pub(crate) struct GpuCall<'a> {
     pub m: usize,
     pub bias: Option<&'a Tensor>,
     pub lora: Option<LoraUp<'a>>,
-    /// Parts of K that are added up apart.
+    /// Number of parts of K that are summed separately.
     pub splits: usize,
     /// Y, or with splits [splits, M, N].
     pub y: &'a Buffer,
@@ -48,15 +49,15 @@ params! {
         row: u32,
         /// Rows of X from there on.
         rows: u32,
-        /// Column of Y of the part's first row of W.
+        /// Column of Y for the part's first row of W.
         column: u32,
         /// Columns of Y.
         y_stride: u32,
-        /// Parts of the contracted index that are added up apart.
+        /// Number of parts of the contracted index that are summed separately.
         splits: u32,
         /// 0: no adapter.
         rank: u32,
-        /// Those of the bias: 0 without one, 1 for all rows of Y the same, else one for each.
+        /// Rows of the bias: 0 without a bias, 1 if all rows of Y share it, else one for each.
         bias_rows: u32,
         lora_scale: f32,
         m: MatrixLayout,
@@ -64,12 +65,13 @@ params! {
 }
 
 impl<'a> GpuCall<'a> {
-    /// The adapter, unless its rank is 0 and there is nothing to add.
+    /// Returns the adapter, unless its rank is 0 and it adds nothing.
     fn adapter(&self) -> Option<LoraUp<'a>> {
         self.lora.filter(|lora| lora.b.shape()[1] > 0)
     }
 
-    /// Parameters for all rows of X and this part of W; each form fills in how it divides the work.
+    /// Parameters for all rows of X and this part of W. Each form fills in how it divides the
+    /// work.
     pub(crate) fn params(&self, part: &Part) -> QmatmulParams {
         let adapter = self.adapter();
         QmatmulParams {
@@ -101,17 +103,18 @@ impl<'a> GpuCall<'a> {
         ])
     }
 
-    /// Whether the columns of Y that belong to a part begin and end at whole quads, in every row.
+    /// Whether the columns of Y that belong to a part begin and end at a multiple of 4 in every
+    /// row.
     pub(crate) fn stores_quads(&self, part: &Part) -> bool {
         [self.w.rows(), part.rows.start, part.rows.len()].iter().all(|size| size.is_multiple_of(4))
     }
 
-    /// Whether rows of H and of B end at whole quads.
+    /// Whether the rank is a multiple of 4, so that rows of H and B can be read as vec4.
     pub(crate) fn reads_rank_quads(&self) -> bool {
         self.adapter().is_none_or(|lora| lora.b.shape()[1].is_multiple_of(4))
     }
 
-    /// Floating-point operations of `rows` x `columns` of Y.
+    /// Floating-point operations for `rows` x `columns` of Y.
     pub(crate) fn flops(&self, rows: u64, columns: u64) -> u64 {
         let rank = self.lora.map_or(0, |lora| lora.b.shape()[1]);
         2 * rows * columns * (self.w.cols() + rank) as u64

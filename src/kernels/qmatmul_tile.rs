@@ -1,5 +1,6 @@
-//! [`qmatmul`](super::qmatmul) for many rows of X on hardware: square tiles of Y, operands staged in workgroup memory
-//! (as f16 where the tier says so, with powers of two that keep their range), 8 x 8 values of Y an invocation.
+//! [`qmatmul`](super::qmatmul) for many rows of X on hardware: square tiles of Y, operands staged
+//! in workgroup memory (in tiers with f16 as f16, with powers of two that keep their range), 8 x 8
+//! values of Y per invocation.
 
 use super::kernel;
 use super::matrix::DeviceMatrix;
@@ -14,26 +15,27 @@ kernel! {
         [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write]
 }
 
-/// Rows and columns of a tile. A large one decodes each weight for twice as many rows; which is faster is measured.
+/// Rows and columns of a tile. A large tile decodes each weight for twice as many rows; which one
+/// is faster is measured.
 const SIDES: [u32; 2] = [64, 128];
-/// Bytes of workgroup memory that a tile of the largest side takes, at most.
+/// Maximum workgroup memory of a tile with the largest side, in bytes.
 const LARGE_BYTES: u32 = 32 << 10;
 /// Threads of the largest tile.
 const LARGE_THREADS: u32 = 256;
 
-/// The sides that a device has room for and that `m` rows fill.
+/// The sides that fit a device and that `m` rows fill.
 pub(super) fn sides(gpu: &Gpu, m: usize) -> &'static [u32] {
     if m > SIDES[0] as usize && has_room(gpu, LARGE_THREADS, LARGE_BYTES) { &SIDES } else { &SIDES[..1] }
 }
 
-/// Whether a device has workgroups of so many threads and so much memory.
+/// Whether a device supports workgroups with this many threads and this much memory.
 pub(super) fn has_room(gpu: &Gpu, threads: u32, bytes: u32) -> bool {
     let limits = gpu.limits();
     limits.workgroup_bytes >= bytes && limits.workgroup_threads >= threads
 }
 
-/// Runs a product by tiles of the fastest of several forms for `m` rows, the smallest first. They are measured by `try_out`,
-/// which is called often.
+/// Runs a product of `m` rows with the fastest of several tiles, listed smallest first. `try_out`
+/// runs a tile for a measurement, and is called many times.
 pub(super) fn with_tile<T: Copy>(
     gpu: &Gpu,
     kernel: &Kernel,
@@ -48,7 +50,7 @@ pub(super) fn with_tile<T: Copy>(
     run(tiles[gpu.tuned(key, case, tiles.len(), |variant| try_out(tiles[variant]))?])
 }
 
-/// What a variant's text depends on beside the matrix.
+/// Properties of a variant's text besides the matrix.
 #[derive(Clone, Copy)]
 struct Form {
     /// Operands are staged as f16.
@@ -61,13 +63,13 @@ struct Form {
     rank_quads: bool,
 }
 
-/// Text constants beside the matrix's.
+/// Adds text constants to those of the matrix.
 fn defines(matrix: Defines, form: Form) -> Defines {
     let matrix = matrix.with("f16", form.f16).with("side", form.side).with("quads", form.quads);
     matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
     let of = |matrix: &Defines, side, quads, rank_quads| defines(matrix.clone(), Form { f16, side, quads, rank_quads });
     let mut all: Vec<_> = matrices.iter().map(|matrix| of(matrix, 64, true, true)).collect();
@@ -76,7 +78,7 @@ pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
     all
 }
 
-/// `factor`: that of the rows of X, for f16 staging ([`row_factor`](super::row_factor)).
+/// `factor`: factors of the rows of X, for f16 staging ([`row_factor`](super::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
     let run = |side| dispatch_as(call, part, factor, side);
     with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu, call.m), run, run)

@@ -1,23 +1,24 @@
-//! What the elementwise kernels share: an invocation for every four values; `shaders/shared/quads.wgsl`.
+//! Shared code of the elementwise kernels, with one invocation for every four values;
+//! `shaders/shared/quads.wgsl`.
 
 use super::params;
 use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel};
 use crate::error::Result;
 
 params! {
-    /// Parameters of a kernel that has none of its own.
+    /// Parameters of a kernel without any of its own.
     struct QuadParams {
         first_group: u32,
         groups: u32,
-        /// Values, in fours, rounded up.
+        /// Number of values / 4, rounded up.
         quads: u32,
     }
 }
 
-/// Values a task on the CPU.
+/// Values per task on the CPU.
 pub(super) const CPU_CHUNK: usize = 16 << 10;
 
-/// Invocations a workgroup.
+/// Invocations per workgroup.
 pub(super) const THREADS: u32 = 64;
 
 /// The text constants of every such kernel.
@@ -25,7 +26,7 @@ pub(crate) fn defines() -> Defines {
     Defines::new().with("threads", THREADS)
 }
 
-/// Quads that hold `len` values.
+/// Number of vec4 that hold `len` values.
 pub(super) fn count(len: usize) -> u32 {
     len.div_ceil(4) as u32
 }
@@ -36,7 +37,7 @@ pub(super) fn dispatch(gpu: &Gpu, kernel: &'static Kernel, buffers: &[&Buffer], 
     dispatch_with(gpu, kernel, buffers, len, bytemuck::bytes_of(&params))
 }
 
-/// As [`dispatch`], with parameters of the kernel's own, which hold `quads`.
+/// Like [`dispatch`], with the kernel's own parameters, which contain `quads`.
 pub(super) fn dispatch_with(
     gpu: &Gpu,
     kernel: &'static Kernel,
@@ -50,7 +51,7 @@ pub(super) fn dispatch_with(
         buffers,
         params,
         groups: count(len).div_ceil(THREADS).into(),
-        // About what loads and stores cost.
+        // Roughly the cost of loads and stores.
         flops_per_group: 64 * u64::from(THREADS),
     })
 }

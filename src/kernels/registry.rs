@@ -1,4 +1,4 @@
-//! Every kernel, a line each: where its shader, its parameters and its CPU twin are, and which variants there are.
+//! All kernels, one entry each: shader, parameters, variants and CPU twin.
 
 use super::attention_form::{Form, Pass};
 use super::matrix::{dense_defines, quant_defines, wide};
@@ -14,13 +14,13 @@ use super::{
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
-/// A kernel and what the tests want to know about it.
+/// A kernel and the facts that tests need.
 pub struct Entry {
     /// Its name, bindings and parameters.
     pub kernel: &'static Kernel,
-    /// The text constants of every variant that a tier may run.
+    /// Text constants of every variant that a tier may run.
     pub variants: fn(Tier) -> Vec<Defines>,
-    /// The path of its CPU twin, which the tests compare it with.
+    /// Path of the CPU twin that tests compare it with.
     pub twin: &'static str,
 }
 
@@ -182,7 +182,7 @@ fn matrices() -> Vec<Defines> {
 fn wide_matrices() -> Vec<Defines> {
     let chunks = |matrix: &Defines| matrix.label().starts_with("kind=quant") && !matrix.flag("ragged");
     let mut all: Vec<_> = matrices().into_iter().map(|matrix| (chunks(&matrix), matrix)).collect();
-    // Rows of whole words whose chunks of 32 lie across blocks.
+    // Rows of whole words, with blocks that cut the chunks of 32.
     all.extend(
         all.iter().filter(|(chunked, _)| *chunked).map(|(_, matrix)| (false, matrix.clone())).collect::<Vec<_>>(),
     );
@@ -286,8 +286,8 @@ mod tests {
                     _ => {}
                 }
             }
-            // Every device has 16 KiB. Those with 32 and 48 KiB run large tiles, or tiles with two buffers, or both, and
-            // attention from workgroup memory.
+            // Every device has 16 KiB. Devices with 32 and 48 KiB run large tiles, or tiles with
+            // two buffers, or both, and attention from workgroup memory.
             let held = label.contains(" held=") && !label.contains(" held=0");
             let more = [
                 label.contains("side=128") || label.contains("tile_columns=128"),
@@ -316,7 +316,7 @@ mod tests {
             if let Err(error) = spv::write_vec(&module, &info, &spv::Options::default(), None) {
                 fail("SPIR-V", &error);
             }
-            // Cooperative matrices: Metal has those of 8 x 8, DX12 and GL have none.
+            // Metal has cooperative matrices of 8 x 8; DX12 and GL have none.
             let (cooperative, large) = (label.contains("edge="), label.contains("edge=16"));
             let options = msl::Options { fake_missing_bindings: true, lang_version: (2, 4), ..Default::default() };
             let text = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default());
@@ -337,7 +337,7 @@ mod tests {
             if let Err(error) = hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None) {
                 fail("HLSL", &error);
             }
-            // GLSL of this version has neither f16 nor subgroups of the wanted kind; the GL tiers do without.
+            // This GLSL version lacks f16 and suitable subgroups; the GL tiers do without.
             if !["f16", "subgroups", "share"].iter().any(|flag| defines.flag(flag)) {
                 let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
                 let pipeline = glsl::PipelineOptions {
@@ -392,7 +392,7 @@ mod tests {
             assert!(root.join(format!("src/kernels/{name}.rs")).exists(), "src/kernels/{name}.rs");
         }
         for entry in KERNELS {
-            // "module::function" of this folder.
+            // "module::function" in this folder.
             let (module, function) = entry.twin.split_once("::").unwrap();
             let source = std::fs::read_to_string(root.join(format!("src/kernels/{module}.rs"))).unwrap();
             assert!(source.contains(&format!("fn {function}")), "{}: its twin is {}", entry.kernel.name, entry.twin);

@@ -1,5 +1,5 @@
-//! y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps), over the last K values: a row of a hidden state, or a head's part
-//! of one.
+//! y = x * rstd * w with rstd = 1 / sqrt(mean(x^2) + eps), over the last K values: a row of a
+//! hidden state, or one head of it.
 //!
 //! Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 
@@ -15,11 +15,11 @@ use crate::tensor::{Storage, Tensor};
 const OP: &str = "rms_norm";
 
 params! {
-    /// Also of the backward kernel.
+    /// Also used by the backward kernel.
     struct RmsNormParams {
         first_group: u32,
         groups: u32,
-        /// K, values a row.
+        /// K, values per row.
         k: u32,
         rows: u32,
         /// Added to the mean of the squares.
@@ -37,15 +37,15 @@ pub(super) fn defines(tier: Tier, k: usize) -> Defines {
     RowTeams::short(tier).row_defines(is_ragged(k))
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].map(|ragged| RowTeams::short(tier).row_defines(ragged)).to_vec()
 }
 
-/// Normalizes every run of K values of `x`, whatever its shape, and multiplies them by `weight` `[K]`.
+/// Normalizes every run of K values of `x`, of any shape, and multiplies them by `weight` `[K]`.
 ///
 /// # Errors
-/// [`Error::Shape`] if `x` is no whole number of runs of K, [`Error::DeviceMismatch`].
+/// [`Error::Shape`] if `x` doesn't consist of whole runs of K, [`Error::DeviceMismatch`].
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let k = row_len(OP, x, weight)?;
     x.device().same(&weight.device(), OP)?;
@@ -71,30 +71,30 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     }
 }
 
-/// K, if `x` is made of rows of it.
+/// Returns K, if `x` consists of rows of that length.
 pub(super) fn row_len(op: &'static str, x: &Tensor, weight: &Tensor) -> Result<usize> {
     match *weight.shape() {
         [k] if k > 0 && x.len().is_multiple_of(k) => Ok(k),
         _ => Err(Error::Shape {
             op,
             what: "weight",
-            expected: format!("[K] with K dividing the values of x {:?}", x.shape()),
+            expected: format!("[K] where K divides the number of values in x {:?}", x.shape()),
             got: format!("{:?}", weight.shape()),
         }),
     }
 }
 
-/// Values a task on the CPU: whole rows.
+/// Values per task on the CPU: whole rows.
 pub(super) fn cpu_task(k: usize) -> usize {
     k * (super::quads::CPU_CHUNK / k).max(1)
 }
 
-/// 1 / sqrt(mean + eps) for a sum of `k` squares.
+/// 1 / sqrt(mean + eps), from the sum of `k` squares.
 pub(super) fn rstd(squares: f32, k: usize, eps: f32) -> f32 {
     1.0 / (squares / k as f32 + eps).sqrt()
 }
 
-/// Records the kernel, or the backward one, for `len` values in rows of `k`.
+/// Records the forward or the backward kernel for `len` values in rows of `k`.
 pub(super) fn dispatch(
     gpu: &Gpu,
     kernel: &'static Kernel,

@@ -1,6 +1,8 @@
-//! Input gradient of y = x * rstd * w over rows of K values: dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)).
+//! Input gradient of y = x * rstd * w over rows of K values:
+//! dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)).
 //!
-//! rstd is found again from x, so the forward saves nothing but its input. The weight is frozen and gets no gradient.
+//! rstd is recomputed from x, so the forward saves only its input. The weight is frozen and gets
+//! no gradient.
 
 use rayon::prelude::*;
 
@@ -18,14 +20,14 @@ kernel! {
     KERNEL = "rms_norm_backward", RmsNormParams, [dy: Read, x: Read, w: Read, dx: Write]
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     let adding = |defines: Defines| [false, true].map(|adds| defines.clone().with("adds", adds));
     rms_norm::variants(tier).into_iter().flat_map(adding).collect()
 }
 
-/// The gradient of the input `x` of [`rms_norm`](super::rms_norm::rms_norm) from that of its result, both of any shape that
-/// is made of rows of K; `weight` is `[K]`.
+/// Returns the gradient of the input `x` of [`rms_norm`](super::rms_norm::rms_norm), given the
+/// gradient of its result. Both have any shape that consists of rows of K; `weight` is `[K]`.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
@@ -33,7 +35,7 @@ pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f32) -> 
     onto(None, dy, x, weight, eps)
 }
 
-/// As [`rms_norm_backward`], added to `sum`, what has come of the gradient before.
+/// Like [`rms_norm_backward`], added to `sum`, the gradient accumulated so far.
 pub(crate) fn onto(sum: Option<Tensor>, dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     let k = row_len(OP, x, weight)?;
     expect_shape(OP, "dy", dy, x.shape())?;
@@ -107,7 +109,7 @@ mod tests {
         let bounds: Vec<f64> = (0..rows * k).map(bound).collect();
         let context = format!("{} {rows} x {k} amplitude {amplitude}", testing::name(device));
         testing::assert_close(&context, &dx.to_vec().unwrap(), &wanted, &bounds);
-        // A fused multiply-add of a GPU may round once where there were two.
+        // A GPU's fused multiply-add may round once instead of twice.
         let dx_values = dx.to_vec().unwrap();
         let fused = matches!(device, Device::Gpu(gpu) if gpu.tier() != Tier::Software);
         let rounding = |i: usize, sum: f64| f64::from(f32::EPSILON) * (sum.abs() + f64::from(dx_values[i].abs()));

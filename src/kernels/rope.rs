@@ -1,8 +1,10 @@
-//! Rotary position embedding (Su et al., "RoFormer", 2021): pair i of every head's D values, (a, b), of a token at position m
-//! becomes (a cos t - b sin t, b cos t + a sin t) with t = m * theta^(-2 i / D), for i < D / 2. X and Y are [M, H * D].
+//! Rotary position embedding (Su et al., "RoFormer", 2021). Pair i (a, b) of a head's D values,
+//! for a token at position m, becomes (a cos t - b sin t, b cos t + a sin t) with
+//! t = m * theta^(-2 i / D), for i < D / 2. X and Y are [M, H * D].
 //!
-//! The backward turns by the negative angle. Angles, and how they are stretched for long contexts, are computed on the host
-//! in f32 as the `transformers` library does (`modeling_rope_utils.py`), so that they agree to the last bits.
+//! The backward rotates by the negative angle. Angles, including their scaling for long contexts,
+//! are computed on the host in f32 like the `transformers` library does
+//! (`modeling_rope_utils.py`), so that they agree to the last bits.
 
 use rayon::prelude::*;
 
@@ -18,18 +20,18 @@ params! {
     struct RopeParams {
         first_group: u32,
         groups: u32,
-        /// M * H * D / 2 of the first X.
+        /// Pairs of the first X: M * H * D / 2.
         pairs: u32,
-        /// Those of both.
+        /// Pairs of both X.
         all_pairs: u32,
-        /// H * D / 2 of each.
+        /// Pairs per row of each X: H * D / 2.
         row_pairs: u32,
         row_pairs1: u32,
         /// D / 2.
         half: u32,
         /// Rows of the table.
         positions: u32,
-        /// Of the angle.
+        /// Sign of the angle.
         sign: f32,
     }
 }
@@ -39,52 +41,53 @@ kernel! {
     KERNEL = "rope", RopeParams, [x: Read, x1: Read, cosines: Read, sines: Read, position: Read, y: Write, y1: Write]
 }
 
-/// Which values of a head are a pair.
+/// Which two values of a head form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeLayout {
-    /// (i, i + D / 2), as Hugging Face has it.
+    /// (i, i + D / 2), like Hugging Face.
     HalfSplit,
-    /// (2 i, 2 i + 1), as the original and GGUF files of the llama architecture have it.
+    /// (2 i, 2 i + 1), like the original and GGUF files of the llama architecture.
     Interleaved,
 }
 
-/// How frequencies are stretched for contexts longer than those of pre-training.
+/// Scaling of frequencies for contexts longer than in pre-training.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     None,
     /// All frequencies are divided by `factor`.
     Linear { factor: f32 },
-    /// Llama 3.1's: low frequencies are divided by `factor`, high ones stay, those between are blended.
+    /// Llama 3.1's scaling: low frequencies are divided by `factor`, high ones stay, those in
+    /// between are blended.
     Llama3 {
         factor: f32,
-        /// Wavelengths over `original_max_position_embeddings` / this are low frequencies.
+        /// Wavelengths over `original_max_position_embeddings` / this count as low frequencies.
         low_freq_factor: f32,
-        /// Wavelengths under `original_max_position_embeddings` / this are high frequencies.
+        /// Wavelengths below `original_max_position_embeddings` / this count as high frequencies.
         high_freq_factor: f32,
-        /// Tokens of the context in pre-training.
+        /// Context length in pre-training, in tokens.
         original_max_position_embeddings: usize,
     },
 }
 
-/// What a table of angles follows from.
+/// Everything that determines a table of angles.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RopeConfig {
-    /// The base of the frequencies, such as 10,000.
+    /// The base of the frequencies, for example 10,000.
     pub theta: f64,
-    /// D, values a head; even.
+    /// D, values per head; even.
     pub head_dim: usize,
-    /// For long contexts.
+    /// Scaling for long contexts.
     pub scaling: RopeScaling,
-    /// Which values are a pair.
+    /// Which two values form a pair.
     pub layout: RopeLayout,
 }
 
 impl RopeConfig {
-    /// The angle per position of each of the D / 2 pairs.
+    /// Returns the angle per position for each of the D / 2 pairs.
     pub fn frequencies(&self) -> Vec<f32> {
         let exponent = |i: usize| (2 * i) as f32 / self.head_dim as f32;
-        // The power is rounded once, as a correct f32 power is.
+        // The power is rounded once, like a correctly rounded f32 power.
         let plain = |i: usize| 1.0 / self.theta.powf(f64::from(exponent(i))) as f32;
         (0..self.head_dim / 2).map(|i| self.scaling.apply(plain(i))).collect()
     }
@@ -116,7 +119,7 @@ impl RopeScaling {
     }
 }
 
-/// Cosine and sine of every position's angles, [positions, D / 2] each, on a device.
+/// Cosine and sine of the angles at every position, [positions, D / 2] each, on a device.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
     config: RopeConfig,
@@ -125,11 +128,11 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// The table for positions 0 to `positions` - 1.
+    /// Makes the table for positions 0 to `positions` - 1.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for no positions, an odd or empty head, or numbers that are not positive and finite;
-    /// [`Error::TooLarge`] and [`Error::OutOfMemory`] from the device.
+    /// [`Error::Invalid`] for no positions, an odd or empty head, or numbers that are not positive
+    /// and finite; [`Error::TooLarge`] and [`Error::OutOfMemory`] from the device.
     pub fn new(device: &Device, config: &RopeConfig, positions: usize) -> Result<RopeTable> {
         let frequencies = config.frequencies();
         let even = config.head_dim > 0 && config.head_dim.is_multiple_of(2);
@@ -138,21 +141,22 @@ impl RopeTable {
                 op: OP,
                 what: "the table",
                 got: format!(
-                    "of theta {}, for {} values a head and {positions} positions",
+                    "for theta {}, {} values per head and {positions} positions",
                     config.theta, config.head_dim
                 ),
-                expected: "it needs a position, an even number of values a head, and positive factors".into(),
+                expected: "it needs a position, an even number of values per head, and positive factors".into(),
             });
         }
         let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
-        // Of the angle as rounded to f32; by way of f64, so that every platform has the same table.
+        // The angle is rounded to f32; its sine and cosine are computed in f64, so that every
+        // platform has the same table.
         let (cosines, sines): (Vec<f32>, Vec<f32>) =
             angles.map(|angle| f64::from(angle).sin_cos()).map(|(sin, cos)| (cos as f32, sin as f32)).unzip();
         let tensor = |values: &[f32]| Tensor::from_slice(device, &[positions, config.head_dim / 2], values);
         Ok(RopeTable { config: *config, cosines: tensor(&cosines)?, sines: tensor(&sines)? })
     }
 
-    /// What it was made from.
+    /// The config that the table was made from.
     pub fn config(&self) -> &RopeConfig {
         &self.config
     }
@@ -167,36 +171,39 @@ impl RopeTable {
         &self.sines
     }
 
-    /// How many positions it has.
+    /// Number of positions in the table.
     pub fn positions(&self) -> usize {
         self.cosines.shape()[0]
     }
 }
 
-/// Turns the pairs of `x` [M, H * D] by the angles of its tokens' `positions`, M of them.
+/// Rotates the pairs of `x` [M, H * D] by the angles of its M tokens' `positions`.
 ///
-/// Positions must be less than the table's; those on a GPU cannot be checked here and are taken as its last one.
+/// Positions must be below the table's length. A GPU can't check them; larger ones count as the
+/// table's last position.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::DeviceMismatch`]; on the CPU [`Error::Invalid`] for a position outside the table.
+/// [`Error::Shape`], [`Error::DeviceMismatch`]; on the CPU [`Error::Invalid`] for a position
+/// outside the table.
 pub fn rope(x: &Tensor, table: &RopeTable, positions: &Indices) -> Result<Tensor> {
     turn([x], table, positions, 1.0).map(|[y]| y)
 }
 
-/// The gradient of X from `dy` [M, H * D], that of Y: turned back. Arguments and errors as of [`rope`].
+/// Returns the gradient of X, given the gradient `dy` [M, H * D] of Y: rotated back. Arguments and
+/// errors are those of [`rope`].
 pub fn rope_backward(dy: &Tensor, table: &RopeTable, positions: &Indices) -> Result<Tensor> {
     turn([dy], table, positions, -1.0).map(|[dx]| dx)
 }
 
-/// As [`rope`], of queries and keys at once, or as [`rope_backward`] where `back`.
+/// Like [`rope`], or [`rope_backward`] if `back`, for queries and keys at once.
 pub(crate) fn rope_both(xs: [&Tensor; 2], table: &RopeTable, positions: &Indices, back: bool) -> Result<[Tensor; 2]> {
     turn(xs, table, positions, if back { -1.0 } else { 1.0 })
 }
 
-/// The most X that a dispatch takes.
+/// Maximum number of X per dispatch.
 const MOST: usize = 2;
 
-/// Of at most [`MOST`] X.
+/// Rotates at most [`MOST`] X.
 fn turn<const N: usize>(xs: [&Tensor; N], table: &RopeTable, positions: &Indices, sign: f32) -> Result<[Tensor; N]> {
     const { assert!(0 < N && N <= MOST) };
     let head_dim = table.config.head_dim;
@@ -215,7 +222,7 @@ fn turn<const N: usize>(xs: [&Tensor; N], table: &RopeTable, positions: &Indices
         Device::Gpu(gpu) => dispatch(&gpu, &xs, table, positions, sign)?,
     };
     let mut ys = ys.into_iter();
-    Ok(xs.map(|_| ys.next().unwrap_or_else(|| unreachable!("a result of each"))))
+    Ok(xs.map(|_| ys.next().unwrap_or_else(|| unreachable!("one result for each"))))
 }
 
 fn on_cpu(cpu: &Cpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sign: f32) -> Result<Vec<Tensor>> {
@@ -225,7 +232,7 @@ fn on_cpu(cpu: &Cpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sig
             op: OP,
             what: "a position",
             got: position.to_string(),
-            expected: format!("the table has {}", table.positions()),
+            expected: format!("the table has {} positions", table.positions()),
         });
     }
     let turned = |x: &&Tensor| {
@@ -236,10 +243,10 @@ fn on_cpu(cpu: &Cpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sig
     xs.iter().map(turned).collect()
 }
 
-/// Rows a task: enough for some microseconds of work.
+/// Rows per task: enough for a few microseconds of work.
 const TASK: usize = 16;
 
-/// Turns the rows of `x`, which have `cols` values each, into `y`.
+/// Rotates the rows of `x`, of `cols` values each, into `y`.
 pub(super) fn turn_rows(
     x: &[f32],
     table: &RopeTable,
@@ -275,27 +282,28 @@ pub(super) fn turn_rows(
     Ok(())
 }
 
-/// Invocations a workgroup, each a pair.
+/// Invocations per workgroup, with one pair each.
 pub(super) const THREADS: u32 = 64;
 
-/// The text constants of a layout.
+/// Text constants of a layout.
 pub(super) fn defines(layout: RopeLayout) -> Defines {
     Defines::new().with("interleaved", layout == RopeLayout::Interleaved).with("threads", THREADS)
 }
 
-/// The text constants of every layout, for the registry test.
+/// Text constants of every layout, for the registry test.
 pub(crate) fn layouts() -> Vec<Defines> {
     [RopeLayout::HalfSplit, RopeLayout::Interleaved].map(defines).into()
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
     layouts().into_iter().flat_map(|layout| [false, true].map(|both| layout.clone().with("both", both))).collect()
 }
 
 fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sign: f32) -> Result<Vec<Tensor>> {
     let ys = xs.iter().map(|x| Tensor::uninit(gpu, "rope", x.shape())).collect::<Result<Vec<_>>>()?;
-    // Where there is one, the other is not used; a result of its own, as no buffer may be written under two names.
+    // With a single X the second is unused. It still needs a result of its own, because no buffer
+    // may be written under two names.
     let x1 = xs[xs.len() - 1];
     let unused;
     let y1 = match ys.get(1) {
@@ -337,7 +345,8 @@ fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, s
     Ok(ys)
 }
 
-/// The formula, for any real type; `sign` is -1 for the backward. Angles are those of the f32 frequencies.
+/// The formula, for any real type; `sign` is -1 for the backward. The angles use the f32
+/// frequencies.
 pub fn reference<T: Real>(x: &[T], config: &RopeConfig, positions: &[u32], sign: f32) -> Vec<T> {
     let frequencies = config.frequencies();
     let (head_dim, half) = (config.head_dim, config.head_dim / 2);
@@ -396,10 +405,10 @@ mod tests {
         for (got, sign) in run.iter().zip([1.0, -1.0]) {
             let wanted = reference(&wide, config, &positions, sign);
             let context = format!("{} M={m} H={heads} {config:?} sign {sign}", testing::name(device));
-            // Two products of values of 2 at most, and f32 cosines.
+            // Two products of values up to 2 with f32 cosines.
             testing::assert_close(&context, got, &wanted, &vec![1e-6; x.len()]);
         }
-        // Beside others it is the same, to the bit.
+        // Computed together with others, the result is the same to the bit.
         let other = Tensor::from_slice(device, &[m, 2 * heads * config.head_dim], &[x.clone(), x].concat()).unwrap();
         for (back, alone) in [false, true].into_iter().zip(&run) {
             let turn = |xs| rope_both(xs, &table, &indices, back).unwrap().map(|y| y.to_vec().unwrap());
@@ -438,7 +447,8 @@ mod tests {
     #[test]
     fn interleaved_is_half_split_of_permuted_values() {
         let (m, heads, head_dim) = (5, 3, 8);
-        // Row j + i * D / 2 of a head, i in 0..2, becomes row 2 j + i: reshape(H, 2, D / 2).swapaxes(1, 2).
+        // Row j + i * D / 2 of a head, with i in 0..2, becomes row 2 j + i: reshape(H, 2, D /
+        // 2).swapaxes(1, 2).
         let permute = |x: &[f32]| -> Vec<f32> {
             let from = |at: usize| at / head_dim * head_dim + at % head_dim / 2 + at % 2 * (head_dim / 2);
             (0..x.len()).map(|at| x[from(at)]).collect()
@@ -461,7 +471,8 @@ mod tests {
         let plain = RopeConfig { theta: 500_000.0, ..config(64, RopeLayout::HalfSplit) };
         let scaled = RopeConfig { scaling: llama3(), ..plain };
         let (plain_values, scaled) = (plain.frequencies(), scaled.frequencies());
-        // Llama 3.2 1B's, worked out in f64: the last that stays, those between, the first that is divided, the last.
+        // Frequencies of Llama 3.2 1B, computed in f64: the last unscaled one, those in between,
+        // the first divided one, the last one.
         let known = [
             (1, 0.663_601_237_696, 1.0),
             (14, 0.003_211_445_994_752_6, 1.0),

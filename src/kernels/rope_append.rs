@@ -1,8 +1,8 @@
-//! What a layer's cache takes in of the next tokens of a sequence: Y = rope(Q), `keys[first + i]` = rope(K)`[i]` and
-//! `values[first + i]` = `V[i]`, for tokens at the positions from `first` on. One dispatch: a token has few values, and each
-//! dispatch costs the host as much as any other.
+//! Updates a layer's cache with the next tokens of a sequence: Y = rope(Q),
+//! `keys[first + i]` = rope(K)`[i]` and `values[first + i]` = `V[i]`, for tokens at positions from `first` on. All in
+//! one dispatch: a token has few values, and each dispatch costs the host the same.
 //!
-//! Reference: as [`rope`](super::rope).
+//! Reference: see [`rope`](super::rope).
 
 use super::rope::{RopeTable, THREADS, defines, turn_rows};
 use super::{expect_2d, expect_shape, kernel, params};
@@ -16,14 +16,14 @@ params! {
     struct RopeAppendParams {
         first_group: u32,
         groups: u32,
-        /// Of Q.
+        /// Pairs of Q.
         pairs: u32,
-        /// Of K, and of V.
+        /// Pairs of K, and of V.
         kv_pairs: u32,
-        /// Of a token's query.
+        /// Pairs in the query of one token.
         row_pairs: u32,
         kv_row_pairs: u32,
-        /// Position of the first token, and its row of the cache.
+        /// Position of the first token, and its row in the cache.
         first: u32,
         /// D / 2.
         half: u32,
@@ -38,11 +38,13 @@ kernel! {
         [q: Read, k: Read, v: Read, cosines: Read, sines: Read, y: Write, keys: Write, values: Write]
 }
 
-/// Turns `q` [M, H * D] and `k` [M, H' * D] by the angles of positions `first` to `first + M - 1`, overwrites the rows of `keys` and
-/// `values` [capacity, H' * D] from `first` on with those of K, turned, and of `v` [M, H' * D], and returns Q, turned.
+/// Rotates `q` [M, H * D] and `k` [M, H' * D] by the angles of positions `first` to `first + M -
+/// 1`. Overwrites the rows of `keys` and `values` [capacity, H' * D] from `first` on with the
+/// rotated K and with `v` [M, H' * D]. Returns the rotated Q.
 ///
 /// # Errors
-/// [`Error::Shape`] where shapes disagree, rows do not fit or the table has too few positions, [`Error::DeviceMismatch`].
+/// [`Error::Shape`] if shapes disagree, rows don't fit or the table has too few positions,
+/// [`Error::DeviceMismatch`].
 pub fn rope_append(
     [keys, values]: [&mut Tensor; 2],
     first: usize,
@@ -56,12 +58,12 @@ pub fn rope_append(
     let head_dim = table.config().head_dim;
     for (what, cols) in [("Q", width), ("K", kv_width)] {
         if cols == 0 || !cols.is_multiple_of(head_dim) {
-            let expected = format!("rows of a multiple of {head_dim} values");
+            let expected = format!("a multiple of {head_dim}");
             return Err(Error::Shape { op: OP, what, expected, got: cols.to_string() });
         }
     }
     if first + rows > capacity.min(table.positions()) {
-        let expected = format!("they fit {capacity} rows and a table of {} positions", table.positions());
+        let expected = format!("tokens that fit {capacity} rows and a table of {} positions", table.positions());
         return Err(Error::Shape { op: OP, what: "the tokens", expected, got: format!("{rows} from {first} on") });
     }
     let others = [&*values, k, v, keys, table.cosines()];
@@ -112,7 +114,7 @@ pub fn rope_append(
     }
 }
 
-/// The formula for the keys, turned already, or the values: rows of `width` from `first` on.
+/// The formula for the keys, already rotated, or for the values: rows of `width` from `first` on.
 pub fn reference<T: Copy>(cache: &[T], first: usize, width: usize, rows: &[T]) -> Vec<T> {
     let at = first * width;
     [&cache[..at], rows, &cache[at + rows.len()..]].concat()
@@ -152,7 +154,7 @@ mod tests {
                     let [wanted, turned] = [&q, &k].map(|x| rope(x, &table, &positions).unwrap().to_vec().unwrap());
                     assert_eq!(y.to_vec().unwrap(), wanted, "{}", testing::name(&device));
                     let all = |old: &Tensor, rows: &[f32]| reference(&old.to_vec().unwrap(), first, kv_heads * 6, rows);
-                    // The clones share the values, and keep the old ones.
+                    // The clones shared the values, and keep the old ones.
                     assert_eq!(keys.to_vec().unwrap(), all(&old_keys, &turned), "{}", testing::name(&device));
                     assert_eq!(values.to_vec().unwrap(), all(&old_values, &v.to_vec().unwrap()));
                 }

@@ -1,6 +1,6 @@
-//! factor[m] = the power of two that brings the largest |X[m, :]| into [2^13, 2^14): for f16 staging, so that neither
-//! activations of 1e5 nor gradients of 1e-8 are lost. That of a row of zeros is the largest there is, 2^126, and so never the
-//! smallest of several rows'.
+//! factor[m] = the power of two that brings the largest |X[m, :]| into [2^13, 2^14), for f16
+//! staging: neither activations of 1e5 nor gradients of 1e-8 are lost. A row of zeros gets the
+//! largest possible factor, 2^126, so that it is never the smallest factor among several rows.
 
 use super::{kernel, params};
 use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel};
@@ -22,36 +22,36 @@ kernel! {
     KERNEL = "row_factor", RowFactorParams, [x: Read, factor: Write]
 }
 
-/// Invocations a workgroup, at least; a power of two.
+/// Minimum invocations per workgroup; a power of two.
 const THREADS: u32 = 64;
-/// The fewest and the most that own a row; powers of two.
+/// Minimum and maximum invocations that own a row; powers of two.
 const TEAMS: [u32; 2] = [4, 256];
-/// Values that one of them reads at a time, about.
+/// Approximate number of values that one invocation reads at a time.
 const EACH: usize = 16;
 
-/// The invocations that own a row of `k` values.
+/// Number of invocations that own a row of `k` values.
 fn team(k: usize) -> u32 {
     let [fewest, most] = TEAMS;
     k.div_ceil(EACH).next_power_of_two().clamp(fewest as usize, most as usize) as u32
 }
 
-/// The variant's text constants. `quads`: rows are whole quads, and are read four values at a time.
+/// Text constants. `quads`: rows have a multiple of 4 values, and are read four values at a time.
 fn defines(team: u32, quads: bool) -> Defines {
     Defines::new().with("threads", THREADS.max(team)).with("team", team).with("quads", quads)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
     let [fewest, most] = TEAMS.map(u32::trailing_zeros);
     (fewest..=most).flat_map(|log| [false, true].map(|quads| defines(1 << log, quads))).collect()
 }
 
-/// Finds the factors of `rows` rows of `k` values.
+/// Computes the factors of `rows` rows of `k` values.
 pub(super) fn dispatch(gpu: &Gpu, x: &Buffer, factor: &Buffer, [rows, k]: [usize; 2]) -> Result<()> {
     run(gpu, &KERNEL, &[x, factor], [rows, k], |defines| defines)
 }
 
-/// The same for a kernel that does more with them, and has more text constants.
+/// The same, for a kernel that does more with the factors and has more text constants.
 pub(super) fn run(
     gpu: &Gpu,
     kernel: &'static Kernel,

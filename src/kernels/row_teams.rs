@@ -1,23 +1,24 @@
-//! How the kernels that reduce rows share them out: a team of threads a row; `shaders/shared/row_teams.wgsl`.
+//! Distributes the rows of reducing kernels to threads: a team of threads per row;
+//! `shaders/shared/row_teams.wgsl`.
 
 use crate::device::{Defines, Tier};
 
-/// Teams of a workgroup.
+/// The teams of a workgroup.
 #[derive(Clone, Copy)]
 pub(super) struct RowTeams {
     threads: u32,
-    /// Threads a team, where it is no subgroup.
+    /// Threads per team, if it isn't a subgroup.
     team: u32,
-    /// Rows a workgroup.
+    /// Rows per workgroup.
     rows: u32,
     subgroups: bool,
 }
 
-/// Software drivers: a row an invocation, no barriers.
+/// Software drivers: one row per invocation, no barriers.
 const SOFTWARE: RowTeams = RowTeams { threads: 8, team: 1, rows: 8, subgroups: false };
 
 impl RowTeams {
-    /// For rows of up to some thousand values.
+    /// For rows of up to a few thousand values.
     pub fn short(tier: Tier) -> RowTeams {
         match tier {
             Tier::Software => SOFTWARE,
@@ -25,7 +26,7 @@ impl RowTeams {
         }
     }
 
-    /// For long rows: a workgroup each.
+    /// For long rows: one workgroup per row.
     pub fn long(tier: Tier) -> RowTeams {
         match tier {
             Tier::Software => SOFTWARE,
@@ -42,23 +43,23 @@ impl RowTeams {
             .with("subgroups", self.subgroups)
     }
 
-    /// The same for kernels that read rows by `shaders/shared/rows.wgsl`.
+    /// The same, for kernels that read rows through `shaders/shared/rows.wgsl`.
     pub fn row_defines(self, ragged: bool) -> Defines {
         self.defines().with("ragged", ragged)
     }
 
-    /// Rows a workgroup.
+    /// Rows per workgroup.
     pub fn group_rows(self) -> u64 {
         self.rows.into()
     }
 
-    /// Workgroups for so many rows.
+    /// Workgroups for this many rows.
     pub fn groups(self, rows: usize) -> u64 {
         (rows as u64).div_ceil(self.group_rows())
     }
 }
 
-/// Whether rows of `k` values must be read value by value: they do not end at whole quads.
+/// Whether rows of `k` values must be read value by value, because `k` is not a multiple of 4.
 pub(super) fn is_ragged(k: usize) -> bool {
     !k.is_multiple_of(4)
 }

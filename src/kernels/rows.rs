@@ -1,4 +1,5 @@
-//! A matrix whose rows are staged as f16 by several kernels: their factors, and the packed rows, are found once.
+//! A matrix whose rows several kernels stage as f16. Its row factors and packed rows are computed
+//! once.
 
 use std::sync::{Arc, OnceLock};
 
@@ -7,8 +8,9 @@ use crate::device::{Buffer, Device, Gpu};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
-/// The factors of a matrix's rows, and on devices with cooperative matrices the rows as f16. The first kernel that stages the
-/// matrix finds them, and clones share them. They are those of one matrix, whose values stay as they are.
+/// Factors of a matrix's rows, and on devices with cooperative matrices the rows as f16. The first
+/// kernel that stages the matrix computes them, and clones share them. They belong to one matrix,
+/// whose values must not change.
 #[derive(Clone, Default)]
 pub(crate) struct RowFactors {
     factors: Arc<OnceLock<Buffer>>,
@@ -16,7 +18,7 @@ pub(crate) struct RowFactors {
 }
 
 impl RowFactors {
-    /// The factors alone, for a backward pass: packed rows would stay in memory until then.
+    /// Returns the factors alone, for a backward pass: packed rows would occupy memory until then.
     pub fn without_rows(&self) -> RowFactors {
         RowFactors { factors: self.factors.clone(), ..RowFactors::default() }
     }
@@ -30,7 +32,7 @@ pub(crate) struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// The factors, which are found now unless they are there.
+    /// Returns the factors; computes them if they aren't there yet.
     pub fn found(self, gpu: &Gpu, op: &'static str) -> Result<&'a Buffer> {
         let RowFactors { factors, .. } = self.factors;
         if let Some(found) = factors.get() {
@@ -42,7 +44,8 @@ impl<'a> Rows<'a> {
         Ok(factors.get_or_init(|| found))
     }
 
-    /// The factors for a kernel beside a product with the same matrix: where that reads packed rows, one pass finds both.
+    /// Returns the factors for a kernel that runs beside a product with the same matrix. If the
+    /// product reads packed rows, one pass computes both.
     pub fn found_beside_product(self, gpu: &Gpu, op: &'static str) -> Result<&'a Buffer> {
         if self.factors.factors.get().is_none() && gpu.cooperative().is_some() {
             self.packed(gpu, op)?;
@@ -50,7 +53,8 @@ impl<'a> Rows<'a> {
         self.found(gpu, op)
     }
 
-    /// The rows as f16 for cooperative matrices, and their factors. They are packed now unless they are there.
+    /// Returns the rows as f16 for cooperative matrices, and their factors; packs them if they
+    /// aren't there yet.
     pub fn packed(self, gpu: &Gpu, op: &'static str) -> Result<[&'a Buffer; 2]> {
         let RowFactors { factors, packed } = self.factors;
         if let (Some(rows), Some(found)) = (packed.get(), factors.get()) {
@@ -68,7 +72,7 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Whether a device packs rows where their factors are found.
+/// Whether a device packs rows when it computes their factors.
 pub(crate) fn packs(device: &Device) -> bool {
     matches!(device, Device::Gpu(gpu) if gpu.cooperative().is_some())
 }
@@ -100,7 +104,8 @@ mod tests {
         let rows = largest.len();
         for device in testing::gpus() {
             let Device::Gpu(gpu) = &device else { continue };
-            // Short rows and long ones, of whole quads and not; the largest value is the last or another one.
+            // Short and long rows, with and without a multiple of 4 values; the largest value is
+            // the last or another one.
             for k in [2, 3, 4, 16, 77, 80, 576, 1533, 1536, 5000] {
                 for at in [k / 3, k - 1] {
                     let value = |i: usize| {
@@ -128,7 +133,7 @@ mod tests {
                         x.chunks(k).zip(&wanted).zip(packed.chunks(k.next_multiple_of(PACKED)))
                     {
                         let (values, zeros) = packed.split_at(k);
-                        // Drivers may take subnormal values for zero.
+                        // Drivers may treat subnormal values as zero.
                         let is = |(value, &got): (&f32, &f16)| {
                             got == f16::from_f32(value * factor) || value.abs() < f32::MIN_POSITIVE && got == f16::ZERO
                         };

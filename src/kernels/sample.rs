@@ -1,11 +1,13 @@
-//! A token chosen by logits [1, V]: the likeliest, or one drawn at random from the likeliest few.
+//! Chooses a token by logits [1, V]: the likeliest, or one drawn at random from the likeliest few.
 //!
-//! Every device takes the same token: order, weights and sums are integers, made from the logits by operations that have one
-//! result. Tokens are in order of likelihood (larger logits first, of equals lower ids first). A token's weight is
-//! 2^31 * 2^-(q / 2^14), where q, how far its logit is under the largest, is counted in whole steps of T * ln(2) / 2^14. So
-//! probabilities are right to one part in ten thousand, and a token that is 2^31 times less likely than the likeliest is never
-//! drawn. The k-th token, the shortest prefix that reaches the probability p, and the token in whose weight the random number
-//! falls are all found as places in that order.
+//! Every device chooses the same token. Order, weights and sums are integers, computed from the
+//! logits by operations that have only one possible result. Tokens are ordered by likelihood
+//! (larger logits first; equal logits by lower id). A token's weight is 2^31 * 2^-(q / 2^14),
+//! where q is the distance of its logit from the largest one, in whole steps of T * ln(2) / 2^14.
+//! So probabilities are accurate to one part in ten thousand, and a token that is 2^31 times less
+//! likely than the likeliest is never drawn. Three tokens are found as places in that order: the
+//! k-th token, the end of the shortest prefix that reaches the probability p, and the token in
+//! whose weight the random number falls.
 
 use super::{kernel, params, sample_cpu};
 use crate::device::{Defines, Dispatch, Tier};
@@ -16,29 +18,32 @@ use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "generation";
 
-/// How the next token is chosen.
+/// Rules for choosing the next token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
-    /// Logits are divided by it; 0 takes the largest.
+    /// Logits are divided by this; 0 takes the largest.
     pub temperature: f32,
-    /// Only so many of the likeliest tokens; 0: all.
+    /// Keeps only this many of the likeliest tokens; 0 keeps all.
     pub top_k: usize,
-    /// Only the likeliest tokens that together have this probability, in 0..=1; the first one always counts.
+    /// Keeps only the likeliest tokens that together have this probability, in 0..=1. The first
+    /// one is always kept.
     pub top_p: f32,
     /// The same seed chooses the same tokens.
     pub seed: u64,
 }
 
 impl Default for Sampling {
-    /// The likeliest token, always.
+    /// Always the likeliest token.
     fn default() -> Self {
         Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 0 }
     }
 }
 
 impl Sampling {
+    /// Checks the options.
+    ///
     /// # Errors
-    /// [`Error::Invalid`] for a temperature under 0 or a `top_p` outside 0..=1.
+    /// [`Error::Invalid`] for a temperature below 0 or a `top_p` outside 0..=1.
     pub(crate) fn check(&self) -> Result<()> {
         let invalid = |what, got: f32, expected: &str| {
             Err(Error::Invalid { op: OP, what, got: got.to_string(), expected: expected.into() })
@@ -59,17 +64,17 @@ params! {
         groups: u32,
         /// V, in values.
         len: u32,
-        /// In tokens; 0: all.
+        /// Number of tokens to keep; 0: all.
         top_k: u32,
-        /// 0: `top_p` leaves all.
+        /// 0: `top_p` keeps all tokens.
         cut_p: u32,
-        /// Of all weights, in 2^-32.
+        /// `top_p` as a share of all weights, in units of 2^-32.
         top_p: u32,
-        /// In 2^-32.
+        /// The random number, in units of 2^-32.
         random: u32,
-        /// A difference of logits of 1.
+        /// Steps per logit difference of 1.
         steps: f32,
-        /// The difference from the largest logit at which weights are 0.
+        /// Difference from the largest logit at which weights become 0.
         farthest: f32,
     }
 }
@@ -84,26 +89,27 @@ fn defines(tier: Tier, greedy: bool) -> Defines {
     Defines::new().with("threads", threads).with("greedy", greedy)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].map(|greedy| defines(tier, greedy)).to_vec()
 }
 
-/// log2 of the steps in which a weight halves.
+/// log2 of the number of steps that halve a weight.
 const OCTAVE: u32 = 14;
 /// Halvings after which a weight is 0.
 const OCTAVES: u32 = 31;
 
 impl SampleParams {
-    /// Of token `number` of a seed. `sampling` has been checked, and its temperature is not 0.
+    /// Parameters for token `number` of a seed. `sampling` has been checked, and its temperature
+    /// is not 0.
     fn new(len: usize, sampling: &Sampling, number: u64) -> SampleParams {
-        // Within these bounds neither steps nor distances overflow.
+        // Within these bounds, neither steps nor distances overflow.
         let temperature = f64::from(sampling.temperature.clamp(1e-30, 1e30));
         SampleParams {
             len: len as u32,
             top_k: sampling.top_k.min(len) as u32,
             cut_p: (sampling.top_p < 1.0).into(),
-            // 1 is not representable, and not asked for.
+            // 1 isn't representable, and isn't used.
             top_p: (f64::from(sampling.top_p) * 4_294_967_296.0) as u32,
             random: (mix(sampling.seed, number) >> 32) as u32,
             steps: (f64::from(1u32 << OCTAVE) / (temperature * std::f64::consts::LN_2)) as f32,
@@ -112,36 +118,39 @@ impl SampleParams {
         }
     }
 
-    /// Steps from the largest logit; none where the weight is 0.
+    /// Steps from the largest logit, or `None` if the weight is 0.
     pub(super) fn steps(&self, logit: f32, largest: f32) -> Option<u32> {
         let far = bounded(largest) - bounded(logit);
         (far < self.farthest).then_some((far * self.steps) as u32)
     }
 }
 
-/// The infinities count as large numbers.
+/// Replaces infinities by large numbers.
 fn bounded(logit: f32) -> f32 {
     logit.clamp(-1e38, 1e38)
 }
 
-/// 2^31 * 2^-(q / 2^14), the fraction's power by a polynomial in 16 bits.
+/// 2^31 * 2^-(q / 2^14). The fractional power is a polynomial in 16 bits.
 pub(super) fn weight(q: u32) -> u64 {
     let f = (q & ((1 << OCTAVE) - 1)) << (16 - OCTAVE);
-    // Horner's scheme; the coefficients, in 2^-16, are those of the exponential's series, moved to make up for what is cut off.
+    // Horner's scheme. The coefficients, in units of 2^-16, are those of the exponential's series,
+    // shifted to make up for truncation.
     let y = [59, 611, 3643, 15750, 45427, 65536u32].into_iter().reduce(|sum, c| c - ((f * sum) >> 16)).unwrap_or(0);
     (u64::from(y) << 15) >> (q >> OCTAVE)
 }
 
-/// Ordered as logits are; both zeros are one.
+/// An integer with the order of the logits; both zeros are equal.
 pub(super) fn key(logit: f32) -> u32 {
     let bits = logit.to_bits();
     if bits > 1 << 31 { !bits } else { bits | 1 << 31 }
 }
 
-/// Token `number` of a seed for `logits` [1, V], on their device; [`checked`] tells if there is none.
+/// Chooses token `number` of a seed for `logits` [1, V], on their device. [`checked`] detects that
+/// there is none.
 ///
 /// # Errors
-/// [`Error::Shape`] for other than one row of logits, [`Error::Invalid`] for none or options out of range; the device's own.
+/// [`Error::Shape`] unless there is one row of logits, [`Error::Invalid`] for an empty row or
+/// options out of range, and device errors.
 pub fn sample(logits: &Tensor, sampling: &Sampling, number: u64) -> Result<Indices> {
     sampling.check()?;
     let len = logits.len();
@@ -171,10 +180,10 @@ pub fn sample(logits: &Tensor, sampling: &Sampling, number: u64) -> Result<Indic
     }
 }
 
-/// Instead of a token, where a logit is NaN.
+/// Result in place of a token if a logit is NaN.
 const NONE: u32 = u32::MAX;
 
-/// What [`sample`] has chosen, as read from the device.
+/// Checks the result of [`sample`], as read from the device.
 ///
 /// # Errors
 /// [`Error::Invalid`] if a logit was NaN.
@@ -187,10 +196,10 @@ fn bad_logit(got: &str) -> Error {
     Error::Invalid { op: OP, what: "a logit", got: got.into(), expected }
 }
 
-/// The same token from an order that is sorted whole, sums added up as the definition has them.
+/// Chooses the same token, by sorting everything and adding sums as in the definition.
 pub fn reference(logits: &[f32], sampling: &Sampling, number: u64) -> u32 {
     let mut order: Vec<usize> = (0..logits.len()).collect();
-    // -0 as 0.
+    // Turns -0 into 0.
     order.sort_by(|&a, &b| (logits[b] + 0.0).total_cmp(&(logits[a] + 0.0)).then(a.cmp(&b)));
     if sampling.temperature == 0.0 {
         return order[0] as u32;
@@ -229,7 +238,7 @@ mod tests {
         checked(sample(&logits, sampling, number)?.to_vec()?[0])
     }
 
-    /// The same token from every device and tier.
+    /// Checks that every device and tier chooses the same token.
     fn check(logits: &[f32], sampling: &Sampling, numbers: std::ops::Range<u64>) {
         for number in numbers {
             let wanted = reference(logits, sampling, number);
@@ -245,7 +254,7 @@ mod tests {
         (0..count).map(|number| chosen(&Device::cpu(), logits, &options, number).unwrap()).collect()
     }
 
-    /// What a draw may be.
+    /// The tokens that may be drawn.
     fn support(options: Sampling, logits: &[f32]) -> Vec<u32> {
         let mut tokens = drawn(options, logits, 500);
         tokens.sort_unstable();
@@ -308,13 +317,13 @@ mod tests {
         assert_eq!(support(base, &logits), [0, 1, 2, 3]);
         assert_eq!(support(Sampling { top_k: 2, ..base }, &logits), [1, 2]);
         assert_eq!(support(Sampling { top_p: 0.0, ..base }, &logits), [1]);
-        // Of 0.644, 0.237, 0.087, 0.032 (temperature 1), three make 0.9.
+        // With 0.644, 0.237, 0.087, 0.032 (temperature 1), three tokens reach 0.9.
         assert_eq!(support(Sampling { top_p: 0.9, ..WARM }, &logits), [1, 2, 3]);
-        // Of equals the lower ids; of 1/4 each, two make a half exactly.
+        // Among equals, lower ids win; with 1/4 each, two tokens are exactly half.
         assert_eq!(support(Sampling { top_k: 3, ..WARM }, &[2.0; 5]), [0, 1, 2]);
         assert_eq!(support(Sampling { top_p: 0.5, ..WARM }, &[2.0; 4]), [0, 1]);
         assert_eq!(support(Sampling { top_p: 0.5000001, ..WARM }, &[2.0; 4]), [0, 1, 2]);
-        // top_p counts from what top_k leaves: 1/2 of 3.
+        // top_p applies to what top_k keeps: 1/2 of 3.
         assert_eq!(support(Sampling { top_k: 3, top_p: 0.5, ..WARM }, &[2.0; 4]), [0, 1]);
     }
 
@@ -370,7 +379,7 @@ mod tests {
         ) {
             let mut logits = testing::values(seed, len, spread);
             if coarse {
-                // Many equals.
+                // Many equal logits.
                 logits.iter_mut().for_each(|x| *x = (*x * 16.0 / spread).round() * spread / 16.0);
             }
             check(&logits, &Sampling { temperature, top_k, top_p, seed }, 0..2);

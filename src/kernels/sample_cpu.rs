@@ -1,9 +1,9 @@
-//! Choosing a token on the CPU: the definition of [`sample`](super::sample), over an order that is sorted only as far as it is
-//! looked at.
+//! Chooses a token on the CPU by the definition in [`sample`](super::sample). The order is sorted
+//! only as far as needed.
 
 use super::sample::{SampleParams, key, weight};
 
-/// The first of the largest, as argmax has it; none if a logit is NaN.
+/// Returns the first of the largest logits, like argmax, or `None` if a logit is NaN.
 pub(super) fn likeliest(logits: &[f32]) -> Option<u32> {
     if logits.iter().any(|logit| logit.is_nan()) {
         return None;
@@ -11,9 +11,9 @@ pub(super) fn likeliest(logits: &[f32]) -> Option<u32> {
     (0..logits.len()).reduce(|best, at| if logits[at] > logits[best] { at } else { best }).map(|best| best as u32)
 }
 
-/// Tokens in order of likelihood, sorted only as far as somebody has looked.
+/// Tokens in order of likelihood, sorted only as far as needed.
 struct Order {
-    /// Key (inverted) and id, in one number.
+    /// Inverted key and id in one number.
     tokens: Vec<u64>,
     sorted: usize,
 }
@@ -34,7 +34,7 @@ impl Order {
     }
 }
 
-/// A token at random; none if a logit is NaN.
+/// Draws a token at random, or returns `None` if a logit is NaN.
 pub(super) fn draw(logits: &[f32], params: &SampleParams) -> Option<u32> {
     let largest = logits[likeliest(logits)? as usize];
     let weight_of = |logit: f32| params.steps(logit, largest).map_or(0, weight);
@@ -46,7 +46,7 @@ pub(super) fn draw(logits: &[f32], params: &SampleParams) -> Option<u32> {
         let few = (params.top_k as usize).min(order.tokens.len());
         kept = (0..few).map(|at| weight_of(logits[order.id(at) as usize])).sum();
     }
-    // The first token whose weight, with all before it, reaches the target; and that sum.
+    // Returns the first token at which the sum of weights reaches the target, and that sum.
     let mut reach = |target: u64| {
         let mut sum = 0;
         for at in 0..order.tokens.len() {

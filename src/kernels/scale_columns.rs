@@ -1,4 +1,5 @@
-//! `Y[m, n] = X[m, n] * c[n] (+ D[m, n] or d[n])`, or `X[m, n] / c[n]`: how DoRA's factors meet activations and gradients.
+//! `Y[m, n] = X[m, n] * c[n] (+ D[m, n] or d[n])`, or `X[m, n] / c[n]`: applies DoRA's factors to
+//! activations and gradients.
 
 use rayon::prelude::*;
 
@@ -17,7 +18,7 @@ params! {
         len: u32,
         /// N.
         columns: u32,
-        /// From one row of D to the next, in values; 0: the same for all.
+        /// Stride from one row of D to the next, in values; 0: all rows share one.
         add_stride: u32,
     }
 }
@@ -27,11 +28,11 @@ kernel! {
     KERNEL = "scale_columns", ScaleColumnsParams, [x: Read, c: Read, d: Read, y: Write]
 }
 
-/// Computes X * c + D on the device of `x`, in its shape: `x` has rows of as many values as `c`, `plus` has the shape of
-/// one of them.
+/// Computes X * c + D on the device of `x`, in its shape. Rows of `x` are as long as `c`; `plus`
+/// has the shape of `x` or of `c`.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::DeviceMismatch`], and the device's own.
+/// [`Error::Shape`], [`Error::DeviceMismatch`], and device errors.
 pub fn scale_columns(x: &Tensor, c: &Tensor, plus: Option<&Tensor>) -> Result<Tensor> {
     run(x, c, plus, false)
 }
@@ -39,7 +40,7 @@ pub fn scale_columns(x: &Tensor, c: &Tensor, plus: Option<&Tensor>) -> Result<Te
 /// Computes X / c on the device of `x`, in its shape.
 ///
 /// # Errors
-/// As [`scale_columns`].
+/// Like [`scale_columns`].
 pub fn divide_columns(x: &Tensor, c: &Tensor) -> Result<Tensor> {
     run(x, c, None, true)
 }
@@ -48,7 +49,7 @@ fn run(x: &Tensor, c: &Tensor, plus: Option<&Tensor>, divide: bool) -> Result<Te
     let n = c.len();
     expect_shape(OP, "c", c, &[n])?;
     if x.shape().last() != Some(&n) {
-        let (expected, got) = (format!("rows of {n} values, as c has"), format!("{:?}", x.shape()));
+        let (expected, got) = (format!("rows of {n} values, as in c"), format!("{:?}", x.shape()));
         return Err(Error::Shape { op: OP, what: "X", expected, got });
     }
     let of_row = plus.is_some_and(|plus| plus.shape() != x.shape());
@@ -77,7 +78,7 @@ fn run(x: &Tensor, c: &Tensor, plus: Option<&Tensor>, divide: bool) -> Result<Te
     }
 }
 
-/// Values a task on the CPU, about.
+/// Approximate number of values per task on the CPU.
 const CPU_VALUES: usize = 1 << 14;
 
 fn on_cpu(x: &[f32], c: &[f32], plus: Option<&[f32]>, of_row: bool, divide: bool, y: &mut [f32]) {
@@ -102,14 +103,14 @@ fn on_cpu(x: &[f32], c: &[f32], plus: Option<&[f32]>, of_row: bool, divide: bool
     });
 }
 
-/// Invocations a workgroup.
+/// Invocations per workgroup.
 const THREADS: u32 = 64;
 
 fn defines(add: bool, divide: bool) -> Defines {
     Defines::new().with("threads", THREADS).with("add", add).with("divide", divide)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants() -> Vec<Defines> {
     vec![defines(false, false), defines(true, false), defines(false, true)]
 }

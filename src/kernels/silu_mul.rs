@@ -17,10 +17,11 @@ kernel! {
     KERNEL = "silu_mul", QuadParams, [gate: Read, up: Read, y: Write]
 }
 
-/// silu(gate) * up, of their shape.
+/// Returns silu(gate) * up, in their shape.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) where shapes disagree, [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// [`Error::Shape`](crate::Error::Shape) if shapes disagree,
+/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     expect_shape(OP, "up", up, gate.shape())?;
     gate.device().same(&up.device(), OP)?;
@@ -41,7 +42,8 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// 1 / (1 + exp(-x)), and 1 minus that; neither overflows nor is a difference of near values.
+/// Returns 1 / (1 + exp(-x)) and 1 minus that. Neither overflows nor subtracts nearly equal
+/// values.
 #[inline(always)]
 pub(super) fn sigmoid(x: f32) -> (f32, f32) {
     let e = exp(-x.abs());
@@ -91,7 +93,7 @@ mod tests {
             let tensor = |values: &[f32]| Tensor::from_slice(&device, &[10], values).unwrap();
             let y = silu_mul(&tensor(&gate), &tensor(&[1.0; 10])).unwrap().to_vec().unwrap();
             let wanted = gate.map(|gate: f32| f64::from(gate.max(0.0)));
-            // Below -30 silu is under 3e-12, and what flushes to zero is right enough.
+            // Below -30, silu is smaller than 3e-12, so a flush to zero is accurate enough.
             let bounds = gate.map(|gate| 1e-5 * f64::from(gate.max(0.0)) + 4e-12);
             testing::assert_close(&testing::name(&device), &y, &wanted, &bounds);
         }

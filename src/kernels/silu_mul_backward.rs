@@ -16,10 +16,12 @@ kernel! {
     KERNEL = "silu_mul_backward", QuadParams, [dy: Read, gate: Read, up: Read, d_gate: Write, d_up: Write]
 }
 
-/// (d_gate, d_up) of [`silu_mul`](super::silu_mul::silu_mul) from the gradient of its result; all of one shape.
+/// Returns (d_gate, d_up) of [`silu_mul`](super::silu_mul::silu_mul), given the gradient of its
+/// result. All have one shape.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) where shapes disagree, [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// [`Error::Shape`](crate::Error::Shape) if shapes disagree,
+/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
 pub fn silu_mul_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
     let shape = dy.shape();
     expect_shape(OP, "gate", gate, shape)?;
@@ -51,7 +53,7 @@ pub fn silu_mul_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Ten
     }
 }
 
-/// The formula, for any real type: d_gate and d_up.
+/// The formula, for any real type. Returns d_gate and d_up.
 pub fn reference<T: Real>(dy: &[T], gate: &[T], up: &[T]) -> (Vec<T>, Vec<T>) {
     let one = T::one();
     let each = |i: usize| {

@@ -1,4 +1,5 @@
-//! Dot products for the CPU device, straight from packed codes: AVX2 where the processor has it, plain Rust elsewhere.
+//! Dot products for the CPU device, straight from packed codes: AVX2 if the processor has it,
+//! plain Rust otherwise.
 
 use std::ops::Range;
 
@@ -6,19 +7,19 @@ use super::matrix::HostMatrix;
 use super::qmatmul_operands::GEMV_ROWS;
 use crate::quant::QuantizedMatrix;
 
-/// x [M, K] with M <= [`GEMV_ROWS`], as the products of its rows with those of a matrix want it.
+/// x [M, K] with M <= [`GEMV_ROWS`], prepared for products with the rows of a matrix.
 pub(crate) struct FewRows<'a> {
     x: &'a [f32],
-    /// The processor has AVX2, FMA and F16C, and K is a multiple of 8.
+    /// Whether the processor has AVX2, FMA and F16C, and K is a multiple of 8.
     #[cfg(target_arch = "x86_64")]
     packed: bool,
-    /// For AVX-512 and a matrix that can be read so.
+    /// For AVX-512, if the matrix can be read that way.
     #[cfg(target_arch = "x86_64")]
     spread: Option<packed::Spread>,
 }
 
 impl<'a> FewRows<'a> {
-    /// For products with `w`.
+    /// Prepares `x` for products with `w`.
     pub(crate) fn new(w: &HostMatrix, x: &'a [f32]) -> Self {
         #[cfg(target_arch = "x86_64")]
         {
@@ -32,7 +33,8 @@ impl<'a> FewRows<'a> {
         FewRows { x }
     }
 
-    /// out[row, t] = W[row, :] . x[t, :] for `rows` of the matrix that this was made for; `out` is [rows, M].
+    /// Computes out[row, t] = W[row, :] . x[t, :] for `rows` of the matrix that this was made for.
+    /// `out` is [rows, M].
     pub(crate) fn times(&self, w: &HostMatrix, rows: Range<usize>, out: &mut [f32]) {
         let k = w.cols();
         let m = self.x.len() / k;
@@ -53,7 +55,7 @@ impl<'a> FewRows<'a> {
     }
 }
 
-/// The sum of products, in eight partial sums, which compilers turn into vectors.
+/// Returns the dot product, added up in eight partial sums, which compilers vectorize.
 pub(crate) fn dot(left: &[f32], right: &[f32]) -> f32 {
     let (left, left_tail) = left.as_chunks::<8>();
     let (right, right_tail) = right.as_chunks::<8>();
@@ -74,7 +76,7 @@ mod packed {
     use super::*;
     use crate::quant::{DenseData, DenseMatrix, Q8_BLOCK};
 
-    /// [`FewRows::times`] for K a multiple of 8.
+    /// [`FewRows::times`] if K is a multiple of 8.
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) fn gemv(w: &HostMatrix, rows: Range<usize>, x: &FewRows<'_>, out: &mut [f32]) {
         match x.x.len() / w.cols() {
@@ -101,7 +103,7 @@ mod packed {
         );
         match w {
             HostMatrix::Quantized(w) => match &few.spread {
-                // SAFETY: there is one only where the processor has AVX-512.
+                // SAFETY: a `Spread` exists only if the processor has AVX-512.
                 Some(spread) => unsafe { quantized_by_128::<M>(w, rows, spread, out) },
                 None => quantized::<M>(w, rows, x, out),
             },
@@ -115,7 +117,7 @@ mod packed {
         let codebook = &w.codebook().0;
         // SAFETY: the codebook has 16 values.
         let (low, high) = unsafe { (_mm256_loadu_ps(codebook.as_ptr()), _mm256_loadu_ps(codebook.as_ptr().add(8))) };
-        // The first of two codes is in a byte's high nibble.
+        // The first of two codes is in the high nibble of a byte.
         let shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
         let mut in_row = RowBlocks::new(w);
         for (row, out) in rows.zip(out.chunks_exact_mut(M)) {
@@ -126,7 +128,8 @@ mod packed {
                 for at in span.step_by(8) {
                     let word = u32::from_le_bytes(words[at / 8]);
                     let codes = _mm256_srlv_epi32(_mm256_set1_epi32(word as i32), shifts);
-                    // The permutation looks at three bits; the fourth chooses the half of the codebook.
+                    // The permutation looks at three bits; the fourth selects the half of the
+                    // codebook.
                     let upper = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
                     let values = _mm256_blendv_ps(
                         _mm256_permutevar8x32_ps(low, codes),
@@ -140,22 +143,24 @@ mod packed {
         }
     }
 
-    /// Weights in a register of codes.
+    /// Weights per register of codes.
     const CHUNK: usize = 128;
-    /// Of a little-endian word of codes, which weight each nibble is: the first of two codes is in a byte's high nibble.
+    /// The weight that each nibble of a little-endian word of codes belongs to. The first of two
+    /// codes is in the high nibble of a byte.
     const NIBBLES: [usize; 8] = [1, 0, 3, 2, 5, 4, 7, 6];
 
-    /// x for [`quantized_by_128`]: of each chunk of a row, which ends in zeros, first what meets the lowest nibble of each of 16 words,
-    /// then the next; and of each word the sum of the eight values.
+    /// x in the order that [`quantized_by_128`] reads. For each chunk of a row (padded with
+    /// zeros): first the values that meet the lowest nibble of each of 16 words, then those of the
+    /// next nibble, and so on. Also the sum of the eight values of each word.
     pub(super) struct Spread {
         values: Vec<f32>,
         sums: Vec<f32>,
-        /// Chunks a row.
+        /// Chunks per row.
         chunks: usize,
     }
 
     impl Spread {
-        /// For rows of whole blocks of a power of two of weights.
+        /// Prepares x, for rows of whole blocks of a power of two of weights.
         pub(super) fn of(w: &HostMatrix, x: &[f32]) -> Option<Self> {
             let HostMatrix::Quantized(w) = w else { return None };
             let whole = w.block().is_power_of_two() && w.block() >= 8 && w.cols().is_multiple_of(w.block());
@@ -184,8 +189,9 @@ mod packed {
         }
     }
 
-    /// As [`quantized`], for rows of whole blocks of a power of two of weights: 16 words of codes at a time, a nibble of each. The
-    /// permutation looks at four bits, so a shift is all that a code needs; scales count once for eight products.
+    /// Like [`quantized`], for rows of whole blocks of a power of two of weights. It takes 16
+    /// words of codes at a time, one nibble of each. The permutation looks at four bits, so a code
+    /// needs only a shift; scales are applied once per eight products.
     #[target_feature(enable = "avx512f")]
     fn quantized_by_128<const M: usize>(w: &QuantizedMatrix, rows: Range<usize>, spread: &Spread, out: &mut [f32]) {
         let (k, block) = (w.cols(), w.block());
@@ -194,7 +200,7 @@ mod packed {
         // No load below may go past these.
         assert!(spread.chunks == k.div_ceil(CHUNK) && spread.sums.len() == M * spread.chunks * 16);
         let (values, word_sums, chunks) = (spread.values.as_ptr(), spread.sums.as_ptr(), spread.chunks);
-        // Which of a chunk's blocks a word is in.
+        // The block of a chunk that each word is in.
         let of_block: [i32; 16] = std::array::from_fn(|lane| (8 * lane / block) as i32);
         // SAFETY: there are 16 values.
         let of_block = unsafe { _mm512_loadu_si512(of_block.as_ptr().cast()) };
@@ -206,7 +212,7 @@ mod packed {
             let mut sums = [_mm512_setzero_ps(); M];
             for chunk in 0..chunks {
                 let words = (k - chunk * CHUNK).min(CHUNK) / 8;
-                // SAFETY: so many words are left in the row; others are not loaded.
+                // SAFETY: the row has this many words left; the other lanes are not loaded.
                 let words = unsafe {
                     let mask = ((1u32 << words) - 1) as __mmask16;
                     _mm512_maskz_loadu_epi32(mask, codes.as_ptr().add(chunk * CHUNK / 2).cast())
@@ -217,7 +223,7 @@ mod packed {
                         let weights =
                             _mm512_permutexvar_ps(_mm512_srli_epi32::<{ 4 * $nibble }>(words), codebook);
                         for (t, product) in products.iter_mut().enumerate() {
-                            // SAFETY: x has M rows of so many chunks.
+                            // SAFETY: x has M rows of `chunks` chunks.
                             let x = unsafe {
                                 _mm512_loadu_ps(values.add((t * chunks + chunk) * CHUNK + 16 * $nibble))
                             };
@@ -228,7 +234,7 @@ mod packed {
                 nibble!(0 1 2 3 4 5 6 7);
                 let first = chunk * CHUNK / block;
                 let each = |values: &[f32]| {
-                    // SAFETY: `whole` gives 16 values more than there are blocks.
+                    // SAFETY: `whole` returns 16 values more than there are blocks.
                     let values = unsafe { _mm512_loadu_ps(values[first..first + 16].as_ptr()) };
                     _mm512_permutexvar_ps(of_block, values)
                 };
@@ -251,7 +257,7 @@ mod packed {
         }
     }
 
-    /// Where a matrix's blocks lie in a row, which they may cross, with their scales and minima.
+    /// The blocks of a row, with their scales and minima. Blocks may cross rows.
     struct RowBlocks<'a> {
         w: &'a QuantizedMatrix,
         scales: Vec<f32>,
@@ -260,7 +266,7 @@ mod packed {
 
     impl<'a> RowBlocks<'a> {
         fn new(w: &'a QuantizedMatrix) -> Self {
-            // And what a register takes beyond the last one.
+            // Plus the values that a register reads past the last block.
             let most = w.cols() / w.block() + 2 + 16;
             RowBlocks { w, scales: vec![0.0; most], mins: vec![0.0; most] }
         }
@@ -276,7 +282,7 @@ mod packed {
             blocks
         }
 
-        /// Scale and minimum of each block of a row of whole blocks, and 16 values more.
+        /// Scale and minimum of each block, for a row of whole blocks, and 16 further values.
         fn whole(&mut self, row: usize) -> (&[f32], &[f32]) {
             self.decode(row);
             (&self.scales, &self.mins)
@@ -296,7 +302,8 @@ mod packed {
 
     #[target_feature(enable = "avx2,fma,f16c")]
     fn dense<const M: usize>(w: &DenseMatrix, rows: Range<usize>, x: &[f32], out: &mut [f32]) {
-        // SAFETY (of all loads): eight values from a multiple of 8 below rows * cols, itself a multiple of 8.
+        // SAFETY (of all loads): eight values from a multiple of 8 below rows * cols, itself a
+        // multiple of 8.
         match w.data() {
             DenseData::F32(values) => {
                 of_eights::<M>(rows, x, out, |at| unsafe { _mm256_loadu_ps(values[at..at + 8].as_ptr()) })
@@ -316,7 +323,8 @@ mod packed {
         }
     }
 
-    /// The products of rows whose weights `decode` gives, eight from a flat index on.
+    /// Computes products of rows whose weights come from `decode`: eight at a time, from a flat
+    /// index on.
     #[target_feature(enable = "avx2,fma,f16c")]
     fn of_eights<const M: usize>(rows: Range<usize>, x: &[f32], out: &mut [f32], decode: impl Fn(usize) -> __m256) {
         let k = x.len() / M;

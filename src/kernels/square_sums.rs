@@ -1,5 +1,6 @@
-//! The sums of the squares of many tensors, as [`grad_norm`](super::grad_norm) wants them: those of a fixed number of runs of each
-//! tensor, a dozen tensors a dispatch. A model has hundreds of gradients, and each dispatch costs the host as much as any other.
+//! Sums of squares of many tensors, for [`grad_norm`](super::grad_norm): a fixed number of runs
+//! per tensor, a dozen tensors per dispatch. A model has hundreds of gradients, and each dispatch
+//! costs the host the same.
 
 use super::row_teams::RowTeams;
 use super::{kernel, params, takes_several};
@@ -10,11 +11,11 @@ params! {
     struct SquareSumsParams {
         first_group: u32,
         groups: u32,
-        /// Runs of all tensors of the dispatch.
+        /// Runs of all tensors in the dispatch.
         rows: u32,
         /// Place of the first sum in y.
         slot: u32,
-        /// Values of the first four tensors, of the next four, and of the last.
+        /// Number of values of the first four tensors, of the next four, and of the last four.
         lens0: [u32; 4],
         lens1: [u32; 4],
         lens2: [u32; 4],
@@ -29,16 +30,16 @@ kernel! {
     ]
 }
 
-/// Tensors a dispatch.
+/// Tensors per dispatch.
 const TENSORS: usize = 12;
-/// Runs of each tensor, long or short.
+/// Runs per tensor, long or short.
 pub(super) const RUNS: usize = 16;
 
 fn defines(tier: Tier) -> Defines {
     RowTeams::long(tier).defines().with("runs", RUNS as u32)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     if tier == Tier::Software { Vec::new() } else { vec![defines(tier)] }
 }
@@ -48,7 +49,8 @@ pub(super) fn fits(gpu: &Gpu) -> bool {
     takes_several(gpu, &KERNEL)
 }
 
-/// Records y[RUNS * i + run] = the sum of the squares of a run of tensor i, of `tensors` with their numbers of values.
+/// Records y[RUNS * i + run] = the sum of squares of a run of tensor i. `tensors` are pairs of a
+/// buffer and its number of values.
 pub(super) fn dispatch(gpu: &Gpu, tensors: &[(&Buffer, usize)], y: &Buffer) -> Result<()> {
     let teams = RowTeams::long(gpu.tier());
     for (index, tensors) in tensors.chunks(TENSORS).enumerate() {

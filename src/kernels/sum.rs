@@ -1,5 +1,6 @@
-//! y = scale * sum of x (or of x^2): runs are summed, then the runs' sums, until one value is left. The order is fixed, so
-//! reruns are equal to the bit, and partial sums are short, so the error stays near one rounding.
+//! y = scale * sum of x (or of x^2). Runs are summed, then the runs' sums, until one value is
+//! left. The order is fixed, so reruns are equal to the bit. Partial sums are short, so the error
+//! stays near one rounding.
 
 use rayon::prelude::*;
 
@@ -18,7 +19,7 @@ params! {
         groups: u32,
         /// Values of x.
         len: u32,
-        /// Runs.
+        /// Number of runs.
         rows: u32,
         /// Place of the first run's sum in y, in values.
         slot: u32,
@@ -31,7 +32,7 @@ kernel! {
     KERNEL = "sum", SumParams, [x: Read, y: Write]
 }
 
-/// Values a run, in fours.
+/// Values per run / 4.
 fn run_quads(tier: Tier) -> u32 {
     match tier {
         Tier::Software => 256,
@@ -43,15 +44,15 @@ fn defines(tier: Tier, squares: bool) -> Defines {
     RowTeams::long(tier).defines().with("run_quads", run_quads(tier)).with("squares", squares)
 }
 
-/// Every variant's text constants, for the registry test.
+/// Text constants of every variant, for the registry test.
 pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].map(|squares| defines(tier, squares)).to_vec()
 }
 
-/// scale * the sum of all values, `[1]`.
+/// Returns scale * the sum of all values, `[1]`.
 ///
 /// # Errors
-/// The device's own.
+/// Device errors.
 pub fn sum(x: &Tensor, scale: f32) -> Result<Tensor> {
     match x.storage() {
         Storage::Cpu(cpu, values) => {
@@ -67,7 +68,7 @@ pub fn sum(x: &Tensor, scale: f32) -> Result<Tensor> {
     }
 }
 
-/// The sum of `f` of all values, in f64.
+/// Returns the sum of `f` of all values, in f64.
 pub(super) fn on_cpu(values: &[f32], f: impl Fn(f64) -> f64 + Sync) -> f64 {
     let of_chunk = |chunk: &[f32]| {
         let (eights, tail) = chunk.as_chunks::<8>();
@@ -79,7 +80,7 @@ pub(super) fn on_cpu(values: &[f32], f: impl Fn(f64) -> f64 + Sync) -> f64 {
         }
         sums.iter().sum::<f64>() + tail.iter().map(|&value| f(f64::from(value))).sum::<f64>()
     };
-    // Collected first: the order of the sum must not depend on which thread is quicker.
+    // Collected first: the order of the sum must not depend on thread timing.
     values.par_chunks(CPU_CHUNK).map(of_chunk).collect::<Vec<f64>>().iter().sum()
 }
 
@@ -93,7 +94,7 @@ pub(super) fn on_gpu(
     y: &Buffer,
     slot: usize,
 ) -> Result<()> {
-    // No values still have a sum.
+    // A sum over no values is still written: zero.
     let runs = len.div_ceil(4 * run_quads(gpu.tier()) as usize).max(1);
     if runs == 1 {
         return pass(gpu, x, len, squares, SumParams { rows: 1, slot: slot as u32, scale, ..Default::default() }, y);

@@ -1,5 +1,5 @@
-//! Which query sees which key: a contiguous range of keys a query, which covers causal order, packed segments, padding,
-//! sliding windows and a cache of keys.
+//! Which query sees which keys: a contiguous range of keys per query. This covers causal order,
+//! packed segments, padding, sliding windows and a cache of keys.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -10,38 +10,39 @@ use crate::indices::Indices;
 
 const OP: &str = "attention visibility";
 
-/// Which keys each query sees. From one query to the next neither the first key nor the end goes back, so each key is seen
-/// by a contiguous range of queries, and a block of queries sees a contiguous range of keys.
+/// The keys that each query sees. From one query to the next neither the first key nor the end
+/// decreases, so each key is seen by a contiguous range of queries, and a block of queries sees a
+/// contiguous range of keys.
 #[derive(Debug)]
 pub struct Visibility {
     device: Device,
     keys: usize,
-    /// First key and end of each query.
+    /// First key and end for each query.
     ranges: Vec<(u32, u32)>,
     /// `ranges` on the device, one after the other.
     key_ranges: Indices,
-    /// First query and end of each key, on the device; only a backward pass asks.
+    /// First query and end for each key, on the device; used only by backward passes.
     query_ranges: OnceLock<Indices>,
 }
 
 impl Visibility {
-    /// Causal self-attention over `segments`, the segment of every token of rows of `length` tokens: a token sees itself and
-    /// the earlier tokens of its row's current run of equal ids (an id that comes back later in a row is another run), of
-    /// those the `window` nearest at most, itself included. Padding is a segment of its own, left or right: it sees only
-    /// padding.
+    /// Causal self-attention. `segments` holds the segment id of every token, in rows of `length`
+    /// tokens. A token sees itself and the earlier tokens of its row's current run of equal ids
+    /// (an id that comes back later in a row is another run), at most the `window` nearest, itself
+    /// included. Padding is a segment of its own, left or right: it sees only padding.
     ///
     /// # Errors
-    /// [`Error::Invalid`] unless `segments` is whole rows of at least one token, or for a window of 0; those of
-    /// [`Visibility::ranges`].
+    /// [`Error::Invalid`] unless `segments` consists of whole rows of at least one token, or for a
+    /// window of 0; and the errors of [`Visibility::ranges`].
     pub fn causal(device: &Device, segments: &[u32], length: usize, window: Option<usize>) -> Result<Visibility> {
         let invalid =
             |what, got: usize, expected: String| Error::Invalid { op: OP, what, got: got.to_string(), expected };
         if length == 0 || !segments.len().is_multiple_of(length) {
-            let expected = format!("{} segment ids must be whole rows of so many", segments.len());
+            let expected = format!("{} segment ids must be a multiple of it", segments.len());
             return Err(invalid("the length of a row", length, expected));
         }
         if window == Some(0) {
-            return Err(invalid("the window", 0, "a token sees itself at least".into()));
+            return Err(invalid("the window", 0, "it must be at least 1, because a token sees itself".into()));
         }
         let mut run = 0;
         let range = |i: usize| {
@@ -55,11 +56,12 @@ impl Visibility {
         Visibility::new(device, ranges, segments.len())
     }
 
-    /// Query i sees the keys `ranges[i].0..ranges[i].1` of `keys`; an empty range is none.
+    /// Query i sees the keys `ranges[i].0..ranges[i].1` out of `keys`; an empty range sees none.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a range that ends before it starts or after `keys`, or where a query's first key or end is less
-    /// than that of the query before; [`Error::TooLarge`] and [`Error::OutOfMemory`] from the device.
+    /// [`Error::Invalid`] for a range that ends before it starts or after `keys`, or whose first
+    /// key or end is less than that of the query before; [`Error::TooLarge`] and
+    /// [`Error::OutOfMemory`] from the device.
     pub fn ranges(device: &Device, ranges: &[(u32, u32)], keys: usize) -> Result<Visibility> {
         let mut before = (0, 0);
         for (query, &(first, end)) in ranges.iter().enumerate() {
@@ -68,7 +70,7 @@ impl Visibility {
                     op: OP,
                     what: "a query's range of keys",
                     got: format!("{first}..{end} for query {query}, after {}..{}", before.0, before.1),
-                    expected: format!("it must lie in 0..{keys}, and neither its start nor its end may go back"),
+                    expected: format!("it must lie in 0..{keys}, and neither its start nor its end may decrease"),
                 });
             }
             before = (first, end);
@@ -94,28 +96,28 @@ impl Visibility {
     /// The keys that a query sees.
     ///
     /// # Panics
-    /// If there is no such query.
+    /// If the query doesn't exist.
     pub fn of_query(&self, query: usize) -> Range<usize> {
         let (first, end) = self.ranges[query];
         first as usize..end as usize
     }
 
-    /// Pairs of a query and a key that it sees.
+    /// Number of pairs of a query and a key that it sees.
     pub fn pairs(&self) -> u64 {
         self.ranges.iter().map(|(first, end)| u64::from(end - first)).sum()
     }
 
-    /// First key and end of each query, one after the other.
+    /// First key and end for each query, one after the other.
     pub(crate) fn key_ranges(&self) -> &Indices {
         &self.key_ranges
     }
 
-    /// The keys that a block of queries sees together.
+    /// Range of the keys that a block of queries sees.
     pub(crate) fn of_queries(&self, queries: &Range<usize>) -> Range<usize> {
         self.ranges[queries.start].0 as usize..self.ranges[queries.end - 1].1 as usize
     }
 
-    /// First query and end of each key, one after the other, on the device.
+    /// First query and end for each key, one after the other, on the device.
     pub(crate) fn query_ranges(&self) -> Result<&Indices> {
         if let Some(indices) = self.query_ranges.get() {
             return Ok(indices);
@@ -156,7 +158,7 @@ mod tests {
         assert_eq!(causal(&[1, 1, 1], 3, None), [(0, 1), (0, 2), (0, 3)]);
         // Two rows; the second starts anew although its id is the same.
         assert_eq!(causal(&[1, 1, 1, 1], 2, None), [(0, 1), (0, 2), (2, 3), (2, 4)]);
-        // Padding left and right; id 1 comes back and is another run.
+        // Padding left and right; id 1 comes back as another run.
         assert_eq!(causal(&[0, 1, 1, 2, 1, 0], 6, None), [(0, 1), (1, 2), (1, 3), (3, 4), (4, 5), (5, 6)]);
         assert_eq!(causal(&[7; 4], 4, Some(2)), [(0, 1), (0, 2), (1, 3), (2, 4)]);
         assert_eq!(causal(&[], 4, None), []);

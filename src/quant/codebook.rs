@@ -3,28 +3,30 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// A 4-bit format. This crate quantizes to the first three ([`Format::QUANTIZERS`]), which parse as `nf4`, `fp4`, `int4`;
-/// the others are read from GGUF files.
+/// A 4-bit format. This crate quantizes to the first three ([`Format::QUANTIZERS`]), which parse
+/// as `nf4`, `fp4`, `int4`; the others are read from GGUF files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Format {
     /// NormalFloat of the QLoRA paper (Dettmers et al., 2023, appendix E), as in bitsandbytes.
     Nf4,
     /// The 4-bit float of bitsandbytes: sign, 2 exponent bits, 1 mantissa bit.
     Fp4,
-    /// Signed integers -7..=7 in two's complement, scale `absmax / 7`, as in entrenar's QLoRA layer.
+    /// Signed integers -7..=7 in two's complement, scale `absmax / 7`, as in entrenar's QLoRA
+    /// layer.
     Int4,
     /// ggml's `(code - 8) * scale` in blocks of 32.
     Q4_0,
     /// ggml's `code * scale + min` in blocks of 32.
     Q4_1,
-    /// ggml's `code * scale + min` in blocks of 32, eight of which share a scale for their 6-bit scales and minima.
+    /// ggml's `code * scale + min` in blocks of 32; eight blocks share a scale for their 6-bit
+    /// scales and minima.
     Q4K,
     /// ggml's nonlinear codes in blocks of 32.
     Iq4Nl,
-    /// The same codes in blocks of 32, eight of which share a scale for their 6-bit scales.
+    /// The same codes in blocks of 32; eight blocks share a scale for their 6-bit scales.
     Iq4Xs,
-    /// The OCP microscaling format: E2M1 floats in blocks of 32 that share a power of two. A scale here is half of the
-    /// file's, as in ggml, and the codes stand for twice their values.
+    /// The OCP microscaling format: E2M1 floats in blocks of 32 that share a power of two. As in
+    /// ggml, a scale here is half of the file's, and the codebook holds doubled values.
     Mxfp4,
 }
 
@@ -32,7 +34,7 @@ impl Format {
     /// The formats that weights can be quantized to.
     pub const QUANTIZERS: [Format; 3] = [Format::Nf4, Format::Fp4, Format::Int4];
 
-    /// The 16 values that the format's codes stand for, before scaling.
+    /// The 16 values of the format's codes, before scaling.
     pub fn codebook(self) -> Codebook {
         match self {
             Format::Nf4 => Codebook::NF4,
@@ -81,7 +83,7 @@ impl FromStr for Format {
 pub struct Codebook(pub [f32; 16]);
 
 impl Codebook {
-    /// NF4, ascending. The values are those of bitsandbytes, to the bit.
+    /// NF4, ascending. The values equal those of bitsandbytes to the bit.
     pub const NF4: Codebook = Codebook([
         -1.0,
         -0.696_192_8,
@@ -101,8 +103,8 @@ impl Codebook {
         1.0,
     ]);
 
-    /// FP4: `[0, 0.0625, 8, 12, 4, 6, 2, 3] / 12`, then the same negated. Code 8 is `+0.0`, as in the
-    /// tables that bitsandbytes writes.
+    /// FP4: `[0, 0.0625, 8, 12, 4, 6, 2, 3] / 12`, then the same values negated. Code 8 is `+0.0`,
+    /// as in the tables that bitsandbytes writes.
     pub const FP4: Codebook = Codebook([
         0.0,
         0.0625 / 12.0,
@@ -122,7 +124,7 @@ impl Codebook {
         -3.0 / 12.0,
     ]);
 
-    /// Two's-complement nibbles. -8 is never emitted by the quantizer.
+    /// Two's-complement nibbles. The quantizer never emits -8.
     pub const INT4: Codebook =
         Codebook([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]);
 

@@ -12,8 +12,8 @@ const OP: &str = "dense matrix";
 /// Weights per scale of [`DenseData::Q8_0`].
 pub const Q8_BLOCK: usize = 32;
 
-/// A matrix of 8-, 16- or 32-bit weights, `rows` by `cols`, row-major: what stays unquantized in a
-/// 4-bit model (embeddings, norms, heads), or the base of a plain LoRA layer.
+/// A matrix of 8-, 16- or 32-bit weights, `rows` by `cols`, row-major: the unquantized matrices of
+/// a 4-bit model (embeddings, norms, heads), or the base of a plain LoRA layer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct DenseMatrix {
     rows: usize,
@@ -32,9 +32,9 @@ pub enum DenseData {
     Bf16(Vec<bf16>),
     /// ggml's Q8_0: `w = code * scale` in blocks of 32 within a row (`cols` is a multiple of 32).
     Q8_0 {
-        /// One per weight.
+        /// One code per weight.
         codes: Vec<i8>,
-        /// One per block.
+        /// One scale per block.
         scales: Vec<f16>,
     },
 }
@@ -43,8 +43,8 @@ impl DenseMatrix {
     /// Checks the lengths in `data` against the shape.
     ///
     /// # Errors
-    /// [`Error::Shape`] for a length that does not fit, [`Error::Invalid`] for Q8_0 columns that are
-    /// no multiple of 32 or `rows * cols` beyond `usize`.
+    /// [`Error::Shape`] for a length that does not fit, [`Error::Invalid`] if Q8_0 columns are not
+    /// a multiple of 32 or `rows * cols` exceeds `usize`.
     pub fn new(rows: usize, cols: usize, data: DenseData) -> Result<Self> {
         let n = element_count(OP, rows, cols)?;
         let got = match &data {
@@ -65,13 +65,13 @@ impl DenseMatrix {
         Ok(DenseMatrix { rows, cols, data })
     }
 
-    /// Quantizes `rows` by `cols` row-major weights to Q8_0 by ggml's rule: `d = absmax / 127`, code =
-    /// `w * (1 / d)` rounded half away from zero, and `d` stored as f16.
+    /// Quantizes `rows` by `cols` row-major weights to Q8_0 by ggml's rule: `d = absmax / 127`,
+    /// code = `w * (1 / d)` rounded half away from zero, and `d` stored as f16.
     ///
     /// # Errors
-    /// [`Error::Shape`] if there are not `rows * cols` weights, [`Error::Invalid`] if `cols` is no
-    /// multiple of 32 or a scale is beyond f16 (a weight above 8.3 million), [`Error::NonFinite`] for
-    /// the first NaN or infinite weight.
+    /// [`Error::Shape`] if there are not `rows * cols` weights, [`Error::Invalid`] if `cols` is
+    /// not a multiple of 32 or a scale is beyond f16 (a weight above 8.3 million),
+    /// [`Error::NonFinite`] for the first NaN or infinite weight.
     pub fn quantize_q8_0(weights: &[f32], rows: usize, cols: usize) -> Result<Self> {
         const OP: &str = "quantize to Q8_0";
         let n = element_count(OP, rows, cols)?;
@@ -128,7 +128,7 @@ impl DenseMatrix {
         }
     }
 
-    /// All weights as f32, row-major, in parallel.
+    /// Returns all weights as f32, row-major. Runs in parallel.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.cols];
         let row_len = self.cols.max(1);
@@ -136,8 +136,8 @@ impl DenseMatrix {
         out
     }
 
-    /// The weights of `rows` as f32, row-major, into `out` of `rows.len() * cols` values. Runs on the
-    /// calling thread.
+    /// Writes the weights of `rows` as f32, row-major, to `out`, which has `rows.len() * cols`
+    /// values. Runs on the calling thread.
     ///
     /// # Panics
     /// If `rows` is out of range or `out` has another length.
@@ -146,10 +146,11 @@ impl DenseMatrix {
         self.dequantize_flat(rows.start * self.cols, out);
     }
 
-    /// The weights from flat index `start` on as f32, as many as `out` takes. Runs on the calling thread.
+    /// Writes the weights from flat index `start` on as f32, as many as `out` holds. Runs on the
+    /// calling thread.
     ///
     /// # Panics
-    /// If there are fewer.
+    /// If there are fewer weights.
     pub fn dequantize_flat(&self, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
         match &self.data {

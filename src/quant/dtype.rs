@@ -3,9 +3,9 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// The floating-point type of an original weight, which is what its file is dequantized to.
+/// The floating-point type of the original weights, which a quantized file is dequantized to.
 ///
-/// Displays and parses as bitsandbytes writes it: `float32`, `float16`, `bfloat16`.
+/// Displays and parses like in bitsandbytes: `float32`, `float16`, `bfloat16`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Dtype {
     /// IEEE 754 binary32.

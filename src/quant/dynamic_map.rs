@@ -9,13 +9,14 @@ pub(super) fn dynamic_map() -> &'static [f32; 256] {
     &MAP
 }
 
-/// For each decade `10^(i-6)`, i in 0..=6: the midpoints of `2^i + 1` points from 0.1 to 1, with both
-/// signs; then 0 and 1. The fused multiply-adds and the two halves are those of `torch.linspace`.
+/// For each decade `10^(i-6)`, i in 0..=6: the midpoints of `2^i + 1` points from 0.1 to 1, with
+/// both signs; then 0 and 1. The fused multiply-adds and the two halves are those of
+/// `torch.linspace`.
 fn build() -> [f32; 256] {
     const DECADES: [f32; 7] = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0];
     let mut map = [0.0; 256];
     map[255] = 1.0;
-    // The magnitudes ascend from entry 128 on, and mirrored from entry 126 down.
+    // The magnitudes ascend from entry 128 up, and mirrored from entry 126 down.
     let mut rank = 0;
     for (i, decade) in DECADES.into_iter().enumerate() {
         let intervals = 1_usize << i;

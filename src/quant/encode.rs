@@ -4,21 +4,21 @@ use rayon::prelude::*;
 
 use super::{Codebook, Format, Source};
 
-/// How to quantize a matrix. The default is plain NF4 in blocks of 64.
+/// Options for quantizing a matrix. The default is plain NF4 in blocks of 64.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct QuantOptions {
     /// The codebook and its rounding rule.
     pub format: Format,
     /// Weights per scale: a power of two in 32..=4096.
     pub block: usize,
-    /// Whether and how the scales are quantized too.
+    /// Whether the scales are quantized too, and by which scheme.
     pub double: DoubleQuant,
 }
 
-/// How the scales of a matrix are stored.
+/// Storage of a matrix's scales.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum DoubleQuant {
-    /// As f32.
+    /// f32 scales.
     None,
     /// bitsandbytes' 8-bit scheme, see [`DoubleScales::dynamic`](super::DoubleScales::dynamic).
     Dynamic,
@@ -48,8 +48,8 @@ impl QuantOptions {
         QuantOptions { format: Format::Int4, ..Self::default() }
     }
 
-    /// With the double quantization that the format is usually combined with: dynamic for NF4 and
-    /// FP4, linear for INT4.
+    /// Adds the double quantization that is usual for the format: dynamic for NF4 and FP4, linear
+    /// for INT4.
     pub fn double_quant(self) -> Self {
         let double = match self.format {
             Format::Int4 => DoubleQuant::Linear,
@@ -58,20 +58,20 @@ impl QuantOptions {
         QuantOptions { double, ..self }
     }
 
-    /// With `block` weights per scale.
+    /// Sets the number of weights per scale.
     pub fn block(self, block: usize) -> Self {
         QuantOptions { block, ..self }
     }
 }
 
-/// Values encoded at once; divides every block length.
+/// Values encoded at once. Divides every block length.
 const LANES: usize = 32;
 
 /// Values per parallel task; a multiple of every block length.
 const TASK: usize = 1 << 14;
 
-/// Codes (two per byte, the first in the high nibble) and one scale per `block` values of `source`.
-/// The unused nibble of an odd length holds the code of zero.
+/// Returns codes (two per byte, the first in the high nibble) and one scale per `block` values of
+/// `source`. The unused nibble of an odd length holds the code of zero.
 ///
 /// # Errors
 /// The flat index of the first value that is not finite.
@@ -98,9 +98,9 @@ pub(super) fn encode(source: Source<'_>, format: Format, block: usize) -> Result
     }
 }
 
-/// The rounding rule of a format.
+/// Rounding rule of a format.
 enum Encoder {
-    /// The nearest codebook value to `w / absmax`; of two equally near, the lower.
+    /// The nearest codebook value to `w / absmax`; if two are equally near, the lower one.
     Nearest {
         /// Midpoints between neighbours in the sorted codebook.
         midpoints: [f32; 15],
@@ -128,7 +128,8 @@ impl Encoder {
         Encoder::Nearest { midpoints, codes }
     }
 
-    /// Encodes consecutive blocks. The error is the index in `values` of the first that is not finite.
+    /// Encodes consecutive blocks. The error is the index in `values` of the first value that is
+    /// not finite.
     fn encode_blocks(&self, values: &[f32], block: usize, codes: &mut [u8], scales: &mut [f32]) -> Result<(), usize> {
         let blocks = values.chunks(block).zip(codes.chunks_mut(block / 2)).zip(scales);
         for (b, ((values, codes), scale)) in blocks.enumerate() {
@@ -148,7 +149,7 @@ impl Encoder {
             Encoder::Nearest { .. } => absmax,
             Encoder::Int4 => absmax / 7.0,
         };
-        // 1 / 0 would be infinite, and the codes of an all-zero block those of NaN.
+        // 1 / 0 would be infinite and turn the values of an all-zero block into NaN.
         let reciprocal = 1.0 / absmax.max(f32::MIN_POSITIVE);
         for (values, codes) in values.chunks(LANES).zip(codes.chunks_mut(LANES / 2)) {
             let mut lanes = [0.0; LANES];
@@ -167,14 +168,16 @@ impl Encoder {
     }
 }
 
-/// The largest magnitude; infinite or NaN if any value is.
+/// Returns the largest magnitude; infinite or NaN if any value is.
 fn absmax(values: &[f32]) -> f32 {
-    // Without the sign, floats order like their bits, and infinities and NaNs above all else.
+    // Without the sign, floats have the order of their bits, with infinities and NaNs above all
+    // others.
     let bits = values.iter().map(|v| v.abs().to_bits()).fold(0, u32::max);
     f32::from_bits(bits)
 }
 
-/// How many of the midpoints each value exceeds. No clamp to [-1, 1] is needed: all lie inside.
+/// Returns the number of midpoints that each value exceeds. Needs no clamp to [-1, 1], because all
+/// midpoints lie inside.
 fn ranks(values: &[f32; LANES], midpoints: &[f32; 15]) -> [u32; LANES] {
     let mut ranks = [0; LANES];
     // Eight at a time: the sums stay in registers.
@@ -188,7 +191,8 @@ fn ranks(values: &[f32; LANES], midpoints: &[f32; 15]) -> [u32; LANES] {
     ranks
 }
 
-/// `x` clamped to [-7, 7] and rounded half away from zero, as a two's-complement nibble; NaN gives 0.
+/// Clamps `x` to [-7, 7], rounds half away from zero, and returns a two's-complement nibble; NaN
+/// gives 0.
 fn int4(x: f32) -> u8 {
     let magnitude: u8 = (0..7_u8).map(|k| u8::from(x.abs() >= f32::from(k) + 0.5)).sum();
     if x < 0.0 { magnitude.wrapping_neg() & 0xf } else { magnitude }
@@ -198,7 +202,7 @@ fn int4(x: f32) -> u8 {
 mod tests {
     use super::*;
 
-    /// The code of each value, in one block whose largest magnitude is 1 (INT4: 7).
+    /// Returns the code of each value, in one block whose largest magnitude is 1 (INT4: 7).
     fn codes(format: Format, values: &[f32]) -> Vec<u8> {
         let (bytes, _) = encode(values.into(), format, 64).unwrap();
         bytes.iter().flat_map(|byte| [byte >> 4, byte & 0xf]).take(values.len()).collect()

@@ -22,11 +22,11 @@ const TASK: usize = 1 << 14;
 #[derive(Clone, PartialEq, Debug)]
 pub struct QuantizedMatrix {
     parts: Parts,
-    /// Both codebook values of every byte: one lookup for two weights.
+    /// Both codebook values for every byte: one lookup decodes two weights.
     pairs: Box<[[f32; 2]; 256]>,
 }
 
-/// What a [`QuantizedMatrix`] consists of.
+/// The components of a [`QuantizedMatrix`].
 #[derive(Clone, PartialEq, Debug)]
 pub struct Parts {
     /// The format that the codes came from.
@@ -37,25 +37,26 @@ pub struct Parts {
     pub cols: usize,
     /// `ceil(rows * cols / 2)` bytes; the unused low nibble of an odd length can be anything.
     pub codes: Vec<u8>,
-    /// What the codes stand for.
+    /// The values that codes stand for.
     pub codebook: Codebook,
     /// Weights per scale: a power of two in 32..=4096.
     pub block: usize,
     /// `ceil(rows * cols / block)` scales.
     pub scales: Scales,
-    /// As many minima, for formats that have them.
+    /// The same number of minima, for formats that have them.
     pub mins: Option<Scales>,
     /// Type of the original weights.
     pub dtype: Dtype,
 }
 
 impl QuantizedMatrix {
-    /// Checks `parts` and makes them a matrix.
+    /// Checks `parts` and makes a matrix from them.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a block that is no power of two in 32..=4096, a codebook that is not
-    /// finite, a `super_block` of 0, or `rows * cols` beyond `usize`; [`Error::Shape`] for a length
-    /// that does not fit the shape; [`Error::NonFinite`] for a scale or minimum (the index is its block).
+    /// [`Error::Invalid`] for a block that is not a power of two in 32..=4096, a codebook that is
+    /// not finite, a `super_block` of 0, or `rows * cols` beyond `usize`; [`Error::Shape`] for a
+    /// length that does not fit the shape; [`Error::NonFinite`] for a scale or minimum (the index
+    /// is its block).
     pub fn from_parts(parts: Parts) -> Result<Self> {
         let n = element_count(OP, parts.rows, parts.cols)?;
         check_block(OP, parts.block)?;
@@ -78,13 +79,13 @@ impl QuantizedMatrix {
         Ok(QuantizedMatrix { parts, pairs })
     }
 
-    /// Quantizes `rows` by `cols` row-major weights, in parallel. The nibbles are those of the scales
-    /// before double quantization.
+    /// Quantizes `rows` by `cols` row-major weights, in parallel. Nibbles are computed with the
+    /// scales before double quantization.
     ///
     /// # Errors
-    /// [`Error::Shape`] if `source` has not `rows * cols` values, [`Error::Invalid`] for a block that
-    /// is no power of two in 32..=4096 or a format that is only read, [`Error::NonFinite`] for the first NaN or infinite
-    /// weight.
+    /// [`Error::Shape`] if `source` doesn't have `rows * cols` values, [`Error::Invalid`] for a
+    /// block that is not a power of two in 32..=4096 or a format that is only read,
+    /// [`Error::NonFinite`] for the first NaN or infinite weight.
     pub fn quantize(source: Source<'_>, rows: usize, cols: usize, options: &QuantOptions) -> Result<Self> {
         const OP: &str = "quantize";
         let n = element_count(OP, rows, cols)?;
@@ -150,7 +151,7 @@ impl QuantizedMatrix {
         &self.parts.codes
     }
 
-    /// What the codes stand for.
+    /// The values that codes stand for.
     pub fn codebook(&self) -> &Codebook {
         &self.parts.codebook
     }
@@ -175,7 +176,7 @@ impl QuantizedMatrix {
         self.parts.dtype
     }
 
-    /// The parts that the matrix was made of.
+    /// The parts that the matrix consists of.
     pub fn into_parts(self) -> Parts {
         self.parts
     }
@@ -200,15 +201,15 @@ impl QuantizedMatrix {
         self.mins().map_or(w, |mins| w + mins.get(b))
     }
 
-    /// All weights, row-major, in parallel.
+    /// Returns all weights, row-major. Runs in parallel.
     pub fn dequantize(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.len()];
         out.par_chunks_mut(TASK).enumerate().for_each(|(task, out)| self.dequantize_flat(task * TASK, out));
         out
     }
 
-    /// The weights of `rows`, row-major, into `out` of `rows.len() * cols` values. Runs on the calling
-    /// thread.
+    /// Writes the weights of `rows`, row-major, to `out`, which has `rows.len() * cols` values.
+    /// Runs on the calling thread.
     ///
     /// # Panics
     /// If `rows` is out of range or `out` has another length.
@@ -218,7 +219,8 @@ impl QuantizedMatrix {
         self.dequantize_flat(rows.start * self.cols(), out);
     }
 
-    /// The weights from flat index `start` on, as many as `out` takes. Runs on the calling thread.
+    /// Writes the weights from flat index `start` on, as many as `out` holds. Runs on the calling
+    /// thread.
     ///
     /// # Panics
     /// If they are not all in range.
@@ -243,8 +245,8 @@ impl QuantizedMatrix {
         self.codes().len() + scales + size_of::<Codebook>() + size_of_val(&*self.pairs)
     }
 
-    /// Bits of codes and stored scales per weight, without the 16- and 256-entry tables, which are
-    /// constants of the format: 4.127 for a large matrix of double-quantized NF4.
+    /// Bits per weight for codes and stored scales, without the 16- and 256-entry tables, which
+    /// are constants of the format: 4.127 for a large matrix of double-quantized NF4.
     pub fn bits_per_weight(&self) -> f64 {
         let scales: usize = self.all_scales().map(Scales::stored_bytes).sum();
         8.0 * (self.codes().len() + scales) as f64 / self.len().max(1) as f64
@@ -254,7 +256,8 @@ impl QuantizedMatrix {
         std::iter::once(self.scales()).chain(self.mins())
     }
 
-    /// Like [`dequantize_flat`](Self::dequantize_flat) within a block; `value` scales a codebook entry.
+    /// Like [`dequantize_flat`](Self::dequantize_flat) within a block; `value` scales a codebook
+    /// entry.
     #[inline]
     fn decode_block(&self, start: usize, out: &mut [f32], value: impl Fn(f32) -> f32) {
         let table = &*self.pairs;
@@ -275,7 +278,7 @@ impl QuantizedMatrix {
     }
 }
 
-/// `rows * cols`, if it fits.
+/// Returns `rows * cols`, if it fits.
 pub(super) fn element_count(op: &'static str, rows: usize, cols: usize) -> Result<usize> {
     rows.checked_mul(cols).ok_or_else(|| Error::Invalid {
         op,

@@ -1,4 +1,5 @@
-//! What the bytes of a 4-bit matrix mean: codebooks, block quantizers, double quantization. Host only.
+//! Meaning of the bytes of a 4-bit matrix: codebooks, block quantizers, double quantization. Host
+//! code only.
 //!
 //! Every 4-bit format here is the same matrix, over the flat row-major index `i`:
 //!
@@ -6,8 +7,9 @@
 //! w[i] = codebook[nibble(i)] * scale[i / block] (+ min[i / block])
 //! ```
 //!
-//! Formats differ in their codebook, their block and how their scales are stored ([`Scales`]); a
-//! [`QuantizedMatrix`] holds any of them. Matrices that stay in 8, 16 or 32 bits are a [`DenseMatrix`].
+//! Formats differ in their codebook, their block and the storage of their scales ([`Scales`]); a
+//! [`QuantizedMatrix`] holds any of them. Matrices that stay in 8, 16 or 32 bits are a
+//! [`DenseMatrix`].
 
 mod codebook;
 mod dense;

@@ -11,7 +11,7 @@ fn options() -> impl Strategy<Value = QuantOptions> {
     (format, 5..=12_u32, double).prop_map(|(format, log, double)| QuantOptions { format, block: 1 << log, double })
 }
 
-/// Weights of very different magnitudes, in a shape of which any length may be odd.
+/// Weights of very different magnitudes, in a shape whose sides may be odd.
 fn weights() -> impl Strategy<Value = (usize, usize, Vec<f32>)> {
     let weight = (-1.0..1.0_f32, -30..=8_i32).prop_map(|(mantissa, exponent)| mantissa * 2_f32.powi(exponent));
     (1..=257_usize, 1..=9_usize, prop::bool::ANY)
@@ -26,15 +26,15 @@ fn half_gap(mut table: Vec<f32>) -> f32 {
 }
 
 proptest! {
-    /// The error of a weight is at most half the widest step of the codebook in use, plus, where the
-    /// scale is quantized too, the largest codebook value times the error of the scale.
+    /// The error of a weight is at most half the widest step of the codebook. If the scale is
+    /// quantized too, add the largest codebook value times the error of the scale.
     #[test]
     fn errors_stay_within_the_format((rows, cols, weights) in weights(), options in options()) {
         let plain = QuantOptions { double: DoubleQuant::None, ..options };
         let exact = QuantizedMatrix::quantize(weights[..].into(), rows, cols, &plain).unwrap();
         let matrix = QuantizedMatrix::quantize(weights[..].into(), rows, cols, &options).unwrap();
         prop_assert_eq!(exact.codes(), matrix.codes());
-        // -8 of INT4 is never emitted.
+        // INT4 never emits -8.
         let used: Vec<f32> = options.format.codebook().0.into_iter().filter(|&v| v != -8.0).collect();
         let largest = used.iter().fold(0.0, |max: f32, v| max.max(v.abs()));
         let half_step = half_gap(used);
@@ -46,7 +46,8 @@ proptest! {
                 Scales::Plain(_) => 0.0,
                 Scales::Double(d) => {
                     let largest = d.supers[b / d.super_block];
-                    // The dynamic map ends half a step short of -1, and the linear one needs none.
+                    // The dynamic map ends half a step short of -1, so half a gap covers that end
+                    // too. The linear map has no negative end.
                     half_gap(d.table.to_vec()) * largest + f32::EPSILON * (largest + d.offset)
                 }
             };

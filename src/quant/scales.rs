@@ -5,7 +5,7 @@ use super::dynamic_map::dynamic_map;
 /// One number per block of weights: its scale, or its minimum.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Scales {
-    /// Stored as they are.
+    /// Stored directly.
     Plain(Vec<f32>),
     /// Quantized once more, to 8 bits.
     Double(DoubleScales),
@@ -25,8 +25,9 @@ impl Scales {
         self.len() == 0
     }
 
-    /// The scale of block `b`. A double-quantized one is `table[code] * super`, rounded to f32, plus
-    /// `offset`, rounded again: never fused, so that every device can give the same bits.
+    /// Returns the scale of block `b`. A double-quantized one is `table[code] * super`, rounded to
+    /// f32, plus `offset`, rounded again. The two are never fused, so that every device can give
+    /// the same bits.
     ///
     /// # Panics
     /// If `b` is not less than [`len`](Self::len).
@@ -37,7 +38,7 @@ impl Scales {
         }
     }
 
-    /// The scales of `blocks`, into `out` of the same length.
+    /// Writes the scales of `blocks` to `out`, which has the same length.
     ///
     /// # Panics
     /// If `blocks` is out of range or `out` has another length.
@@ -61,7 +62,8 @@ impl Scales {
         }
     }
 
-    /// Bytes that grow with the matrix: all but the 256-entry table, which is a constant of the format.
+    /// Bytes that grow with the matrix: everything but the 256-entry table, which is a constant of
+    /// the format.
     pub(super) fn stored_bytes(&self) -> usize {
         match self {
             Scales::Plain(values) => size_of_val(&values[..]),
@@ -77,7 +79,7 @@ impl Scales {
 pub struct DoubleScales {
     /// One code per block of weights.
     pub codes: Vec<u8>,
-    /// What the codes stand for, before the super-scale.
+    /// The values that codes stand for, before the super-scale.
     pub table: Box<[f32; 256]>,
     /// One super-scale per `super_block` codes; the last group may be short.
     pub supers: Vec<f32>,
@@ -88,12 +90,12 @@ pub struct DoubleScales {
 }
 
 impl DoubleScales {
-    /// Codes per super-scale that the quantizers here use.
+    /// Codes per super-scale in this crate's quantizers.
     pub const SUPER_BLOCK: usize = 256;
 
-    /// bitsandbytes' scheme: the mean is taken off, each group of 256 is divided by its largest
-    /// magnitude, and the rest is rounded to the nearest entry of the signed dynamic map (the lower of
-    /// two that are equally near).
+    /// bitsandbytes' scheme: subtracts the mean, divides each group of 256 by its largest
+    /// magnitude, and rounds to the nearest entry of the signed dynamic map (the lower one if two
+    /// are equally near).
     pub fn dynamic(scales: &[f32]) -> Self {
         let table = dynamic_map();
         let sum: f64 = scales.iter().map(|&s| f64::from(s)).sum();
@@ -130,7 +132,7 @@ impl DoubleScales {
     }
 }
 
-/// Index of the entry of the ascending `table` that is nearest to `value`.
+/// Returns the index of the nearest entry to `value` in the ascending `table`.
 fn nearest(table: &[f32; 256], value: f32) -> u8 {
     let above = table.partition_point(|&entry| entry < value).clamp(1, 255);
     // In f64 the differences are exact, so a tie is a true tie.

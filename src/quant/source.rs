@@ -46,7 +46,7 @@ impl Source<'_> {
         self.len() == 0
     }
 
-    /// The values of `range` as f32: borrowed where they are, else converted into `buffer`.
+    /// Returns the values of `range` as f32, borrowed if possible, else converted into `buffer`.
     pub(super) fn as_f32<'b>(&'b self, range: Range<usize>, buffer: &'b mut Vec<f32>) -> &'b [f32] {
         buffer.resize(range.len(), 0.0);
         match self {

@@ -1,4 +1,4 @@
-//! What follows from the config of an adapter.
+//! Exercises the readers and writers of adapters, given a config.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,7 +12,7 @@ use super::file;
 
 const HEAD: &str = "lm_head";
 
-/// Modules that a config may be for.
+/// Modules that a config may apply to.
 const MODULES: [&str; 5] = [
     "model.layers.0.self_attn.q_proj",
     "model.layers.0.mlp.down_proj",
@@ -21,14 +21,14 @@ const MODULES: [&str; 5] = [
     HEAD,
 ];
 
-/// Reads `bytes` as an adapter's config: its modules, ranks and scales. Writes an adapter that fits it, and reads the one whose
-/// tensors are of rank 2, on all modules but the head.
+/// Reads `bytes` as an adapter's config: its modules, ranks and scales. Writes an adapter that
+/// fits it, and reads the one whose tensors have rank 2, on all modules but the head.
 ///
 /// # Errors
-/// That of the config.
+/// Errors of the config.
 ///
 /// # Panics
-/// If an adapter that was written is another when it is read.
+/// If a written adapter differs when it is read back.
 pub fn adapter_config(bytes: &[u8]) -> Result<()> {
     static TENSORS: LazyLock<Vec<u8>> = LazyLock::new(|| {
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -48,14 +48,14 @@ pub fn adapter_config(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// An adapter of the modules that a config is for, as far as their rank is small.
+/// Makes an adapter with the config's modules, as long as their rank is small.
 fn fitting(config: PeftConfig) -> PeftAdapter {
     let meant = |path: &&str| config.targets.matches(path, *path == HEAD) && config.rank(path) <= 16;
     let modules = MODULES.into_iter().filter(meant).map(|path| (path.to_owned(), module(&config, path)));
     PeftAdapter { modules: modules.collect::<BTreeMap<_, _>>(), config }
 }
 
-/// Values of a module [2, 3].
+/// Makes the values of a module [2, 3].
 fn module(config: &PeftConfig, path: &str) -> PeftModule {
     let values = |(i, j): (usize, usize)| (i * 3 + j) as f32 * 0.25 - 1.0;
     let vector = |wanted: bool| wanted.then(|| vec![0.5, -0.25]);

@@ -1,4 +1,4 @@
-//! A hub on a local port, which may lie.
+//! A hub on a local port, which can be made to lie.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -16,12 +16,12 @@ use sha2::{Digest, Sha256};
 
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// What was asked for.
+/// A received request.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub path: String,
     pub token: Option<String>,
-    /// The first byte, if not the whole file was asked for.
+    /// First requested byte, if not the whole file was requested.
     pub from: Option<usize>,
 }
 
@@ -31,16 +31,16 @@ impl Request {
     }
 }
 
-/// What is answered, before a lie makes something else of it.
+/// An answer, before a lie changes it.
 pub struct Answer {
     pub status: u16,
     pub headers: Vec<(&'static str, String)>,
     pub body: Vec<u8>,
     /// Whether `Content-Length` is sent.
     pub tells_length: bool,
-    /// The bytes of the body after which the connection ends; none more come.
+    /// Bytes of the body to send before the connection ends.
     pub sent: usize,
-    /// The time that passes before the first byte, and before the connection ends.
+    /// Delays before the first byte and before the connection ends.
     pub before: Duration,
     pub after: Duration,
 }
@@ -65,7 +65,7 @@ impl Answer {
 
 type Lie = dyn Fn(&Request, &mut Answer) + Send + Sync;
 
-/// A hub with repositories `org/NAME` that are the folders `NAME` of `root`.
+/// A hub whose repositories `org/NAME` are the folders `NAME` of `root`.
 pub struct Hub {
     pub endpoint: String,
     address: SocketAddr,
@@ -79,7 +79,7 @@ impl Hub {
         Hub::lie(root, |_, _| {})
     }
 
-    /// One whose answers are changed.
+    /// Starts a hub whose answers are changed.
     pub fn lie(root: PathBuf, lie: impl Fn(&Request, &mut Answer) + Send + Sync + 'static) -> Hub {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
@@ -97,12 +97,12 @@ impl Hub {
         Hub { endpoint: format!("http://{address}"), address, stopped, thread: Some(thread), seen }
     }
 
-    /// How often files were asked for that end so.
+    /// Number of requests for files whose names end like this.
     pub fn asked(&self, end: &str) -> usize {
         self.seen.lock().unwrap().iter().filter(|request| request.path.ends_with(end)).count()
     }
 
-    /// The tokens that came.
+    /// The tokens received.
     pub fn tokens(&self) -> Vec<Option<String>> {
         self.seen.lock().unwrap().iter().map(|request| request.token.clone()).collect()
     }
@@ -147,7 +147,7 @@ fn serve(mut stream: TcpStream, root: &Path, log: &Mutex<Vec<Request>>, lie: &Li
     Some(())
 }
 
-/// The answer as the hub gives it.
+/// The honest answer of a hub.
 fn honest(request: &Request, root: &Path) -> Answer {
     let path = percent_decode_str(&request.path).decode_utf8().unwrap();
     let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
@@ -175,7 +175,7 @@ fn honest(request: &Request, root: &Path) -> Answer {
     }
 }
 
-/// Names of files in a folder and those in it.
+/// Names of the files in a folder and in its subfolders.
 fn files(folder: &Path, prefix: &str) -> Vec<String> {
     let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
     let names = entries.flat_map(|entry| {
@@ -189,7 +189,7 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
-/// What git calls a file.
+/// git's id of a file.
 pub fn git_id(bytes: &[u8]) -> String {
     hex(&Sha1::new_with_prefix(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize())
 }

@@ -14,12 +14,12 @@ fn wanted() -> String {
     std::env::var("QLORA_TEST_DEVICES").unwrap_or_default().to_lowercase()
 }
 
-/// False only where `QLORA_TEST_DEVICES=cpu` leaves GPU tests out.
+/// False only if `QLORA_TEST_DEVICES=cpu` excludes GPU tests.
 pub fn wants_gpus() -> bool {
     wanted() != "cpu"
 }
 
-/// The adapters that QLORA_TEST_DEVICES wants.
+/// The GPUs that QLORA_TEST_DEVICES selects.
 ///
 /// # Panics
 /// If there are none.
@@ -38,7 +38,7 @@ pub fn adapters() -> Vec<DeviceInfo> {
     found
 }
 
-/// Every adapter once, opened with changed options.
+/// Every GPU once, opened with changed options.
 pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
     let open = |info: &DeviceInfo| {
         let mut options = GpuOptions { select: Select::Index(info.index), ..GpuOptions::default() };
@@ -48,8 +48,8 @@ pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
     adapters().iter().map(open).collect()
 }
 
-/// The CPU, and every adapter in every tier that it can run, or in that of `QLORA_TIER`; opened once, so that tests share
-/// compiled kernels.
+/// The CPU, and every GPU in every tier that it can run, or in the tier of `QLORA_TIER`. Opened
+/// once, so that tests share compiled kernels.
 pub fn all() -> Vec<Device> {
     static DEVICES: LazyLock<Vec<Device>> = LazyLock::new(open_all);
     DEVICES.clone()

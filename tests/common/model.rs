@@ -85,14 +85,14 @@ pub fn smollm2() -> PathBuf {
     path
 }
 
-/// A tokenizer of the words w0, w1 and so on.
+/// A tokenizer with the words w0, w1 and so on.
 pub fn tokenizer(words: usize) -> String {
     let vocabulary: serde_json::Map<String, Value> = (0..words).map(|i| (format!("w{i}"), json!(i))).collect();
     let model = json!({"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"});
     json!({"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"}, "model": model}).to_string()
 }
 
-/// A folder with a recorded model, which has 128 tokens and as many positions, and a tokenizer.
+/// A folder with a tokenizer and a recorded model, which has 128 tokens and 128 positions.
 pub fn with_tokenizer(name: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "generation_config.json", "model.safetensors"] {

@@ -1,4 +1,5 @@
-//! Everything that can be read from a file, be it whole or damaged: for the fuzz targets, and for tests of what they found.
+//! Calls everything that reads files, whole or damaged: for the fuzz targets, and for tests of
+//! their findings.
 
 mod adapters;
 mod text;
@@ -21,13 +22,14 @@ use tempfile::TempDir;
 pub use adapters::adapter_config;
 pub use text::{jsonl, tokenizer};
 
-/// Reads `bytes` as a GGUF file: values, tensors in every order and base, config, tokenizer, model.
+/// Reads `bytes` as a GGUF file: values, tensors in every order and base, config, tokenizer,
+/// model.
 ///
 /// # Errors
-/// That of opening the file. What is wrong inside is an error of one of the readers, which are all called.
+/// Errors of opening the file. All readers are called; each reports what is wrong inside the file.
 ///
 /// # Panics
-/// If a reader contradicts another.
+/// If two readers contradict each other.
 pub fn gguf(bytes: &[u8]) -> Result<()> {
     let (_folder, path) = file("x.gguf", bytes);
     let file = GgufFile::open(&path)?;
@@ -60,13 +62,14 @@ pub fn gguf(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Reads `bytes` as a safetensors file and as a checkpoint: tensors as what they are, and 4-bit weights from their parts.
+/// Reads `bytes` as a safetensors file and as a checkpoint: each tensor in its own type, and 4-bit
+/// weights from their parts.
 ///
 /// # Errors
-/// That of opening the file.
+/// Errors of opening the file.
 ///
 /// # Panics
-/// If a reader contradicts another.
+/// If two readers contradict each other.
 pub fn safetensors(bytes: &[u8]) -> Result<()> {
     let (folder, path) = file("model.safetensors", bytes);
     let file = SafetensorsFile::open(&path)?;
@@ -87,13 +90,13 @@ pub fn safetensors(bytes: &[u8]) -> Result<()> {
         if let Ok(matrix) = bitsandbytes::read(&checkpoint, weight) {
             let (rows, cols) = (matrix.rows(), matrix.cols());
             decode(checkpoint.matrix(weight, rows, cols, &BaseFormat::AsIs), rows, cols);
-            drop(bitsandbytes::tensors(weight, &matrix).expect("parts of what was read from parts"));
+            drop(bitsandbytes::tensors(weight, &matrix).expect("writing parts that were read from parts"));
         }
     }
     Ok(())
 }
 
-/// A file of this name in a folder of its own, which goes with it.
+/// Makes a file with this name in a folder of its own, which is deleted with it.
 fn file(name: &str, bytes: &[u8]) -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join(name);
@@ -106,7 +109,7 @@ fn bases() -> impl Iterator<Item = BaseFormat> {
     [BaseFormat::AsIs].into_iter().chain(quantized)
 }
 
-/// Decodes a matrix that was asked for with this shape.
+/// Decodes a matrix that was requested with this shape.
 fn decode(matrix: Result<HostMatrix>, rows: usize, cols: usize) {
     let Ok(matrix) = matrix else { return };
     assert_eq!((matrix.rows(), matrix.cols()), (rows, cols));

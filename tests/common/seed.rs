@@ -1,4 +1,5 @@
-//! Reading `tests/golden/seed.json`, the outputs of entrenar 0.7.13; its `hex_conventions` say how.
+//! Reads `tests/golden/seed.json`, the outputs of entrenar 0.7.13; its `hex_conventions` explain
+//! the format.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Text, as tokenizers and training data have it.
+//! Exercises tokenizers and training data with text.
 
 use std::fs;
 use std::sync::LazyLock;
@@ -11,7 +11,7 @@ use qlora_wgpu::{Error, Result};
 
 use super::{file, vocabulary};
 
-/// A line of each kind that has text.
+/// One line for each kind that has text.
 const LINES: &str = r#"
 {"messages": [{"role": "system", "content": "You"}, {"role": "user", "content": " Hello  1\n"}, {"role": "assistant", "content": "wörlds</s>", "calls": [{"a": [1, null]}]}, {"role": "user", "content": "He"}, {"role": "assistant", "content": "llo"}]}
 {"instruction": "Hello", "input": "He", "output": "llo"}
@@ -19,11 +19,11 @@ const LINES: &str = r#"
 {"text": "Hello"}
 "#;
 
-/// Reads `bytes` as a GGUF file with a tokenizer or, where they are none, as lines that make one up: text to ids and back,
-/// chats through its template, training data.
+/// Reads `bytes` as a GGUF file with a tokenizer or, if they aren't one, as lines that describe
+/// one: text to ids and back, chats through its template, training data.
 ///
 /// # Errors
-/// That of the file or the tokenizer.
+/// Errors of the file or the tokenizer.
 ///
 /// # Panics
 /// If the tokenizer does not know its own ids.
@@ -49,13 +49,14 @@ pub fn tokenizer(bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Reads `bytes` as training data: in lines and as one text, with a chat template, without one, without a tokenizer.
+/// Reads `bytes` as training data: as lines and as one text, with a chat template, without one,
+/// without a tokenizer.
 ///
 /// # Errors
-/// That of the first bad line, with the template.
+/// The error of the first bad line, with the template.
 ///
 /// # Panics
-/// If examples or batches are not what was asked for.
+/// If examples or batches differ from what was requested.
 pub fn jsonl(bytes: &[u8]) -> Result<()> {
     static TOKENIZERS: LazyLock<[Tokenizer; 2]> = LazyLock::new(|| {
         let (folder, _) = file("tokenizer.json", include_bytes!("../../assets/tiny-glossary/tokenizer.json"));
@@ -76,7 +77,7 @@ pub fn jsonl(bytes: &[u8]) -> Result<()> {
     Dataset::read(path, Ok(chat), &DataOptions::default()).map(drop)
 }
 
-/// Reads training data and arranges it as `finetune` does.
+/// Reads training data and arranges it like `finetune`.
 fn train_on(bytes: &[u8], extension: &str, tokenizer: Result<&Tokenizer, &Error>) {
     let (_folder, path) = file(&format!("x.{extension}"), bytes);
     let Ok(mut data) = Dataset::read(path, tokenizer, &DataOptions { skip_bad_lines: true, ..DataOptions::default() })

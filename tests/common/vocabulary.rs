@@ -1,7 +1,7 @@
-//! GGUF files with a tokenizer, from lines that may be changed at will: most of what a change makes is a tokenizer too, while
-//! hardly a change of a file's lengths and counts is.
+//! Makes GGUF files with a tokenizer from lines that may be changed at will. Most changes make
+//! another valid tokenizer, while a change of a file's lengths and counts hardly ever does.
 
-/// What a line is, by its first byte.
+/// Makes a file from lines. The first byte of a line gives its meaning.
 ///
 /// | first byte | the rest |
 /// |---|---|
