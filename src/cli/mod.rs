@@ -309,7 +309,7 @@ mod tests {
             if !["Examples:", "Environment:"].contains(&line) {
                 continue;
             }
-            fenced += "\n```sh\n";
+            fenced += if line == "Examples:" { "\n```sh\n" } else { "\n```text\n" };
             while let Some(code) = lines.next_if(|line| line.starts_with("  ")) {
                 fenced += &format!("{}\n", code.trim_start());
             }
