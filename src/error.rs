@@ -53,7 +53,8 @@ pub enum Error {
     /// error again.
     DeviceLost { device: String, reason: String },
 
-    /// The driver or wgpu refused an operation. `message` is wgpu's own.
+    /// The driver or wgpu refused an operation. `message` says why, in wgpu's words
+    /// if it is wgpu's reason.
     Device { device: String, op: String, message: String },
 
     /// Tensors of one operation are on different devices.

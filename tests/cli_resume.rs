@@ -390,7 +390,10 @@ fn a_damaged_checkpoint_gives_way_to_the_one_before() {
     }
     let before = names(&folder);
     let message = fail(run.with(&["--resume"]), 1);
-    assert!(message.contains("no checkpoint is left") && message.contains("checkpoint-4/state.json"), "{message}");
+    assert!(
+        message.contains("no intact checkpoint is left") && message.contains("checkpoint-4/state.json"),
+        "{message}"
+    );
     assert_eq!(names(&folder), before);
 }
 

@@ -164,11 +164,11 @@ fn bad_lines_are_named_or_counted() {
         ("{\"question\": \"a\", \"answer\": \"b\"}", "has the keys [question, answer]"),
         ("{\"prompt\": 1, \"completion\": \"b\"}", "`prompt`: invalid type"),
         ("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}", "no chat template"),
-        ("{\"input_ids\": [1, 2], \"labels\": [1]}", "1 labels for 2 input_ids"),
+        ("{\"input_ids\": [1, 2], \"labels\": [1]}", "has 1 labels, but 2 input_ids"),
         ("{\"input_ids\": [1, 5000]}", "5000 is outside the model's vocabulary of 2050"),
         ("{\"input_ids\": [1, 2], \"labels\": [1, -7]}", "-7 is neither -100"),
         ("{\"input_ids\": [1, 2], \"labels\": [1, 2050]}", "2050 is neither -100"),
-        ("{\"input_ids\": [1, 2], \"labels\": []}", "0 labels for 2 input_ids"),
+        ("{\"input_ids\": [1, 2], \"labels\": []}", "has 0 labels, but 2 input_ids"),
         ("{\"input_ids\": [1, 2], \"labels\": [1, -100]}", "no token carries loss"),
         ("{\"input_ids\": [1]}", "no token carries loss"),
     ];
@@ -338,7 +338,7 @@ fn masks_of_token_ids_count() {
     assert_eq!(one(&tokenizer, &padded), Example::new(vec![5, 6], vec![5, 6]).unwrap());
     for (line, wanted) in [
         (json!({"input_ids": ids, "attention_mask": [1, 0, 1, 1]}), "between two 1"),
-        (json!({"input_ids": ids, "completion_mask": [1, 1]}), "2 completion_mask for 4 input_ids"),
+        (json!({"input_ids": ids, "completion_mask": [1, 1]}), "has 2 completion_mask, but 4 input_ids"),
         (json!({"input_ids": ids, "completion_mask": [1, 1, 1, 2]}), "2 is neither 0 nor 1"),
         (json!({"input_ids": ids, "token_type_ids": [0, 0, 1, 1]}), "only 0 is supported"),
         (json!({"input_ids": ids, "position_ids": [0, 1, 2, 3]}), "the key `position_ids`"),

@@ -15,7 +15,7 @@ use crate::error::Result;
     qlora devices --check")]
 pub struct DevicesArgs {
     /// Print JSON, an object per device: index, name, kind, backend, driver, tier, tiers,
-    /// max_binding_bytes, subgroup_sizes. --check adds `check`: m, tier, ms_median, gflops,
+    /// max_binding_bytes, subgroup_sizes, cooperative_matrix. --check adds `check`: m, tier, ms_median, gflops,
     /// max_rel_err_vs_cpu, agrees, and error (null if there is a result).
     #[arg(long)]
     json: bool,

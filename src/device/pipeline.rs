@@ -1,6 +1,6 @@
 //! Compute pipelines, compiled once per kernel variant, and their bind groups.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -151,7 +151,8 @@ impl Pipelines {
     /// the memory.
     pub(super) fn forget_buffers(&self, retired: &[u32]) -> Vec<wgpu::BindGroup> {
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        let gone = |ids: &Ids| ids.iter().any(|id| retired.contains(id));
+        let retired: HashSet<u32, QuickState> = retired.iter().copied().collect();
+        let gone = |ids: &Ids| ids.iter().take_while(|id| **id > 0).any(|id| retired.contains(id));
         let mut forgotten = Vec::new();
         for step in &mut self.trail().steps {
             let step = step.take_if(|(ids, _)| gone(ids));

@@ -175,6 +175,6 @@ fn check_all_known(file: &GgufFile, tensors: &BTreeMap<String, Vec<usize>>) -> R
     if unknown.is_empty() {
         return Ok(());
     }
-    let message = format!("has tensors that the model does not use: {}", unknown.join(", "));
+    let message = format!("has tensors that the model doesn't use: {}", unknown.join(", "));
     Err(Error::File { path: file.path().into(), message })
 }

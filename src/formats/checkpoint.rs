@@ -468,7 +468,7 @@ mod tests {
         let error = checkpoint.check_all_used(&[used[0].clone()].into()).unwrap_err().to_string();
         assert!(
             error.ends_with(
-                "does not use: lm_head.weight, model.q.weight, model.q.weight.absmax, \
+                "doesn't use: lm_head.weight, model.q.weight, model.q.weight.absmax, \
             model.q.weight.quant_map, model.q.weight.quant_state.bitsandbytes__nf4"
             ),
             "{error}"

@@ -89,7 +89,7 @@ pub struct Attended {
 }
 
 /// Attention of `q` [M, H * D] over `k` and `v` [keys, Hkv * D]. `visibility` is on their device,
-/// with M queries and the same number of keys.
+/// with M queries and as many keys as `k` has rows.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::Invalid`] if `heads` is not a multiple of `kv_heads` or the head

@@ -1,5 +1,5 @@
-//! Checks that a device computes the same as the CPU: small products, attention and reductions of
-//! a training step, forward and backward, in the device's own tier. Runs once per driver version,
+//! Checks that a device computes the same as the CPU: small products, attention, norms, rotations
+//! and losses of a training step, forward and backward, in the device's own tier. Runs once per driver version,
 //! before anything else runs there.
 
 use super::attention::{AttentionShape, attention};
@@ -9,11 +9,15 @@ use super::lora_dh::lora_dh;
 use super::lora_down::lora_down;
 use super::lora_dw::lora_dw;
 use super::qmatmul::qmatmul;
-use super::qmatmul_dx::{LoraDx, qmatmul_dx};
+use super::qmatmul_dx::{self, LoraDx, qmatmul_dx};
 use super::rms_norm::rms_norm;
-use super::rms_norm_backward::rms_norm_backward;
+use super::rms_norm_backward::{self, rms_norm_backward};
+use super::rope::{RopeConfig, RopeLayout, RopeScaling, RopeTable};
+use super::rope_append::rope_append;
+use super::silu_mul::silu_mul;
+use super::silu_mul_backward::silu_mul_backward;
 use super::visibility::Visibility;
-use super::{DeviceMatrix, HostMatrix, LoraUp};
+use super::{DeviceMatrix, HostMatrix, LoraUp, RowFactors, Rows};
 use crate::device::{Device, Gpu, Tier};
 use crate::error::Result;
 use crate::indices::Indices;
@@ -78,14 +82,31 @@ fn results(device: &Device, head_dims: &[usize]) -> Result<Vec<(&'static str, Ve
     let y = qmatmul(&x, &w, None, Some(LoraUp { h: &h, b: &b, scale: 0.5 }))?;
     let (one, one_h) = (tensor(6, [1, K])?, tensor(7, [1, RANK])?);
     let y_of_one = qmatmul(&one, &w, None, Some(LoraUp { h: &one_h, b: &b, scale: 0.5 }))?;
+    // In training and generation, products also add residuals and sums of gradients.
+    let y_beside = qmatmul(&x, &w, Some(&dy), Some(LoraUp { h: &h, b: &b, scale: 0.5 }))?;
+    let one_beside = qmatmul(&one, &w, Some(&tensor(13, [1, N])?), None)?;
     let g = lora_dh(&dy, &b, 0.5)?;
-    let dx = qmatmul_dx(&dy, &w, Some(LoraDx { g: &g, a: &a, dropout: None }))?;
+    let lora_dx = LoraDx { g: &g, a: &a, dropout: None };
+    let dx = qmatmul_dx(&dy, &w, Some(lora_dx))?;
+    let rows = Rows { tensor: &dy, factors: &RowFactors::default() };
+    let dx_sum = qmatmul_dx::onto(Some(x.clone()), rows, &w, Some(lora_dx))?;
     let d_a = lora_dw(&g, &x, 1.0, None)?;
     let d_b = lora_dw(&dy, &h, 0.5, None)?;
 
     let weight = Tensor::from_slice(device, &[K], &values(8, K))?;
     let normed = rms_norm(&x, &weight, 1e-5)?;
     let d_normed = rms_norm_backward(&normed, &x, &weight, 1e-5)?;
+    let d_normed_sum = rms_norm_backward::onto(Some(normed.clone()), &normed, &x, &weight, 1e-5)?;
+    let (gate, up) = (tensor(14, [M, N])?, tensor(15, [M, N])?);
+    let hidden = silu_mul(&gate, &up)?;
+    let (d_gate, d_up) = silu_mul_backward(&dy, &gate, &up)?;
+
+    let rope = RopeConfig { theta: 1e4, head_dim: 32, scaling: RopeScaling::None, layout: RopeLayout::HalfSplit };
+    let table = RopeTable::new(device, &rope, M + 2)?;
+    let [mut keys, mut values] = [tensor(16, [M + 2, 32])?, tensor(17, [M + 2, 32])?];
+    let new = [&tensor(18, [M, 64])?, &tensor(19, [M, 32])?, &tensor(20, [M, 32])?];
+    let queries = rope_append([&mut keys, &mut values], 2, new, &table)?;
+
     let labels: Vec<u32> = (0..M).map(|i| (i * 7 % N) as u32).collect();
     let losses = linear_cross_entropy(&x, &w, &Indices::from_slice(device, &labels)?, 1.0, true)?;
 
@@ -110,12 +131,22 @@ fn results(device: &Device, head_dims: &[usize]) -> Result<Vec<(&'static str, Ve
         ("H of the adapter", h),
         ("the product", y),
         ("the product of one row", y_of_one),
+        ("the product with a residual", y_beside),
+        ("the product of one row with a residual", one_beside),
         ("G of the adapter", g),
         ("the input's gradient", dx),
+        ("the input's gradient, added to another", dx_sum),
         ("A's gradient", d_a),
         ("B's gradient", d_b),
         ("rms_norm", normed),
         ("rms_norm's gradient", d_normed),
+        ("rms_norm's gradient, added to another", d_normed_sum),
+        ("silu", hidden),
+        ("the gate's gradient", d_gate),
+        ("silu's other gradient", d_up),
+        ("rotated queries", queries),
+        ("a cache's keys", keys),
+        ("a cache's values", values),
         ("cross-entropy", losses.token_losses),
     ]
     .into_iter()

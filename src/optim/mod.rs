@@ -18,7 +18,7 @@ use crate::tensor::Tensor;
 pub struct Optimizer {
     /// Rates and decay; a schedule multiplies `lr`.
     pub config: AdamW,
-    /// In the order of the first updates.
+    /// In the order of the first updates, or of the checkpoint they came from.
     moments: Vec<Moments>,
     /// Index of each name's moments.
     places: HashMap<String, usize>,
@@ -46,9 +46,16 @@ impl Optimizer {
         steps: u32,
         moments: impl IntoIterator<Item = (String, Tensor, Tensor)>,
     ) -> Optimizer {
-        let moments: Vec<_> = moments.into_iter().map(|(name, m, v)| Moments { name, m, v }).collect();
-        let places = moments.iter().enumerate().map(|(at, moments)| (moments.name.clone(), at)).collect();
-        Optimizer { config, moments, places, step: steps }
+        let mut restored = Optimizer { config, moments: Vec::new(), places: HashMap::new(), step: steps };
+        for (name, m, v) in moments {
+            let next = restored.moments.len();
+            let place = *restored.places.entry(name.clone()).or_insert(next);
+            match restored.moments.get_mut(place) {
+                Some(again) => *again = Moments { name, m, v },
+                None => restored.moments.push(Moments { name, m, v }),
+            }
+        }
+        restored
     }
 
     /// Number of updates so far.

@@ -189,7 +189,7 @@ fn matrices_and_vectors_are_checked_and_put_in_order() {
     assert!(error("none", 8, 2, RowOrder::Plain).contains("is missing"));
     assert!(error("w", 2, 8, RowOrder::Plain).contains("has shape [8, 2], expected [2, 8]"));
     for head_dim in [0, 3, 6, 16] {
-        assert!(error("w", 8, 2, RowOrder::Interleaved { head_dim }).contains("no heads"), "{head_dim}");
+        assert!(error("w", 8, 2, RowOrder::Interleaved { head_dim }).contains("into heads"), "{head_dim}");
     }
     assert!(error("i", 2, 256, RowOrder::Plain).contains("is IQ1_S, which is not supported"));
     assert!(error("n", 1, 32, RowOrder::Plain).contains("only finite values"));

@@ -277,7 +277,7 @@ fn tensors_that_do_not_fit_are_named() {
     fault(json!({}), vec![tensor(a.as_str(), &[2, 4]), tensor(b.as_str(), &[2, 3])], &b, "expected [2, 2]");
     fault(json!({}), vec![tensor(a.as_str(), &[8]), tensor(b.as_str(), &[3, 2])], &a, "it must be a matrix");
     fault(json!({}), vec![tensor(a.as_str(), &[2, 4, 1, 1]), tensor(b.as_str(), &[3, 2])], &a, "it must be a matrix");
-    fault(json!({"target_modules": ["k_proj"]}), pair(), &a, "`target_modules` of adapter_config.json leaves out");
+    fault(json!({"target_modules": ["k_proj"]}), pair(), &a, "`target_modules` in adapter_config.json leaves out");
     fault(json!({"use_dora": true}), pair(), &magnitude, "is missing, but `use_dora`");
     fault(json!({}), with(tensor(magnitude.as_str(), &[3])), &magnitude, "`use_dora` is not set");
     fault(json!({"use_dora": true}), with(tensor(magnitude.as_str(), &[4])), &magnitude, "has shape [4], expected [3]");
