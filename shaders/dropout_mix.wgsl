@@ -16,20 +16,11 @@ struct Params {
 @group(0) @binding(1) var<storage, read> z: array<f32>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 
-{% include "groups.wgsl" %}
+{% set count, each = "p.len", "mix_one" %}
+{% include "each.wgsl" %}
 {% include "dropout.wgsl" %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    let i = group * {{ threads }}u + thread;
-    if (group >= p.groups || i >= p.len) {
-        return;
-    }
+fn mix_one(i: u32) {
     let f = dropout_factor(i);
 {% if kept and rest %}
     y[i] = f * x[i] + (1.0 - f) * z[i];

@@ -22,20 +22,11 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
 @group(0) @binding(6) var<storage, read_write> y1: array<f32>;
 
-{% include "groups.wgsl" %}
+{% set count, each = "p.all_pairs", "turn_one" %}
+{% include "each.wgsl" %}
 {% include "rope_pairs.wgsl" %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    let own = group * {{ threads }}u + thread;
-    if (group >= p.groups || own >= p.all_pairs) {
-        return;
-    }
+fn turn_one(own: u32) {
 {% if both %}
     let later = own >= p.pairs;
     let pair = own - select(0u, p.pairs, later);

@@ -23,20 +23,11 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> keys: array<f32>;
 @group(0) @binding(7) var<storage, read_write> values: array<f32>;
 
-{% include "groups.wgsl" %}
+{% set count, each = "p.pairs + 2u * p.kv_pairs", "take_one" %}
+{% include "each.wgsl" %}
 {% include "rope_pairs.wgsl" %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    let own = group * {{ threads }}u + thread;
-    if (group >= p.groups || own >= p.pairs + 2u * p.kv_pairs) {
-        return;
-    }
+fn take_one(own: u32) {
     if (own < p.pairs) {
         let at = places(own);
         let result = turned(q[at.x], q[at.y], angle(own, p.first + own / p.row_pairs));

@@ -192,6 +192,7 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
         "coop_tiles.wgsl",
         "dot_quads.wgsl",
         "dropout.wgsl",
+        "each.wgsl",
         "factor.wgsl",
         "groups.wgsl",
         "matrix.wgsl",
