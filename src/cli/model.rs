@@ -60,7 +60,7 @@ const BASE: [&str; 2] = ["base", "none"];
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
 pub(super) enum Base {
-    /// As in the file.
+    /// Keep the format of the file.
     AsIs,
     /// NF4 with double-quantized scales.
     Nf4,

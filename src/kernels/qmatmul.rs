@@ -59,8 +59,8 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
     }
     x.device().same(&w.device(), OP)?;
     if let Some(bias) = bias {
-        let rows = if bias.shape().len() == 1 { [].as_slice() } else { &[m] };
-        expect_shape(OP, "bias", bias, &[rows, &[n]].concat())?;
+        let residual = [m, n];
+        expect_shape(OP, "bias", bias, if bias.shape().len() == 1 { &residual[1..] } else { &residual })?;
     }
     if let Some(lora) = lora {
         let (_, rank) = expect_2d(OP, "B", lora.b)?;
