@@ -6,11 +6,11 @@ use std::ops::ControlFlow;
 use crate::device::{Device, Tier};
 use crate::error::{Error, Result};
 use crate::indices::Indices;
-use crate::kernels::embedding::check_ids;
-use crate::kernels::sample::{checked, sample};
+use crate::kernels::loss::sample::{checked, sample};
+use crate::kernels::rows::embedding::check_ids;
 use crate::nn::Decoder;
 
-pub use crate::kernels::sample::Sampling;
+pub use crate::kernels::loss::sample::Sampling;
 
 const OP: &str = "generation";
 

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 pub use crate::bench::uniform as values;
 use crate::device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices as list};
 use crate::error::Result;
-use crate::kernels::HostMatrix;
+use crate::quant::HostMatrix;
 use crate::quant::{
     Codebook, DenseData, DenseMatrix, DoubleQuant, DoubleScales, Dtype, Format, Parts, QuantOptions, QuantizedMatrix,
     Scales,

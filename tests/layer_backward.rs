@@ -4,9 +4,9 @@
 mod common;
 
 use qlora_wgpu::bench::uniform;
-use qlora_wgpu::kernels::lora_down::Dropout;
-use qlora_wgpu::kernels::matrix::HostMatrix;
+use qlora_wgpu::kernels::elementwise::dropout::Dropout;
 use qlora_wgpu::nn::{AdaptedLinear, Linear, LinearGrads, LoraAdapter, LoraLinear, QLoraLinear, Scaling};
+use qlora_wgpu::quant::HostMatrix;
 use qlora_wgpu::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use qlora_wgpu::{Device, Tensor};
 

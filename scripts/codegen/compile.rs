@@ -102,7 +102,7 @@ impl Driver {
     pub fn runs(&self, variant: &Variant) -> bool {
         let [least, most] = self.subgroup_sizes;
         let edge = number(&variant.label, "edge").is_none_or(|edge| self.cooperative_edges.contains(&edge));
-        // The tiles of products in src/kernels/qmatmul_coop.rs: AMD's GPUs, whose subgroups have
+        // The tiles of products in src/kernels/qmatmul/coop.rs: AMD's GPUs, whose subgroups have
         // two sizes, use one buffer, and NVIDIA's large tile uses two.
         let double = variant.label.split(' ').any(|part| part == "double");
         let tile = number(&variant.label, "subgroups").is_none()

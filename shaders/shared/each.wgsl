@@ -1,6 +1,6 @@
 // One invocation for each i below `{{ count }}`: the including shader's `{{ each }}(i)` handles it.
 // Include after `Params`.
-{% include "groups.wgsl" %}
+{% include "shared/groups.wgsl" %}
 
 @compute @workgroup_size({{ threads }})
 fn main(

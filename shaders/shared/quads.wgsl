@@ -2,4 +2,4 @@
 // 3. Buffers end at whole quads, so the last one is always read and written whole. Include after
 // `Params`, which holds `quads`.
 {% set count, each = "p.quads", "quad" %}
-{% include "each.wgsl" %}
+{% include "shared/each.wgsl" %}

@@ -1,8 +1,8 @@
 // A team of threads per row: a subgroup, `team` threads, or one thread on software drivers. All
 // threads of a workgroup call the including shader's `one_row(row, team, mine)` together; it
 // stores only if `mine`. Include after `Params`.
-{% include "groups.wgsl" %}
-{% include "reduce.wgsl" %}
+{% include "shared/groups.wgsl" %}
+{% include "shared/reduce.wgsl" %}
 
 struct Team {
     lane: u32,   // of this thread in its team

@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use crate::error::{Error, Result};
-use crate::kernels::add_assign::add_assign;
+use crate::kernels::elementwise::add_assign::add_assign;
 use crate::tensor::{Tensor, TensorId};
 
 /// A value on a tape: a tensor, or in the plan of a run the memory of one. Clones share it.
@@ -341,7 +341,8 @@ mod tests {
     use super::*;
     use crate::device::Device;
     use crate::indices::Indices;
-    use crate::kernels::{DeviceMatrix, HostMatrix};
+    use crate::kernels::DeviceMatrix;
+    use crate::quant::HostMatrix;
     use crate::quant::{DenseData, DenseMatrix};
     use crate::testing;
 

@@ -6,16 +6,16 @@ use super::{Tape, Var};
 use crate::error::Result;
 use crate::indices::Indices;
 use crate::kernels::DeviceMatrix;
-use crate::kernels::add::add;
+use crate::kernels::attention::backward::attention_backward;
+use crate::kernels::attention::visibility::Visibility;
 use crate::kernels::attention::{AttentionShape, attention};
-use crate::kernels::attention_backward::attention_backward;
-use crate::kernels::linear_cross_entropy::linear_cross_entropy;
-use crate::kernels::rms_norm::rms_norm;
-use crate::kernels::rms_norm_backward;
-use crate::kernels::rope::{RopeTable, rope_backward, rope_both};
-use crate::kernels::silu_mul::silu_mul;
-use crate::kernels::silu_mul_backward::silu_mul_backward;
-use crate::kernels::visibility::Visibility;
+use crate::kernels::elementwise::add::add;
+use crate::kernels::elementwise::rope::{RopeTable, rope_backward, rope_both};
+use crate::kernels::elementwise::silu_mul::silu_mul;
+use crate::kernels::elementwise::silu_mul_backward::silu_mul_backward;
+use crate::kernels::loss::linear_cross_entropy::linear_cross_entropy;
+use crate::kernels::rows::rms_norm::rms_norm;
+use crate::kernels::rows::rms_norm_backward;
 use crate::tensor::Tensor;
 
 impl<'a> Tape<'a> {
@@ -34,7 +34,7 @@ impl<'a> Tape<'a> {
     /// Rotary position embedding of every head in the rows of q and k.
     ///
     /// # Errors
-    /// Like [`rope`](crate::kernels::rope::rope).
+    /// Like [`rope`](crate::kernels::elementwise::rope::rope).
     pub fn rope(&mut self, [q, k]: [&Var; 2], table: &RopeTable, positions: &Indices) -> Result<[Var; 2]> {
         let ys = rope_both([&q.value, &k.value], table, positions, false)?;
         let (table, positions) = (table.clone(), positions.clone());

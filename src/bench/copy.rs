@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::repeat;
 use crate::device::{Device, Gpu};
 use crate::error::{Error, Result};
-use crate::kernels::append::append;
+use crate::kernels::elementwise::append::append;
 use crate::tensor::Tensor;
 
 /// Columns of the copied tensors.

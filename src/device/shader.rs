@@ -6,6 +6,7 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, LazyLock};
 
+use include_dir::{Dir, include_dir};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value};
 
@@ -21,10 +22,10 @@ pub enum Access {
 /// A kernel as the device sees it; everything else about it is in its file under `kernels`.
 #[derive(Debug)]
 pub struct Kernel {
-    /// Name of the kernel, of `shaders/NAME.wgsl` and of its Rust file.
+    /// Name of the kernel, for labels and messages.
     pub name: &'static str,
-    /// Template of the shader.
-    pub source: &'static str,
+    /// Path of the shader in `shaders/`, like that of its Rust file in `src/kernels`.
+    pub path: &'static str,
     /// Storage buffers in binding order, with their names in the shader.
     pub bindings: &'static [(&'static str, Access)],
     /// Size of its `Params` in bytes.
@@ -163,55 +164,30 @@ fn wgsl_float(bits: u32) -> String {
     format!("{:?}f", f32::from_bits(bits))
 }
 
-macro_rules! shared {
-    ($($name:literal),* $(,)?) => {
-        [$(($name, include_str!(concat!("../../shaders/shared/", $name)))),*]
-    };
-}
+/// All shaders. Any of them may include any other by its path.
+static SHADERS: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/shaders");
 
 static ENVIRONMENT: LazyLock<Environment<'static>> = LazyLock::new(|| {
-    // The snippets are part of the crate: whether they parse can't depend on input, and the
+    // The shaders are part of the crate: whether they parse can't depend on input, and the
     // registry test uses them.
-    environment().unwrap_or_else(|error| unreachable!("shaders/shared: {error:#}"))
+    environment().unwrap_or_else(|error| unreachable!("shaders: {error:#}"))
 });
 
 fn environment() -> Result<Environment<'static>, minijinja::Error> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
-    for (name, source) in shared![
-        "adamw.wgsl",
-        "attention_coop.wgsl",
-        "attention_heads.wgsl",
-        "attention_lanes.wgsl",
-        "attention_params.wgsl",
-        "attention_rows.wgsl",
-        "attention_strips.wgsl",
-        "attention_tiles.wgsl",
-        "coop.wgsl",
-        "coop_tiles.wgsl",
-        "dot_quads.wgsl",
-        "dropout.wgsl",
-        "each.wgsl",
-        "factor.wgsl",
-        "groups.wgsl",
-        "matrix.wgsl",
-        "matrix_params.wgsl",
-        "qmatmul.wgsl",
-        "qmatmul_dx.wgsl",
-        "quads.wgsl",
-        "reduce.wgsl",
-        "rope_pairs.wgsl",
-        "row_largest.wgsl",
-        "row_teams.wgsl",
-        "rows.wgsl",
-        "skinny.wgsl",
-        "store_rows.wgsl",
-        "tile.wgsl",
-    ] {
-        environment.add_template(name, source)?;
-    }
+    add_templates(&mut environment, &SHADERS)?;
     Ok(environment)
+}
+
+fn add_templates(environment: &mut Environment<'static>, folder: &Dir<'static>) -> Result<(), minijinja::Error> {
+    for file in folder.files() {
+        if let (Some(path), Some(source)) = (file.path().to_str(), file.contents_utf8()) {
+            environment.add_template_owned(path.replace('\\', "/"), source)?;
+        }
+    }
+    folder.dirs().try_for_each(|folder| add_templates(environment, folder))
 }
 
 /// Composes the WGSL text of a kernel's variant. `immediates` chooses where `Params` lives: in
@@ -237,6 +213,7 @@ pub fn compose(kernel: &Kernel, defines: &Defines, immediates: bool) -> Result<S
     };
     context.insert("param_space", Value::from(space));
     ENVIRONMENT
-        .render_named_str(kernel.name, kernel.source, Value::from(context))
-        .map_err(|error| format!("shaders/{}.wgsl: {error:#}", kernel.name))
+        .get_template(kernel.path)
+        .and_then(|template| template.render(Value::from(context)))
+        .map_err(|error| format!("shaders/{}: {error:#}", kernel.path))
 }

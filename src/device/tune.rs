@@ -243,7 +243,7 @@ mod tests {
 
     use super::*;
     use crate::device::{Device, GpuOptions};
-    use crate::kernels::add::add;
+    use crate::kernels::elementwise::add::add;
     use crate::tensor::Tensor;
     use crate::testing;
 

@@ -21,8 +21,8 @@ use serde::Deserialize;
 
 use super::safetensors::{OutData, OutTensor, TensorType, Tensors};
 use crate::error::{Error, Result};
-use crate::kernels::{MatrixKind, MatrixSpec, ScaleKind};
 use crate::quant::{Codebook, DoubleQuant, DoubleScales, Dtype, Format, Parts, QuantOptions, QuantizedMatrix, Scales};
+use crate::quant::{MatrixKind, MatrixSpec, ScaleKind};
 
 const STATE: &str = "quant_state.";
 const SIDE_TENSORS: [&str; 4] = ["absmax", "quant_map", "nested_absmax", "nested_quant_map"];

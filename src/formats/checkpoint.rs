@@ -11,9 +11,9 @@ use super::bitsandbytes;
 use super::json::JsonObject;
 use super::safetensors::{Floats, SafetensorsFile, Tensor, TensorType, Tensors};
 use crate::error::{Error, Result};
-use crate::kernels::{HostMatrix, MatrixKind, MatrixSpec};
 use crate::memory;
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
+use crate::quant::{HostMatrix, MatrixKind, MatrixSpec};
 
 /// File of a checkpoint without shards.
 pub(crate) const SINGLE: &str = "model.safetensors";

@@ -4,85 +4,22 @@
 //!
 //! Letters: M = tokens (rows of X), N = d_out (rows of W), K = d_in (columns of W), r = rank.
 
-pub mod adamw;
-mod adamw_several;
-pub mod add;
-pub mod add_assign;
-pub mod append;
 pub mod attention;
-pub mod attention_backward;
-mod attention_coop;
-mod attention_cpu;
-mod attention_delta;
-mod attention_dkv;
-mod attention_dkv_coop;
-mod attention_dkv_lanes;
-mod attention_dkv_tile;
-mod attention_dq;
-mod attention_dq_coop;
-mod attention_dq_lanes;
-mod attention_dq_tile;
-mod attention_form;
-mod attention_lanes;
-mod attention_pack;
-mod attention_tile;
-pub mod column_sum;
-pub mod cross_entropy;
-pub mod dequantize;
-pub mod dora_norm;
-pub mod dropout_mix;
-pub mod embedding;
-mod exp;
-pub mod grad_norm;
-mod host_matrix;
-pub mod linear_cross_entropy;
-pub(crate) mod lora_coop;
-pub mod lora_dh;
-pub mod lora_down;
-pub mod lora_dw;
+pub(crate) mod cpu;
+pub mod elementwise;
+pub mod lora;
+pub mod loss;
 pub mod matrix;
-mod matrix_spec;
-pub(crate) mod pack_rows;
-mod packing;
+pub mod optim;
 mod parity;
-mod product;
 pub mod qmatmul;
-mod qmatmul_coop;
-mod qmatmul_cpu;
-pub mod qmatmul_dx;
-mod qmatmul_dx_coop;
-mod qmatmul_dx_cpu;
-mod qmatmul_dx_lanes;
-mod qmatmul_dx_operands;
-mod qmatmul_dx_tile;
-mod qmatmul_gemv;
-mod qmatmul_lanes;
-mod qmatmul_operands;
-mod qmatmul_tile;
-mod quads;
 pub mod registry;
-pub mod rms_norm;
-pub mod rms_norm_backward;
-pub mod rope;
-pub mod rope_append;
-mod row_factor;
-mod row_teams;
-pub(crate) mod rows;
-pub mod sample;
-mod sample_cpu;
-pub mod scale_columns;
+pub mod rows;
 mod scratch;
-pub mod silu_mul;
-pub mod silu_mul_backward;
-mod simd;
-mod square_sums;
-pub mod sum;
-pub mod visibility;
 
-pub use matrix::{DeviceMatrix, HostMatrix};
-pub use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
+pub use matrix::DeviceMatrix;
 pub(crate) use parity::disagreement;
-pub(crate) use rows::{RowFactors, Rows};
+pub(crate) use rows::factors::{RowFactors, Rows};
 pub(crate) use scratch::Scratch;
 
 /// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry
@@ -106,14 +43,15 @@ macro_rules! params {
     };
 }
 
-/// Declares a kernel: the name of its shader, its `Params`, and its storage buffers in binding
-/// order.
+/// Declares a kernel: its name, its shader's path in `shaders/`, its `Params`, and its storage
+/// buffers in binding order.
 macro_rules! kernel {
-    ($(#[$meta:meta])* $static:ident = $name:literal, $params:ty, [$($binding:ident: $access:ident),* $(,)?]) => {
+    ($(#[$meta:meta])* $static:ident = $name:literal in $path:literal, $params:ty,
+        [$($binding:ident: $access:ident),* $(,)?]) => {
         $(#[$meta])*
         pub(crate) static $static: crate::device::Kernel = crate::device::Kernel {
             name: $name,
-            source: include_str!(concat!("../../shaders/", $name, ".wgsl")),
+            path: $path,
             bindings: &[$((stringify!($binding), crate::device::Access::$access)),*],
             params_bytes: size_of::<$params>(),
             params_fields: <$params>::FIELDS,

@@ -2,25 +2,26 @@
 //! and losses of a training step, forward and backward, in the device's own tier. Runs once per driver version,
 //! before anything else runs there.
 
-use super::attention::{AttentionShape, attention};
-use super::attention_backward::attention_backward;
-use super::linear_cross_entropy::linear_cross_entropy;
-use super::lora_dh::lora_dh;
-use super::lora_down::lora_down;
-use super::lora_dw::lora_dw;
-use super::qmatmul::qmatmul;
-use super::qmatmul_dx::{self, LoraDx, qmatmul_dx};
-use super::rms_norm::rms_norm;
-use super::rms_norm_backward::{self, rms_norm_backward};
-use super::rope::{RopeConfig, RopeLayout, RopeScaling, RopeTable};
-use super::rope_append::rope_append;
-use super::silu_mul::silu_mul;
-use super::silu_mul_backward::silu_mul_backward;
-use super::visibility::Visibility;
-use super::{DeviceMatrix, HostMatrix, LoraUp, RowFactors, Rows};
 use crate::device::{Device, Gpu, Tier};
 use crate::error::Result;
 use crate::indices::Indices;
+use crate::kernels::attention::backward::attention_backward;
+use crate::kernels::attention::visibility::Visibility;
+use crate::kernels::attention::{AttentionShape, attention};
+use crate::kernels::elementwise::rope::{RopeConfig, RopeLayout, RopeScaling, RopeTable};
+use crate::kernels::elementwise::rope_append::rope_append;
+use crate::kernels::elementwise::silu_mul::silu_mul;
+use crate::kernels::elementwise::silu_mul_backward::silu_mul_backward;
+use crate::kernels::lora::dh::lora_dh;
+use crate::kernels::lora::down::lora_down;
+use crate::kernels::lora::dw::lora_dw;
+use crate::kernels::loss::linear_cross_entropy::linear_cross_entropy;
+use crate::kernels::qmatmul::dx::{self, LoraDx, qmatmul_dx};
+use crate::kernels::qmatmul::qmatmul;
+use crate::kernels::rows::rms_norm::rms_norm;
+use crate::kernels::rows::rms_norm_backward::{self, rms_norm_backward};
+use crate::kernels::{DeviceMatrix, LoraUp, RowFactors, Rows};
+use crate::quant::HostMatrix;
 use crate::quant::{QuantOptions, QuantizedMatrix};
 use crate::seed::mix;
 use crate::tensor::Tensor;
@@ -89,7 +90,7 @@ fn results(device: &Device, head_dims: &[usize]) -> Result<Vec<(&'static str, Ve
     let lora_dx = LoraDx { g: &g, a: &a, dropout: None };
     let dx = qmatmul_dx(&dy, &w, Some(lora_dx))?;
     let rows = Rows { tensor: &dy, factors: &RowFactors::default() };
-    let dx_sum = qmatmul_dx::onto(Some(x.clone()), rows, &w, Some(lora_dx))?;
+    let dx_sum = dx::onto(Some(x.clone()), rows, &w, Some(lora_dx))?;
     let d_a = lora_dw(&g, &x, 1.0, None)?;
     let d_b = lora_dw(&dy, &h, 0.5, None)?;
 

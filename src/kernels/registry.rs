@@ -1,16 +1,8 @@
 //! All kernels, one entry each: shader, parameters, variants and CPU twin.
 
-use super::attention_form::{Form, Pass};
+use super::attention::form::{Form, Pass};
 use super::matrix::{dense_defines, quant_defines, wide};
-use super::{
-    adamw, adamw_several, add, add_assign, append, attention, attention_coop, attention_delta, attention_dkv,
-    attention_dkv_coop, attention_dkv_lanes, attention_dkv_tile, attention_dq, attention_dq_coop, attention_dq_lanes,
-    attention_dq_tile, attention_lanes, attention_pack, attention_tile, column_sum, cross_entropy, dequantize,
-    dora_norm, dropout_mix, embedding, grad_norm, lora_coop, lora_dh, lora_down, lora_dw, pack_rows, qmatmul_coop,
-    qmatmul_dx_coop, qmatmul_dx_lanes, qmatmul_dx_tile, qmatmul_gemv, qmatmul_lanes, qmatmul_tile, quads, rms_norm,
-    rms_norm_backward, rope, rope_append, row_factor, sample, scale_columns, silu_mul, silu_mul_backward, square_sums,
-    sum,
-};
+use super::{attention, elementwise, lora, loss, matrix, optim, qmatmul, rows};
 use crate::device::{Defines, Kernel, Tier};
 use crate::quant::Codebook;
 
@@ -26,139 +18,199 @@ pub struct Entry {
 
 /// All kernels.
 pub static KERNELS: &[Entry] = &[
-    Entry { kernel: &adamw::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
-    Entry { kernel: &adamw_several::KERNEL, variants: |_| vec![quads::defines()], twin: "adamw::reference" },
-    Entry { kernel: &add::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
-    Entry { kernel: &add_assign::KERNEL, variants: |_| vec![quads::defines()], twin: "add::reference" },
-    Entry { kernel: &append::KERNEL, variants: |_| vec![quads::defines()], twin: "append::reference" },
-    Entry { kernel: &attention::KERNEL, variants: attention::variants, twin: "attention::reference" },
     Entry {
-        kernel: &attention_coop::KERNEL,
+        kernel: &optim::adamw::KERNEL,
+        variants: |_| vec![elementwise::quads::defines()],
+        twin: "adamw::reference",
+    },
+    Entry {
+        kernel: &optim::adamw_several::KERNEL,
+        variants: |_| vec![elementwise::quads::defines()],
+        twin: "adamw::reference",
+    },
+    Entry {
+        kernel: &elementwise::add::KERNEL,
+        variants: |_| vec![elementwise::quads::defines()],
+        twin: "add::reference",
+    },
+    Entry {
+        kernel: &elementwise::add_assign::KERNEL,
+        variants: |_| vec![elementwise::quads::defines()],
+        twin: "add::reference",
+    },
+    Entry {
+        kernel: &elementwise::append::KERNEL,
+        variants: |_| vec![elementwise::quads::defines()],
+        twin: "append::reference",
+    },
+    Entry { kernel: &attention::plain::KERNEL, variants: attention::plain::variants, twin: "attention::reference" },
+    Entry {
+        kernel: &attention::coop::KERNEL,
         variants: |tier| Form::variants(Pass::Forward, tier),
         twin: "attention::reference",
     },
     Entry {
-        kernel: &attention_delta::KERNEL,
-        variants: |tier| vec![attention_delta::defines(tier)],
+        kernel: &attention::backward::delta::KERNEL,
+        variants: |tier| vec![attention::backward::delta::defines(tier)],
         twin: "attention_delta::reference",
     },
-    Entry { kernel: &attention_dkv::KERNEL, variants: attention_dkv::variants, twin: "attention_backward::reference" },
     Entry {
-        kernel: &attention_dkv_coop::KERNEL,
+        kernel: &attention::backward::dkv::KERNEL,
+        variants: attention::backward::dkv::variants,
+        twin: "attention_backward::reference",
+    },
+    Entry {
+        kernel: &attention::backward::dkv_coop::KERNEL,
         variants: |tier| Form::variants(Pass::Dkv, tier),
         twin: "attention_backward::reference",
     },
     Entry {
-        kernel: &attention_dkv_lanes::KERNEL,
-        variants: attention_dkv_lanes::variants,
+        kernel: &attention::backward::dkv_lanes::KERNEL,
+        variants: attention::backward::dkv_lanes::variants,
         twin: "attention_backward::reference",
     },
     Entry {
-        kernel: &attention_dkv_tile::KERNEL,
-        variants: attention_dkv_tile::variants,
+        kernel: &attention::backward::dkv_tile::KERNEL,
+        variants: attention::backward::dkv_tile::variants,
         twin: "attention_backward::reference",
     },
-    Entry { kernel: &attention_dq::KERNEL, variants: attention_dq::variants, twin: "attention_backward::reference" },
     Entry {
-        kernel: &attention_dq_coop::KERNEL,
+        kernel: &attention::backward::dq::KERNEL,
+        variants: attention::backward::dq::variants,
+        twin: "attention_backward::reference",
+    },
+    Entry {
+        kernel: &attention::backward::dq_coop::KERNEL,
         variants: |tier| Form::variants(Pass::Dq, tier),
         twin: "attention_backward::reference",
     },
     Entry {
-        kernel: &attention_dq_lanes::KERNEL,
-        variants: attention_dq_lanes::variants,
+        kernel: &attention::backward::dq_lanes::KERNEL,
+        variants: attention::backward::dq_lanes::variants,
         twin: "attention_backward::reference",
     },
     Entry {
-        kernel: &attention_dq_tile::KERNEL,
-        variants: attention_dq_tile::variants,
+        kernel: &attention::backward::dq_tile::KERNEL,
+        variants: attention::backward::dq_tile::variants,
         twin: "attention_backward::reference",
     },
-    Entry { kernel: &attention_lanes::KERNEL, variants: attention_lanes::variants, twin: "attention::reference" },
-    Entry { kernel: &attention_pack::KERNEL, variants: attention_pack::variants, twin: "attention_pack::reference" },
-    Entry { kernel: &attention_tile::KERNEL, variants: attention_tile::variants, twin: "attention::reference" },
-    Entry { kernel: &column_sum::KERNEL, variants: column_sum::variants, twin: "column_sum::reference" },
-    Entry { kernel: &cross_entropy::KERNEL, variants: cross_entropy::variants, twin: "cross_entropy::reference" },
+    Entry { kernel: &attention::lanes::KERNEL, variants: attention::lanes::variants, twin: "attention::reference" },
+    Entry { kernel: &attention::pack::KERNEL, variants: attention::pack::variants, twin: "attention_pack::reference" },
+    Entry { kernel: &attention::tile::KERNEL, variants: attention::tile::variants, twin: "attention::reference" },
+    Entry { kernel: &rows::column_sum::KERNEL, variants: rows::column_sum::variants, twin: "column_sum::reference" },
     Entry {
-        kernel: &dequantize::KERNEL,
-        variants: |_| dequantize::variants(&matrices()),
+        kernel: &loss::cross_entropy::KERNEL,
+        variants: loss::cross_entropy::variants,
+        twin: "cross_entropy::reference",
+    },
+    Entry {
+        kernel: &matrix::dequantize::KERNEL,
+        variants: |_| matrix::dequantize::variants(&matrices()),
         twin: "host_matrix::dequantize_rows",
     },
     Entry {
-        kernel: &dora_norm::KERNEL,
-        variants: |tier| dora_norm::variants(&matrices(), tier),
+        kernel: &lora::dora_norm::KERNEL,
+        variants: |tier| lora::dora_norm::variants(&matrices(), tier),
         twin: "dora_norm::reference",
     },
-    Entry { kernel: &dropout_mix::KERNEL, variants: |_| dropout_mix::variants(), twin: "dropout_mix::reference" },
-    Entry { kernel: &embedding::KERNEL, variants: |_| embedding::variants(&matrices()), twin: "embedding::reference" },
-    Entry { kernel: &grad_norm::KERNEL, variants: |_| vec![grad_norm::defines()], twin: "grad_norm::reference" },
-    Entry { kernel: &lora_coop::KERNEL, variants: lora_coop_variants, twin: "lora_dw::reference" },
-    Entry { kernel: &lora_dh::KERNEL, variants: lora_dh::variants, twin: "lora_dh::reference" },
-    Entry { kernel: &lora_down::KERNEL, variants: lora_down::variants, twin: "lora_down::reference" },
-    Entry { kernel: &lora_dw::KERNEL, variants: lora_dw::variants, twin: "lora_dw::reference" },
-    Entry { kernel: &pack_rows::KERNEL, variants: pack_rows_variants, twin: "row_factor::reference" },
-    Entry { kernel: &qmatmul_coop::KERNEL, variants: coop_variants, twin: "qmatmul::reference" },
-    Entry { kernel: &qmatmul_dx_coop::KERNEL, variants: dx_coop_variants, twin: "qmatmul_dx::reference" },
-    Entry { kernel: &qmatmul_dx_lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
-    Entry { kernel: &qmatmul_dx_tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
-    Entry { kernel: &qmatmul_gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
-    Entry { kernel: &qmatmul_lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
-    Entry { kernel: &qmatmul_tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
-    Entry { kernel: &rms_norm::KERNEL, variants: rms_norm::variants, twin: "rms_norm::reference" },
     Entry {
-        kernel: &rms_norm_backward::KERNEL,
-        variants: rms_norm_backward::variants,
+        kernel: &elementwise::dropout_mix::KERNEL,
+        variants: |_| elementwise::dropout_mix::variants(),
+        twin: "dropout_mix::reference",
+    },
+    Entry {
+        kernel: &rows::embedding::KERNEL,
+        variants: |_| rows::embedding::variants(&matrices()),
+        twin: "embedding::reference",
+    },
+    Entry {
+        kernel: &optim::grad_norm::KERNEL,
+        variants: |_| vec![optim::grad_norm::defines()],
+        twin: "grad_norm::reference",
+    },
+    Entry { kernel: &lora::coop::KERNEL, variants: lora_coop_variants, twin: "lora_dw::reference" },
+    Entry { kernel: &lora::dh::KERNEL, variants: lora::dh::variants, twin: "lora_dh::reference" },
+    Entry { kernel: &lora::down::KERNEL, variants: lora::down::variants, twin: "lora_down::reference" },
+    Entry { kernel: &lora::dw::KERNEL, variants: lora::dw::variants, twin: "lora_dw::reference" },
+    Entry { kernel: &rows::pack_rows::KERNEL, variants: pack_rows_variants, twin: "row_factor::reference" },
+    Entry { kernel: &qmatmul::coop::KERNEL, variants: coop_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &qmatmul::dx::coop::KERNEL, variants: dx_coop_variants, twin: "qmatmul_dx::reference" },
+    Entry { kernel: &qmatmul::dx::lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
+    Entry { kernel: &qmatmul::dx::tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
+    Entry { kernel: &qmatmul::gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &qmatmul::lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &qmatmul::tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
+    Entry { kernel: &rows::rms_norm::KERNEL, variants: rows::rms_norm::variants, twin: "rms_norm::reference" },
+    Entry {
+        kernel: &rows::rms_norm_backward::KERNEL,
+        variants: rows::rms_norm_backward::variants,
         twin: "rms_norm_backward::reference",
     },
-    Entry { kernel: &rope::KERNEL, variants: |_| rope::variants(), twin: "rope::reference" },
-    Entry { kernel: &rope_append::KERNEL, variants: |_| rope::layouts(), twin: "rope_append::reference" },
-    Entry { kernel: &row_factor::KERNEL, variants: |_| row_factor::variants(), twin: "row_factor::reference" },
-    Entry { kernel: &sample::KERNEL, variants: sample::variants, twin: "sample::reference" },
-    Entry { kernel: &scale_columns::KERNEL, variants: |_| scale_columns::variants(), twin: "scale_columns::reference" },
-    Entry { kernel: &silu_mul::KERNEL, variants: |_| vec![quads::defines()], twin: "silu_mul::reference" },
+    Entry { kernel: &elementwise::rope::KERNEL, variants: |_| elementwise::rope::variants(), twin: "rope::reference" },
     Entry {
-        kernel: &silu_mul_backward::KERNEL,
-        variants: |_| vec![quads::defines()],
+        kernel: &elementwise::rope_append::KERNEL,
+        variants: |_| elementwise::rope::layouts(),
+        twin: "rope_append::reference",
+    },
+    Entry {
+        kernel: &rows::row_factor::KERNEL,
+        variants: |_| rows::row_factor::variants(),
+        twin: "row_factor::reference",
+    },
+    Entry { kernel: &loss::sample::KERNEL, variants: loss::sample::variants, twin: "sample::reference" },
+    Entry {
+        kernel: &elementwise::scale_columns::KERNEL,
+        variants: |_| elementwise::scale_columns::variants(),
+        twin: "scale_columns::reference",
+    },
+    Entry {
+        kernel: &elementwise::silu_mul::KERNEL,
+        variants: |_| vec![elementwise::quads::defines()],
+        twin: "silu_mul::reference",
+    },
+    Entry {
+        kernel: &elementwise::silu_mul_backward::KERNEL,
+        variants: |_| vec![elementwise::quads::defines()],
         twin: "silu_mul_backward::reference",
     },
-    Entry { kernel: &square_sums::KERNEL, variants: square_sums::variants, twin: "grad_norm::reference" },
-    Entry { kernel: &sum::KERNEL, variants: sum::variants, twin: "sum::reference" },
+    Entry { kernel: &optim::square_sums::KERNEL, variants: optim::square_sums::variants, twin: "grad_norm::reference" },
+    Entry { kernel: &rows::sum::KERNEL, variants: rows::sum::variants, twin: "sum::reference" },
 ];
 
 fn coop_variants(tier: Tier) -> Vec<Defines> {
-    if tier.cooperative() { qmatmul_coop::variants(&wide_matrices()) } else { Vec::new() }
+    if tier.cooperative() { qmatmul::coop::variants(&wide_matrices()) } else { Vec::new() }
 }
 
 fn pack_rows_variants(tier: Tier) -> Vec<Defines> {
-    if tier.cooperative() { pack_rows::variants() } else { Vec::new() }
+    if tier.cooperative() { rows::pack_rows::variants() } else { Vec::new() }
 }
 
 fn dx_coop_variants(tier: Tier) -> Vec<Defines> {
-    if tier.cooperative() { qmatmul_dx_coop::variants(&wide_matrices()) } else { Vec::new() }
+    if tier.cooperative() { qmatmul::dx::coop::variants(&wide_matrices()) } else { Vec::new() }
 }
 
 fn dx_lanes_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { qmatmul_dx_lanes::variants(&matrices()) } else { Vec::new() }
+    if tier == Tier::Software { qmatmul::dx::lanes::variants(&matrices()) } else { Vec::new() }
 }
 
 fn dx_tile_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { Vec::new() } else { qmatmul_dx_tile::variants(&wide_matrices(), tier.f16()) }
+    if tier == Tier::Software { Vec::new() } else { qmatmul::dx::tile::variants(&wide_matrices(), tier.f16()) }
 }
 
 fn gemv_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { Vec::new() } else { qmatmul_gemv::variants(&wide_matrices()) }
+    if tier == Tier::Software { Vec::new() } else { qmatmul::gemv::variants(&wide_matrices()) }
 }
 
 fn lora_coop_variants(tier: Tier) -> Vec<Defines> {
-    if tier.cooperative() { lora_coop::variants() } else { Vec::new() }
+    if tier.cooperative() { lora::coop::variants() } else { Vec::new() }
 }
 
 fn lanes_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { qmatmul_lanes::variants(&matrices()) } else { Vec::new() }
+    if tier == Tier::Software { qmatmul::lanes::variants(&matrices()) } else { Vec::new() }
 }
 
 fn tile_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { Vec::new() } else { qmatmul_tile::variants(&wide_matrices(), tier.f16()) }
+    if tier == Tier::Software { Vec::new() } else { qmatmul::tile::variants(&wide_matrices(), tier.f16()) }
 }
 
 /// Every way in which `shared/matrix.wgsl` can read a matrix.
@@ -192,6 +244,7 @@ fn wide_matrices() -> Vec<Defines> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::path::Path;
 
     use naga::back::{glsl, hlsl, msl, spv};
     use naga::valid::{Capabilities, ValidationFlags, Validator};
@@ -258,7 +311,7 @@ mod tests {
             let (label, module, _) = parse(kernel, defines, immediates);
             same_fields(&label, &module, "Params", kernel.params_bytes, kernel.params_fields);
             if module.types.iter().any(|(_, ty)| ty.name.as_deref() == Some("Matrix")) {
-                use crate::kernels::packing::MatrixLayout;
+                use crate::kernels::matrix::packing::MatrixLayout;
                 same_fields(&label, &module, "Matrix", size_of::<MatrixLayout>(), MatrixLayout::FIELDS);
             }
             assert_eq!(
@@ -363,12 +416,18 @@ mod tests {
 
     #[test]
     fn no_macro_of_a_shader_hides_a_text_constant() {
-        let macros = |source: &'static str| source.split("{% macro ").skip(1).filter_map(|rest| rest.split('(').next());
-        each(|entry, defines, _| {
-            let hidden: Vec<_> =
-                macros(entry.kernel.source).filter(|name| defines.names().any(|given| given == *name)).collect();
-            assert!(hidden.is_empty(), "shaders/{}.wgsl: {hidden:?}", entry.kernel.name);
-        });
+        let shaders = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
+        for entry in KERNELS {
+            let source = std::fs::read_to_string(shaders.join(entry.kernel.path)).unwrap();
+            let macros = source.split("{% macro ").skip(1).filter_map(|rest| rest.split('(').next());
+            let given: BTreeSet<_> = Tier::ALL
+                .into_iter()
+                .flat_map(entry.variants)
+                .flat_map(|defines| defines.names().collect::<Vec<_>>())
+                .collect();
+            let hidden: Vec<_> = macros.filter(|name| given.contains(name)).collect();
+            assert!(hidden.is_empty(), "shaders/{}: {hidden:?}", entry.kernel.path);
+        }
     }
 
     #[test]
@@ -379,23 +438,29 @@ mod tests {
         });
     }
 
-    #[test]
-    fn names_are_those_of_the_shaders_and_of_their_rust_files() {
-        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-        let shaders = std::fs::read_dir(root.join("shaders")).unwrap().filter_map(|file| {
+    /// Paths of all files under a folder with this extension, relative to it and without it.
+    fn files(folder: &Path, extension: &str) -> BTreeSet<String> {
+        let mut found = BTreeSet::new();
+        for file in std::fs::read_dir(folder).unwrap() {
             let path = file.unwrap().path();
-            (path.extension()? == "wgsl").then(|| path.file_stem().unwrap().to_str().unwrap().to_owned())
-        });
-        let registered: BTreeSet<String> = KERNELS.iter().map(|entry| entry.kernel.name.to_owned()).collect();
-        assert_eq!(shaders.collect::<BTreeSet<_>>(), registered, "every shader is registered");
-        for name in registered {
-            assert!(root.join(format!("src/kernels/{name}.rs")).exists(), "src/kernels/{name}.rs");
+            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            if path.is_dir() && name != "shared" {
+                found.extend(files(&path, extension).into_iter().map(|below| format!("{name}/{below}")));
+            } else if path.extension().is_some_and(|other| other == extension) {
+                found.insert(name);
+            }
         }
-        for entry in KERNELS {
-            // "module::function" in this folder.
-            let (module, function) = entry.twin.split_once("::").unwrap();
-            let source = std::fs::read_to_string(root.join(format!("src/kernels/{module}.rs"))).unwrap();
-            assert!(source.contains(&format!("fn {function}")), "{}: its twin is {}", entry.kernel.name, entry.twin);
-        }
+        found
+    }
+
+    #[test]
+    fn paths_are_those_of_the_shaders_and_of_their_rust_files() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let registered: BTreeSet<String> =
+            KERNELS.iter().map(|entry| entry.kernel.path.strip_suffix(".wgsl").unwrap().to_owned()).collect();
+        assert_eq!(files(&root.join("shaders"), "wgsl"), registered, "every shader is registered");
+        let rust = files(&root.join("src/kernels"), "rs");
+        let missing: Vec<_> = registered.difference(&rust).collect();
+        assert!(missing.is_empty(), "no Rust file for {missing:?}");
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::indices::Indices;
-use crate::kernels::cross_entropy::{IGNORE, check_labels};
-use crate::kernels::visibility::Visibility;
+use crate::kernels::attention::visibility::Visibility;
+use crate::kernels::loss::cross_entropy::{IGNORE, check_labels};
 
 const OP: &str = "batch";
 
@@ -137,7 +137,7 @@ impl Batch {
         vocabulary: usize,
         window: Option<usize>,
     ) -> Result<Batch> {
-        crate::kernels::embedding::check_ids(&tokens.ids, vocabulary)?;
+        crate::kernels::rows::embedding::check_ids(&tokens.ids, vocabulary)?;
         if let Some(labels) = labels
             && labels.len() != tokens.ids.len()
         {

@@ -5,10 +5,10 @@ use crate::autograd::Tape;
 use crate::error::{Error, Result};
 use crate::indices::Indices;
 use crate::kernels::attention::attention;
-use crate::kernels::embedding::{check_ids, embedding};
+use crate::kernels::attention::visibility::Visibility;
+use crate::kernels::elementwise::rope_append::rope_append;
 use crate::kernels::qmatmul::qmatmul;
-use crate::kernels::rope_append::rope_append;
-use crate::kernels::visibility::Visibility;
+use crate::kernels::rows::embedding::{check_ids, embedding};
 use crate::tensor::Tensor;
 
 /// Keys and values for the tokens of one sequence, in every layer.

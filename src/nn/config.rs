@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::error::Result;
 use crate::formats::checkpoint::Checkpoint;
 use crate::formats::json::JsonObject;
-use crate::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
+use crate::kernels::elementwise::rope::{RopeConfig, RopeLayout, RopeScaling};
 use crate::quant::Dtype;
 
 /// Keys that change the arithmetic in related models, with the value that changes nothing (true is

@@ -16,9 +16,9 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::DeviceMatrix;
 use crate::kernels::attention::AttentionShape;
-use crate::kernels::embedding::embedding;
+use crate::kernels::elementwise::rope::RopeTable;
 use crate::kernels::qmatmul::qmatmul;
-use crate::kernels::rope::RopeTable;
+use crate::kernels::rows::embedding::embedding;
 use crate::seed::mix;
 use crate::tensor::Tensor;
 

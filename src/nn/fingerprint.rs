@@ -8,7 +8,7 @@ use super::config::ModelConfig;
 use super::load::WeightSource;
 use crate::error::Result;
 use crate::hash::{Hasher, hex, text_hash};
-use crate::kernels::HostMatrix;
+use crate::quant::HostMatrix;
 use crate::quant::{DenseData, QuantizedMatrix, Scales};
 
 /// Identifies a base model wherever its files are. For a training run, two models are the same if

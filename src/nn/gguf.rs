@@ -15,8 +15,8 @@ use super::load::WeightSource;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::{FromValue, GgufFile, RowOrder, Value};
-use crate::kernels::rope::{RopeConfig, RopeLayout, RopeScaling};
-use crate::kernels::{HostMatrix, MatrixSpec};
+use crate::kernels::elementwise::rope::{RopeConfig, RopeLayout, RopeScaling};
+use crate::quant::{HostMatrix, MatrixSpec};
 
 const ARCHITECTURE: &str = "general.architecture";
 

@@ -12,11 +12,12 @@ use super::merge::{Merged, merge_error};
 use super::train::DoraFactor;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::dequantize::Delta;
-use crate::kernels::dora_norm::dora_norm;
+use crate::kernels::elementwise::scale_columns::divide_columns;
 use crate::kernels::expect_shape;
-use crate::kernels::matrix::{DeviceMatrix, HostMatrix};
-use crate::kernels::scale_columns::divide_columns;
+use crate::kernels::lora::dora_norm::dora_norm;
+use crate::kernels::matrix::DeviceMatrix;
+use crate::kernels::matrix::dequantize::Delta;
+use crate::quant::HostMatrix;
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use crate::tensor::Tensor;
 

@@ -14,8 +14,9 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::formats::checkpoint::{BaseFormat, Checkpoint};
 use crate::formats::gguf::GgufFile;
-use crate::kernels::rope::RopeTable;
-use crate::kernels::{DeviceMatrix, HostMatrix};
+use crate::kernels::DeviceMatrix;
+use crate::kernels::elementwise::rope::RopeTable;
+use crate::quant::HostMatrix;
 use crate::tensor::Tensor;
 
 /// A source of a model's tensors, by Hugging Face names.

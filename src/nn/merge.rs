@@ -5,8 +5,9 @@ use ndarray::{Array2, Axis};
 use super::adapter::LoraAdapter;
 use super::linear::{AdaptedLinear, LoraLinear, delta};
 use crate::error::{Error, Result};
-use crate::kernels::dequantize::{Delta, dequantize};
-use crate::kernels::matrix::{DeviceMatrix, HostMatrix};
+use crate::kernels::matrix::DeviceMatrix;
+use crate::kernels::matrix::dequantize::{Delta, dequantize};
+use crate::quant::HostMatrix;
 use crate::quant::{DenseData, DenseMatrix};
 use crate::tensor::Tensor;
 

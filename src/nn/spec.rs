@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::{BaseFormat, Checkpoint};
 use crate::formats::gguf::GgufFile;
-use crate::kernels::MatrixSpec;
+use crate::quant::MatrixSpec;
 
 /// Initial size of a model's rotary table in positions, unless the model has fewer.
 const ROPE_POSITIONS: usize = 512;

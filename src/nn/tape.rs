@@ -72,7 +72,7 @@ pub(super) fn record_all<'a, Base, const N: usize>(
 mod tests {
     use super::*;
     use crate::autograd::Gradients;
-    use crate::kernels::add::add;
+    use crate::kernels::elementwise::add::add;
     use crate::nn::{Linear, LoraAdapter, Scaling};
     use crate::tensor::Tensor;
     use crate::testing;

@@ -17,13 +17,18 @@
 use super::adapter::LoraAdapter;
 use super::linear::AdaptedLinear;
 use crate::error::Result;
-use crate::kernels::column_sum::column_sum;
-use crate::kernels::dropout_mix::{Mix, dropout_mix};
-use crate::kernels::lora_down::{Dropout, lora_down_all};
+use crate::kernels::elementwise::add_assign;
+use crate::kernels::elementwise::dropout::Dropout;
+use crate::kernels::elementwise::dropout_mix::{Mix, dropout_mix};
+use crate::kernels::elementwise::scale_columns::{divide_columns, scale_columns};
+use crate::kernels::lora::dh;
+use crate::kernels::lora::down;
+use crate::kernels::lora::down::lora_down_all;
+use crate::kernels::lora::dw;
+use crate::kernels::qmatmul::dx::{self, LoraDx, qmatmul_dx};
 use crate::kernels::qmatmul::{Product, product, qmatmul};
-use crate::kernels::qmatmul_dx::{self, LoraDx, qmatmul_dx};
-use crate::kernels::scale_columns::{divide_columns, scale_columns};
-use crate::kernels::{LoraUp, RowFactors, Rows, add_assign, expect_shape, lora_dh, lora_down, lora_dw};
+use crate::kernels::rows::column_sum::column_sum;
+use crate::kernels::{LoraUp, RowFactors, Rows, expect_shape};
 use crate::tensor::Tensor;
 
 const OP: &str = "linear layer's backward";
@@ -118,7 +123,7 @@ impl<Base> AdaptedLinear<Base> {
         let dbias = self.trained_bias().map(|_| column_sum(dy, None)).transpose()?;
         let Some(SavedAdapter { adapter, dropout, x, x_factors, h, dora }) = &saved.adapted else {
             let rows = Rows { tensor: dy, factors: &RowFactors::default() };
-            let dx = need_dx.then(|| qmatmul_dx::onto(sum, rows, self.base(), None)).transpose()?;
+            let dx = need_dx.then(|| dx::onto(sum, rows, self.base(), None)).transpose()?;
             return Ok(LinearGrads { dx, dbias, ..LinearGrads::default() });
         };
         let (a, b, s) = (adapter.a(), adapter.b(), adapter.scale());
@@ -129,9 +134,9 @@ impl<Base> AdaptedLinear<Base> {
         };
         let du_factors = RowFactors::default();
         let du = Rows { tensor: du, factors: &du_factors };
-        let g = lora_dh::of_rows(du, b, s)?;
+        let g = dh::of_rows(du, b, s)?;
         let of_magnitude = |dora: &SavedDora| divide_columns(&column_sum(dy, Some(&dora.u))?, &dora.factor.norm);
-        let of_u = |sum, dropout| qmatmul_dx::onto(sum, du, self.base(), Some(LoraDx { g: &g, a, dropout }));
+        let of_u = |sum, dropout| dx::onto(sum, du, self.base(), Some(LoraDx { g: &g, a, dropout }));
         let dx = match (dora, dropout) {
             _ if !need_dx => None,
             (Some(_), Some(dropout)) => {
@@ -141,8 +146,8 @@ impl<Base> AdaptedLinear<Base> {
             }
             _ => Some(of_u(sum, *dropout)?),
         };
-        let da = lora_dw::of_a(&g, Rows { tensor: x, factors: x_factors }, *dropout)?;
-        let db = lora_dw::of_b(du, h, s)?;
+        let da = dw::of_a(&g, Rows { tensor: x, factors: x_factors }, *dropout)?;
+        let db = dw::of_b(du, h, s)?;
         Ok(LinearGrads {
             dx,
             da: Some(da),
@@ -187,7 +192,7 @@ impl<Base> AdaptedLinear<Base> {
                 (Rows { tensor: &kept, factors: &kept_factors }, Some(beside))
             }
         };
-        let h = lora_down::of_rows(xd, adapter.a(), None)?;
+        let h = down::of_rows(xd, adapter.a(), None)?;
         let up = LoraUp { h: &h, b: adapter.b(), scale: adapter.scale() };
         let u = product(xd, Product { w: self.base(), bias: None, lora: Some(up) })?;
         let y = scale_columns(&u, &factor.c, beside.as_ref())?;

@@ -7,9 +7,9 @@ pub use schedule::{Decay, Schedule};
 use std::collections::HashMap;
 
 use crate::error::{Error, Result};
-pub use crate::kernels::adamw::AdamW;
-use crate::kernels::adamw::{Update, adamw_all};
-use crate::kernels::grad_norm::GradNorm;
+pub use crate::kernels::optim::adamw::AdamW;
+use crate::kernels::optim::adamw::{Update, adamw_all};
+use crate::kernels::optim::grad_norm::GradNorm;
 use crate::tensor::Tensor;
 
 /// First and second moments of every trainable tensor, by name, and the number of updates.

@@ -16,7 +16,9 @@ mod dense;
 mod dtype;
 mod dynamic_map;
 mod encode;
+mod host_matrix;
 mod matrix;
+mod matrix_spec;
 #[cfg(test)]
 mod properties;
 mod scales;
@@ -27,6 +29,8 @@ pub(crate) use dense::encode_q8_0;
 pub use dense::{DenseData, DenseMatrix, Q8_BLOCK};
 pub use dtype::Dtype;
 pub use encode::{DoubleQuant, QuantOptions};
+pub use host_matrix::HostMatrix;
 pub use matrix::{Parts, QuantizedMatrix};
+pub use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
 pub use scales::{DoubleScales, Scales};
 pub use source::Source;

@@ -48,8 +48,8 @@ mod settings;
 
 use crate::autograd::{Gradients, Tape};
 use crate::error::{Error, Result};
-use crate::kernels::add_assign::add_assign;
-use crate::kernels::grad_norm::{EACH, grad_norm};
+use crate::kernels::elementwise::add_assign::add_assign;
+use crate::kernels::optim::grad_norm::{EACH, grad_norm};
 use crate::nn::{Batch, Decoder, Pass};
 use crate::optim::{AdamW, Optimizer, Schedule};
 use crate::seed::mix;

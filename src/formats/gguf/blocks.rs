@@ -9,8 +9,8 @@ use super::k_quants;
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::safetensors::{Floats, values};
-use crate::kernels::{HostMatrix, MatrixKind, ScaleKind};
 use crate::quant::{DenseData, DenseMatrix, DoubleScales, Dtype, Format, Parts, Q8_BLOCK, QuantizedMatrix, Scales};
+use crate::quant::{HostMatrix, MatrixKind, ScaleKind};
 
 /// Weights per scale in all of ggml's 4-bit types.
 const BLOCK: usize = 32;
@@ -173,8 +173,9 @@ mod tests {
 
     use super::*;
     use crate::formats::safetensors::SafetensorsFile;
-    use crate::kernels::dequantize::dequantize;
-    use crate::kernels::{DeviceMatrix, MatrixSpec};
+    use crate::kernels::DeviceMatrix;
+    use crate::kernels::matrix::dequantize::dequantize;
+    use crate::quant::MatrixSpec;
     use crate::quant::QuantOptions;
     use crate::testing;
 

@@ -34,8 +34,8 @@ pub use write::{MakeBytes, Metadata, OutTensor, OutValue, write};
 use super::checkpoint::BaseFormat;
 use super::mapped::MappedFile;
 use crate::error::{Error, Result};
-use crate::kernels::{HostMatrix, MatrixSpec};
 use crate::memory;
+use crate::quant::{HostMatrix, MatrixSpec};
 
 const MAGIC: &[u8] = b"GGUF";
 const ALIGNMENT: &str = "general.alignment";

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{Architecture, ModelConfig};
-use crate::kernels::rope::RopeScaling;
+use crate::kernels::elementwise::rope::RopeScaling;
 
 impl ModelConfig {
     /// Keys of `config.json`, without the type of the weights.

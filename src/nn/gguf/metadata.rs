@@ -3,7 +3,7 @@
 use super::{ROPE_FREQS, gguf_architecture};
 use crate::error::{Error, Result};
 use crate::formats::gguf::{Metadata, OutValue};
-use crate::kernels::rope::{RopeConfig, RopeScaling};
+use crate::kernels::elementwise::rope::{RopeConfig, RopeScaling};
 use crate::nn::{Architecture, ModelConfig};
 
 impl ModelConfig {

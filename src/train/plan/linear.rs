@@ -7,9 +7,16 @@ use super::ledger::{Bytes, Ledger, Part};
 use super::step::Pass;
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
-use crate::kernels::{
-    column_sum, dora_norm, lora_coop, lora_dh, lora_down, lora_dw, pack_rows, qmatmul, qmatmul_dx, rows,
-};
+use crate::kernels::lora::coop;
+use crate::kernels::lora::dh;
+use crate::kernels::lora::dora_norm;
+use crate::kernels::lora::down;
+use crate::kernels::lora::dw;
+use crate::kernels::qmatmul;
+use crate::kernels::qmatmul::dx;
+use crate::kernels::rows::column_sum;
+use crate::kernels::rows::factors;
+use crate::kernels::rows::pack_rows;
 
 /// A linear layer [d_out, d_in].
 pub(super) struct Linear {
@@ -45,7 +52,7 @@ impl Factors {
     /// Allocates what a product finds for its input: row factors and packed rows of `k` values, if
     /// it stages rows.
     pub fn find(&self, ledger: &Rc<Ledger>, [rows, k]: [usize; 2], stages: bool) -> Result<()> {
-        let packs = stages && self.factors.get().is_none() && rows::packs(&ledger.device);
+        let packs = stages && self.factors.get().is_none() && factors::packs(&ledger.device);
         self.find_alone(ledger, rows, stages)?;
         if packs {
             let packed = ledger.tensor(Part::Activations, &[pack_rows::words(rows, k)])?;
@@ -117,10 +124,10 @@ impl Linear {
 
     /// dY * W, added to `sum`, with its scratch memory.
     fn product_dx(&self, pass: &Pass<'_>, dy: &Factors, sum: Option<Bytes>) -> Result<Bytes> {
-        let in_place = qmatmul_dx::adds_in_place(&pass.ledger.device);
+        let in_place = dx::adds_in_place(&pass.ledger.device);
         pass.gradient(sum, self.d_in, in_place, || {
-            dy.find(pass.ledger, [pass.tokens, self.d_out], qmatmul_dx::stages(&pass.ledger.device))?;
-            pass.ledger.scratch(&qmatmul_dx::scratch(&pass.ledger.device, [pass.tokens, self.d_out, self.d_in]))
+            dy.find(pass.ledger, [pass.tokens, self.d_out], dx::stages(&pass.ledger.device))?;
+            pass.ledger.scratch(&dx::scratch(&pass.ledger.device, [pass.tokens, self.d_out, self.d_in]))
         })
     }
 
@@ -133,9 +140,9 @@ impl Linear {
 
     fn down(&self, adapter: &Adapter, pass: &Pass<'_>, x: &Factors, dropout: bool) -> Result<Bytes> {
         let h = pass.tensor(adapter.rank)?;
-        x.find(pass.ledger, [pass.tokens, self.d_in], lora_coop::stages(&pass.ledger.device, pass.tokens))?;
+        x.find(pass.ledger, [pass.tokens, self.d_in], coop::stages(&pass.ledger.device, pass.tokens))?;
         let shape = [pass.tokens, self.d_in, adapter.rank];
-        pass.ledger.scratch(&lora_down::scratch(&pass.ledger.device, shape, dropout))?;
+        pass.ledger.scratch(&down::scratch(&pass.ledger.device, shape, dropout))?;
         Ok(h)
     }
 
@@ -185,13 +192,13 @@ impl Linear {
         let (Some(adapter), Some(Saved { x_factors, .. })) = (&self.adapter, saved) else {
             return Ok(vec![need_dx.then(|| self.product_dx(pass, &Factors::default(), sum)).transpose()?]);
         };
-        let lora_stages = lora_coop::stages(&pass.ledger.device, pass.tokens);
+        let lora_stages = coop::stages(&pass.ledger.device, pass.tokens);
         let dora = adapter.magnitude.is_some();
         let _du = dora.then(|| pass.tensor(self.d_out)).transpose()?;
         let du_factors = Factors::default();
         let _g = pass.tensor(adapter.rank)?;
         du_factors.find(pass.ledger, [pass.tokens, self.d_out], lora_stages)?;
-        pass.ledger.scratch(&lora_dh::scratch(&pass.ledger.device, [pass.tokens, self.d_out, adapter.rank]))?;
+        pass.ledger.scratch(&dh::scratch(&pass.ledger.device, [pass.tokens, self.d_out, adapter.rank]))?;
         let dx = if !need_dx {
             None
         } else if dora && pass.dropout {
@@ -203,7 +210,7 @@ impl Linear {
         let weight = |rows: usize, cols: usize, factors: &Factors, dropout: bool| {
             let gradient = pass.ledger.tensor(Part::Gradients, &[rows, cols])?;
             factors.find_alone(pass.ledger, pass.tokens, lora_stages)?;
-            pass.ledger.scratch(&lora_dw::scratch(&pass.ledger.device, pass.tokens, rows, cols, dropout))?;
+            pass.ledger.scratch(&dw::scratch(&pass.ledger.device, pass.tokens, rows, cols, dropout))?;
             Ok(gradient)
         };
         let mut grads = vec![dx];

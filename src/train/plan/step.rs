@@ -12,11 +12,13 @@ use crate::autograd::{Gradients, Tape, Var};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
+use crate::kernels::attention::backward;
+use crate::kernels::attention::visibility::Visibility;
 use crate::kernels::attention::{self, AttentionShape};
-use crate::kernels::grad_norm::{self, EACH};
-use crate::kernels::linear_cross_entropy::chunk_rows;
-use crate::kernels::visibility::Visibility;
-use crate::kernels::{attention_backward, qmatmul, qmatmul_dx};
+use crate::kernels::loss::linear_cross_entropy::chunk_rows;
+use crate::kernels::optim::grad_norm::{self, EACH};
+use crate::kernels::qmatmul;
+use crate::kernels::qmatmul::dx;
 use crate::nn::adapters::targeted;
 use crate::nn::{ModelConfig, ModelSpec};
 
@@ -123,7 +125,7 @@ impl Pass<'_> {
         let saved = ([q, k, v].map(|var| var.value().clone()), o.clone(), lse);
         Ok(tape.record(o, vec![q.node(), k.node(), v.node()], move |_, _| {
             let grads = vec![Some(self.tensor(q_width)?), Some(self.tensor(kv_width)?), Some(self.tensor(kv_width)?)];
-            self.ledger.scratch(&attention_backward::scratch(&self.ledger.device, heads, visibility))?;
+            self.ledger.scratch(&backward::scratch(&self.ledger.device, heads, visibility))?;
             drop(saved);
             Ok(grads)
         }))
@@ -146,8 +148,8 @@ impl Pass<'_> {
             drop((chunk, factors));
             let d_chunk = new(Part::Activations, k)?;
             let factors = Factors::default();
-            factors.find(ledger, [rows, v], qmatmul_dx::stages(&ledger.device))?;
-            ledger.scratch(&qmatmul_dx::scratch(&ledger.device, [rows, v, k]))?;
+            factors.find(ledger, [rows, v], dx::stages(&ledger.device))?;
+            ledger.scratch(&dx::scratch(&ledger.device, [rows, v, k]))?;
             drop(factors);
             if rows == m {
                 d_hidden = d_chunk;

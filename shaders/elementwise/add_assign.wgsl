@@ -1,0 +1,17 @@
+// y = y + x, elementwise and in place.
+
+struct Params {
+    first_group: u32,
+    groups: u32,
+    quads: u32,
+}
+
+{{ param_space }} p: Params;
+@group(0) @binding(0) var<storage, read_write> y: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+
+fn quad(i: u32) {
+    y[i] = y[i] + x[i];
+}
+
+{% include "shared/quads.wgsl" %}

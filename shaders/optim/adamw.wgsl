@@ -1,0 +1,37 @@
+// One AdamW step, in place, on gradients multiplied by norm[1]; nothing changes if that is not
+// finite.
+//
+// param *= decay; m += (g - m) * (1 - beta1); v = beta2 * v + (1 - beta2) * g^2;
+// param -= step_size * m / (sqrt(v) / root2 + eps)
+{% from "optim/shared/update.wgsl" import update %}
+
+struct Params {
+    first_group: u32,
+    groups: u32,
+    quads: u32,
+    decay: f32,       // 1 - lr * weight_decay
+    new1: f32,        // 1 - beta1
+    beta2: f32,
+    new2: f32,        // 1 - beta2
+    step_size: f32,   // lr / (1 - beta1^t)
+    root2: f32,       // sqrt(1 - beta2^t)
+    eps: f32,
+}
+
+{{ param_space }} p: Params;
+@group(0) @binding(0) var<storage, read_write> param: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> grad: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> m: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read_write> v: array<vec4<f32>>;
+// Read as bits to detect a NaN: WGSL may assume that there are none.
+@group(0) @binding(4) var<storage, read> norm: array<u32>;
+
+fn quad(i: u32) {
+    let factor = norm[1];
+    if ((factor & 0x7f800000u) == 0x7f800000u) {
+        return;
+    }
+{{ update("", "bitcast<f32>(factor)") }}
+}
+
+{% include "shared/quads.wgsl" %}

@@ -1,0 +1,32 @@
+//! [`attention_dq`](crate::kernels::attention::backward::dq) by cooperative matrices. A workgroup owns 64 or 32
+//! queries of a head and loops over tiles of keys. Operands are f16, sums f32. One shader serves
+//! both sizes of cooperative matrices.
+
+use super::call::GpuCall;
+use crate::device::Dispatch;
+use crate::error::Result;
+use crate::kernels::attention::call::{AttentionParams, flops_per_group};
+use crate::kernels::attention::form::Form;
+use crate::kernels::attention::pack::Packed;
+use crate::kernels::kernel;
+use crate::tensor::Tensor;
+
+kernel! {
+    /// `shaders/attention/backward/dq_coop.wgsl`
+    KERNEL = "attention_dq_coop" in "attention/backward/dq_coop.wgsl", AttentionParams,
+        [queries: Read, keys: Read, query_scales: Read, key_scales: Read, stats: Read, key_ranges: Read, dq: Write]
+}
+
+pub(crate) fn dispatch(call: &GpuCall<'_>, packed: &Packed, form: Form, dq: &Tensor) -> Result<()> {
+    let GpuCall { op, gpu, stats, shape, visibility, .. } = *call;
+    let groups = (visibility.queries().div_ceil(form.own_rows()) * shape.heads) as u64;
+    let own = [stats, visibility.key_ranges().buffer(gpu, op)?, dq.buffer(gpu, op)?];
+    gpu.dispatch(Dispatch {
+        kernel: &KERNEL,
+        defines: &form.defines(),
+        buffers: &[&packed.operands()[..], &own].concat(),
+        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+        groups,
+        flops_per_group: flops_per_group(shape, visibility, 5, groups),
+    })
+}
