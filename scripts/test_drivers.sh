@@ -13,7 +13,7 @@
 # there already is used again: remove that folder for newer ones.
 #
 # A stack that cannot be set up is skipped, and the reason said. Fails if a test did, with status 3 if there was nothing but
-# skipped ones. On two cores the first four take about half an hour. tests/smollm2.rs runs where `make smollm2` has fetched its model.
+# skipped ones. On two cores the first four take about half an hour. tests/model/smollm2.rs runs where `make smollm2` has fetched its model.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -196,19 +196,22 @@ run_stack() {
         # Which asks for tiers itself.
         run_tests device
         export QLORA_TIER="$tier"
-        for name in layers layer_backward model_golden train_golden; do
-            run_tests "$name"
-        done
+        run_tests layers adapters:: backward::
+        run_tests model golden::
+        run_tests train golden::
         run_tests qlora_wgpu kernels::qmatmul kernels::lora_ kernels::attention kernels::linear_cross_entropy kernels::rows \
             bench::
     else
-        for name in device layers layer_backward seed_parity_layer model_golden train_golden; do
-            run_tests "$name"
-        done
-        # Of the real model's tests those on an adapter; the others ask the CPU.
+        run_tests device
+        run_tests layers
+        # Of the real model's tests those on a GPU; the others ask the CPU.
+        real=""
         if [ -f "${QLORA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/qlora-wgpu}/SmolLM2-135M-Instruct.Q4_1.gguf" ]; then
-            run_tests smollm2 a_gpu
+            real=smollm2::a_gpu
         fi
+        # shellcheck disable=SC2086 # or none
+        run_tests model golden:: $real
+        run_tests train golden::
         run_tests qlora_wgpu kernels:: autograd:: nn:: optim:: train:: generate:: tensor:: device:: bench:: formats::gguf::
     fi
     # shellcheck disable=SC2046 # two numbers
@@ -224,8 +227,8 @@ run_stack() {
 
 check_cargo
 mkdir -p "$cache"
-"$cargo" test --no-run --lib --test device --test layers --test layer_backward --test seed_parity_layer \
-    --test model_golden --test train_golden --test smollm2 --message-format=json >"$cache/built"
+"$cargo" test --no-run --lib --test device --test layers --test model --test train --message-format=json \
+    >"$cache/built"
 tested=0 status=0
 for stack; do
     result=0

@@ -76,6 +76,10 @@
 //! Functions don't panic on bad input. They return an [`Error`] that names the operation and the
 //! shapes, file or key.
 
+// The path by which files that unit and integration tests share name this crate.
+#[cfg(test)]
+extern crate self as qlora_wgpu;
+
 pub mod autograd;
 pub mod bench;
 #[cfg(feature = "cli")]

@@ -1,9 +1,11 @@
 //! Devices and comparisons for tests.
 
-use std::sync::LazyLock;
+#[path = "../tests/common/devices.rs"]
+mod devices;
+
+pub use devices::*;
 
 pub use crate::bench::uniform as values;
-use crate::device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices as list};
 use crate::error::Result;
 use crate::quant::HostMatrix;
 use crate::quant::{
@@ -11,63 +13,6 @@ use crate::quant::{
     Scales,
 };
 use crate::tensor::Tensor;
-
-/// The devices that tests run on: the CPU, and every GPU in every tier that it can run, or only in
-/// `QLORA_TIER`'s. `QLORA_TEST_DEVICES` is `cpu` for the CPU alone, or part of the names of the
-/// wanted GPUs.
-///
-/// # Panics
-/// If no GPU is found, or one can't run `QLORA_TIER`'s tier, unless `QLORA_TEST_DEVICES=cpu` says
-/// that none is wanted. A test that silently runs on less than it should proves nothing.
-pub fn devices() -> Vec<Device> {
-    static DEVICES: LazyLock<Vec<Device>> =
-        LazyLock::new(|| std::iter::once(Device::cpu()).chain(open_gpus()).collect());
-    DEVICES.clone()
-}
-
-/// The GPUs among [`devices`].
-pub fn gpus() -> Vec<Device> {
-    devices().into_iter().filter(|device| matches!(device, Device::Gpu(_))).collect()
-}
-
-/// Opens every GPU once, in its default tier, with changed options.
-pub fn gpus_with(change: impl Fn(&mut GpuOptions)) -> Vec<Device> {
-    let open = |info: &DeviceInfo| {
-        let mut options = GpuOptions { select: Select::Index(info.index), ..GpuOptions::default() };
-        change(&mut options);
-        Device::gpu(&options).unwrap_or_else(|error| panic!("{}: {error}", info.name))
-    };
-    adapters().iter().map(open).collect()
-}
-
-/// The GPUs that QLORA_TEST_DEVICES selects.
-pub fn adapters() -> Vec<DeviceInfo> {
-    let wanted = std::env::var("QLORA_TEST_DEVICES").unwrap_or_default().to_lowercase();
-    if wanted == "cpu" {
-        return Vec::new();
-    }
-    let mut found = list();
-    found.retain(|info| info.index > 0 && info.name.to_lowercase().contains(&wanted));
-    assert!(
-        !found.is_empty(),
-        "no GPU matches QLORA_TEST_DEVICES={wanted:?}: install a Vulkan driver (`make setup` installs Mesa's software \
-         driver on Debian and Ubuntu), or set QLORA_TEST_DEVICES=cpu to leave GPU tests out"
-    );
-    found
-}
-
-fn open_gpus() -> Vec<Device> {
-    let mut gpus = Vec::new();
-    for info in adapters() {
-        let only = std::env::var("QLORA_TIER").ok().filter(|tier| !tier.is_empty());
-        for tier in only.map_or_else(|| info.tiers.clone(), |tier| vec![tier]) {
-            let tier: Tier = tier.parse().unwrap();
-            let options = GpuOptions { select: Select::Index(info.index), tier: Some(tier), ..GpuOptions::default() };
-            gpus.push(Device::gpu(&options).unwrap_or_else(|error| panic!("{} tier {tier}: {error}", info.name)));
-        }
-    }
-    gpus
-}
 
 /// The values as f64, for references.
 pub fn wide(values: &[f32]) -> Vec<f64> {
@@ -210,17 +155,4 @@ pub fn with_terms<const N: usize>(
     let wide = |f: fn(f32) -> f32| values.map(|values| values.iter().map(|&v| f64::from(f(v))).collect::<Vec<_>>());
     let of = |wide: &[Vec<f64>; N]| reference(std::array::from_fn(|i| wide[i].as_slice()));
     (of(&wide(|v| v)), of(&wide(f32::abs)))
-}
-
-/// Whether the device's kernels use f16; false for the CPU.
-pub fn is_f16(device: &Device) -> bool {
-    matches!(device, Device::Gpu(gpu) if gpu.tier().f16())
-}
-
-/// Device and tier, for messages.
-pub fn name(device: &Device) -> String {
-    match device {
-        Device::Cpu(_) => "cpu".into(),
-        Device::Gpu(gpu) => format!("{} tier {}", gpu.name(), gpu.tier()),
-    }
 }

@@ -1,6 +1,6 @@
 //! Checks the machine-independent parts of the files that `tests/interop` tests with other
 //! programs. The digests are those it prints (`tests/interop/results`): a changed file must pass
-//! there first. `tests/export.rs` compares merged models and exported adapters with those of PEFT
+//! there first. `tests/model/export.rs` compares merged models and exported adapters with those of PEFT
 //! and llama.cpp.
 
 mod common;

@@ -1,11 +1,10 @@
 //! Compares plans with training steps: the peaks that a device counts must equal the planned ones.
 
-mod common;
-
+use crate::common;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::model::{path, smollm2};
+use crate::common::model::{path, smollm2};
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
 use qlora_wgpu::nn::{Batch, Decoder, ModelConfig, ModelSpec, Tokens, shifted_labels};

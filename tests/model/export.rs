@@ -1,14 +1,13 @@
 //! Merged models and exported adapters: checks the files' contents, and that models read from them
 //! compute the same.
 
-mod common;
-
+use crate::common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use common::model::{adapter, distance, f32s, file, logits, path, tokens};
+use crate::common::model::{adapter, distance, f32s, file, logits, path, tokens};
 use ndarray::{Array1, Array2};
 use qlora_wgpu::export::{DirectoryOptions, Merged, Progress, write_gguf_adapter};
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};

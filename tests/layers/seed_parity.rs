@@ -1,9 +1,8 @@
 //! The layer of entrenar 0.7.13, from which this crate grew: its recorded outputs, and its
 //! defects. The original would fail each test of the second kind.
 
-mod common;
-
-use common::seed::{floats, seed};
+use crate::common;
+use crate::common::seed::{floats, seed};
 use ndarray::{Array2, ArrayView2};
 use qlora_wgpu::bench::uniform;
 use qlora_wgpu::nn::{LoraAdapter, LoraConfig, LoraInit, LoraLinear, QLoraLinear, Scaling};
@@ -77,7 +76,7 @@ fn assert_relative(context: &str, got: ArrayView2<'_, f32>, wanted: &[f32], rela
 fn forward_and_merge_are_the_recorded_ones_on_every_device() {
     for layer in recorded() {
         for (kind, options) in [("single", QuantOptions::int4()), ("double", QuantOptions::int4().double_quant())] {
-            for device in common::all() {
+            for device in common::devices() {
                 let context = format!("{} {kind} on {}", layer.case["name"], common::name(&device));
                 let qlora = QLoraLinear::from_lora(layer.lora_layer(&device), &options).unwrap();
                 assert_eq!(qlora.is_double_quantized(), kind == "double");
@@ -184,7 +183,7 @@ fn the_adapter_moves_the_output_by_exactly_its_share() {
     let (d_out, d_in, rank) = (24, 40, 3);
     let weight = array(d_out, d_in, &uniform(3, d_out * d_in, 0.5));
     let x = array(2, d_in, &uniform(4, 2 * d_in, 1.0));
-    for device in common::all() {
+    for device in common::devices() {
         let layer = QLoraLinear::quantize(&device, weight.view(), &QuantOptions::nf4()).unwrap();
         let adapter = LoraAdapter::new(&device, d_out, d_in, &LoraConfig::new(rank, 12.0)).unwrap();
         let mut layer = layer.with_adapter("default", adapter).unwrap();
@@ -211,7 +210,7 @@ fn batches_are_rows_one_by_one_and_bias_counts() {
     let weight = array(d_out, d_in, &uniform(5, d_out * d_in, 0.5));
     let x = array(20, d_in, &uniform(6, 20 * d_in, 1.0));
     let bias = uniform(7, d_out, 1.0);
-    for device in common::all() {
+    for device in common::devices() {
         let layer = QLoraLinear::quantize(&device, weight.view(), &QuantOptions::nf4()).unwrap();
         let without = layer.forward_array(x.view()).unwrap();
         let layer = layer.with_bias(&bias).unwrap();
@@ -261,7 +260,7 @@ fn small_blocks_survive_double_quantization() {
 fn rank_stabilized_scale_is_kept_everywhere() {
     let (d_out, d_in) = (16, 32);
     let weight = array(d_out, d_in, &uniform(10, d_out * d_in, 0.5));
-    for device in common::all() {
+    for device in common::devices() {
         let config = LoraConfig { scaling: Scaling::RankStabilized, ..LoraConfig::new(4, 6.0) };
         let mut adapter = LoraAdapter::new(&device, d_out, d_in, &config).unwrap();
         adapter.edit(|_, mut b| b.fill(0.125)).unwrap();

@@ -12,7 +12,7 @@ use qlora_wgpu::train::data::{DataOptions, Dataset};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-const GOLDEN: &str = include_str!("golden/chat/cases.json");
+const GOLDEN: &str = include_str!("../golden/chat/cases.json");
 
 /// A tokenizer with this chat template. Every word in angle brackets is a special token, `</s>`
 /// the end token.

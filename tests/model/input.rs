@@ -1,14 +1,12 @@
 //! Model files as users have them: heads that are copies, parts of a split model, and files that
 //! aren't what their name says.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use common::model::{path, with_tokenizer};
+use crate::common::model::{path, with_tokenizer};
 use qlora_wgpu::Device;
 use qlora_wgpu::export::{DirectoryOptions, Merged};
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};

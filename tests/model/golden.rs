@@ -1,10 +1,9 @@
 //! Logits of the recorded models and adapters (transformers and PEFT), on every device and tier.
 
-mod common;
-
+use crate::common;
 use std::ops::ControlFlow;
 
-use common::model::{adapter, distance, f32s, file, load, logits, path, tokens};
+use crate::common::model::{adapter, distance, f32s, file, load, logits, path, tokens};
 use qlora_wgpu::device::Tier;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
@@ -53,7 +52,7 @@ fn check(device: &Device, what: &str, got: &[f32], wanted: &[f32]) {
 
 #[test]
 fn logits_of_every_model_and_base_are_those_of_transformers() {
-    for device in common::all() {
+    for device in common::devices() {
         for (_, golden, bases) in MODELS {
             let golden = file(golden);
             let tokens = tokens(&golden, "input_ids", None);
@@ -66,7 +65,7 @@ fn logits_of_every_model_and_base_are_those_of_transformers() {
 
 #[test]
 fn padded_sequences_have_the_logits_of_transformers_where_there_are_tokens() {
-    for device in common::all() {
+    for device in common::devices() {
         for (directory, golden, _) in MODELS {
             let golden = file(golden);
             let tokens = tokens(&golden, "input_ids", Some("padded.attention_mask"));
@@ -103,7 +102,7 @@ fn a_model_quantized_while_it_loads_is_the_one_that_bitsandbytes_wrote() {
 fn adapters_have_the_logits_of_peft() {
     let golden = file("llama.golden_adapter_logits.safetensors");
     let tokens = tokens(&golden, "input_ids", None);
-    for device in common::all() {
+    for device in common::devices() {
         let mut model = load(&device, "llama-bnb-nf4_dq");
         let base = logits(&model, &tokens);
         for name in ["lora", "rslora_qv", "dora", "pattern"] {
@@ -125,7 +124,7 @@ fn adapters_of_different_layers_and_ranks_switch_to_the_bit_in_any_order() {
     let tokens = tokens(&golden, "input_ids", None);
     // All linear layers; q_proj and v_proj; magnitudes too; ranks that differ from layer to layer.
     let names = ["lora", "rslora_qv", "dora", "pattern"];
-    for device in common::all() {
+    for device in common::devices() {
         let alone = |name: Option<&str>| {
             let mut model = load(&device, "llama-bnb-nf4_dq");
             if let Some(name) = name {
@@ -169,7 +168,7 @@ fn adapters_of_different_layers_and_ranks_switch_to_the_bit_in_any_order() {
 fn merged_models_have_the_logits_of_peft() {
     let golden = file("llama.golden_adapter_logits.safetensors");
     let tokens = tokens(&golden, "input_ids", None);
-    for device in common::all() {
+    for device in common::devices() {
         for name in ["lora", "dora"] {
             let mut model = load(&device, "llama-bnb-nf4_dq");
             model.attach_peft(name, &adapter(&format!("adapter-{name}"))).unwrap();
@@ -250,7 +249,7 @@ fn what_does_not_fit_is_an_error_and_changes_nothing() {
 fn padding_on_the_left_and_packing_change_nothing_for_a_sequence() {
     let sequences: [&[u32]; 2] = [&[5, 17, 99, 3, 64, 21, 8], &[44, 2, 120, 7]];
     let (length, vocabulary) = (12, 128);
-    for device in common::all() {
+    for device in common::devices() {
         for name in ["llama", "qwen3-bnb-nf4_dq"] {
             let model = load(&device, name);
             let alone: Vec<Vec<f32>> =
@@ -296,7 +295,7 @@ fn targets_that_cannot_have_an_adapter_are_an_error() {
 #[test]
 fn tokens_that_come_one_after_another_have_the_logits_of_all_at_once() {
     let ids = [5, 17, 99, 3, 64, 21, 8, 100];
-    for device in common::all() {
+    for device in common::devices() {
         for name in ["llama-bnb-nf4_dq", "qwen2", "qwen3"] {
             let mut model = load(&device, name);
             if name.starts_with("llama") {
@@ -374,7 +373,7 @@ fn every_device_draws_the_same_answer_with_one_submission_a_token() {
     assert_eq!((whole.len(), again.len()), (12, 12));
     assert_ne!(whole, again);
     let stop = [whole[6]];
-    for device in common::all() {
+    for device in common::devices() {
         let model = load(&device, "llama-bnb-nf4_dq");
         assert_eq!(run(&model, 12, &[], 0), (whole.clone(), again.clone()), "{device:?}");
         assert_eq!(run(&model, 12, &stop, 0), run(&cpu, 12, &stop, 0), "{device:?}: a token that ends it");

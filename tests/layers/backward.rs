@@ -1,8 +1,7 @@
 //! The backward pass of adapted layers, without a tape: compared with finite differences of the
 //! formula in f64, on every device and tier.
 
-mod common;
-
+use crate::common;
 use qlora_wgpu::bench::uniform;
 use qlora_wgpu::kernels::elementwise::dropout::Dropout;
 use qlora_wgpu::nn::{AdaptedLinear, Linear, LinearGrads, LoraAdapter, LoraLinear, QLoraLinear, Scaling};
@@ -124,7 +123,7 @@ fn check(dora: bool, probability: f32) {
     let inputs = inputs();
     let dy = uniform(20, M * D_OUT, 1.0);
     let (y_wanted, gradients) = wanted(&inputs, &dy, dora, probability);
-    for device in common::all() {
+    for device in common::devices() {
         let context = format!("{} dora {dora} dropout {probability}", common::name(&device));
         let layer = layer(&device, &inputs, dora, probability);
         let x = Tensor::from_slice(&device, &[M, D_IN], &inputs[0]).unwrap();
@@ -171,7 +170,7 @@ fn dora_with_dropout() {
 
 #[test]
 fn a_frozen_layer_gives_the_input_s_gradient_alone() {
-    for device in common::all() {
+    for device in common::devices() {
         let layer = Linear::new(&device, weight()).unwrap().with_bias(&[0.5; D_OUT]).unwrap();
         let x = Tensor::from_slice(&device, &[M, D_IN], &inputs()[0]).unwrap();
         let dy = Tensor::from_slice(&device, &[M, D_OUT], &uniform(20, M * D_OUT, 1.0)).unwrap();
@@ -191,7 +190,7 @@ fn a_frozen_layer_gives_the_input_s_gradient_alone() {
 
 #[test]
 fn no_tokens_have_zero_gradients() {
-    for device in common::all() {
+    for device in common::devices() {
         let layer = layer(&device, &inputs(), true, 0.2);
         let (y, saved) = layer.forward_train(&Tensor::zeros(&device, &[0, D_IN]).unwrap(), 1).unwrap();
         assert_eq!(y.shape(), [0, D_OUT]);
@@ -206,7 +205,7 @@ fn no_tokens_have_zero_gradients() {
 /// changes nothing.
 #[test]
 fn parameters_are_updated_by_name_and_dora_starts_as_the_base() {
-    for device in common::all() {
+    for device in common::devices() {
         let context = common::name(&device);
         let inputs = inputs();
         let x = Tensor::from_slice(&device, &[M, D_IN], &inputs[0]).unwrap();
@@ -241,7 +240,7 @@ fn parameters_are_updated_by_name_and_dora_starts_as_the_base() {
 #[test]
 fn dora_merges_into_its_rows_and_out_again() {
     let inputs = inputs();
-    for device in common::all() {
+    for device in common::devices() {
         let context = common::name(&device);
         let x = Tensor::from_slice(&device, &[M, D_IN], &inputs[0]).unwrap();
         let of = |layer: &Linear| wide(&layer.forward(&x).unwrap().to_vec().unwrap());

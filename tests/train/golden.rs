@@ -1,9 +1,8 @@
 //! Recorded training runs of PEFT on the dequantized bitsandbytes base: losses, gradients and
 //! final adapters.
 
-mod common;
-
-use common::model::{adapter, batch, f32s, file, load, path};
+use crate::common;
+use crate::common::model::{adapter, batch, f32s, file, load, path};
 use qlora_wgpu::bench::uniform;
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig};
 use qlora_wgpu::kernels::elementwise::rope::RopeConfig;
@@ -133,7 +132,7 @@ fn check(name: &'static str, device: &Device) {
 }
 
 fn check_everywhere(name: &'static str) {
-    for device in common::all() {
+    for device in common::devices() {
         check(name, &device);
     }
 }
@@ -178,7 +177,7 @@ fn trajectory(device: &Device, checkpoint: bool, dropout: f32) -> (Vec<u32>, Vec
 
 #[test]
 fn reruns_and_checkpointed_runs_are_equal_to_the_bit() {
-    for device in common::all() {
+    for device in common::devices() {
         let name = common::name(&device);
         let first = trajectory(&device, false, 0.1);
         assert!(first == trajectory(&device, false, 0.1), "{name}: the same run again");
@@ -189,7 +188,7 @@ fn reruns_and_checkpointed_runs_are_equal_to_the_bit() {
 
 #[test]
 fn a_loss_that_is_not_finite_stops_the_run_and_leaves_the_adapter_alone() {
-    for device in common::all() {
+    for device in common::devices() {
         let run = Run::open("train-basic");
         let mut model = run.model(&device);
         let mut trainer = Trainer::new(run.options);

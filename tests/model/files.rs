@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::common::model::path;
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::peft::{PeftAdapter, TargetModules};
 use qlora_wgpu::formats::safetensors::{OutData, OutTensor, SafetensorsFile, write};
@@ -24,15 +25,11 @@ const BITSANDBYTES: [(&str, Format); 6] = [
     ("qwen3-bnb-nf4_dq", Format::Nf4),
 ];
 
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model").join(name)
-}
-
 /// Every folder with an adapter among the golden files.
 fn adapters() -> Vec<PathBuf> {
     let folders =
         |path: &Path| fs::read_dir(path).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
-    let outer: Vec<_> = folders(&golden("")).collect();
+    let outer: Vec<_> = folders(&path("")).collect();
     let inner = outer.iter().flat_map(|path| folders(path));
     let found: Vec<_> =
         outer.iter().cloned().chain(inner).filter(|path| path.join("adapter_config.json").exists()).collect();
@@ -137,10 +134,10 @@ fn configs_are_read() {
         ..llama.clone()
     };
     for (name, expected) in DENSE.into_iter().zip([llama, qwen2, qwen3]) {
-        assert_eq!(ModelConfig::read(golden(name)).unwrap(), expected, "{name}");
+        assert_eq!(ModelConfig::read(path(name)).unwrap(), expected, "{name}");
         let quantized = ModelConfig { quantized: true, ..expected };
         for (folder, _) in BITSANDBYTES.iter().filter(|(folder, _)| folder.starts_with(name)) {
-            assert_eq!(ModelConfig::read(golden(folder)).unwrap(), quantized, "{folder}");
+            assert_eq!(ModelConfig::read(path(folder)).unwrap(), quantized, "{folder}");
         }
     }
 }
@@ -148,7 +145,7 @@ fn configs_are_read() {
 #[test]
 fn checkpoints_are_read_in_full() {
     for name in DENSE {
-        let folder = golden(name);
+        let folder = path(name);
         let file = SafetensorsFile::open(folder.join("model.safetensors")).unwrap();
         let values = |name: &str| file.tensor(name).unwrap().floats().unwrap().into_f32();
         let (vectors, matrices) = read_all(&folder, &BaseFormat::AsIs);
@@ -164,7 +161,7 @@ fn checkpoints_are_read_in_full() {
 #[test]
 fn quantized_checkpoints_are_those_of_bitsandbytes() {
     for (name, format) in BITSANDBYTES {
-        let folder = golden(name);
+        let folder = path(name);
         // `base` applies to dense matrices only.
         let (_, matrices) = read_all(&folder, &BaseFormat::AsIs);
         let linear = matrices.iter().filter(|(name, _)| name.contains("_proj."));
@@ -174,8 +171,8 @@ fn quantized_checkpoints_are_those_of_bitsandbytes() {
         }
         assert!(matches!(matrices["model.embed_tokens.weight"], HostMatrix::Dense(_)));
     }
-    let (_, theirs) = read_all(&golden("llama-bnb-nf4"), &BaseFormat::AsIs);
-    let (_, ours) = read_all(&golden("llama"), &BaseFormat::Quantize(QuantOptions::nf4()));
+    let (_, theirs) = read_all(&path("llama-bnb-nf4"), &BaseFormat::AsIs);
+    let (_, ours) = read_all(&path("llama"), &BaseFormat::Quantize(QuantOptions::nf4()));
     for (name, matrix) in theirs.iter().filter(|(name, _)| name.contains("_proj.")) {
         assert_eq!(ours[name], *matrix, "{name}");
     }
@@ -184,9 +181,9 @@ fn quantized_checkpoints_are_those_of_bitsandbytes() {
 #[test]
 fn shards_read_like_one_file() {
     for name in ["qwen2", "llama-bnb-nf4_dq"] {
-        let file = SafetensorsFile::open(golden(name).join("model.safetensors")).unwrap();
+        let file = SafetensorsFile::open(path(name).join("model.safetensors")).unwrap();
         let folder = TempDir::new().unwrap();
-        fs::copy(golden(name).join("config.json"), folder.path().join("config.json")).unwrap();
+        fs::copy(path(name).join("config.json"), folder.path().join("config.json")).unwrap();
         let mut map = serde_json::Map::new();
         // Every other tensor, so that the tensors of one 4-bit weight are in both.
         for shard in 0..2 {
@@ -203,7 +200,7 @@ fn shards_read_like_one_file() {
         }
         let index = json!({"metadata": {"total_size": 1}, "weight_map": map});
         fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
-        assert_eq!(read_all(folder.path(), &BaseFormat::AsIs), read_all(&golden(name), &BaseFormat::AsIs));
+        assert_eq!(read_all(folder.path(), &BaseFormat::AsIs), read_all(&path(name), &BaseFormat::AsIs));
     }
 }
 
@@ -231,7 +228,7 @@ fn adapters_are_written_as_peft_writes_them() {
 
 #[test]
 fn adapters_have_their_ranks_and_scales() {
-    let read = |name: &str| PeftAdapter::read(golden(name)).unwrap();
+    let read = |name: &str| PeftAdapter::read(path(name)).unwrap();
     let lora = read("adapter-lora");
     assert_eq!((lora.config.r, lora.config.lora_alpha, lora.modules.len()), (8, 16.0, 14));
     assert!(lora.modules.iter().all(|(path, module)| module.magnitude.is_none() && lora.config.scaling(path) == 2.0));

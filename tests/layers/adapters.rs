@@ -1,8 +1,7 @@
 //! Layers from a library user's view: several adapters, dropout, merging, bad input; on every
 //! device and tier.
 
-mod common;
-
+use crate::common;
 use ndarray::Array2;
 use qlora_wgpu::bench::uniform;
 use qlora_wgpu::kernels::elementwise::dropout::Dropout;
@@ -42,7 +41,7 @@ fn allowed(device: &Device) -> f32 {
 #[test]
 fn adapters_switch_at_run_time_and_share_the_base() {
     let x = inputs(11);
-    for device in common::all() {
+    for device in common::devices() {
         let context = common::name(&device);
         let mut layer = QLoraLinear::quantize(&device, weight().view(), &QuantOptions::nf4().double_quant()).unwrap();
         let alone = layer.forward_array(x.view()).unwrap();
@@ -82,7 +81,7 @@ fn adapters_switch_at_run_time_and_share_the_base() {
 fn dropout_is_the_same_on_every_device_and_off_in_eval() {
     let x = inputs(9);
     let dense = DenseMatrix::new(D_OUT, D_IN, DenseData::F32(weight().into_raw_vec_and_offset().0)).unwrap();
-    for device in common::all() {
+    for device in common::devices() {
         let context = common::name(&device);
         let adapter = adapter(&device, 30, 4).with_dropout(0.25).unwrap();
         let (a, b) = (adapter.a().to_array2().unwrap(), adapter.b().to_array2().unwrap());
@@ -104,7 +103,7 @@ fn dropout_is_the_same_on_every_device_and_off_in_eval() {
 #[test]
 fn merge_and_unmerge_of_a_dense_base() {
     let x = inputs(12);
-    for device in common::all() {
+    for device in common::devices() {
         let context = common::name(&device);
         let layer = LoraLinear::from_array(&device, weight().view()).unwrap();
         let mut layer = layer.with_adapter("default", adapter(&device, 40, 5)).unwrap();
@@ -146,7 +145,7 @@ fn a_quantized_layer_keeps_bias_adapters_and_the_choice() {
 
 #[test]
 fn the_packed_base_comes_back_from_every_device() {
-    for device in common::all() {
+    for device in common::devices() {
         for options in [QuantOptions::nf4().double_quant(), QuantOptions::fp4(), QuantOptions::int4().double_quant()] {
             let layer = QLoraLinear::quantize(&device, weight().view(), &options).unwrap();
             let cpu = QLoraLinear::quantize(&Device::cpu(), weight().view(), &options).unwrap();
@@ -188,7 +187,7 @@ fn bad_input_is_named() {
 
 #[test]
 fn no_rows_are_no_trouble() {
-    for device in common::all() {
+    for device in common::devices() {
         let layer = QLoraLinear::quantize(&device, weight().view(), &QuantOptions::nf4()).unwrap();
         let layer = layer.with_adapter("default", adapter(&device, 70, 2)).unwrap();
         let y = layer.forward(&Tensor::zeros(&device, &[0, D_IN]).unwrap()).unwrap();

@@ -2,12 +2,11 @@
 //! and a training run, all compared with transformers and PEFT on the same weights, dequantized.
 //! `make smollm2` fetches the file.
 
-mod common;
-
+use crate::common;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use common::model::{distance, f32s, i64s_flat, logits, smollm2};
+use crate::common::model::{distance, f32s, i64s_flat, logits, smollm2};
 use qlora_wgpu::Device;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder};

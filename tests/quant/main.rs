@@ -1,0 +1,7 @@
+//! Quantization equals that of other libraries.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bitsandbytes;
+mod seed_parity;

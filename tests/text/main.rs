@@ -1,0 +1,5 @@
+//! Tokenizers and chats.
+
+mod chat_masks;
+mod limits;
+mod tokenizer;
