@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use qlora_wgpu::device::{Defines, Kernel, Tier};
-use qlora_wgpu::kernels::registry::KERNELS;
+use qlora_wgpu::kernels::registry::kernels;
 
 /// A variant of a kernel.
 pub struct Variant {
@@ -39,9 +39,9 @@ pub fn matching(kernels: &[String], labels: &[String]) -> Vec<Variant> {
     let mut names: HashMap<String, usize> = HashMap::new();
     let mut found = Vec::new();
     for tier in Tier::ALL.into_iter().filter(|tier| *tier != Tier::Software) {
-        for entry in KERNELS {
-            for defines in (entry.variants)(tier) {
-                let name = entry.kernel.name;
+        for kernel in kernels() {
+            for defines in (kernel.variants)(tier) {
+                let name = kernel.name;
                 if !seen.insert(format!("{name} {defines:?}")) {
                     continue;
                 }
@@ -58,7 +58,7 @@ pub fn matching(kernels: &[String], labels: &[String]) -> Vec<Variant> {
                 };
                 let named = kernels.is_empty() || kernels.iter().any(|part| name.contains(part.as_str()));
                 if named && labels.iter().all(wanted) {
-                    found.push(Variant { kernel: entry.kernel, defines, tier, label });
+                    found.push(Variant { kernel, defines, tier, label });
                 }
             }
         }

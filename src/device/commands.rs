@@ -80,6 +80,8 @@ impl Gpu {
     pub(crate) fn dispatch(&self, call: Dispatch<'_>) -> Result<()> {
         debug_assert_eq!(call.params.len(), call.kernel.params_bytes);
         debug_assert_eq!(call.buffers.len(), call.kernel.bindings.len());
+        #[cfg(test)]
+        super::dispatched::note(call.kernel);
         let bound = match self.pipelines().expected(call.kernel, call.defines, call.buffers) {
             Some(bound) => bound,
             None => self.bind(&call)?,

@@ -5,6 +5,8 @@ mod capacity;
 mod commands;
 mod cooperative;
 mod cpu;
+#[cfg(test)]
+pub(crate) mod dispatched;
 mod gl;
 mod gpu;
 mod lanes;

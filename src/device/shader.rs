@@ -6,6 +6,7 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, LazyLock};
 
+use super::tier::Tier;
 use include_dir::{Dir, include_dir};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, UndefinedBehavior, Value};
@@ -32,6 +33,8 @@ pub struct Kernel {
     pub params_bytes: usize,
     /// Name and byte offset of each field of its `Params`.
     pub params_fields: &'static [(&'static str, usize)],
+    /// Text constants of every variant that a tier may run.
+    pub variants: fn(Tier) -> Vec<Defines>,
 }
 
 /// Text constants of one variant of a kernel. Their values are part of a pipeline's identity.

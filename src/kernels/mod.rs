@@ -13,12 +13,17 @@ pub mod matrix;
 pub mod optim;
 mod parity;
 pub mod qmatmul;
+#[cfg(test)]
+mod real;
+#[cfg(any(test, feature = "testing"))]
 pub mod registry;
 pub mod rows;
 mod scratch;
 
 pub use matrix::DeviceMatrix;
 pub(crate) use parity::disagreement;
+#[cfg(test)]
+pub(crate) use real::Real;
 pub(crate) use rows::factors::{RowFactors, Rows};
 pub(crate) use scratch::Scratch;
 
@@ -43,11 +48,12 @@ macro_rules! params {
     };
 }
 
-/// Declares a kernel: its name, its shader's path in `shaders/`, its `Params`, and its storage
-/// buffers in binding order.
+/// Declares a kernel: its name, its shader's path in `shaders/`, its `Params`, its storage buffers
+/// in binding order, and the text constants of every variant that a tier may run. `twin` compares
+/// the kernel with its CPU twin on a device; a test calls it for every device.
 macro_rules! kernel {
     ($(#[$meta:meta])* $static:ident = $name:literal in $path:literal, $params:ty,
-        [$($binding:ident: $access:ident),* $(,)?]) => {
+        [$($binding:ident: $access:ident),* $(,)?], variants: $variants:expr, twin: $twin:expr $(,)?) => {
         $(#[$meta])*
         pub(crate) static $static: crate::device::Kernel = crate::device::Kernel {
             name: $name,
@@ -55,7 +61,23 @@ macro_rules! kernel {
             bindings: &[$((stringify!($binding), crate::device::Access::$access)),*],
             params_bytes: size_of::<$params>(),
             params_fields: <$params>::FIELDS,
+            variants: $variants,
         };
+
+        #[cfg(any(test, feature = "testing"))]
+        inventory::submit! {
+            crate::kernels::registry::Entry {
+                kernel: &$static,
+                #[cfg(test)]
+                twin: $twin,
+            }
+        }
+
+        #[cfg(test)]
+        #[test]
+        fn agrees_with_its_twin() {
+            crate::kernels::registry::compare(&$static);
+        }
     };
 }
 
@@ -69,26 +91,6 @@ use crate::tensor::Tensor;
 /// them all. Software drivers don't, because their dispatches cost little.
 fn takes_several(gpu: &Gpu, kernel: &Kernel) -> bool {
     gpu.tier() != Tier::Software && gpu.limits().max_storage_buffers as usize >= kernel.bindings.len()
-}
-
-/// The scalar of a CPU twin: f32 like the kernels, f64 for finite differences.
-pub trait Real:
-    num_traits::Float + num_traits::FromPrimitive + std::iter::Sum + std::ops::AddAssign + Send + Sync
-{
-    /// Converts a stored f32.
-    fn of(value: f32) -> Self;
-}
-
-impl Real for f32 {
-    fn of(value: f32) -> f32 {
-        value
-    }
-}
-
-impl Real for f64 {
-    fn of(value: f32) -> f64 {
-        f64::from(value)
-    }
 }
 
 /// The adapter's part of a fused product: `s * H * B^T`.

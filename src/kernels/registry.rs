@@ -1,244 +1,53 @@
-//! All kernels, one entry each: shader, parameters, variants and CPU twin.
+//! The list of all kernels, for tests and tools. `kernel!` enters each kernel.
 
-use super::attention::form::{Form, Pass};
-use super::matrix::{dense_defines, quant_defines, wide};
-use super::{attention, elementwise, lora, loss, matrix, optim, qmatmul, rows};
-use crate::device::{Defines, Kernel, Tier};
-use crate::quant::Codebook;
+use crate::device::Kernel;
+#[cfg(test)]
+use crate::device::{Defines, Device, Tier, dispatched};
 
-/// A kernel and the facts that tests need.
-pub struct Entry {
-    /// Its name, bindings and parameters.
+/// A kernel in the list.
+pub(crate) struct Entry {
     pub kernel: &'static Kernel,
-    /// Text constants of every variant that a tier may run.
-    pub variants: fn(Tier) -> Vec<Defines>,
-    /// Path of the CPU twin that tests compare it with.
-    pub twin: &'static str,
+    /// Runs the kernel on a device and compares it with its CPU twin.
+    #[cfg(test)]
+    pub twin: fn(&Device),
 }
 
-/// All kernels.
-pub static KERNELS: &[Entry] = &[
-    Entry {
-        kernel: &optim::adamw::KERNEL,
-        variants: |_| vec![elementwise::quads::defines()],
-        twin: "adamw::reference",
-    },
-    Entry {
-        kernel: &optim::adamw_several::KERNEL,
-        variants: |_| vec![elementwise::quads::defines()],
-        twin: "adamw::reference",
-    },
-    Entry {
-        kernel: &elementwise::add::KERNEL,
-        variants: |_| vec![elementwise::quads::defines()],
-        twin: "add::reference",
-    },
-    Entry {
-        kernel: &elementwise::add_assign::KERNEL,
-        variants: |_| vec![elementwise::quads::defines()],
-        twin: "add::reference",
-    },
-    Entry {
-        kernel: &elementwise::append::KERNEL,
-        variants: |_| vec![elementwise::quads::defines()],
-        twin: "append::reference",
-    },
-    Entry { kernel: &attention::plain::KERNEL, variants: attention::plain::variants, twin: "attention::reference" },
-    Entry {
-        kernel: &attention::coop::KERNEL,
-        variants: |tier| Form::variants(Pass::Forward, tier),
-        twin: "attention::reference",
-    },
-    Entry {
-        kernel: &attention::backward::delta::KERNEL,
-        variants: |tier| vec![attention::backward::delta::defines(tier)],
-        twin: "attention_delta::reference",
-    },
-    Entry {
-        kernel: &attention::backward::dkv::KERNEL,
-        variants: attention::backward::dkv::variants,
-        twin: "attention_backward::reference",
-    },
-    Entry {
-        kernel: &attention::backward::dkv_coop::KERNEL,
-        variants: |tier| Form::variants(Pass::Dkv, tier),
-        twin: "attention_backward::reference",
-    },
-    Entry {
-        kernel: &attention::backward::dkv_lanes::KERNEL,
-        variants: attention::backward::dkv_lanes::variants,
-        twin: "attention_backward::reference",
-    },
-    Entry {
-        kernel: &attention::backward::dkv_tile::KERNEL,
-        variants: attention::backward::dkv_tile::variants,
-        twin: "attention_backward::reference",
-    },
-    Entry {
-        kernel: &attention::backward::dq::KERNEL,
-        variants: attention::backward::dq::variants,
-        twin: "attention_backward::reference",
-    },
-    Entry {
-        kernel: &attention::backward::dq_coop::KERNEL,
-        variants: |tier| Form::variants(Pass::Dq, tier),
-        twin: "attention_backward::reference",
-    },
-    Entry {
-        kernel: &attention::backward::dq_lanes::KERNEL,
-        variants: attention::backward::dq_lanes::variants,
-        twin: "attention_backward::reference",
-    },
-    Entry {
-        kernel: &attention::backward::dq_tile::KERNEL,
-        variants: attention::backward::dq_tile::variants,
-        twin: "attention_backward::reference",
-    },
-    Entry { kernel: &attention::lanes::KERNEL, variants: attention::lanes::variants, twin: "attention::reference" },
-    Entry { kernel: &attention::pack::KERNEL, variants: attention::pack::variants, twin: "attention_pack::reference" },
-    Entry { kernel: &attention::tile::KERNEL, variants: attention::tile::variants, twin: "attention::reference" },
-    Entry { kernel: &rows::column_sum::KERNEL, variants: rows::column_sum::variants, twin: "column_sum::reference" },
-    Entry {
-        kernel: &loss::cross_entropy::KERNEL,
-        variants: loss::cross_entropy::variants,
-        twin: "cross_entropy::reference",
-    },
-    Entry {
-        kernel: &matrix::dequantize::KERNEL,
-        variants: |_| matrix::dequantize::variants(&matrices()),
-        twin: "host_matrix::dequantize_rows",
-    },
-    Entry {
-        kernel: &lora::dora_norm::KERNEL,
-        variants: |tier| lora::dora_norm::variants(&matrices(), tier),
-        twin: "dora_norm::reference",
-    },
-    Entry {
-        kernel: &elementwise::dropout_mix::KERNEL,
-        variants: |_| elementwise::dropout_mix::variants(),
-        twin: "dropout_mix::reference",
-    },
-    Entry {
-        kernel: &rows::embedding::KERNEL,
-        variants: |_| rows::embedding::variants(&matrices()),
-        twin: "embedding::reference",
-    },
-    Entry {
-        kernel: &optim::grad_norm::KERNEL,
-        variants: |_| vec![optim::grad_norm::defines()],
-        twin: "grad_norm::reference",
-    },
-    Entry { kernel: &lora::coop::KERNEL, variants: lora_coop_variants, twin: "lora_dw::reference" },
-    Entry { kernel: &lora::dh::KERNEL, variants: lora::dh::variants, twin: "lora_dh::reference" },
-    Entry { kernel: &lora::down::KERNEL, variants: lora::down::variants, twin: "lora_down::reference" },
-    Entry { kernel: &lora::dw::KERNEL, variants: lora::dw::variants, twin: "lora_dw::reference" },
-    Entry { kernel: &rows::pack_rows::KERNEL, variants: pack_rows_variants, twin: "row_factor::reference" },
-    Entry { kernel: &qmatmul::coop::KERNEL, variants: coop_variants, twin: "qmatmul::reference" },
-    Entry { kernel: &qmatmul::dx::coop::KERNEL, variants: dx_coop_variants, twin: "qmatmul_dx::reference" },
-    Entry { kernel: &qmatmul::dx::lanes::KERNEL, variants: dx_lanes_variants, twin: "qmatmul_dx::reference" },
-    Entry { kernel: &qmatmul::dx::tile::KERNEL, variants: dx_tile_variants, twin: "qmatmul_dx::reference" },
-    Entry { kernel: &qmatmul::gemv::KERNEL, variants: gemv_variants, twin: "qmatmul::reference" },
-    Entry { kernel: &qmatmul::lanes::KERNEL, variants: lanes_variants, twin: "qmatmul::reference" },
-    Entry { kernel: &qmatmul::tile::KERNEL, variants: tile_variants, twin: "qmatmul::reference" },
-    Entry { kernel: &rows::rms_norm::KERNEL, variants: rows::rms_norm::variants, twin: "rms_norm::reference" },
-    Entry {
-        kernel: &rows::rms_norm_backward::KERNEL,
-        variants: rows::rms_norm_backward::variants,
-        twin: "rms_norm_backward::reference",
-    },
-    Entry { kernel: &elementwise::rope::KERNEL, variants: |_| elementwise::rope::variants(), twin: "rope::reference" },
-    Entry {
-        kernel: &elementwise::rope_append::KERNEL,
-        variants: |_| elementwise::rope::layouts(),
-        twin: "rope_append::reference",
-    },
-    Entry {
-        kernel: &rows::row_factor::KERNEL,
-        variants: |_| rows::row_factor::variants(),
-        twin: "row_factor::reference",
-    },
-    Entry { kernel: &loss::sample::KERNEL, variants: loss::sample::variants, twin: "sample::reference" },
-    Entry {
-        kernel: &elementwise::scale_columns::KERNEL,
-        variants: |_| elementwise::scale_columns::variants(),
-        twin: "scale_columns::reference",
-    },
-    Entry {
-        kernel: &elementwise::silu_mul::KERNEL,
-        variants: |_| vec![elementwise::quads::defines()],
-        twin: "silu_mul::reference",
-    },
-    Entry {
-        kernel: &elementwise::silu_mul_backward::KERNEL,
-        variants: |_| vec![elementwise::quads::defines()],
-        twin: "silu_mul_backward::reference",
-    },
-    Entry { kernel: &optim::square_sums::KERNEL, variants: optim::square_sums::variants, twin: "grad_norm::reference" },
-    Entry { kernel: &rows::sum::KERNEL, variants: rows::sum::variants, twin: "sum::reference" },
-];
+inventory::collect!(Entry);
 
-fn coop_variants(tier: Tier) -> Vec<Defines> {
-    if tier.cooperative() { qmatmul::coop::variants(&wide_matrices()) } else { Vec::new() }
-}
-
-fn pack_rows_variants(tier: Tier) -> Vec<Defines> {
-    if tier.cooperative() { rows::pack_rows::variants() } else { Vec::new() }
-}
-
-fn dx_coop_variants(tier: Tier) -> Vec<Defines> {
-    if tier.cooperative() { qmatmul::dx::coop::variants(&wide_matrices()) } else { Vec::new() }
-}
-
-fn dx_lanes_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { qmatmul::dx::lanes::variants(&matrices()) } else { Vec::new() }
-}
-
-fn dx_tile_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { Vec::new() } else { qmatmul::dx::tile::variants(&wide_matrices(), tier.f16()) }
-}
-
-fn gemv_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { Vec::new() } else { qmatmul::gemv::variants(&wide_matrices()) }
-}
-
-fn lora_coop_variants(tier: Tier) -> Vec<Defines> {
-    if tier.cooperative() { lora::coop::variants() } else { Vec::new() }
-}
-
-fn lanes_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { qmatmul::lanes::variants(&matrices()) } else { Vec::new() }
-}
-
-fn tile_variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { Vec::new() } else { qmatmul::tile::variants(&wide_matrices(), tier.f16()) }
-}
-
-/// Every way in which `shared/matrix.wgsl` can read a matrix.
-fn matrices() -> Vec<Defines> {
-    let count_up = Codebook(std::array::from_fn(|i| i as f32 - 8.0));
-    let mut all = Vec::new();
-    for ragged in [false, true] {
-        for codebook in [&Codebook::NF4, &Codebook::INT4, &count_up] {
-            all.push(quant_defines(codebook, "plain", "none", ragged));
-        }
-        all.push(quant_defines(&Codebook::FP4, "double", "none", ragged));
-        all.push(quant_defines(&count_up, "plain", "plain", ragged));
-        all.push(quant_defines(&count_up, "double", "double", ragged));
-        all.extend(["f32", "f16", "bf16"].map(|kind| dense_defines(kind, ragged)));
-    }
-    all.push(dense_defines("q8_0", false));
+/// All kernels, sorted by name.
+pub fn kernels() -> Vec<&'static Kernel> {
+    let mut all: Vec<_> = inventory::iter::<Entry>().map(|entry| entry.kernel).collect();
+    all.sort_by_key(|kernel| kernel.name);
     all
 }
 
-/// Every way in which hardware reads a matrix.
-fn wide_matrices() -> Vec<Defines> {
-    let chunks = |matrix: &Defines| matrix.label().starts_with("kind=quant") && !matrix.flag("ragged");
-    let mut all: Vec<_> = matrices().into_iter().map(|matrix| (chunks(&matrix), matrix)).collect();
-    // Rows of whole words, with blocks that cut the chunks of 32.
-    all.extend(
-        all.iter().filter(|(chunked, _)| *chunked).map(|(_, matrix)| (false, matrix.clone())).collect::<Vec<_>>(),
-    );
-    all.into_iter().map(|(chunked, matrix)| wide(matrix, chunked)).collect()
+/// Runs a kernel on every device in every tier that has it, and compares it with its twin.
+///
+/// # Panics
+/// If a result is wrong, or if no device ran the kernel although one should.
+#[cfg(test)]
+pub(crate) fn compare(kernel: &Kernel) {
+    use crate::kernels::qmatmul::lanes::one_subgroup;
+    use crate::testing;
+
+    let entry = inventory::iter::<Entry>().find(|entry| std::ptr::eq(entry.kernel, kernel)).unwrap();
+    let (mut able, mut ran) = (Vec::new(), false);
+    for device in testing::devices() {
+        if let Device::Gpu(gpu) = &device {
+            // A variant whose lanes share values needs workgroups of one subgroup.
+            let runs = |variant: &Defines| !variant.flag("share") || one_subgroup(gpu);
+            let variants = (kernel.variants)(gpu.tier());
+            let binds = gpu.limits().max_storage_buffers as usize >= kernel.bindings.len();
+            if !binds || !variants.iter().any(runs) {
+                continue;
+            }
+            able.push(testing::name(&device));
+        }
+        dispatched::forget();
+        (entry.twin)(&device);
+        ran |= dispatched::has(kernel);
+    }
+    assert!(ran || able.is_empty(), "{} did not run on any of {able:?}", kernel.name);
 }
 
 #[cfg(test)]
@@ -273,19 +82,19 @@ mod tests {
     }
 
     /// Each kernel's variants once, with the tiers that run them.
-    fn each(mut check: impl FnMut(&Entry, &Defines, bool)) {
-        for entry in KERNELS {
+    fn each(mut check: impl FnMut(&Kernel, &Defines, bool)) {
+        for kernel in kernels() {
             let mut seen = BTreeSet::new();
             for tier in Tier::ALL {
-                for defines in (entry.variants)(tier) {
+                for defines in (kernel.variants)(tier) {
                     for immediates in [true, false] {
                         if seen.insert((format!("{defines:?}"), immediates)) {
-                            check(entry, &defines, immediates);
+                            check(kernel, &defines, immediates);
                         }
                     }
                 }
             }
-            assert!(!seen.is_empty(), "{} has variants", entry.kernel.name);
+            assert!(!seen.is_empty(), "{} has variants", kernel.name);
         }
     }
 
@@ -306,8 +115,7 @@ mod tests {
 
     #[test]
     fn every_variant_agrees_with_its_rust_side() {
-        each(|entry, defines, immediates| {
-            let kernel = entry.kernel;
+        each(|kernel, defines, immediates| {
             let (label, module, _) = parse(kernel, defines, immediates);
             same_fields(&label, &module, "Params", kernel.params_bytes, kernel.params_fields);
             if module.types.iter().any(|(_, ty)| ty.name.as_deref() == Some("Matrix")) {
@@ -363,8 +171,8 @@ mod tests {
 
     #[test]
     fn every_variant_translates_to_every_backend() {
-        each(|entry, defines, immediates| {
-            let (label, module, info) = parse(entry.kernel, defines, immediates);
+        each(|kernel, defines, immediates| {
+            let (label, module, info) = parse(kernel, defines, immediates);
             let fail = |backend: &str, error: &dyn std::fmt::Display| -> ! { panic!("{label}: {backend}: {error}") };
             if let Err(error) = spv::write_vec(&module, &info, &spv::Options::default(), None) {
                 fail("SPIR-V", &error);
@@ -417,24 +225,24 @@ mod tests {
     #[test]
     fn no_macro_of_a_shader_hides_a_text_constant() {
         let shaders = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
-        for entry in KERNELS {
-            let source = std::fs::read_to_string(shaders.join(entry.kernel.path)).unwrap();
+        for kernel in kernels() {
+            let source = std::fs::read_to_string(shaders.join(kernel.path)).unwrap();
             let macros = source.split("{% macro ").skip(1).filter_map(|rest| rest.split('(').next());
             let given: BTreeSet<_> = Tier::ALL
                 .into_iter()
-                .flat_map(entry.variants)
+                .flat_map(kernel.variants)
                 .flat_map(|defines| defines.names().collect::<Vec<_>>())
                 .collect();
             let hidden: Vec<_> = macros.filter(|name| given.contains(name)).collect();
-            assert!(hidden.is_empty(), "shaders/{}: {hidden:?}", entry.kernel.path);
+            assert!(hidden.is_empty(), "shaders/{}: {hidden:?}", kernel.path);
         }
     }
 
     #[test]
     fn a_list_of_text_constants_has_room_for_every_variant() {
-        each(|entry, defines, _| {
+        each(|kernel, defines, _| {
             let count = defines.names().count();
-            assert!(count <= Defines::ROOM, "{} has {count}", entry.kernel.name);
+            assert!(count <= Defines::ROOM, "{} has {count}", kernel.name);
         });
     }
 
@@ -457,7 +265,7 @@ mod tests {
     fn paths_are_those_of_the_shaders_and_of_their_rust_files() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let registered: BTreeSet<String> =
-            KERNELS.iter().map(|entry| entry.kernel.path.strip_suffix(".wgsl").unwrap().to_owned()).collect();
+            kernels().iter().map(|kernel| kernel.path.strip_suffix(".wgsl").unwrap().to_owned()).collect();
         assert_eq!(files(&root.join("shaders"), "wgsl"), registered, "every shader is registered");
         let rust = files(&root.join("src/kernels"), "rs");
         let missing: Vec<_> = registered.difference(&rust).collect();

@@ -154,7 +154,7 @@ impl Split {
             .with("tile", tile)
     }
 
-    /// Variants for the registry test. One of the head sizes has no useful divisor.
+    /// Text constants of every variant. One of the head sizes has no useful divisor.
     pub fn variants(tier: Tier, most: usize, tile: u32) -> Vec<Defines> {
         if tier != Tier::Software {
             return Vec::new();

@@ -3,7 +3,7 @@
 //! serves both sizes of cooperative matrices.
 
 use super::call::{AttentionParams, AttentionShape, flops_per_group};
-use super::form::Form;
+use super::form::{Form, Pass};
 use super::pack::Packed;
 use super::visibility::Visibility;
 use crate::device::{Dispatch, Gpu};
@@ -12,9 +12,10 @@ use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/coop.wgsl`
     KERNEL = "attention_coop" in "attention/coop.wgsl", AttentionParams,
-        [queries: Read, keys: Read, query_scales: Read, key_scales: Read, key_ranges: Read, o: Write, lse: Write]
+        [queries: Read, keys: Read, query_scales: Read, key_scales: Read, key_ranges: Read, o: Write, lse: Write],
+    variants: |tier| Form::variants(Pass::Forward, tier),
+    twin: super::tests::twin,
 }
 
 pub(crate) fn dispatch(

@@ -115,7 +115,7 @@ impl Form {
         }
     }
 
-    /// Text constants of every variant, for the registry test.
+    /// Text constants of every variant.
     pub fn variants(pass: Pass, tier: Tier) -> Vec<Defines> {
         let mut all = Vec::new();
         for cooperative in Cooperative::ALL.into_iter().filter(|_| tier.cooperative()) {

@@ -11,8 +11,9 @@ use crate::kernels::qmatmul::lanes::one_subgroup;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/lanes.wgsl`
-    KERNEL = "attention_lanes" in "attention/lanes.wgsl", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write]
+    KERNEL = "attention_lanes" in "attention/lanes.wgsl", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write],
+    variants: |tier| variants_of(tier, 1),
+    twin: super::tests::twin,
 }
 
 /// Whether these kernels can run on this device.
@@ -37,18 +38,13 @@ pub(crate) fn defines(rows: usize, head_dim: usize) -> Defines {
     Defines::new().with("rows", rows as u32).with("head_dim", head_dim as u32).with("share", true)
 }
 
-/// Text constants of every variant, for the registry test.
+/// Text constants of every variant.
 pub(crate) fn variants_of(tier: Tier, sums: usize) -> Vec<Defines> {
     if tier != Tier::Software {
         return Vec::new();
     }
     let variant = |&(count, head_dim): &(usize, usize)| defines(rows(count, head_dim, sums), head_dim);
     [(1, 64), (3, 8), (100, 8), (100, 64), (100, 80), (100, 256)].iter().map(variant).collect()
-}
-
-/// Like [`variants_of`], for this kernel.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    variants_of(tier, 1)
 }
 
 pub(crate) fn dispatch(

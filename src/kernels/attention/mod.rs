@@ -24,7 +24,7 @@ use self::form::{Form, Pass};
 use self::visibility::Visibility;
 use crate::device::{Device, Tier};
 use crate::error::Result;
-use crate::kernels::{Real, Scratch};
+use crate::kernels::Scratch;
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "attention";
@@ -83,7 +83,12 @@ pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visi
 }
 
 /// The formula, for any real type. Returns O and the log-sum-exp.
-pub fn reference<T: Real>([q, k, v]: [&[T]; 3], shape: &AttentionShape, visibility: &Visibility) -> (Vec<T>, Vec<T>) {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(
+    [q, k, v]: [&[T]; 3],
+    shape: &AttentionShape,
+    visibility: &Visibility,
+) -> (Vec<T>, Vec<T>) {
     let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
     let mut o = vec![T::zero(); q.len()];
     let mut lse = vec![T::neg_infinity(); visibility.queries() * heads];
@@ -238,6 +243,21 @@ pub(crate) mod tests {
             let ranges: Vec<_> = steps.into_iter().map(range).collect();
             (ranges, end as usize + 1)
         })
+    }
+
+    pub fn twin(device: &Device) {
+        let segments = [[1; 70].as_slice(), &[2; 30]].concat();
+        Case::causal([4, 2, 16], &segments, 100, Some(40)).check(device);
+    }
+
+    /// Heads that don't fill whole registers.
+    pub fn twin_of_odd_heads(device: &Device) {
+        Case::causal([4, 2, 12], &[1; 100], 50, None).check(device);
+    }
+
+    /// Too few queries for cooperative matrices.
+    pub fn twin_of_few_queries(device: &Device) {
+        Case::new([4, 2, 16], &[(0, 68), (0, 69), (5, 70)], 70, 3).check(device);
     }
 
     proptest! {

@@ -29,11 +29,12 @@ params! {
 }
 
 kernel! {
-    /// `shaders/attention/pack.wgsl`
     KERNEL = "attention_pack" in "attention/pack.wgsl", AttentionPackParams,
         [
             q: Read, k: Read, v: Read, d_o: Read, queries: Write, keys: Write, query_scales: Write, key_scales: Write,
-        ]
+        ],
+    variants: variants,
+    twin: tests::twin,
 }
 
 /// Rows of a head are padded to a multiple of this. The rows of a workgroup and of its steps
@@ -168,8 +169,8 @@ fn defines(wide: usize, backward: bool) -> Defines {
     Defines::new().with("wide", wide as u32).with("backward", backward).with("f16", true)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
     let widths = [48, 128].into_iter().filter(|_| tier.cooperative());
     widths.flat_map(|wide| [false, true].map(|backward| defines(wide, backward))).collect()
 }
@@ -224,8 +225,11 @@ mod tests {
         }
     }
 
-    #[test]
-    fn rows_of_every_size_are_packed_and_padded() {
+    pub fn twin(device: &Device) {
+        let Device::Gpu(gpu) = device else { return };
+        if gpu.cooperative().is_none() {
+            return;
+        }
         let shape = AttentionShape { heads: 4, kv_heads: 2, head_dim: 44, scale: 1.0 };
         let (queries, keys) = (70, 131);
         let values = |seed, rows: usize| {
@@ -237,43 +241,37 @@ mod tests {
         };
         let [q, d_o] = [1, 2].map(|seed| values(seed, queries * shape.heads));
         let [k, v] = [3, 4].map(|seed| values(seed, keys * shape.kv_heads));
-        for device in testing::gpus() {
-            let Device::Gpu(gpu) = &device else { continue };
-            if gpu.cooperative().is_none() {
-                continue;
-            }
-            let tensor = |heads: usize, x: &[f32]| {
-                let columns = heads * shape.head_dim;
-                Tensor::from_slice(&device, &[x.len() / columns, columns], x).unwrap()
+        let tensor = |heads: usize, x: &[f32]| {
+            let columns = heads * shape.head_dim;
+            Tensor::from_slice(device, &[x.len() / columns, columns], x).unwrap()
+        };
+        let [of_q, of_do] = [&q, &d_o].map(|x| tensor(shape.heads, x));
+        let [of_k, of_v] = [&k, &v].map(|x| tensor(shape.kv_heads, x));
+        let visibility = Visibility::ranges(device, &vec![(0, keys as u32); queries], keys).unwrap();
+        for backward in [false, true] {
+            let qkv = [&of_q, &of_k, &of_v];
+            let packed = Packed::new(gpu, "test", qkv, backward.then_some(&of_do), &shape, &visibility).unwrap();
+            let read = |buffer, count: usize| gpu.read(buffer, 4 * count as u64).unwrap();
+            let halves = |buffer, side: Side| -> Vec<f32> {
+                let half = |pair: &[u8]| half::f16::from_le_bytes([pair[0], pair[1]]).to_f32();
+                read(buffer, side.values()).chunks(2).map(half).collect()
             };
-            let [of_q, of_do] = [&q, &d_o].map(|x| tensor(shape.heads, x));
-            let [of_k, of_v] = [&k, &v].map(|x| tensor(shape.kv_heads, x));
-            let visibility = Visibility::ranges(&device, &vec![(0, keys as u32); queries], keys).unwrap();
-            for backward in [false, true] {
-                let qkv = [&of_q, &of_k, &of_v];
-                let packed = Packed::new(gpu, "test", qkv, backward.then_some(&of_do), &shape, &visibility).unwrap();
-                let read = |buffer, count: usize| gpu.read(buffer, 4 * count as u64).unwrap();
-                let halves = |buffer, side: Side| -> Vec<f32> {
-                    let half = |pair: &[u8]| half::f16::from_le_bytes([pair[0], pair[1]]).to_f32();
-                    read(buffer, side.values()).chunks(2).map(half).collect()
-                };
-                let [of_queries, of_keys] = Side::of(&shape, &visibility, backward);
-                let scales = |buffer, side: Side| from_bytes(&read(buffer, side.scales()));
-                let (queries, keys) = (halves(&packed.queries, of_queries), halves(&packed.keys, of_keys));
-                let query_scales = scales(&packed.query_scales, of_queries);
-                let key_scales = scales(&packed.key_scales, of_keys);
-                let context = |what| format!("{device:?} backward={backward} {what}");
-                // The planes in order, and the reference plane of each.
-                let exact = [(0, false), (1, false), (2, true)];
-                let exact = if backward { &exact[..] } else { &exact[..2] };
-                check(&context("Q"), &q, of_queries, (&queries, &query_scales), 0, exact);
-                check(&context("K"), &k, of_keys, (&keys, &key_scales), 0, exact);
-                let of_v = (&keys[..], &key_scales[of_keys.rows()..]);
-                check(&context("V"), &v, of_keys, of_v, exact.len(), &[(2, !backward)]);
-                if backward {
-                    let of_do = (&queries[..], &query_scales[of_queries.rows()..]);
-                    check(&context("dO"), &d_o, of_queries, of_do, 3, &[(2, false), (2, true)]);
-                }
+            let [of_queries, of_keys] = Side::of(&shape, &visibility, backward);
+            let scales = |buffer, side: Side| from_bytes(&read(buffer, side.scales()));
+            let (queries, keys) = (halves(&packed.queries, of_queries), halves(&packed.keys, of_keys));
+            let query_scales = scales(&packed.query_scales, of_queries);
+            let key_scales = scales(&packed.key_scales, of_keys);
+            let context = |what| format!("{device:?} backward={backward} {what}");
+            // The planes in order, and the reference plane of each.
+            let exact = [(0, false), (1, false), (2, true)];
+            let exact = if backward { &exact[..] } else { &exact[..2] };
+            check(&context("Q"), &q, of_queries, (&queries, &query_scales), 0, exact);
+            check(&context("K"), &k, of_keys, (&keys, &key_scales), 0, exact);
+            let of_v = (&keys[..], &key_scales[of_keys.rows()..]);
+            check(&context("V"), &v, of_keys, of_v, exact.len(), &[(2, !backward)]);
+            if backward {
+                let of_do = (&queries[..], &query_scales[of_queries.rows()..]);
+                check(&context("dO"), &d_o, of_queries, of_do, 3, &[(2, false), (2, true)]);
             }
         }
     }

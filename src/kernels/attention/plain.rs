@@ -3,25 +3,21 @@
 
 use super::call::{AttentionParams, AttentionShape, Split, flops_per_group};
 use super::visibility::Visibility;
-use crate::device::{Defines, Dispatch, Gpu, Tier};
+use crate::device::{Dispatch, Gpu};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/plain.wgsl`
-    KERNEL = "attention" in "attention/plain.wgsl", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write]
+    KERNEL = "attention" in "attention/plain.wgsl", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write],
+    variants: |tier| Split::variants(tier, MOST_QUADS, TILE),
+    twin: super::tests::twin_of_odd_heads,
 }
 
 /// Maximum vec4 of a row that a thread owns when threads share the row, for each of Q and O.
 const MOST_QUADS: usize = 16;
 /// Keys between barriers: their scores are a vec4.
 const TILE: u32 = 4;
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    Split::variants(tier, MOST_QUADS, TILE)
-}
 
 pub(crate) fn dispatch(
     gpu: &Gpu,

@@ -9,8 +9,9 @@ use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/tile.wgsl`
-    KERNEL = "attention_tile" in "attention/tile.wgsl", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write]
+    KERNEL = "attention_tile" in "attention/tile.wgsl", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write],
+    variants: |tier| Tiling::variants(tier, WORK),
+    twin: super::tests::twin_of_few_queries,
 }
 
 /// Threads of a workgroup along its own rows, and across: along the other side's rows, or along a
@@ -61,7 +62,7 @@ impl Tiling {
         Defines::new().with("tall", self.tall as u32).with("head_quads", self.head_quads as u32)
     }
 
-    /// Variants for the registry test. One of the head sizes doesn't fill a tile.
+    /// Text constants of every variant. One of the head sizes doesn't fill a tile.
     pub fn variants(tier: Tier, work: Work) -> Vec<Defines> {
         if tier == Tier::Software {
             return Vec::new();
@@ -72,11 +73,6 @@ impl Tiling {
 
 /// The result is O.
 const WORK: Work = Work { products: 1, results: 1 };
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    Tiling::variants(tier, WORK)
-}
 
 pub(crate) fn dispatch(
     gpu: &Gpu,

@@ -4,14 +4,15 @@ use rayon::prelude::*;
 
 use super::quads::{self, CPU_CHUNK, QuadParams};
 use crate::error::Result;
-use crate::kernels::{Real, expect_shape, kernel};
+use crate::kernels::{expect_shape, kernel};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "add";
 
 kernel! {
-    /// `shaders/elementwise/add.wgsl`
-    KERNEL = "add" in "elementwise/add.wgsl", QuadParams, [a: Read, b: Read, y: Write]
+    KERNEL = "add" in "elementwise/add.wgsl", QuadParams, [a: Read, b: Read, y: Write],
+    variants: quads::variants,
+    twin: tests::twin,
 }
 
 /// Returns a + b, in their shape.
@@ -40,42 +41,36 @@ pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 /// The formula, for any real type.
-pub fn reference<T: Real>(a: &[T], b: &[T]) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(a: &[T], b: &[T]) -> Vec<T> {
     a.iter().zip(b).map(|(&a, &b)| a + b).collect()
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use crate::device::Device;
     use crate::kernels::elementwise::add_assign::add_assign;
     use crate::testing;
 
-    #[test]
-    fn sums_are_exact_on_every_device_and_leave_shared_values_alone() {
-        for device in testing::devices() {
-            for shape in [vec![1], vec![3, 5], vec![257, 65], vec![2, 0]] {
-                let len = shape.iter().product();
-                let (a, b) = (testing::values(1, len, 1.0), testing::values(2, len, 1e-3));
-                let wanted = reference(&a, &b);
-                let tensor = |values: &[f32]| Tensor::from_slice(&device, &shape, values).unwrap();
-                let (a_tensor, b_tensor) = (tensor(&a), tensor(&b));
-                let y = add(&a_tensor, &b_tensor).unwrap();
-                assert_eq!(
-                    (y.shape(), y.to_vec().unwrap()),
-                    (&shape[..], wanted.clone()),
-                    "{}",
-                    testing::name(&device)
-                );
-                let mut sum = a_tensor.clone();
-                add_assign(&mut sum, &b_tensor).unwrap();
-                assert_eq!(sum.to_vec().unwrap(), wanted);
-                assert_eq!(a_tensor.to_vec().unwrap(), a, "a clone is not an alias");
-                // Adds a tensor to itself: both operands are the same buffer.
-                let itself = sum.clone();
-                add_assign(&mut sum, &itself).unwrap();
-                assert_eq!(sum.to_vec().unwrap(), reference(&wanted, &wanted));
-                assert_eq!(add(&itself, &itself).unwrap().to_vec().unwrap(), reference(&wanted, &wanted));
-            }
+    pub fn twin(device: &Device) {
+        for shape in [vec![1], vec![3, 5], vec![257, 65], vec![2, 0]] {
+            let len = shape.iter().product();
+            let (a, b) = (testing::values(1, len, 1.0), testing::values(2, len, 1e-3));
+            let wanted = reference(&a, &b);
+            let tensor = |values: &[f32]| Tensor::from_slice(device, &shape, values).unwrap();
+            let (a_tensor, b_tensor) = (tensor(&a), tensor(&b));
+            let y = add(&a_tensor, &b_tensor).unwrap();
+            assert_eq!((y.shape(), y.to_vec().unwrap()), (&shape[..], wanted.clone()), "{}", testing::name(device));
+            let mut sum = a_tensor.clone();
+            add_assign(&mut sum, &b_tensor).unwrap();
+            assert_eq!(sum.to_vec().unwrap(), wanted);
+            assert_eq!(a_tensor.to_vec().unwrap(), a, "a clone is not an alias");
+            // Adds a tensor to itself: both operands are the same buffer.
+            let itself = sum.clone();
+            add_assign(&mut sum, &itself).unwrap();
+            assert_eq!(sum.to_vec().unwrap(), reference(&wanted, &wanted));
+            assert_eq!(add(&itself, &itself).unwrap().to_vec().unwrap(), reference(&wanted, &wanted));
         }
     }
 

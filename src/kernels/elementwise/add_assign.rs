@@ -11,8 +11,9 @@ use crate::tensor::{Storage, Tensor};
 const OP: &str = "add_assign";
 
 kernel! {
-    /// `shaders/elementwise/add_assign.wgsl`; its twin and tests are [`add`](crate::kernels::elementwise::add)'s.
-    KERNEL = "add_assign" in "elementwise/add_assign.wgsl", QuadParams, [y: Write, x: Read]
+    KERNEL = "add_assign" in "elementwise/add_assign.wgsl", QuadParams, [y: Write, x: Read],
+    variants: quads::variants,
+    twin: super::add::tests::twin,
 }
 
 /// Adds `x` to `y`. Tensors that shared `y`'s values keep the old ones.

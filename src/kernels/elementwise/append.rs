@@ -20,8 +20,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/elementwise/append.wgsl`
-    KERNEL = "append" in "elementwise/append.wgsl", AppendParams, [k: Read, v: Read, keys: Write, values: Write]
+    KERNEL = "append" in "elementwise/append.wgsl", AppendParams, [k: Read, v: Read, keys: Write, values: Write],
+    variants: quads::variants,
+    twin: tests::twin,
 }
 
 /// Overwrites the rows of `keys` and `values` [capacity, width] from `first` on with the rows of
@@ -55,7 +56,8 @@ pub fn append([keys, values]: [&mut Tensor; 2], first: usize, [k, v]: [&Tensor; 
 }
 
 /// The formula, for the keys or for the values.
-pub fn reference<T: Copy>(cache: &[T], at: usize, rows: &[T]) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: Copy>(cache: &[T], at: usize, rows: &[T]) -> Vec<T> {
     [&cache[..at], rows, &cache[at + rows.len()..]].concat()
 }
 
@@ -65,23 +67,20 @@ mod tests {
     use crate::device::Device;
     use crate::testing;
 
-    #[test]
-    fn rows_come_after_those_that_are_there() {
-        for device in testing::devices() {
-            for (capacity, width, first, rows) in [(9, 8, 2, 1), (70, 12, 3, 60), (3, 4, 0, 3), (5, 4, 5, 0)] {
-                let tensor = |seed: u64, rows: usize| {
-                    let values = testing::values(seed, rows * width, 1.0);
-                    (Tensor::from_slice(&device, &[rows, width], &values).unwrap(), values)
-                };
-                let [(mut keys, old_keys), (mut values, old_values)] = [1, 2].map(|seed| tensor(seed, capacity));
-                let [(k, new_keys), (v, new_values)] = [3, 4].map(|seed| tensor(seed, rows));
-                let before = keys.clone();
-                append([&mut keys, &mut values], first, [&k, &v]).unwrap();
-                let at = first * width;
-                assert_eq!(keys.to_vec().unwrap(), reference(&old_keys, at, &new_keys), "{}", testing::name(&device));
-                assert_eq!(values.to_vec().unwrap(), reference(&old_values, at, &new_values));
-                assert_eq!(before.to_vec().unwrap(), old_keys, "clones keep the old values");
-            }
+    pub fn twin(device: &Device) {
+        for (capacity, width, first, rows) in [(9, 8, 2, 1), (70, 12, 3, 60), (3, 4, 0, 3), (5, 4, 5, 0)] {
+            let tensor = |seed: u64, rows: usize| {
+                let values = testing::values(seed, rows * width, 1.0);
+                (Tensor::from_slice(device, &[rows, width], &values).unwrap(), values)
+            };
+            let [(mut keys, old_keys), (mut values, old_values)] = [1, 2].map(|seed| tensor(seed, capacity));
+            let [(k, new_keys), (v, new_values)] = [3, 4].map(|seed| tensor(seed, rows));
+            let before = keys.clone();
+            append([&mut keys, &mut values], first, [&k, &v]).unwrap();
+            let at = first * width;
+            assert_eq!(keys.to_vec().unwrap(), reference(&old_keys, at, &new_keys), "{}", testing::name(device));
+            assert_eq!(values.to_vec().unwrap(), reference(&old_values, at, &new_values));
+            assert_eq!(before.to_vec().unwrap(), old_keys, "clones keep the old values");
         }
     }
 

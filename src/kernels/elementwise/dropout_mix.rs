@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::dropout::{CPU_CHUNK, Dropout};
 use crate::device::{Defines, Dispatch, Gpu};
 use crate::error::Result;
-use crate::kernels::{Real, expect_shape, kernel, params};
+use crate::kernels::{expect_shape, kernel, params};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "dropout";
@@ -29,8 +29,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/elementwise/dropout_mix.wgsl`
-    KERNEL = "dropout_mix" in "elementwise/dropout_mix.wgsl", DropoutMixParams, [x: Read, z: Read, y: Write]
+    KERNEL = "dropout_mix" in "elementwise/dropout_mix.wgsl", DropoutMixParams, [x: Read, z: Read, y: Write],
+    variants: |_| vec![defines(true, false), defines(false, true), defines(true, true)],
+    twin: tests::twin,
 }
 
 /// Which terms a mix has.
@@ -102,11 +103,6 @@ fn defines(kept: bool, rest: bool) -> Defines {
     Defines::new().with("threads", THREADS).with("kept", kept).with("rest", rest)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants() -> Vec<Defines> {
-    vec![defines(true, false), defines(false, true), defines(true, true)]
-}
-
 fn dispatch(gpu: &Gpu, mix: Mix<'_>, dropout: Dropout) -> Result<Tensor> {
     let first = mix.first();
     let y = Tensor::uninit(gpu, "mix", first.shape())?;
@@ -128,7 +124,8 @@ fn dispatch(gpu: &Gpu, mix: Mix<'_>, dropout: Dropout) -> Result<Tensor> {
 }
 
 /// The formula, for any real type.
-pub fn reference<T: Real>(x: &[T], z: &[T], dropout: Dropout) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(x: &[T], z: &[T], dropout: Dropout) -> Vec<T> {
     let mix = |(i, (&x, &z)): (u32, (&T, &T))| {
         let f = T::of(dropout.factor(i));
         f * x + (T::one() - f) * z
@@ -142,27 +139,24 @@ mod tests {
     use crate::device::Device;
     use crate::testing;
 
-    #[test]
-    fn every_mix_on_every_device_and_tier() {
+    pub fn twin(device: &Device) {
         for (rows, cols, probability) in [(0, 3, 0.5), (1, 1, 0.0), (7, 37, 0.3), (129, 300, 0.9)] {
             let dropout = Dropout { probability, seed: 0x1_0000_0007 };
             let (x, z) = (testing::values(1, rows * cols, 1e4), testing::values(2, rows * cols, 1.0));
             let none = vec![0.0; rows * cols];
-            for device in testing::devices() {
-                let tensor = |values: &[f32]| Tensor::from_slice(&device, &[rows, cols], values).unwrap();
-                let (x_tensor, z_tensor) = (tensor(&x), tensor(&z));
-                for (mix, x, z) in [
-                    (Mix::Kept(&x_tensor), &x, &none),
-                    (Mix::Rest(&z_tensor), &none, &z),
-                    (Mix::Both(&x_tensor, &z_tensor), &x, &z),
-                ] {
-                    let y = dropout_mix(mix, dropout).unwrap();
-                    assert_eq!(y.shape(), [rows, cols]);
-                    let (wanted, _) = testing::with_terms([x, z], |[x, z]| reference(x, z, dropout));
-                    let bounds: Vec<f64> = wanted.iter().map(|value| 1e-5 * value.abs() + 1e-5).collect();
-                    let context = format!("{} {rows} x {cols} {dropout:?}", testing::name(&device));
-                    testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
-                }
+            let tensor = |values: &[f32]| Tensor::from_slice(device, &[rows, cols], values).unwrap();
+            let (x_tensor, z_tensor) = (tensor(&x), tensor(&z));
+            for (mix, x, z) in [
+                (Mix::Kept(&x_tensor), &x, &none),
+                (Mix::Rest(&z_tensor), &none, &z),
+                (Mix::Both(&x_tensor, &z_tensor), &x, &z),
+            ] {
+                let y = dropout_mix(mix, dropout).unwrap();
+                assert_eq!(y.shape(), [rows, cols]);
+                let (wanted, _) = testing::with_terms([x, z], |[x, z]| reference(x, z, dropout));
+                let bounds: Vec<f64> = wanted.iter().map(|value| 1e-5 * value.abs() + 1e-5).collect();
+                let context = format!("{} {rows} x {cols} {dropout:?}", testing::name(device));
+                testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
             }
         }
     }

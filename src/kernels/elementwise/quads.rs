@@ -1,7 +1,7 @@
 //! Shared code of the elementwise kernels, with one invocation for every four values;
 //! `shaders/shared/quads.wgsl`.
 
-use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel};
+use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel, Tier};
 use crate::error::Result;
 use crate::kernels::params;
 
@@ -24,6 +24,11 @@ pub(crate) const THREADS: u32 = 64;
 /// The text constants of every such kernel.
 pub(crate) fn defines() -> Defines {
     Defines::new().with("threads", THREADS)
+}
+
+/// Text constants of every variant of such a kernel.
+pub(crate) fn variants(_: Tier) -> Vec<Defines> {
+    vec![defines()]
 }
 
 /// Number of vec4 that hold `len` values.

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::device::{Cpu, Defines, Device, Dispatch, Gpu};
 use crate::error::{Error, Result};
 use crate::indices::Indices;
-use crate::kernels::{Real, expect_2d, kernel, params};
+use crate::kernels::{expect_2d, kernel, params};
 use crate::tensor::Tensor;
 
 const OP: &str = "rope";
@@ -37,8 +37,11 @@ params! {
 }
 
 kernel! {
-    /// `shaders/elementwise/rope.wgsl`
-    KERNEL = "rope" in "elementwise/rope.wgsl", RopeParams, [x: Read, x1: Read, cosines: Read, sines: Read, position: Read, y: Write, y1: Write]
+    KERNEL = "rope" in "elementwise/rope.wgsl", RopeParams, [x: Read, x1: Read, cosines: Read, sines: Read, position: Read, y: Write, y1: Write],
+    variants: |_| {
+        layouts().into_iter().flat_map(|layout| [false, true].map(|both| layout.clone().with("both", both))).collect()
+    },
+    twin: tests::twin,
 }
 
 /// Which two values of a head form a pair.
@@ -290,14 +293,9 @@ pub(crate) fn defines(layout: RopeLayout) -> Defines {
     Defines::new().with("interleaved", layout == RopeLayout::Interleaved).with("threads", THREADS)
 }
 
-/// Text constants of every layout, for the registry test.
+/// Text constants of every layout.
 pub(crate) fn layouts() -> Vec<Defines> {
     [RopeLayout::HalfSplit, RopeLayout::Interleaved].map(defines).into()
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants() -> Vec<Defines> {
-    layouts().into_iter().flat_map(|layout| [false, true].map(|both| layout.clone().with("both", both))).collect()
 }
 
 fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sign: f32) -> Result<Vec<Tensor>> {
@@ -347,7 +345,8 @@ fn dispatch(gpu: &Gpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, s
 
 /// The formula, for any real type; `sign` is -1 for the backward. The angles use the f32
 /// frequencies.
-pub fn reference<T: Real>(x: &[T], config: &RopeConfig, positions: &[u32], sign: f32) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(x: &[T], config: &RopeConfig, positions: &[u32], sign: f32) -> Vec<T> {
     let frequencies = config.frequencies();
     let (head_dim, half) = (config.head_dim, config.head_dim / 2);
     let mut y = vec![T::zero(); x.len()];
@@ -414,6 +413,14 @@ mod tests {
             let turn = |xs| rope_both(xs, &table, &indices, back).unwrap().map(|y| y.to_vec().unwrap());
             let ([first, others], [again, last]) = (turn([&tensor, &other]), turn([&other, &tensor]));
             assert_eq!((&first, &last, &others), (alone, alone, &again), "{}", testing::name(device));
+        }
+    }
+
+    pub fn twin(device: &Device) {
+        for layout in LAYOUTS {
+            for (shape, half) in [([1, 1], 1), ([7, 3], 5), ([70, 4], 32)] {
+                check(device, shape, &config(2 * half, layout), 3);
+            }
         }
     }
 

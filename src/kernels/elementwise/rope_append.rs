@@ -4,7 +4,7 @@
 //!
 //! Reference: see [`rope`](crate::kernels::elementwise::rope).
 
-use super::rope::{RopeTable, THREADS, defines, turn_rows};
+use super::rope::{RopeTable, THREADS, defines, layouts, turn_rows};
 use crate::device::Dispatch;
 use crate::error::{Error, Result};
 use crate::kernels::{expect_2d, expect_shape, kernel, params};
@@ -33,9 +33,10 @@ params! {
 }
 
 kernel! {
-    /// `shaders/elementwise/rope_append.wgsl`
     KERNEL = "rope_append" in "elementwise/rope_append.wgsl", RopeAppendParams,
-        [q: Read, k: Read, v: Read, cosines: Read, sines: Read, y: Write, keys: Write, values: Write]
+        [q: Read, k: Read, v: Read, cosines: Read, sines: Read, y: Write, keys: Write, values: Write],
+    variants: |_| layouts(),
+    twin: tests::twin,
 }
 
 /// Rotates `q` [M, H * D] and `k` [M, H' * D] by the angles of positions `first` to `first + M -
@@ -115,7 +116,8 @@ pub fn rope_append(
 }
 
 /// The formula for the keys, already rotated, or for the values: rows of `width` from `first` on.
-pub fn reference<T: Copy>(cache: &[T], first: usize, width: usize, rows: &[T]) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: Copy>(cache: &[T], first: usize, width: usize, rows: &[T]) -> Vec<T> {
     let at = first * width;
     [&cache[..at], rows, &cache[at + rows.len()..]].concat()
 }
@@ -133,31 +135,28 @@ mod tests {
         RopeTable::new(device, &config, positions).unwrap()
     }
 
-    #[test]
-    fn it_is_rope_and_rows_after_those_that_are_there() {
-        for device in testing::devices() {
-            for layout in [RopeLayout::HalfSplit, RopeLayout::Interleaved] {
-                for (capacity, [heads, kv_heads], first, rows) in
-                    [(9, [3, 1], 2, 1), (70, [4, 2], 3, 60), (3, [1, 1], 0, 3), (5, [2, 2], 5, 0)]
-                {
-                    let table = table(&device, layout, 80);
-                    let tensor = |seed: u64, rows: usize, heads: usize| {
-                        let values = testing::values(seed, rows * heads * 6, 1.0);
-                        Tensor::from_slice(&device, &[rows, heads * 6], &values).unwrap()
-                    };
-                    let [mut keys, mut values] = [1, 2].map(|seed| tensor(seed, capacity, kv_heads));
-                    let (old_keys, old_values) = (keys.clone(), values.clone());
-                    let (q, k, v) = (tensor(3, rows, heads), tensor(4, rows, kv_heads), tensor(5, rows, kv_heads));
-                    let y = rope_append([&mut keys, &mut values], first, [&q, &k, &v], &table).unwrap();
-                    let positions: Vec<u32> = (first as u32..(first + rows) as u32).collect();
-                    let positions = Indices::from_slice(&device, &positions).unwrap();
-                    let [wanted, turned] = [&q, &k].map(|x| rope(x, &table, &positions).unwrap().to_vec().unwrap());
-                    assert_eq!(y.to_vec().unwrap(), wanted, "{}", testing::name(&device));
-                    let all = |old: &Tensor, rows: &[f32]| reference(&old.to_vec().unwrap(), first, kv_heads * 6, rows);
-                    // The clones shared the values, and keep the old ones.
-                    assert_eq!(keys.to_vec().unwrap(), all(&old_keys, &turned), "{}", testing::name(&device));
-                    assert_eq!(values.to_vec().unwrap(), all(&old_values, &v.to_vec().unwrap()));
-                }
+    pub fn twin(device: &Device) {
+        for layout in [RopeLayout::HalfSplit, RopeLayout::Interleaved] {
+            for (capacity, [heads, kv_heads], first, rows) in
+                [(9, [3, 1], 2, 1), (70, [4, 2], 3, 60), (3, [1, 1], 0, 3), (5, [2, 2], 5, 0)]
+            {
+                let table = table(device, layout, 80);
+                let tensor = |seed: u64, rows: usize, heads: usize| {
+                    let values = testing::values(seed, rows * heads * 6, 1.0);
+                    Tensor::from_slice(device, &[rows, heads * 6], &values).unwrap()
+                };
+                let [mut keys, mut values] = [1, 2].map(|seed| tensor(seed, capacity, kv_heads));
+                let (old_keys, old_values) = (keys.clone(), values.clone());
+                let (q, k, v) = (tensor(3, rows, heads), tensor(4, rows, kv_heads), tensor(5, rows, kv_heads));
+                let y = rope_append([&mut keys, &mut values], first, [&q, &k, &v], &table).unwrap();
+                let positions: Vec<u32> = (first as u32..(first + rows) as u32).collect();
+                let positions = Indices::from_slice(device, &positions).unwrap();
+                let [wanted, turned] = [&q, &k].map(|x| rope(x, &table, &positions).unwrap().to_vec().unwrap());
+                assert_eq!(y.to_vec().unwrap(), wanted, "{}", testing::name(device));
+                let all = |old: &Tensor, rows: &[f32]| reference(&old.to_vec().unwrap(), first, kv_heads * 6, rows);
+                // The clones shared the values, and keep the old ones.
+                assert_eq!(keys.to_vec().unwrap(), all(&old_keys, &turned), "{}", testing::name(device));
+                assert_eq!(values.to_vec().unwrap(), all(&old_values, &v.to_vec().unwrap()));
             }
         }
     }

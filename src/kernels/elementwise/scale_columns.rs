@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::device::{Buffer, Defines, Dispatch, Gpu};
 use crate::error::{Error, Result};
-use crate::kernels::{Real, expect_shape, kernel, params};
+use crate::kernels::{expect_shape, kernel, params};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "scale_columns";
@@ -24,8 +24,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/elementwise/scale_columns.wgsl`
-    KERNEL = "scale_columns" in "elementwise/scale_columns.wgsl", ScaleColumnsParams, [x: Read, c: Read, d: Read, y: Write]
+    KERNEL = "scale_columns" in "elementwise/scale_columns.wgsl", ScaleColumnsParams, [x: Read, c: Read, d: Read, y: Write],
+    variants: |_| vec![defines(false, false), defines(true, false), defines(false, true)],
+    twin: tests::twin,
 }
 
 /// Computes X * c + D on the device of `x`, in its shape. Rows of `x` are as long as `c`; `plus`
@@ -110,11 +111,6 @@ fn defines(add: bool, divide: bool) -> Defines {
     Defines::new().with("threads", THREADS).with("add", add).with("divide", divide)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants() -> Vec<Defines> {
-    vec![defines(false, false), defines(true, false), defines(false, true)]
-}
-
 fn dispatch(gpu: &Gpu, buffers: &[&Buffer], params: &ScaleColumnsParams, add: bool, divide: bool) -> Result<()> {
     gpu.dispatch(Dispatch {
         kernel: &KERNEL,
@@ -127,7 +123,8 @@ fn dispatch(gpu: &Gpu, buffers: &[&Buffer], params: &ScaleColumnsParams, add: bo
 }
 
 /// The formula, for any real type; `plus` is [M, N] or `[N]`.
-pub fn reference<T: Real>(x: &[T], c: &[T], plus: Option<&[T]>, divide: bool) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(x: &[T], c: &[T], plus: Option<&[T]>, divide: bool) -> Vec<T> {
     let value = |(i, &x): (usize, &T)| {
         let c = c[i % c.len()];
         let scaled = if divide { x / c } else { x * c };
@@ -142,30 +139,27 @@ mod tests {
     use crate::device::Device;
     use crate::testing;
 
-    #[test]
-    fn every_form_on_every_device_and_tier() {
+    pub fn twin(device: &Device) {
         for (m, n) in [(0, 3), (3, 0), (1, 1), (5, 37), (129, 300)] {
             let (x, d) = (testing::values(1, m * n, 1e-8), testing::values(2, m * n, 1e4));
             let c: Vec<f32> = testing::values(3, n, 1.0).into_iter().map(|c| c + 1.5).collect();
-            for device in testing::devices() {
-                let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(&device, shape, values).unwrap();
-                let (x_tensor, c_tensor) = (tensor(&[m, n], &x), tensor(&[n], &c));
-                let check = |what: &str, y: Tensor, plus: Option<&[f32]>, divide: bool| {
-                    assert_eq!(y.shape(), [m, n]);
-                    let form = |x: &[f64], c: &[f64], d: &[f64]| reference(x, c, plus.map(|_| d), divide);
-                    let (wanted, terms) = testing::with_terms([&x, &c, plus.unwrap_or(&[])], |[x, c, d]| form(x, c, d));
-                    let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
-                    let context = format!("{} {what} {m} x {n}", testing::name(&device));
-                    testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
-                };
-                check("x * c", scale_columns(&x_tensor, &c_tensor, None).unwrap(), None, false);
-                check("x / c", divide_columns(&x_tensor, &c_tensor).unwrap(), None, true);
-                let all = tensor(&[m, n], &d);
-                check("x * c + D", scale_columns(&x_tensor, &c_tensor, Some(&all)).unwrap(), Some(&d), false);
-                if m > 0 {
-                    let row = tensor(&[n], &d[..n]);
-                    check("x * c + d", scale_columns(&x_tensor, &c_tensor, Some(&row)).unwrap(), Some(&d[..n]), false);
-                }
+            let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(device, shape, values).unwrap();
+            let (x_tensor, c_tensor) = (tensor(&[m, n], &x), tensor(&[n], &c));
+            let check = |what: &str, y: Tensor, plus: Option<&[f32]>, divide: bool| {
+                assert_eq!(y.shape(), [m, n]);
+                let form = |x: &[f64], c: &[f64], d: &[f64]| reference(x, c, plus.map(|_| d), divide);
+                let (wanted, terms) = testing::with_terms([&x, &c, plus.unwrap_or(&[])], |[x, c, d]| form(x, c, d));
+                let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
+                let context = format!("{} {what} {m} x {n}", testing::name(device));
+                testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
+            };
+            check("x * c", scale_columns(&x_tensor, &c_tensor, None).unwrap(), None, false);
+            check("x / c", divide_columns(&x_tensor, &c_tensor).unwrap(), None, true);
+            let all = tensor(&[m, n], &d);
+            check("x * c + D", scale_columns(&x_tensor, &c_tensor, Some(&all)).unwrap(), Some(&d), false);
+            if m > 0 {
+                let row = tensor(&[n], &d[..n]);
+                check("x * c + d", scale_columns(&x_tensor, &c_tensor, Some(&row)).unwrap(), Some(&d[..n]), false);
             }
         }
     }

@@ -7,14 +7,15 @@ use rayon::prelude::*;
 use super::quads::{self, CPU_CHUNK, QuadParams};
 use crate::error::Result;
 use crate::kernels::cpu::exp::exp;
-use crate::kernels::{Real, expect_shape, kernel};
+use crate::kernels::{expect_shape, kernel};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "silu_mul";
 
 kernel! {
-    /// `shaders/elementwise/silu_mul.wgsl`
-    KERNEL = "silu_mul" in "elementwise/silu_mul.wgsl", QuadParams, [gate: Read, up: Read, y: Write]
+    KERNEL = "silu_mul" in "elementwise/silu_mul.wgsl", QuadParams, [gate: Read, up: Read, y: Write],
+    variants: quads::variants,
+    twin: tests::twin,
 }
 
 /// Returns silu(gate) * up, in their shape.
@@ -52,7 +53,8 @@ pub(crate) fn sigmoid(x: f32) -> (f32, f32) {
 }
 
 /// The formula, for any real type.
-pub fn reference<T: Real>(gate: &[T], up: &[T]) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(gate: &[T], up: &[T]) -> Vec<T> {
     gate.iter().zip(up).map(|(&gate, &up)| gate / (T::one() + (-gate).exp()) * up).collect()
 }
 
@@ -74,6 +76,12 @@ mod tests {
         let bounds: Vec<f64> = wanted.iter().map(|y| 1e-5 * y.abs() + 1e-30).collect();
         let context = format!("{} {shape:?}", testing::name(device));
         testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
+    }
+
+    pub fn twin(device: &Device) {
+        for shape in [[0, 3], [1, 1], [33, 17], [257, 64]] {
+            check(device, &shape, 10.0, 1);
+        }
     }
 
     proptest! {

@@ -6,14 +6,15 @@ use rayon::prelude::*;
 use super::quads::{self, CPU_CHUNK, QuadParams};
 use super::silu_mul::sigmoid;
 use crate::error::Result;
-use crate::kernels::{Real, expect_shape, kernel};
+use crate::kernels::{expect_shape, kernel};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "silu_mul_backward";
 
 kernel! {
-    /// `shaders/elementwise/silu_mul_backward.wgsl`
-    KERNEL = "silu_mul_backward" in "elementwise/silu_mul_backward.wgsl", QuadParams, [dy: Read, gate: Read, up: Read, d_gate: Write, d_up: Write]
+    KERNEL = "silu_mul_backward" in "elementwise/silu_mul_backward.wgsl", QuadParams, [dy: Read, gate: Read, up: Read, d_gate: Write, d_up: Write],
+    variants: quads::variants,
+    twin: tests::twin,
 }
 
 /// Returns (d_gate, d_up) of [`silu_mul`](crate::kernels::elementwise::silu_mul::silu_mul), given the gradient of its
@@ -54,7 +55,8 @@ pub fn silu_mul_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Ten
 }
 
 /// The formula, for any real type. Returns d_gate and d_up.
-pub fn reference<T: Real>(dy: &[T], gate: &[T], up: &[T]) -> (Vec<T>, Vec<T>) {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(dy: &[T], gate: &[T], up: &[T]) -> (Vec<T>, Vec<T>) {
     let one = T::one();
     let each = |i: usize| {
         let s = one / (one + (-gate[i]).exp());
@@ -89,6 +91,12 @@ mod tests {
         testing::assert_close(&context, &d_gate.to_vec().unwrap(), &wanted_gate, &bounds);
         let bounds: Vec<f64> = wanted_up.iter().map(|d| 1e-5 * d.abs() + 1e-30).collect();
         testing::assert_close(&context, &d_up.to_vec().unwrap(), &wanted_up, &bounds);
+    }
+
+    pub fn twin(device: &Device) {
+        for shape in [[0, 3], [1, 1], [33, 17], [257, 64]] {
+            check(device, &shape, 1);
+        }
     }
 
     proptest! {

@@ -3,7 +3,7 @@
 //! for many tokens in that tier. Operands are staged as f16 with powers of two that keep their
 //! range. Sums are f32, in parts that a second pass adds up in a fixed order.
 
-use crate::device::{Cooperative, Defines, Device, Dispatch, Gpu};
+use crate::device::{Cooperative, Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::elementwise::dropout::Dropout;
 use crate::kernels::qmatmul::call::GEMV_ROWS;
@@ -40,9 +40,10 @@ params! {
 }
 
 kernel! {
-    /// `shaders/lora/coop.wgsl`
     KERNEL = "lora_coop" in "lora/coop.wgsl", LoraCoopParams,
-        [left: Read, right: Read, factor: Read, out: Write]
+        [left: Read, right: Read, factor: Read, out: Write],
+    variants: variants,
+    twin: super::dw::tests::twin,
 }
 
 /// The larger operand. Other kernels share its row factors.
@@ -154,8 +155,11 @@ impl Form {
     }
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants() -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
+    if !tier.cooperative() {
+        return Vec::new();
+    }
     let each = |cooperative| {
         // A wide H occurs if there are fewer tokens than ranks.
         let sizes = [(false, true), (true, true), (false, false), (true, false)];

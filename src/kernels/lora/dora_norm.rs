@@ -13,7 +13,8 @@ use crate::kernels::cpu::simd;
 use crate::kernels::matrix::DeviceMatrix;
 use crate::kernels::matrix::dequantize::{CPU_ROWS, Delta, host_rows};
 use crate::kernels::matrix::packing::{MatrixLayout, Part};
-use crate::kernels::{Real, Scratch, kernel, params};
+use crate::kernels::matrix::variants::matrices;
+use crate::kernels::{Scratch, kernel, params};
 use crate::tensor::Tensor;
 
 const OP: &str = "dora_norm";
@@ -38,8 +39,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/lora/dora_norm.wgsl`
-    KERNEL = "dora_norm" in "lora/dora_norm.wgsl", DoraNormParams, [w: Read, a: Read, b: Read, norm: Write]
+    KERNEL = "dora_norm" in "lora/dora_norm.wgsl", DoraNormParams, [w: Read, a: Read, b: Read, norm: Write],
+    variants: |tier| matrices().into_iter().map(|matrix| defines(matrix, tier)).collect(),
+    twin: tests::twin,
 }
 
 /// Computes the lengths of the rows of deq(W) + s * B * A on the device of `w`: `[N]`.
@@ -96,11 +98,6 @@ fn defines(matrix: Defines, tier: Tier) -> Defines {
     matrix.with("rows", rows).with("threads", threads).with("software", tier == Tier::Software)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines], tier: Tier) -> Vec<Defines> {
-    matrices.iter().map(|matrix| defines(matrix.clone(), tier)).collect()
-}
-
 fn dispatch(gpu: &Gpu, part: &Part, w: &DeviceMatrix, delta: Option<Delta<'_>>, norm: &Buffer) -> Result<()> {
     let unused = gpu.unused()?;
     let (a, b, rank, lora_scale) = match delta.filter(|delta| delta.a.shape()[0] > 0) {
@@ -131,7 +128,8 @@ fn dispatch(gpu: &Gpu, part: &Part, w: &DeviceMatrix, delta: Option<Delta<'_>>, 
 }
 
 /// The formula, for any real type: `w` is [N, K], `delta` (A [r, K], B [N, r], s).
-pub fn reference<T: Real>(w: &[T], k: usize, delta: Option<(&[T], &[T], T)>) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(w: &[T], k: usize, delta: Option<(&[T], &[T], T)>) -> Vec<T> {
     let value = |row: usize, col: usize| {
         let merged = delta.map(|(a, b, scale)| {
             let rank = a.len() / k;
@@ -169,13 +167,10 @@ mod tests {
         testing::assert_close(&context, &norm.to_vec().unwrap(), &wanted, &bounds);
     }
 
-    #[test]
-    fn every_kind_of_matrix_on_every_device_and_tier() {
+    pub fn twin(device: &Device) {
         for (n, k, rank) in [(35, 64, 16), (5, 13, 3)] {
             for (kind, matrix) in testing::matrices(5, n, k, 0.1) {
-                for device in testing::devices() {
-                    check(&device, &kind, &matrix, rank, 1);
-                }
+                check(device, &kind, &matrix, rank, 1);
             }
         }
     }

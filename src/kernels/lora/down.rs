@@ -7,7 +7,7 @@ use crate::kernels::cpu::product::{Columns, View, parallelism};
 use crate::kernels::elementwise::dropout::Dropout;
 use crate::kernels::matrix::is_ragged;
 use crate::kernels::qmatmul::lanes::one_subgroup;
-use crate::kernels::{Real, RowFactors, Rows, Scratch, expect_2d, expect_shape, kernel, params};
+use crate::kernels::{RowFactors, Rows, Scratch, expect_2d, expect_shape, kernel, params};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "lora_down";
@@ -38,8 +38,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/lora/down.wgsl`
-    KERNEL = "lora_down" in "lora/down.wgsl", LoraDownParams, [x: Read, a: Read, a1: Read, a2: Read, h: Write, h1: Write, h2: Write]
+    KERNEL = "lora_down" in "lora/down.wgsl", LoraDownParams, [x: Read, a: Read, a1: Read, a2: Read, h: Write, h1: Write, h2: Write],
+    variants: |tier| Tile::variants(tier, MOST_PARTS, &[false, true]),
+    twin: tests::twin,
 }
 
 /// Computes dropout(X) * A^T on the device of `x`: [M, r].
@@ -183,7 +184,7 @@ impl Tile {
             .with("parts", parts as u32)
     }
 
-    /// Text constants of every variant with up to `parts` right sides, for the registry test.
+    /// Text constants of every variant with up to `parts` right sides.
     pub fn variants(tier: Tier, parts: usize, dropouts: &[bool]) -> Vec<Defines> {
         let mut all = Vec::new();
         for parts in 1..=parts {
@@ -196,11 +197,6 @@ impl Tile {
         }
         all
     }
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    Tile::variants(tier, MOST_PARTS, &[false, true])
 }
 
 /// Computes H for each of at most [`MOST_PARTS`] A of one shape. Their dropouts have one
@@ -251,7 +247,13 @@ fn dispatch(
 }
 
 /// The formula, for any real type.
-pub fn reference<T: Real>(x: &[T], a: &[T], [m, rank, k]: [usize; 3], dropout: Option<Dropout>) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(
+    x: &[T],
+    a: &[T],
+    [m, rank, k]: [usize; 3],
+    dropout: Option<Dropout>,
+) -> Vec<T> {
     let factor = |i: usize| dropout.map_or(T::one(), |dropout| T::of(dropout.factor(i as u32)));
     let value = |i: usize, j: usize| (0..k).map(|e| x[i * k + e] * factor(i * k + e) * a[j * k + e]).sum();
     (0..m * rank).map(|at| value(at / rank, at % rank)).collect()
@@ -295,6 +297,13 @@ mod tests {
         let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + 1e-30).collect();
         let context = format!("{} M={m} r={rank} K={k} {dropout:?}", testing::name(device));
         testing::assert_close(&context, &h.to_vec().unwrap(), &wanted, &bounds);
+    }
+
+    pub fn twin(device: &Device) {
+        for shape in [[1, 16, 64], [9, 3, 70], [65, 40, 128], [300, 16, 96]] {
+            check(device, shape, None, 1);
+            check(device, shape, Some(Dropout { probability: 0.3, seed: 5 }), 2);
+        }
     }
 
     proptest! {

@@ -11,7 +11,7 @@
 
 use super::sample_cpu;
 pub use super::sampling::Sampling;
-use super::sampling::{OP, SampleParams, weight};
+use super::sampling::{OP, SampleParams};
 use crate::device::{Defines, Dispatch, Tier};
 use crate::error::{Error, Result};
 use crate::indices::Indices;
@@ -19,18 +19,14 @@ use crate::kernels::kernel;
 use crate::tensor::{Storage, Tensor};
 
 kernel! {
-    /// `shaders/loss/sample.wgsl`
-    KERNEL = "sample" in "loss/sample.wgsl", SampleParams, [logits: Read, ids: Write]
+    KERNEL = "sample" in "loss/sample.wgsl", SampleParams, [logits: Read, ids: Write],
+    variants: |tier| [false, true].map(|greedy| defines(tier, greedy)).to_vec(),
+    twin: tests::twin,
 }
 
 fn defines(tier: Tier, greedy: bool) -> Defines {
     let threads: u32 = if tier == Tier::Software { 8 } else { 256 };
     Defines::new().with("threads", threads).with("greedy", greedy)
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    [false, true].map(|greedy| defines(tier, greedy)).to_vec()
 }
 
 /// Chooses token `number` of a seed for `logits` [1, V], on their device. [`checked`] detects that
@@ -85,7 +81,8 @@ fn bad_logit(got: &str) -> Error {
 }
 
 /// Chooses the same token, by sorting everything and adding sums as in the definition.
-pub fn reference(logits: &[f32], sampling: &Sampling, number: u64) -> u32 {
+#[cfg(test)]
+pub(crate) fn reference(logits: &[f32], sampling: &Sampling, number: u64) -> u32 {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     // Turns -0 into 0.
     order.sort_by(|&a, &b| (logits[b] + 0.0).total_cmp(&(logits[a] + 0.0)).then(a.cmp(&b)));
@@ -98,7 +95,7 @@ pub fn reference(logits: &[f32], sampling: &Sampling, number: u64) -> u32 {
     }
     let largest = logits[order[0]];
     let weights: Vec<u128> =
-        order.iter().map(|&id| params.steps(logits[id], largest).map_or(0, weight).into()).collect();
+        order.iter().map(|&id| params.steps(logits[id], largest).map_or(0, super::sampling::weight).into()).collect();
     let sums: Vec<u128> = weights
         .iter()
         .scan(0, |sum, weight| {
@@ -117,6 +114,7 @@ pub fn reference(logits: &[f32], sampling: &Sampling, number: u64) -> u32 {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::sampling::weight;
     use super::*;
     use crate::device::Device;
     use crate::testing;
@@ -128,13 +126,23 @@ mod tests {
 
     /// Checks that every device and tier chooses the same token.
     fn check(logits: &[f32], sampling: &Sampling, numbers: std::ops::Range<u64>) {
+        testing::devices().iter().for_each(|device| check_on(device, logits, sampling, numbers.clone()));
+    }
+
+    fn check_on(device: &Device, logits: &[f32], sampling: &Sampling, numbers: std::ops::Range<u64>) {
         for number in numbers {
             let wanted = reference(logits, sampling, number);
-            for device in testing::devices() {
-                let got = chosen(&device, logits, sampling, number).unwrap();
-                let name = testing::name(&device);
-                assert_eq!(got, wanted, "{name}: token {number} of {} by {sampling:?}", logits.len());
-            }
+            let got = chosen(device, logits, sampling, number).unwrap();
+            let name = testing::name(device);
+            assert_eq!(got, wanted, "{name}: token {number} of {} by {sampling:?}", logits.len());
+        }
+    }
+
+    pub fn twin(device: &Device) {
+        let logits = testing::values(3, 1000, 5.0);
+        check_on(device, &logits, &Sampling::default(), 0..1);
+        for (top_k, top_p) in [(0, 1.0), (40, 1.0), (0, 0.9), (40, 0.5)] {
+            check_on(device, &logits, &Sampling { temperature: 0.7, top_k, top_p, seed: 1 }, 0..4);
         }
     }
 

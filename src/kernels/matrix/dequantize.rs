@@ -11,6 +11,7 @@ use rayon::prelude::*;
 
 use super::device_matrix::DeviceMatrix;
 use super::packing::{MatrixLayout, Part};
+use super::variants::matrices;
 use crate::device::{Buffer, Defines, Dispatch, Gpu};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::product::{Columns, View};
@@ -40,8 +41,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/matrix/dequantize.wgsl`
-    KERNEL = "dequantize" in "matrix/dequantize.wgsl", DequantizeParams, [w: Read, a: Read, b: Read, y: Write]
+    KERNEL = "dequantize" in "matrix/dequantize.wgsl", DequantizeParams, [w: Read, a: Read, b: Read, y: Write],
+    variants: |_| matrices().into_iter().map(defines).collect(),
+    twin: tests::twin,
 }
 
 /// Invocations per workgroup.
@@ -83,11 +85,6 @@ impl<'a> Delta<'a> {
 /// Adds text constants to those of the matrix.
 pub(crate) fn defines(matrix: Defines) -> Defines {
     matrix.with("threads", THREADS)
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
-    matrices.iter().cloned().map(defines).collect()
 }
 
 /// Returns deq(W) + s * B * A on the host, [N, K] f32, computed on the device of `w`.
@@ -242,13 +239,10 @@ mod tests {
         testing::assert_close(&context, got.as_slice().unwrap(), &wanted, &bounds);
     }
 
-    #[test]
-    fn every_kind_comes_out_as_on_the_host() {
+    pub fn twin(device: &Device) {
         for (n, k) in [(5, 64), (33, 70), (5, 13), (3, 1), (64, 160)] {
             for (kind, matrix) in testing::matrices(5, n, k, 0.1) {
-                for device in testing::devices() {
-                    check_exact(&device, &kind, &matrix);
-                }
+                check_exact(device, &kind, &matrix);
             }
         }
     }

@@ -10,6 +10,7 @@ mod bytes;
 pub mod dequantize;
 mod device_matrix;
 pub(crate) mod packing;
+pub(crate) mod variants;
 
 pub use self::device_matrix::DeviceMatrix;
-pub(crate) use self::device_matrix::{dense_defines, is_ragged, quant_defines, wide};
+pub(crate) use self::device_matrix::is_ragged;

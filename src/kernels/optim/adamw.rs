@@ -23,8 +23,9 @@ use crate::kernels::{expect_shape, kernel};
 use crate::tensor::{Storage, Tensor};
 
 kernel! {
-    /// `shaders/optim/adamw.wgsl`
-    KERNEL = "adamw" in "optim/adamw.wgsl", AdamWParams, [param: Write, grad: Read, m: Write, v: Write, norm: Read]
+    KERNEL = "adamw" in "optim/adamw.wgsl", AdamWParams, [param: Write, grad: Read, m: Write, v: Write, norm: Read],
+    variants: quads::variants,
+    twin: tests::twin,
 }
 
 /// A tensor to update in a step.
@@ -132,7 +133,8 @@ fn on_cpu(update: &mut Update<'_>, params: &AdamWParams, factor: f32) -> Result<
 }
 
 /// The formula in f64, for gradients that are already clipped.
-pub fn reference(param: &mut [f64], grad: &[f64], m: &mut [f64], v: &mut [f64], config: &AdamW, step: u32) {
+#[cfg(test)]
+pub(crate) fn reference(param: &mut [f64], grad: &[f64], m: &mut [f64], v: &mut [f64], config: &AdamW, step: u32) {
     let &AdamW { lr, beta1, beta2, eps, weight_decay } = config;
     let [bias1, bias2] = [beta1, beta2].map(|beta| 1.0 - beta.powi(step as i32));
     for i in 0..param.len() {
@@ -144,7 +146,7 @@ pub fn reference(param: &mut [f64], grad: &[f64], m: &mut [f64], v: &mut [f64], 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::device::Device;
     use crate::kernels::optim::grad_norm::{self, grad_norm};
@@ -177,45 +179,38 @@ mod tests {
         testing::assert_close(&context, &v.to_vec().unwrap(), &v64, &bounds);
     }
 
-    #[test]
-    fn ten_steps_follow_the_formula_on_every_device() {
-        for device in testing::devices() {
-            for len in [1, 7, 1000, 40_001] {
-                check(&device, len, 0.1);
-            }
-            for amplitude in [1e-8, 1e4] {
-                check(&device, 37, amplitude);
-            }
+    pub fn twin(device: &Device) {
+        for len in [1, 7, 1000, 40_001] {
+            check(device, len, 0.1);
+        }
+        for amplitude in [1e-8, 1e4] {
+            check(device, 37, amplitude);
         }
     }
 
-    #[test]
-    fn many_tensors_have_the_bits_of_one_at_a_time() {
-        for device in testing::devices() {
-            let tensors = |seed: u64| -> Vec<Tensor> {
-                let new = |(i, len): (u64, &usize)| {
-                    Tensor::from_slice(&device, &[*len], &testing::values(seed + i, *len, 1.0)).unwrap()
-                };
-                (0..).zip(&[1, 1000, 7, 0, 4096, 257, 3, 20_001]).map(new).collect()
+    pub fn twin_of_several(device: &Device) {
+        let tensors = |seed: u64| -> Vec<Tensor> {
+            let new = |(i, len): (u64, &usize)| {
+                Tensor::from_slice(device, &[*len], &testing::values(seed + i, *len, 1.0)).unwrap()
             };
-            let grads = tensors(100);
-            let norm = grad_norm(&grads.iter().collect::<Vec<_>>(), None, Some(0.5)).unwrap();
-            let run = |together: bool| {
-                let (mut params, mut m, mut v) = (tensors(1), tensors(20), tensors(1));
-                let mut updates: Vec<Update<'_>> = params
-                    .iter_mut()
-                    .zip(&grads)
-                    .zip(m.iter_mut().zip(&mut v))
-                    .map(|((param, grad), (m, v))| Update { param, grad, m, v })
-                    .collect();
-                let size = if together { updates.len() } else { 1 };
-                updates.chunks_mut(size).for_each(|updates| adamw_all(updates, &CONFIG, 3, &norm).unwrap());
-                let all = params.iter().chain(&m).chain(&v);
-                all.map(|tensor| tensor.to_vec().unwrap().into_iter().map(f32::to_bits).collect())
-                    .collect::<Vec<Vec<_>>>()
-            };
-            assert_eq!(run(true), run(false), "{}", testing::name(&device));
-        }
+            (0..).zip(&[1, 1000, 7, 0, 4096, 257, 3, 20_001]).map(new).collect()
+        };
+        let grads = tensors(100);
+        let norm = grad_norm(&grads.iter().collect::<Vec<_>>(), None, Some(0.5)).unwrap();
+        let run = |together: bool| {
+            let (mut params, mut m, mut v) = (tensors(1), tensors(20), tensors(1));
+            let mut updates: Vec<Update<'_>> = params
+                .iter_mut()
+                .zip(&grads)
+                .zip(m.iter_mut().zip(&mut v))
+                .map(|((param, grad), (m, v))| Update { param, grad, m, v })
+                .collect();
+            let size = if together { updates.len() } else { 1 };
+            updates.chunks_mut(size).for_each(|updates| adamw_all(updates, &CONFIG, 3, &norm).unwrap());
+            let all = params.iter().chain(&m).chain(&v);
+            all.map(|tensor| tensor.to_vec().unwrap().into_iter().map(f32::to_bits).collect()).collect::<Vec<Vec<_>>>()
+        };
+        assert_eq!(run(true), run(false), "{}", testing::name(device));
     }
 
     #[test]

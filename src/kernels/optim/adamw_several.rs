@@ -3,7 +3,7 @@
 //! bit.
 
 use super::settings::AdamWParams;
-use crate::device::{Buffer, Dispatch, Gpu};
+use crate::device::{Buffer, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::elementwise::quads;
 use crate::kernels::{kernel, params, takes_several};
@@ -32,13 +32,14 @@ params! {
 }
 
 kernel! {
-    /// `shaders/optim/adamw_several.wgsl`
     KERNEL = "adamw_several" in "optim/adamw_several.wgsl", AdamWSeveralParams, [
         norm: Read,
         param0: Write, grad0: Read, m0: Write, v0: Write,
         param1: Write, grad1: Read, m1: Write, v1: Write,
         param2: Write, grad2: Read, m2: Write, v2: Write,
-    ]
+    ],
+    variants: |tier| if tier == Tier::Software { Vec::new() } else { vec![quads::defines()] },
+    twin: super::adamw::tests::twin_of_several,
 }
 
 /// Tensors per dispatch.

@@ -23,11 +23,12 @@ params! {
 }
 
 kernel! {
-    /// `shaders/optim/square_sums.wgsl`
     KERNEL = "square_sums" in "optim/square_sums.wgsl", SquareSumsParams, [
         x0: Read, x1: Read, x2: Read, x3: Read, x4: Read, x5: Read, x6: Read, x7: Read, x8: Read, x9: Read, x10: Read, x11: Read,
         y: Write,
-    ]
+    ],
+    variants: |tier| if tier == Tier::Software { Vec::new() } else { vec![defines(tier)] },
+    twin: super::grad_norm::tests::twin,
 }
 
 /// Tensors per dispatch.
@@ -37,11 +38,6 @@ pub(crate) const RUNS: usize = 16;
 
 fn defines(tier: Tier) -> Defines {
     RowTeams::long(tier).defines().with("runs", RUNS as u32)
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software { Vec::new() } else { vec![defines(tier)] }
 }
 
 /// Whether a device takes several tensors at a time.

@@ -4,15 +4,17 @@
 
 use super::call::{GpuCall, QmatmulParams};
 use super::tile::{has_room, with_tile};
-use crate::device::{Buffer, Cooperative, Defines, Dispatch, Gpu};
+use crate::device::{Buffer, Cooperative, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::kernels::matrix::packing::Part;
+use crate::kernels::matrix::variants::wide_matrices;
 
 kernel! {
-    /// `shaders/qmatmul/coop.wgsl`
     KERNEL = "qmatmul_coop" in "qmatmul/coop.wgsl", QmatmulParams,
-        [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write]
+        [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write],
+    variants: variants,
+    twin: super::tests::twin_of_many_rows,
 }
 
 /// A tile of the result, shared by several subgroups.
@@ -107,8 +109,12 @@ fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
     matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
+    if !tier.cooperative() {
+        return Vec::new();
+    }
+    let matrices = wide_matrices();
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {
         let of = |matrix: &Defines, tile, quads| {

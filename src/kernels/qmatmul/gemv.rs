@@ -2,15 +2,17 @@
 //! it reads W once. Groups of threads share a few rows of W and stage X in workgroup memory.
 
 use super::call::{GEMV_ROWS, GpuCall, QmatmulParams};
-use crate::device::{Defines, Dispatch};
+use crate::device::{Defines, Dispatch, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::kernels::matrix::packing::Part;
+use crate::kernels::matrix::variants::wide_matrices;
 
 kernel! {
-    /// `shaders/qmatmul/gemv.wgsl`
     KERNEL = "qmatmul_gemv" in "qmatmul/gemv.wgsl", QmatmulParams,
-        [x: Read, w: Read, bias: Read, h: Read, b: Read, w4: Read, y: Write]
+        [x: Read, w: Read, bias: Read, h: Read, b: Read, w4: Read, y: Write],
+    variants: variants,
+    twin: super::tests::twin_of_few_rows,
 }
 
 /// Threads per workgroup, and the rows of W that a group of threads has at a time. Which shape is
@@ -38,13 +40,17 @@ pub(crate) fn defines(matrix: Defines, tokens: u32, (threads, rows): (u32, u32))
         .with("share", false)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software {
+        return Vec::new();
+    }
+    let matrices = wide_matrices();
     let mut all = Vec::new();
     for tokens in [1, 2, 4, 8] {
         for (index, shape) in shapes(tokens).enumerate() {
             // Sizes only repeat text, so one matrix represents the others.
-            let matrices = if index == 0 { matrices } else { &matrices[..1] };
+            let matrices = if index == 0 { &matrices[..] } else { &matrices[..1] };
             all.extend(matrices.iter().map(|matrix| defines(matrix.clone(), tokens, shape)));
         }
     }

@@ -3,15 +3,17 @@
 //! word serves many rows.
 
 use super::call::{GpuCall, QmatmulParams};
-use crate::device::{Defines, Dispatch, Gpu, Kernel};
+use crate::device::{Defines, Dispatch, Gpu, Kernel, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::kernels::matrix::packing::Part;
+use crate::kernels::matrix::variants::matrices;
 use crate::kernels::matrix::{DeviceMatrix, is_ragged};
 
 kernel! {
-    /// `shaders/qmatmul/lanes.wgsl`
-    KERNEL = "qmatmul_lanes" in "qmatmul/lanes.wgsl", QmatmulParams, [x: Read, w: Read, bias: Read, h: Read, b: Read, y: Write]
+    KERNEL = "qmatmul_lanes" in "qmatmul/lanes.wgsl", QmatmulParams, [x: Read, w: Read, bias: Read, h: Read, b: Read, y: Write],
+    variants: variants,
+    twin: super::tests::twin_of_few_rows,
 }
 
 /// Invocations per workgroup: the eight lanes of a driver's register.
@@ -47,8 +49,12 @@ pub(crate) fn defines(matrix: Defines, words_per_scale: u32, (tokens, columns): 
         .with("share", share)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
+    if tier != Tier::Software {
+        return Vec::new();
+    }
+    let matrices = matrices();
     let shapes = [false, true].into_iter().flat_map(|share| shapes(SHAPES, share).map(move |shape| (shape, share)));
     let shapes = shapes.chain(LARGEST[1..].iter().map(|shape| (*shape, true)));
     let variant = |(shape, share): ((u32, u32), bool)| {

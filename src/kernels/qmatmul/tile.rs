@@ -3,16 +3,18 @@
 //! values of Y per invocation.
 
 use super::call::{GpuCall, QmatmulParams};
-use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel};
+use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::kernels::matrix::DeviceMatrix;
 use crate::kernels::matrix::packing::Part;
+use crate::kernels::matrix::variants::wide_matrices;
 
 kernel! {
-    /// `shaders/qmatmul/tile.wgsl`
     KERNEL = "qmatmul_tile" in "qmatmul/tile.wgsl", QmatmulParams,
-        [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write]
+        [x: Read, w: Read, bias: Read, h: Read, b: Read, row_factor: Read, w4: Read, y: Write],
+    variants: variants,
+    twin: super::tests::twin_of_many_rows,
 }
 
 /// Rows and columns of a tile. A large tile decodes each weight for twice as many rows; which one
@@ -69,8 +71,13 @@ fn defines(matrix: Defines, form: Form) -> Defines {
     matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software {
+        return Vec::new();
+    }
+    let matrices = wide_matrices();
+    let f16 = tier.f16();
     let of = |matrix: &Defines, side, quads, rank_quads| defines(matrix.clone(), Form { f16, side, quads, rank_quads });
     let mut all: Vec<_> = matrices.iter().map(|matrix| of(matrix, 64, true, true)).collect();
     let sizes = [(64, false, false), (128, true, true), (128, false, false)];

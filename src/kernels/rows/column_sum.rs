@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::device::{Buffer, Defines, Device, Dispatch, Gpu, Tier};
 use crate::error::Result;
-use crate::kernels::{Real, Scratch, expect_2d, expect_shape, kernel, params};
+use crate::kernels::{Scratch, expect_2d, expect_shape, kernel, params};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "column_sum";
@@ -33,8 +33,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/rows/column_sum.wgsl`
-    KERNEL = "column_sum" in "rows/column_sum.wgsl", ColumnSumParams, [a: Read, b: Read, sums: Write]
+    KERNEL = "column_sum" in "rows/column_sum.wgsl", ColumnSumParams, [a: Read, b: Read, sums: Write],
+    variants: |tier| [false, true].map(|product| defines(tier, product)).into(),
+    twin: tests::twin,
 }
 
 /// Computes the column sums of `a` [M, N], or of `a * b`, on their device: `[N]`.
@@ -96,11 +97,6 @@ fn threads(tier: Tier) -> u32 {
 
 fn defines(tier: Tier, product: bool) -> Defines {
     Defines::new().with("threads", threads(tier)).with("product", product)
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    [false, true].map(|product| defines(tier, product)).into()
 }
 
 /// Rows per sum, so that `groups` workgroups per sum fill the device. No sum is short, and none is
@@ -215,7 +211,8 @@ fn each(tier: Tier, m: usize, n: usize) -> usize {
 }
 
 /// The formula, for any real type.
-pub fn reference<T: Real>(a: &[T], b: Option<&[T]>, n: usize) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(a: &[T], b: Option<&[T]>, n: usize) -> Vec<T> {
     let value = |i: usize| b.map_or(a[i], |b| a[i] * b[i]);
     (0..n).map(|column| (column..a.len()).step_by(n).map(value).sum()).collect()
 }
@@ -254,12 +251,9 @@ mod tests {
         }
     }
 
-    #[test]
-    fn empty_shapes_and_gradients_of_any_size() {
-        for device in testing::devices() {
-            for (shape, amplitude) in [([0, 3], 1.0), ([3, 0], 1.0), ([300, 70], 1e-8), ([5000, 3], 1e4)] {
-                check(&device, shape, true, amplitude, 1);
-            }
+    pub fn twin(device: &Device) {
+        for (shape, amplitude) in [([0, 3], 1.0), ([3, 0], 1.0), ([300, 70], 1e-8), ([5000, 3], 1e4)] {
+            check(device, shape, true, amplitude, 1);
         }
     }
 

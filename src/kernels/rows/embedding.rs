@@ -7,7 +7,8 @@ use crate::error::{Error, Result};
 use crate::indices::Indices;
 use crate::kernels::matrix::DeviceMatrix;
 use crate::kernels::matrix::packing::MatrixLayout;
-use crate::kernels::{Real, kernel, params};
+use crate::kernels::matrix::variants::matrices;
+use crate::kernels::{kernel, params};
 use crate::tensor::Tensor;
 
 const OP: &str = "embedding";
@@ -33,8 +34,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/rows/embedding.wgsl`
-    KERNEL = "embedding" in "rows/embedding.wgsl", EmbeddingParams, [ids: Read, w: Read, y: Write]
+    KERNEL = "embedding" in "rows/embedding.wgsl", EmbeddingParams, [ids: Read, w: Read, y: Write],
+    variants: |_| matrices().into_iter().map(defines).collect(),
+    twin: tests::twin,
 }
 
 /// Invocations per workgroup.
@@ -43,11 +45,6 @@ const THREADS: u32 = 64;
 /// Adds text constants to those of the matrix.
 fn defines(matrix: Defines) -> Defines {
     matrix.with("threads", THREADS)
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
-    matrices.iter().cloned().map(defines).collect()
 }
 
 /// Returns the rows of `table` with these `ids`, [M, K].
@@ -112,7 +109,8 @@ pub fn check_ids(ids: &[u32], rows: usize) -> Result<()> {
 }
 
 /// The formula, for any real type. `table` has rows of `k` values.
-pub fn reference<T: Real>(table: &[T], ids: &[u32], k: usize) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(table: &[T], ids: &[u32], k: usize) -> Vec<T> {
     ids.iter().flat_map(|&id| table[id as usize * k..][..k].iter().copied()).collect()
 }
 
@@ -140,14 +138,11 @@ mod tests {
         testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
     }
 
-    #[test]
-    fn every_kind_of_table_on_every_device_and_tier() {
+    pub fn twin(device: &Device) {
         for (rows, k) in [(13, 64), (7, 13)] {
             for (kind, matrix) in testing::matrices(5, rows, k, 0.1) {
-                for device in testing::devices() {
-                    check(&device, &kind, &matrix, &[0, 6, 6, 1, 2, 5]);
-                    check(&device, &kind, &matrix, &[]);
-                }
+                check(device, &kind, &matrix, &[0, 6, 6, 1, 2, 5]);
+                check(device, &kind, &matrix, &[]);
             }
         }
     }

@@ -80,7 +80,7 @@ pub(crate) fn packs(device: &Device) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use half::f16;
 
     use super::*;
@@ -100,48 +100,43 @@ mod tests {
         }
     }
 
-    #[test]
-    fn factors_bring_every_row_into_the_range_of_f16() {
+    pub fn twin(device: &Device) {
+        let Device::Gpu(gpu) = device else { return };
         let largest = [0.0, 1e-38, 2e-38, 1e-8, 0.3, 1.0, 2.0, 1e5, 3e38];
         let rows = largest.len();
-        for device in testing::gpus() {
-            let Device::Gpu(gpu) = &device else { continue };
-            // Short and long rows, with and without a multiple of 4 values; the largest value is
-            // the last or another one.
-            for k in [2, 3, 4, 16, 77, 80, 576, 1533, 1536, 5000] {
-                for at in [k / 3, k - 1] {
-                    let value = |i: usize| {
-                        let below = if i % k == at { 1.0 } else { [0.9, -0.25, 0.1][i * 7 / 3 % 3] };
-                        largest[i / k] * below * [1.0, -1.0][i % 2]
+        // Short and long rows, with and without a multiple of 4 values; the largest value is
+        // the last or another one.
+        for k in [2, 3, 4, 16, 77, 80, 576, 1533, 1536, 5000] {
+            for at in [k / 3, k - 1] {
+                let value = |i: usize| {
+                    let below = if i % k == at { 1.0 } else { [0.9, -0.25, 0.1][i * 7 / 3 % 3] };
+                    largest[i / k] * below * [1.0, -1.0][i % 2]
+                };
+                let x: Vec<f32> = (0..rows * k).map(value).collect();
+                let tensor = Tensor::from_slice(device, &[rows, k], &x).unwrap();
+                let own = RowFactors::default();
+                let operand = Rows { tensor: &tensor, factors: &own };
+                let found = operand.found(gpu, "test").unwrap();
+                let found: Vec<f32> = from_bytes(&gpu.read(found, 4 * rows as u64).unwrap());
+                let wanted: Vec<f32> = x.chunks(k).map(row_factor::reference).collect();
+                assert_eq!(found, wanted, "{device:?} K={k}");
+                if gpu.cooperative().is_none() {
+                    continue;
+                }
+                let [packed, found] = operand.packed(gpu, "test").unwrap();
+                let found: Vec<f32> = from_bytes(&gpu.read(found, 4 * rows as u64).unwrap());
+                assert_eq!(found, wanted, "{device:?} K={k}, packed");
+                let bytes = gpu.read(packed, 4 * pack_rows::words(rows, k) as u64).unwrap();
+                let packed: Vec<f16> =
+                    bytes.chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]])).collect();
+                for ((row, factor), packed) in x.chunks(k).zip(&wanted).zip(packed.chunks(k.next_multiple_of(PACKED))) {
+                    let (values, zeros) = packed.split_at(k);
+                    // Drivers may treat subnormal values as zero.
+                    let is = |(value, &got): (&f32, &f16)| {
+                        got == f16::from_f32(value * factor) || value.abs() < f32::MIN_POSITIVE && got == f16::ZERO
                     };
-                    let x: Vec<f32> = (0..rows * k).map(value).collect();
-                    let tensor = Tensor::from_slice(&device, &[rows, k], &x).unwrap();
-                    let own = RowFactors::default();
-                    let operand = Rows { tensor: &tensor, factors: &own };
-                    let found = operand.found(gpu, "test").unwrap();
-                    let found: Vec<f32> = from_bytes(&gpu.read(found, 4 * rows as u64).unwrap());
-                    let wanted: Vec<f32> = x.chunks(k).map(row_factor::reference).collect();
-                    assert_eq!(found, wanted, "{device:?} K={k}");
-                    if gpu.cooperative().is_none() {
-                        continue;
-                    }
-                    let [packed, found] = operand.packed(gpu, "test").unwrap();
-                    let found: Vec<f32> = from_bytes(&gpu.read(found, 4 * rows as u64).unwrap());
-                    assert_eq!(found, wanted, "{device:?} K={k}, packed");
-                    let bytes = gpu.read(packed, 4 * pack_rows::words(rows, k) as u64).unwrap();
-                    let packed: Vec<f16> =
-                        bytes.chunks_exact(2).map(|pair| f16::from_le_bytes([pair[0], pair[1]])).collect();
-                    for ((row, factor), packed) in
-                        x.chunks(k).zip(&wanted).zip(packed.chunks(k.next_multiple_of(PACKED)))
-                    {
-                        let (values, zeros) = packed.split_at(k);
-                        // Drivers may treat subnormal values as zero.
-                        let is = |(value, &got): (&f32, &f16)| {
-                            got == f16::from_f32(value * factor) || value.abs() < f32::MIN_POSITIVE && got == f16::ZERO
-                        };
-                        assert!(row.iter().zip(values).all(is), "{device:?} K={k}: {row:?} packed as {values:?}");
-                        assert!(zeros.iter().all(|&zero| zero == f16::ZERO), "{device:?} K={k}: padded by {zeros:?}");
-                    }
+                    assert!(row.iter().zip(values).all(is), "{device:?} K={k}: {row:?} packed as {values:?}");
+                    assert!(zeros.iter().all(|&zero| zero == f16::ZERO), "{device:?} K={k}: padded by {zeros:?}");
                 }
             }
         }

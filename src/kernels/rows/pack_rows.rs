@@ -8,8 +8,9 @@ use crate::error::Result;
 use crate::kernels::kernel;
 
 kernel! {
-    /// `shaders/rows/pack_rows.wgsl`
-    KERNEL = "pack_rows" in "rows/pack_rows.wgsl", RowFactorParams, [x: Read, factor: Write, packed: Write]
+    KERNEL = "pack_rows" in "rows/pack_rows.wgsl", RowFactorParams, [x: Read, factor: Write, packed: Write],
+    variants: |tier| row_factor::variants().into_iter().filter(|_| tier.cooperative()).map(defines).collect(),
+    twin: super::factors::tests::twin,
 }
 
 /// Packed rows have a multiple of this many values: two stages of a product, which is `2 * depth`
@@ -24,11 +25,6 @@ pub(crate) fn words(rows: usize, k: usize) -> usize {
 /// Adds text constants to those of [`row_factor`].
 fn defines(shared: Defines) -> Defines {
     shared.with("f16", true)
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants() -> Vec<Defines> {
-    row_factor::variants().into_iter().map(defines).collect()
 }
 
 /// Packs `rows` rows of `k` values.

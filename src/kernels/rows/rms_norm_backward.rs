@@ -7,24 +7,26 @@
 use rayon::prelude::*;
 
 use super::rms_norm::{self, RmsNormParams, cpu_task, dispatch, row_len, rstd};
+use super::teams::RowTeams;
 use crate::device::{Defines, Tier};
 use crate::error::Result;
 use crate::kernels::cpu::simd::dot;
 use crate::kernels::elementwise::add_assign;
-use crate::kernels::{Real, expect_shape, kernel};
+use crate::kernels::{expect_shape, kernel};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "rms_norm_backward";
 
 kernel! {
-    /// `shaders/rows/rms_norm_backward.wgsl`
-    KERNEL = "rms_norm_backward" in "rows/rms_norm_backward.wgsl", RmsNormParams, [dy: Read, x: Read, w: Read, dx: Write]
+    KERNEL = "rms_norm_backward" in "rows/rms_norm_backward.wgsl", RmsNormParams, [dy: Read, x: Read, w: Read, dx: Write],
+    variants: variants,
+    twin: tests::twin,
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
     let adding = |defines: Defines| [false, true].map(|adds| defines.clone().with("adds", adds));
-    rms_norm::variants(tier).into_iter().flat_map(adding).collect()
+    [false, true].into_iter().flat_map(|ragged| adding(RowTeams::short(tier).row_defines(ragged))).collect()
 }
 
 /// Returns the gradient of the input `x` of [`rms_norm`](crate::kernels::rows::rms_norm::rms_norm), given the
@@ -70,7 +72,8 @@ pub(crate) fn onto(sum: Option<Tensor>, dy: &Tensor, x: &Tensor, weight: &Tensor
 }
 
 /// The formula, for any real type.
-pub fn reference<T: Real>(dy: &[T], x: &[T], weight: &[T], eps: T) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(dy: &[T], x: &[T], weight: &[T], eps: T) -> Vec<T> {
     let k = T::of(weight.len() as f32);
     let row = |(dy, x): (&[T], &[T])| {
         let mean = x.iter().map(|&x| x * x).sum::<T>() / k;
@@ -132,12 +135,9 @@ mod tests {
         }
     }
 
-    #[test]
-    fn small_and_large_gradients_survive() {
-        for device in testing::devices() {
-            for amplitude in [1e-8, 1e4] {
-                check(&device, 5, 576, amplitude, 1);
-            }
+    pub fn twin(device: &Device) {
+        for amplitude in [1e-8, 1e4] {
+            check(device, 5, 576, amplitude, 1);
         }
     }
 

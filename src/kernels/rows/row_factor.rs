@@ -18,8 +18,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/rows/row_factor.wgsl`
-    KERNEL = "row_factor" in "rows/row_factor.wgsl", RowFactorParams, [x: Read, factor: Write]
+    KERNEL = "row_factor" in "rows/row_factor.wgsl", RowFactorParams, [x: Read, factor: Write],
+    variants: |_| variants(),
+    twin: super::factors::tests::twin,
 }
 
 /// Minimum invocations per workgroup; a power of two.
@@ -40,7 +41,7 @@ fn defines(team: u32, quads: bool) -> Defines {
     Defines::new().with("threads", THREADS.max(team)).with("team", team).with("quads", quads)
 }
 
-/// Text constants of every variant, for the registry test.
+/// Text constants of every variant.
 pub(crate) fn variants() -> Vec<Defines> {
     let [fewest, most] = TEAMS.map(u32::trailing_zeros);
     (fewest..=most).flat_map(|log| [false, true].map(|quads| defines(1 << log, quads))).collect()

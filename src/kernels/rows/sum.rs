@@ -8,7 +8,7 @@ use super::teams::RowTeams;
 use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::elementwise::quads::CPU_CHUNK;
-use crate::kernels::{Real, kernel, params};
+use crate::kernels::{kernel, params};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "sum";
@@ -28,8 +28,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/rows/sum.wgsl`
-    KERNEL = "sum" in "rows/sum.wgsl", SumParams, [x: Read, y: Write]
+    KERNEL = "sum" in "rows/sum.wgsl", SumParams, [x: Read, y: Write],
+    variants: |tier| [false, true].map(|squares| defines(tier, squares)).to_vec(),
+    twin: tests::twin,
 }
 
 /// Values per run / 4.
@@ -42,11 +43,6 @@ fn run_quads(tier: Tier) -> u32 {
 
 fn defines(tier: Tier, squares: bool) -> Defines {
     RowTeams::long(tier).defines().with("run_quads", run_quads(tier)).with("squares", squares)
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    [false, true].map(|squares| defines(tier, squares)).to_vec()
 }
 
 /// Returns scale * the sum of all values, `[1]`.
@@ -117,28 +113,27 @@ fn pass(gpu: &Gpu, x: &Buffer, len: usize, squares: bool, params: SumParams, y: 
 }
 
 /// The formula, for any real type.
-pub fn reference<T: Real>(x: &[T], scale: T) -> T {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(x: &[T], scale: T) -> T {
     scale * x.iter().copied().sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Device;
     use crate::testing::{self, wide};
 
-    #[test]
-    fn sums_of_any_length_on_every_device() {
+    pub fn twin(device: &Device) {
         for len in [0, 1, 2, 3, 5, 1023, 1024, 1025, 16_385, 2_100_000] {
             let x = testing::values(len as u64, len, 1.0);
             let wanted = reference(&wide(&x), 0.5);
             let terms = wide(&x).iter().map(|value| value.abs()).sum::<f64>();
-            for device in testing::devices() {
-                let tensor = Tensor::from_slice(&device, &[len], &x).unwrap();
-                let [first, again] = [(); 2].map(|()| sum(&tensor, 0.5).unwrap().to_vec().unwrap());
-                let context = format!("{} {len} values", testing::name(&device));
-                testing::assert_close(&context, &first, &[wanted], &[1e-6 * terms + 1e-30]);
-                assert_eq!(first, again, "{context}: the same again");
-            }
+            let tensor = Tensor::from_slice(device, &[len], &x).unwrap();
+            let [first, again] = [(); 2].map(|()| sum(&tensor, 0.5).unwrap().to_vec().unwrap());
+            let context = format!("{} {len} values", testing::name(device));
+            testing::assert_close(&context, &first, &[wanted], &[1e-6 * terms + 1e-30]);
+            assert_eq!(first, again, "{context}: the same again");
         }
     }
 }

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::cpu::simd;
-use crate::kernels::{Real, kernel, params};
+use crate::kernels::{kernel, params};
 use crate::tensor::Tensor;
 
 const OP: &str = "attention delta";
@@ -23,8 +23,9 @@ params! {
 }
 
 kernel! {
-    /// `shaders/attention/backward/delta.wgsl`
-    KERNEL = "attention_delta" in "attention/backward/delta.wgsl", AttentionDeltaParams, [d_o: Read, o: Read, lse: Read, stats: Write]
+    KERNEL = "attention_delta" in "attention/backward/delta.wgsl", AttentionDeltaParams, [d_o: Read, o: Read, lse: Read, stats: Write],
+    variants: |tier| vec![defines(tier)],
+    twin: super::tests::twin,
 }
 
 /// Invocations per workgroup.
@@ -64,7 +65,8 @@ pub(crate) fn deltas(d_o: &[f32], o: &[f32], head_dim: usize, deltas: &mut [f32]
 }
 
 /// The formula, for any real type.
-pub fn reference<T: Real>(d_o: &[T], o: &[T], head_dim: usize) -> Vec<T> {
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(d_o: &[T], o: &[T], head_dim: usize) -> Vec<T> {
     let dot = |(d_o, o): (&[T], &[T])| d_o.iter().zip(o).map(|(&d_o, &o)| d_o * o).sum();
     d_o.chunks(head_dim).zip(o.chunks(head_dim)).map(dot).collect()
 }

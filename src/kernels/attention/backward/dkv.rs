@@ -2,16 +2,17 @@
 //! key it loops over the queries that see it, in all heads that share the key.
 
 use super::call::GpuCall;
-use crate::device::{Defines, Dispatch, Tier};
+use crate::device::Dispatch;
 use crate::error::Result;
 use crate::kernels::attention::call::{AttentionParams, Split, flops_per_group};
 use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/backward/dkv.wgsl`
     KERNEL = "attention_dkv" in "attention/backward/dkv.wgsl", AttentionParams,
-        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write],
+    variants: |tier| Split::variants(tier, MOST_QUADS, TILE),
+    twin: super::tests::twin_of_odd_heads,
 }
 
 /// Maximum vec4 of a row that a thread owns when threads share the row, for each of K, V, dK and
@@ -19,11 +20,6 @@ kernel! {
 const MOST_QUADS: usize = 8;
 /// Queries between barriers: for each a score and a gradient, together a vec4.
 const TILE: u32 = 2;
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    Split::variants(tier, MOST_QUADS, TILE)
-}
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<()> {
     let GpuCall { op, gpu, shape, visibility, .. } = *call;

@@ -6,18 +6,19 @@ use super::call::GpuCall;
 use crate::device::Dispatch;
 use crate::error::Result;
 use crate::kernels::attention::call::{AttentionParams, flops_per_group};
-use crate::kernels::attention::form::Form;
+use crate::kernels::attention::form::{Form, Pass};
 use crate::kernels::attention::pack::Packed;
 use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/backward/dkv_coop.wgsl`
     KERNEL = "attention_dkv_coop" in "attention/backward/dkv_coop.wgsl", AttentionParams,
         [
             queries: Read, keys: Read, query_scales: Read, key_scales: Read, stats: Read, query_ranges: Read, dk: Write,
             dv: Write,
-        ]
+        ],
+    variants: |tier| Form::variants(Pass::Dkv, tier),
+    twin: super::tests::twin,
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, packed: &Packed, form: Form, [dk, dv]: [&Tensor; 2]) -> Result<()> {

@@ -2,7 +2,7 @@
 //! [`attention_lanes`](crate::kernels::attention::lanes).
 
 use super::call::GpuCall;
-use crate::device::{Defines, Dispatch, Tier};
+use crate::device::Dispatch;
 use crate::error::Result;
 use crate::kernels::attention::call::{AttentionParams, flops_per_group};
 use crate::kernels::attention::lanes::{defines, rows, variants_of};
@@ -10,18 +10,14 @@ use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/backward/dkv_lanes.wgsl`
     KERNEL = "attention_dkv_lanes" in "attention/backward/dkv_lanes.wgsl", AttentionParams,
-        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write],
+    variants: |tier| variants_of(tier, SUMS),
+    twin: super::tests::twin,
 }
 
 /// Two sums per row: dK and dV.
 const SUMS: usize = 2;
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    variants_of(tier, SUMS)
-}
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<()> {
     let GpuCall { op, gpu, shape, visibility, .. } = *call;

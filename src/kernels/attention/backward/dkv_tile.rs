@@ -2,7 +2,7 @@
 //! [`attention_tile`](crate::kernels::attention::tile).
 
 use super::call::GpuCall;
-use crate::device::{Defines, Dispatch, Tier};
+use crate::device::Dispatch;
 use crate::error::Result;
 use crate::kernels::attention::call::{AttentionParams, flops_per_group};
 use crate::kernels::attention::tile::{Tiling, Work};
@@ -10,18 +10,14 @@ use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/backward/dkv_tile.wgsl`
     KERNEL = "attention_dkv_tile" in "attention/backward/dkv_tile.wgsl", AttentionParams,
-        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write]
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, query_ranges: Read, dk: Write, dv: Write],
+    variants: |tier| Tiling::variants(tier, WORK),
+    twin: super::tests::twin_of_few_queries,
 }
 
 /// The results are dK and dV.
 const WORK: Work = Work { products: 2, results: 2 };
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    Tiling::variants(tier, WORK)
-}
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dk: &Tensor, dv: &Tensor) -> Result<()> {
     let GpuCall { op, gpu, shape, visibility, .. } = *call;

@@ -2,27 +2,23 @@
 //! over the keys that it sees.
 
 use super::call::GpuCall;
-use crate::device::{Defines, Dispatch, Tier};
+use crate::device::Dispatch;
 use crate::error::Result;
 use crate::kernels::attention::call::{AttentionParams, Split, flops_per_group};
 use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/backward/dq.wgsl`
     KERNEL = "attention_dq" in "attention/backward/dq.wgsl", AttentionParams,
-        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write]
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write],
+    variants: |tier| Split::variants(tier, MOST_QUADS, TILE),
+    twin: super::tests::twin_of_odd_heads,
 }
 
 /// Maximum vec4 of a row that a thread owns when threads share the row, for each of Q, dO and dQ.
 const MOST_QUADS: usize = 8;
 /// Keys between barriers: for each a score and a gradient, together a vec4.
 const TILE: u32 = 2;
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    Split::variants(tier, MOST_QUADS, TILE)
-}
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dq: &Tensor) -> Result<()> {
     let GpuCall { op, gpu, shape, visibility, .. } = *call;

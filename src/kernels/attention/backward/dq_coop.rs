@@ -6,15 +6,16 @@ use super::call::GpuCall;
 use crate::device::Dispatch;
 use crate::error::Result;
 use crate::kernels::attention::call::{AttentionParams, flops_per_group};
-use crate::kernels::attention::form::Form;
+use crate::kernels::attention::form::{Form, Pass};
 use crate::kernels::attention::pack::Packed;
 use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/backward/dq_coop.wgsl`
     KERNEL = "attention_dq_coop" in "attention/backward/dq_coop.wgsl", AttentionParams,
-        [queries: Read, keys: Read, query_scales: Read, key_scales: Read, stats: Read, key_ranges: Read, dq: Write]
+        [queries: Read, keys: Read, query_scales: Read, key_scales: Read, stats: Read, key_ranges: Read, dq: Write],
+    variants: |tier| Form::variants(Pass::Dq, tier),
+    twin: super::tests::twin,
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, packed: &Packed, form: Form, dq: &Tensor) -> Result<()> {

@@ -2,7 +2,7 @@
 //! [`attention_lanes`](crate::kernels::attention::lanes).
 
 use super::call::GpuCall;
-use crate::device::{Defines, Dispatch, Tier};
+use crate::device::Dispatch;
 use crate::error::Result;
 use crate::kernels::attention::call::{AttentionParams, flops_per_group};
 use crate::kernels::attention::lanes::{defines, rows, variants_of};
@@ -10,14 +10,10 @@ use crate::kernels::kernel;
 use crate::tensor::Tensor;
 
 kernel! {
-    /// `shaders/attention/backward/dq_lanes.wgsl`
     KERNEL = "attention_dq_lanes" in "attention/backward/dq_lanes.wgsl", AttentionParams,
-        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write]
-}
-
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(tier: Tier) -> Vec<Defines> {
-    variants_of(tier, 1)
+        [q: Read, k: Read, v: Read, d_o: Read, stats: Read, key_ranges: Read, dq: Write],
+    variants: |tier| variants_of(tier, 1),
+    twin: super::tests::twin,
 }
 
 pub(crate) fn dispatch(call: &GpuCall<'_>, dq: &Tensor) -> Result<()> {

@@ -26,7 +26,7 @@ use super::visibility::Visibility;
 use super::{cpu, lanes};
 use crate::device::{Device, Tier};
 use crate::error::Result;
-use crate::kernels::{Real, Scratch, expect_shape};
+use crate::kernels::{Scratch, expect_shape};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "attention backward";
@@ -137,7 +137,8 @@ pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visi
 }
 
 /// The formula, for any real type. Returns dQ, dK and dV.
-pub fn reference<T: Real>(
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(
     d_o: &[T],
     [q, k, v]: [&[T]; 3],
     (o, lse): (&[T], &[T]),
@@ -167,7 +168,7 @@ pub fn reference<T: Real>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
@@ -229,6 +230,21 @@ mod tests {
             let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + lost * largest + 1e-30).collect();
             testing::assert_close(&format!("{what} {}", case.name(device)), got, wanted, &bounds);
         }
+    }
+
+    pub fn twin(device: &Device) {
+        let segments = [[1; 70].as_slice(), &[2; 30]].concat();
+        check(&Case::causal([4, 2, 16], &segments, 100, Some(40)), device);
+    }
+
+    /// Heads that don't fill whole registers.
+    pub fn twin_of_odd_heads(device: &Device) {
+        check(&Case::causal([4, 2, 12], &[1; 100], 50, None), device);
+    }
+
+    /// Too few queries for cooperative matrices.
+    pub fn twin_of_few_queries(device: &Device) {
+        check(&Case::new([4, 2, 16], &[(0, 68), (0, 69), (5, 70)], 70, 3), device);
     }
 
     proptest! {

@@ -3,16 +3,18 @@
 //! both sizes of cooperative matrices.
 
 use super::call::{GpuDxCall, QmatmulDxParams};
-use crate::device::{Buffer, Cooperative, Defines, Dispatch};
+use crate::device::{Buffer, Cooperative, Defines, Dispatch, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::kernels::matrix::packing::Part;
+use crate::kernels::matrix::variants::wide_matrices;
 use crate::kernels::qmatmul::coop::Tile;
 
 kernel! {
-    /// `shaders/qmatmul/dx/coop.wgsl`
     KERNEL = "qmatmul_dx_coop" in "qmatmul/dx/coop.wgsl", QmatmulDxParams,
-        [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write]
+        [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write],
+    variants: variants,
+    twin: super::tests::twin,
 }
 
 /// Properties of a variant's text besides the matrix and the device.
@@ -29,8 +31,12 @@ fn defines(matrix: Defines, cooperative: Cooperative, form: Form) -> Defines {
     form.tile.defines(cooperative.defines(matrix)).with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
+    if !tier.cooperative() {
+        return Vec::new();
+    }
+    let matrices = wide_matrices();
     let mut all = Vec::new();
     for cooperative in Cooperative::ALL {
         let of = |matrix: &Defines, tile, rank_quads, dropout| {

@@ -3,16 +3,18 @@
 //! decoded words serve many rows.
 
 use super::call::{GpuDxCall, QmatmulDxParams};
-use crate::device::{Defines, Dispatch};
+use crate::device::{Defines, Dispatch, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::kernels::matrix::is_ragged;
 use crate::kernels::matrix::packing::Part;
+use crate::kernels::matrix::variants::matrices;
 use crate::kernels::qmatmul::lanes::{THREADS, fitting, one_subgroup, shapes, tuned};
 
 kernel! {
-    /// `shaders/qmatmul/dx/lanes.wgsl`
-    KERNEL = "qmatmul_dx_lanes" in "qmatmul/dx/lanes.wgsl", QmatmulDxParams, [dy: Read, w: Read, g: Read, a: Read, dx: Write]
+    KERNEL = "qmatmul_dx_lanes" in "qmatmul/dx/lanes.wgsl", QmatmulDxParams, [dy: Read, w: Read, g: Read, a: Read, dx: Write],
+    variants: variants,
+    twin: super::tests::twin,
 }
 
 /// Piece of dX that one invocation owns: rows x words of eight columns, most rows first; from
@@ -54,14 +56,17 @@ fn defines(matrix: Defines, (tokens, words): (u32, u32), form: Form) -> Defines 
         .with("accumulate", form.accumulate)
 }
 
-/// Text constants of every variant, for the registry test. Sizes only repeat text, so most shapes
-/// come with one matrix.
-pub(crate) fn variants(matrices: &[Defines]) -> Vec<Defines> {
+/// Text constants of every variant. Sizes only repeat text, so most shapes come with one matrix.
+fn variants(tier: Tier) -> Vec<Defines> {
+    if tier != Tier::Software {
+        return Vec::new();
+    }
+    let matrices = matrices();
     let mut all = Vec::new();
     for share in [false, true] {
         let larger = LARGEST[1..].iter().copied().filter(|_| share);
         for shape in shapes(SHAPES, share).chain(larger) {
-            for matrix in if shape.0 == 2 { matrices } else { &matrices[..1] } {
+            for matrix in if shape.0 == 2 { &matrices[..] } else { &matrices[..1] } {
                 for scale_sets in if share && !matrix.flag("ragged") { 0..3 } else { 0..1 } {
                     for (dropout, accumulate) in [(false, false), (true, false), (false, true)] {
                         let form = Form { share, scale_sets, dropout, accumulate };

@@ -24,11 +24,10 @@ use self::call::{GpuDxCall, HostLoraDx, OP, reads_packed};
 use crate::device::{Device, Tier};
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::add_assign;
-use crate::kernels::elementwise::dropout::Dropout;
 use crate::kernels::matrix::DeviceMatrix;
 use crate::kernels::qmatmul::coop::splits;
 use crate::kernels::rows::column_sum::Partial;
-use crate::kernels::{Real, RowFactors, Rows, Scratch, expect_2d, expect_shape};
+use crate::kernels::{RowFactors, Rows, Scratch, expect_2d, expect_shape};
 use crate::tensor::{Storage, Tensor};
 
 /// Computes dY * W + mask * (G * A) on the device of `dy`: [M, K].
@@ -136,11 +135,12 @@ pub(crate) fn stages(device: &Device) -> bool {
 /// The formula, for any real type; every form is compared with it. `dy` is [M, N], `w` [N, K],
 /// `lora` (G [M, r], A [r, K], dropout). Returns dX and, for tolerances, the sums of the terms'
 /// absolute values.
-pub fn reference<T: Real>(
+#[cfg(test)]
+pub(crate) fn reference<T: crate::kernels::Real>(
     dy: &[T],
     w: &[T],
     [m, n, k]: [usize; 3],
-    lora: Option<(&[T], &[T], Option<Dropout>)>,
+    lora: Option<(&[T], &[T], Option<crate::kernels::elementwise::dropout::Dropout>)>,
 ) -> (Vec<T>, Vec<T>) {
     let mut dx = vec![T::zero(); m * k];
     let mut terms = vec![T::zero(); m * k];
@@ -168,11 +168,12 @@ pub fn reference<T: Real>(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::kernels::elementwise::add::add;
+    use crate::kernels::elementwise::dropout::Dropout;
     use crate::kernels::lora::down;
     use crate::kernels::qmatmul::tile::sides;
     use crate::kernels::qmatmul::{self, dense_of};
@@ -230,38 +231,32 @@ mod tests {
         testing::assert_adds(&context, &dx, |i, sum| if whole_first { 0.0 } else { rounding(i, sum) }, onto);
     }
 
-    /// Only the software drivers' form uses subgroups. Tiers that differ only in them are covered
-    /// by the smaller tests.
-    fn devices() -> impl Iterator<Item = Device> {
-        let same = |tier: Tier| tier.subgroups() && !tier.cooperative();
-        let differs = move |device: &Device| !matches!(device, Device::Gpu(gpu) if same(gpu.tier()));
-        testing::devices().into_iter().filter(differs)
-    }
-
-    fn check_everywhere(case: &Case, kinds: impl Fn(usize) -> bool) {
+    /// Runs a case with those of all kinds of matrices that `kinds` chooses. Only the software
+    /// drivers' form uses subgroups; tiers that differ only in them are covered by smaller tests.
+    fn check_kinds(device: &Device, case: &Case, kinds: impl Fn(usize) -> bool) {
+        if matches!(device, Device::Gpu(gpu) if gpu.tier().subgroups() && !gpu.tier().cooperative()) {
+            return;
+        }
         for (i, (kind, matrix)) in testing::matrices(case.seed, case.n, case.k, 0.1).iter().enumerate() {
             if kinds(i) {
-                for device in devices() {
-                    check(&device, kind, matrix, case);
-                }
+                check(device, kind, matrix, case);
             }
         }
     }
 
     const DROPOUT: Option<Dropout> = Some(Dropout { probability: 0.3, seed: 0x1234_5678_9abc_def0 });
 
-    #[test]
-    fn every_kind_of_matrix_on_every_device_and_tier() {
+    pub fn twin(device: &Device) {
         // Blocks within rows and across them; scales shared by 8 words, by 4 and by none.
         for (n, k, rank, every) in [(66, 100, 3, 1), (33, 96, 20, 1), (70, 128, 16, 3)] {
-            check_everywhere(&Case { m: 1, n, k, rank, dropout: None, seed: 7 }, |i| i % every == 0);
+            check_kinds(device, &Case { m: 1, n, k, rank, dropout: None, seed: 7 }, |i| i % every == 0);
         }
-        check_everywhere(&Case { m: 2, n: 33, k: 128, rank: 4, dropout: DROPOUT, seed: 7 }, |i| i % 4 == 1);
+        check_kinds(device, &Case { m: 2, n: 33, k: 128, rank: 4, dropout: DROPOUT, seed: 7 }, |i| i % 4 == 1);
         // The largest shapes take long to compile on software drivers: one kind of matrix
         // represents all.
-        check_everywhere(&Case { m: 65, n: 130, k: 192, rank: 20, dropout: None, seed: 7 }, |i| i == 1);
+        check_kinds(device, &Case { m: 65, n: 130, k: 192, rank: 20, dropout: None, seed: 7 }, |i| i == 1);
         // Few tiles and a long N, which cooperative matrices sum in three splits.
-        check_everywhere(&Case { m: 3, n: 3100, k: 64, rank: 4, dropout: None, seed: 7 }, |i| i == 1);
+        check_kinds(device, &Case { m: 3, n: 3100, k: 64, rank: 4, dropout: None, seed: 7 }, |i| i == 1);
     }
 
     proptest! {
@@ -277,7 +272,7 @@ mod tests {
         ) {
             let chosen = if m <= 9 { seed as usize % testing::matrices(seed, n, k, 0.1).len() } else { 1 };
             let case = Case { m, n, k, rank, dropout: DROPOUT.filter(|_| dropout), seed };
-            check_everywhere(&case, |i| i == chosen);
+            testing::devices().iter().for_each(|device| check_kinds(device, &case, |i| i == chosen));
         }
     }
 

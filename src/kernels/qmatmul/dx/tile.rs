@@ -3,16 +3,18 @@
 //! per invocation.
 
 use super::call::{GpuDxCall, QmatmulDxParams};
-use crate::device::{Buffer, Defines, Dispatch};
+use crate::device::{Buffer, Defines, Dispatch, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::kernels::matrix::packing::Part;
+use crate::kernels::matrix::variants::wide_matrices;
 use crate::kernels::qmatmul::tile::sides;
 
 kernel! {
-    /// `shaders/qmatmul/dx/tile.wgsl`
     KERNEL = "qmatmul_dx_tile" in "qmatmul/dx/tile.wgsl", QmatmulDxParams,
-        [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write]
+        [dy: Read, w: Read, g: Read, a: Read, row_factor: Read, w4: Read, dx: Write],
+    variants: variants,
+    twin: super::tests::twin,
 }
 
 /// Properties of a variant's text besides the matrix.
@@ -35,8 +37,13 @@ fn defines(matrix: Defines, form: Form) -> Defines {
     matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
-/// Text constants of every variant, for the registry test.
-pub(crate) fn variants(matrices: &[Defines], f16: bool) -> Vec<Defines> {
+/// Text constants of every variant.
+fn variants(tier: Tier) -> Vec<Defines> {
+    if tier == Tier::Software {
+        return Vec::new();
+    }
+    let matrices = wide_matrices();
+    let f16 = tier.f16();
     let of = |matrix: &Defines, side, quads, dropout| {
         defines(matrix.clone(), Form { f16, side, quads, rank_quads: quads, dropout })
     };
