@@ -4,8 +4,8 @@
 //! `cargo run --example training_loop`
 
 use ndarray::Array2;
-use qlora_wgpu::kernels::optim::grad_norm::grad_norm;
 use qlora_wgpu::nn::{LoraAdapter, LoraConfig, QLoraLinear};
+use qlora_wgpu::ops::grad_norm;
 use qlora_wgpu::optim::{AdamW, Decay, Optimizer, Schedule};
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::{Device, Tensor};

@@ -47,9 +47,9 @@
 //! [`Trainer`](train::Trainer). The trainer runs the [`Decoder`](nn::Decoder) on a
 //! [`Tape`](autograd::Tape). The tape records fused ops; its backward pass adds up
 //! [`Gradients`](autograd::Gradients) for the adapters only, and the
-//! [`Optimizer`](optim::Optimizer) updates these in place. Every op is one of the [`kernels`]. A
-//! kernel takes [`Tensor`]s and packed matrices on one [`Device`] and runs on the CPU, or as a
-//! shader for the device's [`Tier`]. Nothing is global: whatever shares a device holds a clone of
+//! [`Optimizer`](optim::Optimizer) updates these in place. Every op is a kernel ([`ops`]). A kernel
+//! takes [`Tensor`]s and packed matrices on one [`Device`] and runs on the CPU, or as a shader for
+//! the device's [`Tier`]. Nothing is global: whatever shares a device holds a clone of
 //! it.
 //!
 //! | module | contents |
@@ -61,7 +61,7 @@
 //! | [`optim`] | AdamW, schedules |
 //! | [`nn`] | [`LoraLinear`](nn::LoraLinear) and [`QLoraLinear`](nn::QLoraLinear): layers with named adapters; model configs |
 //! | [`autograd`] | the tape, which records fused ops for the backward pass |
-//! | [`kernels`] | the fused kernels, one file each, with their CPU twins |
+//! | [`ops`] | the fused kernels, as operations on tensors |
 //! | [`tensor`], [`indices`] | f32 tensors and u32 values on a device |
 //! | [`device`] | the CPU and GPUs: selection, capability tiers, memory |
 //! | [`quant`] | 4-bit formats: NF4, FP4, int4, double quantization |
@@ -92,10 +92,11 @@ pub mod formats;
 pub mod generate;
 mod hash;
 pub mod indices;
-pub mod kernels;
+mod kernels;
 mod memory;
 pub mod nn;
 mod open;
+pub mod ops;
 pub mod optim;
 mod printable;
 pub mod quant;
@@ -109,5 +110,8 @@ pub mod train;
 pub use device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices};
 pub use error::{Error, Result};
 pub use indices::Indices;
+#[cfg(feature = "testing")]
+#[doc(hidden)]
+pub use kernels::registry;
 pub use tensor::Tensor;
 pub use wgpu;

@@ -4,9 +4,9 @@
 mod common;
 
 use qlora_wgpu::device::{Device, Gpu, GpuOptions, Select, Tier, devices};
-use qlora_wgpu::kernels::elementwise::add::add;
-use qlora_wgpu::kernels::elementwise::silu_mul::silu_mul;
 use qlora_wgpu::nn::{LoraAdapter, LoraConfig, QLoraLinear};
+use qlora_wgpu::ops::add;
+use qlora_wgpu::ops::silu_mul;
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::{Error, Tensor, wgpu};
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use qlora_wgpu::device::{Defines, Kernel, Tier};
-use qlora_wgpu::kernels::registry::kernels;
+use qlora_wgpu::registry;
 
 /// A variant of a kernel.
 pub struct Variant {
@@ -39,7 +39,7 @@ pub fn matching(kernels: &[String], labels: &[String]) -> Vec<Variant> {
     let mut names: HashMap<String, usize> = HashMap::new();
     let mut found = Vec::new();
     for tier in Tier::ALL.into_iter().filter(|tier| *tier != Tier::Software) {
-        for kernel in kernels() {
+        for kernel in registry::kernels() {
             for defines in (kernel.variants)(tier) {
                 let name = kernel.name;
                 if !seen.insert(format!("{name} {defines:?}")) {

@@ -27,3 +27,6 @@ pub use linear::{AdaptedLinear, AnyBase, DenseBase, Linear, LoraLinear, MemorySt
 pub use load::WeightSource;
 pub use spec::ModelSpec;
 pub use train::{LinearGrads, Saved};
+
+pub use crate::kernels::elementwise::dropout::Dropout;
+pub use crate::kernels::elementwise::rope::{RopeConfig, RopeLayout, RopeScaling};

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use crate::error::{Error, Result};
 pub use crate::kernels::optim::adamw::AdamW;
-use crate::kernels::optim::adamw::{Update, adamw_all};
+use crate::kernels::optim::adamw::{Update, adamw};
 use crate::kernels::optim::grad_norm::GradNorm;
 use crate::tensor::Tensor;
 
@@ -126,7 +126,7 @@ impl Optimizer {
             updates.push(Update { param, grad, m, v });
         }
         let config = AdamW { lr: self.config.lr * factor, ..self.config };
-        adamw_all(&mut updates, &config, self.step, norm)
+        adamw(&mut updates, &config, self.step, norm)
     }
 
     /// Index of this name's moments; creates them, as zeros, if there are none.

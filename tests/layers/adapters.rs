@@ -4,7 +4,7 @@
 use crate::common;
 use ndarray::Array2;
 use qlora_wgpu::bench::uniform;
-use qlora_wgpu::kernels::elementwise::dropout::Dropout;
+use qlora_wgpu::nn::Dropout;
 use qlora_wgpu::nn::{LoraAdapter, LoraConfig, LoraInit, LoraLinear, QLoraLinear, Scaling};
 use qlora_wgpu::quant::{DenseData, DenseMatrix, QuantOptions};
 use qlora_wgpu::{Device, Error, Tensor};

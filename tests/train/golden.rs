@@ -5,7 +5,7 @@ use crate::common;
 use crate::common::model::{adapter, batch, f32s, file, load, path};
 use qlora_wgpu::bench::uniform;
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig};
-use qlora_wgpu::kernels::elementwise::rope::RopeConfig;
+use qlora_wgpu::nn::RopeConfig;
 use qlora_wgpu::nn::{Batch, Decoder, LoraAdapter, ModelConfig, Tokens, WeightSource, shifted_labels};
 use qlora_wgpu::optim::{AdamW, Decay, Schedule};
 use qlora_wgpu::quant::HostMatrix;

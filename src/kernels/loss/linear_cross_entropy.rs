@@ -5,7 +5,7 @@
 //! |---|---|---|
 //! | X | hidden states | [M, K] |
 //! | W | the head, any kind of matrix, whole or in parts | [V, K] |
-//! | labels | the token that each row should predict, or [`IGNORE`] | `[M]` |
+//! | labels | the token that each row should predict, or [`IGNORE`](super::cross_entropy::IGNORE) | `[M]` |
 //!
 //! Logits are computed for a chunk of tokens, turned into their own gradient and multiplied by W
 //! again: [M, V] is never stored.
@@ -14,7 +14,6 @@ use super::cross_entropy::cross_entropy;
 use crate::device::Device;
 use crate::error::Result;
 use crate::indices::Indices;
-pub use crate::kernels::loss::cross_entropy::{IGNORE, check_labels};
 use crate::kernels::matrix::DeviceMatrix;
 use crate::kernels::qmatmul::dx::qmatmul_dx;
 use crate::kernels::qmatmul::qmatmul;
@@ -33,7 +32,7 @@ const CHUNK_ROWS: usize = 64;
 pub struct CrossEntropy {
     /// `scale` times the sum of the labelled tokens' losses, `[1]`.
     pub loss: Tensor,
-    /// Each token's loss, unscaled, 0 where the label is [`IGNORE`], `[M]`.
+    /// Each token's loss, unscaled, 0 where the label is [`IGNORE`](super::cross_entropy::IGNORE), `[M]`.
     pub token_losses: Tensor,
     /// Gradient of `loss` with respect to the hidden states, [M, K], if requested.
     pub d_hidden: Option<Tensor>,
@@ -44,7 +43,7 @@ pub struct CrossEntropy {
 /// shifted: a row's label is the next token. A `scale` of 1 gives the sum, 1 / labelled tokens the
 /// mean.
 ///
-/// Labels must be less than V or [`IGNORE`]; call [`check_labels`] before they go to a device.
+/// Labels must be less than V or [`IGNORE`](super::cross_entropy::IGNORE); call [`check_labels`](super::cross_entropy::check_labels) before they go to a device.
 /// Larger ones count as V - 1.
 ///
 /// # Errors
@@ -90,6 +89,7 @@ pub(crate) fn chunk_rows(device: &Device, v: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::cross_entropy::IGNORE;
     use super::*;
     use crate::kernels::loss::cross_entropy;
     use crate::kernels::qmatmul::dx;

@@ -40,30 +40,14 @@ pub struct Update<'a> {
     pub v: &'a mut Tensor,
 }
 
-/// Updates `param` and its moments `m` and `v` from `grad`, multiplied by the clip factor that
-/// `norm` holds on the device. All four tensors have one shape; the moments start at zero. `step`
-/// counts from 1. If the factor is NaN, `param`, `m` and `v` stay as they are.
+/// Updates each parameter and its moments from its gradient, multiplied by the clip factor that
+/// `norm` holds on the device. The four tensors of an update have one shape; the moments start at
+/// zero. `step` counts from 1. If the factor is NaN, nothing changes.
 ///
 /// # Errors
 /// [`Error::Shape`] if shapes disagree, [`Error::DeviceMismatch`], [`Error::Invalid`] for settings
-/// out of range.
-pub fn adamw(
-    param: &mut Tensor,
-    grad: &Tensor,
-    m: &mut Tensor,
-    v: &mut Tensor,
-    config: &AdamW,
-    step: u32,
-    norm: &GradNorm,
-) -> Result<()> {
-    adamw_all(&mut [Update { param, grad, m, v }], config, step, norm)
-}
-
-/// Like [`adamw`], for many tensors.
-///
-/// # Errors
-/// Like [`adamw`]. Nothing is updated if shapes, devices or settings are wrong.
-pub fn adamw_all(updates: &mut [Update<'_>], config: &AdamW, step: u32, norm: &GradNorm) -> Result<()> {
+/// out of range. Nothing is updated then.
+pub fn adamw(updates: &mut [Update<'_>], config: &AdamW, step: u32, norm: &GradNorm) -> Result<()> {
     config.check(step)?;
     if norm.values.len() < 2 {
         let (expected, got) = ("[norm, factor, loss, ..]".into(), format!("{:?}", norm.values.shape()));
@@ -155,6 +139,18 @@ pub(crate) mod tests {
     const CONFIG: AdamW = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1 };
 
     /// Compares ten steps with different gradients, some clipped, with the same steps in f64.
+    fn one(
+        param: &mut Tensor,
+        grad: &Tensor,
+        m: &mut Tensor,
+        v: &mut Tensor,
+        config: &AdamW,
+        step: u32,
+        norm: &GradNorm,
+    ) -> Result<()> {
+        adamw(&mut [Update { param, grad, m, v }], config, step, norm)
+    }
+
     fn check(device: &Device, len: usize, amplitude: f32) {
         let start = testing::values(1, len, 1.0);
         let tensor = |values: &[f32]| Tensor::from_slice(device, &[len], values).unwrap();
@@ -166,7 +162,7 @@ pub(crate) mod tests {
             // Even steps clip, odd steps don't.
             let max_norm = (step % 2 == 0).then_some(amplitude);
             let norm = grad_norm(&[&grad_tensor], None, max_norm).unwrap();
-            adamw(&mut param, &grad_tensor, &mut m, &mut v, &CONFIG, step, &norm).unwrap();
+            one(&mut param, &grad_tensor, &mut m, &mut v, &CONFIG, step, &norm).unwrap();
             let factor = grad_norm::reference(&[&wide(&grad)], None, max_norm.map(f64::from))[1];
             let grad: Vec<f64> = grad.iter().map(|&g| factor * f64::from(g)).collect();
             reference(&mut param64, &grad, &mut m64, &mut v64, &CONFIG, step);
@@ -206,7 +202,7 @@ pub(crate) mod tests {
                 .map(|((param, grad), (m, v))| Update { param, grad, m, v })
                 .collect();
             let size = if together { updates.len() } else { 1 };
-            updates.chunks_mut(size).for_each(|updates| adamw_all(updates, &CONFIG, 3, &norm).unwrap());
+            updates.chunks_mut(size).for_each(|updates| adamw(updates, &CONFIG, 3, &norm).unwrap());
             let all = params.iter().chain(&m).chain(&v);
             all.map(|tensor| tensor.to_vec().unwrap().into_iter().map(f32::to_bits).collect()).collect::<Vec<Vec<_>>>()
         };
@@ -224,11 +220,11 @@ pub(crate) mod tests {
             grad[20] = f32::NAN;
             let grad = Tensor::from_slice(&device, &[len], &grad).unwrap();
             let norm = grad_norm(&[&grad], None, Some(1.0)).unwrap();
-            adamw(&mut param, &grad, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
+            one(&mut param, &grad, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
             let fine = tensor(5);
             let nan = Tensor::from_slice(&device, &[1], &[f32::NAN]).unwrap();
             let norm = grad_norm(&[&fine], Some(&nan), None).unwrap();
-            adamw(&mut param, &fine, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
+            one(&mut param, &fine, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
             assert_eq!([&param, &m, &v].map(|tensor| tensor.to_vec().unwrap()), before, "{}", testing::name(&device));
         }
     }
@@ -240,7 +236,7 @@ pub(crate) mod tests {
             let zeros = Tensor::zeros(&device, &[5]).unwrap();
             let (mut param, mut m, mut v) = (ones.clone(), zeros.clone(), zeros.clone());
             let norm = grad_norm(&[&ones], None, None).unwrap();
-            adamw(&mut param, &ones, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
+            one(&mut param, &ones, &mut m, &mut v, &CONFIG, 1, &norm).unwrap();
             assert_eq!((ones.to_vec().unwrap(), zeros.to_vec().unwrap()), (vec![1.0; 5], vec![0.0; 5]));
             let wanted = 1.0 - 1e-3 - 1e-2;
             testing::assert_close(&testing::name(&device), &param.to_vec().unwrap(), &[wanted; 5], &[1e-6; 5]);
@@ -253,9 +249,7 @@ pub(crate) mod tests {
         let zeros = |len: usize| Tensor::zeros(&device, &[len]).unwrap();
         let norm = grad_norm(&[&zeros(3)], None, None).unwrap();
         let message = |config: AdamW, step: u32, len: usize| {
-            adamw(&mut zeros(3), &zeros(len), &mut zeros(3), &mut zeros(3), &config, step, &norm)
-                .unwrap_err()
-                .to_string()
+            one(&mut zeros(3), &zeros(len), &mut zeros(3), &mut zeros(3), &config, step, &norm).unwrap_err().to_string()
         };
         assert!(message(CONFIG, 0, 3).contains("step"));
         assert!(message(CONFIG, 1, 4).contains("gradient"));
