@@ -10,7 +10,8 @@ use regex::Regex;
 use serde::Serialize;
 
 use super::hub::HubId;
-use super::{print_json, say};
+use super::output::{self, print_json};
+use super::paths::exists;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
@@ -278,7 +279,7 @@ pub(super) fn misfit(path: &Path, adapter: &PeftAdapter, error: Error) -> Error 
 /// only once the adapter fits, because [`misfit`] names the base too.
 pub(super) fn warn_other_base(path: &Path, config: &PeftConfig, model: &str) {
     if let Some(base) = config.base_model_name_or_path.as_deref().filter(|base| !is_same_base(base, model)) {
-        say::warning(format!("{}: was trained on {base}, not on {model}, judging by the names", path.display()));
+        output::warning(format!("{}: was trained on {base}, not on {model}, judging by the names", path.display()));
     }
 }
 
@@ -311,16 +312,6 @@ fn base_name(text: &str) -> String {
         }
     };
     FORMAT.replace(&name.to_lowercase(), "").into_owned()
-}
-
-/// Checks that a path exists. People often mistype paths, so the error is plainer than the
-/// system's.
-pub(super) fn exists(path: &Path) -> Result<()> {
-    match path.try_exists() {
-        Ok(true) => Ok(()),
-        Ok(false) => Err(Error::Io { path: path.into(), message: "no such file or directory".into() }),
-        Err(error) => Err(Error::io(path, error)),
-    }
 }
 
 /// Error for a directory without a model. Suggests a GGUF file in it, which may be what was meant.

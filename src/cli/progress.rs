@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar};
 
+use super::output::{self, bytes};
 use super::plot::loss;
-use super::say;
 use crate::error::Result;
 use crate::train::metrics::{self, Record};
 use crate::train::run::{Event, Run, Summary};
@@ -29,7 +29,7 @@ struct Progress {
 impl Progress {
     /// Progress for a run of `total` steps, of which `done` are done.
     fn new(total: u32, done: u32) -> Progress {
-        let bar = say::bar(total as usize, "{bar:10} {pos}/{len} {wide_msg}");
+        let bar = output::bar(total as usize, "{bar:10} {pos}/{len} {wide_msg}");
         bar.set_position(done.into());
         Progress { bar, total, start: None, last_line: None, eval_loss: None }
     }
@@ -38,7 +38,7 @@ impl Progress {
     fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Step(record) => self.step(record),
-            Event::Saved(path) if self.bar.is_hidden() => say::progress(format!("saved {}", path.display())),
+            Event::Saved(path) if self.bar.is_hidden() => output::progress(format!("saved {}", path.display())),
             Event::Saved(_) => {}
         }
     }
@@ -57,7 +57,7 @@ impl Progress {
         let is_due = self.last_line.is_none_or(|last| last.elapsed() >= PAUSE);
         if is_due || record.eval_loss.is_some() || record.step == self.total {
             self.last_line = Some(Instant::now());
-            say::progress(format!("step {}/{} {message}", record.step, self.total));
+            output::progress(format!("step {}/{} {message}", record.step, self.total));
         }
     }
 
@@ -102,10 +102,4 @@ pub(super) fn train(
         loss::write(output, &records)?;
     }
     Ok((summary, records))
-}
-
-/// Formats bytes in MiB or GiB.
-pub(super) fn bytes(bytes: u64) -> String {
-    let mib = bytes as f64 / f64::from(1 << 20);
-    if mib < 1024.0 { format!("{mib:.0} MiB") } else { format!("{:.1} GiB", mib / 1024.0) }
 }

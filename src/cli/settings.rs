@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Command};
 use toml::Value;
@@ -21,13 +21,43 @@ const ALTERNATIVES: [&[&str]; 3] = [
     &["init-adapter", "rank", "alpha", "dropout", "targets", "rslora", "dora"],
 ];
 
+/// Inserts the flags of a settings file, if the arguments name one.
+pub(super) fn insert(arguments: Vec<OsString>, command: impl FnOnce() -> clap::Command) -> Result<Vec<OsString>> {
+    // Required flags may be in the file, so look only for its path and the command.
+    let Some(path) = config_path(&arguments) else { return Ok(arguments) };
+    let command = command();
+    let named = |word: &OsString| command.find_subcommand(word.to_str()?);
+    let found = arguments.iter().enumerate().skip(1).find_map(|(at, word)| Some((at, named(word)?)));
+    let Some((at, command)) = found.filter(|(_, command)| ["finetune", "plan"].contains(&command.get_name())) else {
+        return Ok(arguments);
+    };
+    let typed: Vec<String> = arguments.iter().filter_map(long_name).collect();
+    let mut all = arguments;
+    // Insert after the command's name.
+    all.splice(at + 1..at + 1, read(&path, command, &typed)?);
+    Ok(all)
+}
+
+/// Returns `name` for `--name` and `--name=value`.
+fn long_name(argument: &OsString) -> Option<String> {
+    let name = argument.to_str()?.strip_prefix("--")?;
+    Some(name.split_once('=').map_or(name, |(name, _)| name).to_owned())
+}
+
+fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
+    arguments.iter().enumerate().find_map(|(at, argument)| match argument.to_str()? {
+        "--config" => arguments.get(at + 1).map(PathBuf::from),
+        other => other.strip_prefix("--config=").map(PathBuf::from),
+    })
+}
+
 /// Reads the file at `path` as arguments for `command`, to be put before the typed ones, which
 /// override them. `typed` has the names of the typed flags.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::File`] for malformed TOML, a key that isn't a flag of the command, or a
 /// value that no flag can have.
-pub(super) fn arguments(path: &Path, command: &Command, typed: &[String]) -> Result<Vec<OsString>> {
+fn read(path: &Path, command: &Command, typed: &[String]) -> Result<Vec<OsString>> {
     let file_error = |message: String| Error::File { path: path.into(), message };
     let text = read_small_text(path, MOST_BYTES)?;
     let malformed = |error: toml::de::Error| {
@@ -76,7 +106,7 @@ mod tests {
     use clap::{Args, Command};
 
     use super::*;
-    use crate::cli::finetune::FinetuneArgs;
+    use crate::cli::commands::finetune::FinetuneArgs;
 
     fn of(text: &str, typed: &[&str]) -> Result<Vec<String>> {
         let folder = tempfile::tempdir().unwrap();
@@ -84,7 +114,7 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         let command = FinetuneArgs::augment_args(Command::new("finetune"));
         let typed: Vec<String> = typed.iter().map(|&name| name.to_owned()).collect();
-        Ok(arguments(&path, &command, &typed)?.into_iter().map(|a| a.into_string().unwrap()).collect())
+        Ok(read(&path, &command, &typed)?.into_iter().map(|a| a.into_string().unwrap()).collect())
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! Training options, which `finetune` and `plan` share.
+//! The flags of a training run, which `finetune` and `plan` share, and the options that they stand for.
 
 use std::path::{Path, PathBuf};
 
 use bytesize::ByteSize;
 use clap::{Args, ValueEnum, ValueHint};
 
-use super::model::read_adapter;
+use super::model::{ModelArgs, read_adapter};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::{PeftAdapter, PeftConfig, TargetModules, Targets};
@@ -14,9 +14,62 @@ use crate::optim::{AdamW, Decay, Schedule};
 use crate::train::TrainOptions;
 use crate::train::batches::BatchOptions;
 use crate::train::plan::{MicroBatches, Plan};
+use crate::train::run::Setting;
 
 /// Default tokens per row.
 const SEQ_LEN: usize = 512;
+
+// No doc comment here: clap would show it as the commands' help.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Training data: JSON Lines, a JSON list, comma- or tab-separated values, or plain text; -
+    /// for standard input.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub data: Option<PathBuf>,
+    /// Output directory; must not contain another run.
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub output: Option<PathBuf>,
+    /// Skip lines that can't be read, and count them.
+    #[arg(long)]
+    pub skip_bad_lines: bool,
+    /// Passes over the data; 1 by default, unless --max-steps is given.
+    #[arg(long, value_name = "N", conflicts_with = "max_steps", value_parser = clap::value_parser!(u32).range(1..))]
+    pub epochs: Option<u32>,
+    /// Number of updates; data repeat as needed.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_steps: Option<u32>,
+    #[command(flatten)]
+    pub training: TrainingArgs,
+    /// Evaluation data; - for standard input.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "eval_split", help_heading = "Evaluation and checkpoints")]
+    pub eval_data: Option<PathBuf>,
+    /// Evaluate on this share of the examples instead of training on them.
+    #[arg(long, value_name = "SHARE", value_parser = share, help_heading = "Evaluation and checkpoints")]
+    pub eval_split: Option<f64>,
+    /// Steps between evaluations. Default: a tenth of the run. 0: only before the first step and
+    /// after the last.
+    #[arg(long, value_name = "STEPS", help_heading = "Evaluation and checkpoints")]
+    pub eval_every: Option<u32>,
+    /// Stop after N evaluations without improvement, and keep the best adapter.
+    #[arg(long, value_name = "N", help_heading = "Evaluation and checkpoints")]
+    pub early_stop: Option<u32>,
+    /// Steps between checkpoints; 0: only at the end.
+    #[arg(long, value_name = "STEPS", default_value_t = 100, help_heading = "Evaluation and checkpoints")]
+    pub save_every: u32,
+    /// Number of checkpoints to keep.
+    #[arg(long, value_name = "N", default_value_t = 2, help_heading = "Evaluation and checkpoints")]
+    pub keep: usize,
+    /// Continue from the newest checkpoint in --output, or start if there is none. Other options
+    /// must be unchanged.
+    #[arg(long, help_heading = "Evaluation and checkpoints")]
+    pub resume: bool,
+    /// A TOML file with any of these options, such as max-steps = 100; the command line overrides
+    /// it.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, help_heading = None)]
+    pub config: Option<PathBuf>,
+}
 
 /// Options for training.
 #[derive(Args, Debug)]
@@ -104,6 +157,63 @@ pub enum DecayArg {
     Linear,
     /// Follows a half cosine to 0.
     Cosine,
+}
+
+impl RunArgs {
+    /// Names the flag or the file behind [`Error::OtherRun`].
+    pub(super) fn as_typed(&self, error: Error) -> Error {
+        let Error::OtherRun { path, setting, before, now } = error else { return error };
+        let Some(known) = Setting::named(setting) else { return Error::OtherRun { path, setting, before, now } };
+        let (flag, model) = (flag(known), self.model.name());
+        let message = match known {
+            Setting::Tokenizer => format!("started with a tokenizer other than {model}'s ({flag})"),
+            Setting::Weights => format!("started with weights other than {model}'s ({flag})"),
+            Setting::Data => {
+                let data = self.data.as_deref().unwrap_or(Path::new("")).display();
+                format!("started with training data other than {data} ({flag})")
+            }
+            Setting::EvalData => format!("started with other evaluation data, or with none ({flag})"),
+            Setting::InitialAdapter => format!("started with another initial adapter, or with none ({flag})"),
+            Setting::Patience if before == "none" => {
+                format!("started without {flag}, so its best adapter was not kept")
+            }
+            _ => format!("started with {setting} {before}, now {now} ({flag})"),
+        };
+        Error::File { path, message: format!("{message}; resume with the original setting") }
+    }
+}
+
+/// The flags that determine a setting.
+fn flag(setting: Setting) -> &'static str {
+    match setting {
+        Setting::Architecture | Setting::Weights | Setting::Tokenizer => "--model",
+        Setting::Formats => "--base-format",
+        Setting::InitialAdapter => "--init-adapter",
+        Setting::Rank => "--rank",
+        Setting::Alpha => "--alpha",
+        Setting::Dropout => "--dropout",
+        Setting::Targets => "--targets",
+        Setting::RsLora => "--rslora",
+        Setting::Dora => "--dora",
+        Setting::Adapter => "--init-adapter",
+        Setting::Steps => "--max-steps, --epochs",
+        Setting::BatchSize => "--batch-size",
+        Setting::GradAccum => "--grad-accum",
+        Setting::SeqLen => "--seq-len",
+        Setting::Packing => "--no-packing",
+        Setting::Shuffling => "--no-shuffle",
+        Setting::LearningRate => "--lr",
+        Setting::Schedule => "--schedule",
+        Setting::WarmUp => "--warmup",
+        Setting::WeightDecay => "--weight-decay",
+        Setting::AdamW => "another version of qlora",
+        Setting::Clipping => "--clip",
+        Setting::Seed => "--seed",
+        Setting::EvalEvery => "--eval-every",
+        Setting::Patience => "--early-stop",
+        Setting::Data => "--data, --eval-split, --skip-bad-lines",
+        Setting::EvalData => "--eval-data, --eval-split",
+    }
 }
 
 impl NewAdapterArgs {
@@ -242,4 +352,8 @@ fn not_negative(text: &str) -> Result<f64, String> {
         Ok(_) => Err("it must be at least 0".into()),
         Err(_) => Err("it must be a number".into()),
     }
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|share| *share > 0.0 && *share < 1.0).ok_or_else(|| "it must be between 0 and 1".into())
 }

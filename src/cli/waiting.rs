@@ -14,7 +14,7 @@ use tracing_subscriber::filter::{FilterFn, filter_fn};
 use tracing_subscriber::layer::{Context, Layer};
 use tracing_subscriber::registry::LookupSpan;
 
-use super::say;
+use super::output;
 
 /// Shorter waits aren't reported.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -80,12 +80,12 @@ impl State {
     /// Shows the current wait: in a bar, or in a line once per kind.
     fn show(&mut self) {
         let Some((kind, message)) = self.message() else { return };
-        let bar = self.bar.get_or_insert_with(say::spinner);
+        let bar = self.bar.get_or_insert_with(output::spinner);
         if !bar.is_hidden() {
             bar.set_message(message);
             bar.tick();
         } else if !std::mem::replace(&mut self.told[kind], true) {
-            say::progress(LINES[kind]);
+            output::progress(LINES[kind]);
         }
     }
 

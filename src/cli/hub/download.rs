@@ -13,7 +13,7 @@ use ureq::http::{HeaderMap, StatusCode};
 
 use super::cache::{Digest, Folder, is_inside, sha256, sha256_of};
 use super::client::{Answer, Client, Fault, TRIES};
-use crate::cli::say;
+use crate::cli::output;
 use crate::error::Error;
 use crate::formats::input::MAX_SMALL;
 
@@ -74,7 +74,7 @@ impl<'a> Download<'a> {
             Some(digest) => digest.hex().to_owned(),
             None => sha256_of(&format!("{}/{name}", self.commit)),
         };
-        let wait = || say::progress(format!("waiting for another process that downloads {name}"));
+        let wait = || output::progress(format!("waiting for another process that downloads {name}"));
         let _lock = self.folder.lock(&key, wait).map_err(|e| e.to_string())?;
         // It may exist from another commit, or from the process that held the lock.
         let blob = self.folder.blob(&key).metadata();
@@ -123,7 +123,7 @@ impl<'a> Download<'a> {
         let failed = |e: io::Error| Error::io(&path, e).to_string();
         if remote.digest.is_none() && !self.has_warned.replace(true) {
             let name = &remote.name;
-            say::warning(format!("{}: the hub gives no digest for {name}, so only its size is checked", self.repo));
+            output::warning(format!("{}: the hub gives no digest for {name}, so only its size is checked", self.repo));
         }
         let bar = bar(remote);
         let mut answer = Some(answer);
@@ -322,9 +322,9 @@ fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
 /// Shows a bar, or prints a line if bars are hidden.
 fn bar(remote: &Remote) -> ProgressBar {
     let size = remote.size.unwrap_or(0);
-    let bar = say::bar(size as usize, "{wide_msg} {bar:8} {percent}% of {total_bytes}, {eta}");
+    let bar = output::bar(size as usize, "{wide_msg} {bar:8} {percent}% of {total_bytes}, {eta}");
     if bar.is_hidden() {
-        say::progress(format!("{} ({})", remote.name, HumanBytes(size)));
+        output::progress(format!("{} ({})", remote.name, HumanBytes(size)));
     }
     bar.with_message(remote.name.clone())
 }

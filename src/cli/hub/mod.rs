@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::say;
+use super::output;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint;
 use cache::{Folder, is_inside};
@@ -92,7 +92,7 @@ impl HubId {
             Err(Fault::Final(message)) => Err(self.error(format!("no such path, and {message}; {HINT}"))),
             Err(Fault::Away(message) | Fault::Passing(message)) => match self.cached(&folder) {
                 Ok(path) => {
-                    say::warning(format!("{self}: {message}; using the copy in {}", folder.cache().display()));
+                    output::warning(format!("{self}: {message}; using the copy in {}", folder.cache().display()));
                     Ok(path)
                 }
                 Err(lacks) => Err(self.error(format!("no such path, {message}, and {lacks}; {HINT}"))),
@@ -108,7 +108,7 @@ impl HubId {
         let mut told = false;
         let path = self.assemble(&info.files(), |name| {
             if !told && !folder.snapshot(commit).join(name).exists() {
-                say::progress(format!("{self}: downloading to {cache}"));
+                output::progress(format!("{self}: downloading to {cache}"));
                 told = true;
             }
             download.file(name).map_err(|e| format!("{name} could not be downloaded to {cache} ({e})"))

@@ -1,17 +1,12 @@
-//! Messages on stderr: errors, warnings, progress, and with -v the library's log. The library
-//! warns with `tracing::warn!`, which is shown as a warning whatever the flags. A closed stderr
-//! isn't an error.
+//! The flags of every command, and the library's log: its warnings are shown whatever the flags,
+//! the rest with -v or `QLORA_LOG`.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
-use std::fmt::{Debug, Display};
+use std::fmt::Debug;
 use std::io::Write;
-use std::sync::{LazyLock, Mutex, OnceLock};
+use std::sync::Mutex;
 
-use anstream::stderr;
-use clap::builder::styling::{AnsiColor, Style};
 use clap::{ArgAction, Args, ColorChoice};
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer;
@@ -20,9 +15,9 @@ use tracing_subscriber::fmt::time::uptime;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 
-use super::{print_line, waiting};
+use super::output::{Progress, fact, show_progress, warning};
+use super::waiting;
 use crate::error::{Error, Result};
-use crate::printable::one_line;
 
 /// Environment variable with log filters, such as `debug` or `qlora_wgpu::train=info`.
 const LOG: &str = "QLORA_LOG";
@@ -30,7 +25,7 @@ const LOG: &str = "QLORA_LOG";
 /// Flags of every command.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Global options")]
-pub struct SayArgs {
+pub struct LogArgs {
     /// Print only errors, warnings and the result.
     #[arg(short, long, global = true, conflicts_with = "verbose")]
     quiet: bool,
@@ -43,27 +38,11 @@ pub struct SayArgs {
     color: ColorChoice,
 }
 
-/// How [`progress`] is shown.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Progress {
-    /// Bars if stderr is a terminal, lines otherwise.
-    Bars,
-    /// Lines, because bars and a log would mix.
-    Lines,
-    /// Nothing.
-    Silent,
-}
-
-static PROGRESS: OnceLock<Progress> = OnceLock::new();
-
-/// All bars, which share the terminal.
-static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
-
-/// Applies the flags and `QLORA_LOG`. Until this is called, progress is shown.
+/// Applies the flags and `QLORA_LOG`.
 ///
 /// # Errors
 /// [`Error::Invalid`] for an invalid filter.
-pub(super) fn begin(args: &SayArgs) -> Result<()> {
+pub(super) fn begin(args: &LogArgs) -> Result<()> {
     let filter = match std::env::var(LOG) {
         Ok(text) if !text.is_empty() => Some(text.parse::<Targets>().map_err(|error| Error::Invalid {
             op: "the environment",
@@ -78,15 +57,14 @@ pub(super) fn begin(args: &SayArgs) -> Result<()> {
         Some(_) => Progress::Lines,
         None => Progress::Bars,
     };
-    // A program that calls this as a library may have called it already, or have its own
-    // subscriber.
-    let _ = PROGRESS.set(progress);
+    show_progress(progress);
     let log = filter.map(|filter| {
         let lines = tracing_subscriber::fmt::layer().with_writer(|| LogLine).with_timer(uptime()).with_ansi(false);
         // Warnings are shown by `Warnings`.
         lines.with_target(false).with_filter(filter.and(filter_fn(|told| *told.level() > Level::WARN)))
     });
     let warnings = Warnings.with_filter(Targets::new().with_target("qlora_wgpu", Level::WARN));
+    // The only subscriber of this process, so this can't fail.
     let _ = tracing_subscriber::registry().with(log).with(warnings).with(waiting::layer()).try_init();
     Ok(())
 }
@@ -151,81 +129,4 @@ pub(super) fn color<'a>(arguments: impl IntoIterator<Item = Option<&'a str>>) {
             _ => {}
         }
     }
-}
-
-/// Prints an error as one line.
-pub(super) fn error(message: impl Display) {
-    labelled("error", AnsiColor::Red, message);
-}
-
-/// Prints a warning: the work continues, but may not do what was meant.
-pub(super) fn warning(message: impl Display) {
-    labelled("warning", AnsiColor::Yellow, message);
-}
-
-/// Prints a progress message.
-pub(super) fn progress(message: impl Display) {
-    if PROGRESS.get() != Some(&Progress::Silent) {
-        fact(message);
-    }
-}
-
-/// Prints a line that was asked for but isn't part of the result.
-pub(super) fn fact(message: impl Display) {
-    put(&one_line(&message.to_string()));
-}
-
-/// Prints a line on stdout that sums up what was written to files. --quiet omits it.
-///
-/// # Errors
-/// [`Error::Io`].
-pub(super) fn summary(line: impl Display) -> Result<()> {
-    if PROGRESS.get() == Some(&Progress::Silent) { Ok(()) } else { print_line(&line.to_string()) }
-}
-
-/// Quotes a path or name for a shell, in a command that is shown.
-pub(super) fn quoted(word: impl Display) -> String {
-    let word = word.to_string();
-    // Only NUL can't be quoted, and no path or argument contains one.
-    shlex::try_quote(&word).map(Cow::into_owned).unwrap_or(word)
-}
-
-/// Shows what a bar is working on, such as a tensor's name.
-pub(super) fn at(bar: &ProgressBar, what: &str) {
-    bar.set_message(one_line(what).into_owned());
-}
-
-/// Prints a line on stderr in place of the bars. They redraw themselves below it.
-fn put(line: &str) {
-    let _ = BARS.clear();
-    let _ = writeln!(stderr(), "{line}");
-}
-
-/// Makes a bar, hidden if stderr isn't a terminal or bars aren't wanted. To fit a narrow terminal,
-/// a template has one part that takes the remaining width: `{wide_bar}`, or `{wide_msg}` at its
-/// end.
-pub(super) fn bar(len: usize, template: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    shown(ProgressBar::new(len as u64).with_style(style))
-}
-
-/// Makes a line that says what the program waits for.
-pub(super) fn spinner() -> ProgressBar {
-    let style =
-        ProgressStyle::with_template("{spinner} {wide_msg}").unwrap_or_else(|_| ProgressStyle::default_spinner());
-    shown(ProgressBar::no_length().with_style(style))
-}
-
-fn shown(bar: ProgressBar) -> ProgressBar {
-    match PROGRESS.get() {
-        Some(Progress::Lines | Progress::Silent) => bar.set_draw_target(ProgressDrawTarget::hidden()),
-        Some(Progress::Bars) | None => return BARS.add(bar),
-    }
-    bar
-}
-
-/// The stream removes colours that can't be shown or aren't wanted.
-fn labelled(label: &str, color: AnsiColor, message: impl Display) {
-    let style: Style = color.on_default().bold();
-    put(&format!("{style}{label}:{style:#} {}", one_line(&message.to_string())));
 }

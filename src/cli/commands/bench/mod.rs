@@ -5,19 +5,22 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use super::hardware::{self, HardwareArgs};
-use super::plot::speed;
-use super::{output, print_json, print_line, table};
+mod hardware;
+
 use crate::bench::Row;
 use crate::bench::kernel_times::KernelTimes;
 use crate::bench::layer::{self, Case, measure};
 use crate::bench::peer::Peer;
 use crate::bench::report::{Machine, Report};
 use crate::bench::step::{StepCase, StepShape, measure_step};
+use crate::cli::output::{print_json, print_line, table};
+use crate::cli::paths;
+use crate::cli::plot::speed;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
 use crate::quant::{Format, QuantOptions};
+use hardware::HardwareArgs;
 
 /// Times the fused QLoRA layer, or a whole training step, on a device, and checks the result
 /// against the CPU.
@@ -156,9 +159,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if let Some(mib) = args.hardware.copy {
         return hardware::copy(&Device::named(&args.device)?, mib, args.json);
     }
-    output::check([&args.output, &args.plot].into_iter().filter_map(|path| path.as_deref()), &[])?;
+    paths::check([&args.output, &args.plot].into_iter().filter_map(|path| path.as_deref()), &[])?;
     if let (Some(output), Some(plot)) = (&args.output, &args.plot) {
-        output::check_apart(plot, (output, "--output"))?;
+        paths::check_apart(plot, (output, "--output"))?;
     }
     let machine = Machine::this();
     let device = Device::named(&args.device)?;

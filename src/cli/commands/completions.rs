@@ -3,7 +3,7 @@
 use clap::Args;
 use clap_complete::Shell;
 
-use super::{command, put};
+use crate::cli::output::print;
 use crate::error::Result;
 
 /// Prints a script that completes commands, flags and paths in a shell
@@ -25,8 +25,9 @@ pub struct CompletionsArgs {
     shell: Shell,
 }
 
-pub fn run(args: &CompletionsArgs) -> Result<()> {
+/// Prints the script for `command`.
+pub fn run(args: &CompletionsArgs, mut command: clap::Command) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut command(), "qlora", &mut script);
-    put(&String::from_utf8_lossy(&script)).map(drop)
+    clap_complete::generate(args.shell, &mut command, "qlora", &mut script);
+    print(&String::from_utf8_lossy(&script)).map(drop)
 }

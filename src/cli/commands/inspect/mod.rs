@@ -12,8 +12,9 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use self::tensors::{Size, TensorInfo, TotalInfo};
-use super::model::{exists, is_gguf, no_model};
-use super::{print_json, print_line, table};
+use crate::cli::model::{is_gguf, no_model};
+use crate::cli::output::{print_json, print_line, table};
+use crate::cli::paths::exists;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::Checkpoint;
 use crate::formats::gguf::GgufFile;

@@ -7,9 +7,10 @@ use std::time::Duration;
 use clap::Args;
 use jiff::{Timestamp, Unit};
 
-use super::{output, print_line, say};
 use crate::bench::hardware::{HardwareReport, Part, Plan};
 use crate::bench::report::Machine;
+use crate::cli::output::{self, print_json, print_line};
+use crate::cli::paths;
 use crate::device::{Device, DeviceInfo, devices};
 use crate::error::{Error, Result};
 use crate::formats::staged::StagedFile;
@@ -65,7 +66,7 @@ pub(super) fn run(args: &HardwareArgs, device: &str, against: &[String], file: O
         Some(file) => file.to_owned(),
         None => PathBuf::from(card),
     };
-    output::check([path.as_path()], &[])?;
+    paths::check([path.as_path()], &[])?;
     let now = Timestamp::now();
     let mut report = HardwareReport {
         version: env!("CARGO_PKG_VERSION"),
@@ -78,7 +79,7 @@ pub(super) fn run(args: &HardwareArgs, device: &str, against: &[String], file: O
     let plans = plans(args, &report.device, against)?;
     if args.ceilings.is_none() {
         let why = "no program given; set one with --ceilings";
-        say::progress(format_args!("ceilings: skipped, {why}"));
+        output::progress(format_args!("ceilings: skipped, {why}"));
         report.parts.push(Part::skipped("ceilings", why));
     }
     for (at, plan) in plans.iter().enumerate() {
@@ -94,7 +95,7 @@ pub(super) fn run(args: &HardwareArgs, device: &str, against: &[String], file: O
             (None, _) => "done",
         };
         let (title, seconds, count) = (part.title(), part.seconds, plans.len());
-        say::progress(format_args!("{} of {count}: {title}: {how}, {seconds:.1} s", at + 1));
+        output::progress(format_args!("{} of {count}: {title}: {how}, {seconds:.1} s", at + 1));
         report.parts.push(part);
         // Written after each part, because the next may crash the machine.
         write(&path, &report)?;
@@ -111,7 +112,7 @@ pub(super) fn run(args: &HardwareArgs, device: &str, against: &[String], file: O
 pub(super) fn copy(device: &Device, mib: u64, json: bool) -> Result<()> {
     let rates = crate::bench::copy::measure_copy(device, mib << 20)?;
     if json {
-        return super::print_json(&rates);
+        return print_json(&rates);
     }
     print_line(&format!(
         "{}: copies of {} MiB, bytes read plus bytes written: {:.1} GB/s from buffer to buffer, {:.1} GB/s by a kernel",

@@ -11,8 +11,10 @@ use clap::{Args, ValueEnum, ValueHint};
 use indicatif::{HumanBytes, ProgressBar};
 use serde::Serialize;
 
-use super::model::{ModelArgs, misfit, read_adapter, warn_other_base};
-use super::{INTERRUPTED, interrupts, output, print_json, say};
+use crate::cli::interrupt::{INTERRUPTED, interrupts};
+use crate::cli::model::{ModelArgs, misfit, read_adapter, warn_other_base};
+use crate::cli::output::{self, print_json};
+use crate::cli::paths::{check_model_inputs, check_model_output, is_gguf_name};
 use crate::error::{Error, Result};
 use crate::export::{DirectoryOptions, Merged, Progress};
 use crate::formats::gguf::TensorType;
@@ -122,9 +124,9 @@ struct Report<'a> {
 pub fn run(args: &MergeArgs) -> Result<ExitCode> {
     let to_gguf = is_gguf_name(&args.output);
     check_options(args, to_gguf)?;
-    check_output(&args.output, &args.model, &args.adapter, args.force)?;
+    check_model_output(&args.output, &args.model, &args.adapter, args.force)?;
     let path = ModelArgs::of(args.model.clone()).path()?;
-    check_inputs(&args.output, &path, &args.adapter)?;
+    check_model_inputs(&args.output, &path, &args.adapter)?;
     let adapter = read_adapter(&args.adapter)?;
     let merged = Merged::open(&path, &adapter).map_err(|error| misfit(&args.adapter, &adapter, error))?;
     warn_other_base(&args.adapter, &adapter.config, &args.model.display().to_string());
@@ -142,7 +144,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
             DirectoryOptions { requantize: args.quant_options(), max_shard_bytes, ..DirectoryOptions::new(stored) };
         (dtype, requantized) = (stored.to_string(), options.requantize.map(|quant| quant.format.to_string()));
         if let Some(format) = &requantized {
-            say::warning(format!(
+            output::warning(format!(
                 "quantizing merged weights to {format} again loses part of what the adapter learned; evaluate the result"
             ));
         }
@@ -152,7 +154,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
     bar.finish_and_clear();
     match written {
         Err(error @ Error::Interrupted { .. }) => {
-            say::error(error);
+            output::error(error);
             return Ok(ExitCode::from(INTERRUPTED));
         }
         written => written?,
@@ -171,7 +173,7 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
         let Report { output, dtype, tensors, merged, bytes, .. } = &report;
         let format = report.requantized.map(|format| format!(", linear layers {format}")).unwrap_or_default();
         let bytes = HumanBytes(*bytes);
-        say::summary(format!("{output}: {tensors} tensors as {dtype}{format}, {merged} of them merged, {bytes}"))?;
+        output::summary(format!("{output}: {tensors} tensors as {dtype}{format}, {merged} of them merged, {bytes}"))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -184,10 +186,6 @@ impl MergeArgs {
             Requantize::Fp4 => QuantOptions::fp4().double_quant(),
         })
     }
-}
-
-pub(super) fn is_gguf_name(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 fn check_options(args: &MergeArgs, to_gguf: bool) -> Result<()> {
@@ -209,34 +207,14 @@ fn check_options(args: &MergeArgs, to_gguf: bool) -> Result<()> {
     }
 }
 
-/// Refuses to replace an output without --force, and to replace an input at all.
-pub(super) fn check_output(output: &Path, model: &Path, adapter: &Path, force: bool) -> Result<()> {
-    let refuse = |message: &str| Err(Error::File { path: output.into(), message: message.into() });
-    check_inputs(output, model, adapter)?;
-    match (is_gguf_name(output), output.is_dir()) {
-        (true, true) => refuse("is a directory; a GGUF file can't replace it"),
-        (false, false) if output.exists() => refuse("is a file; name a directory, or a file that ends in .gguf"),
-        _ if !force && output::would_replace(output) => refuse("exists; pass --force to replace it"),
-        _ => Ok(()),
-    }
-}
-
-/// Refuses to write over files of the model or the adapter. An output folder may have any of its
-/// files replaced except GGUF files.
-pub(super) fn check_inputs(output: &Path, model: &Path, adapter: &Path) -> Result<()> {
-    let files = if is_gguf_name(output) { Vec::new() } else { output::files(output) };
-    let files = files.iter().map(PathBuf::as_path).filter(|file| !is_gguf_name(file));
-    output::check(std::iter::once(output).chain(files), &[(model, "the model"), (adapter, "the adapter")])
-}
-
 /// Reports files beside the weights that come from elsewhere, and files that aren't copied.
 fn tell_companions(merged: &Merged<'_>) -> Result<()> {
     let companions = merged.companions()?;
     for (name, real) in &companions.outside {
-        say::warning(format!("{name} leads out of the model's folder; copying {}", real.display()));
+        output::warning(format!("{name} leads out of the model's folder; copying {}", real.display()));
     }
     if !companions.left_out.is_empty() {
-        say::progress(format!("not copied: {}", companions.left_out.join(", ")));
+        output::progress(format!("not copied: {}", companions.left_out.join(", ")));
     }
     Ok(())
 }
@@ -244,12 +222,12 @@ fn tell_companions(merged: &Merged<'_>) -> Result<()> {
 /// Returns a bar, and a callback for each tensor that updates it and ends the work after Ctrl-C.
 fn watched(total: usize) -> (ProgressBar, impl Fn(Progress<'_>) -> ControlFlow<()>) {
     let stop = interrupts("stopping after this tensor; press Ctrl-C again to stop at once");
-    let bar = say::bar(total, "{bar:10} {pos}/{len} {wide_msg}");
+    let bar = output::bar(total, "{bar:10} {pos}/{len} {wide_msg}");
     let shown = bar.clone();
     let watch = move |progress: Progress<'_>| {
         shown.set_length(progress.total as u64);
         shown.set_position(progress.done as u64);
-        say::at(&shown, progress.name);
+        output::at(&shown, progress.name);
         if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     (bar, watch)

@@ -4,8 +4,9 @@ use bytesize::ByteSize;
 use clap::Args;
 use serde::Serialize;
 
-use super::run::{Prepared, RunArgs};
-use super::{print_json, print_line, table};
+use crate::cli::output::{print_json, print_line, table};
+use crate::cli::prepare::Prepared;
+use crate::cli::training::RunArgs;
 use crate::error::Result;
 use crate::train::plan::{MEMORY_PERCENT, Moment, Parts, Plan};
 

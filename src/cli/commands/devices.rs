@@ -1,19 +1,81 @@
-//! `qlora devices --check`: quantizes a real weight, multiplies with it on every device, and
-//! compares with the CPU.
+//! `qlora devices`: lists the devices. With --check, it also multiplies with a real weight on each
+//! of them and compares with the CPU.
 
 use std::time::Instant;
 
+use clap::Args;
 use half::f16;
 use ndarray::Array2;
 use serde::Serialize;
 
-use super::{bundled, table};
 use crate::bench::Row;
 use crate::bench::hardware::allowed;
 use crate::bench::layer::{Case, Op, measure};
-use crate::device::{Device, DeviceInfo, GpuOptions, Select};
+use crate::cli::bundled;
+use crate::cli::output::{print_json, print_line, table};
+use crate::device::{Device, DeviceInfo, GpuOptions, Select, devices};
 use crate::error::{Error, Result};
 use crate::quant::{QuantOptions, QuantizedMatrix};
+
+/// Lists the devices that `--device` and QLORA_DEVICE can name.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:\n  \
+    qlora devices\n  \
+    qlora devices --check")]
+pub struct DevicesArgs {
+    /// Print JSON, an object per device: index, name, kind, backend, driver, tier, tiers,
+    /// max_binding_bytes, subgroup_sizes, cooperative_matrix. --check adds `check`: m, tier, ms_median, gflops,
+    /// max_rel_err_vs_cpu, agrees, and error (null if there is a result).
+    #[arg(long)]
+    json: bool,
+    /// Also run the fused layer on each device and compare the result with the CPU's; status 1 if
+    /// one differs.
+    #[arg(long)]
+    check: bool,
+}
+
+/// A device, with its check results if requested.
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    info: &'a DeviceInfo,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    check: Option<Vec<&'a Checked>>,
+}
+
+pub fn run(args: &DevicesArgs) -> Result<()> {
+    let found = devices();
+    if args.json {
+        let check = args.check.then(|| Check::run(&found)).transpose()?;
+        let of = |info: &DeviceInfo| check.as_ref().map(|check| check.of(info).collect());
+        print_json(&found.iter().map(|info| Report { info, check: of(info) }).collect::<Vec<_>>())?;
+        return check.map_or(Ok(()), |check| check.verdict());
+    }
+    let rows = found.iter().map(|info| {
+        let binding = match info.max_binding_bytes {
+            0 => String::new(),
+            bytes => format!("{} MiB", bytes >> 20),
+        };
+        [
+            info.index.to_string(),
+            info.name.clone(),
+            info.kind.to_owned(),
+            info.driver.clone(),
+            info.tier.clone(),
+            info.tiers.join(" "),
+            binding,
+        ]
+    });
+    let header = ["index", "name", "kind", "driver", "tier", "can run", "largest binding"];
+    print_line(&table(header, 6, rows.collect()).to_string())?;
+    if !args.check {
+        return Ok(());
+    }
+    let check = Check::run(&found)?;
+    print_line(&check.describe())?;
+    check.verdict()?;
+    print_line("\nEvery device agrees.")
+}
 
 /// A weight of the bundled model. Unlike random numbers, real weights have outliers and rows of
 /// different spread.
@@ -25,7 +87,7 @@ const RANK: usize = 16;
 
 /// One device's result for one number of rows.
 #[derive(Serialize)]
-pub(super) struct Checked {
+struct Checked {
     #[serde(skip)]
     index: usize,
     #[serde(skip)]
@@ -42,7 +104,7 @@ pub(super) struct Checked {
 }
 
 /// Results for all devices, and a description of the packed weight.
-pub(super) struct Check {
+struct Check {
     packing: String,
     checked: Vec<Checked>,
     /// Name of the default device.
@@ -51,7 +113,7 @@ pub(super) struct Check {
 
 impl Check {
     /// Runs the fused layer on each device. If one fails, the others still run.
-    pub(super) fn run(found: &[DeviceInfo]) -> Result<Check> {
+    fn run(found: &[DeviceInfo]) -> Result<Check> {
         let weight = load()?;
         let (n, k) = weight.dim();
         let quant = QuantOptions::nf4().double_quant();
@@ -85,12 +147,12 @@ impl Check {
     }
 
     /// Results for one device.
-    pub(super) fn of(&self, info: &DeviceInfo) -> impl Iterator<Item = &Checked> {
+    fn of(&self, info: &DeviceInfo) -> impl Iterator<Item = &Checked> {
         self.checked.iter().filter(move |checked| checked.index == info.index)
     }
 
     /// The results as a table for people.
-    pub(super) fn describe(&self) -> String {
+    fn describe(&self) -> String {
         let rows = self.checked.iter().filter(|checked| checked.error.is_none()).map(|checked| {
             let best = if checked.device == self.best { " (best)" } else { "" };
             let number = |value: Option<f64>, text: fn(f64) -> String| value.map_or(String::new(), text);
@@ -111,7 +173,7 @@ impl Check {
 
     /// # Errors
     /// [`Error::Device`] that lists every device that fails or differs.
-    pub(super) fn verdict(&self) -> Result<()> {
+    fn verdict(&self) -> Result<()> {
         let wrong: Vec<String> = self.checked.iter().filter(|checked| !checked.agrees).map(Checked::fault).collect();
         if wrong.is_empty() {
             return Ok(());

@@ -9,9 +9,9 @@ use std::time::Instant;
 use clap::{Args, ValueHint};
 use serde::Serialize;
 
-use super::model::ModelArgs;
-use super::progress;
-use super::{bundled, output, print_json, print_line, say};
+use crate::cli::model::ModelArgs;
+use crate::cli::output::{self, print_json, print_line};
+use crate::cli::{bundled, paths, progress};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
@@ -97,7 +97,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let output = args.output.as_ref().map_or_else(fresh, |path| create(path).map(|()| path.clone()))?;
     if let Some(model) = &found {
         let texts = [bundled::TRAIN, bundled::VALID].map(|name| output.join(name));
-        output::check(texts.iter().map(PathBuf::as_path), &[(model, "the model")])?;
+        paths::check(texts.iter().map(PathBuf::as_path), &[(model, "the model")])?;
     }
     let (path, steps, lr) = match found {
         Some(path) => (path, 30, 5e-4),
@@ -125,7 +125,7 @@ pub fn run(args: &DemoArgs) -> Result<()> {
         eval.len(),
     );
     if !args.json {
-        say::summary(introduction)?;
+        output::summary(introduction)?;
     }
 
     let define_all =
@@ -176,9 +176,9 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let (plot, folder) = (adapter.join("loss.png"), adapter.clone());
     let [program, name, adapter, data] =
         [program, source.name(), adapter.display().to_string(), output.join(bundled::TRAIN).display().to_string()]
-            .map(say::quoted);
+            .map(output::quoted);
     let Sampling { temperature, top_p, seed, .. } = SAMPLING;
-    say::summary(format!(
+    output::summary(format!(
         "\nloss plot: {}\n\
          adapter:   {}\n\n\
          next, try another word or a model of your own:\n  \

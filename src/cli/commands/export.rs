@@ -7,9 +7,9 @@ use clap::{Args, ValueHint};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::merge::{check_inputs, check_output, is_gguf_name};
-use super::model::{ModelArgs, misfit, read_adapter, warn_other_base};
-use super::{print_json, say};
+use crate::cli::model::{ModelArgs, misfit, read_adapter, warn_other_base};
+use crate::cli::output::{self, print_json};
+use crate::cli::paths::{check_model_inputs, check_model_output, is_gguf_name};
 use crate::error::{Error, Result};
 use crate::export::write_gguf_adapter;
 use crate::formats::checkpoint::BaseFormat;
@@ -60,9 +60,9 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         let message = "must end in .gguf; the adapter is already in PEFT's format".into();
         return Err(Error::File { path: args.output.clone(), message });
     }
-    check_output(&args.output, &args.model, &args.adapter, args.force)?;
+    check_model_output(&args.output, &args.model, &args.adapter, args.force)?;
     let path = ModelArgs::of(args.model.clone()).path()?;
-    check_inputs(&args.output, &path, &args.adapter)?;
+    check_model_inputs(&args.output, &path, &args.adapter)?;
     let adapter = read_adapter(&args.adapter)?;
     let model = ModelSpec::read(&path, &BaseFormat::AsIs)?;
     // Failing because of DoRA has nothing to do with the model.
@@ -75,5 +75,5 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     if args.json {
         return print_json(&report);
     }
-    say::summary(format!("{}: an adapter of {} modules, {}", report.output, report.modules, HumanBytes(bytes)))
+    output::summary(format!("{}: an adapter of {} modules, {}", report.output, report.modules, HumanBytes(bytes)))
 }

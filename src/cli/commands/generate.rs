@@ -7,8 +7,8 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 
-use super::model::{AdaptedArgs, With, label, print_all, switch};
-use super::{put, say};
+use crate::cli::model::{AdaptedArgs, With, label, print_all, switch};
+use crate::cli::output::{self, print};
 use crate::error::Result;
 use crate::generate::{Sampler, Sampling, generate};
 use crate::nn::Decoder;
@@ -105,7 +105,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut reports = Vec::with_capacity(uses.len());
     for &adapter in &uses {
         switch(&mut model, adapter)?;
-        if uses.len() > 1 && !args.json && put(&format!("{}: ", label(adapter)))?.is_break() {
+        if uses.len() > 1 && !args.json && print(&format!("{}: ", label(adapter)))?.is_break() {
             break;
         }
         reports.push(With::new(adapter, answer(args, &model, &tokenizer, &prompt, sampler.clone())?));
@@ -156,7 +156,7 @@ fn answer(
         tokens_per_second: answer.len().saturating_sub(1) as f64 / (all - first).max(f64::MIN_POSITIVE),
     };
     if args.stats {
-        say::fact(format!(
+        output::fact(format!(
             "prompt: {} tokens, {:.1} tokens/s; answer: {} tokens, {:.1} tokens/s",
             report.prompt_tokens, report.prompt_tokens_per_second, report.tokens, report.tokens_per_second
         ));
@@ -201,8 +201,8 @@ impl Printer<'_> {
         match &mut self.kept {
             Some(kept) => kept.push_str(&text),
             // A terminal would act on control characters, so escape them.
-            None if std::io::stdout().is_terminal() => self.stopped = put(&lines(&text))?.is_break(),
-            None => self.stopped = put(&text)?.is_break(),
+            None if std::io::stdout().is_terminal() => self.stopped = print(&lines(&text))?.is_break(),
+            None => self.stopped = print(&text)?.is_break(),
         }
         Ok(if self.stopped { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
@@ -214,7 +214,7 @@ impl Printer<'_> {
             let _ = self.release(self.held.len())?;
         }
         if self.kept.is_none() {
-            let _ = put("\n")?;
+            let _ = print("\n")?;
         }
         Ok((self.stopped, self.kept))
     }

@@ -1,18 +1,20 @@
 //! `qlora finetune`: trains an adapter on data.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::error::ErrorKind::MissingRequiredArgument;
-use clap::{Args, CommandFactory};
+use clap::{Args, Command};
 use serde::Serialize;
 
-use super::model::{misfit, warn_other_base};
-use super::progress::{bytes, train};
-use super::run::{Data, Prepared, RunArgs};
-use super::{Cli, INTERRUPTED, interrupts, output, print_json, say, settings};
+use crate::cli::interrupt::{INTERRUPTED, interrupts};
+use crate::cli::model::{misfit, warn_other_base};
+use crate::cli::output::{self, bytes, print_json};
+use crate::cli::paths;
+use crate::cli::prepare::{Data, Prepared};
+use crate::cli::progress::train;
+use crate::cli::training::RunArgs;
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::nn::{Decoder, ModelSpec};
@@ -84,39 +86,6 @@ impl<'a> Report<'a> {
     }
 }
 
-/// Inserts the flags of a settings file, if the arguments name one.
-pub(super) fn with_settings(
-    arguments: Vec<OsString>,
-    command: impl FnOnce() -> clap::Command,
-) -> Result<Vec<OsString>> {
-    // Required flags may be in the file, so look only for its path and the command.
-    let Some(path) = config_path(&arguments) else { return Ok(arguments) };
-    let command = command();
-    let named = |word: &OsString| command.find_subcommand(word.to_str()?);
-    let found = arguments.iter().enumerate().skip(1).find_map(|(at, word)| Some((at, named(word)?)));
-    let Some((at, command)) = found.filter(|(_, command)| ["finetune", "plan"].contains(&command.get_name())) else {
-        return Ok(arguments);
-    };
-    let typed: Vec<String> = arguments.iter().filter_map(long_name).collect();
-    let mut all = arguments;
-    // Insert after the command's name.
-    all.splice(at + 1..at + 1, settings::arguments(&path, command, &typed)?);
-    Ok(all)
-}
-
-/// Returns `name` for `--name` and `--name=value`.
-fn long_name(argument: &OsString) -> Option<String> {
-    let name = argument.to_str()?.strip_prefix("--")?;
-    Some(name.split_once('=').map_or(name, |(name, _)| name).to_owned())
-}
-
-fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
-    arguments.iter().enumerate().find_map(|(at, argument)| match argument.to_str()? {
-        "--config" => arguments.get(at + 1).map(PathBuf::from),
-        other => other.strip_prefix("--config=").map(PathBuf::from),
-    })
-}
-
 pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let (args, json) = (&args.run, args.json);
     // clap doesn't require these, as `plan` can do without.
@@ -127,7 +96,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let folder = RunFolder::claim(output)?;
     let goes_on = args.resume && folder.has_checkpoint()?;
     if args.resume && !goes_on {
-        say::progress(format!("{}: nothing saved yet; the run starts from the beginning", output.display()));
+        output::progress(format!("{}: nothing saved yet; the run starts from the beginning", output.display()));
     }
     if !goes_on {
         folder.check_unused()?;
@@ -138,9 +107,9 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let Some(Data { data, options }) = data else { missing("--data FILE") };
     let steps = options.steps;
 
-    say::progress(format!("device: {}", device.name()));
+    output::progress(format!("device: {}", device.name()));
     describe(&data.batches, data.eval.len(), &options);
-    say::progress(format!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes)));
+    output::progress(format!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes)));
 
     let mut model = Decoder::load(&device, &path, &base)?;
 
@@ -151,7 +120,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
         None => args.as_typed(error),
     })?;
     if run.end().is_some() {
-        say::progress(format!("{}: already finished, after {} steps", output.display(), run.step()));
+        output::progress(format!("{}: already finished, after {} steps", output.display(), run.step()));
     }
     if let Some((path, adapter)) = &initial {
         warn_other_base(path, &adapter.config, &args.model.name());
@@ -165,25 +134,25 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     let output = output.display();
     if summary.end == End::Interrupted {
         let how = if summary.steps > 0 { "; to continue, run the same command with --resume" } else { "" };
-        say::progress(format!("interrupted after {} of {steps} steps{how}", summary.steps));
+        output::progress(format!("interrupted after {} of {steps} steps{how}", summary.steps));
         return Ok(ExitCode::from(INTERRUPTED));
     }
     if json {
         return Ok(ExitCode::SUCCESS);
     }
     if summary.end == End::EarlyStop {
-        say::summary(format!("ended after {} steps: evaluations stopped improving", summary.steps))?;
+        output::summary(format!("ended after {} steps: evaluations stopped improving", summary.steps))?;
     }
     if let (Some(first), Some(last), Some(best)) = (report.eval_loss_before, report.eval_loss, report.best_eval_loss) {
-        say::summary(format!("evaluation loss: {first:.4} before, {last:.4} after, {best:.4} at its best"))?;
+        output::summary(format!("evaluation loss: {first:.4} before, {last:.4} after, {best:.4} at its best"))?;
     }
     // If training quantized the base, `generate` needs the flag for the same base.
     let as_is = ModelSpec::read(&path, &BaseFormat::AsIs)?;
     let base = if as_is.matrix_bytes(&device)? == spec.matrix_bytes(&device)? { "" } else { args.model.base_flag() };
     let name = args.model.name();
-    say::summary(format!("loss plot: {output}/loss.png\nadapter:   {output}"))?;
-    let [name, output] = [name, output.to_string()].map(say::quoted);
-    say::summary(format!("next: qlora generate --model {name}{base} --adapter {output} --prompt TEXT"))?;
+    output::summary(format!("loss plot: {output}/loss.png\nadapter:   {output}"))?;
+    let [name, output] = [name, output.to_string()].map(output::quoted);
+    output::summary(format!("next: qlora generate --model {name}{base} --adapter {output} --prompt TEXT"))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -200,36 +169,32 @@ fn check_apart(args: &RunArgs, folder: &Path) -> Result<()> {
         (&model, "the model"),
     ];
     let inputs: Vec<_> = inputs.into_iter().filter_map(|(path, what)| Some((path.as_deref()?, what))).collect();
-    output::check(std::iter::once(folder).chain(files.iter().map(PathBuf::as_path)), &inputs)
+    paths::check(std::iter::once(folder).chain(files.iter().map(PathBuf::as_path)), &inputs)
 }
 
 /// Exits like clap does if a flag is missing.
 fn missing(flag: &str) -> ! {
-    let mut command = Cli::command();
-    command.build();
-    let message = format!("{flag} must be given");
-    let finetune =
-        command.find_subcommand_mut("finetune").map(|finetune| finetune.error(MissingRequiredArgument, &message));
-    finetune.unwrap_or_else(|| Cli::command().error(MissingRequiredArgument, &message)).exit()
+    let mut command = FinetuneArgs::augment_args(Command::new("finetune"));
+    command.error(MissingRequiredArgument, format!("{flag} must be given")).exit()
 }
 
 /// Describes the run on stderr before it starts.
 fn describe(batches: &Batches, eval: usize, options: &RunOptions) {
     let (data, cut) = (batches.options(), batches.cut);
     let packing = if data.packing { ", packed" } else { "" };
-    say::progress(format!(
+    output::progress(format!(
         "data: {} examples, {} tokens{packing} in rows of at most {}; {eval} examples for evaluation",
         batches.examples(),
         batches.tokens(),
         data.seq_len
     ));
     if cut.truncated > 0 {
-        say::warning(format!(
+        output::warning(format!(
             "{} examples were longer than a row and lost {} tokens; {} of them lost every label and are left out",
             cut.truncated, cut.tokens, cut.dropped
         ));
     }
-    say::progress(format!(
+    output::progress(format!(
         "run: {} steps of {} x {} rows; {} steps per epoch",
         options.steps,
         data.grad_accum,

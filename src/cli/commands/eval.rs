@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueHint};
 
-use super::data::{check, read};
-use super::model::{AdaptedArgs, With, label, print_all, switch};
-use super::{output, print_line, say};
+use crate::cli::dataset::{check, read};
+use crate::cli::model::{AdaptedArgs, With, label, print_all, switch};
+use crate::cli::output::{self, print_line};
+use crate::cli::paths;
 use crate::error::{Error, Result};
 use crate::eval::{Evaluation, PASS_TOKENS, evaluate};
 use crate::formats::safetensors::{OutData, OutTensor, TensorType, write};
@@ -48,7 +49,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     if let Some(logits) = &args.dump_logits {
         let adapters = args.model.adapters().into_iter().map(|(_, path)| (path, "an adapter"));
         let inputs: Vec<_> = [(&*args.data, "the data"), (&path, "the model")].into_iter().chain(adapters).collect();
-        output::check([logits.as_path()], &inputs)?;
+        paths::check([logits.as_path()], &inputs)?;
     }
     let (mut model, uses) = args.model.load(&path)?;
     let vocabulary = model.config().vocab_size;
@@ -80,7 +81,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 /// Evaluates the data with the active adapter.
 fn evaluated(args: &EvalArgs, model: &Decoder, data: &Dataset) -> Result<Evaluation> {
-    let bar = say::bar(data.examples.len(), "{wide_bar} {pos}/{len} sequences, {eta} left");
+    let bar = output::bar(data.examples.len(), "{wide_bar} {pos}/{len} sequences, {eta} left");
     // A text longer than the model's positions is evaluated in pieces, each without what came
     // before.
     let most = model.config().max_position_embeddings;

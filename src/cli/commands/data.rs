@@ -1,8 +1,8 @@
-//! Reading training data, and `qlora data`, which shows what carries loss.
+//! `qlora data`: shows training examples, and which tokens carry loss.
 
 use std::collections::BTreeMap;
 use std::io::stdout;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anstream::{AutoStream, ColorChoice};
 use clap::builder::styling::{AnsiColor, Style};
@@ -10,14 +10,15 @@ use clap::{Args, ValueHint};
 use indicatif::HumanCount;
 use serde::Serialize;
 
-use super::model::{ModelArgs, exists};
-use super::{print_json, put, say};
+use crate::cli::dataset::{check, read};
+use crate::cli::model::ModelArgs;
+use crate::cli::output::{print, print_json};
 use crate::error::{Error, Result};
 use crate::formats::gguf::GgufFile;
 use crate::nn::{IGNORE_LABEL, ModelConfig};
 use crate::printable::is_hidden;
 use crate::text::Tokenizer;
-use crate::train::data::{DataOptions, Dataset, Example, STDIN};
+use crate::train::data::Example;
 
 /// Shows training examples as the model gets them, and which tokens carry loss.
 ///
@@ -84,45 +85,6 @@ struct Part {
     loss: bool,
 }
 
-/// Checks that these paths exist, before anything else is done. Standard input may be one of them.
-pub(super) fn check<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<()> {
-    let mut read = false;
-    for path in paths {
-        if path != Path::new(STDIN) {
-            exists(path)?;
-        } else if std::mem::replace(&mut read, true) {
-            let expected = "standard input can be read only once; name a file".into();
-            return Err(Error::Invalid { op: "data", what: "more than one file", got: STDIN.into(), expected });
-        }
-    }
-    Ok(())
-}
-
-/// Reads and tokenizes a file with a progress bar, for a model with `vocabulary` rows in its
-/// embedding. Warns of what it left out.
-pub(super) fn read(
-    path: &Path,
-    tokenizer: Result<&Tokenizer, &Error>,
-    skip_bad_lines: bool,
-    vocabulary: usize,
-) -> Result<Dataset> {
-    let bar = say::bar(0, "tokenizing {wide_bar} {pos}/{len} lines");
-    let options = DataOptions { skip_bad_lines, vocabulary: Some(vocabulary) };
-    let data = Dataset::read_with(path, tokenizer, &options, |lines| {
-        bar.set_length(lines as u64);
-        bar.inc(1);
-    })?;
-    bar.finish_and_clear();
-    if let Some(first) = &data.first_bad_line {
-        say::warning(format!("{}: left out {} bad lines; the first: {first}", path.display(), data.bad_lines));
-    }
-    if !data.passed_over.is_empty() {
-        let keys: Vec<_> = data.passed_over.iter().map(|(key, count)| format!("{key} ({count})")).collect();
-        say::warning(format!("{}: ignored keys: {}", path.display(), keys.join(", ")));
-    }
-    Ok(data)
-}
-
 pub fn run(args: &DataArgs) -> Result<()> {
     check([args.data.as_path()])?;
     let model = ModelArgs::of(args.model.clone());
@@ -157,7 +119,7 @@ pub fn run(args: &DataArgs) -> Result<()> {
         return print_json(&report);
     }
     let view = View { colors: AutoStream::choice(&stdout()) != ColorChoice::Never, whole: args.example.is_some() };
-    put(&view.text(&report)).map(drop)
+    print(&view.text(&report)).map(drop)
 }
 
 /// Tokens shown of text without lines.
