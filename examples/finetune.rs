@@ -6,16 +6,15 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use qlora_wgpu::Device;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig};
-use qlora_wgpu::nn::Decoder;
 use qlora_wgpu::optim::{AdamW, Decay, Schedule};
 use qlora_wgpu::text::Tokenizer;
 use qlora_wgpu::train::TrainOptions;
 use qlora_wgpu::train::batches::{BatchOptions, Batches};
 use qlora_wgpu::train::data::{DataOptions, Dataset};
 use qlora_wgpu::train::run::{Event, Run, RunData, RunFolder, RunOptions};
+use qlora_wgpu::{Device, ModelFiles};
 
 const STEPS: u32 = 20;
 
@@ -24,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let base = assets.join("tiny-glossary");
     let output = tempfile::tempdir()?; // use your own folder to keep the result
 
-    let mut model = Decoder::load(&Device::best()?, &base, &BaseFormat::AsIs)?; // already 4-bit in the file
+    let mut model = ModelFiles::open(&base)?.load(&Device::best()?, &BaseFormat::AsIs)?; // already 4-bit in the file
     let tokenizer = Tokenizer::from_dir(&base)?;
     let read = |name: &str| Dataset::read(assets.join(name), Ok(&tokenizer), &DataOptions::default());
     let batch_options = BatchOptions { batch_size: 4, seq_len: 128, ..BatchOptions::default() };

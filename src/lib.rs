@@ -54,6 +54,7 @@
 //!
 //! | module | contents |
 //! |---|---|
+//! | [`ModelFiles`] | the files of a model, opened once: configuration, tokenizer, weights |
 //! | [`train`] | runs, steps, data and metrics |
 //! | [`eval`] | the loss of a model on given tokens |
 //! | [`export`] | files for other programs: merged models, adapters in GGUF |
@@ -94,6 +95,7 @@ mod hash;
 pub mod indices;
 mod kernels;
 mod memory;
+mod model_files;
 pub mod nn;
 mod open;
 pub mod ops;
@@ -113,5 +115,6 @@ pub use indices::Indices;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
 pub use kernels::registry;
+pub use model_files::{ModelFiles, Weights};
 pub use tensor::Tensor;
 pub use wgpu;

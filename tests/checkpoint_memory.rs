@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use half::bf16;
 use ndarray::Array2;
+use qlora_wgpu::ModelFiles;
 use qlora_wgpu::export::{DirectoryOptions, Merged};
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::gguf;
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
 use qlora_wgpu::formats::safetensors::{OutData, OutTensor, TensorType, write};
-use qlora_wgpu::nn::ModelSpec;
 use qlora_wgpu::quant::{Dtype, QuantOptions};
 use serde_json::json;
 
@@ -141,14 +141,15 @@ fn merging_holds_one_matrix() {
     let _alone = ALONE.lock();
     let folder = tempfile::TempDir::new().unwrap();
     model(folder.path());
-    let spec = ModelSpec::read(folder.path(), &BaseFormat::AsIs).unwrap();
+    let spec = ModelFiles::open(folder.path()).unwrap().spec(&BaseFormat::AsIs).unwrap();
     let module = |rows, cols| {
         let values = |shape| Array2::from_elem(shape, 0.01);
         PeftModule { a: values((2, cols)), b: values((rows, 2)), magnitude: None, bias: None }
     };
     let modules = spec.linears().map(|(path, matrix)| (path, module(matrix.rows, matrix.cols))).collect();
     let adapter = PeftAdapter { config: PeftConfig::new(2, 4.0), modules };
-    let merged = Merged::open(folder.path(), &adapter).unwrap();
+    let files = ModelFiles::open(folder.path()).unwrap();
+    let merged = Merged::new(&files, &adapter).unwrap();
     let go_on = |_: qlora_wgpu::export::Progress<'_>| ControlFlow::Continue(());
 
     // Starts the threads of the pool.

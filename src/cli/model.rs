@@ -1,7 +1,5 @@
 //! Shared by commands that load a model.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -15,12 +13,11 @@ use super::paths::exists;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
-use crate::formats::gguf::GgufFile;
-use crate::formats::input::regular;
+use crate::formats::gguf::is_gguf_name;
 use crate::formats::peft::{self, PeftAdapter, PeftConfig};
+use crate::model_files::ModelFiles;
 use crate::nn::Decoder;
 use crate::quant::QuantOptions;
-use crate::text::Tokenizer;
 
 /// Model and device options.
 #[derive(Args, Debug)]
@@ -75,15 +72,17 @@ impl ModelArgs {
         ModelArgs { model, device: "best".into(), base_format: None }
     }
 
-    /// Returns the model's path; downloads it from the hub if needed.
-    pub fn path(&self) -> Result<PathBuf> {
+    /// Opens the model; downloads it from the hub if needed.
+    pub fn open(&self) -> Result<ModelFiles> {
         let id = self.model.to_str().and_then(HubId::parse);
         if let Some(id) = id.filter(|_| matches!(self.model.try_exists(), Ok(false))) {
-            return id.fetch();
+            return ModelFiles::open(id.fetch()?);
         }
         exists(&self.model)?;
-        check_kind(&self.model)?;
-        Ok(self.model.clone())
+        if self.model.is_dir() {
+            check_folder(&self.model)?;
+        }
+        ModelFiles::open(&self.model)
     }
 
     /// The model as given, a path or an id.
@@ -112,20 +111,6 @@ impl ModelArgs {
             _ => " --base-format nf4",
         }
     }
-
-    /// Loads the tokenizer of the model at `path`.
-    pub fn tokenizer(&self, path: &Path, vocabulary: usize) -> Result<Tokenizer> {
-        let file_error = |message: String| Error::File { path: path.into(), message };
-        let tokenizer = if !path.is_dir() {
-            Tokenizer::from_gguf(&GgufFile::open(path)?)?
-        } else if path.join("tokenizer.json").exists() {
-            Tokenizer::from_dir(path)?
-        } else {
-            return Err(file_error("has no tokenizer.json, which text needs; put the model's own there".into()));
-        };
-        tokenizer.check_vocabulary(vocabulary).map_err(|e| file_error(e.to_string()))?;
-        Ok(tokenizer)
-    }
 }
 
 impl AdaptedArgs {
@@ -134,15 +119,15 @@ impl AdaptedArgs {
         self.adapter.iter().map(|given| split_name(given)).collect()
     }
 
-    /// Loads the model at `path` with its adapters, none of them active. Also returns which
-    /// adapters to use, one after the other.
-    pub fn load(&self, path: &Path) -> Result<(Decoder, Vec<Option<&str>>)> {
+    /// Loads the model with its adapters, none of them active. Also returns which adapters to use,
+    /// one after the other.
+    pub fn load(&self, files: &ModelFiles) -> Result<(Decoder, Vec<Option<&str>>)> {
         // Checked first, because it is quick.
         let named = self.adapters();
         let chosen = choose(&named, &self.chosen)?;
         let read = |(name, path): (_, _)| Ok((name, path, read_adapter(path)?));
         let adapters = named.into_iter().map(read).collect::<Result<Vec<_>>>()?;
-        let mut model = Decoder::load(&self.model.device()?, path, &self.model.base(Base::AsIs))?;
+        let mut model = files.load(&self.model.device()?, &self.model.base(Base::AsIs))?;
         for (name, path, adapter) in &adapters {
             model.attach_peft(name, adapter).map_err(|error| misfit(path, adapter, error))?;
             warn_other_base(path, &adapter.config, &self.model.name());
@@ -226,32 +211,16 @@ fn choose<'a>(given: &[(&'a str, &Path)], chosen: &'a [String]) -> Result<Vec<Op
     }
 }
 
-/// Checks that the path can hold a model, before anything is loaded.
-fn check_kind(path: &Path) -> Result<()> {
-    let file_error = |message: &str| Err(Error::File { path: path.into(), message: message.into() });
-    if path.is_dir() {
-        if path.join("config.json").exists() {
-            Ok(())
-        } else if path.join(peft::CONFIG).exists() {
-            file_error("is an adapter; pass it as --adapter, and its base as --model")
-        } else {
-            Err(no_model(path, "it has no config.json"))
-        }
-    } else if is_gguf(path)? {
+/// Checks that a folder can be a model's, before it is opened.
+fn check_folder(path: &Path) -> Result<()> {
+    if path.join("config.json").exists() {
         Ok(())
-    } else if path.extension().is_some_and(|extension| extension == "safetensors") {
-        file_error("has only tensors; give the directory that contains it and a config.json")
+    } else if path.join(peft::CONFIG).exists() {
+        let message = "is an adapter; pass it as --adapter, and its base as --model".into();
+        Err(Error::File { path: path.into(), message })
     } else {
-        file_error("not a GGUF file; give a .gguf file, or a directory with config.json and safetensors")
+        Err(no_model(path, "it has no config.json"))
     }
-}
-
-/// Whether a file's name or first bytes say that it is a GGUF file.
-pub(super) fn is_gguf(path: &Path) -> Result<bool> {
-    let mut start = [0; 4];
-    let mut file = File::open(regular(path)?).map_err(|e| Error::io(path, e))?;
-    let is_called = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
-    Ok(is_called || file.read_exact(&mut start).is_ok() && start == *b"GGUF")
 }
 
 pub(super) fn read_adapter(path: &Path) -> Result<PeftAdapter> {
@@ -316,9 +285,8 @@ fn base_name(text: &str) -> String {
 
 /// Error for a directory without a model. Suggests a GGUF file in it, which may be what was meant.
 pub(super) fn no_model(folder: &Path, why: &str) -> Error {
-    let called_gguf = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "gguf");
     let entries = folder.read_dir().into_iter().flatten().flatten().map(|entry| entry.path());
-    let hint = match entries.filter(called_gguf).min() {
+    let hint = match entries.filter(|path| is_gguf_name(path)).min() {
         Some(path) => format!("; name a GGUF file in it, such as {}", path.display()),
         None => String::new(),
     };

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::output::leave_stdout;
 use crate::error::{Error, Result};
+use crate::formats::gguf::is_gguf_name;
 use crate::formats::staged::{is_same, is_standard_output};
 
 /// A path and its name in messages.
@@ -84,11 +85,6 @@ fn is_same_place(one: &Path, other: &Path) -> bool {
         return is_same(one, other);
     }
     place(one).is_some_and(|one| Some(one) == place(other))
-}
-
-/// Whether a file is called like a GGUF file.
-pub(super) fn is_gguf_name(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 /// Refuses to replace an output without --force, and to replace an input at all.

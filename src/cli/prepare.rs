@@ -13,6 +13,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::peft::{PeftAdapter, PeftConfig};
+use crate::model_files::ModelFiles;
 use crate::nn::ModelSpec;
 use crate::text::Tokenizer;
 use crate::train::batches::Batches;
@@ -22,8 +23,8 @@ use crate::train::run::{RunData, RunOptions, saved_batch_size};
 
 /// A checked run that is ready to start; everything but the weights has been read.
 pub(super) struct Prepared<'a> {
-    /// Path of the model.
-    pub path: PathBuf,
+    /// The open model.
+    pub files: ModelFiles,
     pub device: Device,
     pub base: BaseFormat,
     pub spec: ModelSpec,
@@ -45,12 +46,12 @@ impl RunArgs {
     /// Checks everything that can be checked before the weights are loaded.
     pub(super) fn prepare(&self) -> Result<Prepared<'_>> {
         check([&self.data, &self.eval_data].into_iter().flatten().map(PathBuf::as_path))?;
-        let path = self.model.path()?;
+        let files = self.model.open()?;
         let initial = self.training.adapter.initial()?;
         let (device, base) = (self.model.device()?, self.model.base(Base::Nf4));
-        let spec = ModelSpec::read(&path, &base)?;
+        let spec = files.spec(&base)?;
 
-        let tokenizer = self.model.tokenizer(&path, spec.config().vocab_size);
+        let tokenizer = files.tokenizer();
         let read = |path: &Path| read(path, tokenizer.as_ref(), self.skip_bad_lines, spec.config().vocab_size);
         let mut data = self.data.as_deref().map(read).transpose()?;
         let eval = match (&self.eval_data, self.eval_split, &mut data) {
@@ -87,7 +88,7 @@ impl RunArgs {
         } else {
             plan
         };
-        Ok(Prepared { path, device, base, spec, initial, config, plan, data })
+        Ok(Prepared { files, device, base, spec, initial, config, plan, data })
     }
 
     fn arrange(&self, data: Dataset, eval: Vec<Example>, tokenizer: Option<String>, plan: &Plan) -> Result<Data> {

@@ -9,15 +9,15 @@ use std::path::{Path, PathBuf};
 use half::{bf16, f16};
 use serde_json::{Value, json};
 
-use super::merged::{Merged, Progress, Source as Model, Watch, proceed};
+use super::merged::{Merged, Progress, Watch, proceed};
 use crate::error::{Error, Result};
 use crate::formats::bitsandbytes;
 use crate::formats::checkpoint::{INDEX, SINGLE};
 use crate::formats::gguf::{self, TensorType as GgufType};
 use crate::formats::input::{MAX_SMALL, read_small};
-use crate::formats::json::JsonObject;
 use crate::formats::safetensors::{OutData, OutTensor, TensorType, stage};
 use crate::formats::staged::StagedFile;
+use crate::model_files::Weights;
 use crate::quant::{Dtype, QuantOptions, QuantizedMatrix, Source};
 
 /// Options for writing a directory.
@@ -76,19 +76,18 @@ impl Merged<'_> {
     /// # Errors
     /// [`Error::Io`].
     pub fn companions(&self) -> Result<Companions> {
-        match &self.source {
-            Model::Checkpoint(_) => Companions::of(&self.path),
-            Model::Gguf(_) => Ok(Companions::default()),
+        match self.weights {
+            Weights::Checkpoint(_) => Companions::of(self.files.path()),
+            Weights::Gguf(_) => Ok(Companions::default()),
         }
     }
 
     fn write_into(&self, output: &Path, options: &DirectoryOptions, watch: &Watch<'_>) -> Result<()> {
-        let config = self.config_json(options)?;
-        let mut texts = match &self.source {
-            Model::Checkpoint(_) => small_files(&self.path)?,
-            Model::Gguf(file) => crate::text::Tokenizer::from_gguf(file)?.files(&self.path)?,
+        let mut texts = match self.weights {
+            Weights::Checkpoint(_) => small_files(self.files.path())?,
+            Weights::Gguf(file) => crate::text::Tokenizer::from_gguf(file)?.files(self.files.path())?,
         };
-        texts.push(("config.json".into(), config.into_bytes()));
+        texts.push(("config.json".into(), self.config_json(options)));
         fs::create_dir_all(output).map_err(|e| Error::io(output, e))?;
 
         let shards = self.plan(options);
@@ -202,11 +201,8 @@ impl Merged<'_> {
 
     /// `config.json` of the result: the source's with the new type, and without its own
     /// quantization.
-    fn config_json(&self, options: &DirectoryOptions) -> Result<String> {
-        let mut config = match &self.source {
-            Model::Checkpoint(_) => JsonObject::read(&self.path.join("config.json"))?.into_map(),
-            Model::Gguf(_) => self.config.json(),
-        };
+    fn config_json(&self, options: &DirectoryOptions) -> Vec<u8> {
+        let mut config = self.files.json().map_or_else(|| self.config.json(), |json| json.map().clone());
         config.shift_remove("quantization_config");
         config.shift_remove("torch_dtype");
         // The model may have its own head although its config says otherwise.
@@ -217,7 +213,7 @@ impl Merged<'_> {
         if let Some(quant) = &options.requantize {
             config.insert("quantization_config".into(), bitsandbytes::quantization_config(quant, options.dtype));
         }
-        Ok(String::from_utf8_lossy(&pretty(&config.into())).into_owned())
+        pretty(&config.into())
     }
 }
 

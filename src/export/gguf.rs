@@ -4,9 +4,10 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 
-use super::merged::{Merged, Progress, Source, Watch, proceed};
+use super::merged::{Merged, Progress, Watch, proceed};
 use crate::error::{Error, Result};
 use crate::formats::gguf::{self, GgufFile, Metadata, OutTensor, OutValue, TensorType};
+use crate::model_files::Weights;
 use crate::nn::gguf::{gguf_name, row_order};
 use crate::text::Tokenizer;
 
@@ -54,8 +55,8 @@ impl Merged<'_> {
                 expected: "supported types are F32, F16, BF16, Q8_0 and Q4_0".into(),
             });
         };
-        let (mut metadata, names) = match &self.source {
-            Source::Gguf(file) => {
+        let (mut metadata, names) = match self.weights {
+            Weights::Gguf(file) => {
                 let mut metadata = Metadata::of(file);
                 // We write with the default alignment.
                 metadata.remove("general.alignment");
@@ -63,14 +64,15 @@ impl Merged<'_> {
                 gguf::SPLIT_KEYS.iter().for_each(|key| metadata.remove(key));
                 (metadata, self.names_of(file))
             }
-            Source::Checkpoint(_) => {
-                let folder = fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
+            Weights::Checkpoint(_) => {
+                let path = self.files.path();
+                let folder = fs::canonicalize(path).unwrap_or_else(|_| path.into());
                 let name = folder.file_name().unwrap_or_default().to_string_lossy();
                 let mut metadata = self.config.gguf_metadata(&name)?;
-                let tokenizer = Tokenizer::from_dir(&self.path)?;
+                let tokenizer = Tokenizer::from_dir(path)?;
                 let ids = &self.config;
                 let stated = [ids.bos_token_id, ids.eos_token_ids.first().copied(), ids.pad_token_id];
-                tokenizer.write_gguf(&self.path, ids.vocab_size, stated, &mut metadata)?;
+                tokenizer.write_gguf(path, ids.vocab_size, stated, &mut metadata)?;
                 (metadata, self.config.tensors().into_iter().map(|(name, _)| name).collect())
             }
         };
@@ -116,10 +118,10 @@ impl Merged<'_> {
     /// The divisors of the rotary frequencies, if there are any.
     fn freqs(&self) -> Result<Option<(&'static str, Vec<f32>)>> {
         let Some((name, values)) = self.config.gguf_rope_freqs() else { return Ok(None) };
-        match &self.source {
+        match self.weights {
             // Copied from the file, to keep them to the bit.
-            Source::Gguf(file) => Ok(Some((name, file.vector(name, values.len(), gguf::RowOrder::Plain)?))),
-            Source::Checkpoint(_) => Ok(Some((name, values))),
+            Weights::Gguf(file) => Ok(Some((name, file.vector(name, values.len(), gguf::RowOrder::Plain)?))),
+            Weights::Checkpoint(_) => Ok(Some((name, values))),
         }
     }
 

@@ -2,17 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::formats::checkpoint::{BaseFormat, Checkpoint};
+use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::{GgufFile, TensorType};
 use crate::formats::peft::PeftAdapter;
+use crate::model_files::{ModelFiles, Weights};
 use crate::nn::adapters::check_fits;
 use crate::nn::config::HEAD;
-use crate::nn::gguf::{ROPE_FREQS, gguf_name, is_gguf, row_order};
-use crate::nn::{Linear, LoraAdapter, ModelConfig, ModelSpec};
+use crate::nn::gguf::{ROPE_FREQS, gguf_name, row_order};
+use crate::nn::{Linear, LoraAdapter, ModelConfig};
 use crate::quant::HostMatrix;
 
 /// Progress of writing.
@@ -44,51 +45,36 @@ pub(super) fn proceed(watch: &Watch<'_>, progress: Progress<'_>) -> Result<()> {
 /// DoRA, computed in f32. If W is 4-bit, its dequantized values are used, which the adapter was
 /// trained beside.
 pub struct Merged<'a> {
-    pub(super) path: PathBuf,
+    pub(super) files: &'a ModelFiles,
+    pub(super) weights: Weights<'a>,
     pub(super) config: ModelConfig,
-    pub(super) source: Source,
     pub(super) adapter: &'a PeftAdapter,
     /// Names and shapes of all the model's tensors, under Hugging Face's names.
     pub(super) tensors: BTreeMap<String, Vec<usize>>,
     cpu: Device,
 }
 
-pub(super) enum Source {
-    Checkpoint(Checkpoint),
-    Gguf(GgufFile),
-}
-
 impl<'a> Merged<'a> {
-    /// Opens a Hugging Face directory or a GGUF file, and checks that the adapter fits. Reads
-    /// headers only.
+    /// Checks that the adapter fits the model, and that nothing of the model would be lost.
     ///
     /// # Errors
     /// [`Error::File`], [`Error::Tensor`] and [`Error::Io`] for a model that can't be loaded or
     /// has unknown tensors; [`Error::Invalid`] and [`Error::Shape`] for an adapter that is for
     /// another model.
-    pub fn open(path: &Path, adapter: &'a PeftAdapter) -> Result<Merged<'a>> {
-        let (source, spec) = if is_gguf(path) {
-            let file = GgufFile::open(path)?;
-            let spec = ModelSpec::of_gguf(&file, &BaseFormat::AsIs)?;
-            (Source::Gguf(file), spec)
-        } else {
-            let checkpoint = Checkpoint::open(path)?;
-            let config = ModelConfig::read(path)?.with_head_of(&checkpoint)?;
-            let spec = ModelSpec::of_checkpoint(config, &checkpoint, &BaseFormat::AsIs)?;
-            (Source::Checkpoint(checkpoint), spec)
-        };
+    pub fn new(files: &'a ModelFiles, adapter: &'a PeftAdapter) -> Result<Merged<'a>> {
+        let (spec, weights) = (files.spec(&BaseFormat::AsIs)?, files.weights()?);
         check_fits(adapter, &spec)?;
         let config = spec.config().clone();
         let tensors: BTreeMap<String, Vec<usize>> = config.tensors().into_iter().collect();
-        match &source {
-            Source::Checkpoint(checkpoint) => {
+        match weights {
+            Weights::Checkpoint(checkpoint) => {
                 // If the model doesn't use a head of its own, a head in the file is a copy of the
                 // embedding.
                 checkpoint.check_all_used(&tensors.keys().cloned().chain([HEAD.into()]).collect())?;
             }
-            Source::Gguf(file) => check_all_known(file, &tensors)?,
+            Weights::Gguf(file) => check_all_known(file, &tensors)?,
         }
-        Ok(Merged { path: path.into(), config, source, adapter, tensors, cpu: Device::cpu() })
+        Ok(Merged { files, weights, config, adapter, tensors, cpu: Device::cpu() })
     }
 
     /// The model's configuration.
@@ -121,14 +107,14 @@ impl<'a> Merged<'a> {
         let shape = self.tensors.get(name).map_or(&[][..], Vec::as_slice);
         let &[rows, cols] = shape else {
             let len = shape.iter().product();
-            return match &self.source {
-                Source::Checkpoint(checkpoint) => checkpoint.vector(name, len),
-                Source::Gguf(file) => file.vector(&theirs(name), len, row_order(&self.config, name)),
+            return match self.weights {
+                Weights::Checkpoint(checkpoint) => checkpoint.vector(name, len),
+                Weights::Gguf(file) => file.vector(&theirs(name), len, row_order(&self.config, name)),
             };
         };
-        let matrix = match &self.source {
-            Source::Checkpoint(checkpoint) => checkpoint.matrix(name, rows, cols, &BaseFormat::AsIs)?,
-            Source::Gguf(file) => {
+        let matrix = match self.weights {
+            Weights::Checkpoint(checkpoint) => checkpoint.matrix(name, rows, cols, &BaseFormat::AsIs)?,
+            Weights::Gguf(file) => {
                 file.matrix(&theirs(name), rows, cols, row_order(&self.config, name), &BaseFormat::AsIs)?
             }
         };
@@ -145,7 +131,7 @@ impl<'a> Merged<'a> {
     /// Bytes of a tensor in the source, if the adapter doesn't change it and it already has this
     /// type.
     pub(super) fn unchanged(&self, name: &str, kind: TensorType) -> Option<&[u8]> {
-        let Source::Gguf(file) = &self.source else { return None };
+        let Weights::Gguf(file) = self.weights else { return None };
         let tensor = file.tensor(&theirs(name)).ok()?;
         (tensor.kind == kind && !self.is_changed(name)).then_some(tensor.bytes)
     }

@@ -13,7 +13,7 @@ use super::gguf::{GgufFile, TensorType};
 use super::safetensors::{self, OutData, OutTensor, SafetensorsFile};
 use crate::Device;
 use crate::formats::checkpoint::BaseFormat;
-use crate::nn::Decoder;
+use crate::model_files::ModelFiles;
 use crate::quant::{QuantOptions, QuantizedMatrix};
 use crate::text::Tokenizer;
 
@@ -185,7 +185,7 @@ fn they_are_what_is_made_here_and_whole() {
         }
         assert!(fs::read(&path).unwrap() == bytes, "{name} differs");
         if name.contains("/model") {
-            Decoder::load(&Device::cpu(), &path, &BaseFormat::AsIs).unwrap();
+            ModelFiles::open(&path).unwrap().load(&Device::cpu(), &BaseFormat::AsIs).unwrap();
         } else if name.contains("tokenizer") {
             let tokenizer = Tokenizer::from_gguf(&GgufFile::open(&path).unwrap()).unwrap();
             assert_eq!(tokenizer.encode("Hello", false).unwrap().last(), Some(&13));

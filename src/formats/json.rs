@@ -39,8 +39,8 @@ impl JsonObject {
     }
 
     /// Keys and values.
-    pub(crate) fn into_map(self) -> Map<String, Value> {
-        self.map
+    pub(crate) fn map(&self) -> &Map<String, Value> {
+        &self.map
     }
 
     /// Whether `key` exists, even if it is null.

@@ -143,17 +143,21 @@ impl ModelConfig {
     /// [`Error::Io`](crate::Error::Io) if it can't be read; [`Error::File`](crate::Error::File),
     /// naming the key, for a value that is missing, malformed, contradictory or unsupported.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
-        let json = JsonObject::read(&folder.as_ref().join("config.json"))?;
-        let architecture = architecture(&json)?;
-        refuse_unsupported(&json)?;
-        let size = |key: &str| positive(&json, key, json.require(key)?);
+        Self::from_json(&JsonObject::read(&folder.as_ref().join("config.json"))?)
+    }
+
+    /// The configuration in a `config.json` that has been read.
+    pub(crate) fn from_json(json: &JsonObject) -> Result<Self> {
+        let architecture = architecture(json)?;
+        refuse_unsupported(json)?;
+        let size = |key: &str| positive(json, key, json.require(key)?);
         let (hidden_size, layers) = (size("hidden_size")?, size("num_hidden_layers")?);
         if layers > MAX_LAYERS {
             return Err(json.error("num_hidden_layers", format!("is {layers}; it must be at most {MAX_LAYERS}")));
         }
         let heads = size("num_attention_heads")?;
-        let kv_heads = kv_heads(&json, architecture, heads)?;
-        let head_dim = head_dim(&json, architecture, hidden_size, heads)?;
+        let kv_heads = kv_heads(json, architecture, heads)?;
+        let head_dim = head_dim(json, architecture, hidden_size, heads)?;
         // Defaults of the config classes in transformers.
         let (context, bos, eos) = match architecture {
             Architecture::Llama => (2048, Some(1), vec![2]),
@@ -161,7 +165,7 @@ impl ModelConfig {
             Architecture::Qwen2 | Architecture::Qwen3 => (32_768, None, vec![]),
         };
         let max_position_embeddings =
-            positive(&json, "max_position_embeddings", json.get("max_position_embeddings")?.unwrap_or(context))?;
+            positive(json, "max_position_embeddings", json.get("max_position_embeddings")?.unwrap_or(context))?;
         let rms_norm_eps: f32 = json.get("rms_norm_eps")?.unwrap_or(1e-6);
         if rms_norm_eps < 0.0 || !rms_norm_eps.is_finite() {
             return Err(json.error("rms_norm_eps", format!("is {rms_norm_eps}; it must be at least 0")));
@@ -170,7 +174,7 @@ impl ModelConfig {
             // The config is ignored here.
             Architecture::Qwen2 => (true, false),
             _ => {
-                let bias = bias(&json, "attention_bias", architecture, architecture != Architecture::Mistral)?;
+                let bias = bias(json, "attention_bias", architecture, architecture != Architecture::Mistral)?;
                 (bias, bias)
             }
         };
@@ -184,19 +188,19 @@ impl ModelConfig {
             kv_heads,
             head_dim,
             rms_norm_eps,
-            rope: rope(&json, head_dim, max_position_embeddings)?,
+            rope: rope(json, head_dim, max_position_embeddings)?,
             max_position_embeddings,
             tie_word_embeddings: json.get("tie_word_embeddings")?.unwrap_or(false),
             qkv_bias,
             o_bias,
-            mlp_bias: bias(&json, "mlp_bias", architecture, architecture == Architecture::Llama)?,
+            mlp_bias: bias(json, "mlp_bias", architecture, architecture == Architecture::Llama)?,
             qk_norm: architecture == Architecture::Qwen3,
-            windows: windows(&json, architecture, layers)?,
-            dtype: dtype(&json)?,
-            bos_token_id: if json.contains("bos_token_id") { tokens(&json, "bos_token_id")?.pop() } else { bos },
-            eos_token_ids: if json.contains("eos_token_id") { tokens(&json, "eos_token_id")? } else { eos },
-            pad_token_id: tokens(&json, "pad_token_id")?.pop(),
-            quantized: quantized(&json)?,
+            windows: windows(json, architecture, layers)?,
+            dtype: dtype(json)?,
+            bos_token_id: if json.contains("bos_token_id") { tokens(json, "bos_token_id")?.pop() } else { bos },
+            eos_token_ids: if json.contains("eos_token_id") { tokens(json, "eos_token_id")? } else { eos },
+            pad_token_id: tokens(json, "pad_token_id")?.pop(),
+            quantized: quantized(json)?,
         })
     }
 

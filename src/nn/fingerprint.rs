@@ -129,7 +129,7 @@ mod tests {
 
     use super::*;
     use crate::formats::checkpoint::BaseFormat;
-    use crate::nn::Decoder;
+    use crate::model_files::ModelFiles;
     use crate::quant::QuantOptions;
     use crate::testing;
 
@@ -140,7 +140,12 @@ mod tests {
         let bases = [BaseFormat::AsIs, BaseFormat::Quantize(nf4), BaseFormat::Quantize(nf4.double_quant())];
         let all: Vec<Vec<Fingerprint>> = testing::devices()
             .iter()
-            .map(|device| bases.iter().map(|base| Decoder::load(device, &path, base).unwrap().fingerprint).collect())
+            .map(|device| {
+                bases
+                    .iter()
+                    .map(|base| ModelFiles::open(&path).unwrap().load(device, base).unwrap().fingerprint)
+                    .collect()
+            })
             .collect();
         assert!(all.iter().all(|of_device| *of_device == all[0]));
         let [plain, quantized, double] = &all[0][..] else { unreachable!() };

@@ -8,7 +8,6 @@ mod metadata;
 
 use std::collections::BTreeSet;
 use std::fmt::Display;
-use std::path::Path;
 
 use super::config::{Architecture, MAX_LAYERS, ModelConfig};
 use super::load::WeightSource;
@@ -301,11 +300,6 @@ impl WeightSource for GgufSource<'_> {
         let base = if linear { self.base } else { BaseFormat::AsIs };
         self.file.matrix(&name, rows, cols, order, &base)
     }
-}
-
-/// Whether a model's path is a GGUF file; otherwise it is a directory.
-pub(crate) fn is_gguf(path: &Path) -> bool {
-    path.is_file() || path.extension().is_some_and(|extension| extension == "gguf")
 }
 
 /// Whether a tensor (weight or bias, by its Hugging Face name) produces values that rotary

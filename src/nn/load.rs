@@ -1,14 +1,12 @@
 //! Builds a [`Decoder`] from the weights in a file, or from made-up weights for benchmarks.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use super::config::{EMBEDDING, HEAD, ModelConfig};
 use super::decoder::{Decoder, DecoderLayer, MODULES, path};
 use super::fingerprint::Hashed;
-use super::gguf::{GgufSource, is_gguf};
+use super::gguf::GgufSource;
 use super::linear::Linear;
 use crate::device::Device;
 use crate::error::Result;
@@ -50,49 +48,30 @@ impl WeightSource for FromCheckpoint<'_> {
 }
 
 impl Decoder {
-    /// Loads a Hugging Face directory (`config.json`, and `model.safetensors` or its shards) or a
-    /// GGUF file. Matrices go to the device one by one, so the host never holds more than one of
-    /// them in f32. `base` is the format for linear layers that aren't 4-bit in the file.
-    ///
-    /// The files are mapped, so they must not be written to in place meanwhile. A file truncated
-    /// before one of its tensors is read is an error, but one truncated during the read ends the
-    /// process (SIGBUS). Replacing a file by renaming another over it is safe.
-    ///
-    /// # Errors
-    /// [`Error::File`](crate::Error::File), [`Error::Tensor`](crate::Error::Tensor) and
-    /// [`Error::Io`](crate::Error::Io), with file and key; errors of the device.
-    pub fn load(device: &Device, path: &Path, base: &BaseFormat) -> Result<Decoder> {
-        let start = Instant::now();
-        let decoder = Decoder::read(device, path, base)?;
-        let config = decoder.config();
-        tracing::info!(
-            architecture = ?config.architecture,
-            layers = config.layers,
-            hidden = config.hidden_size,
-            vocabulary = config.vocab_size,
-            bytes = decoder.resident_bytes().0,
-            seconds = start.elapsed().as_secs_f64(),
-            "loaded {}",
-            path.display()
-        );
+    /// Builds a model from a checkpoint.
+    pub(crate) fn from_checkpoint(
+        device: &Device,
+        config: ModelConfig,
+        checkpoint: &Checkpoint,
+        base: &BaseFormat,
+    ) -> Result<Decoder> {
+        // If the head is tied, a stored head is a copy of the embedding and isn't read.
+        let mut source = FromCheckpoint { checkpoint, base, used: BTreeSet::from([HEAD.into()]) };
+        let decoder = Decoder::build(device, config, &mut source)?;
+        checkpoint.check_all_used(&source.used)?;
         Ok(decoder)
     }
 
-    fn read(device: &Device, path: &Path, base: &BaseFormat) -> Result<Decoder> {
-        if is_gguf(path) {
-            let file = GgufFile::open(path)?;
-            let config = ModelConfig::from_gguf(&file)?;
-            let mut source = GgufSource::new(&file, &config, base);
-            let decoder = Decoder::build(device, config, &mut source)?;
-            source.check_all_used()?;
-            return Ok(decoder);
-        }
-        let checkpoint = Checkpoint::open(path)?;
-        let config = ModelConfig::read(path)?.with_head_of(&checkpoint)?;
-        // If the head is tied, a stored head is a copy of the embedding and isn't read.
-        let mut source = FromCheckpoint { checkpoint: &checkpoint, base, used: BTreeSet::from([HEAD.into()]) };
+    /// Builds a model from a GGUF file.
+    pub(crate) fn from_gguf(
+        device: &Device,
+        config: ModelConfig,
+        file: &GgufFile,
+        base: &BaseFormat,
+    ) -> Result<Decoder> {
+        let mut source = GgufSource::new(file, &config, base);
         let decoder = Decoder::build(device, config, &mut source)?;
-        checkpoint.check_all_used(&source.used)?;
+        source.check_all_used()?;
         Ok(decoder)
     }
 

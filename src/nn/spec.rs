@@ -1,10 +1,8 @@
 //! A model without its weights, read from the headers of its files.
 
-use std::path::Path;
-
 use super::config::{EMBEDDING, HEAD, ModelConfig};
 use super::decoder::{MODULES, path};
-use super::gguf::{GgufSource, is_gguf};
+use super::gguf::GgufSource;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::{BaseFormat, Checkpoint};
@@ -88,27 +86,13 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
-    /// Reads the headers of a Hugging Face directory or a GGUF file, and describes the model that
-    /// [`Decoder::load`](super::Decoder::load) would build from the same arguments.
-    ///
-    /// # Errors
-    /// Those of [`Decoder::load`](super::Decoder::load) that the headers reveal.
-    pub fn read(path: &Path, base: &BaseFormat) -> Result<ModelSpec> {
-        if is_gguf(path) {
-            return ModelSpec::of_gguf(&GgufFile::open(path)?, base);
-        }
-        let checkpoint = Checkpoint::open(path)?;
-        ModelSpec::of_checkpoint(ModelConfig::read(path)?.with_head_of(&checkpoint)?, &checkpoint, base)
-    }
-
-    /// Describes an open GGUF file.
-    pub(crate) fn of_gguf(file: &GgufFile, base: &BaseFormat) -> Result<ModelSpec> {
-        let config = ModelConfig::from_gguf(file)?;
+    /// Describes an open GGUF file with this configuration.
+    pub(crate) fn of_gguf(config: ModelConfig, file: &GgufFile, base: &BaseFormat) -> Result<ModelSpec> {
         let mut source = GgufSource::new(file, &config, base);
         ModelSpec::new(config, |name, rows, cols, linear| source.spec(name, rows, cols, linear))
     }
 
-    /// Describes an open checkpoint.
+    /// Describes an open checkpoint with this configuration.
     pub(crate) fn of_checkpoint(config: ModelConfig, checkpoint: &Checkpoint, base: &BaseFormat) -> Result<ModelSpec> {
         ModelSpec::new(config, |name, rows, cols, linear| {
             checkpoint.spec(name, rows, cols, if linear { base } else { &BaseFormat::AsIs })

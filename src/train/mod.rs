@@ -1,17 +1,17 @@
 //! Training: one optimizer step over micro-batches.
 //!
 //! ```no_run
-//! use qlora_wgpu::Device;
+//! use qlora_wgpu::{Device, ModelFiles};
 //! use qlora_wgpu::formats::checkpoint::BaseFormat;
 //! use qlora_wgpu::formats::peft::PeftConfig;
-//! use qlora_wgpu::nn::{Decoder, Tokens, shifted_labels};
+//! use qlora_wgpu::nn::{Tokens, shifted_labels};
 //! use qlora_wgpu::optim::{AdamW, Schedule};
 //! use qlora_wgpu::quant::QuantOptions;
 //! use qlora_wgpu::train::{TrainOptions, Trainer};
 //!
 //! # fn main() -> qlora_wgpu::Result<()> {
 //! let base = BaseFormat::Quantize(QuantOptions::nf4().double_quant());
-//! let mut model = Decoder::load(&Device::best()?, "path/to/model".as_ref(), &base)?;
+//! let mut model = ModelFiles::open("path/to/model")?.load(&Device::best()?, &base)?;
 //! let config = PeftConfig::new(16, 32.0); // rank, alpha; all linear layers
 //! model.attach("default", &config, 0)?;
 //!

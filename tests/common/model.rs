@@ -3,11 +3,11 @@
 use std::fs;
 use std::path::PathBuf;
 
-use qlora_wgpu::Device;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::PeftAdapter;
 use qlora_wgpu::formats::safetensors::SafetensorsFile;
 use qlora_wgpu::nn::{Batch, Decoder, Tokens, shifted_labels};
+use qlora_wgpu::{Device, ModelFiles};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -54,7 +54,9 @@ pub fn batch(device: &Device, file: &SafetensorsFile, index: usize, vocabulary: 
 }
 
 pub fn load(device: &Device, name: &str) -> Decoder {
-    Decoder::load(device, &path(name), &BaseFormat::AsIs).unwrap_or_else(|error| panic!("{name}: {error}"))
+    ModelFiles::open(path(name))
+        .and_then(|files| files.load(device, &BaseFormat::AsIs))
+        .unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
 pub fn adapter(name: &str) -> PeftAdapter {

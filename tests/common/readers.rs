@@ -12,11 +12,11 @@ use qlora_wgpu::formats::bitsandbytes;
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder, Value};
 use qlora_wgpu::formats::safetensors::{SafetensorsFile, Tensors};
-use qlora_wgpu::nn::{Decoder, ModelConfig};
+use qlora_wgpu::nn::ModelConfig;
 use qlora_wgpu::quant::HostMatrix;
 use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::text::Tokenizer;
-use qlora_wgpu::{Device, Result};
+use qlora_wgpu::{Device, ModelFiles, Result};
 use tempfile::TempDir;
 
 pub use adapters::adapter_config;
@@ -58,7 +58,10 @@ pub fn gguf(bytes: &[u8]) -> Result<()> {
         let ids = tokenizer.encode("Hello, 123 wörlds\n</s>", true).unwrap_or_default();
         tokenizer.decode(&ids, false).expect("ids of its own");
     }
-    drop(Decoder::load(&Device::cpu(), &path, &BaseFormat::Quantize(QuantOptions::nf4())));
+    drop(
+        ModelFiles::open(&path)
+            .and_then(|files| files.load(&Device::cpu(), &BaseFormat::Quantize(QuantOptions::nf4()))),
+    );
     Ok(())
 }
 

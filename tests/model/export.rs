@@ -13,11 +13,11 @@ use qlora_wgpu::export::{DirectoryOptions, Merged, Progress, write_gguf_adapter}
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder, TensorType};
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig, PeftModule, TargetModules, Targets};
-use qlora_wgpu::nn::{Decoder, ModelConfig, ModelSpec, Tokens};
+use qlora_wgpu::nn::{Decoder, ModelConfig, Tokens};
 use qlora_wgpu::quant::{Dtype, QuantOptions};
 use qlora_wgpu::quant::{HostMatrix, MatrixSpec};
 use qlora_wgpu::text::Tokenizer;
-use qlora_wgpu::{Device, Error};
+use qlora_wgpu::{Device, Error, ModelFiles};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -74,7 +74,7 @@ fn made(model: &Path) -> PeftAdapter {
     let mut config = PeftConfig::new(4, 6.0);
     config.use_rslora = true;
     config.targets = Targets::new(TargetModules::AllLinear);
-    let spec = ModelSpec::read(model, &BaseFormat::AsIs).unwrap();
+    let spec = ModelFiles::open(model).unwrap().spec(&BaseFormat::AsIs).unwrap();
     let values = |rows: usize, cols: usize, seed: f32| {
         Array2::from_shape_fn((rows, cols), |(i, j)| 0.05 * ((i * cols + j) as f32 * 0.7 + seed).sin())
     };
@@ -86,7 +86,9 @@ fn made(model: &Path) -> PeftAdapter {
 }
 
 fn open(path: &Path) -> Decoder {
-    Decoder::load(&Device::cpu(), path, &BaseFormat::AsIs).unwrap_or_else(|error| panic!("{error}"))
+    ModelFiles::open(path)
+        .and_then(|files| files.load(&Device::cpu(), &BaseFormat::AsIs))
+        .unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// The values of a matrix, row by row.
@@ -114,7 +116,8 @@ fn merged_directories_are_pefts() {
     for name in ["lora", "dora"] {
         let (adapter, folder) = (adapter(&format!("adapter-{name}")), tempfile::tempdir().unwrap());
         let output = folder.path().join("new/merged");
-        let merged = Merged::open(&path("llama-bnb-nf4_dq"), &adapter).unwrap();
+        let files = ModelFiles::open(path("llama-bnb-nf4_dq")).unwrap();
+        let merged = Merged::new(&files, &adapter).unwrap();
         merged.write_directory(&output, &DirectoryOptions::new(Dtype::F32), &go_on).unwrap();
 
         let distance = |got: &[f32], key: &str| distance(got, &f32s(&golden, key));
@@ -130,7 +133,8 @@ fn a_directory_has_everything_of_its_source() {
     let source = model("llama");
     let adapter = made(source.path());
     let expected = adapted(source.path(), &adapter);
-    let merged = Merged::open(source.path(), &adapter).unwrap();
+    let files = ModelFiles::open(source.path()).unwrap();
+    let merged = Merged::new(&files, &adapter).unwrap();
     let output = source.path().join("merged");
     for (dtype, shard, files, tolerance) in [
         (Dtype::F32, u64::MAX, 1, 1e-5),
@@ -166,7 +170,8 @@ fn a_directory_has_everything_of_its_source() {
 #[test]
 fn requantized_directories_are_bitsandbytes() {
     let adapter = adapter("adapter-lora");
-    let merged = Merged::open(&path("llama-bnb-nf4_dq"), &adapter).unwrap();
+    let files = ModelFiles::open(path("llama-bnb-nf4_dq")).unwrap();
+    let merged = Merged::new(&files, &adapter).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let quant = QuantOptions::nf4().double_quant();
     let options = DirectoryOptions { requantize: Some(quant), ..DirectoryOptions::new(Dtype::F32) };
@@ -202,7 +207,8 @@ fn gguf_files_are_the_same_models() {
         adapted.attach_peft("a", &adapter).unwrap();
         let expected = logits(&adapted, &some_tokens());
         let head_dim = adapted.config().head_dim;
-        let merged = Merged::open(source.path(), &adapter).unwrap();
+        let files = ModelFiles::open(source.path()).unwrap();
+        let merged = Merged::new(&files, &adapter).unwrap();
         for (kind, tolerance) in [
             (TensorType::F32, 1e-5),
             (TensorType::F16, 0.005),
@@ -266,11 +272,13 @@ fn gguf_files_become_gguf_files_and_directories() {
     let source = model("llama");
     let none = PeftAdapter { modules: BTreeMap::new(), ..made(source.path()) };
     let base = source.path().join("base.gguf");
-    Merged::open(source.path(), &none).unwrap().write_gguf(&base, TensorType::F32, &go_on).unwrap();
+    let files = ModelFiles::open(source.path()).unwrap();
+    Merged::new(&files, &none).unwrap().write_gguf(&base, TensorType::F32, &go_on).unwrap();
     assert_eq!(logits(&open(&base), &some_tokens()), logits(&open(source.path()), &some_tokens()), "to the bit");
 
     let adapter = made(&base);
-    let merged = Merged::open(&base, &adapter).unwrap();
+    let files = ModelFiles::open(&base).unwrap();
+    let merged = Merged::new(&files, &adapter).unwrap();
     let (gguf, folder) = (source.path().join("merged.gguf"), source.path().join("merged"));
     merged.write_gguf(&gguf, TensorType::F32, &go_on).unwrap();
     merged.write_directory(&folder, &DirectoryOptions::new(Dtype::F32), &go_on).unwrap();
@@ -291,7 +299,7 @@ fn gguf_files_become_gguf_files_and_directories() {
 
 #[test]
 fn an_exported_adapter_is_the_file_of_llama_cpps_converter() {
-    let spec = ModelSpec::read(&path("llama"), &BaseFormat::AsIs).unwrap();
+    let spec = ModelFiles::open(path("llama")).unwrap().spec(&BaseFormat::AsIs).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("adapter.gguf");
     write_gguf_adapter(&adapter("adapter-lora"), &spec, &output).unwrap();
@@ -308,7 +316,7 @@ fn scales_are_folded_into_an_exported_adapter() {
         [("llama", "adapter-lora"), ("llama", "adapter-rslora_qv"), ("llama", "adapter-pattern"), ("qwen3", "made")]
     {
         let adapter = if name == "made" { made(&path(model)) } else { adapter(name) };
-        let spec = ModelSpec::read(&path(model), &BaseFormat::AsIs).unwrap();
+        let spec = ModelFiles::open(path(model)).unwrap().spec(&BaseFormat::AsIs).unwrap();
         write_gguf_adapter(&adapter, &spec, &output).unwrap();
         let file = GgufFile::open(&output).unwrap();
         assert_eq!(file.names().count(), 2 * adapter.modules.len());
@@ -347,7 +355,8 @@ fn scales_are_folded_into_an_exported_adapter() {
 fn what_cannot_be_written_leaves_nothing() {
     let source = model("llama");
     let adapter = made(source.path());
-    let merged = Merged::open(source.path(), &adapter).unwrap();
+    let files = ModelFiles::open(source.path()).unwrap();
+    let merged = Merged::new(&files, &adapter).unwrap();
     let (folder, gguf) = (source.path().join("out"), source.path().join("out.gguf"));
     let options = DirectoryOptions { max_shard_bytes: 60_000, ..DirectoryOptions::new(Dtype::F32) };
     // Interrupts at any tensor.
@@ -365,7 +374,8 @@ fn what_cannot_be_written_leaves_nothing() {
     // A value that f16 can't represent.
     let mut large = made(source.path());
     large.modules.values_mut().for_each(|module| module.a *= 1e7);
-    let merged = Merged::open(source.path(), &large).unwrap();
+    let files = ModelFiles::open(source.path()).unwrap();
+    let merged = Merged::new(&files, &large).unwrap();
     let error = merged.write_gguf(&gguf, TensorType::F16, &go_on).unwrap_err().to_string();
     assert!(error.contains("q_proj") && error.contains("choose bf16 or f32"), "{error}");
     let error = merged.write_directory(&folder, &DirectoryOptions::new(Dtype::F16), &go_on).unwrap_err().to_string();
@@ -379,16 +389,16 @@ fn what_cannot_be_written_leaves_nothing() {
     dora.modules.values_mut().for_each(|module| {
         module.magnitude = module.magnitude.as_ref().map(|m| Array1::from_elem(m.len(), f32::NAN).to_vec())
     });
-    let merged = Merged::open(source.path(), &dora).unwrap();
+    let merged = Merged::new(&files, &dora).unwrap();
     let error = merged.write_directory(&folder, &options, &go_on).unwrap_err().to_string();
     assert!(error.contains("only finite values"), "{error}");
 
     // Adapters of other models, and settings that an adapter file can't express.
-    let spec = ModelSpec::read(source.path(), &BaseFormat::AsIs).unwrap();
+    let spec = files.spec(&BaseFormat::AsIs).unwrap();
     let error = write_gguf_adapter(&dora, &spec, &gguf).unwrap_err().to_string();
     assert!(error.contains("use_dora") && error.contains("qlora merge"), "{error}");
     let other = made(&path("qwen3"));
-    assert!(Merged::open(source.path(), &other).is_err() && write_gguf_adapter(&other, &spec, &gguf).is_err());
+    assert!(Merged::new(&files, &other).is_err() && write_gguf_adapter(&other, &spec, &gguf).is_err());
     let mut unknown = made(source.path());
     let module = unknown.modules.pop_first().unwrap().1;
     unknown.modules.insert("model.layers.9.self_attn.q_proj".into(), module);
@@ -396,7 +406,8 @@ fn what_cannot_be_written_leaves_nothing() {
     assert!(error.contains("model.layers.9.self_attn.q_proj"), "{error}");
 
     // Tokenizers that a GGUF file can't represent.
-    let merged = Merged::open(source.path(), &adapter).unwrap();
+    let files = ModelFiles::open(source.path()).unwrap();
+    let merged = Merged::new(&files, &adapter).unwrap();
     let error = |change: &dyn Fn(&mut Value)| {
         let mut tokenizer = tokenizer_json();
         change(&mut tokenizer);

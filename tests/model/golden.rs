@@ -11,7 +11,7 @@ use qlora_wgpu::formats::safetensors::{OutData, OutTensor, write};
 use qlora_wgpu::generate::{Sampler, Sampling, generate};
 use qlora_wgpu::nn::{Decoder, Tokens};
 use qlora_wgpu::quant::QuantOptions;
-use qlora_wgpu::{Device, Error};
+use qlora_wgpu::{Device, Error, ModelFiles};
 
 /// A model, the file of its logits, and the files of each form of its base.
 type Model = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
@@ -90,7 +90,7 @@ fn a_model_quantized_while_it_loads_is_the_one_that_bitsandbytes_wrote() {
     for (options, directory) in
         [(QuantOptions::nf4(), "llama-bnb-nf4"), (QuantOptions::nf4().double_quant(), "llama-bnb-nf4_dq")]
     {
-        let model = Decoder::load(&device, &path("llama"), &BaseFormat::Quantize(options)).unwrap();
+        let model = ModelFiles::open(path("llama")).unwrap().load(&device, &BaseFormat::Quantize(options)).unwrap();
         let (ours, theirs) = (logits(&model, &tokens), logits(&load(&device, directory), &tokens));
         let distance = distance(&ours, &theirs);
         // For double-quantized scales, bitsandbytes rounds a few through a lookup table.
@@ -174,7 +174,7 @@ fn merged_models_have_the_logits_of_peft() {
             model.attach_peft(name, &adapter(&format!("adapter-{name}"))).unwrap();
             let directory = tempfile::tempdir().unwrap();
             write_merged(&model, directory.path());
-            let merged = Decoder::load(&device, directory.path(), &BaseFormat::AsIs).unwrap();
+            let merged = ModelFiles::open(directory.path()).unwrap().load(&device, &BaseFormat::AsIs).unwrap();
             check(&device, name, &logits(&merged, &tokens), &f32s(&golden, &format!("logits.{name}.merged")));
             let (_, q) = model.linears().next().unwrap();
             let wanted = f32s(&golden, &format!("merged.{name}.model.layers.0.self_attn.q_proj.weight"));

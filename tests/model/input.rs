@@ -7,14 +7,14 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::common::model::{path, with_tokenizer};
-use qlora_wgpu::Device;
 use qlora_wgpu::export::{DirectoryOptions, Merged};
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::gguf::{self, GgufFile, Metadata, OutTensor as GgufTensor, OutValue, TensorType as GgufType};
 use qlora_wgpu::formats::peft::PeftAdapter;
 use qlora_wgpu::formats::safetensors::{OutData, OutTensor, SafetensorsFile, write};
-use qlora_wgpu::nn::{Decoder, ModelConfig, ModelSpec, Tokens};
+use qlora_wgpu::nn::{ModelConfig, Tokens};
 use qlora_wgpu::quant::Dtype;
+use qlora_wgpu::{Device, ModelFiles};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -51,13 +51,13 @@ fn tied(change: Option<fn(&mut [f32])>) -> TempDir {
 }
 
 fn logits(model: &Path) -> Vec<f32> {
-    let model = Decoder::load(&Device::cpu(), model, &BaseFormat::AsIs).unwrap();
+    let model = ModelFiles::open(model).unwrap().load(&Device::cpu(), &BaseFormat::AsIs).unwrap();
     let batch = model.batch(&Tokens::new(vec![1, 2, 3, 4], 1).unwrap(), None).unwrap();
     model.logits(&batch).unwrap().to_vec().unwrap()
 }
 
 fn is_tied(model: &Path) -> bool {
-    ModelSpec::read(model, &BaseFormat::AsIs).unwrap().config().tie_word_embeddings
+    ModelFiles::open(model).unwrap().spec(&BaseFormat::AsIs).unwrap().config().tie_word_embeddings
 }
 
 #[test]
@@ -71,7 +71,8 @@ fn a_head_beside_a_tied_embedding_is_a_copy_or_used() {
     // Merging keeps the kind of head.
     let adapter = PeftAdapter::read(path("adapter-lora")).unwrap();
     for (folder, has_head) in [(&copy, false), (&other, true)] {
-        let merged = Merged::open(folder.path(), &adapter).unwrap();
+        let files = ModelFiles::open(folder.path()).unwrap();
+        let merged = Merged::new(&files, &adapter).unwrap();
         let output = folder.path().join("merged");
         let watch = |_: qlora_wgpu::export::Progress<'_>| ControlFlow::Continue(());
         merged.write_directory(&output, &DirectoryOptions::new(Dtype::F32), &watch).unwrap();
@@ -146,7 +147,8 @@ fn pointers_of_git_lfs_are_named() {
         let path = folder.path().join(name);
         let whole = fs::read(&path).unwrap();
         fs::write(&path, pointer).unwrap();
-        let loaded = Decoder::load(&Device::cpu(), folder.path(), &BaseFormat::AsIs).map(drop);
+        let loaded =
+            ModelFiles::open(folder.path()).and_then(|files| files.load(&Device::cpu(), &BaseFormat::AsIs)).map(drop);
         let read = qlora_wgpu::text::Tokenizer::from_dir(folder.path()).map(drop);
         let error = loaded.and(read).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("git lfs pull"), "{error}");

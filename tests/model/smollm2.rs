@@ -7,7 +7,6 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::common::model::{distance, f32s, i64s_flat, logits, smollm2};
-use qlora_wgpu::Device;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder};
 use qlora_wgpu::formats::peft::PeftAdapter;
@@ -16,10 +15,11 @@ use qlora_wgpu::generate::{Sampler, Sampling, generate};
 use qlora_wgpu::nn::{Batch, Decoder, ModelConfig, Tokens, shifted_labels};
 use qlora_wgpu::optim::{AdamW, Schedule};
 use qlora_wgpu::train::{TrainOptions, Trainer};
+use qlora_wgpu::{Device, ModelFiles};
 use serde_json::Value;
 
 fn load(device: &Device) -> Decoder {
-    Decoder::load(device, &smollm2(), &BaseFormat::AsIs).unwrap()
+    ModelFiles::open(smollm2()).unwrap().load(device, &BaseFormat::AsIs).unwrap()
 }
 
 fn golden(name: &str) -> PathBuf {

@@ -13,7 +13,7 @@ use qlora_wgpu::quant::QuantOptions;
 use qlora_wgpu::quant::{MatrixKind, MatrixSpec};
 use qlora_wgpu::train::plan::{MEMORY_PERCENT, MicroBatches, Parts, Plan};
 use qlora_wgpu::train::{TrainOptions, Trainer};
-use qlora_wgpu::{Device, Error};
+use qlora_wgpu::{Device, Error, ModelFiles};
 use serde_json::Value;
 
 fn options(checkpoint_activations: bool) -> TrainOptions {
@@ -51,9 +51,10 @@ fn check(
     let _set_once = rayon::ThreadPoolBuilder::new().num_threads(2).build_global();
     device.reset_peak();
     let options = options(checkpoint);
-    let plan = Plan::new(&ModelSpec::read(model, base).unwrap(), adapter, batches, &options, device).unwrap();
+    let plan =
+        Plan::new(&ModelFiles::open(model).unwrap().spec(base).unwrap(), adapter, batches, &options, device).unwrap();
     let (peak, held) = {
-        let mut model = Decoder::load(device, model, base).unwrap();
+        let mut model = ModelFiles::open(model).unwrap().load(device, base).unwrap();
         model.attach("default", adapter, 0).unwrap();
         let mut trainer = Trainer::new(options);
         // The first step allocates the optimizer's moments; its size doesn't matter.
@@ -136,7 +137,7 @@ fn smollm2_on_a_gpu() {
 
 /// The shape of Mistral 7B, with linear layers in NF4 and the rest in 16 bits.
 fn seven_billion() -> ModelSpec {
-    let llama = ModelSpec::read(&path("llama"), &nf4()).unwrap().config().clone();
+    let llama = ModelFiles::open(path("llama")).unwrap().spec(&nf4()).unwrap().config().clone();
     let config = ModelConfig {
         vocab_size: 32_000,
         hidden_size: 4096,
@@ -191,7 +192,7 @@ fn a_model_of_seven_billion_weights_and_what_fits() {
 
 #[test]
 fn what_cannot_be_trained_is_an_error() {
-    let model = ModelSpec::read(&path("llama"), &nf4()).unwrap();
+    let model = ModelFiles::open(path("llama")).unwrap().spec(&nf4()).unwrap();
     let message = |adapter: PeftConfig, [count, rows, tokens]: [usize; 3]| {
         let batches = MicroBatches { count, rows, tokens };
         Plan::new(&model, &adapter, batches, &options(false), &Device::cpu()).unwrap_err().to_string()
@@ -225,7 +226,7 @@ fn the_command_prints_the_plan() {
         let json = command(&model, &["--json", "--batch-size", "2", "--dora", "--checkpoint-activations"], 0);
         assert!(start.elapsed() < Duration::from_secs(10), "headers only: {:?}", start.elapsed());
         let found: Value = serde_json::from_str(&json).unwrap();
-        let spec = ModelSpec::read(&model, &nf4()).unwrap();
+        let spec = ModelFiles::open(&model).unwrap().spec(&nf4()).unwrap();
         let adapter = PeftConfig { use_dora: true, ..PeftConfig::new(16, 32.0) };
         let batches = MicroBatches { count: 1, rows: 2, tokens };
         // Its number of threads differs from this process's, and so does its number of tiles.

@@ -14,8 +14,7 @@ use crate::cli::dataset::{check, read};
 use crate::cli::model::ModelArgs;
 use crate::cli::output::{print, print_json};
 use crate::error::{Error, Result};
-use crate::formats::gguf::GgufFile;
-use crate::nn::{IGNORE_LABEL, ModelConfig};
+use crate::nn::IGNORE_LABEL;
 use crate::printable::is_hidden;
 use crate::text::Tokenizer;
 use crate::train::data::Example;
@@ -87,12 +86,9 @@ struct Part {
 
 pub fn run(args: &DataArgs) -> Result<()> {
     check([args.data.as_path()])?;
-    let model = ModelArgs::of(args.model.clone());
-    let path = model.path()?;
-    let config =
-        if path.is_dir() { ModelConfig::read(&path)? } else { ModelConfig::from_gguf(&GgufFile::open(&path)?)? };
-    let tokenizer = model.tokenizer(&path, config.vocab_size);
-    let data = read(&args.data, tokenizer.as_ref(), args.skip_bad_lines, config.vocab_size)?;
+    let files = ModelArgs::of(args.model.clone()).open()?;
+    let (vocabulary, tokenizer) = (files.vocab_size()?, files.tokenizer());
+    let data = read(&args.data, tokenizer.as_ref(), args.skip_bad_lines, vocabulary)?;
 
     let count = data.examples.len();
     let (first, shown) = match args.example {

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::peft::PeftConfig;
 use crate::generate::{Sampler, Sampling, generate};
+use crate::model_files::ModelFiles;
 use crate::nn::Decoder;
 use crate::optim::{AdamW, Decay, Schedule};
 use crate::quant::QuantOptions;
@@ -93,22 +94,22 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     // Checked before the folder is made: these fail on mistyped arguments.
     let device = Device::named(&args.device)?;
     let typed = args.model.clone().map(ModelArgs::of);
-    let found = typed.as_ref().map(ModelArgs::path).transpose()?;
+    let found = typed.as_ref().map(ModelArgs::open).transpose()?;
     let output = args.output.as_ref().map_or_else(fresh, |path| create(path).map(|()| path.clone()))?;
     if let Some(model) = &found {
         let texts = [bundled::TRAIN, bundled::VALID].map(|name| output.join(name));
-        paths::check(texts.iter().map(PathBuf::as_path), &[(model, "the model")])?;
+        paths::check(texts.iter().map(PathBuf::as_path), &[(model.path(), "the model")])?;
     }
-    let (path, steps, lr) = match found {
-        Some(path) => (path, 30, 5e-4),
-        None => (bundled::write_model(&output)?, 100, 2e-3),
+    let (files, steps, lr) = match found {
+        Some(files) => (files, 30, 5e-4),
+        None => (ModelFiles::open(bundled::write_model(&output)?)?, 100, 2e-3),
     };
     let steps = args.steps.unwrap_or(steps);
     bundled::write_texts(&output)?;
 
-    let source = typed.unwrap_or_else(|| ModelArgs::of(path.clone()));
-    let mut model = Decoder::load(&device, &path, &BaseFormat::Quantize(QuantOptions::nf4().double_quant()))?;
-    let tokenizer = source.tokenizer(&path, model.config().vocab_size)?;
+    let source = typed.unwrap_or_else(|| ModelArgs::of(files.path().into()));
+    let mut model = files.load(&device, &BaseFormat::Quantize(QuantOptions::nf4().double_quant()))?;
+    let tokenizer = files.tokenizer()?;
     let read = |name: &str| Dataset::read(output.join(name), Ok(&tokenizer), &DataOptions::default());
     let seq_len = SEQ_LEN.min(model.config().max_position_embeddings);
     let options = BatchOptions { batch_size: BATCH_SIZE, seq_len, packing: false, ..BatchOptions::default() };

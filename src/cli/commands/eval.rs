@@ -45,15 +45,16 @@ pub struct EvalArgs {
 
 pub fn run(args: &EvalArgs) -> Result<()> {
     check([args.data.as_path()])?;
-    let path = args.model.model.path()?;
+    let files = args.model.model.open()?;
     if let Some(logits) = &args.dump_logits {
         let adapters = args.model.adapters().into_iter().map(|(_, path)| (path, "an adapter"));
-        let inputs: Vec<_> = [(&*args.data, "the data"), (&path, "the model")].into_iter().chain(adapters).collect();
+        let inputs: Vec<_> =
+            [(&*args.data, "the data"), (files.path(), "the model")].into_iter().chain(adapters).collect();
         paths::check([logits.as_path()], &inputs)?;
     }
-    let (mut model, uses) = args.model.load(&path)?;
+    let (mut model, uses) = args.model.load(&files)?;
     let vocabulary = model.config().vocab_size;
-    let tokenizer = args.model.model.tokenizer(&path, vocabulary);
+    let tokenizer = files.tokenizer();
     let data = read(&args.data, tokenizer.as_ref(), args.skip_bad_lines, vocabulary)?;
     if args.dump_logits.is_some() && uses.len() > 1 {
         let (got, expected) =

@@ -9,11 +9,11 @@ use serde::Serialize;
 
 use crate::cli::model::{ModelArgs, misfit, read_adapter, warn_other_base};
 use crate::cli::output::{self, print_json};
-use crate::cli::paths::{check_model_inputs, check_model_output, is_gguf_name};
+use crate::cli::paths::{check_model_inputs, check_model_output};
 use crate::error::{Error, Result};
 use crate::export::write_gguf_adapter;
 use crate::formats::checkpoint::BaseFormat;
-use crate::nn::ModelSpec;
+use crate::formats::gguf::is_gguf_name;
 
 /// Writes an adapter as a GGUF file, which llama.cpp loads beside the model (`--lora`).
 ///
@@ -61,10 +61,10 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         return Err(Error::File { path: args.output.clone(), message });
     }
     check_model_output(&args.output, &args.model, &args.adapter, args.force)?;
-    let path = ModelArgs::of(args.model.clone()).path()?;
-    check_model_inputs(&args.output, &path, &args.adapter)?;
+    let files = ModelArgs::of(args.model.clone()).open()?;
+    check_model_inputs(&args.output, files.path(), &args.adapter)?;
     let adapter = read_adapter(&args.adapter)?;
-    let model = ModelSpec::read(&path, &BaseFormat::AsIs)?;
+    let model = files.spec(&BaseFormat::AsIs)?;
     // Failing because of DoRA has nothing to do with the model.
     let explain = |error| if adapter.config.use_dora { error } else { misfit(&args.adapter, &adapter, error) };
     write_gguf_adapter(&adapter, &model, &args.output).map_err(explain)?;

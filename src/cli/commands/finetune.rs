@@ -17,7 +17,6 @@ use crate::cli::progress::train;
 use crate::cli::training::RunArgs;
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
-use crate::nn::{Decoder, ModelSpec};
 use crate::train::batches::Batches;
 use crate::train::metrics::{FILE, Record};
 use crate::train::run::{End, Run, RunFolder, RunOptions, Summary};
@@ -103,7 +102,7 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     }
     let prepared = args.prepare()?;
     args.check_memory(&prepared, goes_on)?;
-    let Prepared { path, device, base, spec, initial, config, plan, data } = prepared;
+    let Prepared { files, device, base, spec, initial, config, plan, data } = prepared;
     let Some(Data { data, options }) = data else { missing("--data FILE") };
     let steps = options.steps;
 
@@ -111,7 +110,11 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     describe(&data.batches, data.eval.len(), &options);
     output::progress(format!("memory: {} for the base, {} at the peak", bytes(plan.most.base), bytes(plan.held_bytes)));
 
-    let mut model = Decoder::load(&device, &path, &base)?;
+    let mut model = files.load(&device, &base)?;
+    // If training quantizes the base, `generate` needs the flag for the same base.
+    let as_is = files.spec(&BaseFormat::AsIs)?;
+    let base = if as_is.matrix_bytes(&device)? == spec.matrix_bytes(&device)? { "" } else { args.model.base_flag() };
+    drop(files);
 
     let begin = if args.resume { Run::resume } else { Run::start };
     let adapter = initial.as_ref().map(|(_, adapter)| adapter);
@@ -146,9 +149,6 @@ pub fn run(args: &FinetuneArgs) -> Result<ExitCode> {
     if let (Some(first), Some(last), Some(best)) = (report.eval_loss_before, report.eval_loss, report.best_eval_loss) {
         output::summary(format!("evaluation loss: {first:.4} before, {last:.4} after, {best:.4} at its best"))?;
     }
-    // If training quantized the base, `generate` needs the flag for the same base.
-    let as_is = ModelSpec::read(&path, &BaseFormat::AsIs)?;
-    let base = if as_is.matrix_bytes(&device)? == spec.matrix_bytes(&device)? { "" } else { args.model.base_flag() };
     let name = args.model.name();
     output::summary(format!("loss plot: {output}/loss.png\nadapter:   {output}"))?;
     let [name, output] = [name, output.to_string()].map(output::quoted);

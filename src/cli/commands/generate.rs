@@ -88,9 +88,9 @@ enum End {
 pub fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let sampler = Sampler::new(sampling)?;
-    let path = args.model.model.path()?;
-    let (mut model, uses) = args.model.load(&path)?;
-    let tokenizer = args.model.model.tokenizer(&path, model.config().vocab_size)?;
+    let files = args.model.model.open()?;
+    let (mut model, uses) = args.model.load(&files)?;
+    let tokenizer = files.tokenizer()?;
     let prompt = if args.chat {
         let system = args.system.iter().map(|text| Message::new("system", text));
         let messages: Vec<Message> = system.chain([Message::new("user", &args.prompt)]).collect();

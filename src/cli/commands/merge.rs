@@ -14,10 +14,10 @@ use serde::Serialize;
 use crate::cli::interrupt::{INTERRUPTED, interrupts};
 use crate::cli::model::{ModelArgs, misfit, read_adapter, warn_other_base};
 use crate::cli::output::{self, print_json};
-use crate::cli::paths::{check_model_inputs, check_model_output, is_gguf_name};
+use crate::cli::paths::{check_model_inputs, check_model_output};
 use crate::error::{Error, Result};
 use crate::export::{DirectoryOptions, Merged, Progress};
-use crate::formats::gguf::TensorType;
+use crate::formats::gguf::{TensorType, is_gguf_name};
 use crate::quant::{Dtype, QuantOptions};
 
 /// Merges an adapter into its model: a directory that transformers loads, or a GGUF file.
@@ -125,10 +125,10 @@ pub fn run(args: &MergeArgs) -> Result<ExitCode> {
     let to_gguf = is_gguf_name(&args.output);
     check_options(args, to_gguf)?;
     check_model_output(&args.output, &args.model, &args.adapter, args.force)?;
-    let path = ModelArgs::of(args.model.clone()).path()?;
-    check_model_inputs(&args.output, &path, &args.adapter)?;
+    let files = ModelArgs::of(args.model.clone()).open()?;
+    check_model_inputs(&args.output, files.path(), &args.adapter)?;
     let adapter = read_adapter(&args.adapter)?;
-    let merged = Merged::open(&path, &adapter).map_err(|error| misfit(&args.adapter, &adapter, error))?;
+    let merged = Merged::new(&files, &adapter).map_err(|error| misfit(&args.adapter, &adapter, error))?;
     warn_other_base(&args.adapter, &adapter.config, &args.model.display().to_string());
 
     let (bar, watch) = watched(merged.tensor_count());

@@ -16,6 +16,7 @@ use regex::Regex;
 use super::output;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint;
+use crate::formats::gguf::is_gguf_name;
 use cache::{Folder, is_inside};
 use client::{Client, Fault, Info};
 use download::Download;
@@ -50,12 +51,12 @@ impl HubId {
     /// Parses a text that looks like an id.
     pub(super) fn parse(text: &str) -> Option<HubId> {
         let (name, revision, file) = match text.split_once('@') {
-            Some((name, rest)) if is_gguf(rest) => {
+            Some((name, rest)) if is_gguf_name(rest) => {
                 let (revision, file) = rest.split_once('/')?;
                 (name, revision, Some(file))
             }
             Some((name, revision)) => (name, revision, None),
-            None if is_gguf(text) => {
+            None if is_gguf_name(text) => {
                 let (org, rest) = text.split_once('/')?;
                 let (name, file) = rest.split_once('/')?;
                 (&text[..org.len() + 1 + name.len()], "main", Some(file))
@@ -141,7 +142,7 @@ impl HubId {
         mut get: impl FnMut(&str) -> Result<PathBuf, String>,
     ) -> Result<PathBuf, String> {
         let has = |name: &str| names.iter().any(|other| other == name);
-        let ggufs = || names.iter().filter(|name| is_gguf(name)).map(String::as_str).collect::<Vec<_>>();
+        let ggufs = || names.iter().filter(|name| is_gguf_name(name)).map(String::as_str).collect::<Vec<_>>();
         if let Some(file) = &self.file {
             let parts = parts(file);
             if let Some(missing) = parts.iter().find(|part| !has(part)) {
@@ -215,10 +216,6 @@ fn parts(file: &str) -> Vec<String> {
     let count: u32 = part[3].parse().expect("digits");
     let all: Vec<String> = (1..=count).map(|i| format!("{}{i:05}{}", &part[1], &part[2])).collect();
     if all.iter().any(|part| part == file) { all } else { vec![file.into()] }
-}
-
-fn is_gguf(name: &str) -> bool {
-    Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 #[cfg(test)]

@@ -21,6 +21,8 @@ mod write;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 
@@ -32,15 +34,32 @@ pub use value::{Array, FromValue, Value};
 pub use write::{MakeBytes, Metadata, OutTensor, OutValue, write};
 
 use super::checkpoint::BaseFormat;
+use super::input::regular;
 use super::mapped::MappedFile;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::quant::{HostMatrix, MatrixSpec};
 
-const MAGIC: &[u8] = b"GGUF";
+const MAGIC: [u8; 4] = *b"GGUF";
 const ALIGNMENT: &str = "general.alignment";
 const DEFAULT_ALIGNMENT: usize = 32;
 const MAX_DIMENSIONS: u32 = 4;
+
+/// Whether a path ends in `.gguf`, in upper or lower case. There needn't be such a file.
+pub fn is_gguf_name(path: impl AsRef<Path>) -> bool {
+    path.as_ref().extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// Whether a file is a GGUF file, judging by its name or its first bytes.
+///
+/// # Errors
+/// [`Error::Io`] if it can't be opened, [`Error::File`] if it isn't a regular file.
+pub fn is_gguf(path: impl AsRef<Path>) -> Result<bool> {
+    let path = path.as_ref();
+    let mut file = File::open(regular(path)?).map_err(|e| Error::io(path, e))?;
+    let mut start = [0; MAGIC.len()];
+    Ok(is_gguf_name(path) || file.read_exact(&mut start).is_ok() && start == MAGIC)
+}
 
 /// A memory-mapped GGUF file, or all files of a model that llama.cpp's `gguf-split` has split. The
 /// metadata are those of the first file.
@@ -358,7 +377,7 @@ impl From<String> for Malformed {
 impl Header {
     fn read(bytes: &[u8]) -> Result<Self, Malformed> {
         let mut reader = Reader::new(bytes);
-        if reader.take(MAGIC.len()).ok() != Some(MAGIC) {
+        if reader.take(MAGIC.len()).ok() != Some(&MAGIC[..]) {
             return Err("not a GGUF file: it does not begin with \"GGUF\"".to_owned().into());
         }
         match reader.u32()? {

@@ -148,7 +148,7 @@ pub fn write(path: &Path, metadata: &Metadata, tensors: &[OutTensor<'_>]) -> Res
 /// Makes everything before the data, and the sizes of the tensors in bytes.
 fn header(path: &Path, metadata: &Metadata, tensors: &[OutTensor<'_>]) -> Result<(Vec<u8>, Vec<usize>)> {
     let counts = [tensors.len() as u64, metadata.0.len() as u64];
-    let mut out = [MAGIC, &VERSION.to_le_bytes(), bytemuck::bytes_of(&counts)].concat();
+    let mut out = [&MAGIC[..], &VERSION.to_le_bytes(), bytemuck::bytes_of(&counts)].concat();
     for (key, value) in &metadata.0 {
         out.extend(text(key));
         out.extend(value.kind().to_le_bytes());

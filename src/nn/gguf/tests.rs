@@ -7,6 +7,7 @@ use crate::device::Device;
 use crate::formats::gguf::TensorType;
 use crate::formats::gguf::writer::Writer;
 use crate::formats::safetensors::SafetensorsFile;
+use crate::model_files::ModelFiles;
 use crate::nn::{Batch, Decoder, Tokens};
 
 /// Metadata of a small file.
@@ -180,7 +181,10 @@ fn logits(model: &Decoder) -> Vec<u32> {
 
 #[test]
 fn a_file_that_is_not_there_is_named() {
-    let error = Decoder::load(&Device::cpu(), Path::new("/no/such.gguf"), &BaseFormat::AsIs).err().unwrap();
+    let error = ModelFiles::open("/no/such.gguf")
+        .and_then(|files| files.load(&Device::cpu(), &BaseFormat::AsIs))
+        .err()
+        .unwrap();
     assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("such.gguf")), "{error}");
 }
 
@@ -188,15 +192,16 @@ fn a_file_that_is_not_there_is_named() {
 fn a_converted_model_is_the_model() {
     for name in ["llama", "qwen2", "qwen3"] {
         let (device, folder) = (Device::cpu(), TempDir::new().unwrap());
-        let theirs = Decoder::load(&device, &golden(name), &BaseFormat::AsIs).unwrap();
+        let theirs = ModelFiles::open(golden(name)).unwrap().load(&device, &BaseFormat::AsIs).unwrap();
         let mut writer = converted(name, theirs.config());
         let path = folder.path().join("x.gguf");
         drop(writer.open(&folder).unwrap());
-        let ours = Decoder::load(&device, &path, &BaseFormat::AsIs).unwrap();
+        let ours = ModelFiles::open(&path).unwrap().load(&device, &BaseFormat::AsIs).unwrap();
         assert!(logits(&ours) == logits(&theirs), "{name}: not to the bit");
 
         drop(writer.tensor("blk.0.surplus", &[1], TensorType::F32, &[0; 4]).open(&folder).unwrap());
-        let error = Decoder::load(&device, &path, &BaseFormat::AsIs).err().unwrap().to_string();
+        let error =
+            ModelFiles::open(&path).and_then(|files| files.load(&device, &BaseFormat::AsIs)).err().unwrap().to_string();
         assert!(error.ends_with("has tensors that the model doesn't use: blk.0.surplus"), "{error}");
     }
 }

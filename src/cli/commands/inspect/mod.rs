@@ -12,15 +12,15 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use self::tensors::{Size, TensorInfo, TotalInfo};
-use crate::cli::model::{is_gguf, no_model};
+use crate::cli::model::no_model;
 use crate::cli::output::{print_json, print_line, table};
 use crate::cli::paths::exists;
 use crate::error::{Error, Result};
-use crate::formats::checkpoint::Checkpoint;
-use crate::formats::gguf::GgufFile;
+use crate::formats::gguf::{GgufFile, is_gguf};
 use crate::formats::json::JsonObject;
 use crate::formats::peft::{self, PeftConfig};
 use crate::formats::safetensors::SafetensorsFile;
+use crate::model_files::{ModelFiles, Weights};
 use crate::nn::ModelConfig;
 use crate::printable::one_line;
 
@@ -116,7 +116,7 @@ fn folder(path: &Path) -> Result<Report> {
     if path.join(peft::CONFIG).exists() {
         adapter(path)
     } else if path.join("config.json").exists() {
-        checkpoint(path)
+        model(path)
     } else {
         Err(no_model(path, "it has neither config.json nor adapter_config.json"))
     }
@@ -124,7 +124,7 @@ fn folder(path: &Path) -> Result<Report> {
 
 fn file(path: &Path) -> Result<Report> {
     if is_gguf(path)? {
-        gguf(path)
+        model(path)
     } else if path.extension().is_some_and(|extension| extension == "safetensors") {
         safetensors(path)
     } else {
@@ -149,44 +149,35 @@ impl Report {
             tensors,
         }
     }
-
-    /// Adds what the config says, or why it isn't supported.
-    fn with_model(mut self, config: Result<ModelConfig>) -> Self {
-        match config {
-            Ok(config) => self.model = Some(ModelInfo::from(&config)),
-            Err(error) => self.unsupported = Some(error.to_string()),
-        }
-        self
-    }
 }
 
-fn gguf(path: &Path) -> Result<Report> {
-    let file = GgufFile::open(path)?;
-    let tensors = tensors::of_gguf(&file)?;
-    let mut report = Report::new(path, Kind::Gguf, tensors).with_model(ModelConfig::from_gguf(&file));
-    report.architecture = file.get::<&str>("general.architecture")?.map(String::from);
-    report.name = file.get::<&str>("general.name")?.map(String::from);
-    if report.unsupported.is_none() {
-        for name in file.names() {
-            let kind = file.tensor(name)?.kind;
-            if !kind.is_read() {
-                let error = file.tensor_error(name, format!("is {kind}, which is not supported"));
-                report.unsupported = Some(error.to_string());
-                break;
-            }
-        }
+fn model(path: &Path) -> Result<Report> {
+    let files = ModelFiles::open(path)?;
+    let mut report = match files.weights()? {
+        Weights::Checkpoint(checkpoint) => Report::new(path, Kind::Checkpoint, tensors::of_safetensors(checkpoint)?),
+        Weights::Gguf(file) => Report::new(path, Kind::Gguf, tensors::of_gguf(file)?),
+    };
+    report.architecture = files.architecture()?;
+    report.name = files.name()?;
+    match files.config() {
+        Ok(config) => report.model = Some(ModelInfo::from(config)),
+        Err(error) => report.unsupported = Some(error.to_string()),
+    }
+    if let (Weights::Gguf(file), None) = (files.weights()?, &report.unsupported) {
+        report.unsupported = unsupported_tensor(file)?.map(|error| error.to_string());
     }
     Ok(report)
 }
 
-fn checkpoint(path: &Path) -> Result<Report> {
-    let json = JsonObject::read(&path.join("config.json"))?;
-    let checkpoint = Checkpoint::open(path)?;
-    let config = ModelConfig::read(path).and_then(|config| config.with_head_of(&checkpoint));
-    let mut report = Report::new(path, Kind::Checkpoint, tensors::of_safetensors(&checkpoint)?).with_model(config);
-    report.architecture = json.get("model_type")?;
-    report.name = json.get("_name_or_path")?;
-    Ok(report)
+/// The first tensor of a type that isn't read, as an error.
+fn unsupported_tensor(file: &GgufFile) -> Result<Option<Error>> {
+    for name in file.names() {
+        let kind = file.tensor(name)?.kind;
+        if !kind.is_read() {
+            return Ok(Some(file.tensor_error(name, format!("is {kind}, which is not supported"))));
+        }
+    }
+    Ok(None)
 }
 
 fn safetensors(path: &Path) -> Result<Report> {
