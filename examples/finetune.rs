@@ -19,7 +19,7 @@ use qlora_wgpu::{Device, ModelFiles};
 const STEPS: u32 = 20;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
+    let assets = Path::new(env!("CARGO_MANIFEST_DIR")).join("cli/assets");
     let base = assets.join("tiny-glossary");
     let output = tempfile::tempdir()?; // use your own folder to keep the result
 

@@ -21,7 +21,7 @@ fi
 
 cd "$root"
 # Duplicates and bans are named in deny.toml for every platform; one that is no longer there is worth a line, not a failure.
-"$deny" --all-features --locked check --hide-inclusion-graph licenses bans sources
+"$deny" --workspace --all-features --locked check --hide-inclusion-graph licenses bans sources
 # The list of the unmaintained is that of bans: `crate = "NAME"` and the reason.
 sed -n 's/.*crate = "\([^"]*\)".*reason = "\(unmaintained[^"]*\)".*/\1 \2/p' deny.toml | while read -r name reason; do
     if grep -q "^name = \"$name\"$" Cargo.lock; then

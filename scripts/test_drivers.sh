@@ -227,8 +227,9 @@ run_stack() {
 
 check_cargo
 mkdir -p "$cache"
+"$cargo" build --bin qlora --message-format=json >"$cache/built"
 "$cargo" test --no-run --lib --test device --test layers --test model --test train --message-format=json \
-    >"$cache/built"
+    >>"$cache/built"
 tested=0 status=0
 for stack; do
     result=0

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Makes assets/tiny-glossary from the f32 model that was pretrained: linear layers in NF4 with double-quantized scales, the rest
+# Makes cli/assets/tiny-glossary from the f32 model that was pretrained: linear layers in NF4 with double-quantized scales, the rest
 # in f16. Usage: tiny_glossary.sh FOLDER, which holds config.json, model.safetensors and tokenizer.json. Needs python3 (without packages).
 set -eu
 
 source=$1
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
-out=$root/assets/tiny-glossary
+out=$root/cli/assets/tiny-glossary
 staging=$(mktemp -d)
 trap 'rm -rf "$staging"' EXIT
 trap 'exit 1' HUP INT TERM

@@ -120,7 +120,7 @@ impl std::error::Error for Error {}
 
 impl Error {
     /// [`Error::Io`] for the file at `path`, with the system's message.
-    pub(crate) fn io(path: &Path, error: impl Display) -> Error {
+    pub fn io(path: &Path, error: impl Display) -> Error {
         Error::Io { path: path.into(), message: error.to_string() }
     }
 }

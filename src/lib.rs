@@ -83,8 +83,6 @@ extern crate self as qlora_wgpu;
 
 pub mod autograd;
 pub mod bench;
-#[cfg(feature = "cli")]
-pub mod cli;
 pub mod device;
 pub mod error;
 pub mod eval;
@@ -100,7 +98,7 @@ pub mod nn;
 mod open;
 pub mod ops;
 pub mod optim;
-mod printable;
+pub mod printable;
 pub mod quant;
 mod seed;
 pub mod tensor;
@@ -108,6 +106,15 @@ pub mod tensor;
 mod testing;
 pub mod text;
 pub mod train;
+
+/// What the command shares with the library beyond its public face: how files are read whole, and
+/// written completely or not at all, and whether memory suffices. It changes without notice.
+#[doc(hidden)]
+pub mod internal {
+    pub use crate::formats::input::{MAX_SMALL, read_small, read_small_text};
+    pub use crate::formats::staged::{StagedFile, is_same, is_standard_output};
+    pub use crate::memory::check as check_memory;
+}
 
 pub use device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices};
 pub use error::{Error, Result};

@@ -16,7 +16,7 @@ pub(crate) fn available() -> Option<u64> {
 }
 
 /// Checks that `bytes` fit into memory, because a failed allocation would abort the process.
-pub(crate) fn check(bytes: u64) -> Result<(), String> {
+pub fn check(bytes: u64) -> Result<(), String> {
     match available().filter(|&available| bytes > SMALL && bytes > available) {
         None => Ok(()),
         Some(available) => Err(format!("takes {bytes} bytes of memory, and the host has {available} left")),

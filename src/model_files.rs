@@ -38,7 +38,7 @@ pub struct ModelFiles {
 
 #[derive(Debug)]
 enum Contents {
-    Directory(Directory),
+    Directory(Box<Directory>),
     Gguf { file: GgufFile, config: Result<ModelConfig> },
 }
 
@@ -84,7 +84,11 @@ impl ModelFiles {
         let path = path.as_ref();
         let contents = if path.is_dir() {
             let json = JsonObject::read(&path.join("config.json"))?;
-            Contents::Directory(Directory { config: ModelConfig::from_json(&json), json, weights: OnceLock::new() })
+            Contents::Directory(Box::new(Directory {
+                config: ModelConfig::from_json(&json),
+                json,
+                weights: OnceLock::new(),
+            }))
         } else if is_gguf(path)? {
             let file = GgufFile::open(path)?;
             Contents::Gguf { config: ModelConfig::from_gguf(&file), file }
@@ -110,7 +114,7 @@ impl ModelFiles {
     /// [`Error::File`] if it isn't text.
     pub fn architecture(&self) -> Result<Option<String>> {
         match &self.contents {
-            Contents::Directory(Directory { json, .. }) => json.get("model_type"),
+            Contents::Directory(directory) => directory.json.get("model_type"),
             Contents::Gguf { file, .. } => Ok(file.get::<&str>("general.architecture")?.map(String::from)),
         }
     }
@@ -121,7 +125,7 @@ impl ModelFiles {
     /// [`Error::File`] if it isn't text.
     pub fn name(&self) -> Result<Option<String>> {
         match &self.contents {
-            Contents::Directory(Directory { json, .. }) => json.get("_name_or_path"),
+            Contents::Directory(directory) => directory.json.get("_name_or_path"),
             Contents::Gguf { file, .. } => Ok(file.get::<&str>("general.name")?.map(String::from)),
         }
     }
@@ -131,7 +135,10 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::File`] or [`Error::Tensor`] for a configuration that isn't supported.
     pub fn vocab_size(&self) -> Result<usize> {
-        let (Contents::Directory(Directory { config, .. }) | Contents::Gguf { config, .. }) = &self.contents;
+        let config = match &self.contents {
+            Contents::Directory(directory) => &directory.config,
+            Contents::Gguf { config, .. } => config,
+        };
         config.as_ref().map(|config| config.vocab_size).map_err(Error::clone)
     }
 
@@ -223,5 +230,58 @@ impl ModelFiles {
             Contents::Directory(directory) => Some(&directory.json),
             Contents::Gguf { .. } => None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::formats::gguf::writer::Writer;
+
+    fn repository(path: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+    }
+
+    #[test]
+    fn a_directory_without_weights_has_a_tokenizer() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["config.json", "tokenizer.json"] {
+            fs::copy(repository("cli/assets/tiny-glossary").join(name), folder.path().join(name)).unwrap();
+        }
+        let files = ModelFiles::open(folder.path()).unwrap();
+        assert_eq!(files.vocab_size().unwrap(), files.tokenizer().unwrap().vocab_size());
+        assert_eq!(files.architecture().unwrap().as_deref(), Some("llama"));
+        let error = files.config().unwrap_err().to_string();
+        assert!(error.contains("has neither model.safetensors nor"), "{error}");
+
+        fs::copy(repository("cli/assets/tiny-glossary/model.safetensors"), folder.path().join("model.safetensors"))
+            .unwrap();
+        assert_eq!(files.config().unwrap().vocab_size, 2048);
+        // What has been opened stays as it was.
+        fs::remove_file(folder.path().join("model.safetensors")).unwrap();
+        assert_eq!(files.spec(&BaseFormat::AsIs).unwrap().config(), files.config().unwrap());
+    }
+
+    #[test]
+    fn a_gguf_file_is_known_by_its_name_or_its_first_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let bytes = Writer::default().string("general.architecture", "gpt2").bytes();
+        for name in ["a.gguf", "b.GGUF", "c"] {
+            fs::write(path(name), &bytes).unwrap();
+            let files = ModelFiles::open(path(name)).unwrap();
+            assert_eq!(files.architecture().unwrap().as_deref(), Some("gpt2"));
+            let error = files.config().unwrap_err().to_string();
+            assert!(error.contains("supported are llama, qwen2, qwen3"), "{error}");
+        }
+        let error = |name: &str| {
+            fs::write(path(name), "text").unwrap();
+            ModelFiles::open(path(name)).unwrap_err().to_string()
+        };
+        assert!(error("d").contains("not a GGUF file; give a .gguf file, or a directory"));
+        assert!(error("d.gguf").contains("does not begin with \"GGUF\""));
+        assert!(error("d.safetensors").contains("has only tensors"));
     }
 }

@@ -7,20 +7,19 @@ use std::fmt;
 /// Whether a character is invisible: control characters, marks that change text direction, and
 /// zero-width characters. Joiners and variation selectors don't count, as words and emoji need
 /// them.
-pub(crate) fn is_hidden(c: char) -> bool {
+pub fn is_hidden(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}')
         || matches!(c, '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
 /// The text as one line, with hidden characters escaped as in Rust: `\n`, `\u{1b}`.
-pub(crate) fn one_line(text: &str) -> Cow<'_, str> {
+pub fn one_line(text: &str) -> Cow<'_, str> {
     escaped(text, is_hidden)
 }
 
 /// The text with line breaks and tabs kept and all other hidden characters escaped.
-#[cfg(feature = "cli")]
-pub(crate) fn lines(text: &str) -> Cow<'_, str> {
+pub fn lines(text: &str) -> Cow<'_, str> {
     escaped(text, |c| !['\n', '\t'].contains(&c) && is_hidden(c))
 }
 
@@ -65,7 +64,6 @@ mod tests {
         }
     }
 
-    #[cfg(feature = "cli")]
     #[test]
     fn lines_and_tabs_may_stay() {
         assert_eq!(lines("a\n\tb\r\x1b"), "a\n\tb\\r\\u{1b}");

@@ -1,14 +1,10 @@
-//! Measurements for `qlora bench`, `cargo bench` and `qlora demo`, all timed in the same way: a
-//! layer ([`layer`]), a whole training step ([`step`]), the time of each kernel in one run of
-//! these ([`kernel_times`]), copies ([`copy`]), and other programs' times for the same cases
-//! ([`peer`]). [`report`] writes them to a file; [`hardware`] measures everything about a GPU.
+//! Measurements for `qlora bench` and `cargo bench`, all timed in the same way: a layer
+//! ([`layer`]), a whole training step ([`step`]), the time of each kernel in one run of these
+//! ([`kernel_times`]), and copies ([`copy`]).
 
 pub mod copy;
-pub mod hardware;
 pub mod kernel_times;
 pub mod layer;
-pub mod peer;
-pub mod report;
 pub mod step;
 
 use std::time::{Duration, Instant};
@@ -21,10 +17,9 @@ use crate::error::Result;
 use crate::quant::{DoubleQuant, QuantOptions};
 use crate::seed::mix;
 use kernel_times::KernelTimes;
-use peer::PeerTime;
 use step::StepShape;
 
-/// A measurement; the fields of `qlora bench --json`.
+/// A measurement.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     /// "forward", "backward" or "step".
@@ -72,9 +67,6 @@ pub struct Row {
     /// Time of each kernel in one further run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub profile: Option<KernelTimes>,
-    /// Times of other programs for the same case.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub peers: Vec<PeerTime>,
 }
 
 impl Row {
@@ -115,7 +107,6 @@ impl Row {
             peak_bytes: None,
             shape: None,
             profile: None,
-            peers: Vec::new(),
         }
     }
 

@@ -309,8 +309,7 @@ fn tier_variable() -> Result<Option<Tier>> {
 ///
 /// # Errors
 /// [`Error::Invalid`] if `QLORA_TIER`, `QLORA_TUNE` or `QLORA_CHECK` has an invalid value.
-#[cfg(feature = "cli")]
-pub(crate) fn check_environment() -> Result<()> {
+pub fn check_environment() -> Result<()> {
     tier_variable()?;
     tune::check_variables()
 }

@@ -27,9 +27,7 @@ pub(crate) use cpu::Counted;
 pub use cpu::{Cpu, HostBuffer};
 pub(crate) use gpu::{Buffer, MAX_PARAMS_BYTES};
 pub use gpu::{Gpu, GpuLimits};
-#[cfg(feature = "cli")]
-pub(crate) use list::check_environment;
-pub use list::{DeviceInfo, GpuOptions, Select, devices};
+pub use list::{DeviceInfo, GpuOptions, Select, check_environment, devices};
 pub use pool::MemoryCounters;
 pub(crate) use pool::{Pool, size_class};
 pub use profile::{KernelTime, Profile};

@@ -16,9 +16,9 @@ use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use crate::quant::{HostMatrix, MatrixKind, MatrixSpec};
 
 /// File of a checkpoint without shards.
-pub(crate) const SINGLE: &str = "model.safetensors";
+pub const SINGLE: &str = "model.safetensors";
 /// List of a checkpoint's shards.
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
+pub const INDEX: &str = "model.safetensors.index.json";
 
 /// Maximum size of that list in bytes; the largest in use have 10 MB.
 const MAX_INDEX: u64 = 64 << 20;
@@ -296,8 +296,7 @@ impl Tensors for Checkpoint {
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::File`] if it can't be read or is malformed.
-#[cfg(feature = "cli")]
-pub(crate) fn shards(folder: &Path) -> Result<BTreeSet<String>> {
+pub fn shards(folder: &Path) -> Result<BTreeSet<String>> {
     Ok(weight_map(folder)?.into_values().collect())
 }
 

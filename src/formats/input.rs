@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 /// Default maximum size of a file that is read whole, in bytes. The largest `tokenizer.json` in
 /// use have 35 MB.
-pub(crate) const MAX_SMALL: u64 = 256 << 20;
+pub const MAX_SMALL: u64 = 256 << 20;
 
 /// Maximum size of a JSON settings file, in bytes. The largest `tokenizer_config.json` in use have
 /// 1 MB.
@@ -22,7 +22,7 @@ const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1";
 /// # Errors
 /// [`Error::Io`] if it can't be read; [`Error::File`] if it is larger, not a regular file (a
 /// device or a pipe might have no end), or only a Git LFS pointer.
-pub(crate) fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
+pub fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
     let mut file = File::open(regular(path)?).map_err(|e| Error::io(path, e))?;
     let mut bytes = Vec::new();
     // A file may grow while it is read.
@@ -40,7 +40,7 @@ pub(crate) fn read_small(path: &Path, most: u64) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// Same as [`read_small`]; [`Error::File`] if it isn't UTF-8.
-pub(crate) fn read_small_text(path: &Path, most: u64) -> Result<String> {
+pub fn read_small_text(path: &Path, most: u64) -> Result<String> {
     let not_utf8 =
         |e: std::string::FromUtf8Error| Error::File { path: path.into(), message: format!("is not UTF-8: {e}") };
     let text = String::from_utf8(read_small(path, most)?).map_err(not_utf8)?;

@@ -16,7 +16,7 @@ const MOST_LINKS: usize = 40;
 
 /// A complete file on disk under a temporary name, in the folder of its path. Removed when
 /// dropped.
-pub(crate) struct StagedFile {
+pub struct StagedFile {
     path: PathBuf,
     /// The file and its final name; `None` if a device or pipe was written to.
     temporary: Option<(NamedTempFile, PathBuf)>,
@@ -33,7 +33,7 @@ enum Target {
 impl StagedFile {
     /// Writes the file that will be at `path`, or writes directly if `path` exists and isn't a
     /// regular file.
-    pub(crate) fn new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<Self> {
+    pub fn new(path: &Path, write: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<Self> {
         let io_error = |e: io::Error| Error::io(path, e);
         let fill = |file: &mut File| {
             let mut out = BufWriter::with_capacity(1 << 20, file);
@@ -61,7 +61,7 @@ impl StagedFile {
     }
 
     /// Gives the file its name, replacing an existing one.
-    pub(crate) fn commit(self) -> Result<()> {
+    pub fn commit(self) -> Result<()> {
         let StagedFile { path, temporary } = self;
         let Some((temporary, real)) = temporary else { return Ok(()) };
         temporary.persist(&real).map_err(|e| Error::io(&path, e.error))?;
@@ -111,8 +111,7 @@ fn linked(path: &Path) -> io::Result<PathBuf> {
 }
 
 /// Whether `path` is the file or pipe that is this process's standard output.
-#[cfg(any(feature = "cli", test))]
-pub(crate) fn is_standard_output(path: &Path) -> bool {
+pub fn is_standard_output(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| stream_is(&io::stdout(), &found).is_ok_and(|stream| stream.is_some()))
 }
 
@@ -147,8 +146,7 @@ fn identity(found: &Metadata) -> (u64, u64) {
 }
 
 /// Whether two paths are the same regular file or folder, also through symbolic or hard links.
-#[cfg(any(feature = "cli", test))]
-pub(crate) fn is_same(one: &Path, other: &Path) -> bool {
+pub fn is_same(one: &Path, other: &Path) -> bool {
     let (Ok(found), Ok(other_found)) = (fs::metadata(one), fs::metadata(other)) else { return false };
     let counts = |found: &Metadata| found.is_file() || found.is_dir();
     if !counts(&found) || !counts(&other_found) {

@@ -4,7 +4,6 @@
 
 mod devices;
 pub mod model;
-pub mod run;
 pub mod seed;
 
 pub use devices::*;

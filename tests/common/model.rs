@@ -1,7 +1,7 @@
 //! The recorded models, adapters and runs of tests/golden/model, and SmolLM2's file.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::PeftAdapter;
@@ -11,9 +11,16 @@ use qlora_wgpu::{Device, ModelFiles};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+/// A file or folder of the repository, whichever package the test belongs to.
+pub fn repository(path: &str) -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = package.ancestors().find(|folder| folder.join("tests/golden").is_dir());
+    root.expect("tests/golden is in the repository").join(path)
+}
+
 /// A file or folder of tests/golden/model.
 pub fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/model").join(name)
+    repository("tests/golden/model").join(name)
 }
 
 pub fn file(name: &str) -> SafetensorsFile {

@@ -59,7 +59,7 @@ pub fn tokenizer(bytes: &[u8]) -> Result<()> {
 /// If examples or batches differ from what was requested.
 pub fn jsonl(bytes: &[u8]) -> Result<()> {
     static TOKENIZERS: LazyLock<[Tokenizer; 2]> = LazyLock::new(|| {
-        let (folder, _) = file("tokenizer.json", include_bytes!("../../assets/tiny-glossary/tokenizer.json"));
+        let (folder, _) = file("tokenizer.json", include_bytes!("../../cli/assets/tiny-glossary/tokenizer.json"));
         let read = || Tokenizer::from_dir(folder.path()).expect("a tokenizer");
         let plain = read();
         let template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}\n{% endfor %}\

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parents[2]
-ASSETS = ROOT / "assets"
+ASSETS = ROOT / "cli" / "assets"
 GOLDEN = ROOT / "tests/golden/model"
 VOCABULARY = 128
 """Of the models in GOLDEN."""

@@ -195,7 +195,7 @@ impl PeftConfig {
 
     /// Contents of the file: sorted keys, values like PEFT's. Keys unknown to old versions of PEFT
     /// are included only if they matter.
-    pub(crate) fn json(&self) -> Map<String, Value> {
+    pub fn json(&self) -> Map<String, Value> {
         let mut map = Map::new();
         let mut set = |key: &str, value: Value| map.insert(key.into(), value);
         set("alpha_pattern", self.alpha_pattern.iter().map(|(key, alpha)| (key, number(alpha))).collect());

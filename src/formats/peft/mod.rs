@@ -20,6 +20,9 @@ use std::path::Path;
 
 use ndarray::Array2;
 
+use serde_json::{Map, Value};
+
+use super::json::JsonObject;
 use super::safetensors::{self, OutData, OutTensor, SafetensorsFile, TensorType};
 use super::staged::StagedFile;
 use crate::error::{Error, Result};
@@ -28,7 +31,7 @@ pub use config::{InitLoraWeights, PeftConfig};
 pub use targets::{ModulePatterns, ModuleRegex, TargetModules, Targets};
 
 /// Name of the config in an adapter's folder.
-pub(crate) const CONFIG: &str = "adapter_config.json";
+pub const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
@@ -43,6 +46,14 @@ const HEAD: &str = "lm_head";
 pub fn tensor_name(path: &str, kind: &str) -> String {
     let weight = if kind.starts_with("lora_magnitude") { "" } else { ".weight" };
     format!("{PREFIX}{path}.{kind}{weight}")
+}
+
+/// Contents of `adapter_config.json` in `folder`, whatever kind of adapter it describes.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::File`] if it can't be read or isn't a JSON object.
+pub fn config_json(folder: impl AsRef<Path>) -> Result<Map<String, Value>> {
+    Ok(JsonObject::read(&folder.as_ref().join(CONFIG))?.map().clone())
 }
 
 /// Maps the tensors of the adapter in `folder`.

@@ -1,0 +1,9 @@
+//! What tests of the command share, with the library's devices and recorded models.
+
+#![allow(dead_code, unused_imports, reason = "every test program uses its own part of this")]
+
+#[path = "../../../tests/common/mod.rs"]
+mod library;
+pub mod run;
+
+pub use library::*;
