@@ -1,7 +1,8 @@
 //! The one error type. Every variant names the operation that failed and what it failed on:
 //! shapes, a file, a key.
 
-use std::fmt::{self, Display, Write};
+use std::fmt::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::printable::OneLine;
@@ -61,7 +62,7 @@ pub enum Error {
     DeviceMismatch { op: &'static str, left: String, right: String },
 
     /// A file can't be opened, read or written.
-    Io { path: PathBuf, message: String },
+    Io { path: PathBuf, kind: io::ErrorKind, message: String },
 
     /// The contents of a file aren't what they should be.
     File { path: PathBuf, message: String },
@@ -108,7 +109,7 @@ impl fmt::Display for Error {
             Error::DeviceMismatch { op, left, right } => {
                 write!(f, "{op}: tensors are on different devices: {left} and {right}")
             }
-            Error::Io { path, message } => write!(f, "{}: {message}", path.display()),
+            Error::Io { path, message, .. } => write!(f, "{}: {message}", path.display()),
             Error::File { path, message } => write!(f, "{}: {message}", path.display()),
             Error::Template { line, message } => write!(f, "line {line} of the chat template: {message}"),
             Error::Tensor { path, key, message } => write!(f, "{}: tensor {key:?}: {message}", path.display()),
@@ -120,8 +121,9 @@ impl std::error::Error for Error {}
 
 impl Error {
     /// [`Error::Io`] for the file at `path`, with the system's message.
-    pub fn io(path: &Path, error: impl Display) -> Error {
-        Error::Io { path: path.into(), message: error.to_string() }
+    pub fn io(path: impl AsRef<Path>, error: impl Into<io::Error>) -> Error {
+        let error = error.into();
+        Error::Io { path: path.as_ref().into(), kind: error.kind(), message: error.to_string() }
     }
 }
 
@@ -135,5 +137,12 @@ mod tests {
         assert_eq!(error.to_string(), r"a\nb: has \u{1b}[2J\r\u{202e}");
         let error = Error::Tensor { path: "m".into(), key: "\x1b[31m".into(), message: "is\nmissing".into() };
         assert_eq!(error.to_string(), r#"m: tensor "\u{1b}[31m": is\nmissing"#);
+    }
+
+    #[test]
+    fn an_io_error_keeps_its_kind() {
+        let error = Error::io("a", io::Error::from(io::ErrorKind::NotFound));
+        assert!(matches!(error, Error::Io { kind: io::ErrorKind::NotFound, .. }));
+        assert_eq!(error.to_string(), "a: entity not found");
     }
 }

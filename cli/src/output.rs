@@ -47,7 +47,7 @@ pub(super) fn leave_stdout() {
 
 /// Prints a value as JSON on stdout.
 pub(super) fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Error::io("standard output".as_ref(), error))?;
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::io("standard output", error))?;
     print(&format!("{}\n", json_escaped(&text))).map(drop)
 }
 
@@ -82,7 +82,7 @@ pub(super) fn print(text: &str) -> Result<ControlFlow<()>> {
     match out.write_all(text.as_bytes()).and_then(|()| if out.is_terminal() { out.flush() } else { Ok(()) }) {
         Ok(()) => Ok(ControlFlow::Continue(())),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
-        Err(error) => Err(Error::io("standard output".as_ref(), error)),
+        Err(error) => Err(Error::io("standard output", error)),
     }
 }
 

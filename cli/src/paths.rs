@@ -2,6 +2,7 @@
 //! nothing else without --force.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use qlora_wgpu::error::{Error, Result};
@@ -18,7 +19,7 @@ pub(super) type Named<'a> = (&'a Path, &'a str);
 pub(super) fn exists(path: &Path) -> Result<()> {
     match path.try_exists() {
         Ok(true) => Ok(()),
-        Ok(false) => Err(Error::Io { path: path.into(), message: "no such file or directory".into() }),
+        Ok(false) => Err(Error::io(path, io::Error::new(io::ErrorKind::NotFound, "no such file or directory"))),
         Err(error) => Err(Error::io(path, error)),
     }
 }

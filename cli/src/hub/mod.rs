@@ -8,6 +8,7 @@ mod env;
 
 use std::fmt;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -196,7 +197,7 @@ impl HubId {
     }
 
     fn error(&self, message: impl fmt::Display) -> Error {
-        Error::Io { path: self.to_string().into(), message: message.to_string() }
+        Error::io(self.to_string(), io::Error::other(message.to_string()))
     }
 }
 

@@ -1,7 +1,12 @@
 //! Measurements with their date and machine: the file of `qlora bench --output`.
 
+use std::io::Write;
+use std::path::Path;
+
 use jiff::{Timestamp, Unit};
 use qlora_wgpu::device::Device;
+use qlora_wgpu::error::{Error, Result};
+use qlora_wgpu::internal::StagedFile;
 use serde::Serialize;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
@@ -71,4 +76,13 @@ impl Machine {
             load: System::load_average().one,
         }
     }
+}
+
+/// Writes a report as JSON; the file appears complete or not at all.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write(path: &Path, report: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(report).map_err(|error| Error::io(path, error))?;
+    StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| Error::io(path, error)))?.commit()
 }

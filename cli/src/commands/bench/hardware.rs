@@ -1,6 +1,5 @@
 //! `qlora bench --hardware`: all measurements of a GPU that the project collects, in one file.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,10 +7,9 @@ use clap::Args;
 use jiff::{Timestamp, Unit};
 use qlora_wgpu::device::{Device, DeviceInfo, devices};
 use qlora_wgpu::error::{Error, Result};
-use qlora_wgpu::internal::StagedFile;
 
 use crate::measurements::parts::{HardwareReport, Part, Plan};
-use crate::measurements::report::Machine;
+use crate::measurements::report::{Machine, write};
 use crate::output::{self, print_json, print_line};
 use crate::paths;
 
@@ -137,8 +135,7 @@ fn described(name: &str) -> Result<DeviceInfo> {
 
 /// Lists the measurements in order: those that may find errors come before those that take long.
 fn plans(args: &HardwareArgs, info: &DeviceInfo, against: &[String]) -> Result<Vec<Plan>> {
-    let program =
-        std::env::current_exe().map_err(|error| Error::Io { path: "qlora".into(), message: error.to_string() })?;
+    let program = std::env::current_exe().map_err(|error| Error::io("qlora", error))?;
     let index = info.index.to_string();
     let qlora = |options: &str, more: &[&str]| {
         let words =
@@ -186,12 +183,6 @@ fn slug(name: &str) -> String {
     let name = name.split(" (").next().unwrap_or_default().to_lowercase();
     let words = name.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
     words.collect::<Vec<_>>().join("-")
-}
-
-fn write(path: &Path, report: &HardwareReport) -> Result<()> {
-    let failed = |message: String| Error::Io { path: path.into(), message };
-    let text = serde_json::to_string_pretty(report).map_err(|error| failed(error.to_string()))?;
-    StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| failed(error.to_string())))?.commit()
 }
 
 #[cfg(test)]

@@ -1,7 +1,6 @@
 //! `qlora bench`: times a layer's passes and training steps, and checks results against the CPU.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
@@ -9,7 +8,7 @@ mod hardware;
 
 use crate::measurements::Measured;
 use crate::measurements::peer::Peer;
-use crate::measurements::report::{Machine, Report};
+use crate::measurements::report::{Machine, Report, write};
 use crate::output::{print_json, print_line, table};
 use crate::paths;
 use crate::plot::speed;
@@ -19,8 +18,7 @@ use qlora_wgpu::bench::kernel_times::KernelTimes;
 use qlora_wgpu::bench::layer::{self, Case, measure};
 use qlora_wgpu::bench::step::{StepCase, StepShape, measure_step};
 use qlora_wgpu::device::Device;
-use qlora_wgpu::error::{Error, Result};
-use qlora_wgpu::internal::StagedFile;
+use qlora_wgpu::error::Result;
 use qlora_wgpu::quant::{Format, QuantOptions};
 
 /// Times the fused QLoRA layer, or a whole training step, on a device, and checks the result
@@ -190,12 +188,6 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         write(path, &report)?;
     }
     args.plot.as_ref().map_or(Ok(()), |path| speed::write(path, &report))
-}
-
-fn write(path: &Path, report: &Report) -> Result<()> {
-    let failed = |message: String| Error::Io { path: path.into(), message };
-    let text = serde_json::to_string_pretty(report).map_err(|error| failed(error.to_string()))?;
-    StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| failed(error.to_string())))?.commit()
 }
 
 /// Measures the layer for every combination of sizes.
