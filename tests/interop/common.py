@@ -124,7 +124,7 @@ def equal(ours, theirs, what):
 
 
 def digest(path, header=False):
-    """The start of the SHA-256 of a file, or of the header of a safetensors file. tests/interop_files.rs pins these."""
+    """The start of the SHA-256 of a file, or of the header of a safetensors file. cli/tests/cli/interop_files.rs pins these."""
     data = path.read_bytes()
     if header:
         data = data[8 : 8 + int.from_bytes(data[:8], "little")]

@@ -1,11 +1,9 @@
 //! `qlora plan`.
 
-mod common;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use common::model::{path, smollm2};
+use crate::common::model::{path, smollm2};
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::PeftConfig;
 use qlora_wgpu::optim::{AdamW, Schedule};

@@ -1,11 +1,9 @@
 //! `qlora eval` and `qlora generate` on small models.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 
+use crate::common::model::{distance, f32s, file, i64s, path};
 use assert_cmd::Command;
-use common::model::{distance, f32s, file, i64s, path};
 use qlora_wgpu::formats::safetensors::SafetensorsFile;
 use serde_json::{Value, json};
 

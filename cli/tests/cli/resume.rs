@@ -1,16 +1,14 @@
 //! `qlora finetune --resume`: an interrupted run, however often and however interrupted, ends like
 //! an uninterrupted one, or says why it can't.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use common::model::path;
-use common::run::{Setup, adapter, fail, has_checkpoint, metrics, qlora, signal, succeed, text};
+use crate::common::model::path;
+use crate::common::run::{Setup, adapter, fail, has_checkpoint, metrics, qlora, signal, succeed, text};
 use serde_json::Value;
 
 /// Names in a folder, sorted.

@@ -1,11 +1,10 @@
 //! `qlora bench` with peers, and the files that it writes.
 #![cfg(unix)]
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
+use crate::common;
 use assert_cmd::Command;
 use serde_json::{Value, json};
 

@@ -1,12 +1,11 @@
 //! Common to all commands of `qlora`: one JSON value on stdout, --quiet and -v, colours, exit
 //! statuses, closed pipes, completions.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use common::model::{path, with_tokenizer};
+use crate::common;
+use crate::common::model::{path, with_tokenizer};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

@@ -1,7 +1,6 @@
 //! `qlora` as users meet it: help, devices, bench, demo, wrong usage.
 
-mod common;
-
+use crate::common;
 use assert_cmd::Command;
 use serde_json::Value;
 

@@ -1,9 +1,8 @@
 //! `qlora bench --hardware`, with tiny sizes.
 
-mod common;
-
 use std::fs;
 
+use crate::common;
 use assert_cmd::Command;
 use serde_json::Value;
 

@@ -1,13 +1,12 @@
 //! `qlora finetune`: recorded PEFT runs by the command alone, memory, settings files, and bad
 //! input.
 
-mod common;
-
 use std::fs;
 use std::process::Output;
 
-use common::model::{i64s, path};
-use common::run::{Setup, adapter, fail, metrics, qlora, succeed, text};
+use crate::common;
+use crate::common::model::{i64s, path};
+use crate::common::run::{Setup, adapter, fail, metrics, qlora, succeed, text};
 use qlora_wgpu::formats::peft::PeftConfig;
 use qlora_wgpu::formats::safetensors::SafetensorsFile;
 use serde_json::{Value, json};

@@ -1,8 +1,6 @@
 //! The command with SmolLM2-135M-Instruct, compared with the reference's recorded answers.
 
-mod common;
-
-use common::model::{repository, smollm2};
+use crate::common::model::{repository, smollm2};
 use serde_json::Value;
 
 fn json() -> Value {

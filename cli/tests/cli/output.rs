@@ -2,14 +2,12 @@
 //! one line, without anything that a terminal would act on.
 #![cfg(unix)]
 
-mod common;
-
 use std::fs::{self, File};
 use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use common::model::{path, with_tokenizer};
+use crate::common::model::{path, with_tokenizer};
 use serde_json::json;
 use tempfile::TempDir;
 

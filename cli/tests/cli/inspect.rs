@@ -1,12 +1,11 @@
 //! `qlora inspect` on every kind of file and folder.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
+use crate::common;
+use crate::common::model::path;
 use assert_cmd::Command;
-use common::model::path;
 use serde_json::{Value, json};
 
 fn inspect(path: &Path, flags: &[&str]) -> Command {

@@ -1,12 +1,10 @@
 //! `qlora merge` and `qlora export` as commands: output, refusals, and what they leave behind.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
+use crate::common::model::path;
 use assert_cmd::Command;
-use common::model::path;
 use tempfile::TempDir;
 
 fn qlora(line: &str) -> Command {

@@ -1,9 +1,5 @@
 //! `--model org/name`: models from a hub. Here a thread serves one on a local port.
 
-mod common;
-#[path = "common/hub.rs"]
-mod hub;
-
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -12,9 +8,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::hub::{Answer, COMMIT, Hub, Request, git_id, sha1, sha256};
+use crate::common::model::path;
 use assert_cmd::Command;
-use common::model::path;
-use hub::{Answer, COMMIT, Hub, Request, git_id, sha1, sha256};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

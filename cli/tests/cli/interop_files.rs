@@ -3,14 +3,12 @@
 //! there first. `tests/model/export.rs` compares merged models and exported adapters with those of PEFT
 //! and llama.cpp.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use crate::common::model::{path, repository};
 use assert_cmd::Command;
-use common::model::{path, repository};
 use ndarray::Array2;
 use qlora_wgpu::formats::peft::{ModulePatterns, PeftAdapter, PeftConfig, PeftModule, TargetModules, Targets};
 use qlora_wgpu::formats::safetensors::SafetensorsFile;

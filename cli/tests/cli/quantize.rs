@@ -1,13 +1,11 @@
 //! `qlora quantize` and `qlora dequantize` on bitsandbytes' files.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use crate::common::model::repository;
 use assert_cmd::Command;
-use common::model::repository;
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::safetensors::{OutData, OutTensor, SafetensorsFile, write};
 use sha2::{Digest, Sha256};

@@ -1,12 +1,10 @@
 //! Errors of `qlora eval` and `generate` for broken models, adapters and texts.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::common::model::{path, tokenizer, with_tokenizer};
 use assert_cmd::Command;
-use common::model::{path, tokenizer, with_tokenizer};
 
 fn qlora(command: &str, model: &Path) -> Command {
     let mut qlora = Command::cargo_bin("qlora").unwrap();
