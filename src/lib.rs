@@ -38,7 +38,7 @@
 //! | layers and a loss of your own | [`QLoraLinear`](nn::QLoraLinear): `forward_train`, `backward`, then [`Optimizer`](optim::Optimizer) | `examples/training_loop.rs` |
 //! | a wgpu device of your own | [`Device::from_wgpu`] | `examples/own_device.rs` |
 //!
-//! `cargo run --example finetune` trains a small model that comes with the crate.
+//! `cargo run --example finetune` trains a small model that comes with the repository.
 //!
 //! # How the parts fit together
 //!
