@@ -33,35 +33,26 @@ use crate::text::Tokenizer;
 #[derive(Debug)]
 pub struct ModelFiles {
     path: PathBuf,
+    /// As the files state it.
+    config: Result<ModelConfig>,
     contents: Contents,
 }
 
 #[derive(Debug)]
 enum Contents {
-    Directory(Box<Directory>),
-    Gguf { file: GgufFile, config: Result<ModelConfig> },
+    Directory {
+        json: JsonObject,
+        /// Opened when it is needed, because tokenizing needs no weights.
+        weights: OnceLock<Box<Opened>>,
+    },
+    Gguf(GgufFile),
 }
 
-/// A Hugging Face directory.
+/// A checkpoint, and the configuration with the head that it has.
 #[derive(Debug)]
-struct Directory {
-    json: JsonObject,
-    /// As `config.json` has it.
+struct Opened {
+    checkpoint: Checkpoint,
     config: Result<ModelConfig>,
-    /// The tensors, and the configuration with the head that they have. Opened when they are
-    /// needed, because tokenizing doesn't need them.
-    weights: OnceLock<(Checkpoint, Result<ModelConfig>)>,
-}
-
-impl Directory {
-    fn weights(&self, path: &Path) -> Result<&(Checkpoint, Result<ModelConfig>)> {
-        if let Some(weights) = self.weights.get() {
-            return Ok(weights);
-        }
-        let checkpoint = Checkpoint::open(path)?;
-        let config = self.config.clone().and_then(|config| config.with_head_of(&checkpoint));
-        Ok(self.weights.get_or_init(|| (checkpoint, config)))
-    }
 }
 
 /// The file or files with a model's tensors.
@@ -82,16 +73,12 @@ impl ModelFiles {
     /// path that is neither a directory nor a GGUF file.
     pub fn open(path: impl AsRef<Path>) -> Result<ModelFiles> {
         let path = path.as_ref();
-        let contents = if path.is_dir() {
+        let (config, contents) = if path.is_dir() {
             let json = JsonObject::read(&path.join("config.json"))?;
-            Contents::Directory(Box::new(Directory {
-                config: ModelConfig::from_json(&json),
-                json,
-                weights: OnceLock::new(),
-            }))
+            (ModelConfig::from_json(&json), Contents::Directory { json, weights: OnceLock::new() })
         } else if is_gguf(path)? {
             let file = GgufFile::open(path)?;
-            Contents::Gguf { config: ModelConfig::from_gguf(&file), file }
+            (ModelConfig::from_gguf(&file), Contents::Gguf(file))
         } else {
             let message = if path.extension().is_some_and(|extension| extension == "safetensors") {
                 "has only tensors; give the directory that contains it and a config.json"
@@ -100,7 +87,7 @@ impl ModelFiles {
             };
             return Err(Error::File { path: path.into(), message: message.into() });
         };
-        Ok(ModelFiles { path: path.into(), contents })
+        Ok(ModelFiles { path: path.into(), config, contents })
     }
 
     /// The path that was opened.
@@ -114,8 +101,8 @@ impl ModelFiles {
     /// [`Error::File`] if it isn't text.
     pub fn architecture(&self) -> Result<Option<String>> {
         match &self.contents {
-            Contents::Directory(directory) => directory.json.get("model_type"),
-            Contents::Gguf { file, .. } => Ok(file.get::<&str>("general.architecture")?.map(String::from)),
+            Contents::Directory { json, .. } => json.get("model_type"),
+            Contents::Gguf(file) => Ok(file.get::<&str>("general.architecture")?.map(String::from)),
         }
     }
 
@@ -125,8 +112,8 @@ impl ModelFiles {
     /// [`Error::File`] if it isn't text.
     pub fn name(&self) -> Result<Option<String>> {
         match &self.contents {
-            Contents::Directory(directory) => directory.json.get("_name_or_path"),
-            Contents::Gguf { file, .. } => Ok(file.get::<&str>("general.name")?.map(String::from)),
+            Contents::Directory { json, .. } => json.get("_name_or_path"),
+            Contents::Gguf(file) => Ok(file.get::<&str>("general.name")?.map(String::from)),
         }
     }
 
@@ -135,11 +122,7 @@ impl ModelFiles {
     /// # Errors
     /// [`Error::File`] or [`Error::Tensor`] for a configuration that isn't supported.
     pub fn vocab_size(&self) -> Result<usize> {
-        let config = match &self.contents {
-            Contents::Directory(directory) => &directory.config,
-            Contents::Gguf { config, .. } => config,
-        };
-        config.as_ref().map(|config| config.vocab_size).map_err(Error::clone)
+        self.config.as_ref().map(|config| config.vocab_size).map_err(Error::clone)
     }
 
     /// The model's sizes and settings. If `config.json` ties the head to the embedding but the
@@ -150,8 +133,8 @@ impl ModelFiles {
     /// [`weights`](Self::weights).
     pub fn config(&self) -> Result<&ModelConfig> {
         let config = match &self.contents {
-            Contents::Directory(directory) => &directory.weights(&self.path)?.1,
-            Contents::Gguf { config, .. } => config,
+            Contents::Directory { weights, .. } => &self.opened(weights)?.config,
+            Contents::Gguf(_) => &self.config,
         };
         config.as_ref().map_err(Error::clone)
     }
@@ -162,8 +145,8 @@ impl ModelFiles {
     /// Those of [`Checkpoint::open`].
     pub fn weights(&self) -> Result<Weights<'_>> {
         match &self.contents {
-            Contents::Directory(directory) => Ok(Weights::Checkpoint(&directory.weights(&self.path)?.0)),
-            Contents::Gguf { file, .. } => Ok(Weights::Gguf(file)),
+            Contents::Directory { weights, .. } => Ok(Weights::Checkpoint(&self.opened(weights)?.checkpoint)),
+            Contents::Gguf(file) => Ok(Weights::Gguf(file)),
         }
     }
 
@@ -214,9 +197,9 @@ impl ModelFiles {
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         let file_error = |message: String| Error::File { path: self.path.clone(), message };
         let tokenizer = match &self.contents {
-            Contents::Gguf { file, .. } => Tokenizer::from_gguf(file)?,
-            Contents::Directory(_) if self.path.join("tokenizer.json").exists() => Tokenizer::from_dir(&self.path)?,
-            Contents::Directory(_) => {
+            Contents::Gguf(file) => Tokenizer::from_gguf(file)?,
+            Contents::Directory { .. } if self.path.join("tokenizer.json").exists() => Tokenizer::from_dir(&self.path)?,
+            Contents::Directory { .. } => {
                 return Err(file_error("has no tokenizer.json, which text needs; put the model's own there".into()));
             }
         };
@@ -227,9 +210,18 @@ impl ModelFiles {
     /// The contents of `config.json`, if the model is a directory.
     pub(crate) fn json(&self) -> Option<&JsonObject> {
         match &self.contents {
-            Contents::Directory(directory) => Some(&directory.json),
-            Contents::Gguf { .. } => None,
+            Contents::Directory { json, .. } => Some(json),
+            Contents::Gguf(_) => None,
         }
+    }
+
+    fn opened<'a>(&self, weights: &'a OnceLock<Box<Opened>>) -> Result<&'a Opened> {
+        if let Some(opened) = weights.get() {
+            return Ok(opened);
+        }
+        let checkpoint = Checkpoint::open(&self.path)?;
+        let config = self.config.clone().and_then(|config| config.with_head_of(&checkpoint));
+        Ok(weights.get_or_init(|| Box::new(Opened { checkpoint, config })))
     }
 }
 
