@@ -29,9 +29,10 @@ use qlora_wgpu::error::Result;
 
 use commands::*;
 
-/// QLoRA for every GPU: 4-bit weights and LoRA adapters through wgpu.
+/// QLoRA for every GPU: frozen 4-bit weights plus LoRA adapters, run and trained through wgpu
+/// (Vulkan, Metal, DX12, GL), with an exact CPU twin
 #[derive(Parser, Debug)]
-#[command(name = "qlora", version, about, propagate_version = true, arg_required_else_help = true)]
+#[command(name = "qlora", version, propagate_version = true, arg_required_else_help = true)]
 #[command(after_help = "Examples:\n  \
     qlora demo\n  \
     qlora finetune --model model.gguf --data train.jsonl --output my-adapter\n  \
