@@ -177,6 +177,7 @@ impl ModelFiles {
         }?;
         let config = decoder.config();
         tracing::info!(
+            target: "qlora_wgpu::nn",
             architecture = ?config.architecture,
             layers = config.layers,
             hidden = config.hidden_size,
