@@ -119,6 +119,16 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
+    /// [`Error::Shape`].
+    pub(crate) fn shape(op: &'static str, what: &'static str, expected: impl Display, got: impl Display) -> Error {
+        Error::Shape { op, what, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// [`Error::Invalid`].
+    pub(crate) fn invalid(op: &'static str, what: &'static str, got: impl Display, expected: impl Display) -> Error {
+        Error::Invalid { op, what, got: got.to_string(), expected: expected.to_string() }
+    }
+
     /// [`Error::Io`] for the file at `path`, with the system's message.
     pub(crate) fn io(path: &Path, error: impl Display) -> Error {
         Error::Io { path: path.into(), message: error.to_string() }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::formats::gguf::{self, Metadata, OutTensor, OutValue, TensorType};
 use crate::formats::peft::{PeftAdapter, PeftModule};
 use crate::nn::ModelSpec;
-use crate::nn::adapters::check_fits;
+use crate::nn::attach::check_fits;
 use crate::nn::gguf::{gguf_architecture, gguf_name, row_order};
 
 /// Writes an adapter for `model` to a GGUF file at `path`, which appears complete or not at all.

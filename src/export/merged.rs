@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::formats::checkpoint::{BaseFormat, Checkpoint};
 use crate::formats::gguf::{GgufFile, TensorType};
 use crate::formats::peft::PeftAdapter;
-use crate::nn::adapters::check_fits;
+use crate::nn::attach::check_fits;
 use crate::nn::config::HEAD;
 use crate::nn::gguf::{ROPE_FREQS, gguf_name, is_gguf, row_order};
 use crate::nn::{Linear, LoraAdapter, ModelConfig, ModelSpec};

@@ -10,6 +10,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::matrix::dequantize::Delta;
 use crate::kernels::{expect_2d, expect_shape};
 use crate::tensor::{Tensor, element_count};
 
@@ -237,6 +238,11 @@ impl LoraAdapter {
             Scaling::Standard => self.alpha / rank,
             Scaling::RankStabilized => self.alpha / rank.sqrt(),
         }
+    }
+
+    /// The addition to the base, s * B * A, without DoRA's factor.
+    pub(super) fn delta(&self) -> Delta<'_> {
+        Delta { a: &self.a, b: &self.b, scale: self.scale() }
     }
 
     /// Probability of dropping a value of X before A in training.

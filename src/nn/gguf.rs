@@ -11,7 +11,7 @@ use std::fmt::Display;
 use std::path::Path;
 
 use super::config::{Architecture, MAX_LAYERS, ModelConfig};
-use super::load::WeightSource;
+use super::source::WeightSource;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::{FromValue, GgufFile, RowOrder, Value};

@@ -1,4 +1,4 @@
-//! Passes of a linear layer in simulated memory: follows `nn/train.rs`, allocation by allocation.
+//! Passes of a linear layer in simulated memory: follows `nn/linear/pass.rs`, allocation by allocation.
 
 use std::cell::OnceCell;
 use std::rc::Rc;
@@ -225,7 +225,7 @@ impl Linear {
     }
 }
 
-/// Records layers that read the same x, like `run_all` in `nn/train.rs`.
+/// Records layers that read the same x, like `run_all` in `nn/linear/pass.rs`.
 pub(super) fn record_all<'a, const N: usize>(
     layers: [&'a Linear; N],
     pass: &'a Pass<'a>,

@@ -19,7 +19,7 @@ use crate::kernels::loss::linear_cross_entropy::chunk_rows;
 use crate::kernels::optim::grad_norm::{self, EACH};
 use crate::kernels::qmatmul;
 use crate::kernels::qmatmul::dx;
-use crate::nn::adapters::targeted;
+use crate::nn::attach::targeted;
 use crate::nn::{ModelConfig, ModelSpec};
 
 /// Context shared by all ops of a micro-batch.

@@ -1,7 +1,7 @@
 //! Recording linear layers on a tape.
 
-use super::linear::AdaptedLinear;
-use super::train::{LinearGrads, run_all};
+use super::layer::AdaptedLinear;
+use super::pass::{LinearGrads, run_all};
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
 
@@ -35,7 +35,7 @@ impl<Base> AdaptedLinear<Base> {
 ///
 /// # Errors
 /// Same as [`AdaptedLinear::forward`].
-pub(super) fn record_all<'a, Base, const N: usize>(
+pub(in crate::nn) fn record_all<'a, Base, const N: usize>(
     layers: [&'a AdaptedLinear<Base>; N],
     tape: &mut Tape<'a>,
     x: &Var,

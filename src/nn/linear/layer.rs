@@ -1,22 +1,18 @@
-//! Linear layers with LoRA or DoRA adapters on a frozen base:
-//! y = x * W^T + bias + s * dropout(x) * A^T * B^T.
+//! The linear layer: its base, bias and named adapters.
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::ArrayView2;
 
-use super::adapter::LoraAdapter;
-use super::merge::{Merged, merge_error};
-use super::train::DoraFactor;
+use super::dora::DoraFactor;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::elementwise::scale_columns::divide_columns;
 use crate::kernels::expect_shape;
 use crate::kernels::lora::dora_norm::dora_norm;
 use crate::kernels::matrix::DeviceMatrix;
-use crate::kernels::matrix::dequantize::Delta;
+use crate::nn::adapter::LoraAdapter;
 use crate::quant::HostMatrix;
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use crate::tensor::Tensor;
@@ -53,11 +49,18 @@ pub struct AdaptedLinear<Base> {
     train_bias: bool,
     adapters: BTreeMap<String, LoraAdapter>,
     active: Option<String>,
-    /// The adapter that has been merged into the base.
     pub(super) merged: Option<Merged>,
     /// DoRA's factor; cleared when the active adapter may have changed.
     dora: OnceLock<DoraFactor>,
     kind: PhantomData<Base>,
+}
+
+/// The adapter that has been merged into the base, as it was then.
+#[derive(Clone)]
+pub(super) struct Merged {
+    pub adapter: LoraAdapter,
+    /// DoRA's factor for each row.
+    pub factor: Option<Vec<f32>>,
 }
 
 /// Memory of a layer, in bytes. Counts the bytes resident on `device`, padding included.
@@ -129,18 +132,16 @@ impl<Base> AdaptedLinear<Base> {
     /// [`Error::Invalid`] if the magnitude would come from a base that another adapter is merged
     /// into.
     pub fn add_adapter(&mut self, name: &str, mut adapter: LoraAdapter) -> Result<()> {
+        const OP: &str = "adding an adapter";
         if (adapter.d_out(), adapter.d_in()) != (self.d_out(), self.d_in()) {
-            return Err(Error::Shape {
-                op: "adding an adapter",
-                what: "layer [d_out, d_in]",
-                expected: format!("[{}, {}]", self.d_out(), self.d_in()),
-                got: format!("[{}, {}]", adapter.d_out(), adapter.d_in()),
-            });
+            let expected = format!("[{}, {}]", self.d_out(), self.d_in());
+            let got = format!("[{}, {}]", adapter.d_out(), adapter.d_in());
+            return Err(Error::shape(OP, "layer [d_out, d_in]", expected, got));
         }
-        self.device().same(&adapter.a().device(), "adding an adapter")?;
+        self.device().same(&adapter.a().device(), OP)?;
         if adapter.is_dora() && adapter.magnitude().is_none() {
             self.check_unmerged("taking the base's magnitude")?;
-            let magnitude = dora_norm(&self.base, Some(delta(&adapter)))?;
+            let magnitude = dora_norm(&self.base, Some(adapter.delta()))?;
             adapter = adapter.with_magnitude(magnitude)?;
         }
         self.dora = OnceLock::new();
@@ -185,8 +186,7 @@ impl<Base> AdaptedLinear<Base> {
         if !self.is_merged() {
             return Ok(());
         }
-        let expected = "an adapter is merged into its base; unmerge it first".into();
-        Err(Error::Invalid { op, what: "the layer", got: "merged".into(), expected })
+        Err(Error::invalid(op, "the layer", "merged", "an adapter is merged into its base; unmerge it first"))
     }
 
     /// Name of the active adapter.
@@ -289,19 +289,6 @@ impl<Base> AdaptedLinear<Base> {
         self.parameters().map(|(_, tensor)| tensor).collect()
     }
 
-    /// Computes Y [M, d_out] from X [M, d_in], without dropout.
-    ///
-    /// # Errors
-    /// [`Error::Shape`], [`Error::DeviceMismatch`], and errors of the device.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, None).map(|(y, _)| y)
-    }
-
-    /// Like [`AdaptedLinear::forward`], from host memory to host memory.
-    pub fn forward_array(&self, x: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
-        self.forward(&Tensor::from_array(&self.device(), &x)?)?.to_array2()
-    }
-
     /// DoRA's factor for each output column, if the active adapter is DoRA. Cached until the
     /// adapter may have changed.
     pub(super) fn dora_factor(&self) -> Result<Option<&DoraFactor>> {
@@ -309,13 +296,8 @@ impl<Base> AdaptedLinear<Base> {
         if let Some(factor) = self.dora.get() {
             return Ok(Some(factor));
         }
-        let Some(magnitude) = adapter.magnitude() else {
-            let (what, got) = ("DoRA's magnitude", "missing: the adapter was never added to this layer".into());
-            return Err(Error::Invalid { op: OP, what, got, expected: "add_adapter sets it".into() });
-        };
-        let norm = dora_norm(&self.base, Some(delta(adapter)))?;
-        let c = divide_columns(magnitude, &norm)?;
-        Ok(Some(self.dora.get_or_init(|| DoraFactor { norm, c })))
+        let factor = DoraFactor::new(&self.base, adapter)?;
+        Ok(Some(self.dora.get_or_init(|| factor)))
     }
 
     /// Whether an adapter has been merged into the base.
@@ -339,11 +321,6 @@ impl<Base> AdaptedLinear<Base> {
             compression_ratio: unquantized as f64 / base as f64,
         }
     }
-}
-
-/// The adapter's addition to the base, without DoRA's factor.
-pub(super) fn delta(adapter: &LoraAdapter) -> Delta<'_> {
-    Delta { a: adapter.a(), b: adapter.b(), scale: adapter.scale() }
 }
 
 impl Linear {
@@ -400,11 +377,11 @@ impl QLoraLinear {
     /// the same as [`QLoraLinear::quantize`].
     pub fn from_lora(layer: LoraLinear, options: &QuantOptions) -> Result<QLoraLinear> {
         if layer.is_merged() {
-            return Err(merge_error("the layer", "merged", "unmerge it before its base is quantized"));
+            return Err(Error::invalid("merge", "the layer", "merged", "unmerge it before its base is quantized"));
         }
         let host = layer.base.to_host()?;
         let HostMatrix::Dense(dense) = &*host else {
-            return Err(merge_error("the base", "4-bit", "a LoRA layer has a dense base"));
+            return Err(Error::invalid("merge", "the base", "4-bit", "a LoRA layer has a dense base"));
         };
         let (rows, cols) = (dense.rows(), dense.cols());
         let quantized = match dense.data() {
