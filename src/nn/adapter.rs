@@ -8,6 +8,7 @@ use ndarray::{Array2, ArrayViewMut2};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::autograd::Parameter;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::dequantize::Delta;
@@ -72,15 +73,15 @@ enum Magnitude {
     None,
     /// To be set to the layer's row norms when the adapter is added to it.
     OfLayer,
-    Values(Tensor),
+    Values(Parameter),
 }
 
 /// A pair A [r, d_in], B [d_out, r] on a device, with its scale and, for DoRA, a magnitude
-/// `[d_out]`. Clones share the values.
+/// `[d_out]`. Clones share the values until either is changed.
 #[derive(Clone, Debug)]
 pub struct LoraAdapter {
-    a: Tensor,
-    b: Tensor,
+    a: Parameter,
+    b: Parameter,
     alpha: f32,
     scaling: Scaling,
     dropout: f32,
@@ -139,6 +140,7 @@ impl LoraAdapter {
             return Err(invalid("alpha", alpha.to_string(), "it must be finite"));
         }
         a.device().same(&b.device(), OP)?;
+        let (a, b) = (Parameter::new(a), Parameter::new(b));
         Ok(LoraAdapter { a, b, alpha, scaling, dropout: 0.0, magnitude: Magnitude::None })
     }
 
@@ -173,7 +175,7 @@ impl LoraAdapter {
     pub fn with_magnitude(mut self, magnitude: Tensor) -> Result<LoraAdapter> {
         expect_shape(OP, "magnitude", &magnitude, &[self.d_out()])?;
         self.a.device().same(&magnitude.device(), OP)?;
-        self.magnitude = Magnitude::Values(magnitude);
+        self.magnitude = Magnitude::Values(Parameter::new(magnitude));
         Ok(self)
     }
 
@@ -191,14 +193,17 @@ impl LoraAdapter {
     }
 
     /// Trained tensors by PEFT's names: "lora_A", "lora_B" and, for DoRA, "lora_magnitude_vector".
-    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        let magnitude = self.magnitude().map(|magnitude| ("lora_magnitude_vector", magnitude));
+    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Parameter)> {
+        let magnitude = match &self.magnitude {
+            Magnitude::Values(magnitude) => Some(("lora_magnitude_vector", magnitude)),
+            Magnitude::None | Magnitude::OfLayer => None,
+        };
         [("lora_A", &self.a), ("lora_B", &self.b)].into_iter().chain(magnitude)
     }
 
     /// Like [`LoraAdapter::parameters`], for updates. Keep the shapes: a changed shape makes the
     /// next pass fail.
-    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Parameter)> {
         let magnitude = match &mut self.magnitude {
             Magnitude::Values(magnitude) => Some(("lora_magnitude_vector", magnitude)),
             Magnitude::None | Magnitude::OfLayer => None,
@@ -281,7 +286,7 @@ impl LoraAdapter {
                 got: format!("[{}, {}]", new.d_out(), new.d_in()),
             });
         }
-        (self.a, self.b) = (new.a, new.b);
+        (*self.a, *self.b) = ((*new.a).clone(), (*new.b).clone());
         Ok(())
     }
 
@@ -299,8 +304,8 @@ impl LoraAdapter {
     /// Copies the adapter to another device.
     pub fn to_device(&self, device: &Device) -> Result<LoraAdapter> {
         let mut moved = self.clone();
-        for (_, tensor) in moved.parameters_mut() {
-            *tensor = tensor.to_device(device)?;
+        for (_, parameter) in moved.parameters_mut() {
+            **parameter = parameter.to_device(device)?;
         }
         Ok(moved)
     }

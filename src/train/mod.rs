@@ -125,15 +125,17 @@ impl Trainer {
         }
         let (loss, gradients) = self.gradients(model, micro_batches, 1.0 / label_tokens as f32)?;
 
-        let mut parameters = model.parameters_mut();
         // A tensor that no token reached has no gradient and, like in torch, no update.
-        parameters.retain(|(_, tensor)| gradients.get(tensor).is_some());
-        let found: Vec<&Tensor> = parameters.iter().filter_map(|(_, tensor)| gradients.get(tensor)).collect();
+        let reached = model.parameters_mut().filter_map(|(name, parameter)| {
+            let gradient = gradients.get(parameter)?;
+            Some((name, parameter, gradient))
+        });
+        let mut parameters: Vec<_> = reached.collect();
+        let found: Vec<&Tensor> = parameters.iter().map(|(.., gradient)| *gradient).collect();
         let norm = grad_norm(&found, Some(&loss), self.options.max_norm)?;
         let factor = self.options.schedule.factor(step);
         self.optimizer.begin();
-        let updates = parameters.iter_mut().zip(found);
-        let updates = updates.map(|((name, tensor), gradient)| (name.as_str(), &mut **tensor, gradient)).collect();
+        let updates = parameters.iter_mut().map(|(_, parameter, gradient)| (&mut **parameter, *gradient)).collect();
         self.optimizer.update_all(updates, factor, &norm)?;
         // One read for all: each read waits for the device.
         let values = norm.values.to_vec()?;
@@ -143,7 +145,7 @@ impl Trainer {
             self.optimizer.undo();
             let culprit = parameters.iter().zip(each).find(|(_, norm)| !norm.is_finite());
             let (what, value) = match culprit {
-                Some(((name, _), norm)) if loss.is_finite() => (format!("the gradient of {name}"), *norm),
+                Some(((name, ..), norm)) if loss.is_finite() => (format!("the gradient of {name}"), *norm),
                 _ if !loss.is_finite() => ("the loss".to_owned(), loss),
                 _ => ("the gradient's norm".to_owned(), total),
             };

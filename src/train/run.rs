@@ -165,8 +165,9 @@ impl<'a> Run<'a> {
             // Needed at the end; better to notice now that it is missing.
             PeftAdapter::read(output.join(BEST))?;
         }
-        let (adapter, optimizer) = checkpoint::load(&checkpoint, state.step, model.device(), options.train.optimizer)?;
+        let adapter = PeftAdapter::read(&checkpoint)?;
         model.attach_peft(NAME, &adapter)?;
+        let optimizer = checkpoint::optimizer(&checkpoint, state.step, model, options.train.optimizer)?;
         let trainer = Trainer { options: options.train, optimizer };
         let (metrics, damaged) = Metrics::resume(&output, &checkpoint)?;
         if damaged {
@@ -283,7 +284,9 @@ impl<'a> Run<'a> {
 
     fn save(&mut self) -> Result<PathBuf> {
         let (output, optimizer) = (self.folder.path(), self.trainer.optimizer());
-        let folder = checkpoint::save(output, &self.adapter()?, optimizer, &self.metrics, &self.state)?;
+        let moments = |(name, parameter)| Some((name, optimizer.moments(parameter)?));
+        let moments: Vec<_> = self.model.parameters().filter_map(moments).collect();
+        let folder = checkpoint::save(output, &self.adapter()?, &moments, &self.metrics, &self.state)?;
         checkpoint::remove_old(output, self.options.keep)?;
         self.saved = Some(self.state.step);
         Ok(folder)

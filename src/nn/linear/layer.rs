@@ -7,6 +7,7 @@ use std::sync::{Arc, OnceLock};
 use ndarray::ArrayView2;
 
 use super::dora::DoraFactor;
+use crate::autograd::Parameter;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::expect_shape;
@@ -45,7 +46,7 @@ pub type Linear = AdaptedLinear<AnyBase>;
 #[derive(Clone)]
 pub struct AdaptedLinear<Base> {
     pub(super) base: DeviceMatrix,
-    bias: Option<Tensor>,
+    bias: Option<Parameter>,
     train_bias: bool,
     adapters: BTreeMap<String, LoraAdapter>,
     active: Option<String>,
@@ -104,7 +105,7 @@ impl<Base> AdaptedLinear<Base> {
     pub fn with_bias(mut self, bias: &[f32]) -> Result<Self> {
         let bias = Tensor::from_slice(&self.device(), &[bias.len()], bias)?;
         expect_shape(OP, "bias", &bias, &[self.d_out()])?;
-        self.bias = Some(bias);
+        self.bias = Some(Parameter::new(bias));
         Ok(self)
     }
 
@@ -245,7 +246,7 @@ impl<Base> AdaptedLinear<Base> {
 
     /// The bias, `d_out` values.
     pub fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
+        self.bias.as_deref()
     }
 
     /// The base on its device.
@@ -264,20 +265,20 @@ impl<Base> AdaptedLinear<Base> {
     }
 
     /// The bias, if it is trained.
-    pub fn trained_bias(&self) -> Option<&Tensor> {
+    pub fn trained_bias(&self) -> Option<&Parameter> {
         self.bias.as_ref().filter(|_| self.train_bias)
     }
 
     /// Trained tensors by name: [`LoraAdapter::parameters`] of the active adapter, and "bias" if
     /// it is trained.
-    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Parameter)> {
         let bias = self.trained_bias().map(|bias| ("bias", bias));
         self.active_adapter().into_iter().flat_map(LoraAdapter::parameters).chain(bias)
     }
 
     /// Like [`AdaptedLinear::parameters`], for updates. Keep the shapes: a changed shape makes the
     /// next pass fail.
-    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Parameter)> {
         self.dora = OnceLock::new();
         let adapter = self.active.as_ref().and_then(|name| self.adapters.get_mut(name));
         let bias = self.bias.as_mut().filter(|_| self.train_bias).map(|bias| ("bias", bias));
@@ -286,7 +287,7 @@ impl<Base> AdaptedLinear<Base> {
 
     /// Trained tensors, without names.
     pub fn trainable_params(&self) -> Vec<&Tensor> {
-        self.parameters().map(|(_, tensor)| tensor).collect()
+        self.parameters().map(|(_, parameter)| &**parameter).collect()
     }
 
     /// DoRA's factor for each output column, if the active adapter is DoRA. Cached until the
@@ -309,7 +310,7 @@ impl<Base> AdaptedLinear<Base> {
     pub fn memory_stats(&self) -> MemoryStats {
         let base = self.base.resident_bytes();
         let lora = self.adapters.values().map(LoraAdapter::resident_bytes).sum();
-        let bias = self.bias.as_ref().map_or(0, Tensor::resident_bytes);
+        let bias = self.bias().map_or(0, Tensor::resident_bytes);
         let unquantized = 4 * (self.d_in() * self.d_out()) as u64;
         MemoryStats {
             device: self.device().name().to_owned(),

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use super::MicroBatches;
 use super::ledger::{Bytes, Ledger, Moment, Part};
 use super::linear::{Adapter, Factors, Linear, record_all};
-use crate::autograd::{Gradients, Tape, Var};
+use crate::autograd::{Gradients, ParameterId, Tape, Var};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
@@ -196,7 +196,14 @@ impl Model {
             let adapter = if targeted.contains(&path) {
                 let (a, b) = (new(&[rank, d_in])?, new(&[d_out, rank])?);
                 let magnitude = adapter.use_dora.then(|| new(&[d_out])).transpose()?;
-                Some(Adapter { rank, a, b, magnitude, factor: OnceCell::new() })
+                Some(Adapter {
+                    rank,
+                    a,
+                    b,
+                    magnitude,
+                    factor: OnceCell::new(),
+                    ids: std::array::from_fn(|_| ParameterId::new()),
+                })
             } else {
                 None
             };
