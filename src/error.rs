@@ -2,7 +2,8 @@
 //! shapes, a file, a key.
 
 use std::fmt::{self, Display, Write};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 
 use crate::printable::OneLine;
 
@@ -61,7 +62,7 @@ pub enum Error {
     DeviceMismatch { op: &'static str, left: String, right: String },
 
     /// A file can't be opened, read or written.
-    Io { path: PathBuf, message: String },
+    Io { path: PathBuf, kind: io::ErrorKind, message: String },
 
     /// The contents of a file aren't what they should be.
     File { path: PathBuf, message: String },
@@ -108,7 +109,7 @@ impl fmt::Display for Error {
             Error::DeviceMismatch { op, left, right } => {
                 write!(f, "{op}: tensors are on different devices: {left} and {right}")
             }
-            Error::Io { path, message } => write!(f, "{}: {message}", path.display()),
+            Error::Io { path, message, .. } => write!(f, "{}: {message}", path.display()),
             Error::File { path, message } => write!(f, "{}: {message}", path.display()),
             Error::Template { line, message } => write!(f, "line {line} of the chat template: {message}"),
             Error::Tensor { path, key, message } => write!(f, "{}: tensor {key:?}: {message}", path.display()),
@@ -129,9 +130,18 @@ impl Error {
         Error::Invalid { op, what, got: got.to_string(), expected: expected.to_string() }
     }
 
-    /// [`Error::Io`] for the file at `path`, with the system's message.
-    pub(crate) fn io(path: &Path, error: impl Display) -> Error {
-        Error::Io { path: path.into(), message: error.to_string() }
+    /// [`Error::Io`] for the file at `path`, with the error's message and kind.
+    pub(crate) fn io(path: impl Into<PathBuf>, error: impl Into<io::Error>) -> Error {
+        let error = error.into();
+        Error::Io { path: path.into(), kind: error.kind(), message: error.to_string() }
+    }
+
+    /// The kind of an [`Error::Io`], such as a file that doesn't exist.
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Error::Io { kind, .. } => Some(*kind),
+            _ => None,
+        }
     }
 }
 
@@ -145,5 +155,16 @@ mod tests {
         assert_eq!(error.to_string(), r"a\nb: has \u{1b}[2J\r\u{202e}");
         let error = Error::Tensor { path: "m".into(), key: "\x1b[31m".into(), message: "is\nmissing".into() };
         assert_eq!(error.to_string(), r#"m: tensor "\u{1b}[31m": is\nmissing"#);
+    }
+
+    #[test]
+    fn an_error_of_a_file_keeps_its_kind() {
+        let error = Error::io("there", io::Error::new(io::ErrorKind::NotFound, "no such file"));
+        assert_eq!((error.to_string(), error.io_kind()), ("there: no such file".into(), Some(io::ErrorKind::NotFound)));
+        let json = serde_json::from_str::<u32>("x").unwrap_err();
+        let text = json.to_string();
+        let error = Error::io("there", json);
+        assert_eq!((error.to_string(), error.io_kind()), (format!("there: {text}"), Some(io::ErrorKind::InvalidData)));
+        assert_eq!(Error::invalid("op", "what", 0, "wanted").io_kind(), None);
     }
 }

@@ -39,12 +39,7 @@ impl Tensor {
     pub fn from_slice(device: &Device, shape: &[usize], values: &[f32]) -> Result<Tensor> {
         let len = element_count(shape)?;
         if len != values.len() {
-            return Err(Error::Shape {
-                op: "tensor",
-                what: "number of values",
-                expected: format!("{len} for {shape:?}"),
-                got: values.len().to_string(),
-            });
+            return Err(Error::shape("tensor", "number of values", format!("{len} for {shape:?}"), values.len()));
         }
         let storage = match device {
             Device::Cpu(cpu) => Storage::Cpu(cpu.clone(), Arc::new(cpu.adopt(values)?)),
@@ -148,7 +143,7 @@ impl Tensor {
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         if element_count(shape)? != self.len() {
             let (expected, got) = (format!("{} values", self.len()), format!("{shape:?}"));
-            return Err(Error::Shape { op: "reshape", what: "new shape", expected, got });
+            return Err(Error::shape("reshape", "new shape", expected, got));
         }
         Ok(Tensor { shape: shape.to_vec(), storage: self.storage.clone() })
     }
@@ -181,7 +176,7 @@ impl Tensor {
         const OP: &str = "set_rows";
         if rows.shape.is_empty() || rows.shape[1..] != self.shape[1..] {
             let (expected, got) = (format!("rows of {:?}", self.shape), format!("{:?}", rows.shape));
-            return Err(Error::Shape { op: OP, what: "rows", expected, got });
+            return Err(Error::shape(OP, "rows", expected, got));
         }
         self.device().same(&rows.device(), OP)?;
         let values = self.row_values(OP, &(first..first + rows.shape[0]))?;
@@ -208,7 +203,7 @@ impl Tensor {
             }
             _ => {
                 let (expected, got) = (format!("rows of {:?}", self.shape), format!("{rows:?}"));
-                Err(Error::Shape { op, what: "rows", expected, got })
+                Err(Error::shape(op, "rows", expected, got))
             }
         }
     }
@@ -237,12 +232,12 @@ impl Tensor {
         match &mut self.storage {
             Storage::Cpu(_, values) => match Arc::get_mut(values) {
                 Some(values) => Ok(values),
-                None => Err(Error::Invalid {
+                None => Err(Error::invalid(
                     op,
-                    what: "the tensor",
-                    got: "shared again while it was updated".into(),
-                    expected: "only one thread may update it".into(),
-                }),
+                    "the tensor",
+                    "shared again while it was updated",
+                    "only one thread may update it",
+                )),
             },
             Storage::Gpu(gpu, _) => Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() }),
         }
@@ -275,8 +270,7 @@ impl Tensor {
 
     /// Returns a 2-D tensor as an array.
     pub fn to_array2(&self) -> Result<Array2<f32>> {
-        let wrong =
-            |got: String| Error::Shape { op: "to_array2", what: "shape", expected: "[rows, columns]".into(), got };
+        let wrong = |got| Error::shape("to_array2", "shape", "[rows, columns]", got);
         let [rows, cols] = self.shape[..] else { return Err(wrong(format!("{:?}", self.shape))) };
         Array2::from_shape_vec((rows, cols), self.to_vec()?).map_err(|error| wrong(error.to_string()))
     }
@@ -302,12 +296,9 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
 pub(crate) fn element_count(shape: &[usize]) -> Result<usize> {
     let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
     // Kernels index with u32.
-    count.filter(|&count| count < u32::MAX as usize).ok_or_else(|| Error::Invalid {
-        op: "tensor",
-        what: "shape",
-        got: format!("{shape:?}"),
-        expected: "a tensor has fewer than 2^32 values".into(),
-    })
+    count
+        .filter(|&count| count < u32::MAX as usize)
+        .ok_or_else(|| Error::invalid("tensor", "shape", format!("{shape:?}"), "a tensor has fewer than 2^32 values"))
 }
 
 #[cfg(test)]

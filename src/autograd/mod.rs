@@ -154,16 +154,16 @@ impl<'a> Tape<'a> {
     pub fn backward(self, loss: &Var, gradients: &mut Gradients) -> Result<()> {
         if loss.value.len() != 1 {
             let got = format!("{:?}", loss.value.shape());
-            return Err(Error::Shape { op: "backward", what: "the loss", expected: "[1]".into(), got });
+            return Err(Error::shape("backward", "the loss", "[1]", got));
         }
         let one = Tensor::from_slice(&loss.value.device(), loss.value.shape(), &[1.0])?;
         if !loss.needs_grad() {
-            return Err(Error::Invalid {
-                op: "backward",
-                what: "the loss",
-                got: "independent of every trainable tensor".into(),
-                expected: "activate an adapter first, and record on a tape that is not for inference".into(),
-            });
+            return Err(Error::invalid(
+                "backward",
+                "the loss",
+                "independent of every trainable tensor",
+                "activate an adapter first, and record on a tape that is not for inference",
+            ));
         }
         self.run(loss, one, gradients, None).map(|_| ())
     }

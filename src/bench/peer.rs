@@ -6,7 +6,7 @@
 //! and for a step its shape). An answer is a line too: `{"ms_min", "ms_median"}`, or `{"skipped"}`
 //! with the reason. `benches/peers` has some.
 
-use std::io::{BufRead, BufReader, Lines, Write};
+use std::io::{self, BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use serde::{Deserialize, Serialize};
@@ -60,7 +60,7 @@ impl Peer {
     /// # Errors
     /// [`Error::Io`] if it does not start, or does not print its name.
     pub fn start(command: &str) -> Result<Peer> {
-        let failed = |message: String| Error::Io { path: command.into(), message };
+        let failed = |message: String| Error::io(command, io::Error::other(message));
         let mut words = command.split_whitespace();
         let program = words.next().ok_or_else(|| failed("is not a command".into()))?;
         let mut child = Command::new(program)
@@ -109,14 +109,14 @@ impl Peer {
     fn read<T: for<'a> Deserialize<'a>>(&mut self) -> Result<T> {
         let line = match self.output.next() {
             Some(Ok(line)) => line,
-            Some(Err(error)) => return Err(self.failed(error.to_string())),
+            Some(Err(error)) => return Err(Error::io(&self.command, error)),
             None => return Err(self.failed("has ended without an answer; stderr says why".into())),
         };
         serde_json::from_str(&line).map_err(|error| self.failed(format!("answers {line:.200?}: {error}")))
     }
 
     fn failed(&self, message: String) -> Error {
-        Error::Io { path: self.command.clone().into(), message }
+        Error::io(&self.command, io::Error::other(message))
     }
 }
 

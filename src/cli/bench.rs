@@ -189,9 +189,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 }
 
 fn write(path: &Path, report: &Report) -> Result<()> {
-    let failed = |message: String| Error::Io { path: path.into(), message };
-    let text = serde_json::to_string_pretty(report).map_err(|error| failed(error.to_string()))?;
-    StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| failed(error.to_string())))?.commit()
+    let text = serde_json::to_string_pretty(report).map_err(|error| Error::io(path, error))?;
+    StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| Error::io(path, error)))?.commit()
 }
 
 /// Measures the layer for every combination of sizes.

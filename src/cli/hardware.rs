@@ -136,8 +136,7 @@ fn described(name: &str) -> Result<DeviceInfo> {
 
 /// Lists the measurements in order: those that may find errors come before those that take long.
 fn plans(args: &HardwareArgs, info: &DeviceInfo, against: &[String]) -> Result<Vec<Plan>> {
-    let program =
-        std::env::current_exe().map_err(|error| Error::Io { path: "qlora".into(), message: error.to_string() })?;
+    let program = std::env::current_exe().map_err(|error| Error::io("qlora", error))?;
     let index = info.index.to_string();
     let qlora = |options: &str, more: &[&str]| {
         let words =
@@ -188,9 +187,8 @@ fn slug(name: &str) -> String {
 }
 
 fn write(path: &Path, report: &HardwareReport) -> Result<()> {
-    let failed = |message: String| Error::Io { path: path.into(), message };
-    let text = serde_json::to_string_pretty(report).map_err(|error| failed(error.to_string()))?;
-    StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| failed(error.to_string())))?.commit()
+    let text = serde_json::to_string_pretty(report).map_err(|error| Error::io(path, error))?;
+    StagedFile::new(path, |out| writeln!(out, "{text}").map_err(|error| Error::io(path, error)))?.commit()
 }
 
 #[cfg(test)]

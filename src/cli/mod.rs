@@ -213,8 +213,7 @@ fn table<const N: usize>(header: [&str; N], numbers_from: usize, rows: Vec<[Stri
 
 /// Prints a value as JSON on stdout.
 fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let text =
-        serde_json::to_string_pretty(value).map_err(|error| crate::Error::io("standard output".as_ref(), error))?;
+    let text = serde_json::to_string_pretty(value).map_err(|error| crate::Error::io("standard output", error))?;
     put(&format!("{}\n", json_escaped(&text))).map(drop)
 }
 
@@ -249,7 +248,7 @@ fn put(text: &str) -> Result<ControlFlow<()>> {
     match out.write_all(text.as_bytes()).and_then(|()| if out.is_terminal() { out.flush() } else { Ok(()) }) {
         Ok(()) => Ok(ControlFlow::Continue(())),
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(ControlFlow::Break(())),
-        Err(error) => Err(crate::Error::io("standard output".as_ref(), error)),
+        Err(error) => Err(crate::Error::io("standard output", error)),
     }
 }
 

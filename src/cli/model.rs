@@ -1,7 +1,7 @@
 //! Shared by commands that load a model.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
@@ -318,7 +318,7 @@ fn base_name(text: &str) -> String {
 pub(super) fn exists(path: &Path) -> Result<()> {
     match path.try_exists() {
         Ok(true) => Ok(()),
-        Ok(false) => Err(Error::Io { path: path.into(), message: "no such file or directory".into() }),
+        Ok(false) => Err(Error::io(path, io::Error::new(io::ErrorKind::NotFound, "no such file or directory"))),
         Err(error) => Err(Error::io(path, error)),
     }
 }

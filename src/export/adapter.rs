@@ -26,12 +26,12 @@ use crate::nn::gguf::{gguf_architecture, gguf_name, row_order};
 /// a value that isn't finite; [`Error::Io`] if writing fails.
 pub fn write_gguf_adapter(adapter: &PeftAdapter, model: &ModelSpec, path: &Path) -> Result<()> {
     if adapter.config.use_dora {
-        return Err(Error::Invalid {
-            op: "export",
-            what: "use_dora",
-            got: "true".into(),
-            expected: "a GGUF adapter can't represent DoRA; use `qlora merge` to write the merged model".into(),
-        });
+        return Err(Error::invalid(
+            "export",
+            "use_dora",
+            "true",
+            "a GGUF adapter can't represent DoRA; use `qlora merge` to write the merged model",
+        ));
     }
     check_fits(adapter, model)?;
     let config = model.config();

@@ -326,7 +326,9 @@ fn open_shards(folder: &Path, listed: &BTreeMap<String, String>) -> Result<Vec<S
     let shards: BTreeSet<&String> = listed.values().collect();
     let open = |shard| {
         SafetensorsFile::open(folder.join(shard)).map_err(|error| match error {
-            Error::Io { path, message } => Error::Io { path, message: format!("{message}, but {INDEX} names it") },
+            Error::Io { path, kind, message } => {
+                Error::Io { path, kind, message: format!("{message}, but {INDEX} names it") }
+            }
             error => error,
         })
     };

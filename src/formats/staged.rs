@@ -46,7 +46,7 @@ impl StagedFile {
                 let folder = folder.unwrap_or(Path::new("."));
                 if !folder.exists() {
                     let message = format!("there is no directory {}", folder.display());
-                    return Err(Error::Io { path: path.into(), message });
+                    return Err(io_error(io::Error::new(ErrorKind::NotFound, message)));
                 }
                 let mut temporary = temporary::file_in(folder).map_err(io_error)?;
                 fill(temporary.as_file_mut())?;

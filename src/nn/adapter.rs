@@ -124,20 +124,13 @@ impl LoraAdapter {
         let (rank, _) = expect_2d(OP, "A", &a)?;
         let (_, b_rank) = expect_2d(OP, "B", &b)?;
         if rank != b_rank {
-            return Err(Error::Shape {
-                op: OP,
-                what: "rank of B",
-                expected: format!("{rank}, the rank of A"),
-                got: b_rank.to_string(),
-            });
+            return Err(Error::shape(OP, "rank of B", format!("{rank}, the rank of A"), b_rank));
         }
-        let invalid =
-            |what, got: String, expected: &str| Error::Invalid { op: OP, what, got, expected: expected.into() };
         if rank == 0 {
-            return Err(invalid("the rank", "0".into(), "it must be at least 1"));
+            return Err(Error::invalid(OP, "the rank", 0, "it must be at least 1"));
         }
         if !alpha.is_finite() {
-            return Err(invalid("alpha", alpha.to_string(), "it must be finite"));
+            return Err(Error::invalid(OP, "alpha", alpha, "it must be finite"));
         }
         a.device().same(&b.device(), OP)?;
         let (a, b) = (Parameter::new(a), Parameter::new(b));
@@ -150,12 +143,8 @@ impl LoraAdapter {
     /// [`Error::Invalid`] for a probability outside 0..1.
     pub fn with_dropout(mut self, probability: f32) -> Result<LoraAdapter> {
         if !(0.0..1.0).contains(&probability) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "the dropout probability",
-                got: probability.to_string(),
-                expected: "it must be at least 0 and less than 1".into(),
-            });
+            let expected = "it must be at least 0 and less than 1";
+            return Err(Error::invalid(OP, "the dropout probability", probability, expected));
         }
         self.dropout = probability;
         Ok(self)
@@ -279,12 +268,12 @@ impl LoraAdapter {
         self.a.device().same(&a.device(), OP)?;
         let new = LoraAdapter::from_tensors(a, b, self.alpha, self.scaling)?;
         if (new.d_out(), new.d_in()) != (self.d_out(), self.d_in()) {
-            return Err(Error::Shape {
-                op: OP,
-                what: "layer [d_out, d_in]",
-                expected: format!("[{}, {}]", self.d_out(), self.d_in()),
-                got: format!("[{}, {}]", new.d_out(), new.d_in()),
-            });
+            return Err(Error::shape(
+                OP,
+                "layer [d_out, d_in]",
+                format!("[{}, {}]", self.d_out(), self.d_in()),
+                format!("[{}, {}]", new.d_out(), new.d_in()),
+            ));
         }
         (*self.a, *self.b) = ((*new.a).clone(), (*new.b).clone());
         Ok(())

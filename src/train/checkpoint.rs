@@ -148,9 +148,9 @@ fn hex(digest: impl AsRef<[u8]>) -> String {
 /// Rewrites an error about a file in the temporary folder to the file's final name.
 fn renamed(error: Error, hidden: &Path, folder: &Path) -> Error {
     match error {
-        Error::Io { path, message } => {
+        Error::Io { path, kind, message } => {
             let path = path.strip_prefix(hidden).map_or(path.clone(), |file| folder.join(file));
-            Error::Io { path, message }
+            Error::Io { path, kind, message }
         }
         other => other,
     }

@@ -120,8 +120,7 @@ impl Trainer {
         let label_tokens: usize = micro_batches.iter().map(Batch::label_tokens).sum();
         if label_tokens == 0 {
             let got = format!("{} micro-batches without labels", micro_batches.len());
-            let expected = "at least one token must carry loss".into();
-            return Err(Error::Invalid { op: OP, what: "the data", got, expected });
+            return Err(Error::invalid(OP, "the data", got, "at least one token must carry loss"));
         }
         let (loss, gradients) = self.gradients(model, micro_batches, 1.0 / label_tokens as f32)?;
 
@@ -185,12 +184,7 @@ impl Trainer {
                 None => value,
             });
         }
-        let no_batch = || Error::Invalid {
-            op: OP,
-            what: "the data",
-            got: "no micro-batches".into(),
-            expected: "a step needs at least one".into(),
-        };
+        let no_batch = || Error::invalid(OP, "the data", "no micro-batches", "a step needs at least one");
         Ok((total.ok_or_else(no_batch)?, gradients))
     }
 }

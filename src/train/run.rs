@@ -348,25 +348,21 @@ fn to_device(model: &Decoder, micro: &MicroBatch) -> Result<Batch> {
 }
 
 fn check(options: &RunOptions, eval: &[Example]) -> Result<()> {
-    let invalid = |what, got: &str, expected: &str| {
-        Err(Error::Invalid { op: OP, what, got: got.into(), expected: expected.into() })
-    };
-    match options {
-        RunOptions { steps: 0, .. } => invalid("the number of steps", "0", "it must be at least 1"),
-        RunOptions { keep: 0, .. } => invalid("the number of checkpoints to keep", "0", "it must be at least 1"),
-        RunOptions { early_stop: Some(0), .. } => {
-            invalid("the patience of early stopping", "0", "it must be at least 1")
-        }
+    let (what, got, expected) = match options {
+        RunOptions { steps: 0, .. } => ("the number of steps", "0", "it must be at least 1"),
+        RunOptions { keep: 0, .. } => ("the number of checkpoints to keep", "0", "it must be at least 1"),
+        RunOptions { early_stop: Some(0), .. } => ("the patience of early stopping", "0", "it must be at least 1"),
         RunOptions { early_stop: Some(_), .. } if eval.is_empty() => {
-            invalid("early stopping", "asked for without evaluation data", "give it evaluation data")
+            ("early stopping", "asked for without evaluation data", "give it evaluation data")
         }
-        RunOptions { early_stop: Some(_), eval_every: 0, .. } => invalid(
+        RunOptions { early_stop: Some(_), eval_every: 0, .. } => (
             "early stopping",
             "asked for without evaluations during the run",
             "set the number of steps between evaluations",
         ),
-        _ => Ok(()),
-    }
+        _ => return Ok(()),
+    };
+    Err(Error::invalid(OP, what, got, expected))
 }
 
 /// Batch size of the run in a folder, from its newest checkpoint; `None` if nothing was saved yet.

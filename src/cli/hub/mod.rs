@@ -195,7 +195,7 @@ impl HubId {
     }
 
     fn error(&self, message: impl fmt::Display) -> Error {
-        Error::Io { path: self.to_string().into(), message: message.to_string() }
+        Error::io(self.to_string(), std::io::Error::other(message.to_string()))
     }
 }
 

@@ -35,9 +35,9 @@ pub(super) fn others(first: &GgufFile) -> Result<Vec<GgufFile>> {
     }
     let open = |(i, path): (usize, PathBuf)| {
         let file = GgufFile::open_one(&path).map_err(|error| match error {
-            Error::Io { path, message } => {
+            Error::Io { path, kind, message } => {
                 let message = format!("{message}; it is part {} of {count} of {}", i + 1, first.path().display());
-                Error::Io { path, message }
+                Error::Io { path, kind, message }
             }
             error => error,
         })?;

@@ -190,8 +190,7 @@ impl Model {
             let (d_out, d_in, rank) = (matrix.rows, matrix.cols, adapter.rank(&path));
             let new = |shape: &[usize]| ledger.tensor(Part::Adapters, shape);
             if rank == 0 {
-                let expected = "it must be at least 1".into();
-                return Err(Error::Invalid { op: "plan", what: "the adapters' rank", got: "0".into(), expected });
+                return Err(Error::invalid("plan", "the adapters' rank", 0, "it must be at least 1"));
             }
             let adapter = if targeted.contains(&path) {
                 let (a, b) = (new(&[rank, d_in])?, new(&[d_out, rank])?);
