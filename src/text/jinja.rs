@@ -11,8 +11,8 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error as JinjaError, ErrorKind, Value};
 use regex::{Captures, Regex};
 
-use super::guard::caught;
 use super::instrument::{END_GENERATION, GENERATION, instrument};
+use super::panics::caught;
 use super::{bounds, marks, python};
 use crate::error::{Error, Result};
 

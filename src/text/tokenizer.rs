@@ -10,8 +10,9 @@ use tokenizers::PostProcessorWrapper;
 
 use super::added;
 use super::chat::ChatTemplate;
-use super::guard::{self, Inner, guarded};
+use super::guard::{self, Inner};
 use super::long;
+use super::panics::guarded;
 use super::steps::Chain;
 use crate::error::{Error, Result};
 use crate::formats::input::{MAX_SMALL, read_small_text};

@@ -7,15 +7,15 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::Trainer;
 use super::batches::{Batches, MicroBatch};
 use super::checkpoint::{self, State};
 use super::data::Example;
 use super::folder::BEST;
 pub use super::folder::RunFolder;
 use super::metrics::{Metrics, Record};
-pub use super::settings::Setting;
 use super::settings::{self, Made};
-use super::{TrainOptions, Trainer};
+pub use super::settings::{RunOptions, Setting};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::formats::peft::{PeftAdapter, PeftConfig};
@@ -25,25 +25,6 @@ const OP: &str = "training run";
 
 /// Name of the adapter in the model.
 const NAME: &str = "default";
-
-/// Length of a run, and what to do during it.
-#[derive(Clone, Copy, Debug)]
-pub struct RunOptions {
-    /// Options for each step.
-    pub train: TrainOptions,
-    /// Total number of steps.
-    pub steps: u32,
-    /// Steps between evaluations. There is always one before the first step and one after the
-    /// last; with 0, only these.
-    pub eval_every: u32,
-    /// Ends the run after this many evaluations without improvement. The result is then the best
-    /// adapter.
-    pub early_stop: Option<u32>,
-    /// Steps between checkpoints. There is always one after the last step; with 0, only that one.
-    pub save_every: u32,
-    /// Number of newest checkpoints to keep, at least 1.
-    pub keep: usize,
-}
 
 /// Progress of a run.
 #[derive(Clone, Copy, Debug)]
