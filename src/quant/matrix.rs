@@ -288,7 +288,7 @@ fn check_scales(what: &'static str, blocks: usize, scales: &Scales) -> Result<()
     check_len(what, blocks, scales.len())?;
     if let Scales::Double(double) = scales {
         if double.super_block == 0 {
-            return Err(Error::invalid(OP, "super_block", "0", "expected at least 1"));
+            return Err(Error::invalid(OP, "super_block", 0, "expected at least 1"));
         }
         check_len("super-scales", blocks.div_ceil(double.super_block), double.supers.len())?;
     }
