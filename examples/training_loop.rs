@@ -50,8 +50,8 @@ fn main() -> qlora_wgpu::Result<()> {
         let found: Vec<&Tensor> = gradients.da.iter().chain(&gradients.db).collect();
         let norm = grad_norm(&found, None, Some(1.0))?;
         optimizer.begin();
-        for ((name, tensor), gradient) in layer.parameters_mut().zip(found) {
-            optimizer.update(name, tensor, gradient, schedule.factor(step), &norm)?;
+        for ((_, parameter), gradient) in layer.parameters_mut().zip(found) {
+            optimizer.update(parameter, gradient, schedule.factor(step), &norm)?;
         }
         if step % 40 == 0 {
             println!("step {step:3}  loss {:.5}", losses[step as usize]);

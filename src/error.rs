@@ -1,9 +1,9 @@
 //! The one error type. Every variant names the operation that failed and what it failed on:
 //! shapes, a file, a key.
 
-use std::fmt::{self, Write};
+use std::fmt::{self, Display, Write};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::printable::OneLine;
 
@@ -120,10 +120,28 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl Error {
-    /// [`Error::Io`] for the file at `path`, with the system's message.
-    pub fn io(path: impl AsRef<Path>, error: impl Into<io::Error>) -> Error {
+    /// [`Error::Shape`].
+    pub(crate) fn shape(op: &'static str, what: &'static str, expected: impl Display, got: impl Display) -> Error {
+        Error::Shape { op, what, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    /// [`Error::Invalid`].
+    pub(crate) fn invalid(op: &'static str, what: &'static str, got: impl Display, expected: impl Display) -> Error {
+        Error::Invalid { op, what, got: got.to_string(), expected: expected.to_string() }
+    }
+
+    /// [`Error::Io`] for the file at `path`, with the error's message and kind.
+    pub fn io(path: impl Into<PathBuf>, error: impl Into<io::Error>) -> Error {
         let error = error.into();
-        Error::Io { path: path.as_ref().into(), kind: error.kind(), message: error.to_string() }
+        Error::Io { path: path.into(), kind: error.kind(), message: error.to_string() }
+    }
+
+    /// The kind of an [`Error::Io`], such as a file that doesn't exist.
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Error::Io { kind, .. } => Some(*kind),
+            _ => None,
+        }
     }
 }
 
@@ -140,9 +158,13 @@ mod tests {
     }
 
     #[test]
-    fn an_io_error_keeps_its_kind() {
-        let error = Error::io("a", io::Error::from(io::ErrorKind::NotFound));
-        assert!(matches!(error, Error::Io { kind: io::ErrorKind::NotFound, .. }));
-        assert_eq!(error.to_string(), "a: entity not found");
+    fn an_error_of_a_file_keeps_its_kind() {
+        let error = Error::io("there", io::Error::new(io::ErrorKind::NotFound, "no such file"));
+        assert_eq!((error.to_string(), error.io_kind()), ("there: no such file".into(), Some(io::ErrorKind::NotFound)));
+        let json = serde_json::from_str::<u32>("x").unwrap_err();
+        let text = json.to_string();
+        let error = Error::io("there", json);
+        assert_eq!((error.to_string(), error.io_kind()), (format!("there: {text}"), Some(io::ErrorKind::InvalidData)));
+        assert_eq!(Error::invalid("op", "what", 0, "wanted").io_kind(), None);
     }
 }

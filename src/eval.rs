@@ -54,8 +54,7 @@ pub fn evaluate<'a>(
     for (ids, labels) in sequences {
         let labels = labels.as_ref();
         if ids.len() != labels.len() {
-            let (expected, got) = (ids.len().to_string(), labels.len().to_string());
-            return Err(Error::Shape { op: "evaluation", what: "number of labels", expected, got });
+            return Err(Error::shape("evaluation", "number of labels", ids.len(), labels.len()));
         }
         if !pack.ids.is_empty() && pack.ids.len() + ids.len() > pass_tokens {
             run(&mut pack, done)?;
@@ -65,21 +64,16 @@ pub fn evaluate<'a>(
     }
     run(&mut pack, done)?;
     if count == 0 {
-        return Err(Error::Invalid {
-            op: "evaluation",
-            what: "the data",
-            got: format!("{done} sequences without a token that carries loss"),
-            expected: "labels count from the second token on, unless they are -100".into(),
-        });
+        return Err(Error::invalid(
+            "evaluation",
+            "the data",
+            format!("{done} sequences without a token that carries loss"),
+            "labels count from the second token on, unless they are -100",
+        ));
     }
     let loss = sum / count as f64;
     if !loss.is_finite() {
-        return Err(Error::Invalid {
-            op: "evaluation",
-            what: "the loss",
-            got: loss.to_string(),
-            expected: "the model's weights or its adapter are broken".into(),
-        });
+        return Err(Error::invalid("evaluation", "the loss", loss, "the model's weights or its adapter are broken"));
     }
     Ok(Evaluation { loss, perplexity: loss.exp(), tokens: count })
 }

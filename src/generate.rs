@@ -46,21 +46,16 @@ pub fn generate(
     mut each: impl FnMut(u32) -> ControlFlow<()>,
 ) -> Result<Vec<u32>> {
     if prompt.is_empty() {
-        return Err(Error::Invalid {
-            op: OP,
-            what: "the prompt",
-            got: "empty".into(),
-            expected: "it must have at least one token".into(),
-        });
+        return Err(Error::invalid(OP, "the prompt", "empty", "it must have at least one token"));
     }
     let positions = model.config().max_position_embeddings;
     if prompt.len() >= positions {
-        return Err(Error::Invalid {
-            op: OP,
-            what: "the prompt",
-            got: format!("{} tokens", prompt.len()),
-            expected: format!("the model has {positions} positions for prompt and answer; shorten it"),
-        });
+        return Err(Error::invalid(
+            OP,
+            "the prompt",
+            format!("{} tokens", prompt.len()),
+            format!("the model has {positions} positions for prompt and answer; shorten it"),
+        ));
     }
     check_ids(prompt, model.config().vocab_size)?;
     let most = most.min(positions - prompt.len());

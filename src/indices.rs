@@ -121,6 +121,6 @@ impl Indices {
         if self.len == expected {
             return Ok(());
         }
-        Err(Error::Shape { op, what, expected: format!("{expected} values"), got: self.len.to_string() })
+        Err(Error::shape(op, what, format!("{expected} values"), self.len))
     }
 }

@@ -15,10 +15,6 @@ pub struct Tensor {
     storage: Storage,
 }
 
-/// See [`Tensor::id`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct TensorId(pub(crate) u64);
-
 #[derive(Clone)]
 pub(crate) enum Storage {
     Cpu(Cpu, Arc<HostBuffer>),
@@ -43,12 +39,7 @@ impl Tensor {
     pub fn from_slice(device: &Device, shape: &[usize], values: &[f32]) -> Result<Tensor> {
         let len = element_count(shape)?;
         if len != values.len() {
-            return Err(Error::Shape {
-                op: "tensor",
-                what: "number of values",
-                expected: format!("{len} for {shape:?}"),
-                got: values.len().to_string(),
-            });
+            return Err(Error::shape("tensor", "number of values", format!("{len} for {shape:?}"), values.len()));
         }
         let storage = match device {
             Device::Cpu(cpu) => Storage::Cpu(cpu.clone(), Arc::new(cpu.adopt(values)?)),
@@ -152,7 +143,7 @@ impl Tensor {
     pub fn reshape(&self, shape: &[usize]) -> Result<Tensor> {
         if element_count(shape)? != self.len() {
             let (expected, got) = (format!("{} values", self.len()), format!("{shape:?}"));
-            return Err(Error::Shape { op: "reshape", what: "new shape", expected, got });
+            return Err(Error::shape("reshape", "new shape", expected, got));
         }
         Ok(Tensor { shape: shape.to_vec(), storage: self.storage.clone() })
     }
@@ -185,7 +176,7 @@ impl Tensor {
         const OP: &str = "set_rows";
         if rows.shape.is_empty() || rows.shape[1..] != self.shape[1..] {
             let (expected, got) = (format!("rows of {:?}", self.shape), format!("{:?}", rows.shape));
-            return Err(Error::Shape { op: OP, what: "rows", expected, got });
+            return Err(Error::shape(OP, "rows", expected, got));
         }
         self.device().same(&rows.device(), OP)?;
         let values = self.row_values(OP, &(first..first + rows.shape[0]))?;
@@ -212,7 +203,7 @@ impl Tensor {
             }
             _ => {
                 let (expected, got) = (format!("rows of {:?}", self.shape), format!("{rows:?}"));
-                Err(Error::Shape { op, what: "rows", expected, got })
+                Err(Error::shape(op, "rows", expected, got))
             }
         }
     }
@@ -241,22 +232,23 @@ impl Tensor {
         match &mut self.storage {
             Storage::Cpu(_, values) => match Arc::get_mut(values) {
                 Some(values) => Ok(values),
-                None => Err(Error::Invalid {
+                None => Err(Error::invalid(
                     op,
-                    what: "the tensor",
-                    got: "shared again while it was updated".into(),
-                    expected: "only one thread may update it".into(),
-                }),
+                    "the tensor",
+                    "shared again while it was updated",
+                    "only one thread may update it",
+                )),
             },
             Storage::Gpu(gpu, _) => Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() }),
         }
     }
 
-    /// Identifies live tensors: equal if and only if they share their values.
-    pub(crate) fn id(&self) -> TensorId {
+    /// Where the values are: equal for live tensors if and only if they share them.
+    #[cfg(test)]
+    pub(crate) fn place(&self) -> usize {
         match &self.storage {
-            Storage::Cpu(_, values) => TensorId(Arc::as_ptr(values).addr() as u64),
-            Storage::Gpu(_, buffer) => TensorId(buffer.id().into()),
+            Storage::Cpu(_, values) => Arc::as_ptr(values).addr(),
+            Storage::Gpu(_, buffer) => buffer.id() as usize,
         }
     }
 
@@ -278,8 +270,7 @@ impl Tensor {
 
     /// Returns a 2-D tensor as an array.
     pub fn to_array2(&self) -> Result<Array2<f32>> {
-        let wrong =
-            |got: String| Error::Shape { op: "to_array2", what: "shape", expected: "[rows, columns]".into(), got };
+        let wrong = |got| Error::shape("to_array2", "shape", "[rows, columns]", got);
         let [rows, cols] = self.shape[..] else { return Err(wrong(format!("{:?}", self.shape))) };
         Array2::from_shape_vec((rows, cols), self.to_vec()?).map_err(|error| wrong(error.to_string()))
     }
@@ -305,12 +296,9 @@ pub(crate) fn from_bytes(bytes: &[u8]) -> Vec<f32> {
 pub(crate) fn element_count(shape: &[usize]) -> Result<usize> {
     let count = shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size));
     // Kernels index with u32.
-    count.filter(|&count| count < u32::MAX as usize).ok_or_else(|| Error::Invalid {
-        op: "tensor",
-        what: "shape",
-        got: format!("{shape:?}"),
-        expected: "a tensor has fewer than 2^32 values".into(),
-    })
+    count
+        .filter(|&count| count < u32::MAX as usize)
+        .ok_or_else(|| Error::invalid("tensor", "shape", format!("{shape:?}"), "a tensor has fewer than 2^32 values"))
 }
 
 #[cfg(test)]
@@ -346,12 +334,12 @@ mod tests {
         for device in testing::devices() {
             let first = Tensor::from_slice(&device, &[2, 3], &[1.0; 6]).unwrap();
             let mut second = first.reshape(&[3, 2]).unwrap();
-            assert_eq!((first.id(), second.shape()), (second.id(), &[3, 2][..]));
+            assert_eq!((first.place(), second.shape()), (second.place(), &[3, 2][..]));
             second.unshare().unwrap();
-            assert_ne!(first.id(), second.id());
-            let id = second.id();
+            assert_ne!(first.place(), second.place());
+            let place = second.place();
             second.unshare().unwrap();
-            assert_eq!(second.id(), id, "it is alone already");
+            assert_eq!(second.place(), place, "it is alone already");
             assert_eq!(second.to_vec().unwrap(), [1.0; 6]);
             assert!(first.reshape(&[4, 2]).is_err());
         }
@@ -368,14 +356,14 @@ mod tests {
             let all = Tensor::from_slice(&device, &[5, 3], &values).unwrap();
             let middle = all.rows(1..3).unwrap();
             assert_eq!((middle.shape(), middle.to_vec().unwrap()), (&[2, 3][..], values[3..9].to_vec()));
-            assert_eq!(all.rows(0..5).unwrap().id(), all.id());
+            assert_eq!(all.rows(0..5).unwrap().place(), all.place());
             assert!(all.rows(2..2).unwrap().is_empty());
             let mut other = all.clone();
             other.set_rows(3, &middle).unwrap();
             assert_eq!(other.to_vec().unwrap(), [&values[..9], &values[3..9]].concat());
             assert_eq!(all.to_vec().unwrap(), values);
             other.set_rows(0, &all).unwrap();
-            assert_eq!(other.id(), all.id());
+            assert_eq!(other.place(), all.place());
             assert!(all.rows(4..6).is_err() && other.set_rows(4, &middle).is_err());
             assert!(other.set_rows(0, &middle.reshape(&[3, 2]).unwrap()).is_err());
         }

@@ -1,6 +1,6 @@
 //! Reverse-mode differentiation over fused ops: a handful per decoder layer, not one per scalar.
 //!
-//! A [`Tape`] records, for each op that a trainable tensor reaches, how its gradient propagates to
+//! A [`Tape`] records, for each op that a [`Parameter`] reaches, how its gradient propagates to
 //! its inputs. A value that depends on the frozen base alone is a plain value: it saves nothing
 //! and gets no gradient. [`Tape::backward`] consumes the tape from its end, so that what an op has
 //! saved is freed as soon as it has been used. [`Tape::checkpoint`] saves only the input of a
@@ -8,27 +8,24 @@
 //! same bits.
 
 mod ops;
+mod parameter;
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::add_assign::add_assign;
-use crate::tensor::{Tensor, TensorId};
+use crate::tensor::Tensor;
+
+pub use parameter::{Parameter, ParameterId};
 
 /// A value on a tape: a tensor, or in the plan of a run the memory of one. Clones share it.
 pub(crate) trait Value: Clone {
-    /// Equal for values that share their memory, different for all other live values.
-    fn id(&self) -> TensorId;
     /// Adds `other` in place. Values that shared the memory keep their old contents.
     fn add_in_place(&mut self, other: &Self) -> Result<()>;
 }
 
 impl Value for Tensor {
-    fn id(&self) -> TensorId {
-        self.id()
-    }
-
     fn add_in_place(&mut self, other: &Tensor) -> Result<()> {
         add_assign(self, other)
     }
@@ -52,7 +49,7 @@ impl<V> Var<V> {
         &self.value
     }
 
-    /// Whether it depends on a trainable tensor.
+    /// Whether it depends on a parameter.
     pub fn needs_grad(&self) -> bool {
         self.node.is_some()
     }
@@ -63,12 +60,11 @@ pub(crate) type InputGrads<V = Tensor> = Vec<Option<V>>;
 
 /// Turns the gradients of an op's results, if they have any, into those of its inputs. It receives
 /// the gradient accumulated so far for its first input, if it adds to that itself. It may also add
-/// to the gradients of its own trainable tensors (a recomputed stretch does).
+/// to the gradients of its own parameters (a recomputed stretch does).
 type Backward<'a, V> = Box<dyn FnOnce(Vec<Option<V>>, Option<V>, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a>;
 
 enum Node<'a, V> {
-    /// A trainable tensor.
-    Leaf(TensorId),
+    Leaf(ParameterId),
     /// The input of a stretch that runs again.
     Input,
     Op {
@@ -89,15 +85,15 @@ pub struct Tape<'a, V = Tensor> {
     inference: bool,
 }
 
-/// Gradients of trainable tensors. Gradients of several tapes add up: micro-batches of one step.
+/// Gradients of parameters. Gradients of several tapes add up: micro-batches of one step.
 #[derive(Debug)]
 pub struct Gradients<V = Tensor> {
-    by_tensor: HashMap<TensorId, V>,
+    by_parameter: HashMap<ParameterId, V>,
 }
 
 impl<V> Default for Gradients<V> {
     fn default() -> Self {
-        Gradients { by_tensor: HashMap::new() }
+        Gradients { by_parameter: HashMap::new() }
     }
 }
 
@@ -107,17 +103,17 @@ impl Gradients {
         Self::default()
     }
 
-    /// The gradient of a trainable tensor, if it got one.
-    pub fn get(&self, tensor: &Tensor) -> Option<&Tensor> {
-        self.by_tensor.get(&tensor.id())
+    /// The gradient of a parameter, if it got one.
+    pub fn get(&self, parameter: &Parameter) -> Option<&Tensor> {
+        self.by_parameter.get(&parameter.id())
     }
 }
 
 #[expect(private_bounds, reason = "only this crate has values other than tensors")]
 impl<V: Value> Gradients<V> {
-    /// Adds to the gradient of a trainable tensor.
-    fn add(&mut self, id: TensorId, gradient: V) -> Result<()> {
-        match self.by_tensor.entry(id) {
+    /// Adds to the gradient of a parameter.
+    fn add(&mut self, id: ParameterId, gradient: V) -> Result<()> {
+        match self.by_parameter.entry(id) {
             Entry::Occupied(mut sum) => sum.get_mut().add_in_place(&gradient),
             Entry::Vacant(place) => {
                 place.insert(gradient);
@@ -144,31 +140,30 @@ impl<'a> Tape<'a> {
         Tape::empty(true)
     }
 
-    /// Registers a trainable tensor. [`Gradients::get`] finds its gradient by the tensor itself.
-    pub fn parameter(&mut self, tensor: &Tensor) -> Var {
-        let node = self.leaf(tensor);
-        Var { value: tensor.clone(), node }
+    /// Registers a parameter; [`Gradients::get`] returns its gradient.
+    pub fn parameter(&mut self, parameter: &Parameter) -> Var {
+        let node = self.leaf(parameter.id());
+        Var { value: (**parameter).clone(), node }
     }
 
-    /// Adds the gradients of `loss`, a single value, to those of the trainable tensors that it
-    /// depends on.
+    /// Adds the gradients of `loss`, a single value, to those of the parameters that it depends on.
     ///
     /// # Errors
     /// [`Error::Shape`] if it is not a single value, [`Error::Invalid`] if it depends on no
-    /// trainable tensor, and errors of the kernels.
+    /// parameter, and errors of the kernels.
     pub fn backward(self, loss: &Var, gradients: &mut Gradients) -> Result<()> {
         if loss.value.len() != 1 {
             let got = format!("{:?}", loss.value.shape());
-            return Err(Error::Shape { op: "backward", what: "the loss", expected: "[1]".into(), got });
+            return Err(Error::shape("backward", "the loss", "[1]", got));
         }
         let one = Tensor::from_slice(&loss.value.device(), loss.value.shape(), &[1.0])?;
         if !loss.needs_grad() {
-            return Err(Error::Invalid {
-                op: "backward",
-                what: "the loss",
-                got: "independent of every trainable tensor".into(),
-                expected: "activate an adapter first, and record on a tape that is not for inference".into(),
-            });
+            return Err(Error::invalid(
+                "backward",
+                "the loss",
+                "independent of every trainable tensor",
+                "activate an adapter first, and record on a tape that is not for inference",
+            ));
         }
         self.run(loss, one, gradients, None).map(|_| ())
     }
@@ -190,8 +185,8 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         Var { value, node: None }
     }
 
-    pub(crate) fn leaf(&mut self, tensor: &V) -> Option<usize> {
-        self.push(Node::Leaf(tensor.id()))
+    pub(crate) fn leaf(&mut self, id: ParameterId) -> Option<usize> {
+        self.push(Node::Leaf(id))
     }
 
     fn push(&mut self, node: Node<'a, V>) -> Option<usize> {
@@ -276,7 +271,7 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         }
         let y = stretch(&mut Tape::empty(true), &Var { value: x.value.clone(), node: None })?;
         let (saved, wanted) = (x.value.clone(), x.needs_grad());
-        // The stretch's own trainable tensors are known only when it runs again, so it always
+        // The stretch's own parameters are known only when it runs again, so it always
         // counts as trainable.
         let node = self.push(Node::Op {
             inputs: vec![x.node],
@@ -393,7 +388,7 @@ mod tests {
             f64::from(self.loss(&mut tape, &x, false).value().to_vec().unwrap()[0])
         }
 
-        fn gradient(&self, x: &Tensor, checkpoint: bool) -> Vec<f32> {
+        fn gradient(&self, x: &Parameter, checkpoint: bool) -> Vec<f32> {
             let mut tape = Tape::new();
             let var = tape.parameter(x);
             let loss = self.loss(&mut tape, &var, checkpoint);
@@ -403,12 +398,16 @@ mod tests {
         }
     }
 
+    fn parameter(device: &Device, values: &[f32]) -> Parameter {
+        Parameter::new(Tensor::from_slice(device, &SHAPE, values).unwrap())
+    }
+
     #[test]
     fn gradients_are_those_of_finite_differences() {
         let device = Device::cpu();
         let graph = Graph::new(&device);
         let x = testing::values(1, 24, 1.0);
-        let got = graph.gradient(&Tensor::from_slice(&device, &SHAPE, &x).unwrap(), false);
+        let got = graph.gradient(&parameter(&device, &x), false);
         for at in 0..x.len() {
             let shifted = |by: f32| {
                 let mut x = x.clone();
@@ -424,7 +423,7 @@ mod tests {
     fn a_checkpointed_stretch_has_the_same_gradients_to_the_bit() {
         for device in testing::devices() {
             let graph = Graph::new(&device);
-            let x = Tensor::from_slice(&device, &SHAPE, &testing::values(1, 24, 1.0)).unwrap();
+            let x = parameter(&device, &testing::values(1, 24, 1.0));
             let plain = graph.gradient(&x, false);
             assert!(plain.iter().any(|&value| value != 0.0));
             assert_eq!(plain, graph.gradient(&x, true), "{}", testing::name(&device));
@@ -435,7 +434,7 @@ mod tests {
     fn gradients_of_several_tapes_add_up() {
         let device = Device::cpu();
         let graph = Graph::new(&device);
-        let x = Tensor::from_slice(&device, &SHAPE, &testing::values(1, 24, 1.0)).unwrap();
+        let x = parameter(&device, &testing::values(1, 24, 1.0));
         let once = graph.gradient(&x, false);
         let mut gradients = Gradients::new();
         for _ in 0..2 {

@@ -62,12 +62,8 @@ impl Case {
     pub fn operands(self) -> Result<Operands> {
         let Case { n, k, .. } = self;
         let weight = uniform(1, n * k, 0.05);
-        self.operands_of(ArrayView2::from_shape((n, k), &weight).map_err(|error| crate::Error::Shape {
-            op: "bench",
-            what: "weight",
-            expected: format!("[{n}, {k}]"),
-            got: error.to_string(),
-        })?)
+        let wrong = |error| crate::Error::shape("bench", "weight", format!("[{n}, {k}]"), error);
+        self.operands_of(ArrayView2::from_shape((n, k), &weight).map_err(wrong)?)
     }
 
     /// Like [`Case::operands`], with this weight [N, K].

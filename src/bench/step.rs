@@ -83,12 +83,12 @@ impl StepCase {
     fn config(&self) -> Result<ModelConfig> {
         let StepShape { hidden, ffn, layers, heads, kv_heads, vocabulary, tokens, .. } = self.shape;
         if !hidden.is_multiple_of(2 * heads) || !heads.is_multiple_of(kv_heads) {
-            return Err(Error::Invalid {
-                op: "bench",
-                what: "the decoder's shape",
-                got: format!("{hidden} values for {heads} heads and {kv_heads} key heads"),
-                expected: "heads must have one even size and be a multiple of the key heads".into(),
-            });
+            return Err(Error::invalid(
+                "bench",
+                "the decoder's shape",
+                format!("{hidden} values for {heads} heads and {kv_heads} key heads"),
+                "heads must have one even size and be a multiple of the key heads",
+            ));
         }
         let head_dim = hidden / heads;
         Ok(ModelConfig {

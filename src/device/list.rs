@@ -298,9 +298,7 @@ fn tier_variable() -> Result<Option<Tier>> {
     let Some(name) = std::env::var_os("QLORA_TIER").filter(|name| !name.is_empty()) else { return Ok(None) };
     let name = name.to_string_lossy();
     name.parse().map(Some).map_err(|error| match error {
-        Error::Invalid { expected, .. } => {
-            Error::Invalid { op: "the environment", what: "QLORA_TIER", got: name.into_owned(), expected }
-        }
+        Error::Invalid { expected, .. } => Error::invalid("the environment", "QLORA_TIER", name, expected),
         error => error,
     })
 }

@@ -99,11 +99,13 @@ impl FromStr for Tier {
     type Err = Error;
 
     fn from_str(text: &str) -> Result<Tier> {
-        Tier::ALL.into_iter().find(|tier| tier.name() == text).ok_or_else(|| Error::Invalid {
-            op: "tier",
-            what: "the name",
-            got: format!("{text:?}"),
-            expected: format!("it must be one of {}", Tier::ALL.map(Tier::name).join(", ")),
+        Tier::ALL.into_iter().find(|tier| tier.name() == text).ok_or_else(|| {
+            Error::invalid(
+                "tier",
+                "the name",
+                format!("{text:?}"),
+                format!("it must be one of {}", Tier::ALL.map(Tier::name).join(", ")),
+            )
         })
     }
 }

@@ -61,12 +61,12 @@ pub(super) fn check_variables() -> Result<()> {
     for (what, off) in SWITCHES {
         match std::env::var_os(what) {
             Some(value) if !["", "0", "1"].iter().any(|known| value == **known) => {
-                return Err(Error::Invalid {
-                    op: "the environment",
+                return Err(Error::invalid(
+                    "the environment",
                     what,
-                    got: value.to_string_lossy().into_owned(),
-                    expected: format!("it must be 0 ({off}) or 1 (the default)"),
-                });
+                    value.to_string_lossy(),
+                    format!("it must be 0 ({off}) or 1 (the default)"),
+                ));
             }
             _ => {}
         }

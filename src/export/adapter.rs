@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::formats::gguf::{self, Metadata, OutTensor, OutValue, TensorType};
 use crate::formats::peft::{PeftAdapter, PeftModule};
 use crate::nn::ModelSpec;
-use crate::nn::adapters::check_fits;
+use crate::nn::attach::check_fits;
 use crate::nn::gguf::{gguf_architecture, gguf_name, row_order};
 
 /// Writes an adapter for `model` to a GGUF file at `path`, which appears complete or not at all.
@@ -26,12 +26,12 @@ use crate::nn::gguf::{gguf_architecture, gguf_name, row_order};
 /// a value that isn't finite; [`Error::Io`] if writing fails.
 pub fn write_gguf_adapter(adapter: &PeftAdapter, model: &ModelSpec, path: &Path) -> Result<()> {
     if adapter.config.use_dora {
-        return Err(Error::Invalid {
-            op: "export",
-            what: "use_dora",
-            got: "true".into(),
-            expected: "a GGUF adapter can't represent DoRA; use `qlora merge` to write the merged model".into(),
-        });
+        return Err(Error::invalid(
+            "export",
+            "use_dora",
+            "true",
+            "a GGUF adapter can't represent DoRA; use `qlora merge` to write the merged model",
+        ));
     }
     check_fits(adapter, model)?;
     let config = model.config();

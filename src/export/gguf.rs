@@ -48,12 +48,7 @@ impl Merged<'_> {
     /// writing fails, [`Error::Interrupted`] if `watch` breaks.
     pub fn write_gguf(&self, output: &Path, kind: TensorType, watch: &Watch<'_>) -> Result<()> {
         let Some(file_type) = file_type(kind) else {
-            return Err(Error::Invalid {
-                op: "merge",
-                what: "the type",
-                got: kind.to_string(),
-                expected: "supported types are F32, F16, BF16, Q8_0 and Q4_0".into(),
-            });
+            return Err(Error::invalid("merge", "the type", kind, "supported types are F32, F16, BF16, Q8_0 and Q4_0"));
         };
         let (mut metadata, names) = match self.weights {
             Weights::Gguf(file) => {

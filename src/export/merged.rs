@@ -10,7 +10,7 @@ use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::{GgufFile, TensorType};
 use crate::formats::peft::PeftAdapter;
 use crate::model_files::{ModelFiles, Weights};
-use crate::nn::adapters::check_fits;
+use crate::nn::attach::check_fits;
 use crate::nn::config::HEAD;
 use crate::nn::gguf::{ROPE_FREQS, gguf_name, row_order};
 use crate::nn::{Linear, LoraAdapter, ModelConfig};

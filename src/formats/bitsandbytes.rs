@@ -153,10 +153,7 @@ pub fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
 /// [`Error::Invalid`] for a matrix with minima or in a GGUF format, which bitsandbytes can't
 /// represent.
 pub fn tensors<'a>(weight: &str, matrix: &'a QuantizedMatrix) -> Result<Vec<OutTensor<'a>>> {
-    let unfit = |got: String, expected: &str| {
-        let (op, what) = ("write as bitsandbytes", "matrix");
-        Error::Invalid { op, what, got, expected: expected.into() }
-    };
+    let unfit = |got: String, expected| Error::invalid("write as bitsandbytes", "matrix", got, expected);
     if matrix.mins().is_some() {
         return Err(unfit(format!("{weight}, with minima"), "expected scales only"));
     }

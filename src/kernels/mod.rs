@@ -109,13 +109,13 @@ pub(crate) fn expect_shape(op: &'static str, what: &'static str, tensor: &Tensor
     if tensor.shape() == expected {
         return Ok(());
     }
-    Err(Error::Shape { op, what, expected: format!("{expected:?}"), got: format!("{:?}", tensor.shape()) })
+    Err(Error::shape(op, what, format!("{expected:?}"), format!("{:?}", tensor.shape())))
 }
 
 /// Returns the rows and columns of a 2-D tensor.
 pub(crate) fn expect_2d(op: &'static str, what: &'static str, tensor: &Tensor) -> Result<(usize, usize)> {
     match *tensor.shape() {
         [rows, cols] => Ok((rows, cols)),
-        _ => Err(Error::Shape { op, what, expected: "[rows, columns]".into(), got: format!("{:?}", tensor.shape()) }),
+        _ => Err(Error::shape(op, what, "[rows, columns]", format!("{:?}", tensor.shape()))),
     }
 }

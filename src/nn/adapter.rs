@@ -8,8 +8,10 @@ use ndarray::{Array2, ArrayViewMut2};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::autograd::Parameter;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::matrix::dequantize::Delta;
 use crate::kernels::{expect_2d, expect_shape};
 use crate::tensor::{Tensor, element_count};
 
@@ -71,15 +73,15 @@ enum Magnitude {
     None,
     /// To be set to the layer's row norms when the adapter is added to it.
     OfLayer,
-    Values(Tensor),
+    Values(Parameter),
 }
 
 /// A pair A [r, d_in], B [d_out, r] on a device, with its scale and, for DoRA, a magnitude
-/// `[d_out]`. Clones share the values.
+/// `[d_out]`. Clones share the values until either is changed.
 #[derive(Clone, Debug)]
 pub struct LoraAdapter {
-    a: Tensor,
-    b: Tensor,
+    a: Parameter,
+    b: Parameter,
     alpha: f32,
     scaling: Scaling,
     dropout: f32,
@@ -122,22 +124,16 @@ impl LoraAdapter {
         let (rank, _) = expect_2d(OP, "A", &a)?;
         let (_, b_rank) = expect_2d(OP, "B", &b)?;
         if rank != b_rank {
-            return Err(Error::Shape {
-                op: OP,
-                what: "rank of B",
-                expected: format!("{rank}, the rank of A"),
-                got: b_rank.to_string(),
-            });
+            return Err(Error::shape(OP, "rank of B", format!("{rank}, the rank of A"), b_rank));
         }
-        let invalid =
-            |what, got: String, expected: &str| Error::Invalid { op: OP, what, got, expected: expected.into() };
         if rank == 0 {
-            return Err(invalid("the rank", "0".into(), "it must be at least 1"));
+            return Err(Error::invalid(OP, "the rank", 0, "it must be at least 1"));
         }
         if !alpha.is_finite() {
-            return Err(invalid("alpha", alpha.to_string(), "it must be finite"));
+            return Err(Error::invalid(OP, "alpha", alpha, "it must be finite"));
         }
         a.device().same(&b.device(), OP)?;
+        let (a, b) = (Parameter::new(a), Parameter::new(b));
         Ok(LoraAdapter { a, b, alpha, scaling, dropout: 0.0, magnitude: Magnitude::None })
     }
 
@@ -147,12 +143,8 @@ impl LoraAdapter {
     /// [`Error::Invalid`] for a probability outside 0..1.
     pub fn with_dropout(mut self, probability: f32) -> Result<LoraAdapter> {
         if !(0.0..1.0).contains(&probability) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "the dropout probability",
-                got: probability.to_string(),
-                expected: "it must be at least 0 and less than 1".into(),
-            });
+            let expected = "it must be at least 0 and less than 1";
+            return Err(Error::invalid(OP, "the dropout probability", probability, expected));
         }
         self.dropout = probability;
         Ok(self)
@@ -172,7 +164,7 @@ impl LoraAdapter {
     pub fn with_magnitude(mut self, magnitude: Tensor) -> Result<LoraAdapter> {
         expect_shape(OP, "magnitude", &magnitude, &[self.d_out()])?;
         self.a.device().same(&magnitude.device(), OP)?;
-        self.magnitude = Magnitude::Values(magnitude);
+        self.magnitude = Magnitude::Values(Parameter::new(magnitude));
         Ok(self)
     }
 
@@ -190,14 +182,17 @@ impl LoraAdapter {
     }
 
     /// Trained tensors by PEFT's names: "lora_A", "lora_B" and, for DoRA, "lora_magnitude_vector".
-    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
-        let magnitude = self.magnitude().map(|magnitude| ("lora_magnitude_vector", magnitude));
+    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Parameter)> {
+        let magnitude = match &self.magnitude {
+            Magnitude::Values(magnitude) => Some(("lora_magnitude_vector", magnitude)),
+            Magnitude::None | Magnitude::OfLayer => None,
+        };
         [("lora_A", &self.a), ("lora_B", &self.b)].into_iter().chain(magnitude)
     }
 
     /// Like [`LoraAdapter::parameters`], for updates. Keep the shapes: a changed shape makes the
     /// next pass fail.
-    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Parameter)> {
         let magnitude = match &mut self.magnitude {
             Magnitude::Values(magnitude) => Some(("lora_magnitude_vector", magnitude)),
             Magnitude::None | Magnitude::OfLayer => None,
@@ -239,6 +234,11 @@ impl LoraAdapter {
         }
     }
 
+    /// The addition to the base, s * B * A, without DoRA's factor.
+    pub(super) fn delta(&self) -> Delta<'_> {
+        Delta { a: &self.a, b: &self.b, scale: self.scale() }
+    }
+
     /// Probability of dropping a value of X before A in training.
     pub fn dropout(&self) -> f32 {
         self.dropout
@@ -268,14 +268,14 @@ impl LoraAdapter {
         self.a.device().same(&a.device(), OP)?;
         let new = LoraAdapter::from_tensors(a, b, self.alpha, self.scaling)?;
         if (new.d_out(), new.d_in()) != (self.d_out(), self.d_in()) {
-            return Err(Error::Shape {
-                op: OP,
-                what: "layer [d_out, d_in]",
-                expected: format!("[{}, {}]", self.d_out(), self.d_in()),
-                got: format!("[{}, {}]", new.d_out(), new.d_in()),
-            });
+            return Err(Error::shape(
+                OP,
+                "layer [d_out, d_in]",
+                format!("[{}, {}]", self.d_out(), self.d_in()),
+                format!("[{}, {}]", new.d_out(), new.d_in()),
+            ));
         }
-        (self.a, self.b) = (new.a, new.b);
+        (*self.a, *self.b) = ((*new.a).clone(), (*new.b).clone());
         Ok(())
     }
 
@@ -293,8 +293,8 @@ impl LoraAdapter {
     /// Copies the adapter to another device.
     pub fn to_device(&self, device: &Device) -> Result<LoraAdapter> {
         let mut moved = self.clone();
-        for (_, tensor) in moved.parameters_mut() {
-            *tensor = tensor.to_device(device)?;
+        for (_, parameter) in moved.parameters_mut() {
+            **parameter = parameter.to_device(device)?;
         }
         Ok(moved)
     }

@@ -55,12 +55,11 @@ impl Tokens {
     /// # Errors
     /// [`Error::Shape`].
     pub fn packed(ids: Vec<u32>, rows: usize, segments: Vec<u32>) -> Result<Tokens> {
-        let shape = |what, expected: String, got: usize| Error::Shape { op: OP, what, expected, got: got.to_string() };
         if rows == 0 || ids.is_empty() || !ids.len().is_multiple_of(rows) {
-            return Err(shape("number of token ids", format!("{rows} rows of equal length"), ids.len()));
+            return Err(Error::shape(OP, "number of token ids", format!("{rows} rows of equal length"), ids.len()));
         }
         if segments.len() != ids.len() {
-            return Err(shape("number of segment ids (or mask values)", ids.len().to_string(), segments.len()));
+            return Err(Error::shape(OP, "number of segment ids (or mask values)", ids.len(), segments.len()));
         }
         Ok(Tokens { length: ids.len() / rows, ids, rows, segments })
     }
@@ -85,8 +84,7 @@ impl Tokens {
 /// [`Error::Shape`], and [`Error::Invalid`] for a label outside the vocabulary, with its position.
 pub fn shifted_labels(tokens: &Tokens, labels: &[i64], vocabulary: usize) -> Result<Vec<u32>> {
     if labels.len() != tokens.ids.len() {
-        let (expected, got) = (tokens.ids.len().to_string(), labels.len().to_string());
-        return Err(Error::Shape { op: OP, what: "number of labels", expected, got });
+        return Err(Error::shape(OP, "number of labels", tokens.ids.len(), labels.len()));
     }
     let mut shifted = vec![IGNORE; labels.len()];
     for (at, &label) in labels.iter().enumerate() {
@@ -94,12 +92,12 @@ pub fn shifted_labels(tokens: &Tokens, labels: &[i64], vocabulary: usize) -> Res
             continue;
         }
         if !(0..vocabulary as i64).contains(&label) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "a label",
-                got: format!("{label} at token {at}"),
-                expected: format!("a label must be {IGNORE_LABEL} or below the vocabulary size, {vocabulary}"),
-            });
+            return Err(Error::invalid(
+                OP,
+                "a label",
+                format!("{label} at token {at}"),
+                format!("a label must be {IGNORE_LABEL} or below the vocabulary size, {vocabulary}"),
+            ));
         }
         if at % tokens.length > 0 && tokens.segments[at] == tokens.segments[at - 1] && tokens.segments[at] != PADDING {
             shifted[at - 1] = label as u32;
@@ -141,8 +139,7 @@ impl Batch {
         if let Some(labels) = labels
             && labels.len() != tokens.ids.len()
         {
-            let (expected, got) = (tokens.ids.len().to_string(), labels.len().to_string());
-            return Err(Error::Shape { op: OP, what: "number of labels", expected, got });
+            return Err(Error::shape(OP, "number of labels", tokens.ids.len(), labels.len()));
         }
         check_labels(labels.unwrap_or_default(), vocabulary)?;
         let positions = tokens.positions();
@@ -188,12 +185,7 @@ impl Batch {
     /// # Errors
     /// [`Error::Invalid`] if the batch was made without labels.
     pub fn labels(&self) -> Result<&Indices> {
-        self.labels.as_ref().ok_or_else(|| Error::Invalid {
-            op: OP,
-            what: "the batch",
-            got: "without labels".into(),
-            expected: "a loss needs labels".into(),
-        })
+        self.labels.as_ref().ok_or_else(|| Error::invalid(OP, "the batch", "without labels", "a loss needs labels"))
     }
 }
 

@@ -69,12 +69,12 @@ impl Decoder {
     pub(crate) fn append(&self, cache: &mut KvCache, ids: &Indices) -> Result<Tensor> {
         let (start, end) = (cache.len, cache.len + ids.len());
         if ids.is_empty() || end > cache.capacity {
-            return Err(Error::Invalid {
-                op: "generation",
-                what: "the number of tokens",
-                got: format!("{} after {start}", ids.len()),
-                expected: format!("there is room for 1 to {} more", cache.capacity - start),
-            });
+            return Err(Error::invalid(
+                "generation",
+                "the number of tokens",
+                format!("{} after {start}", ids.len()),
+                format!("there is room for 1 to {} more", cache.capacity - start),
+            ));
         }
         let rope = self.rope_table(end)?;
         let seen = |window: Option<usize>| {

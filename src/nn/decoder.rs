@@ -9,11 +9,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::batch::{Batch, Tokens};
 use super::config::ModelConfig;
 use super::fingerprint::Fingerprint;
-use super::linear::Linear;
-use super::tape::record_all;
-use crate::autograd::{Tape, Var};
+use super::linear::{Linear, record_all};
+use crate::autograd::{Parameter, Tape, Var};
 use crate::device::Device;
 use crate::error::Result;
+use crate::formats::peft::tensor_name;
 use crate::kernels::DeviceMatrix;
 use crate::kernels::attention::AttentionShape;
 use crate::kernels::elementwise::rope::RopeTable;
@@ -168,16 +168,19 @@ impl Decoder {
         })
     }
 
-    /// Tensors that an optimizer trains: those of the active adapters, with their names in an
+    /// What an optimizer trains: the parameters of the active adapters, with their names in an
     /// adapter file.
-    pub fn parameters_mut(&mut self) -> Vec<(String, &mut Tensor)> {
-        self.linears_mut()
-            .flat_map(|(path, linear)| {
-                linear
-                    .parameters_mut()
-                    .map(move |(kind, tensor)| (crate::formats::peft::tensor_name(&path, kind), tensor))
-            })
-            .collect()
+    pub fn parameters(&self) -> impl Iterator<Item = (String, &Parameter)> {
+        self.linears().flat_map(|(path, linear)| {
+            linear.parameters().map(move |(kind, parameter)| (tensor_name(&path, kind), parameter))
+        })
+    }
+
+    /// Like [`Decoder::parameters`], for updates.
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (String, &mut Parameter)> {
+        self.linears_mut().flat_map(|(path, linear)| {
+            linear.parameters_mut().map(move |(kind, parameter)| (tensor_name(&path, kind), parameter))
+        })
     }
 
     /// Bytes on the device: base (matrices, norms, biases), then adapters.

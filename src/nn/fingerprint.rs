@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::config::ModelConfig;
-use super::load::WeightSource;
+use super::source::WeightSource;
 use crate::error::Result;
 use crate::hash::{Hasher, hex, text_hash};
 use crate::quant::HostMatrix;

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt::Display;
 
 use super::config::{Architecture, MAX_LAYERS, ModelConfig};
-use super::load::WeightSource;
+use super::source::WeightSource;
 use crate::error::{Error, Result};
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::gguf::{FromValue, GgufFile, RowOrder, Value};

@@ -8,6 +8,7 @@ use super::decoder::{Decoder, DecoderLayer, MODULES, path};
 use super::fingerprint::Hashed;
 use super::gguf::GgufSource;
 use super::linear::Linear;
+use super::source::WeightSource;
 use crate::device::Device;
 use crate::error::Result;
 use crate::formats::checkpoint::{BaseFormat, Checkpoint};
@@ -16,16 +17,6 @@ use crate::kernels::DeviceMatrix;
 use crate::kernels::elementwise::rope::RopeTable;
 use crate::quant::HostMatrix;
 use crate::tensor::Tensor;
-
-/// A source of a model's tensors, by Hugging Face names.
-pub trait WeightSource {
-    /// Returns a vector as f32.
-    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>>;
-
-    /// Returns a matrix [rows, cols]. If `linear`, it belongs to a linear layer and may be made
-    /// 4-bit; embeddings and heads keep their precision.
-    fn matrix(&mut self, name: &str, rows: usize, cols: usize, linear: bool) -> Result<HostMatrix>;
-}
 
 /// Tensors of a checkpoint. Matrices of linear layers are converted to a chosen format.
 struct FromCheckpoint<'a> {

@@ -2,7 +2,7 @@
 //! and the decoder.
 
 mod adapter;
-pub(crate) mod adapters;
+pub(crate) mod attach;
 mod batch;
 mod cache;
 pub(crate) mod config;
@@ -11,10 +11,8 @@ mod fingerprint;
 pub(crate) mod gguf;
 mod linear;
 mod load;
-mod merge;
+mod source;
 mod spec;
-mod tape;
-mod train;
 
 pub use adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
 pub use batch::{Batch, IGNORE_LABEL, PADDING, Tokens, shifted_labels};
@@ -23,10 +21,11 @@ pub use config::{Architecture, ModelConfig};
 pub use decoder::{Decoder, Pass};
 pub use fingerprint::Fingerprint;
 pub use gguf::GgufSource;
-pub use linear::{AdaptedLinear, AnyBase, DenseBase, Linear, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase};
-pub use load::WeightSource;
+pub use linear::{
+    AdaptedLinear, AnyBase, DenseBase, Linear, LinearGrads, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase, Saved,
+};
+pub use source::WeightSource;
 pub use spec::ModelSpec;
-pub use train::{LinearGrads, Saved};
 
 pub use crate::kernels::elementwise::dropout::Dropout;
 pub use crate::kernels::elementwise::rope::{RopeConfig, RopeLayout, RopeScaling};

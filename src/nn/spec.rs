@@ -64,12 +64,12 @@ impl ModelConfig {
         if positions <= most {
             return Ok(());
         }
-        Err(Error::Invalid {
+        Err(Error::invalid(
             op,
-            what: "the sequence length",
-            got: positions.to_string(),
-            expected: format!("the model's max_position_embeddings is {most}"),
-        })
+            "the sequence length",
+            positions,
+            format!("the model's max_position_embeddings is {most}"),
+        ))
     }
 }
 

@@ -4,58 +4,63 @@ mod schedule;
 
 pub use schedule::{Decay, Schedule};
 
-use std::collections::HashMap;
-
+use crate::autograd::{Parameter, ParameterId};
 use crate::error::{Error, Result};
+use crate::kernels::expect_shape;
 pub use crate::kernels::optim::adamw::AdamW;
 use crate::kernels::optim::adamw::{Update, adamw};
 use crate::kernels::optim::grad_norm::GradNorm;
 use crate::tensor::Tensor;
 
-/// First and second moments of every trainable tensor, by name, and the number of updates.
+const OP: &str = "AdamW";
+
+/// First and second moments of every parameter, and the number of updates.
 /// Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019.
 #[derive(Clone, Debug)]
 pub struct Optimizer {
     /// Rates and decay; a schedule multiplies `lr`.
     pub config: AdamW,
-    /// In the order of the first updates, or of the checkpoint they came from.
+    /// In the order of the ids.
     moments: Vec<Moments>,
-    /// Index of each name's moments.
-    places: HashMap<String, usize>,
     step: u32,
 }
 
 #[derive(Clone, Debug)]
 struct Moments {
-    name: String,
+    id: ParameterId,
     m: Tensor,
     v: Tensor,
 }
 
 impl Optimizer {
-    /// Creates an optimizer without moments. A tensor's moments are created, as zeros, at its
+    /// Creates an optimizer without moments. A parameter's moments are created, as zeros, at its
     /// first update.
     pub fn new(config: AdamW) -> Optimizer {
-        Optimizer::restored(config, 0, [])
+        Optimizer { config, moments: Vec::new(), step: 0 }
     }
 
-    /// Restores an optimizer after `steps` updates, with the moments that [`Optimizer::moments`]
-    /// returned.
-    pub fn restored(
+    /// Restores an optimizer after `steps` updates, with parameters and their moments as
+    /// [`Optimizer::moments`] returned them.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if a moment doesn't have its parameter's shape.
+    pub fn restored<'a>(
         config: AdamW,
         steps: u32,
-        moments: impl IntoIterator<Item = (String, Tensor, Tensor)>,
-    ) -> Optimizer {
-        let mut restored = Optimizer { config, moments: Vec::new(), places: HashMap::new(), step: steps };
-        for (name, m, v) in moments {
-            let next = restored.moments.len();
-            let place = *restored.places.entry(name.clone()).or_insert(next);
-            match restored.moments.get_mut(place) {
-                Some(again) => *again = Moments { name, m, v },
-                None => restored.moments.push(Moments { name, m, v }),
+        moments: impl IntoIterator<Item = (&'a Parameter, [Tensor; 2])>,
+    ) -> Result<Optimizer> {
+        let mut restored = Optimizer { step: steps, ..Optimizer::new(config) };
+        for (parameter, [m, v]) in moments {
+            for moment in [&m, &v] {
+                expect_shape(OP, "a moment", moment, parameter.shape())?;
+            }
+            let moments = Moments { id: parameter.id(), m, v };
+            match restored.find(parameter.id()) {
+                Ok(place) => restored.moments[place] = moments,
+                Err(place) => restored.moments.insert(place, moments),
             }
         }
-        restored
+        Ok(restored)
     }
 
     /// Number of updates so far.
@@ -63,82 +68,63 @@ impl Optimizer {
         self.step
     }
 
-    /// Starts the next update. Then call [`Optimizer::update`] for every tensor.
+    /// Starts the next update. Then call [`Optimizer::update`] for every parameter.
     pub fn begin(&mut self) {
         self.step += 1;
     }
 
     /// Undoes [`Optimizer::begin`], for an update that the device skipped (see [`GradNorm`]) for
-    /// every tensor.
+    /// every parameter.
     pub fn undo(&mut self) {
         self.step = self.step.saturating_sub(1);
     }
 
-    /// Updates one tensor in place, with `factor` times the configured learning rate. The gradient
-    /// is multiplied by the clip factor in `norm`; if that is NaN, nothing changes.
+    /// Updates one parameter in place, with `factor` times the configured learning rate. The
+    /// gradient is multiplied by the clip factor in `norm`; if that is NaN, nothing changes.
     ///
     /// # Errors
-    /// [`Error::Invalid`] before the first [`Optimizer::begin`], [`Error::Shape`] if a tensor of
-    /// this name had another shape before, and errors of the device.
-    pub fn update(
-        &mut self,
-        name: &str,
-        tensor: &mut Tensor,
-        gradient: &Tensor,
-        factor: f64,
-        norm: &GradNorm,
-    ) -> Result<()> {
-        self.update_all(vec![(name, tensor, gradient)], factor, norm)
+    /// [`Error::Invalid`] before the first [`Optimizer::begin`], [`Error::Shape`] if the parameter
+    /// had another shape before, and errors of the device.
+    pub fn update(&mut self, parameter: &mut Parameter, gradient: &Tensor, factor: f64, norm: &GradNorm) -> Result<()> {
+        self.update_all(vec![(parameter, gradient)], factor, norm)
     }
 
-    /// Like [`Optimizer::update`], for all tensors with their names and gradients. A GPU updates
-    /// several at a time.
+    /// Like [`Optimizer::update`], for all parameters with their gradients. A GPU updates several
+    /// at a time.
     ///
     /// # Errors
-    /// Same as [`Optimizer::update`]; [`Error::Invalid`] if a name occurs twice.
+    /// Same as [`Optimizer::update`].
     pub fn update_all(
         &mut self,
-        parameters: Vec<(&str, &mut Tensor, &Tensor)>,
+        mut parameters: Vec<(&mut Parameter, &Tensor)>,
         factor: f64,
         norm: &GradNorm,
     ) -> Result<()> {
-        let invalid = |what, got: &str, expected: &str| {
-            Err(Error::Invalid { op: "AdamW", what, got: got.into(), expected: expected.into() })
-        };
         if self.step == 0 {
-            return invalid("the step", "0", "begin an update first");
+            return Err(Error::invalid(OP, "the step", 0, "begin an update first"));
         }
-        let mut places = Vec::with_capacity(parameters.len());
-        for (index, (name, tensor, _)) in parameters.iter().enumerate() {
-            // Usually the same tensors come in the same order.
-            let place = match self.moments.get(index) {
-                Some(moments) if moments.name == *name => index,
-                _ => self.place(name, tensor)?,
-            };
-            places.push(place);
+        for (parameter, _) in &parameters {
+            if let Err(place) = self.find(parameter.id()) {
+                let zeros = || Tensor::zeros(&parameter.device(), parameter.shape());
+                self.moments.insert(place, Moments { id: parameter.id(), m: zeros()?, v: zeros()? });
+            }
         }
-        let mut moments: Vec<_> = self.moments.iter_mut().map(Some).collect();
+        // Moments and parameters are both in the order of their ids.
+        parameters.sort_by_key(|(parameter, _)| parameter.id());
+        let mut moments = self.moments.iter_mut();
         let mut updates = Vec::with_capacity(parameters.len());
-        for ((name, param, grad), place) in parameters.into_iter().zip(places) {
-            let Some(Moments { m, v, .. }) = moments[place].take() else {
-                return invalid("a tensor's name", name, "each name may occur only once");
-            };
-            updates.push(Update { param, grad, m, v });
+        for (param, grad) in parameters {
+            if let Some(Moments { m, v, .. }) = moments.find(|moments| moments.id == param.id()) {
+                updates.push(Update { param, grad, m, v });
+            }
         }
         let config = AdamW { lr: self.config.lr * factor, ..self.config };
         adamw(&mut updates, &config, self.step, norm)
     }
 
-    /// Index of this name's moments; creates them, as zeros, if there are none.
-    fn place(&mut self, name: &str, tensor: &Tensor) -> Result<usize> {
-        if let Some(place) = self.places.get(name) {
-            return Ok(*place);
-        }
-        let zeros = || Tensor::zeros(&tensor.device(), tensor.shape());
-        self.moments.push(Moments { name: name.to_owned(), m: zeros()?, v: zeros()? });
-        let place = self.moments.len() - 1;
-        self.places.insert(name.to_owned(), place);
-        Ok(place)
+    /// Index of a parameter's moments, or of where they belong.
+    fn find(&self, id: ParameterId) -> Result<usize, usize> {
+        self.moments.binary_search_by_key(&id, |moments| moments.id)
     }
 
     /// Bytes of the moments on their device.
@@ -146,8 +132,71 @@ impl Optimizer {
         self.moments.iter().map(|moments| moments.m.resident_bytes() + moments.v.resident_bytes()).sum()
     }
 
-    /// Names with first and second moments. A checkpoint saves them with [`Optimizer::steps`].
-    pub fn moments(&self) -> impl Iterator<Item = (&str, &Tensor, &Tensor)> {
-        self.moments.iter().map(|moments| (moments.name.as_str(), &moments.m, &moments.v))
+    /// First and second moment of a parameter, if it has been updated. A checkpoint saves them
+    /// with [`Optimizer::steps`].
+    pub fn moments(&self, parameter: &Parameter) -> Option<[&Tensor; 2]> {
+        let Moments { m, v, .. } = &self.moments[self.find(parameter.id()).ok()?];
+        Some([m, v])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::kernels::optim::grad_norm::grad_norm;
+    use crate::testing;
+
+    const LENGTHS: [usize; 2] = [3, 5];
+
+    /// Two parameters after updates in these orders, and the optimizer.
+    fn updated(orders: &[[usize; 2]]) -> ([Parameter; 2], Optimizer) {
+        let mut parameters = LENGTHS.map(|len| Parameter::new(tensor(len, len as u64)));
+        let mut optimizer = Optimizer::new(AdamW::default());
+        for order in orders {
+            update(&mut parameters, &mut optimizer, *order);
+        }
+        (parameters, optimizer)
+    }
+
+    fn update(parameters: &mut [Parameter; 2], optimizer: &mut Optimizer, order: [usize; 2]) {
+        optimizer.begin();
+        let gradients = LENGTHS.map(|len| tensor(len, u64::from(10 + optimizer.steps())));
+        let norm = grad_norm(&gradients.each_ref(), None, None).unwrap();
+        let mut all: Vec<_> = parameters.iter_mut().zip(&gradients).collect();
+        if order == [1, 0] {
+            all.reverse();
+        }
+        optimizer.update_all(all, 1.0, &norm).unwrap();
+    }
+
+    fn tensor(len: usize, seed: u64) -> Tensor {
+        Tensor::from_slice(&Device::cpu(), &[len], &testing::values(seed, len, 1.0)).unwrap()
+    }
+
+    fn values(parameters: &[Parameter; 2]) -> [Vec<f32>; 2] {
+        parameters.each_ref().map(|parameter| parameter.to_vec().unwrap())
+    }
+
+    #[test]
+    fn moments_belong_to_their_parameters_in_any_order() {
+        let (wanted, _) = updated(&[[0, 1]; 3]);
+        let (mut parameters, optimizer) = updated(&[[0, 1], [1, 0]]);
+        let moments = parameters.iter().rev().map(|parameter| {
+            let moments = optimizer.moments(parameter).unwrap().map(Tensor::clone);
+            assert!(optimizer.moments(&parameter.clone()).is_none(), "a clone is another parameter");
+            (parameter, moments)
+        });
+        let mut restored = Optimizer::restored(AdamW::default(), optimizer.steps(), moments).unwrap();
+        update(&mut parameters, &mut restored, [1, 0]);
+        assert_eq!(values(&parameters), values(&wanted));
+    }
+
+    #[test]
+    fn moments_of_another_shape_are_an_error() {
+        let ([short, long], optimizer) = updated(&[[0, 1]]);
+        let moments = optimizer.moments(&long).unwrap().map(Tensor::clone);
+        let error = Optimizer::restored(AdamW::default(), 1, [(&short, moments)]).unwrap_err().to_string();
+        assert!(error.contains("[3]") && error.contains("[5]"), "{error}");
     }
 }

@@ -69,12 +69,7 @@ impl FromStr for Format {
 
     fn from_str(s: &str) -> Result<Self> {
         let named = Format::QUANTIZERS.into_iter().find(|format| format.to_string() == s);
-        named.ok_or_else(|| Error::Invalid {
-            op: "format",
-            what: "name",
-            got: format!("{s:?}"),
-            expected: "expected nf4, fp4 or int4".into(),
-        })
+        named.ok_or_else(|| Error::invalid("format", "name", format!("{s:?}"), "expected nf4, fp4 or int4"))
     }
 }
 

@@ -54,13 +54,13 @@ impl DenseMatrix {
             DenseData::Q8_0 { codes, scales } => {
                 check_q8_cols(OP, cols)?;
                 if scales.len() != n / Q8_BLOCK {
-                    return Err(shape_error(OP, "scales", (n / Q8_BLOCK).to_string(), scales.len()));
+                    return Err(Error::shape(OP, "scales", n / Q8_BLOCK, scales.len()));
                 }
                 codes.len()
             }
         };
         if got != n {
-            return Err(shape_error(OP, "weights", format!("{rows} x {cols} = {n}"), got));
+            return Err(Error::shape(OP, "weights", format!("{rows} x {cols} = {n}"), got));
         }
         Ok(DenseMatrix { rows, cols, data })
     }
@@ -77,7 +77,7 @@ impl DenseMatrix {
         let n = element_count(OP, rows, cols)?;
         check_q8_cols(OP, cols)?;
         if weights.len() != n {
-            return Err(shape_error(OP, "weights", format!("{rows} x {cols} = {n}"), weights.len()));
+            return Err(Error::shape(OP, "weights", format!("{rows} x {cols} = {n}"), weights.len()));
         }
         if let Some(index) = weights.iter().position(|w| !w.is_finite()) {
             return Err(Error::NonFinite { op: OP, index, value: weights[index] });
@@ -90,12 +90,12 @@ impl DenseMatrix {
             .zip(&mut scales)
             .for_each(|((codes, weights), scale)| *scale = encode_q8_0(weights, codes));
         if let Some(block) = scales.iter().position(|scale| scale.is_infinite()) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "scale",
-                got: format!("beyond f16 in the block at flat index {}", block * Q8_BLOCK),
-                expected: "expected weights of magnitude below 8.3e6".into(),
-            });
+            return Err(Error::invalid(
+                OP,
+                "scale",
+                format!("beyond f16 in the block at flat index {}", block * Q8_BLOCK),
+                "expected weights of magnitude below 8.3e6",
+            ));
         }
         Self::new(rows, cols, DenseData::Q8_0 { codes, scales })
     }
@@ -190,16 +190,7 @@ fn check_q8_cols(op: &'static str, cols: usize) -> Result<()> {
     if cols.is_multiple_of(Q8_BLOCK) {
         return Ok(());
     }
-    Err(Error::Invalid {
-        op,
-        what: "number of columns",
-        got: cols.to_string(),
-        expected: format!("Q8_0 needs a multiple of {Q8_BLOCK}"),
-    })
-}
-
-fn shape_error(op: &'static str, what: &'static str, expected: String, got: usize) -> Error {
-    Error::Shape { op, what, expected, got: got.to_string() }
+    Err(Error::invalid(op, "number of columns", cols, format!("Q8_0 needs a multiple of {Q8_BLOCK}")))
 }
 
 #[cfg(test)]

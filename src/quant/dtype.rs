@@ -44,12 +44,7 @@ impl FromStr for Dtype {
             "float32" => Ok(Dtype::F32),
             "float16" => Ok(Dtype::F16),
             "bfloat16" => Ok(Dtype::Bf16),
-            _ => Err(Error::Invalid {
-                op: "dtype",
-                what: "name",
-                got: format!("{s:?}"),
-                expected: "expected float32, float16 or bfloat16".into(),
-            }),
+            _ => Err(Error::invalid("dtype", "name", format!("{s:?}"), "expected float32, float16 or bfloat16")),
         }
     }
 }

@@ -62,12 +62,7 @@ impl QuantizedMatrix {
         check_block(OP, parts.block)?;
         check_len("bytes of codes", n.div_ceil(2), parts.codes.len())?;
         if parts.codebook.0.iter().any(|v| !v.is_finite()) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "codebook",
-                got: format!("{:?}", parts.codebook.0),
-                expected: "expected finite values".into(),
-            });
+            return Err(Error::invalid(OP, "codebook", format!("{:?}", parts.codebook.0), "expected finite values"));
         }
         let blocks = n.div_ceil(parts.block);
         check_scales("scales", blocks, &parts.scales)?;
@@ -90,22 +85,12 @@ impl QuantizedMatrix {
         const OP: &str = "quantize";
         let n = element_count(OP, rows, cols)?;
         if source.len() != n {
-            return Err(Error::Shape {
-                op: OP,
-                what: "weights",
-                expected: format!("{rows} x {cols} = {n}"),
-                got: source.len().to_string(),
-            });
+            return Err(Error::shape(OP, "weights", format!("{rows} x {cols} = {n}"), source.len()));
         }
         let QuantOptions { format, block, double } = *options;
         check_block(OP, block)?;
         if !Format::QUANTIZERS.contains(&format) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "format",
-                got: format.to_string(),
-                expected: "it is only read from files; expected nf4, fp4 or int4".into(),
-            });
+            return Err(Error::invalid(OP, "format", format, "it is only read from files; expected nf4, fp4 or int4"));
         }
         let (codes, scales) = encode(source, format, block).map_err(|index| Error::NonFinite {
             op: OP,
@@ -280,11 +265,8 @@ impl QuantizedMatrix {
 
 /// Returns `rows * cols`, if it fits.
 pub(super) fn element_count(op: &'static str, rows: usize, cols: usize) -> Result<usize> {
-    rows.checked_mul(cols).ok_or_else(|| Error::Invalid {
-        op,
-        what: "shape",
-        got: format!("{rows} x {cols}"),
-        expected: "the number of weights does not fit in memory".into(),
+    rows.checked_mul(cols).ok_or_else(|| {
+        Error::invalid(op, "shape", format!("{rows} x {cols}"), "the number of weights does not fit in memory")
     })
 }
 
@@ -292,31 +274,21 @@ fn check_block(op: &'static str, block: usize) -> Result<()> {
     if block.is_power_of_two() && (32..=4096).contains(&block) {
         return Ok(());
     }
-    Err(Error::Invalid {
-        op,
-        what: "block",
-        got: block.to_string(),
-        expected: "expected a power of two in 32..=4096".into(),
-    })
+    Err(Error::invalid(op, "block", block, "expected a power of two in 32..=4096"))
 }
 
 fn check_len(what: &'static str, expected: usize, got: usize) -> Result<()> {
     if expected == got {
         return Ok(());
     }
-    Err(Error::Shape { op: OP, what, expected: expected.to_string(), got: got.to_string() })
+    Err(Error::shape(OP, what, expected, got))
 }
 
 fn check_scales(what: &'static str, blocks: usize, scales: &Scales) -> Result<()> {
     check_len(what, blocks, scales.len())?;
     if let Scales::Double(double) = scales {
         if double.super_block == 0 {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "super_block",
-                got: "0".into(),
-                expected: "expected at least 1".into(),
-            });
+            return Err(Error::invalid(OP, "super_block", 0, "expected at least 1"));
         }
         check_len("super-scales", blocks.div_ceil(double.super_block), double.supers.len())?;
     }

@@ -19,7 +19,8 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
-use super::guard::{Inner, guarded};
+use super::guard::Inner;
+use super::panics::guarded;
 use super::pretokenizer;
 use super::steps::Chain;
 use super::tokenizer::{EOS_TOKENS, Parts, Tokenizer};

@@ -1,12 +1,7 @@
-//! All calls into the tokenizers library. Limits what a file can make it do, and turns its panics,
-//! which some files cause, into errors that name the file.
+//! Tokenizers of the tokenizers library, with limits on what a file can make it do.
 
-use std::any::Any;
-use std::cell::Cell;
 use std::fmt;
-use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
-use std::sync::Once;
 
 use serde::de::{IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -15,8 +10,9 @@ use tokenizers::{
     AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl,
 };
 
+use super::panics::guarded;
 use super::steps::Chain;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::formats::input::read_small_text;
 
 /// A tokenizer of the library, with limits on its steps.
@@ -40,64 +36,6 @@ const MOST_PIECES: usize = 16 << 20;
 
 /// Maximum size of a prefix or suffix of words, in bytes.
 const MOST_AFFIX: usize = 256;
-
-thread_local! {
-    /// Whether the library is running on this thread. Its panics aren't printed, because they
-    /// become errors.
-    static AT_WORK: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Panic payload for places where the library ignores errors.
-struct Refusal(String);
-
-/// Ends a call into the library; [`guarded`] turns this into an error.
-pub(super) fn refuse(message: String) -> ! {
-    panic::resume_unwind(Box::new(Refusal(message)))
-}
-
-/// Calls the library for the tokenizer in the file at `path`.
-///
-/// # Errors
-/// [`Error::File`] that says `what` failed and why: the library's error, a refusal, or its panic.
-pub(super) fn guarded<T>(path: &Path, what: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
-    let reason = match caught(call) {
-        Ok(Ok(value)) => return Ok(value),
-        Ok(Err(error)) => error.to_string(),
-        Err(payload) => reason(payload),
-    };
-    Err(Error::File { path: path.into(), message: format!("{what}: {reason}") })
-}
-
-/// Calls a library that panics for some input, without printing the panic. What the panic leaves
-/// behind is dropped or still intact.
-///
-/// # Errors
-/// The panic's payload.
-pub(super) fn caught<T>(call: impl FnOnce() -> T) -> Result<T, Box<dyn Any + Send>> {
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let before = panic::take_hook();
-        panic::set_hook(Box::new(move |info| {
-            if !AT_WORK.get() {
-                before(info);
-            }
-        }));
-    });
-    let before = AT_WORK.replace(true);
-    // A panic leaves at most a cache of words, and a tokenizer that wasn't built.
-    let done = panic::catch_unwind(AssertUnwindSafe(call));
-    AT_WORK.set(before);
-    done
-}
-
-fn reason(payload: Box<dyn Any + Send>) -> String {
-    let payload = match payload.downcast::<Refusal>() {
-        Ok(refusal) => return refusal.0,
-        Err(payload) => payload,
-    };
-    let text = payload.downcast_ref::<String>().map(String::as_str).or(payload.downcast_ref::<&str>().copied());
-    format!("the tokenizers library can't use it ({})", text.unwrap_or("it panicked"))
-}
 
 /// Reads a `tokenizer.json`, ignoring truncation and padding.
 ///

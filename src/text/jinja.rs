@@ -11,8 +11,8 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error as JinjaError, ErrorKind, Value};
 use regex::{Captures, Regex};
 
-use super::guard::caught;
 use super::instrument::{END_GENERATION, GENERATION, instrument};
+use super::panics::caught;
 use super::{bounds, marks, python};
 use crate::error::{Error, Result};
 
@@ -45,12 +45,12 @@ impl Jinja {
     /// [`Error::Template`] if it is malformed, [`Error::Invalid`] if it is longer than 64 KiB.
     pub(super) fn new(source: &str) -> Result<Self> {
         if source.len() > MAX_SOURCE {
-            return Err(Error::Invalid {
-                op: "chat template",
-                what: "its length",
-                got: format!("{} bytes", source.len()),
-                expected: format!("at most {MAX_SOURCE} are supported"),
-            });
+            return Err(Error::invalid(
+                "chat template",
+                "its length",
+                format!("{} bytes", source.len()),
+                format!("at most {MAX_SOURCE} are supported"),
+            ));
         }
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;

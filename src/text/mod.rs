@@ -25,6 +25,7 @@ mod instrument;
 mod jinja;
 mod long;
 mod marks;
+mod panics;
 mod pretokenizer;
 mod python;
 mod steps;

@@ -15,7 +15,7 @@ use tokenizers::{
     PostProcessorWrapper, PreTokenizedString, PreTokenizer, PreTokenizerWrapper,
 };
 
-use super::guard::refuse;
+use super::panics::refuse;
 
 /// Maximum bytes that a step may make of each byte of the original text.
 const MOST_GROWTH: usize = 64;

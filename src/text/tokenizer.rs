@@ -10,8 +10,9 @@ use tokenizers::PostProcessorWrapper;
 
 use super::added;
 use super::chat::ChatTemplate;
-use super::guard::{self, Inner, guarded};
+use super::guard::{self, Inner};
 use super::long;
+use super::panics::guarded;
 use super::steps::Chain;
 use crate::error::{Error, Result};
 use crate::formats::input::{MAX_SMALL, read_small_text};
@@ -227,12 +228,12 @@ impl Tokenizer {
         let added = self.inner.get_added_tokens_decoder();
         let most = self.inner.get_vocab(true).into_values().filter(|id| !added.contains_key(id)).max();
         if most.is_some_and(is_past) || self.bos.is_some_and(|bos| self.add_bos && is_past(bos)) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "the vocabulary",
-                got: format!("{} tokens", self.vocab_size),
-                expected: format!("the model has {model_vocab}; this tokenizer belongs to another model"),
-            });
+            return Err(Error::invalid(
+                OP,
+                "the vocabulary",
+                format!("{} tokens", self.vocab_size),
+                format!("the model has {model_vocab}; this tokenizer belongs to another model"),
+            ));
         }
         let mut past: Vec<_> = added.iter().filter(|(id, _)| is_past(**id)).collect();
         past.sort_by_key(|(id, _)| **id);
@@ -294,12 +295,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Invalid`] if the model has none, [`Error::Template`] if it is malformed.
     pub fn chat(&self) -> Result<ChatTemplate> {
-        let missing = || Error::Invalid {
-            op: OP,
-            what: "the chat template",
-            got: "missing".into(),
-            expected: "chats need a model with a chat template".into(),
-        };
+        let missing = || Error::invalid(OP, "the chat template", "missing", "chats need a model with a chat template");
         ChatTemplate::new(self.chat_template().ok_or_else(missing)?)
     }
 }

@@ -95,20 +95,19 @@ impl Batches {
             ("the sequence length", options.seq_len, 2),
         ];
         if let Some((what, got, least)) = sizes.into_iter().find(|&(_, got, least)| got < least) {
-            let expected = format!("it must be at least {least}");
-            return Err(Error::Invalid { op: OP, what, got: got.to_string(), expected });
+            return Err(Error::invalid(OP, what, got, format!("it must be at least {least}")));
         }
         let (pieces, cut) = cut(&dataset, options.seq_len);
         if pieces.is_empty() {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "the number of tokens that carry loss",
-                got: "0".into(),
-                expected: format!(
+            return Err(Error::invalid(
+                OP,
+                "the number of tokens that carry loss",
+                "0",
+                format!(
                     "all {} examples are cut to {} tokens before their first label; a longer sequence length may help",
                     cut.dropped, options.seq_len
                 ),
-            });
+            ));
         }
         let rows = if options.packing {
             pack(&pieces.iter().map(|piece| piece.tokens.len()).collect::<Vec<_>>(), options.seq_len)

@@ -10,7 +10,7 @@
 //! A folder is filled under a temporary name, flushed to disk and renamed. So a run that is killed
 //! at any moment leaves only complete checkpoints. Digests reveal later damage.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -21,11 +21,12 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::metrics::Metrics;
-use crate::device::Device;
+use crate::autograd::Parameter;
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftAdapter;
 use crate::formats::safetensors::{OutData, OutTensor, SafetensorsFile, TensorType, write};
 use crate::formats::temporary;
+use crate::nn::Decoder;
 use crate::optim::{AdamW, Optimizer};
 use crate::tensor::Tensor;
 
@@ -56,11 +57,12 @@ pub(super) struct State {
     pub settings: Map<String, Value>,
 }
 
-/// Writes a checkpoint to `output` and returns its folder.
+/// Writes a checkpoint to `output` and returns its folder. `moments` are those of each parameter,
+/// by its name.
 pub(super) fn save(
     output: &Path,
     adapter: &PeftAdapter,
-    optimizer: &Optimizer,
+    moments: &[(String, [&Tensor; 2])],
     metrics: &Metrics,
     state: &State,
 ) -> Result<PathBuf> {
@@ -69,7 +71,7 @@ pub(super) fn save(
     let io_error = |e: io::Error| Error::io(&folder, e);
     // The temporary folder is removed if anything below fails.
     let hidden = tempfile::Builder::new().prefix(temporary::PREFIX).tempdir_in(output).map_err(io_error)?;
-    fill(hidden.path(), adapter, optimizer, metrics, state).map_err(|e| renamed(e, hidden.path(), &folder))?;
+    fill(hidden.path(), adapter, moments, metrics, state).map_err(|e| renamed(e, hidden.path(), &folder))?;
     make_readable(hidden.path()).map_err(io_error)?;
     fs::rename(hidden.path(), &folder).map_err(io_error)?;
     temporary::sync_folder(output).map_err(io_error)?;
@@ -79,11 +81,17 @@ pub(super) fn save(
     Ok(folder)
 }
 
-fn fill(folder: &Path, adapter: &PeftAdapter, optimizer: &Optimizer, metrics: &Metrics, state: &State) -> Result<()> {
+fn fill(
+    folder: &Path,
+    adapter: &PeftAdapter,
+    moments: &[(String, [&Tensor; 2])],
+    metrics: &Metrics,
+    state: &State,
+) -> Result<()> {
     adapter.write(folder)?;
     let mut tensors = Vec::new();
-    for (name, first, second) in optimizer.moments() {
-        for (suffix, tensor) in MOMENTS.into_iter().zip([first, second]) {
+    for (name, both) in moments {
+        for (suffix, tensor) in MOMENTS.into_iter().zip(both) {
             let bytes: Vec<u8> = bytemuck::cast_slice(&tensor.to_vec()?).to_vec();
             let (name, shape) = (format!("{name}{suffix}"), tensor.shape().to_vec());
             tensors.push(OutTensor { name, dtype: TensorType::F32, shape, data: OutData::Bytes(bytes.into()) });
@@ -284,22 +292,23 @@ pub(super) fn settings(output: &Path) -> Result<Option<Map<String, Value>>> {
     Ok(states.map(|(state, _)| state.settings).next())
 }
 
-/// Loads adapter and optimizer from the checkpoint in `folder`, saved after `step` updates;
-/// `config` is for the optimizer.
-pub(super) fn load(folder: &Path, step: u32, device: &Device, config: AdamW) -> Result<(PeftAdapter, Optimizer)> {
-    let adapter = PeftAdapter::read(folder)?;
+/// Loads the optimizer from the checkpoint in `folder`, saved after `step` updates. The model has
+/// the checkpoint's adapter already.
+pub(super) fn optimizer(folder: &Path, step: u32, model: &Decoder, config: AdamW) -> Result<Optimizer> {
     let file = SafetensorsFile::open(folder.join(OPTIMIZER))?;
+    let parameters: HashMap<String, &Parameter> = model.parameters().collect();
     let mut moments = Vec::new();
     for name in file.names().iter().filter_map(|name| name.strip_suffix(MOMENTS[0])) {
         let tensor = |suffix: &str| {
             let key = format!("{name}{suffix}");
             let found = file.tensor(&key)?;
             let values = found.f32s().ok_or_else(|| file.tensor_error(&key, format!("is {}, not F32", found.dtype)))?;
-            Tensor::from_slice(device, found.shape, &values)
+            Tensor::from_slice(model.device(), found.shape, &values)
         };
-        moments.push((name.to_owned(), tensor(MOMENTS[0])?, tensor(MOMENTS[1])?));
+        let parameter = parameters.get(name).ok_or_else(|| file.tensor_error(name, "isn't in the adapter"))?;
+        moments.push((*parameter, [tensor(MOMENTS[0])?, tensor(MOMENTS[1])?]));
     }
-    Ok((adapter, Optimizer::restored(config, step, moments)))
+    Optimizer::restored(config, step, moments)
 }
 
 #[cfg(test)]

@@ -33,8 +33,7 @@ impl Example {
     /// [`Error::Shape`] if the numbers of labels and ids differ.
     pub fn new(ids: Vec<u32>, labels: Vec<i64>) -> Result<Self> {
         if labels.len() != ids.len() {
-            let (expected, got) = (ids.len().to_string(), labels.len().to_string());
-            return Err(Error::Shape { op: "an example", what: "the number of labels", expected, got });
+            return Err(Error::shape("an example", "the number of labels", ids.len(), labels.len()));
         }
         let all = ids.iter().zip(&labels);
         let own = |(&id, &label): (&u32, &i64)| label == i64::from(id);

@@ -120,20 +120,21 @@ impl Trainer {
         let label_tokens: usize = micro_batches.iter().map(Batch::label_tokens).sum();
         if label_tokens == 0 {
             let got = format!("{} micro-batches without labels", micro_batches.len());
-            let expected = "at least one token must carry loss".into();
-            return Err(Error::Invalid { op: OP, what: "the data", got, expected });
+            return Err(Error::invalid(OP, "the data", got, "at least one token must carry loss"));
         }
         let (loss, gradients) = self.gradients(model, micro_batches, 1.0 / label_tokens as f32)?;
 
-        let mut parameters = model.parameters_mut();
         // A tensor that no token reached has no gradient and, like in torch, no update.
-        parameters.retain(|(_, tensor)| gradients.get(tensor).is_some());
-        let found: Vec<&Tensor> = parameters.iter().filter_map(|(_, tensor)| gradients.get(tensor)).collect();
+        let reached = model.parameters_mut().filter_map(|(name, parameter)| {
+            let gradient = gradients.get(parameter)?;
+            Some((name, parameter, gradient))
+        });
+        let mut parameters: Vec<_> = reached.collect();
+        let found: Vec<&Tensor> = parameters.iter().map(|(.., gradient)| *gradient).collect();
         let norm = grad_norm(&found, Some(&loss), self.options.max_norm)?;
         let factor = self.options.schedule.factor(step);
         self.optimizer.begin();
-        let updates = parameters.iter_mut().zip(found);
-        let updates = updates.map(|((name, tensor), gradient)| (name.as_str(), &mut **tensor, gradient)).collect();
+        let updates = parameters.iter_mut().map(|(_, parameter, gradient)| (&mut **parameter, *gradient)).collect();
         self.optimizer.update_all(updates, factor, &norm)?;
         // One read for all: each read waits for the device.
         let values = norm.values.to_vec()?;
@@ -143,7 +144,7 @@ impl Trainer {
             self.optimizer.undo();
             let culprit = parameters.iter().zip(each).find(|(_, norm)| !norm.is_finite());
             let (what, value) = match culprit {
-                Some(((name, _), norm)) if loss.is_finite() => (format!("the gradient of {name}"), *norm),
+                Some(((name, ..), norm)) if loss.is_finite() => (format!("the gradient of {name}"), *norm),
                 _ if !loss.is_finite() => ("the loss".to_owned(), loss),
                 _ => ("the gradient's norm".to_owned(), total),
             };
@@ -183,12 +184,7 @@ impl Trainer {
                 None => value,
             });
         }
-        let no_batch = || Error::Invalid {
-            op: OP,
-            what: "the data",
-            got: "no micro-batches".into(),
-            expected: "a step needs at least one".into(),
-        };
+        let no_batch = || Error::invalid(OP, "the data", "no micro-batches", "a step needs at least one");
         Ok((total.ok_or_else(no_batch)?, gradients))
     }
 }

@@ -7,15 +7,15 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::Trainer;
 use super::batches::{Batches, MicroBatch};
 use super::checkpoint::{self, State};
 use super::data::Example;
 use super::folder::BEST;
 pub use super::folder::RunFolder;
 use super::metrics::{Metrics, Record};
-pub use super::settings::Setting;
 use super::settings::{self, Made};
-use super::{TrainOptions, Trainer};
+pub use super::settings::{RunOptions, Setting};
 use crate::error::{Error, Result};
 use crate::eval::evaluate;
 use crate::formats::peft::{PeftAdapter, PeftConfig};
@@ -25,25 +25,6 @@ const OP: &str = "training run";
 
 /// Name of the adapter in the model.
 const NAME: &str = "default";
-
-/// Length of a run, and what to do during it.
-#[derive(Clone, Copy, Debug)]
-pub struct RunOptions {
-    /// Options for each step.
-    pub train: TrainOptions,
-    /// Total number of steps.
-    pub steps: u32,
-    /// Steps between evaluations. There is always one before the first step and one after the
-    /// last; with 0, only these.
-    pub eval_every: u32,
-    /// Ends the run after this many evaluations without improvement. The result is then the best
-    /// adapter.
-    pub early_stop: Option<u32>,
-    /// Steps between checkpoints. There is always one after the last step; with 0, only that one.
-    pub save_every: u32,
-    /// Number of newest checkpoints to keep, at least 1.
-    pub keep: usize,
-}
 
 /// Progress of a run.
 #[derive(Clone, Copy, Debug)]
@@ -165,8 +146,9 @@ impl<'a> Run<'a> {
             // Needed at the end; better to notice now that it is missing.
             PeftAdapter::read(output.join(BEST))?;
         }
-        let (adapter, optimizer) = checkpoint::load(&checkpoint, state.step, model.device(), options.train.optimizer)?;
+        let adapter = PeftAdapter::read(&checkpoint)?;
         model.attach_peft(NAME, &adapter)?;
+        let optimizer = checkpoint::optimizer(&checkpoint, state.step, model, options.train.optimizer)?;
         let trainer = Trainer { options: options.train, optimizer };
         let (metrics, damaged) = Metrics::resume(&output, &checkpoint)?;
         if damaged {
@@ -283,7 +265,9 @@ impl<'a> Run<'a> {
 
     fn save(&mut self) -> Result<PathBuf> {
         let (output, optimizer) = (self.folder.path(), self.trainer.optimizer());
-        let folder = checkpoint::save(output, &self.adapter()?, optimizer, &self.metrics, &self.state)?;
+        let moments = |(name, parameter)| Some((name, optimizer.moments(parameter)?));
+        let moments: Vec<_> = self.model.parameters().filter_map(moments).collect();
+        let folder = checkpoint::save(output, &self.adapter()?, &moments, &self.metrics, &self.state)?;
         checkpoint::remove_old(output, self.options.keep)?;
         self.saved = Some(self.state.step);
         Ok(folder)
@@ -345,25 +329,21 @@ fn to_device(model: &Decoder, micro: &MicroBatch) -> Result<Batch> {
 }
 
 fn check(options: &RunOptions, eval: &[Example]) -> Result<()> {
-    let invalid = |what, got: &str, expected: &str| {
-        Err(Error::Invalid { op: OP, what, got: got.into(), expected: expected.into() })
-    };
-    match options {
-        RunOptions { steps: 0, .. } => invalid("the number of steps", "0", "it must be at least 1"),
-        RunOptions { keep: 0, .. } => invalid("the number of checkpoints to keep", "0", "it must be at least 1"),
-        RunOptions { early_stop: Some(0), .. } => {
-            invalid("the patience of early stopping", "0", "it must be at least 1")
-        }
+    let (what, got, expected) = match options {
+        RunOptions { steps: 0, .. } => ("the number of steps", "0", "it must be at least 1"),
+        RunOptions { keep: 0, .. } => ("the number of checkpoints to keep", "0", "it must be at least 1"),
+        RunOptions { early_stop: Some(0), .. } => ("the patience of early stopping", "0", "it must be at least 1"),
         RunOptions { early_stop: Some(_), .. } if eval.is_empty() => {
-            invalid("early stopping", "asked for without evaluation data", "give it evaluation data")
+            ("early stopping", "asked for without evaluation data", "give it evaluation data")
         }
-        RunOptions { early_stop: Some(_), eval_every: 0, .. } => invalid(
+        RunOptions { early_stop: Some(_), eval_every: 0, .. } => (
             "early stopping",
             "asked for without evaluations during the run",
             "set the number of steps between evaluations",
         ),
-        _ => Ok(()),
-    }
+        _ => return Ok(()),
+    };
+    Err(Error::invalid(OP, what, got, expected))
 }
 
 /// Batch size of the run in a folder, from its newest checkpoint; `None` if nothing was saved yet.

@@ -1,15 +1,34 @@
-//! Settings that determine a run's course. A run must be resumed with the settings it was started
+//! Options of a run, and the settings that determine its course. A run must be resumed with the settings it was started
 //! with.
 
 use serde_json::{Map, Value, json};
 
+use super::TrainOptions;
 use super::batches::Batches;
 use super::data::Example;
-use super::run::RunOptions;
 use crate::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
 use crate::hash::text_hash;
 use crate::nn::Fingerprint;
 use crate::seed::mix;
+
+/// Length of a run, and what to do during it.
+#[derive(Clone, Copy, Debug)]
+pub struct RunOptions {
+    /// Options for each step.
+    pub train: TrainOptions,
+    /// Total number of steps.
+    pub steps: u32,
+    /// Steps between evaluations. There is always one before the first step and one after the
+    /// last; with 0, only these.
+    pub eval_every: u32,
+    /// Ends the run after this many evaluations without improvement. The result is then the best
+    /// adapter.
+    pub early_stop: Option<u32>,
+    /// Steps between checkpoints. There is always one after the last step; with 0, only that one.
+    pub save_every: u32,
+    /// Number of newest checkpoints to keep, at least 1.
+    pub keep: usize,
+}
 
 /// A setting that must be the same when a run is resumed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -230,7 +230,7 @@ fn parameters_are_updated_by_name_and_dora_starts_as_the_base() {
         for ((_, parameter), gradient) in layer.parameters_mut().zip(by_parameter) {
             let (values, gradient) = (parameter.to_vec().unwrap(), gradient.unwrap().to_vec().unwrap());
             let moved: Vec<f32> = values.iter().zip(gradient).map(|(value, slope)| value - 1e-3 * slope).collect();
-            *parameter = Tensor::from_slice(&device, parameter.shape(), &moved).unwrap();
+            **parameter = Tensor::from_slice(&device, parameter.shape(), &moved).unwrap();
         }
         let after = norm(&layer);
         assert!(after < 0.99 * before, "{context}: {before} to {after}");

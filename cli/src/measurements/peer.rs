@@ -108,7 +108,7 @@ impl Peer {
     fn read<T: for<'a> Deserialize<'a>>(&mut self) -> Result<T> {
         let line = match self.output.next() {
             Some(Ok(line)) => line,
-            Some(Err(error)) => return Err(self.failed(error.to_string())),
+            Some(Err(error)) => return Err(Error::io(&self.command, error)),
             None => return Err(self.failed("has ended without an answer; stderr says why".into())),
         };
         serde_json::from_str(&line).map_err(|error| self.failed(format!("answers {line:.200?}: {error}")))

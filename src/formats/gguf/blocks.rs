@@ -5,7 +5,7 @@ use half::f16;
 use rayon::prelude::*;
 
 use super::TensorType;
-use super::k_quants;
+use super::k_quants::{self, half};
 use crate::error::Result;
 use crate::formats::checkpoint::BaseFormat;
 use crate::formats::safetensors::{Floats, values};
@@ -54,6 +54,13 @@ pub(super) fn matrix(
     base.matrix(floats, rows, cols).map(Some)
 }
 
+impl TensorType {
+    /// Whether tensors of this type can be loaded.
+    pub fn is_read(self) -> bool {
+        matrix_kind(self, &BaseFormat::AsIs).is_some()
+    }
+}
+
 /// Returns how [`matrix`] stores values of this type.
 pub(super) fn matrix_kind(kind: TensorType, base: &BaseFormat) -> Option<MatrixKind> {
     if four_bit_format(kind).is_some() {
@@ -73,11 +80,6 @@ pub(super) fn matrix_kind(kind: TensorType, base: &BaseFormat) -> Option<MatrixK
         _ => k_quants::decoder(kind).map(|_| MatrixKind::F32)?,
     };
     Some(base.kind(stored))
-}
-
-/// Reads the f16 at byte `at` of a block.
-pub(super) fn half(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 fn four_bit_format(kind: TensorType) -> Option<Format> {

@@ -1,8 +1,9 @@
 //! Decodes ggml's block types other than the 4-bit matrices to f32: 2, 3, 5, 6 and 8 bits. The
 //! arithmetic and its order follow ggml (`ggml-quants.c`), so values are bit-identical.
 
+use half::f16;
+
 use super::TensorType;
-use super::blocks::half;
 
 /// Decodes one block.
 pub(super) type Decoder = fn(&[u8], &mut [f32]);
@@ -19,6 +20,11 @@ pub(super) fn decoder(kind: TensorType) -> Option<Decoder> {
         TensorType::Q8K => Some(q8_k),
         _ => None,
     }
+}
+
+/// Reads the f16 at byte `at` of a block.
+pub(super) fn half(block: &[u8], at: usize) -> f32 {
+    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
 /// 6-bit scale and minimum of block `i` of 8, from the 12 bytes that pack them in Q4_K and Q5_K.

@@ -2,9 +2,6 @@
 
 use std::fmt;
 
-use super::blocks;
-use crate::formats::checkpoint::BaseFormat;
-
 /// Type of a tensor's values, with ggml's numbers and names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum TensorType {
@@ -97,11 +94,6 @@ impl TensorType {
     /// Bytes of a block.
     pub fn block_bytes(self) -> usize {
         TYPES[self as usize].4
-    }
-
-    /// Whether tensors of this type can be loaded.
-    pub fn is_read(self) -> bool {
-        blocks::matrix_kind(self, &BaseFormat::AsIs).is_some()
     }
 
     /// Bytes of this many values, unless they aren't a whole number of blocks or overflow.

@@ -245,7 +245,7 @@ mod tests {
         assert!(error(&[tensor("v", &[1], &[1.0]), tensor("w", &[2], &[1.0])]).contains("do not fill"));
         let blocks = OutTensor { kind: TensorType::Q8_0, ..tensor("w", &[2, 48], &[]) };
         assert!(error(&[blocks]).contains("not a multiple of Q8_0's block size: [2, 48]"));
-        let failing = || Err(Error::io("there", std::io::Error::other("no room")));
+        let failing = || Err(Error::io("there", io::Error::other("no room")));
         assert!(error(&[OutTensor { data: Box::new(failing), ..tensor("w", &[1], &[]) }]).contains("no room"));
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }

@@ -77,17 +77,15 @@ impl ModuleRegex {
     fn within(text: &str, before: &str, after: &str, count: usize) -> Result<Self> {
         let limit = MAX_COMPILED.min(MAX_ALL_COMPILED / count);
         let compile = |text: &str| RegexBuilder::new(text).delegate_size_limit(limit).build();
-        let invalid = |e: RegexError| Error::Invalid {
-            op: "target modules",
-            what: "regular expression",
-            got: format!("{text:?}"),
-            expected: if is_too_large(&e) {
+        let invalid = |e: RegexError| {
+            let why = if is_too_large(&e) {
                 format!(
                     "it needs more than {limit} bytes when compiled, its share among {count} expressions; simplify it"
                 )
             } else {
                 format!("it is malformed: {}", reason(&e))
-            },
+            };
+            Error::invalid("target modules", "regular expression", format!("{text:?}"), why)
         };
         compile(text).map_err(invalid)?;
         Ok(ModuleRegex { text: text.into(), regex: compile(&format!("{before}{text}{after}")).map_err(invalid)? })
@@ -166,12 +164,12 @@ impl Targets {
     /// malformed.
     pub fn layers(self, indices: Vec<usize>, containers: Vec<String>) -> Result<Self> {
         if !matches!(self.modules, TargetModules::Names(_)) {
-            return Err(Error::Invalid {
-                op: "target modules",
-                what: "layers_to_transform",
-                got: format!("{indices:?}"),
-                expected: "it needs a list of target_modules".into(),
-            });
+            return Err(Error::invalid(
+                "target modules",
+                "layers_to_transform",
+                format!("{indices:?}"),
+                "it needs a list of target_modules",
+            ));
         }
         let patterns = if containers.is_empty() {
             vec![ModuleRegex::new(r".*?\.[^.]*\.(?P<idx>\d+)\..*")?]

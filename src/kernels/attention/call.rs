@@ -48,12 +48,12 @@ impl AttentionShape {
         if grouped && (8..=256).contains(&head_dim) && head_dim.is_multiple_of(4) && scale.is_finite() {
             return Ok(());
         }
-        Err(Error::Invalid {
+        Err(Error::invalid(
             op,
-            what: "the shape",
-            got: format!("{heads} heads, {kv_heads} key heads, {head_dim} values per head, scale {scale}"),
-            expected: "heads must be a multiple of key heads, values per head a multiple of 4 in 8..=256".into(),
-        })
+            "the shape",
+            format!("{heads} heads, {kv_heads} key heads, {head_dim} values per head, scale {scale}"),
+            "heads must be a multiple of key heads, values per head a multiple of 4 in 8..=256",
+        ))
     }
 
     /// Query heads per key head.

@@ -35,14 +35,12 @@ impl Visibility {
     /// [`Error::Invalid`] unless `segments` consists of whole rows of at least one token, or for a
     /// window of 0; and the errors of [`Visibility::ranges`].
     pub fn causal(device: &Device, segments: &[u32], length: usize, window: Option<usize>) -> Result<Visibility> {
-        let invalid =
-            |what, got: usize, expected: String| Error::Invalid { op: OP, what, got: got.to_string(), expected };
         if length == 0 || !segments.len().is_multiple_of(length) {
             let expected = format!("{} segment ids must be a multiple of it", segments.len());
-            return Err(invalid("the length of a row", length, expected));
+            return Err(Error::invalid(OP, "the length of a row", length, expected));
         }
         if window == Some(0) {
-            return Err(invalid("the window", 0, "it must be at least 1, because a token sees itself".into()));
+            return Err(Error::invalid(OP, "the window", 0, "it must be at least 1, because a token sees itself"));
         }
         let mut run = 0;
         let range = |i: usize| {
@@ -66,12 +64,12 @@ impl Visibility {
         let mut before = (0, 0);
         for (query, &(first, end)) in ranges.iter().enumerate() {
             if first > end || end as usize > keys || first < before.0 || end < before.1 {
-                return Err(Error::Invalid {
-                    op: OP,
-                    what: "a query's range of keys",
-                    got: format!("{first}..{end} for query {query}, after {}..{}", before.0, before.1),
-                    expected: format!("it must lie in 0..{keys}, and neither its start nor its end may decrease"),
-                });
+                return Err(Error::invalid(
+                    OP,
+                    "a query's range of keys",
+                    format!("{first}..{end} for query {query}, after {}..{}", before.0, before.1),
+                    format!("it must lie in 0..{keys}, and neither its start nor its end may decrease"),
+                ));
             }
             before = (first, end);
         }

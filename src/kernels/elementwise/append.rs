@@ -36,11 +36,8 @@ pub fn append([keys, values]: [&mut Tensor; 2], first: usize, [k, v]: [&Tensor; 
     expect_shape(OP, "K", k, &[rows, width])?;
     expect_shape(OP, "V", v, &[rows, width])?;
     if !width.is_multiple_of(4) || first + rows > capacity {
-        let (expected, got) = (
-            "rows that fit, of a width divisible by 4".into(),
-            format!("{rows} rows of width {width} from row {first} on, capacity {capacity}"),
-        );
-        return Err(Error::Shape { op: OP, what: "K", expected, got });
+        let got = format!("{rows} rows of width {width} from row {first} on, capacity {capacity}");
+        return Err(Error::shape(OP, "K", "rows that fit, of a width divisible by 4", got));
     }
     [&*values, k, v].iter().try_for_each(|other| keys.device().same(&other.device(), OP))?;
     if let Storage::Cpu(..) = keys.storage() {

@@ -25,12 +25,8 @@ impl Dropout {
     /// [`Error::Invalid`] for a probability outside 0..1.
     pub(crate) fn active(self, op: &'static str) -> Result<Option<Dropout>> {
         if !(0.0..1.0).contains(&self.probability) {
-            return Err(Error::Invalid {
-                op,
-                what: "the dropout probability",
-                got: self.probability.to_string(),
-                expected: "it must be at least 0 and less than 1".into(),
-            });
+            let expected = "it must be at least 0 and less than 1";
+            return Err(Error::invalid(op, "the dropout probability", self.probability, expected));
         }
         Ok((self.probability != 0.0).then_some(self))
     }

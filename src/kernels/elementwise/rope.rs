@@ -140,15 +140,12 @@ impl RopeTable {
         let frequencies = config.frequencies();
         let even = config.head_dim > 0 && config.head_dim.is_multiple_of(2);
         if !even || positions == 0 || !frequencies.iter().all(|value| value.is_finite() && *value > 0.0) {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "the table",
-                got: format!(
-                    "for theta {}, {} values per head and {positions} positions",
-                    config.theta, config.head_dim
-                ),
-                expected: "it needs a position, an even number of values per head, and positive factors".into(),
-            });
+            return Err(Error::invalid(
+                OP,
+                "the table",
+                format!("for theta {}, {} values per head and {positions} positions", config.theta, config.head_dim),
+                "it needs a position, an even number of values per head, and positive factors",
+            ));
         }
         let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
         // The angle is rounded to f32; its sine and cosine are computed in f64, so that every
@@ -214,7 +211,7 @@ fn turn<const N: usize>(xs: [&Tensor; N], table: &RopeTable, positions: &Indices
         let (m, cols) = expect_2d(OP, "x", x)?;
         if cols == 0 || !cols.is_multiple_of(head_dim) {
             let expected = format!("[rows, a multiple of {head_dim}]");
-            return Err(Error::Shape { op: OP, what: "x", expected, got: format!("{:?}", x.shape()) });
+            return Err(Error::shape(OP, "x", expected, format!("{:?}", x.shape())));
         }
         positions.expect_len(OP, "positions", m)?;
         x.device().same(&table.cosines.device(), OP)?;
@@ -231,12 +228,8 @@ fn turn<const N: usize>(xs: [&Tensor; N], table: &RopeTable, positions: &Indices
 fn on_cpu(cpu: &Cpu, xs: &[&Tensor], table: &RopeTable, positions: &Indices, sign: f32) -> Result<Vec<Tensor>> {
     let positions = positions.host(OP)?;
     if let Some(position) = positions.iter().find(|&&position| position as usize >= table.positions()) {
-        return Err(Error::Invalid {
-            op: OP,
-            what: "a position",
-            got: position.to_string(),
-            expected: format!("the table has {} positions", table.positions()),
-        });
+        let expected = format!("the table has {} positions", table.positions());
+        return Err(Error::invalid(OP, "a position", position, expected));
     }
     let turned = |x: &&Tensor| {
         let mut y = cpu.zeros(x.len())?;

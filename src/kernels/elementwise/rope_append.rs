@@ -60,12 +60,12 @@ pub fn rope_append(
     for (what, cols) in [("Q", width), ("K", kv_width)] {
         if cols == 0 || !cols.is_multiple_of(head_dim) {
             let expected = format!("a multiple of {head_dim}");
-            return Err(Error::Shape { op: OP, what, expected, got: cols.to_string() });
+            return Err(Error::shape(OP, what, expected, cols));
         }
     }
     if first + rows > capacity.min(table.positions()) {
         let expected = format!("tokens that fit {capacity} rows and a table of {} positions", table.positions());
-        return Err(Error::Shape { op: OP, what: "the tokens", expected, got: format!("{rows} from {first} on") });
+        return Err(Error::shape(OP, "the tokens", expected, format!("{rows} from {first} on")));
     }
     let others = [&*values, k, v, keys, table.cosines()];
     others.iter().try_for_each(|other| q.device().same(&other.device(), OP))?;

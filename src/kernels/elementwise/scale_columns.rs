@@ -51,7 +51,7 @@ fn run(x: &Tensor, c: &Tensor, plus: Option<&Tensor>, divide: bool) -> Result<Te
     expect_shape(OP, "c", c, &[n])?;
     if x.shape().last() != Some(&n) {
         let (expected, got) = (format!("rows of {n} values, as in c"), format!("{:?}", x.shape()));
-        return Err(Error::Shape { op: OP, what: "X", expected, got });
+        return Err(Error::shape(OP, "X", expected, got));
     }
     let of_row = plus.is_some_and(|plus| plus.shape() != x.shape());
     if let Some(plus) = plus {

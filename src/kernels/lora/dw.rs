@@ -93,8 +93,7 @@ fn run(l: &Tensor, r: &Tensor, shared: Shared<'_>, scale: f32, dropout: Option<D
     let (m, rows) = expect_2d(OP, "L", l)?;
     let (r_m, cols) = expect_2d(OP, "R", r)?;
     if m != r_m {
-        let (expected, got) = (format!("{m}, as in L"), r_m.to_string());
-        return Err(Error::Shape { op: OP, what: "rows of R", expected, got });
+        return Err(Error::shape(OP, "rows of R", format!("{m}, as in L"), r_m));
     }
     l.device().same(&r.device(), OP)?;
     let dropout = dropout.map_or(Ok(None), |dropout| dropout.active(OP))?;

@@ -138,12 +138,12 @@ fn largest(values: &[f32]) -> f32 {
 pub fn check_labels(labels: &[u32], vocabulary: usize) -> Result<()> {
     match labels.iter().position(|&label| label != IGNORE && label as usize >= vocabulary) {
         None => Ok(()),
-        Some(index) => Err(Error::Invalid {
-            op: OP,
-            what: "a label",
-            got: format!("{} at index {index}", labels[index]),
-            expected: format!("the vocabulary has {vocabulary} tokens"),
-        }),
+        Some(index) => Err(Error::invalid(
+            OP,
+            "a label",
+            format!("{} at index {index}", labels[index]),
+            format!("the vocabulary has {vocabulary} tokens"),
+        )),
     }
 }
 

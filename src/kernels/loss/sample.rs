@@ -76,8 +76,7 @@ pub fn checked(token: u32) -> Result<u32> {
 }
 
 fn bad_logit(got: &str) -> Error {
-    let expected = "the model's weights or its adapter are broken".into();
-    Error::Invalid { op: OP, what: "a logit", got: got.into(), expected }
+    Error::invalid(OP, "a logit", got, "the model's weights or its adapter are broken")
 }
 
 /// Chooses the same token, by sorting everything and adding sums as in the definition.

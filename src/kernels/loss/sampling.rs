@@ -33,14 +33,11 @@ impl Sampling {
     /// # Errors
     /// [`Error::Invalid`] for a temperature below 0 or a `top_p` outside 0..=1.
     pub(crate) fn check(&self) -> Result<()> {
-        let invalid = |what, got: f32, expected: &str| {
-            Err(Error::Invalid { op: OP, what, got: got.to_string(), expected: expected.into() })
-        };
         if !self.temperature.is_finite() || self.temperature < 0.0 {
-            return invalid("the temperature", self.temperature, "it must be at least 0");
+            return Err(Error::invalid(OP, "the temperature", self.temperature, "it must be at least 0"));
         }
         if !(0.0..=1.0).contains(&self.top_p) {
-            return invalid("top_p", self.top_p, "it must be in 0..=1");
+            return Err(Error::invalid(OP, "top_p", self.top_p, "it must be in 0..=1"));
         }
         Ok(())
     }

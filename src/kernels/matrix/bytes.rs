@@ -17,12 +17,7 @@ impl MatrixSpec {
     pub fn device_bytes(&self, device: &Device) -> Result<u64> {
         let empty = |kind: ScaleKind| kind == ScaleKind::Double { super_block: 0 };
         if matches!(self.kind, MatrixKind::Quantized { block: 0, .. }) || self.kind.all_scales().any(empty) {
-            return Err(Error::Invalid {
-                op: "matrix",
-                what: "block",
-                got: "0".into(),
-                expected: "expected at least 1".into(),
-            });
+            return Err(Error::invalid("matrix", "block", "0", "expected at least 1"));
         }
         match device {
             Device::Cpu(_) => Ok(self.host_bytes() as u64),

@@ -107,12 +107,7 @@ pub fn dequantize(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Array2<f
         (_, Some((gpu, parts))) => on_gpu(gpu, parts, w, delta, &mut values)?,
         (None, None) => {}
     }
-    Array2::from_shape_vec((n, k), values).map_err(|error| Error::Shape {
-        op: OP,
-        what: "result",
-        expected: format!("[{n}, {k}]"),
-        got: error.to_string(),
-    })
+    Array2::from_shape_vec((n, k), values).map_err(|error| Error::shape(OP, "result", format!("[{n}, {k}]"), error))
 }
 
 /// Rows per task on the CPU.

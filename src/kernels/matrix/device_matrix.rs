@@ -39,12 +39,12 @@ impl DeviceMatrix {
         let matrix = matrix.into();
         let (rows, cols) = (matrix.rows(), matrix.cols());
         if rows == 0 || cols == 0 {
-            return Err(Error::Invalid {
-                op: OP,
-                what: "the shape",
-                got: format!("{rows} x {cols}"),
-                expected: "a matrix has at least one row and one column".into(),
-            });
+            return Err(Error::invalid(
+                OP,
+                "the shape",
+                format!("{rows} x {cols}"),
+                "a matrix has at least one row and one column",
+            ));
         }
         let storage = match device {
             Device::Cpu(cpu) => {

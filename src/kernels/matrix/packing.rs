@@ -205,7 +205,7 @@ fn pack_quantized(matrix: &QuantizedMatrix, rows: Range<usize>, layout: &mut Mat
 }
 
 fn bad_super_block(got: usize, expected: &str) -> Error {
-    Error::Invalid { op: "device matrix", what: "the super-block", got: got.to_string(), expected: expected.to_owned() }
+    Error::invalid("device matrix", "the super-block", got, expected)
 }
 
 /// Packs the codes of one row, from flat index `first` on: element e into bits 4 (e mod 8) of word

@@ -50,8 +50,8 @@ pub struct Update<'a> {
 pub fn adamw(updates: &mut [Update<'_>], config: &AdamW, step: u32, norm: &GradNorm) -> Result<()> {
     config.check(step)?;
     if norm.values.len() < 2 {
-        let (expected, got) = ("[norm, factor, loss, ..]".into(), format!("{:?}", norm.values.shape()));
-        return Err(Error::Shape { op: OP, what: "gradient norm", expected, got });
+        let got = format!("{:?}", norm.values.shape());
+        return Err(Error::shape(OP, "gradient norm", "[norm, factor, loss, ..]", got));
     }
     for Update { param, grad, m, v } in &*updates {
         for (what, tensor) in [("gradient", *grad), ("m", &**m), ("v", &**v)] {

@@ -64,14 +64,13 @@ pub struct GradNorm {
 /// [`Error::Invalid`] for no gradients or a `max_norm` that is not positive, [`Error::Shape`] for
 /// a loss of another shape, [`Error::DeviceMismatch`].
 pub fn grad_norm(grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<f32>) -> Result<GradNorm> {
-    let invalid = |what, got, expected: &str| Err(Error::Invalid { op: OP, what, got, expected: expected.into() });
     let Some(first) = grads.first() else {
-        return invalid("the number of gradients", "0".into(), "it must be at least 1");
+        return Err(Error::invalid(OP, "the number of gradients", 0, "it must be at least 1"));
     };
     if let Some(max_norm) = max_norm
         && (max_norm <= 0.0 || max_norm.is_nan())
     {
-        return invalid("max_norm", max_norm.to_string(), "it must be positive");
+        return Err(Error::invalid(OP, "max_norm", max_norm, "it must be positive"));
     }
     for tensor in grads.iter().copied().chain(loss) {
         first.device().same(&tensor.device(), OP)?;

@@ -78,9 +78,7 @@ impl AdamW {
         ];
         match wrong.into_iter().find(|(_, _, fine, _)| !fine) {
             None => Ok(()),
-            Some((what, got, _, expected)) => {
-                Err(Error::Invalid { op: OP, what, got: got.to_string(), expected: expected.into() })
-            }
+            Some((what, got, _, expected)) => Err(Error::invalid(OP, what, got, expected)),
         }
     }
 }

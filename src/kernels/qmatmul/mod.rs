@@ -55,12 +55,7 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
     let (m, k) = expect_2d(OP, "x", x)?;
     let n = w.rows();
     if k != w.cols() {
-        return Err(Error::Shape {
-            op: OP,
-            what: "columns of x",
-            expected: format!("{} for a matrix {n} x {}", w.cols(), w.cols()),
-            got: k.to_string(),
-        });
+        return Err(Error::shape(OP, "columns of x", format!("{} for a matrix {n} x {}", w.cols(), w.cols()), k));
     }
     x.device().same(&w.device(), OP)?;
     if let Some(bias) = bias {

@@ -99,12 +99,12 @@ pub fn embedding(table: &DeviceMatrix, ids: &Indices) -> Result<Tensor> {
 pub fn check_ids(ids: &[u32], rows: usize) -> Result<()> {
     match ids.iter().position(|&id| id as usize >= rows) {
         None => Ok(()),
-        Some(index) => Err(Error::Invalid {
-            op: OP,
-            what: "an id",
-            got: format!("{} at index {index}", ids[index]),
-            expected: format!("the table has {rows} rows"),
-        }),
+        Some(index) => Err(Error::invalid(
+            OP,
+            "an id",
+            format!("{} at index {index}", ids[index]),
+            format!("the table has {rows} rows"),
+        )),
     }
 }
 

@@ -71,12 +71,12 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
 pub(crate) fn row_len(op: &'static str, x: &Tensor, weight: &Tensor) -> Result<usize> {
     match *weight.shape() {
         [k] if k > 0 && x.len().is_multiple_of(k) => Ok(k),
-        _ => Err(Error::Shape {
+        _ => Err(Error::shape(
             op,
-            what: "weight",
-            expected: format!("[K] where K divides the number of values in x {:?}", x.shape()),
-            got: format!("{:?}", weight.shape()),
-        }),
+            "weight",
+            format!("[K] where K divides the number of values in x {:?}", x.shape()),
+            format!("{:?}", weight.shape()),
+        )),
     }
 }
 

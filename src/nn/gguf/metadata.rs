@@ -46,12 +46,12 @@ impl ModelConfig {
                 set("attention.sliding_window", OutValue::U32(window as u32));
             }
             Some(window) => {
-                return Err(Error::Invalid {
-                    op: "writing a GGUF file",
-                    what: "the sliding window",
-                    got: window.to_string(),
-                    expected: format!("{architecture} files can't have one; merge into a directory instead"),
-                });
+                return Err(Error::invalid(
+                    "writing a GGUF file",
+                    "the sliding window",
+                    window,
+                    format!("{architecture} files can't have one; merge into a directory instead"),
+                ));
             }
         }
         Ok(metadata)

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::line::{LineResult, field};
+use super::object::{LineResult, field};
 use crate::nn::IGNORE_LABEL;
 use crate::train::example::Example;
 

@@ -5,16 +5,14 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use regex::Regex;
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::ids;
+use super::object::{LineResult, field};
 use crate::error::{Error, Result};
 use crate::text::{ChatTemplate, Conversation, Message, Tokenizer};
 use crate::train::chat_mask;
 use crate::train::example::Example;
-
-pub(super) type LineResult<T> = Result<T, String>;
 
 /// Keys that only describe where an example comes from. They are ignored and counted.
 const MEANINGLESS: [&str; 22] = [
@@ -367,9 +365,4 @@ fn is_blank(value: &Value) -> bool {
         Value::Object(fields) => fields.is_empty(),
         _ => false,
     }
-}
-
-pub(super) fn field<T: DeserializeOwned>(object: &Map<String, Value>, key: &str) -> LineResult<T> {
-    let value = object.get(key).ok_or_else(|| format!("`{key}` is missing"))?;
-    T::deserialize(value).map_err(|e| format!("`{key}`: {e}"))
 }

@@ -186,19 +186,14 @@ impl Dataset {
     /// # Errors
     /// [`Error::Invalid`] if there is only one example, or the share isn't between 0 and 1.
     pub fn split(&mut self, share: f64, seed: u64) -> Result<Vec<Example>> {
+        const OP: &str = "data split";
         let count = self.examples.len();
-        let invalid = |what, got: String, expected: &str| Error::Invalid {
-            op: "data split",
-            what,
-            got,
-            expected: expected.into(),
-        };
         if !(share > 0.0 && share < 1.0) {
-            return Err(invalid("the share", share.to_string(), "it must be between 0 and 1"));
+            return Err(Error::invalid(OP, "the share", share, "it must be between 0 and 1"));
         }
         if count < 2 {
             let expected = "splitting needs at least two; give a separate file for evaluation instead";
-            return Err(invalid("the number of examples", count.to_string(), expected));
+            return Err(Error::invalid(OP, "the number of examples", count, expected));
         }
         let taken = ((share * count as f64).round() as usize).clamp(1, count - 1);
         let out: BTreeSet<usize> = shuffled(seed, count).into_iter().take(taken).collect();

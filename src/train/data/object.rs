@@ -1,9 +1,12 @@
-//! JSON objects without duplicate keys. With duplicates, a value would be lost.
+//! JSON objects without duplicate keys, and their fields. With duplicates, a value would be lost.
 
 use std::fmt::{self, Formatter};
 
-use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
+
+/// A result for a line; the error says what is wrong with it.
+pub(super) type LineResult<T> = Result<T, String>;
 
 /// Parses a JSON object.
 ///
@@ -15,6 +18,12 @@ pub(super) fn read(text: &[u8]) -> serde_json::Result<Map<String, Value>> {
     json.end()?;
     // A map deserializes only to an object.
     Ok(if let Value::Object(map) = value { map } else { Map::new() })
+}
+
+/// The value of a key.
+pub(super) fn field<T: DeserializeOwned>(object: &Map<String, Value>, key: &str) -> LineResult<T> {
+    let value = object.get(key).ok_or_else(|| format!("`{key}` is missing"))?;
+    T::deserialize(value).map_err(|e| format!("`{key}`: {e}"))
 }
 
 /// A value without duplicate keys at any depth.

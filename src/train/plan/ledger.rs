@@ -10,7 +10,7 @@ use crate::autograd::Value;
 use crate::device::{Device, Pool, size_class};
 use crate::error::Result;
 use crate::kernels::Scratch;
-use crate::tensor::{TensorId, element_count};
+use crate::tensor::element_count;
 
 /// Uses of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -247,10 +247,6 @@ impl Drop for Held {
 }
 
 impl Value for Bytes {
-    fn id(&self) -> TensorId {
-        TensorId(Rc::as_ptr(&self.0).addr() as u64)
-    }
-
     fn add_in_place(&mut self, _: &Bytes) -> Result<()> {
         self.unshare();
         Ok(())

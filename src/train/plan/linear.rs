@@ -1,11 +1,11 @@
-//! Passes of a linear layer in simulated memory: follows `nn/train.rs`, allocation by allocation.
+//! Passes of a linear layer in simulated memory: follows `nn/linear/pass.rs`, allocation by allocation.
 
 use std::cell::OnceCell;
 use std::rc::Rc;
 
 use super::ledger::{Bytes, Ledger, Part};
 use super::step::Pass;
-use crate::autograd::{Tape, Var};
+use crate::autograd::{ParameterId, Tape, Var};
 use crate::error::Result;
 use crate::kernels::lora::coop;
 use crate::kernels::lora::dh;
@@ -31,6 +31,7 @@ pub(super) struct Adapter {
     pub a: Bytes,
     pub b: Bytes,
     pub magnitude: Option<Bytes>,
+    pub ids: [ParameterId; 3],
     pub factor: OnceCell<Factor>,
 }
 
@@ -225,7 +226,7 @@ impl Linear {
     }
 }
 
-/// Records layers that read the same x, like `run_all` in `nn/train.rs`.
+/// Records layers that read the same x, like `run_all` in `nn/linear/pass.rs`.
 pub(super) fn record_all<'a, const N: usize>(
     layers: [&'a Linear; N],
     pass: &'a Pass<'a>,
@@ -244,7 +245,9 @@ pub(super) fn record_all<'a, const N: usize>(
         let mut inputs = vec![x.node()];
         inputs.extend(residual.map(Var::node));
         let has_residual = residual.is_some();
-        inputs.extend(layer.adapter.iter().flat_map(Adapter::parameters).map(|tensor| tape.leaf(tensor)));
+        inputs.extend(
+            layer.adapter.iter().flat_map(|adapter| adapter.parameters().zip(adapter.ids)).map(|(_, id)| tape.leaf(id)),
+        );
         tape.record_adding(y, inputs, move |dy, sum| {
             let mut grads = layer.backward(pass, sum, saved.as_ref(), need_dx)?;
             drop(saved);

@@ -87,12 +87,7 @@ impl Plan {
         let MicroBatches { count, rows, tokens } = batches;
         if count == 0 || rows == 0 || tokens == 0 {
             let got = format!("{count} micro-batches of {rows} rows of {tokens} tokens");
-            return Err(Error::Invalid {
-                op: OP,
-                what: "the step",
-                got,
-                expected: "it needs at least one token".into(),
-            });
+            return Err(Error::invalid(OP, "the step", got, "it needs at least one token"));
         }
         model.config().check_positions(OP, tokens)?;
         crate::tensor::element_count(&[rows, tokens])?;

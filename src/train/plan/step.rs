@@ -8,7 +8,7 @@ use std::rc::Rc;
 use super::MicroBatches;
 use super::ledger::{Bytes, Ledger, Moment, Part};
 use super::linear::{Adapter, Factors, Linear, record_all};
-use crate::autograd::{Gradients, Tape, Var};
+use crate::autograd::{Gradients, ParameterId, Tape, Var};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
@@ -19,7 +19,7 @@ use crate::kernels::loss::linear_cross_entropy::chunk_rows;
 use crate::kernels::optim::grad_norm::{self, EACH};
 use crate::kernels::qmatmul;
 use crate::kernels::qmatmul::dx;
-use crate::nn::adapters::targeted;
+use crate::nn::attach::targeted;
 use crate::nn::{ModelConfig, ModelSpec};
 
 /// Context shared by all ops of a micro-batch.
@@ -190,13 +190,19 @@ impl Model {
             let (d_out, d_in, rank) = (matrix.rows, matrix.cols, adapter.rank(&path));
             let new = |shape: &[usize]| ledger.tensor(Part::Adapters, shape);
             if rank == 0 {
-                let expected = "it must be at least 1".into();
-                return Err(Error::Invalid { op: "plan", what: "the adapters' rank", got: "0".into(), expected });
+                return Err(Error::invalid("plan", "the adapters' rank", 0, "it must be at least 1"));
             }
             let adapter = if targeted.contains(&path) {
                 let (a, b) = (new(&[rank, d_in])?, new(&[d_out, rank])?);
                 let magnitude = adapter.use_dora.then(|| new(&[d_out])).transpose()?;
-                Some(Adapter { rank, a, b, magnitude, factor: OnceCell::new() })
+                Some(Adapter {
+                    rank,
+                    a,
+                    b,
+                    magnitude,
+                    factor: OnceCell::new(),
+                    ids: std::array::from_fn(|_| ParameterId::new()),
+                })
             } else {
                 None
             };

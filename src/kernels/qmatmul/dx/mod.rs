@@ -47,12 +47,7 @@ pub(crate) fn onto(sum: Option<Tensor>, rows: Rows<'_>, w: &DeviceMatrix, lora: 
     let (m, n) = expect_2d(OP, "dY", dy)?;
     let k = w.cols();
     if n != w.rows() {
-        return Err(Error::Shape {
-            op: OP,
-            what: "columns of dY",
-            expected: format!("{} for a matrix {} x {k}", w.rows(), w.rows()),
-            got: n.to_string(),
-        });
+        return Err(Error::shape(OP, "columns of dY", format!("{} for a matrix {} x {k}", w.rows(), w.rows()), n));
     }
     dy.device().same(&w.device(), OP)?;
     let mut adapter = None;

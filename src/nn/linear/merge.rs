@@ -2,25 +2,16 @@
 
 use ndarray::{Array2, Axis};
 
-use super::adapter::LoraAdapter;
-use super::linear::{AdaptedLinear, LoraLinear, delta};
+use super::layer::{AdaptedLinear, LoraLinear, Merged};
 use crate::error::{Error, Result};
 use crate::kernels::matrix::DeviceMatrix;
 use crate::kernels::matrix::dequantize::{Delta, dequantize};
+use crate::nn::adapter::LoraAdapter;
 use crate::quant::HostMatrix;
 use crate::quant::{DenseData, DenseMatrix};
 use crate::tensor::Tensor;
 
-/// An adapter as it was when merged, and DoRA's factor for each row.
-#[derive(Clone)]
-pub(super) struct Merged {
-    adapter: LoraAdapter,
-    factor: Option<Vec<f32>>,
-}
-
-pub(super) fn merge_error(what: &'static str, got: &str, expected: &str) -> Error {
-    Error::Invalid { op: "merge", what, got: got.to_owned(), expected: expected.to_owned() }
-}
+const OP: &str = "merge";
 
 /// Applies `apply` to each value of row i and the i-th factor.
 fn each_row(values: &mut Array2<f32>, factor: Option<&[f32]>, apply: impl Fn(&mut f32, f32)) {
@@ -34,7 +25,7 @@ impl<Base> AdaptedLinear<Base> {
     /// This is what an export writes. With DoRA, the magnitude sets the rows' lengths.
     pub fn merge_to_f32(&self) -> Result<Array2<f32>> {
         let adapter = self.active_adapter().filter(|_| !self.is_merged());
-        let mut values = dequantize(self.base(), adapter.map(delta))?;
+        let mut values = dequantize(self.base(), adapter.map(LoraAdapter::delta))?;
         if adapter.is_some() {
             each_row(&mut values, self.row_factor()?.as_deref(), |value, factor| *value *= factor);
         }
@@ -57,14 +48,24 @@ impl LoraLinear {
         let adapter = self.active_adapter().cloned();
         let Some(adapter) = adapter.filter(|_| !self.is_merged()) else {
             let got = if self.is_merged() { "merged already" } else { "without an active adapter" };
-            return Err(merge_error("the layer", got, "merge needs an active adapter that isn't merged yet"));
+            return Err(Error::invalid(OP, "the layer", got, "merge needs an active adapter that isn't merged yet"));
         };
         if !self.base.is_f32() {
-            return Err(merge_error("the base", "not f32", "only an f32 base can be merged in place and unmerged"));
+            return Err(Error::invalid(
+                OP,
+                "the base",
+                "not f32",
+                "only an f32 base can be merged in place and unmerged",
+            ));
         }
         let factor = self.row_factor()?;
         if factor.iter().flatten().any(|factor| *factor == 0.0 || !factor.is_finite()) {
-            return Err(merge_error("DoRA's factor", "zero or not finite in a row", "the merge couldn't be undone"));
+            return Err(Error::invalid(
+                OP,
+                "DoRA's factor",
+                "zero or not finite in a row",
+                "the merge couldn't be undone",
+            ));
         }
         let values = self.merge_to_f32()?;
         self.set_base(values)?;
@@ -78,7 +79,7 @@ impl LoraLinear {
     /// [`Error::Invalid`] if no adapter is merged.
     pub fn unmerge(&mut self) -> Result<()> {
         let Some(Merged { adapter, factor }) = self.merged.clone() else {
-            return Err(merge_error("the layer", "not merged", "unmerge needs a merged layer"));
+            return Err(Error::invalid(OP, "the layer", "not merged", "unmerge needs a merged layer"));
         };
         // The base is c * (W + s * B * A). Subtract s * (c * B) * A, then divide by c.
         let mut b = adapter.b().to_array2()?;

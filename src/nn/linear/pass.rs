@@ -1,34 +1,31 @@
-//! Forward and backward passes of an adapted layer for training, usable without a tape.
+//! Forward and backward passes of a linear layer, usable without a tape.
 //!
 //! | letter | meaning |
 //! | --- | --- |
 //! | x | input [M, d_in], xd = dropout(x) |
-//! | H, U | H = xd * A^T [M, r], U = xd * W^T + s * H * B^T [M, d_out] |
-//! | c | DoRA's factor m / n `[d_out]`, where n are the row norms of W + s * B * A |
+//! | H | xd * A^T [M, r] |
 //!
 //! LoRA: y = x * W^T + bias + s * H * B^T. Given dY, the gradients are G = s * dY * B,
 //! dA = G^T * xd, dB = s * dY^T * H and dX = dY * W + mask * (G * A).
 //!
-//! DoRA (Liu et al., 2024), with the factor applied to the base's product with xd, like PEFT:
-//! y = (x - xd) * W^T + bias + c * U. No gradient flows through n. With dU = c * dY:
-//! dm = column sums of (dY * U) / n, dA and dB are LoRA's with dU in place of dY, and
+//! With DoRA (`dora.rs`), dU takes the place of dY, except in
 //! dX = (1 - mask) * (dY * W) + mask * (dU * W + G * A).
 
-use super::adapter::LoraAdapter;
-use super::linear::AdaptedLinear;
+use ndarray::{Array2, ArrayView2};
+
+use super::dora::{DoraLayer, SavedDora};
+use super::layer::AdaptedLinear;
 use crate::error::Result;
 use crate::kernels::elementwise::add_assign;
 use crate::kernels::elementwise::dropout::Dropout;
 use crate::kernels::elementwise::dropout_mix::{Mix, dropout_mix};
-use crate::kernels::elementwise::scale_columns::{divide_columns, scale_columns};
-use crate::kernels::lora::dh;
-use crate::kernels::lora::down;
 use crate::kernels::lora::down::lora_down_all;
-use crate::kernels::lora::dw;
+use crate::kernels::lora::{dh, dw};
 use crate::kernels::qmatmul::dx::{self, LoraDx, qmatmul_dx};
-use crate::kernels::qmatmul::{Product, product, qmatmul};
+use crate::kernels::qmatmul::{Product, product};
 use crate::kernels::rows::column_sum::column_sum;
 use crate::kernels::{LoraUp, RowFactors, Rows, expect_shape};
+use crate::nn::adapter::LoraAdapter;
 use crate::tensor::Tensor;
 
 const OP: &str = "linear layer's backward";
@@ -52,21 +49,6 @@ struct SavedAdapter {
     dora: Option<SavedDora>,
 }
 
-#[derive(Clone)]
-struct SavedDora {
-    factor: DoraFactor,
-    u: Tensor,
-}
-
-/// DoRA's factor for each output column.
-#[derive(Clone)]
-pub(super) struct DoraFactor {
-    /// n, the row norms of W + s * B * A: `[d_out]`.
-    pub(super) norm: Tensor,
-    /// c = m / n: `[d_out]`.
-    pub(super) c: Tensor,
-}
-
 /// Gradients of a layer's input and of its trained tensors. The frozen base has none.
 #[derive(Clone, Debug, Default)]
 pub struct LinearGrads {
@@ -83,6 +65,20 @@ pub struct LinearGrads {
 }
 
 impl<Base> AdaptedLinear<Base> {
+    /// Computes Y [M, d_out] from X [M, d_in], without dropout.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape),
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch), and errors of the device.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, None).map(|(y, _)| y)
+    }
+
+    /// Like [`AdaptedLinear::forward`], from host memory to host memory.
+    pub fn forward_array(&self, x: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
+        self.forward(&Tensor::from_array(&self.device(), &x)?)?.to_array2()
+    }
+
     /// Like [`AdaptedLinear::forward`], with the active adapter's dropout; also returns what the
     /// backward pass needs. The same seed drops the same values on every device.
     ///
@@ -129,13 +125,12 @@ impl<Base> AdaptedLinear<Base> {
         let (a, b, s) = (adapter.a(), adapter.b(), adapter.scale());
         // Gradient of the value that the adapter is added to: dU for DoRA, otherwise dY.
         let du = match dora {
-            Some(dora) => &scale_columns(dy, &dora.factor.c, None)?,
+            Some(dora) => &dora.du(dy)?,
             None => dy,
         };
         let du_factors = RowFactors::default();
         let du = Rows { tensor: du, factors: &du_factors };
         let g = dh::of_rows(du, b, s)?;
-        let of_magnitude = |dora: &SavedDora| divide_columns(&column_sum(dy, Some(&dora.u))?, &dora.factor.norm);
         let of_u = |sum, dropout| dx::onto(sum, du, self.base(), Some(LoraDx { g: &g, a, dropout }));
         let dx = match (dora, dropout) {
             _ if !need_dx => None,
@@ -148,17 +143,12 @@ impl<Base> AdaptedLinear<Base> {
         };
         let da = dw::of_a(&g, Rows { tensor: x, factors: x_factors }, *dropout)?;
         let db = dw::of_b(du, h, s)?;
-        Ok(LinearGrads {
-            dx,
-            da: Some(da),
-            db: Some(db),
-            dmagnitude: dora.as_ref().map(of_magnitude).transpose()?,
-            dbias,
-        })
+        let dmagnitude = dora.as_ref().map(|dora| dora.dmagnitude(dy)).transpose()?;
+        Ok(LinearGrads { dx, da: Some(da), db: Some(db), dmagnitude, dbias })
     }
 
     /// Returns y for x, and what the backward pass needs.
-    pub(super) fn run(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Saved)> {
+    fn run(&self, x: &Tensor, dropout: Option<Dropout>) -> Result<(Tensor, Saved)> {
         let [result] = run_all([self], x, [dropout], [None])?;
         Ok(result)
     }
@@ -172,35 +162,6 @@ impl<Base> AdaptedLinear<Base> {
     /// The active adapter, unless it is merged into the base.
     fn adapter_beside(&self) -> Option<&LoraAdapter> {
         self.active_adapter().filter(|_| !self.is_merged())
-    }
-
-    /// Like [`AdaptedLinear::run`], with DoRA's factor.
-    fn run_dora(
-        &self,
-        x: Rows<'_>,
-        adapter: &LoraAdapter,
-        factor: &DoraFactor,
-        dropout: Option<Dropout>,
-    ) -> Result<(Tensor, Saved)> {
-        let (kept, kept_factors);
-        let (xd, beside) = match dropout {
-            None => (x, self.bias().cloned()),
-            Some(dropout) => {
-                let taken = dropout_mix(Mix::Rest(x.tensor), dropout)?;
-                let beside = qmatmul(&taken, self.base(), self.bias(), None)?;
-                (kept, kept_factors) = (dropout_mix(Mix::Kept(x.tensor), dropout)?, RowFactors::default());
-                (Rows { tensor: &kept, factors: &kept_factors }, Some(beside))
-            }
-        };
-        let h = down::of_rows(xd, adapter.a(), None)?;
-        let up = LoraUp { h: &h, b: adapter.b(), scale: adapter.scale() };
-        let u = product(xd, Product { w: self.base(), bias: None, lora: Some(up) })?;
-        let y = scale_columns(&u, &factor.c, beside.as_ref())?;
-        let dora = Some(SavedDora { factor: factor.clone(), u });
-        let (x, x_factors) = (x.tensor.clone(), x.factors.without_rows());
-        let rows = x.shape()[0];
-        let adapted = SavedAdapter { adapter: adapter.clone(), dropout, x, x_factors, h, dora };
-        Ok((y, Saved { rows, adapted: Some(adapted) }))
     }
 }
 
@@ -227,18 +188,21 @@ pub(super) fn run_all<Base, const N: usize>(
     let mut results = Vec::with_capacity(N);
     let beside = dropouts.into_iter().zip(residuals);
     for ((layer, adapter), (dropout, residual)) in layers.into_iter().zip(adapters).zip(beside) {
-        if let (Some(adapter), Some(factor)) = (layer.adapter_beside(), layer.dora_factor()?) {
-            results.push(layer.run_dora(rows, adapter, factor, dropout)?);
-            continue;
-        }
-        let adapted = adapter.and_then(|adapter| Some((adapter, hs.next()?)));
-        let lora = adapted.as_ref().map(|(adapter, h)| LoraUp { h, b: adapter.b(), scale: adapter.scale() });
-        let y = product(rows, Product { w: layer.base(), bias: residual.or(layer.bias()), lora })?;
-        let saved = |(adapter, h)| {
+        let saved = |adapter, h, dora| {
             let (x, x_factors) = (x.clone(), x_factors.without_rows());
-            SavedAdapter { adapter, dropout, x, x_factors, h, dora: None }
+            SavedAdapter { adapter, dropout, x, x_factors, h, dora }
         };
-        results.push((y, Saved { rows: x.shape()[0], adapted: adapted.map(saved) }));
+        let (y, adapted) = if let (Some(adapter), Some(factor)) = (layer.adapter_beside(), layer.dora_factor()?) {
+            let layer = DoraLayer { w: layer.base(), bias: layer.bias(), adapter, factor };
+            let (y, h, dora) = layer.forward(rows, dropout)?;
+            (y, Some(saved(adapter.clone(), h, Some(dora))))
+        } else {
+            let adapted = adapter.and_then(|adapter| Some((adapter, hs.next()?)));
+            let lora = adapted.as_ref().map(|(adapter, h)| LoraUp { h, b: adapter.b(), scale: adapter.scale() });
+            let y = product(rows, Product { w: layer.base(), bias: residual.or(layer.bias()), lora })?;
+            (y, adapted.map(|(adapter, h)| saved(adapter, h, None)))
+        };
+        results.push((y, Saved { rows: x.shape()[0], adapted }));
     }
     let mut results = results.into_iter();
     // There is one result for each layer.

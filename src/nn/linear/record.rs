@@ -1,7 +1,7 @@
 //! Recording linear layers on a tape.
 
-use super::linear::AdaptedLinear;
-use super::train::{LinearGrads, run_all};
+use super::layer::AdaptedLinear;
+use super::pass::{LinearGrads, run_all};
 use crate::autograd::{Tape, Var};
 use crate::error::Result;
 
@@ -35,7 +35,7 @@ impl<Base> AdaptedLinear<Base> {
 ///
 /// # Errors
 /// Same as [`AdaptedLinear::forward`].
-pub(super) fn record_all<'a, Base, const N: usize>(
+pub(in crate::nn) fn record_all<'a, Base, const N: usize>(
     layers: [&'a AdaptedLinear<Base>; N],
     tape: &mut Tape<'a>,
     x: &Var,
@@ -57,7 +57,7 @@ pub(super) fn record_all<'a, Base, const N: usize>(
         let mut inputs = vec![x.node()];
         inputs.extend(residual.map(Var::node));
         let has_residual = residual.is_some();
-        inputs.extend(layer.parameters().map(|(_, tensor)| tape.leaf(tensor)));
+        inputs.extend(layer.parameters().map(|(_, parameter)| tape.leaf(parameter.id())));
         tape.record_adding(y, inputs, move |dy, sum| {
             let LinearGrads { dx, da, db, dmagnitude, dbias } = layer.backward_onto(sum, dy, &saved, need_dx)?;
             // In the order of `parameters`; optional ones only if they are trained.
@@ -71,7 +71,7 @@ pub(super) fn record_all<'a, Base, const N: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::autograd::Gradients;
+    use crate::autograd::{Gradients, Parameter};
     use crate::kernels::elementwise::add::add;
     use crate::nn::{Linear, LoraAdapter, Scaling};
     use crate::tensor::Tensor;
@@ -84,7 +84,8 @@ mod tests {
             let tensor = |seed, shape: &[usize]| {
                 Tensor::from_slice(&device, shape, &testing::values(seed, shape.iter().product(), 1.0)).unwrap()
             };
-            let (x, residual, head) = (tensor(1, &[m, d_in]), tensor(2, &[m, d_out]), tensor(3, &[d_out]));
+            let [x, residual] = [tensor(1, &[m, d_in]), tensor(2, &[m, d_out])].map(Parameter::new);
+            let head = tensor(3, &[d_out]);
             // With a bias there is no place for the residual in the product, and DoRA scales the
             // product's result.
             for (bias, dora) in [(false, false), (true, false), (false, true)] {
@@ -100,7 +101,7 @@ mod tests {
                 }
                 let run = |together: bool| {
                     let mut tape = Tape::new();
-                    let [x_var, residual_var] = [&x, &residual].map(|tensor| tape.parameter(tensor));
+                    let [x_var, residual_var] = [&x, &residual].map(|parameter| tape.parameter(parameter));
                     let y = if together {
                         layer.record_onto(&mut tape, &x_var, &residual_var, None).unwrap()
                     } else {
@@ -112,8 +113,8 @@ mod tests {
                     let dy = add(normed.value(), &residual).unwrap();
                     let mut gradients = Gradients::new();
                     tape.run(&normed, dy, &mut gradients, None).unwrap();
-                    let parameters = layer.parameters().map(|(_, tensor)| tensor);
-                    let of = |tensor: &Tensor| gradients.get(tensor).unwrap().to_vec().unwrap();
+                    let parameters = layer.parameters().map(|(_, parameter)| parameter);
+                    let of = |parameter: &Parameter| gradients.get(parameter).unwrap().to_vec().unwrap();
                     let found: Vec<Vec<f32>> = [&x, &residual].into_iter().chain(parameters).map(of).collect();
                     (value, found)
                 };

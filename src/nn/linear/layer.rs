@@ -1,22 +1,19 @@
-//! Linear layers with LoRA or DoRA adapters on a frozen base:
-//! y = x * W^T + bias + s * dropout(x) * A^T * B^T.
+//! The linear layer: its base, bias and named adapters.
 
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::{Arc, OnceLock};
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::ArrayView2;
 
-use super::adapter::LoraAdapter;
-use super::merge::{Merged, merge_error};
-use super::train::DoraFactor;
+use super::dora::DoraFactor;
+use crate::autograd::Parameter;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::elementwise::scale_columns::divide_columns;
 use crate::kernels::expect_shape;
 use crate::kernels::lora::dora_norm::dora_norm;
 use crate::kernels::matrix::DeviceMatrix;
-use crate::kernels::matrix::dequantize::Delta;
+use crate::nn::adapter::LoraAdapter;
 use crate::quant::HostMatrix;
 use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use crate::tensor::Tensor;
@@ -49,15 +46,22 @@ pub type Linear = AdaptedLinear<AnyBase>;
 #[derive(Clone)]
 pub struct AdaptedLinear<Base> {
     pub(super) base: DeviceMatrix,
-    bias: Option<Tensor>,
+    bias: Option<Parameter>,
     train_bias: bool,
     adapters: BTreeMap<String, LoraAdapter>,
     active: Option<String>,
-    /// The adapter that has been merged into the base.
     pub(super) merged: Option<Merged>,
     /// DoRA's factor; cleared when the active adapter may have changed.
     dora: OnceLock<DoraFactor>,
     kind: PhantomData<Base>,
+}
+
+/// The adapter that has been merged into the base, as it was then.
+#[derive(Clone)]
+pub(super) struct Merged {
+    pub adapter: LoraAdapter,
+    /// DoRA's factor for each row.
+    pub factor: Option<Vec<f32>>,
 }
 
 /// Memory of a layer, in bytes. Counts the bytes resident on `device`, padding included.
@@ -101,7 +105,7 @@ impl<Base> AdaptedLinear<Base> {
     pub fn with_bias(mut self, bias: &[f32]) -> Result<Self> {
         let bias = Tensor::from_slice(&self.device(), &[bias.len()], bias)?;
         expect_shape(OP, "bias", &bias, &[self.d_out()])?;
-        self.bias = Some(bias);
+        self.bias = Some(Parameter::new(bias));
         Ok(self)
     }
 
@@ -129,18 +133,16 @@ impl<Base> AdaptedLinear<Base> {
     /// [`Error::Invalid`] if the magnitude would come from a base that another adapter is merged
     /// into.
     pub fn add_adapter(&mut self, name: &str, mut adapter: LoraAdapter) -> Result<()> {
+        const OP: &str = "adding an adapter";
         if (adapter.d_out(), adapter.d_in()) != (self.d_out(), self.d_in()) {
-            return Err(Error::Shape {
-                op: "adding an adapter",
-                what: "layer [d_out, d_in]",
-                expected: format!("[{}, {}]", self.d_out(), self.d_in()),
-                got: format!("[{}, {}]", adapter.d_out(), adapter.d_in()),
-            });
+            let expected = format!("[{}, {}]", self.d_out(), self.d_in());
+            let got = format!("[{}, {}]", adapter.d_out(), adapter.d_in());
+            return Err(Error::shape(OP, "layer [d_out, d_in]", expected, got));
         }
-        self.device().same(&adapter.a().device(), "adding an adapter")?;
+        self.device().same(&adapter.a().device(), OP)?;
         if adapter.is_dora() && adapter.magnitude().is_none() {
             self.check_unmerged("taking the base's magnitude")?;
-            let magnitude = dora_norm(&self.base, Some(delta(&adapter)))?;
+            let magnitude = dora_norm(&self.base, Some(adapter.delta()))?;
             adapter = adapter.with_magnitude(magnitude)?;
         }
         self.dora = OnceLock::new();
@@ -185,8 +187,7 @@ impl<Base> AdaptedLinear<Base> {
         if !self.is_merged() {
             return Ok(());
         }
-        let expected = "an adapter is merged into its base; unmerge it first".into();
-        Err(Error::Invalid { op, what: "the layer", got: "merged".into(), expected })
+        Err(Error::invalid(op, "the layer", "merged", "an adapter is merged into its base; unmerge it first"))
     }
 
     /// Name of the active adapter.
@@ -245,7 +246,7 @@ impl<Base> AdaptedLinear<Base> {
 
     /// The bias, `d_out` values.
     pub fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
+        self.bias.as_deref()
     }
 
     /// The base on its device.
@@ -264,20 +265,20 @@ impl<Base> AdaptedLinear<Base> {
     }
 
     /// The bias, if it is trained.
-    pub fn trained_bias(&self) -> Option<&Tensor> {
+    pub fn trained_bias(&self) -> Option<&Parameter> {
         self.bias.as_ref().filter(|_| self.train_bias)
     }
 
     /// Trained tensors by name: [`LoraAdapter::parameters`] of the active adapter, and "bias" if
     /// it is trained.
-    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Parameter)> {
         let bias = self.trained_bias().map(|bias| ("bias", bias));
         self.active_adapter().into_iter().flat_map(LoraAdapter::parameters).chain(bias)
     }
 
     /// Like [`AdaptedLinear::parameters`], for updates. Keep the shapes: a changed shape makes the
     /// next pass fail.
-    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Tensor)> {
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = (&'static str, &mut Parameter)> {
         self.dora = OnceLock::new();
         let adapter = self.active.as_ref().and_then(|name| self.adapters.get_mut(name));
         let bias = self.bias.as_mut().filter(|_| self.train_bias).map(|bias| ("bias", bias));
@@ -286,20 +287,7 @@ impl<Base> AdaptedLinear<Base> {
 
     /// Trained tensors, without names.
     pub fn trainable_params(&self) -> Vec<&Tensor> {
-        self.parameters().map(|(_, tensor)| tensor).collect()
-    }
-
-    /// Computes Y [M, d_out] from X [M, d_in], without dropout.
-    ///
-    /// # Errors
-    /// [`Error::Shape`], [`Error::DeviceMismatch`], and errors of the device.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, None).map(|(y, _)| y)
-    }
-
-    /// Like [`AdaptedLinear::forward`], from host memory to host memory.
-    pub fn forward_array(&self, x: ArrayView2<'_, f32>) -> Result<Array2<f32>> {
-        self.forward(&Tensor::from_array(&self.device(), &x)?)?.to_array2()
+        self.parameters().map(|(_, parameter)| &**parameter).collect()
     }
 
     /// DoRA's factor for each output column, if the active adapter is DoRA. Cached until the
@@ -309,13 +297,8 @@ impl<Base> AdaptedLinear<Base> {
         if let Some(factor) = self.dora.get() {
             return Ok(Some(factor));
         }
-        let Some(magnitude) = adapter.magnitude() else {
-            let (what, got) = ("DoRA's magnitude", "missing: the adapter was never added to this layer".into());
-            return Err(Error::Invalid { op: OP, what, got, expected: "add_adapter sets it".into() });
-        };
-        let norm = dora_norm(&self.base, Some(delta(adapter)))?;
-        let c = divide_columns(magnitude, &norm)?;
-        Ok(Some(self.dora.get_or_init(|| DoraFactor { norm, c })))
+        let factor = DoraFactor::new(&self.base, adapter)?;
+        Ok(Some(self.dora.get_or_init(|| factor)))
     }
 
     /// Whether an adapter has been merged into the base.
@@ -327,7 +310,7 @@ impl<Base> AdaptedLinear<Base> {
     pub fn memory_stats(&self) -> MemoryStats {
         let base = self.base.resident_bytes();
         let lora = self.adapters.values().map(LoraAdapter::resident_bytes).sum();
-        let bias = self.bias.as_ref().map_or(0, Tensor::resident_bytes);
+        let bias = self.bias().map_or(0, Tensor::resident_bytes);
         let unquantized = 4 * (self.d_in() * self.d_out()) as u64;
         MemoryStats {
             device: self.device().name().to_owned(),
@@ -339,11 +322,6 @@ impl<Base> AdaptedLinear<Base> {
             compression_ratio: unquantized as f64 / base as f64,
         }
     }
-}
-
-/// The adapter's addition to the base, without DoRA's factor.
-pub(super) fn delta(adapter: &LoraAdapter) -> Delta<'_> {
-    Delta { a: adapter.a(), b: adapter.b(), scale: adapter.scale() }
 }
 
 impl Linear {
@@ -400,11 +378,11 @@ impl QLoraLinear {
     /// the same as [`QLoraLinear::quantize`].
     pub fn from_lora(layer: LoraLinear, options: &QuantOptions) -> Result<QLoraLinear> {
         if layer.is_merged() {
-            return Err(merge_error("the layer", "merged", "unmerge it before its base is quantized"));
+            return Err(Error::invalid("merge", "the layer", "merged", "unmerge it before its base is quantized"));
         }
         let host = layer.base.to_host()?;
         let HostMatrix::Dense(dense) = &*host else {
-            return Err(merge_error("the base", "4-bit", "a LoRA layer has a dense base"));
+            return Err(Error::invalid("merge", "the base", "4-bit", "a LoRA layer has a dense base"));
         };
         let (rows, cols) = (dense.rows(), dense.cols());
         let quantized = match dense.data() {

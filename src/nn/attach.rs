@@ -133,8 +133,7 @@ impl Decoder {
         if self.linears().all(|(_, linear)| linear.adapter(name).is_err()) {
             return Ok(());
         }
-        let expected = "the model already has an adapter of this name".into();
-        Err(Error::Invalid { op: OP, what: "the adapter's name", got: name.to_owned(), expected })
+        Err(Error::invalid(OP, "the adapter's name", name, "the model already has an adapter of this name"))
     }
 
     fn adapters_for_message(&self) -> String {
@@ -157,8 +156,7 @@ impl LoraAdapter {
         (d_out, d_in): (usize, usize),
     ) -> Result<LoraAdapter> {
         let Some(module) = adapter.modules.get(path) else {
-            let expected = "the adapter has no such module".into();
-            return Err(Error::Invalid { op: OP, what: "a module", got: path.into(), expected });
+            return Err(Error::invalid(OP, "a module", path, "the adapter has no such module"));
         };
         let config = &adapter.config;
         let a = Tensor::from_array(device, &module.a)?;
@@ -169,12 +167,12 @@ impl LoraAdapter {
             lora = lora.with_magnitude(Tensor::from_slice(device, &[magnitude.len()], magnitude)?)?;
         }
         if (lora.d_out(), lora.d_in()) != (d_out, d_in) {
-            return Err(Error::Shape {
-                op: OP,
-                what: "adapter's layer [d_out, d_in]",
-                expected: format!("[{d_out}, {d_in}] for {path}"),
-                got: format!("[{}, {}]", lora.d_out(), lora.d_in()),
-            });
+            return Err(Error::shape(
+                OP,
+                "adapter's layer [d_out, d_in]",
+                format!("[{d_out}, {d_in}] for {path}"),
+                format!("[{}, {}]", lora.d_out(), lora.d_in()),
+            ));
         }
         Ok(lora)
     }
@@ -202,12 +200,12 @@ fn check_modules(adapter: &PeftAdapter, linears: impl Iterator<Item = String>) -
     let known: Vec<String> = linears.collect();
     match adapter.modules.keys().find(|path| !known.contains(*path)) {
         None => Ok(()),
-        Some(unknown) => Err(Error::Invalid {
-            op: OP,
-            what: "a module of the adapter",
-            got: unknown.clone(),
-            expected: format!("the model's linear layers are {}", span(&known)),
-        }),
+        Some(unknown) => Err(Error::invalid(
+            OP,
+            "a module of the adapter",
+            unknown,
+            format!("the model's linear layers are {}", span(&known)),
+        )),
     }
 }
 
@@ -215,8 +213,7 @@ fn check_supported(config: &PeftConfig) -> Result<()> {
     if !config.lora_bias {
         return Ok(());
     }
-    let expected = "biases of lora_B aren't supported".into();
-    Err(Error::Invalid { op: OP, what: "lora_bias", got: "true".into(), expected })
+    Err(Error::invalid(OP, "lora_bias", "true", "biases of lora_B aren't supported"))
 }
 
 /// Selects the linear layers of a model that the configuration targets.
@@ -224,13 +221,13 @@ fn check_supported(config: &PeftConfig) -> Result<()> {
 /// # Errors
 /// [`Error::Invalid`] if there are none, or if it targets a module that can't have an adapter.
 pub(crate) fn targeted(config: &PeftConfig, paths: impl Iterator<Item = String>) -> Result<BTreeSet<String>> {
-    let error = |expected| {
+    let error = |expected: String| {
         let got = match config.targets.modules() {
-            TargetModules::AllLinear => "all-linear".into(),
+            TargetModules::AllLinear => "all-linear".to_owned(),
             TargetModules::Names(names) => names.join(", "),
             TargetModules::Regex(expression) => expression.as_str().into(),
         };
-        Error::Invalid { op: OP, what: "target_modules", got, expected }
+        Error::invalid(OP, "target_modules", got, expected)
     };
     // PEFT would adapt these too; silently leaving them out would train something else.
     if let Some(path) = ["lm_head", "model.embed_tokens"].into_iter().find(|path| config.targets.matches(path, true)) {
