@@ -168,8 +168,17 @@ mod tests {
     fn shapes_that_disagree_are_named() {
         let zeros = |shape: &[usize]| Tensor::zeros(&Device::cpu(), shape).unwrap();
         let message = |result: Result<Tensor>| result.unwrap_err().to_string();
-        assert!(message(scale_columns(&zeros(&[2, 3]), &zeros(&[2]), None)).contains('X'));
-        assert!(message(scale_columns(&zeros(&[2, 3]), &zeros(&[3]), Some(&zeros(&[2])))).contains('D'));
-        assert!(message(divide_columns(&zeros(&[2, 3]), &zeros(&[1, 3]))).contains('c'));
+        assert_eq!(
+            message(scale_columns(&zeros(&[2, 3]), &zeros(&[2]), None)),
+            "scale_columns: X: expected rows of 2 values, as in c, got [2, 3]"
+        );
+        assert_eq!(
+            message(scale_columns(&zeros(&[2, 3]), &zeros(&[3]), Some(&zeros(&[2])))),
+            "scale_columns: D: expected [3], got [2]"
+        );
+        assert_eq!(
+            message(divide_columns(&zeros(&[2, 3]), &zeros(&[1, 3]))),
+            "scale_columns: c: expected [3], got [1, 3]"
+        );
     }
 }

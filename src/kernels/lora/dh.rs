@@ -163,7 +163,13 @@ mod tests {
     #[test]
     fn shapes_that_disagree_are_named() {
         let zeros = |shape: &[usize]| Tensor::zeros(&Device::cpu(), shape).unwrap();
-        assert!(lora_dh(&zeros(&[2, 3]), &zeros(&[4, 1]), 1.0).unwrap_err().to_string().contains('B'));
-        assert!(lora_dh(&zeros(&[2]), &zeros(&[2, 1]), 1.0).unwrap_err().to_string().contains("dY"));
+        assert_eq!(
+            lora_dh(&zeros(&[2, 3]), &zeros(&[4, 1]), 1.0).unwrap_err().to_string(),
+            "lora_dh: B: expected [3, 1], got [4, 1]"
+        );
+        assert_eq!(
+            lora_dh(&zeros(&[2]), &zeros(&[2, 1]), 1.0).unwrap_err().to_string(),
+            "lora_dh: dY: expected [rows, columns], got [2]"
+        );
     }
 }

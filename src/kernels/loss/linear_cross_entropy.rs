@@ -279,8 +279,8 @@ mod tests {
             let labels = Indices::from_slice(&device, labels).unwrap();
             linear_cross_entropy(&hidden, &head, &labels, 1.0, true).err().unwrap().to_string()
         };
-        assert!(message(&[2, 7], &[1, 2]).contains("hidden"));
-        assert!(message(&[16], &[1, 2]).contains("[16]"));
-        assert!(message(&[2, 8], &[1]).contains("labels"));
+        assert_eq!(message(&[2, 7], &[1, 2]), "linear_cross_entropy: hidden: expected [2, 8], got [2, 7]");
+        assert_eq!(message(&[16], &[1, 2]), "linear_cross_entropy: hidden: expected [rows, columns], got [16]");
+        assert_eq!(message(&[2, 8], &[1]), "linear_cross_entropy: labels: expected 2 values, got 1");
     }
 }

@@ -251,9 +251,12 @@ pub(crate) mod tests {
         let message = |config: AdamW, step: u32, len: usize| {
             one(&mut zeros(3), &zeros(len), &mut zeros(3), &mut zeros(3), &config, step, &norm).unwrap_err().to_string()
         };
-        assert!(message(CONFIG, 0, 3).contains("step"));
-        assert!(message(CONFIG, 1, 4).contains("gradient"));
-        assert!(message(AdamW { beta1: 1.0, ..CONFIG }, 1, 3).contains("beta1"));
+        assert_eq!(message(CONFIG, 0, 3), "adamw: the step is 0; steps count from 1");
+        assert_eq!(message(CONFIG, 1, 4), "adamw: gradient: expected [3], got [4]");
+        assert_eq!(
+            message(AdamW { beta1: 1.0, ..CONFIG }, 1, 3),
+            "adamw: beta1 is 1; it must be at least 0 and less than 1"
+        );
         assert!(message(AdamW { lr: f64::NAN, ..CONFIG }, 1, 3).contains("learning rate"));
         assert_eq!(AdamW::default().beta2, 0.999);
     }

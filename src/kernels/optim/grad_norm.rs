@@ -227,10 +227,16 @@ pub(crate) mod tests {
     fn bad_arguments_are_named() {
         let one = Tensor::zeros(&Device::cpu(), &[1]).unwrap();
         let message = |result: Result<GradNorm>| result.unwrap_err().to_string();
-        assert!(message(grad_norm(&[], None, None)).contains("gradients"));
-        assert!(message(grad_norm(&[&one], None, Some(0.0))).contains("max_norm"));
-        assert!(message(grad_norm(&[&one], None, Some(f32::NAN))).contains("max_norm"));
+        assert_eq!(
+            message(grad_norm(&[], None, None)),
+            "grad_norm: the number of gradients is 0; it must be at least 1"
+        );
+        assert_eq!(message(grad_norm(&[&one], None, Some(0.0))), "grad_norm: max_norm is 0; it must be positive");
+        assert_eq!(
+            message(grad_norm(&[&one], None, Some(f32::NAN))),
+            "grad_norm: max_norm is NaN; it must be positive"
+        );
         let two = Tensor::zeros(&Device::cpu(), &[2]).unwrap();
-        assert!(message(grad_norm(&[&one], Some(&two), None)).contains("loss"));
+        assert_eq!(message(grad_norm(&[&one], Some(&two), None)), "grad_norm: loss: expected [1], got [2]");
     }
 }

@@ -273,7 +273,13 @@ mod tests {
     #[test]
     fn shapes_that_disagree_are_named() {
         let zeros = |shape: &[usize]| Tensor::zeros(&Device::cpu(), shape).unwrap();
-        assert!(column_sum(&zeros(&[2, 3]), Some(&zeros(&[3, 2]))).unwrap_err().to_string().contains('B'));
-        assert!(column_sum(&zeros(&[2]), None).unwrap_err().to_string().contains('A'));
+        assert_eq!(
+            column_sum(&zeros(&[2, 3]), Some(&zeros(&[3, 2]))).unwrap_err().to_string(),
+            "column_sum: B: expected [2, 3], got [3, 2]"
+        );
+        assert_eq!(
+            column_sum(&zeros(&[2]), None).unwrap_err().to_string(),
+            "column_sum: A: expected [rows, columns], got [2]"
+        );
     }
 }

@@ -391,15 +391,18 @@ pub(crate) mod tests {
         let message = |result: Result<Tensor>| result.unwrap_err().to_string();
         let wrong = message(qmatmul_dx(&zeros(&[2, 5]), &w, None));
         assert!(wrong.contains("columns of dY") && wrong.contains('5') && wrong.contains("4 x 32"), "{wrong}");
-        assert!(message(qmatmul_dx(&zeros(&[4]), &w, None)).contains("[4]"));
+        assert_eq!(message(qmatmul_dx(&zeros(&[4]), &w, None)), "qmatmul_dx: dY: expected [rows, columns], got [4]");
         let lora = |g: &[usize], a: &[usize], probability: f32| {
             let (g, a) = (zeros(g), zeros(a));
             let dropout = Some(Dropout { probability, seed: 1 });
             message(qmatmul_dx(&zeros(&[2, 4]), &w, Some(LoraDx { g: &g, a: &a, dropout })))
         };
-        assert!(lora(&[2, 3], &[3, 31], 0.0).contains('A'));
-        assert!(lora(&[2, 2], &[3, 32], 0.0).contains('G'));
-        assert!(lora(&[2, 3], &[3, 32], 1.0).contains("probability"));
+        assert_eq!(lora(&[2, 3], &[3, 31], 0.0), "qmatmul_dx: A: expected [3, 32], got [3, 31]");
+        assert_eq!(lora(&[2, 2], &[3, 32], 0.0), "qmatmul_dx: G: expected [2, 3], got [2, 2]");
+        assert_eq!(
+            lora(&[2, 3], &[3, 32], 1.0),
+            "qmatmul_dx: the dropout probability is 1; it must be at least 0 and less than 1"
+        );
         for device in testing::devices() {
             let w = DeviceMatrix::new(&device, matrix.clone()).unwrap();
             let dx = qmatmul_dx(&Tensor::zeros(&device, &[0, 4]).unwrap(), &w, None).unwrap();
