@@ -6,5 +6,6 @@ mod devices;
 pub mod model;
 pub mod run;
 pub mod seed;
+pub mod tolerances;
 
 pub use devices::*;

@@ -123,14 +123,14 @@ fn merge_and_unmerge_of_a_dense_base() {
         assert_eq!(layer.merge_to_f32().unwrap(), merged, "{context}: an export of a merged layer is the base");
         let quantized = QLoraLinear::from_lora(layer.clone(), &QuantOptions::nf4());
         assert_eq!(
-            quantized.unwrap_err().to_string(),
+            quantized.err().unwrap().to_string(),
             "merge: the layer is merged; unmerge it before its base is quantized"
         );
         let refused = [layer.activate("default"), layer.deactivate()];
         assert!(refused.iter().all(|result| result.as_ref().unwrap_err().to_string().contains("unmerge")), "{context}");
         let x_tensor = Tensor::from_array(&device, &x).unwrap();
         assert_eq!(
-            layer.forward_train(&x_tensor, 1).unwrap_err().to_string(),
+            layer.forward_train(&x_tensor, 1).err().unwrap().to_string(),
             "a training pass: the layer is merged; an adapter is merged into its base; unmerge it first"
         );
         // Unmerging removes the adapter as it was when merged, even if it has changed since.

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::common::model::{adapter, distance, f32s, file, logits, path, tokens};
+use crate::common::tolerances::{LOGITS, MERGED};
 use ndarray::{Array1, Array2};
 use qlora_wgpu::export::{DirectoryOptions, Merged, Progress, write_gguf_adapter};
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
@@ -120,8 +121,11 @@ fn merged_directories_are_pefts() {
         let distance = |got: &[f32], key: &str| distance(got, &f32s(&golden, key));
         let weight = "model.layers.0.self_attn.q_proj.weight";
         let got = Checkpoint::open(&output).unwrap().matrix(weight, 64, 64, &BaseFormat::AsIs).unwrap();
-        assert!(distance(&values(&got), &format!("merged.{name}.{weight}")) <= 1e-6, "{name}");
-        assert!(distance(&logits(&open(&output), &tokens), &format!("logits.{name}.merged")) <= 1e-4, "{name}");
+        assert!(distance(&values(&got), &format!("merged.{name}.{weight}")) <= MERGED.f32.relative, "{name}");
+        assert!(
+            distance(&logits(&open(&output), &tokens), &format!("logits.{name}.merged")) <= LOGITS.f32.relative,
+            "{name}"
+        );
     }
 }
 
@@ -208,8 +212,8 @@ fn gguf_files_are_the_same_models() {
             (TensorType::F16, 0.005),
             (TensorType::Bf16, 0.05),
             // A bound from all weights' errors together would be too loose; see the check below.
-            (TensorType::Q8_0, f32::INFINITY),
-            (TensorType::Q4_0, f32::INFINITY),
+            (TensorType::Q8_0, f64::INFINITY),
+            (TensorType::Q4_0, f64::INFINITY),
         ] {
             let output = source.path().join("merged.gguf");
             merged.write_gguf(&output, kind, &go_on).unwrap();
@@ -241,7 +245,7 @@ fn gguf_files_are_the_same_models() {
                 let key = format!("blk.1.{theirs}.weight");
                 let got = values(&file.matrix(&key, linear.d_out(), linear.d_in(), order, &BaseFormat::AsIs).unwrap());
                 for (got, wanted) in got.chunks(32).zip(wanted.chunks(32)) {
-                    let most = wanted.iter().fold(0.0_f32, |most, value| most.max(value.abs()));
+                    let most = wanted.iter().fold(0.0, |most: f64, &value| most.max(f64::from(value).abs()));
                     assert!(distance(got, wanted) <= (step + 1.0 / 2048.0) * most, "{name} {kind} {key}");
                 }
             }

@@ -4,6 +4,7 @@ use crate::common;
 use std::ops::ControlFlow;
 
 use crate::common::model::{adapter, distance, f32s, file, load, logits, path, tokens};
+use crate::common::tolerances::{LOGITS, MERGED};
 use qlora_wgpu::device::Tier;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
@@ -40,14 +41,9 @@ const MODELS: [Model; 3] = [
     ),
 ];
 
-/// Largest allowed difference of logits on a device.
-fn bound(device: &Device) -> f32 {
-    if common::is_f16(device) { 1e-2 } else { 1e-4 }
-}
-
 fn check(device: &Device, what: &str, got: &[f32], wanted: &[f32]) {
     let distance = distance(got, wanted);
-    assert!(distance <= bound(device), "{} {what}: {distance:e}", common::name(device));
+    assert!(distance <= LOGITS.on(device), "{} {what}: {distance:e}", common::name(device));
 }
 
 #[test]
@@ -179,7 +175,7 @@ fn merged_models_have_the_logits_of_peft() {
             let (_, q) = model.linears().next().unwrap();
             let wanted = f32s(&golden, &format!("merged.{name}.model.layers.0.self_attn.q_proj.weight"));
             let distance = distance(q.merge_to_f32().unwrap().as_slice().unwrap(), &wanted);
-            assert!(distance <= 1e-6, "{} {name}: {distance:e}", common::name(&device));
+            assert!(distance <= MERGED.on(&device), "{} {name}: {distance:e}", common::name(&device));
         }
         let requantized = file("llama-bnb-nf4_dq-merged-lora/golden.safetensors");
         let got = logits(&load(&device, "llama-bnb-nf4_dq-merged-lora"), &tokens);

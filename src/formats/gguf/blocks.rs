@@ -178,6 +178,7 @@ mod tests {
     use crate::quant::MatrixSpec;
     use crate::quant::QuantOptions;
     use crate::testing;
+    use crate::testing::tolerances::GGUF_BLOCKS;
 
     const KINDS: [(TensorType, Option<Format>); 14] = [
         (TensorType::Bf16, None),
@@ -269,7 +270,10 @@ mod tests {
                     // zero.
                     let off = (got - wanted).abs();
                     let context = testing::name(&device);
-                    assert!(off <= 2.0 * f32::EPSILON * largest, "{kind} on {context}: {got:e} {wanted:e}");
+                    assert!(
+                        off <= GGUF_BLOCKS.f32.relative as f32 * f32::EPSILON * largest,
+                        "{kind} on {context}: {got:e} {wanted:e}"
+                    );
                 }
             }
         }

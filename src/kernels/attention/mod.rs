@@ -120,6 +120,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::testing;
+    use crate::testing::tolerances::ATTENTION;
 
     /// Q, K, V and a visibility.
     pub struct Case {
@@ -205,8 +206,7 @@ pub(crate) mod tests {
             let magnitudes: Vec<f64> = v.iter().map(|v| v.abs()).collect();
             let (terms, _) = reference([&q, &k, &magnitudes], &self.shape, &self.visibility(&cpu));
             // Both a softmax weight and a value of V are rounded to f16.
-            let relative = if self.is_f16(device) { 1.1e-3 } else { 1e-5 };
-            let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + 1e-30).collect();
+            let bounds = ATTENTION.of(self.is_f16(device)).bounds(&terms);
             testing::assert_close(&self.name(device), &attended.o.to_vec().unwrap(), &o, &bounds);
             let sees_none = |lse: &f64| lse.is_infinite();
             let got = attended.lse.to_vec().unwrap();

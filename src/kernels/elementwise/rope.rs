@@ -372,6 +372,7 @@ mod tests {
 
     use super::*;
     use crate::testing;
+    use crate::testing::tolerances::ROPE;
 
     const LAYOUTS: [RopeLayout; 2] = [RopeLayout::HalfSplit, RopeLayout::Interleaved];
 
@@ -405,7 +406,7 @@ mod tests {
             let wanted = reference(&wide, config, &positions, sign);
             let context = format!("{} M={m} H={heads} {config:?} sign {sign}", testing::name(device));
             // Two products of values up to 2 with f32 cosines.
-            testing::assert_close(&context, got, &wanted, &vec![1e-6; x.len()]);
+            testing::assert_close(&context, got, &wanted, &ROPE.f32.bounds(&vec![1.0; x.len()]));
         }
         // Computed together with others, the result is the same to the bit.
         let other = Tensor::from_slice(device, &[m, 2 * heads * config.head_dim], &[x.clone(), x].concat()).unwrap();

@@ -95,6 +95,7 @@ mod tests {
     use crate::kernels::qmatmul::dx;
     use crate::kernels::qmatmul::{self, dense_of};
     use crate::quant::HostMatrix;
+    use crate::testing::tolerances::QMATMUL;
     use crate::testing::{self, wide};
 
     const SCALE: f32 = 0.125;
@@ -120,7 +121,7 @@ mod tests {
         for i in 0..m {
             // Absolute error bound of this row's logits. The relative error of a softmax is then
             // twice that.
-            let off = 1e-5 * terms[i * v..][..v].iter().fold(0.0, |most: f64, &terms| most.max(terms))
+            let off = QMATMUL.f32.relative * terms[i * v..][..v].iter().fold(0.0, |most: f64, &terms| most.max(terms))
                 + product * norm(&mut x[i * k..][..k].iter().copied()) * w_row;
             loss_bounds.push(2.0 * off + 1e-5 * (1.0 + losses[i]));
             let row = norm(&mut gradient[i * v..][..v].iter().copied());
@@ -141,7 +142,7 @@ mod tests {
         let context = format!("{} {kind} M={m} V={v} K={k}", testing::name(device));
         let x = testing::values(1, m * k, 1.0);
         let labels = labels(m, v);
-        let product = if testing::is_f16(device) { 2e-3 } else { 0.0 };
+        let product = if testing::is_f16(device) { QMATMUL.f16.relative } else { 0.0 };
         let wanted = reference(&wide(&x), &dense_of(matrix), &labels, k, product);
         let hidden = Tensor::from_slice(device, &[m, k], &x).unwrap();
         let head = DeviceMatrix::new(device, matrix.clone()).unwrap();

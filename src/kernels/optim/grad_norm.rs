@@ -169,6 +169,7 @@ pub(crate) fn reference(grads: &[&[f64]], loss: Option<f64>, max_norm: Option<f6
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::testing::tolerances::GRAD_NORM;
     use crate::testing::{self, wide};
 
     fn norms(device: &Device, grads: &[Vec<f32>], loss: Option<f32>, max_norm: Option<f32>) -> Vec<f32> {
@@ -185,7 +186,7 @@ pub(crate) mod tests {
         let wide: Vec<Vec<f64>> = grads.iter().map(|grad| wide(grad)).collect();
         let wide: Vec<&[f64]> = wide.iter().map(Vec::as_slice).collect();
         let wanted = reference(&wide, Some(2.5), max_norm.map(f64::from));
-        let bounds: Vec<f64> = wanted.iter().map(|value| 1e-5 * value).collect();
+        let bounds = GRAD_NORM.f32.bounds(&wanted);
         let context = format!("{} {lens:?} amplitude {amplitude} {max_norm:?}", testing::name(device));
         let got = norms(device, &grads, Some(2.5), max_norm);
         testing::assert_close(&context, &got, &wanted, &bounds);

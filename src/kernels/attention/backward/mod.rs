@@ -175,6 +175,7 @@ pub(crate) mod tests {
     use crate::kernels::attention::reference as forward_reference;
     use crate::kernels::attention::tests::{Case, any_ranges, forms, widen};
     use crate::testing;
+    use crate::testing::tolerances::ATTENTION_GRADIENTS;
 
     fn gradients(case: &Case, device: &Device, d_o: &[f32]) -> [Vec<f32>; 3] {
         let ([q, k, v], visibility) = (case.qkv(device), case.visibility(device));
@@ -225,9 +226,9 @@ pub(crate) mod tests {
         for (what, ((got, wanted), terms)) in ["dQ", "dK", "dV"].iter().zip(got.iter().zip(&wanted).zip(&terms)) {
             // In f16 there are at most five roundings, and values far smaller than the largest may
             // be lost.
-            let (relative, lost) = if case.is_f16(device) { (3e-3, 1e-8) } else { (1e-5, 0.0) };
-            let largest = terms.iter().fold(0.0, |most: f64, terms| most.max(*terms));
-            let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + lost * largest + 1e-30).collect();
+            let bound = ATTENTION_GRADIENTS.of(case.is_f16(device));
+            let lost = bound.absolute * terms.iter().fold(0.0, |most: f64, terms| most.max(*terms));
+            let bounds: Vec<f64> = terms.iter().map(|terms| bound.relative * terms + lost + 1e-30).collect();
             testing::assert_close(&format!("{what} {}", case.name(device)), got, wanted, &bounds);
         }
     }
