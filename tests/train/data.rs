@@ -440,6 +440,7 @@ fn every_key_is_used_or_named() {
     ];
     let text: String = same.iter().map(|line| format!("{line}\n")).collect();
     let data = read(&little, "a.jsonl", text, false).unwrap();
+    assert_eq!(data.examples.len(), same.len());
     assert!(data.examples.iter().all(|example| *example == data.examples[0]));
     assert_eq!(data.passed_over, [("id", 2), ("source", 1)]);
 }

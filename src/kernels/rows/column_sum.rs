@@ -223,7 +223,7 @@ mod tests {
 
     use super::*;
     use crate::testing;
-    use crate::testing::tolerances::COLUMNS;
+    use crate::testing::tolerances::COLUMN_SUMS;
 
     fn check(device: &Device, [m, n]: [usize; 2], product: bool, amplitude: f32, seed: u64) {
         let a = testing::values(seed, m * n, amplitude);
@@ -232,7 +232,7 @@ mod tests {
         let sums = column_sum(&tensor(&a), product.then(|| tensor(&b)).as_ref()).unwrap();
         assert_eq!(sums.shape(), [n]);
         let (wanted, terms) = testing::with_terms([&a, &b], |[a, b]| reference(a, product.then_some(b), n));
-        let bounds = COLUMNS.f32.bounds(&terms);
+        let bounds = COLUMN_SUMS.f32.bounds(&terms);
         let context = format!("{} M={m} N={n} product {product} A {amplitude}", testing::name(device));
         testing::assert_close(&context, &sums.to_vec().unwrap(), &wanted, &bounds);
     }
