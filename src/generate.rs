@@ -100,7 +100,13 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_an_error() {
-        assert!(Sampler::new(Sampling { temperature: -1.0, ..Sampling::default() }).is_err());
-        assert!(Sampler::new(Sampling { top_p: 1.5, ..Sampling::default() }).is_err());
+        assert_eq!(
+            Sampler::new(Sampling { temperature: -1.0, ..Sampling::default() }).unwrap_err().to_string(),
+            "generation: the temperature is -1; it must be at least 0"
+        );
+        assert_eq!(
+            Sampler::new(Sampling { top_p: 1.5, ..Sampling::default() }).unwrap_err().to_string(),
+            "generation: top_p is 1.5; it must be in 0..=1"
+        );
     }
 }

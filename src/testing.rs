@@ -2,6 +2,9 @@
 
 #[path = "../tests/common/devices.rs"]
 mod devices;
+#[allow(dead_code, reason = "integration tests use the rest")]
+#[path = "../tests/common/tolerances.rs"]
+pub mod tolerances;
 
 pub use devices::*;
 
@@ -155,4 +158,38 @@ pub fn with_terms<const N: usize>(
     let wide = |f: fn(f32) -> f32| values.map(|values| values.iter().map(|&v| f64::from(f(v))).collect::<Vec<_>>());
     let of = |wide: &[Vec<f64>; N]| reference(std::array::from_fn(|i| wide[i].as_slice()));
     (of(&wide(|v| v)), of(&wide(f32::abs)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::tolerances::{KERNELS, MODELS, TRAINING};
+
+    #[test]
+    fn docs_accuracy_has_the_tolerances_of_the_tests() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let path = root.join("docs/accuracy.md");
+        let page = std::fs::read_to_string(&path).unwrap();
+        let mut wanted = page.clone();
+        for (title, table) in [("| kernel |", KERNELS), ("| model |", MODELS), ("| training |", TRAINING)] {
+            // The first two lines are titles.
+            let start = wanted.find(title).unwrap_or_else(|| panic!("docs/accuracy.md has a table {title}"));
+            let rows = start + wanted[start..].match_indices('\n').nth(1).unwrap().0 + 1;
+            let end = rows + wanted[rows..].find("\n\n").unwrap() + 1;
+            wanted.replace_range(rows..end, &table.iter().map(|tolerance| tolerance.row() + "\n").collect::<String>());
+            for tolerance in table {
+                assert!(root.join(tolerance.test).is_file(), "there is no {}", tolerance.test);
+            }
+        }
+        if std::env::var_os("QLORA_UPDATE_DOCS").is_some_and(|value| value == "1") {
+            std::fs::write(&path, &wanted).unwrap();
+        } else {
+            assert!(
+                page == wanted,
+                "docs/accuracy.md differs from tests/common/tolerances.rs; \
+                 `QLORA_UPDATE_DOCS=1 cargo test --lib docs_accuracy` writes it"
+            );
+        }
+    }
 }

@@ -16,6 +16,7 @@ type Read = fn(&[u8]) -> Result<()>;
 fn seeds(kind: &str) -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(kind);
     let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(!paths.is_empty(), "fuzz/seeds/{kind} has files");
     paths.sort();
     paths.into_iter().map(|path| fs::read(path).unwrap()).collect()
 }

@@ -267,6 +267,10 @@ mod tests {
     fn heads_that_do_not_divide_are_an_error() {
         let shape = StepShape { heads: 3, ..SHAPE };
         let case = StepCase { shape, rank: 4, quant: QuantOptions::nf4(), profile: false };
-        assert!(measure_step(&case, &Device::cpu()).unwrap_err().to_string().contains("3 heads"));
+        assert_eq!(
+            measure_step(&case, &Device::cpu()).unwrap_err().to_string(),
+            "bench: the decoder's shape is 64 values for 3 heads and 2 key heads; heads must have one even size and \
+             be a multiple of the key heads"
+        );
     }
 }

@@ -328,6 +328,10 @@ mod tests {
         let error = no_device(&Select::Name("nothing".into()), &[], false).to_string();
         assert!(!error.contains("Did you mean") && error.contains("Install a Vulkan driver"), "{error}");
         let error = no_device(&Select::Index(7), &names, true).to_string();
-        assert!(error.contains("index 7") && error.contains("0 cpu"), "{error}");
+        assert_eq!(
+            error,
+            "no device matches index 7; found: 0 cpu, 1 Radeon RX 7600 (vulkan), 2 llvmpipe (LLVM 15) (gl). A \
+             device is cpu, gpu, best, an index of `qlora devices` or a part of a name."
+        );
     }
 }

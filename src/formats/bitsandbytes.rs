@@ -364,7 +364,7 @@ mod tests {
             state.shape = vec![text.len()];
             state.data = OutData::Bytes(text.into());
         });
-        assert!(message.contains("a.weight"), "{message}");
+        assert!(message.contains("x.safetensors: tensor \"a.weight"), "{message}");
         message
     }
 
@@ -455,19 +455,28 @@ mod tests {
     #[test]
     fn contradictory_states_are_errors() {
         assert!(json_error("}", "").contains("not a known quant_state"));
-        assert!(json_error("}", r#", "zero_point": 1}"#).contains("`zero_point`"));
+        assert!(json_error("}", r#", "zero_point": 1}"#).contains("unknown field `zero_point`"));
         assert!(json_error(r#""blocksize": 64, "#, "").contains("missing field `blocksize`"));
         assert!(json_error(r#""shape": [3, 50], "#, "").contains("missing field `shape`"));
         assert!(json_error(r#""quant_type": "nf4""#, r#""quant_type": "fp4""#).contains("is not nf4"));
-        assert!(json_error(r#""dtype": "float32", "shape""#, r#""dtype": "int8", "shape""#).contains("int8"));
+        assert!(
+            json_error(r#""dtype": "float32", "shape""#, r#""dtype": "int8", "shape""#)
+                .contains("dtype: name is \"int8\"; expected float32, float16 or bfloat16")
+        );
         assert!(json_error("[3, 50]", "[150]").contains("not a matrix shape"));
         assert!(json_error("[3, 50]", "[-3, 50]").contains("not a known quant_state"));
         assert!(json_error("[3, 50]", "[4, 50]").contains("expected 100, got 75"));
-        assert!(json_error("[3, 50]", "[4294967296, 4294967296]").contains("shape"));
+        assert!(
+            json_error("[3, 50]", "[4294967296, 4294967296]")
+                .contains("shape is 4294967296 x 4294967296; the number of weights")
+        );
         assert!(json_error(r#""blocksize": 64"#, r#""blocksize": 65"#).contains("block is 65"));
         assert!(json_error(r#""nested_blocksize": 256, "#, "").contains("nested_blocksize is missing"));
         assert!(json_error(r#""nested_dtype": "float32", "#, "").contains("nested_dtype is missing"));
-        assert!(json_error(r#""nested_dtype": "float32""#, r#""nested_dtype": "float16""#).contains("nested_dtype"));
+        assert!(
+            json_error(r#""nested_dtype": "float32""#, r#""nested_dtype": "float16""#)
+                .contains("nested_dtype is not \"float32\"")
+        );
         assert!(json_error(r#""nested_blocksize": 256"#, r#""nested_blocksize": 0"#).contains("super_block is 0"));
         // A plain state with double-quantized scales, and the reverse.
         assert!(

@@ -449,8 +449,8 @@ mod tests {
         assert!(error(b"1234567").contains("too short"));
         assert!(error(&u64::MAX.to_le_bytes()).contains("not a safetensors file"));
         assert!(error(b"\x20\0\0\0\0\0\0\0{}").contains("header takes 32 bytes, but 2 follow"));
-        assert!(error(b"\x02\0\0\0\0\0\0\0{]").contains("malformed"));
-        assert!(error(b"\x02\0\0\0\0\0\0\0\xff\xfe").contains("malformed"));
+        assert!(error(b"\x02\0\0\0\0\0\0\0{]").contains("x.safetensors: has a malformed safetensors header: "));
+        assert!(error(b"\x02\0\0\0\0\0\0\0\xff\xfe").contains("x.safetensors: has a malformed safetensors header: "));
 
         let error = |json: &str, data: &[u8]| SafetensorsFile::open(file(&folder, json, data)).unwrap_err().to_string();
         let good = r#"{"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}"#;
@@ -459,10 +459,14 @@ mod tests {
         let twice = format!(r#"{},"w":{{"dtype":"U8","shape":[0],"data_offsets":[4,4]}}}}"#, &good[..good.len() - 1]);
         assert!(error(&twice, &[0; 4]).contains("\"w\" is given twice"), "{twice}");
         for bad in ["[0,3]", "[1,5]", "[4,0]", "[0,18446744073709551615]"] {
-            assert!(error(&good.replace("[0,4]", bad), &[0; 4]).contains("malformed"), "{bad}");
+            assert!(
+                error(&good.replace("[0,4]", bad), &[0; 4])
+                    .contains("x.safetensors: has a malformed safetensors header: "),
+                "{bad}"
+            );
         }
         let overflow = good.replace("[4]", "[18446744073709551615,2]");
-        assert!(error(&overflow, &[0; 4]).contains("malformed"));
+        assert!(error(&overflow, &[0; 4]).contains("x.safetensors: has a malformed safetensors header: "));
     }
 
     #[test]
@@ -479,7 +483,12 @@ mod tests {
         let before = fs::read(&path).unwrap();
 
         let twice = vec![tensor("w", &[1], &[1.0]), tensor("w", &[1], &[2.0])];
-        assert!(write(&path, twice, BTreeMap::new()).unwrap_err().to_string().contains("twice"));
+        assert!(
+            write(&path, twice, BTreeMap::new())
+                .unwrap_err()
+                .to_string()
+                .contains("tensor \"w\": would be written twice")
+        );
         let short = vec![tensor("v", &[1], &[1.0]), tensor("w", &[2], &[1.0])];
         assert!(write(&path, short, BTreeMap::new()).unwrap_err().to_string().contains("do not fill"));
         let huge = vec![tensor("w", &[usize::MAX, 2], &[1.0])];

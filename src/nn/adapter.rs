@@ -344,9 +344,12 @@ mod tests {
     fn bad_settings_are_named() {
         let device = Device::cpu();
         let message = |config: &LoraConfig| LoraAdapter::new(&device, 2, 2, config).unwrap_err().to_string();
-        assert!(message(&LoraConfig::new(0, 1.0)).contains("rank"));
-        assert!(message(&LoraConfig::new(1, f32::NAN)).contains("alpha"));
-        assert!(message(&LoraConfig { dropout: 1.0, ..LoraConfig::new(1, 1.0) }).contains("dropout"));
+        assert_eq!(message(&LoraConfig::new(0, 1.0)), "LoRA adapter: the rank is 0; it must be at least 1");
+        assert_eq!(message(&LoraConfig::new(1, f32::NAN)), "LoRA adapter: alpha is NaN; it must be finite");
+        assert_eq!(
+            message(&LoraConfig { dropout: 1.0, ..LoraConfig::new(1, 1.0) }),
+            "LoRA adapter: the dropout probability is 1; it must be at least 0 and less than 1"
+        );
     }
 
     #[test]
@@ -363,8 +366,14 @@ mod tests {
         let zeros = |shape: &[usize]| Tensor::zeros(&device, shape).unwrap();
         adapter.replace(zeros(&[4, 3]), zeros(&[2, 4])).unwrap();
         assert_eq!(adapter.rank(), 4);
-        assert!(adapter.replace(zeros(&[4, 3]), zeros(&[2, 5])).is_err());
-        assert!(adapter.replace(zeros(&[4, 5]), zeros(&[2, 4])).is_err());
+        assert_eq!(
+            adapter.replace(zeros(&[4, 3]), zeros(&[2, 5])).unwrap_err().to_string(),
+            "LoRA adapter: rank of B: expected 4, the rank of A, got 5"
+        );
+        assert_eq!(
+            adapter.replace(zeros(&[4, 5]), zeros(&[2, 4])).unwrap_err().to_string(),
+            "LoRA adapter: layer [d_out, d_in]: expected [2, 3], got [2, 5]"
+        );
         assert_eq!(adapter.d_in(), 3);
     }
 }

@@ -142,8 +142,14 @@ mod tests {
         for format in Format::QUANTIZERS {
             assert_eq!(format.to_string().parse::<Format>().unwrap(), format);
         }
-        assert!("NF4".parse::<Format>().is_err());
-        assert!("q4_0".parse::<Format>().is_err(), "which weights are not quantized to");
+        assert_eq!(
+            "NF4".parse::<Format>().unwrap_err().to_string(),
+            "format: name is \"NF4\"; expected nf4, fp4 or int4"
+        );
+        assert_eq!(
+            "q4_0".parse::<Format>().unwrap_err().to_string(),
+            "format: name is \"q4_0\"; expected nf4, fp4 or int4"
+        );
     }
 
     #[test]

@@ -356,8 +356,16 @@ mod tests {
         for block in [0, 16, 33, 8192] {
             assert!(error(|p| p.block = block).contains(&format!("block is {block};")));
         }
-        assert!(error(|p| p.rows = usize::MAX).contains("shape"));
-        assert!(error(|p| p.codebook.0[3] = f32::NAN).contains("codebook"));
+        assert_eq!(
+            error(|p| p.rows = usize::MAX),
+            "quantized matrix: shape is 18446744073709551615 x 43; the number of weights does not fit in memory"
+        );
+        assert_eq!(
+            error(|p| p.codebook.0[3] = f32::NAN),
+            "quantized matrix: codebook is [-1.0, -0.6961928, -0.52507305, NaN, -0.28444138, -0.18477343, \
+             -0.091050036, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]; \
+             expected finite values"
+        );
         let double = |change: fn(&mut DoubleScales)| {
             error(|p| {
                 let mut double = DoubleScales::dynamic(&[1.0, 2.0, 3.0, 4.0, 5.0]);
@@ -392,7 +400,12 @@ mod tests {
         values[70] = f32::NEG_INFINITY;
         let error = quantize(&values, QuantOptions::int4()).unwrap_err();
         assert!(matches!(error, Error::NonFinite { index: 70, value: f32::NEG_INFINITY, .. }), "{error}");
-        assert!(QuantizedMatrix::quantize((&[][..] as &[f32]).into(), usize::MAX, 2, &QuantOptions::nf4()).is_err());
+        assert_eq!(
+            QuantizedMatrix::quantize((&[][..] as &[f32]).into(), usize::MAX, 2, &QuantOptions::nf4())
+                .unwrap_err()
+                .to_string(),
+            "quantize: shape is 18446744073709551615 x 2; the number of weights does not fit in memory"
+        );
     }
 
     #[test]

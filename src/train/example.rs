@@ -127,7 +127,10 @@ mod tests {
             let pieces: Vec<_> = example.pieces(2).collect();
             assert_eq!(pieces, [(&[5, 6][..], labels[..2].to_vec()), (&[7][..], labels[2..].to_vec())]);
         }
-        assert!(Example::new(vec![5], vec![5, 6]).unwrap_err().to_string().contains("labels"));
+        assert_eq!(
+            Example::new(vec![5], vec![5, 6]).unwrap_err().to_string(),
+            "an example: the number of labels: expected 1, got 2"
+        );
     }
 
     #[test]

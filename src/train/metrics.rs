@@ -171,7 +171,7 @@ mod tests {
             fs::write(&path, text).unwrap();
             read(&path).unwrap_err().to_string()
         };
-        assert!(error("nonsense\n").contains("line 1"));
+        assert!(error("nonsense\n").contains("metrics.jsonl: line 1: "));
         let lines = |steps: &[u32]| -> String {
             steps.iter().map(|&step| String::from_utf8(line(&record(step))).unwrap()).collect()
         };

@@ -5,5 +5,6 @@
 mod devices;
 pub mod model;
 pub mod seed;
+pub mod tolerances;
 
 pub use devices::*;

@@ -77,11 +77,11 @@ pub fn logits(model: &Decoder, tokens: &Tokens) -> Vec<f32> {
 }
 
 /// The largest difference.
-pub fn distance(got: &[f32], wanted: &[f32]) -> f32 {
+pub fn distance(got: &[f32], wanted: &[f32]) -> f64 {
     assert_eq!(got.len(), wanted.len());
     // A NaN must not vanish in the maximum.
-    let worse = |most: f32, next: f32| if most.is_nan() || next.is_nan() { f32::NAN } else { most.max(next) };
-    got.iter().zip(wanted).map(|(got, wanted)| (got - wanted).abs()).fold(0.0, worse)
+    let worse = |most: f64, next: f64| if most.is_nan() || next.is_nan() { f64::NAN } else { most.max(next) };
+    got.iter().zip(wanted).map(|(&got, &wanted)| (f64::from(got) - f64::from(wanted)).abs()).fold(0.0, worse)
 }
 
 /// SmolLM2-135M-Instruct in Q4_1, where scripts/smollm2.sh puts it.

@@ -35,7 +35,7 @@ fn assert_same(context: &str, got: &Array2<f32>, wanted: &Array2<f32>, allowed: 
 
 /// Maximum error of one layer with f16 operands in these shapes.
 fn allowed(device: &Device) -> f32 {
-    if common::is_f16(device) { 2e-2 } else { 3e-5 }
+    if common::is_f16(device) { 4e-3 } else { 3e-6 }
 }
 
 #[test]
@@ -109,18 +109,30 @@ fn merge_and_unmerge_of_a_dense_base() {
         let mut layer = layer.with_adapter("default", adapter(&device, 40, 5)).unwrap();
         let before = layer.forward_array(x.view()).unwrap();
         let merged = layer.merge_to_f32().unwrap();
-        assert!(layer.unmerge().is_err(), "nothing is merged yet");
+        assert_eq!(
+            layer.unmerge().unwrap_err().to_string(),
+            "merge: the layer is not merged; unmerge needs a merged layer"
+        );
         layer.merge().unwrap();
         assert!(layer.is_merged());
-        assert!(layer.merge().is_err(), "{context}: merging twice would count the adapter twice");
+        assert_eq!(
+            layer.merge().unwrap_err().to_string(),
+            "merge: the layer is merged already; merge needs an active adapter that isn't merged yet"
+        );
         assert_same(&context, &layer.forward_array(x.view()).unwrap(), &before, 2.0 * allowed(&device));
         assert_eq!(layer.merge_to_f32().unwrap(), merged, "{context}: an export of a merged layer is the base");
         let quantized = QLoraLinear::from_lora(layer.clone(), &QuantOptions::nf4());
-        assert!(quantized.is_err(), "{context}: a merged layer's adapter would count twice");
+        assert_eq!(
+            quantized.err().unwrap().to_string(),
+            "merge: the layer is merged; unmerge it before its base is quantized"
+        );
         let refused = [layer.activate("default"), layer.deactivate()];
         assert!(refused.iter().all(|result| result.as_ref().unwrap_err().to_string().contains("unmerge")), "{context}");
         let x_tensor = Tensor::from_array(&device, &x).unwrap();
-        assert!(layer.forward_train(&x_tensor, 1).is_err(), "{context}: there is nothing to train in a merged layer");
+        assert_eq!(
+            layer.forward_train(&x_tensor, 1).err().unwrap().to_string(),
+            "a training pass: the layer is merged; an adapter is merged into its base; unmerge it first"
+        );
         // Unmerging removes the adapter as it was when merged, even if it has changed since.
         layer.adapter_mut("default").unwrap().edit(|_, mut b| b.fill(9.0)).unwrap();
         layer.unmerge().unwrap();
@@ -169,12 +181,12 @@ fn bad_input_is_named() {
     let device = Device::cpu();
     let layer = QLoraLinear::quantize(&device, weight().view(), &QuantOptions::nf4()).unwrap();
     let error = layer.forward(&Tensor::zeros(&device, &[2, D_IN + 1]).unwrap()).unwrap_err().to_string();
-    assert!(error.contains("73") && error.contains("72"), "{error}");
+    assert_eq!(error, "qmatmul: columns of x: expected 72 for a matrix 48 x 72, got 73");
     let wrong = LoraAdapter::new(&device, D_OUT + 1, D_IN, &LoraConfig::new(2, 1.0)).unwrap();
     let error = layer.clone().with_adapter("wrong", wrong).err().unwrap().to_string();
-    assert!(error.contains("[48, 72]") && error.contains("[49, 72]"), "{error}");
+    assert_eq!(error, "adding an adapter: layer [d_out, d_in]: expected [48, 72], got [49, 72]");
     let error = LoraAdapter::new(&device, 2, 2, &LoraConfig::new(0, 1.0)).unwrap_err().to_string();
-    assert!(error.contains("rank"), "{error}");
+    assert_eq!(error, "LoRA adapter: the rank is 0; it must be at least 1");
     for block in [0, 16, 48, 8192] {
         let options = QuantOptions { block, ..QuantOptions::nf4() };
         let error = QLoraLinear::quantize(&device, weight().view(), &options).err().unwrap().to_string();
@@ -182,7 +194,7 @@ fn bad_input_is_named() {
     }
     let empty = Array2::<f32>::zeros((0, 4));
     let error = QLoraLinear::quantize(&device, empty.view(), &QuantOptions::nf4()).err().unwrap().to_string();
-    assert!(error.contains("0 x 4"), "{error}");
+    assert_eq!(error, "device matrix: the shape is 0 x 4; a matrix has at least one row and one column");
 }
 
 #[test]

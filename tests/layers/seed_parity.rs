@@ -3,6 +3,7 @@
 
 use crate::common;
 use crate::common::seed::{floats, seed};
+use crate::common::tolerances::{MERGED, SEED_LAYER};
 use ndarray::{Array2, ArrayView2};
 use qlora_wgpu::bench::uniform;
 use qlora_wgpu::nn::{LoraAdapter, LoraConfig, LoraInit, LoraLinear, QLoraLinear, Scaling};
@@ -64,10 +65,11 @@ impl Recorded {
     }
 }
 
-fn assert_relative(context: &str, got: ArrayView2<'_, f32>, wanted: &[f32], relative: f32) {
+fn assert_relative(context: &str, got: ArrayView2<'_, f32>, wanted: &[f32], relative: f64) {
     let largest = wanted.iter().fold(0.0f32, |most, value| most.max(value.abs()));
     for (i, (got, wanted)) in got.iter().zip(wanted).enumerate() {
-        assert!((got - wanted).abs() <= relative * largest, "{context}: [{i}] got {got}, wanted {wanted}");
+        let off = f64::from((got - wanted).abs());
+        assert!(off <= relative * f64::from(largest), "{context}: [{i}] got {got}, wanted {wanted}");
     }
     assert_eq!(got.len(), wanted.len(), "{context}");
 }
@@ -85,10 +87,10 @@ fn forward_and_merge_are_the_recorded_ones_on_every_device() {
                 // One row of X: no tier stages it as f16.
                 let wanted = &layer.case[kind];
                 let y = qlora.forward_array(layer.x.view()).unwrap();
-                assert_relative(&context, y.view(), &floats(&wanted["y_hex"]), 1e-5);
+                assert_relative(&context, y.view(), &floats(&wanted["y_hex"]), SEED_LAYER.on(&device));
                 if !wanted["merged_hex"].is_null() {
                     let merged = qlora.merge_to_f32().unwrap();
-                    assert_relative(&context, merged.view(), &floats(&wanted["merged_hex"]), 1e-6);
+                    assert_relative(&context, merged.view(), &floats(&wanted["merged_hex"]), MERGED.on(&device));
                 }
             }
         }
@@ -142,8 +144,10 @@ fn forward_never_holds_the_dequantized_matrix() {
             layer.forward(&x).unwrap();
             device.wait().unwrap();
             let most = device.memory().peak_bytes - before;
-            let whole = 4 * (d_out * d_in) as u64;
-            assert!(most < whole / 2, "{} M={m}: {most} bytes of {whole}", device.name());
+            // y, and padding; for several rows, the CPU's panels take at most a quarter of the matrix.
+            let y = 4 * (m * d_out) as u64;
+            let panels = if matches!(device, Device::Cpu(_)) && m > 1 { (d_out * d_in) as u64 } else { 0 };
+            assert!(most <= y + panels + 256, "{} M={m}: {most} bytes for y of {y}", device.name());
         }
     }
 }
@@ -225,7 +229,10 @@ fn batches_are_rows_one_by_one_and_bias_counts() {
                 assert!((batch[[row, column]] - without[[row, column]] - bias[column]).abs() < allowed, "{context}");
             }
         }
-        assert!(layer.with_bias(&[0.0; 31]).is_err());
+        assert_eq!(
+            layer.with_bias(&[0.0; 31]).err().unwrap().to_string(),
+            "linear layer: bias: expected [30], got [31]"
+        );
     }
 }
 
@@ -283,7 +290,10 @@ fn merging_in_place_refuses_what_it_could_not_undo() {
     let halves = DenseMatrix::new(2, 2, DenseData::F16(vec![half::f16::ONE; 4])).unwrap();
     let adapter = LoraAdapter::new(&device, 2, 2, &LoraConfig::new(1, 1.0)).unwrap();
     let mut layer = LoraLinear::new(&device, halves).unwrap().with_adapter("default", adapter).unwrap();
-    assert!(layer.merge().unwrap_err().to_string().contains("f32"));
+    assert_eq!(
+        layer.merge().unwrap_err().to_string(),
+        "merge: the base is not f32; only an f32 base can be merged in place and unmerged"
+    );
     assert!(!layer.is_merged());
 }
 

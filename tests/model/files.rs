@@ -234,11 +234,12 @@ fn adapters_have_their_ranks_and_scales() {
     assert!(lora.modules.iter().all(|(path, module)| module.magnitude.is_none() && lora.config.scaling(path) == 2.0));
 
     let dora = read("adapter-dora");
-    assert!(dora.config.use_dora);
+    assert!(dora.config.use_dora && !dora.modules.is_empty());
     assert!(dora.modules.values().all(|module| module.magnitude.as_ref().unwrap().len() == module.b.nrows()));
 
     let rslora = read("adapter-rslora_qv");
     assert_eq!(rslora.config.targets.modules(), &TargetModules::names(["q_proj", "v_proj"]));
+    assert!(!rslora.modules.is_empty());
     assert!(rslora.modules.keys().all(|path| rslora.config.scaling(path) == 4.0));
 
     let pattern = read("adapter-pattern");

@@ -7,6 +7,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use crate::common::model::{distance, f32s, i64s_flat, logits, smollm2};
+use crate::common::tolerances::{SMOLLM2_LOGITS, SMOLLM2_LOSS, SMOLLM2_TRAINING};
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder};
 use qlora_wgpu::formats::peft::PeftAdapter;
@@ -67,14 +68,12 @@ fn weights_are_those_of_the_reference_to_the_bit() {
 
 fn check(device: &Device, steps: usize) {
     let (recorded, json, name) = (tensors(), json(), common::name(device));
-    // With operands staged as f16, results contain f16 rounding.
-    let f16 = common::is_f16(device);
     let mut model = load(device);
 
     let prompt = i64s_flat(&recorded, "prompt_ids").into_iter().map(|id| u32::try_from(id).unwrap()).collect();
     let all = logits(&model, &Tokens::new(prompt, 1).unwrap());
     let vocabulary = model.config().vocab_size;
-    let bound = if f16 { 0.2 } else { 5e-4 };
+    let bound = SMOLLM2_LOGITS.on(device);
     for (got, wanted) in [(&all[..vocabulary], "logits_first"), (&all[all.len() - vocabulary..], "logits_last")] {
         let off = distance(got, &f32s(&recorded, wanted));
         println!("{name}: {wanted} off by {off:e}");
@@ -87,7 +86,7 @@ fn check(device: &Device, steps: usize) {
     let mean = f64::from(model.evaluate(&batch).unwrap().0.to_vec().unwrap()[0]) / batch.label_tokens() as f64;
     let off = (mean - nll["mean_nll"].as_f64().unwrap()).abs();
     println!("{name}: mean loss {mean}, off by {off:e}");
-    assert!(off <= if f16 { 1e-2 } else { 1e-4 }, "{name}: mean loss {mean}, off by {off}");
+    assert!(off <= SMOLLM2_LOSS.on(device), "{name}: mean loss {mean}, off by {off}");
 
     let train = &json["train"];
     model.attach_peft("default", &PeftAdapter::read(golden("adapter-init")).unwrap()).unwrap();
@@ -97,7 +96,7 @@ fn check(device: &Device, steps: usize) {
     let schedule = Schedule::constant();
     let options = TrainOptions { optimizer, schedule, max_norm: None, checkpoint_activations: false, seed: 0 };
     let mut trainer = Trainer::new(options);
-    let bound = if f16 { 1e-2 } else { 1e-4 };
+    let bound = SMOLLM2_TRAINING.on(device);
     for (step, record) in train["steps"].as_array().unwrap().iter().take(steps).enumerate() {
         let report = trainer.step(&mut model, std::slice::from_ref(&batch)).unwrap();
         for (what, got) in [("loss", report.loss), ("grad_norm", report.grad_norm)] {

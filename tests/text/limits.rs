@@ -191,17 +191,19 @@ fn what_the_library_panics_at_is_an_error() {
         "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "ZZ", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {},
     });
-    for (key, value) in [
-        ("normalizer", precompiled),
-        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
-        ("post_processor", missing),
-        ("decoder", json!({"type": "Nothing"})),
-        ("decoder", json!(7)),
-        ("pre_tokenizer", json!({"type": "FixedLength", "length": 0})),
+    let unusable = "can't encode a letter: the tokenizers library can't use it (";
+    for (key, value, wanted) in [
+        ("normalizer", precompiled, unusable),
+        ("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "is malformed: "),
+        ("post_processor", missing, unusable),
+        ("decoder", json!({"type": "Nothing"}), "is malformed: "),
+        ("decoder", json!(7), "is malformed: "),
+        ("pre_tokenizer", json!({"type": "FixedLength", "length": 0}), unusable),
     ] {
         let mut json = plain();
         json[key] = value;
-        assert!(try_out(&json).is_err(), "{key}");
+        let error = try_out(&json).unwrap_err().to_string();
+        assert!(error.contains(&format!("tokenizer.json: {wanted}")), "{key}: {error}");
     }
 }
 

@@ -186,7 +186,12 @@ fn bad_lines_are_named_or_counted() {
         assert!(dataset.first_bad_line.unwrap().to_string().contains(wanted));
     }
     let invalid = [good.as_bytes(), b"\n{\"text\": \"\xFF\"}"].concat();
-    assert!(read(&tokenizer, "a.jsonl", invalid, false).unwrap_err().to_string().contains("line 2: "));
+    assert!(
+        read(&tokenizer, "a.jsonl", invalid, false)
+            .unwrap_err()
+            .to_string()
+            .contains("a.jsonl: line 2: is not a JSON object: ")
+    );
     assert!(read(&tokenizer, "a.jsonl", "\n", false).unwrap_err().to_string().contains("has no examples"));
     assert!(read(&tokenizer, "a.jsonl", "{\n", true).unwrap_err().to_string().contains("the first bad line"));
 
@@ -215,9 +220,16 @@ fn a_split_takes_every_example_once_and_depends_on_the_seed_alone() {
     assert_ne!(split(0.25, 2).1, taken);
     // Neither part is ever empty.
     assert_eq!((split(0.001, 1).1.len(), split(0.999, 1).0.len()), (1, 1));
-    assert!(whole.clone().split(0.0, 1).is_err());
+    assert_eq!(
+        whole.clone().split(0.0, 1).unwrap_err().to_string(),
+        "data split: the share is 0; it must be between 0 and 1"
+    );
     let mut one = Dataset { examples: vec![example(1)], ..Dataset::default() };
-    assert!(one.split(0.5, 1).unwrap_err().to_string().contains("two"));
+    assert_eq!(
+        one.split(0.5, 1).unwrap_err().to_string(),
+        "data split: the number of examples is 1; splitting needs at least two; give a separate file for evaluation \
+         instead"
+    );
 }
 
 /// A llama-like tokenizer, made from the byte-level one: it doesn't cut before merges and puts a
@@ -428,6 +440,7 @@ fn every_key_is_used_or_named() {
     ];
     let text: String = same.iter().map(|line| format!("{line}\n")).collect();
     let data = read(&little, "a.jsonl", text, false).unwrap();
+    assert_eq!(data.examples.len(), same.len());
     assert!(data.examples.iter().all(|example| *example == data.examples[0]));
     assert_eq!(data.passed_over, [("id", 2), ("source", 1)]);
 }

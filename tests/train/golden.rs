@@ -3,6 +3,7 @@
 
 use crate::common;
 use crate::common::model::{adapter, batch, f32s, file, load, path};
+use crate::common::tolerances::{FINAL_ADAPTER, FIRST_GRADIENTS, LEARNING_RATE, LOSS};
 use qlora_wgpu::bench::uniform;
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig};
 use qlora_wgpu::nn::RopeConfig;
@@ -87,10 +88,6 @@ fn close_tensor(context: &str, got: &[f32], wanted: &[f32], relative: f64) {
 fn check(name: &'static str, device: &Device) {
     let run = Run::open(name);
     let golden = file(&format!("{name}/golden.safetensors"));
-    let f16 = common::is_f16(device);
-    // Bounds: 1e-4 relative on f32 tiers, 1e-2 with operands staged as f16.
-    let loss_bound = if f16 { 1e-2 } else { 1e-4 };
-    let gradient_bound = if f16 { 5e-2 } else { 1e-4 };
     let mut model = run.model(device);
     let mut trainer = Trainer::new(run.options);
 
@@ -103,7 +100,12 @@ fn check(name: &'static str, device: &Device) {
         let key = path.replace("lora_magnitude_vector", "lora_magnitude_vector.weight");
         let wanted = f32s(&golden, &format!("grad0.{key}"));
         let got = gradients.get(parameter).unwrap_or_else(|| panic!("{path} has a gradient")).to_vec().unwrap();
-        close_tensor(&format!("{} {name} {path}", common::name(device)), &got, &wanted, gradient_bound);
+        close_tensor(
+            &format!("{} {name} {path}", common::name(device)),
+            &got,
+            &wanted,
+            FIRST_GRADIENTS.on(device),
+        );
         compared += 1;
     }
     assert_eq!(compared, golden.names().iter().filter(|name| name.starts_with("grad0.")).count());
@@ -112,15 +114,15 @@ fn check(name: &'static str, device: &Device) {
     for (step, record) in run.records().iter().enumerate() {
         let report = trainer.step(&mut model, &run.batches(device, step)).unwrap();
         let context = |what: &str| format!("{} {name} step {step}: {what}", common::name(device));
-        close(&context("loss"), report.loss, &record["loss"], loss_bound);
-        close(&context("gradient norm"), report.grad_norm, &record["grad_norm"], loss_bound);
-        close(&context("learning rate"), report.lr, &record["lr"], 1e-6);
+        close(&context("loss"), report.loss, &record["loss"], LOSS.on(device));
+        close(&context("gradient norm"), report.grad_norm, &record["grad_norm"], LOSS.on(device));
+        close(&context("learning rate"), report.lr, &record["lr"], LEARNING_RATE.on(device));
         assert_eq!(report.label_tokens as u64, record["n_label_tokens"].as_u64().unwrap(), "{}", context("tokens"));
     }
     let wanted = adapter(&format!("{name}/adapter-final"));
     let got = model.to_peft("default", &wanted.config).unwrap();
     assert_eq!(got.modules.len(), wanted.modules.len());
-    let bound = if f16 { 5e-2 } else { 1e-3 };
+    let bound = FINAL_ADAPTER.on(device);
     for (path, module) in &got.modules {
         let context = |what: &str| format!("{} {name} final {path} {what}", common::name(device));
         let theirs = &wanted.modules[path];
@@ -208,8 +210,7 @@ fn a_loss_that_is_not_finite_stops_the_run_and_leaves_the_adapter_alone() {
         assert!(before == parameter_bits(&model), "{}: nothing was updated", common::name(&device));
         // The run then continues as if nothing had happened.
         let report = trainer.step(&mut model, &run.batches(&device, 1)).unwrap();
-        let bound = if common::is_f16(&device) { 1e-2 } else { 1e-4 };
-        close(&common::name(&device), report.loss, &run.records()[1]["loss"], bound);
+        close(&common::name(&device), report.loss, &run.records()[1]["loss"], LOSS.on(&device));
     }
 }
 
@@ -219,7 +220,6 @@ struct Random;
 const HIDDEN: usize = 256;
 const FFN: usize = 512;
 const VOCABULARY: usize = 64;
-const RANK: usize = 4;
 
 impl WeightSource for Random {
     fn vector(&mut self, _: &str, len: usize) -> qlora_wgpu::Result<Vec<f32>> {
@@ -236,7 +236,7 @@ impl WeightSource for Random {
     }
 }
 
-fn random_model(device: &Device, layers: usize) -> Decoder {
+fn random_model(device: &Device, layers: usize, rank: usize) -> Decoder {
     let config = ModelConfig {
         vocab_size: VOCABULARY,
         hidden_size: HIDDEN,
@@ -251,7 +251,7 @@ fn random_model(device: &Device, layers: usize) -> Decoder {
         ..load(&Device::cpu(), "llama").config().clone()
     };
     let mut model = Decoder::build(device, config, &mut Random).unwrap();
-    model.attach("default", &PeftConfig::new(RANK, 8.0), 1).unwrap();
+    model.attach("default", &PeftConfig::new(rank, 8.0), 1).unwrap();
     model
 }
 
@@ -268,10 +268,15 @@ fn memory_is_what_the_formula_says_and_holds_no_dequantized_copy() {
     // Separate devices, whose counters no other test changes.
     for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
         let name = common::name(&device);
-        let layers = 3;
-        let mut model = random_model(&device, layers);
+        // The smallest linear layer, dequantized to f16, or to f32 as on the CPU. What a step holds
+        // beside the weights takes less, as there are two tokens and adapters of rank 1: so no copy
+        // exists at any time.
+        let value_bytes = if matches!(device, Device::Cpu(_)) { 4 } else { 2 };
+        let copy = (value_bytes * HIDDEN * HIDDEN) as f64;
+        let (layers, rank) = (3, 1);
+        let mut model = random_model(&device, layers, rank);
         let mut trainer = Trainer::new(Run::open("train-basic").options);
-        let batch = random_batch(&model, 4);
+        let batch = random_batch(&model, 2);
         trainer.step(&mut model, std::slice::from_ref(&batch)).unwrap();
         device.wait().unwrap();
 
@@ -279,18 +284,16 @@ fn memory_is_what_the_formula_says_and_holds_no_dequantized_copy() {
         let (mut weights, mut trained) = (0, 0);
         for (n, k) in shapes {
             weights += layers * n * k;
-            trained += layers * RANK * (n + k);
+            trained += layers * rank * (n + k);
         }
         let dense = VOCABULARY * HIDDEN + (2 * layers + 1) * HIDDEN;
+        // A table of 256 scales for each matrix, and the sines and cosines of the rotations.
+        let tables = 7 * layers * 256 + model.config().max_position_embeddings * model.config().head_dim;
         // 4.127 bits per weight, f32 for the rest; parameters with two moments each.
-        let formula = 4.127 / 8.0 * weights as f64 + 4.0 * dense as f64 + 3.0 * 4.0 * trained as f64;
+        let formula = 4.127 / 8.0 * weights as f64 + 4.0 * (dense + tables + 3 * trained) as f64;
         let live = device.memory().live_bytes as f64;
-        // A table of 256 scales per matrix, paddings, the batch and the table of rotations.
-        let overhead = (7 * layers * 1100 + 512 * 64 * 4 + 64 * 1024) as f64;
-        assert!(
-            live >= 0.99 * formula && live <= 1.02 * formula + overhead,
-            "{name}: {live} live, {formula} by formula"
-        );
+        // Padding and the batch.
+        assert!(live >= 0.999 * formula && live <= formula + 0.5 * copy, "{name}: {live} live, {formula} by formula");
         assert_eq!(trainer.optimizer().resident_bytes(), 2 * model.resident_bytes().1, "{name}: two moments each");
 
         device.reset_peak();
@@ -298,17 +301,18 @@ fn memory_is_what_the_formula_says_and_holds_no_dequantized_copy() {
         device.wait().unwrap();
         assert_eq!(device.memory().live_bytes as f64, live, "{name}: a step leaves nothing behind");
         let transient = device.memory().peak_bytes as f64 - live;
-        assert!(transient < 0.25 * 4.0 * weights as f64, "{name}: {transient} bytes beside {weights} weights");
+        assert!(transient >= 4.0 * trained as f64 && transient < copy, "{name}: {transient} bytes, {copy} a copy");
     }
 }
 
 #[test]
 fn checkpointing_keeps_one_layer_and_the_inputs_of_the_others() {
+    const RANK: usize = 4;
     for device in common::gpus_with(|_| ()).into_iter().chain([Device::cpu()]) {
         let name = common::name(&device);
         let length = 48;
         let peak = |layers: usize, checkpoint_activations: bool| {
-            let model = random_model(&device, layers);
+            let model = random_model(&device, layers, RANK);
             let batch = random_batch(&model, length);
             let trainer = Trainer::new(TrainOptions { checkpoint_activations, ..Run::open("train-basic").options });
             // Allocates everything that stays before counting.
@@ -324,7 +328,9 @@ fn checkpointing_keeps_one_layer_and_the_inputs_of_the_others() {
         let gradients = (4 * RANK * (4 * 2 * HIDDEN + 3 * (HIDDEN + FFN))) as f64;
         let input = (4 * length * HIDDEN) as f64;
         let (whole, checkpointed) = (a_layer(false), a_layer(true));
-        assert!(checkpointed <= 1.15 * (input + gradients), "{name}: {checkpointed} a layer, its input takes {input}");
+        // A layer's input is freed before its gradients are complete. The CPU's scratch varies.
+        let most = 1.15 * input.max(gradients);
+        assert!(checkpointed <= most, "{name}: {checkpointed} a layer, input {input}, gradients {gradients}");
         assert!(whole >= 8.0 * input, "{name}: {whole} a layer without");
     }
 }
@@ -351,5 +357,8 @@ fn data_without_labels_is_an_error() {
     let device = Device::cpu();
     let mut model = run.model(&device);
     let mut trainer = Trainer::new(run.options);
-    assert!(trainer.step(&mut model, &[]).unwrap_err().to_string().contains("label"));
+    assert_eq!(
+        trainer.step(&mut model, &[]).unwrap_err().to_string(),
+        "training step: the data is 0 micro-batches without labels; at least one token must carry loss"
+    );
 }

@@ -330,8 +330,10 @@ mod tests {
         let exact = Targets::new(TargetModules::names([Q])).layers(vec![7], vec![]).unwrap();
         assert_eq!(chosen(&exact), [true, false, false], "as PEFT has it");
         let error = Targets::new(TargetModules::AllLinear).layers(vec![1], vec![]).unwrap_err();
-        assert!(error.to_string().contains("layers_to_transform"), "{error}");
-        assert!(Targets::new(TargetModules::names(["x"])).layers(vec![1], vec!["(".into()]).is_err());
+        assert_eq!(error.to_string(), "target modules: layers_to_transform is [1]; it needs a list of target_modules");
+        let error =
+            Targets::new(TargetModules::names(["x"])).layers(vec![1], vec!["(".into()]).unwrap_err().to_string();
+        assert!(error.starts_with("target modules: regular expression is \"(\"; it is malformed: "), "{error}");
     }
 
     #[test]
@@ -346,7 +348,11 @@ mod tests {
         let large = (0..800).map(|i| (format!("model.layers.{i}.{}", modules[i % 3]), i));
         assert_eq!(ModulePatterns::new(large).unwrap().get("model.layers.799.self_attn.q_proj"), None);
         let containers = vec![r"\w{5}".to_owned(); 100];
-        assert!(Targets::new(TargetModules::names(["x"])).layers(vec![1], containers).is_err());
+        assert_eq!(
+            Targets::new(TargetModules::names(["x"])).layers(vec![1], containers).unwrap_err().to_string(),
+            "target modules: regular expression is \"\\\\w{5}\"; it needs more than 167772 bytes when compiled, its \
+             share among 100 expressions; simplify it"
+        );
     }
 
     #[test]

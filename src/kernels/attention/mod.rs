@@ -120,6 +120,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::testing;
+    use crate::testing::tolerances::ATTENTION;
 
     /// Q, K, V and a visibility.
     pub struct Case {
@@ -205,8 +206,7 @@ pub(crate) mod tests {
             let magnitudes: Vec<f64> = v.iter().map(|v| v.abs()).collect();
             let (terms, _) = reference([&q, &k, &magnitudes], &self.shape, &self.visibility(&cpu));
             // Both a softmax weight and a value of V are rounded to f16.
-            let relative = if self.is_f16(device) { 1.1e-3 } else { 1e-5 };
-            let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + 1e-30).collect();
+            let bounds = ATTENTION.of(self.is_f16(device)).bounds(&terms);
             testing::assert_close(&self.name(device), &attended.o.to_vec().unwrap(), &o, &bounds);
             let sees_none = |lse: &f64| lse.is_infinite();
             let got = attended.lse.to_vec().unwrap();
@@ -379,17 +379,21 @@ pub(crate) mod tests {
         let run = |q, k, v, shape: AttentionShape, visibility| {
             attention(q, k, v, &shape, visibility).unwrap_err().to_string()
         };
-        for head_dim in [0, 4, 10, 260] {
-            assert!(run(&q, &k, &v, AttentionShape { head_dim, ..case.shape }, &visibility).contains("4"));
+        for (heads, kv_heads, head_dim) in
+            [(4, 2, 0), (4, 2, 4), (4, 2, 10), (4, 2, 260), (3, 2, 8), (0, 2, 8), (4, 0, 8)]
+        {
+            let shape = AttentionShape { heads, kv_heads, head_dim, ..case.shape };
+            let wanted = format!(
+                "attention: the shape is {heads} heads, {kv_heads} key heads, {head_dim} values per head, scale {}; \
+                 heads must be a multiple of key heads, values per head a multiple of 4 in 8..=256",
+                shape.scale
+            );
+            assert_eq!(run(&q, &k, &v, shape, &visibility), wanted);
         }
-        for (heads, kv_heads) in [(3, 2), (0, 2), (4, 0)] {
-            let error = run(&q, &k, &v, AttentionShape { heads, kv_heads, ..case.shape }, &visibility);
-            assert!(error.contains("heads"), "{error}");
-        }
-        assert!(run(&k, &k, &v, case.shape, &visibility).contains('Q'));
-        assert!(run(&q, &q, &v, case.shape, &visibility).contains('K'));
-        assert!(run(&q, &k, &q, case.shape, &visibility).contains('V'));
+        assert_eq!(run(&k, &k, &v, case.shape, &visibility), "attention: Q: expected [6, 32], got [6, 16]");
+        assert_eq!(run(&q, &q, &v, case.shape, &visibility), "attention: K: expected [6, 16], got [6, 32]");
+        assert_eq!(run(&q, &k, &q, case.shape, &visibility), "attention: V: expected [6, 16], got [6, 32]");
         let other = Visibility::ranges(&device, &case.ranges[..5], 6).unwrap();
-        assert!(run(&q, &k, &v, case.shape, &other).contains('Q'));
+        assert_eq!(run(&q, &k, &v, case.shape, &other), "attention: Q: expected [5, 32], got [6, 32]");
     }
 }

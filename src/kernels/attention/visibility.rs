@@ -167,13 +167,27 @@ mod tests {
         let device = Device::cpu();
         for segments in [&[1, 1, 1][..], &[1]] {
             let error = Visibility::causal(&device, segments, 2, None).unwrap_err().to_string();
-            assert!(error.contains("length"), "{error}");
+            let count = segments.len();
+            let wanted = format!("the length of a row is 2; {count} segment ids must be a multiple of it");
+            assert_eq!(error, format!("attention visibility: {wanted}"));
         }
-        assert!(Visibility::causal(&device, &[], 0, None).is_err());
-        assert!(Visibility::causal(&device, &[1], 1, Some(0)).is_err());
-        for ranges in [&[(2, 1)][..], &[(0, 5)], &[(1, 2), (0, 2)], &[(0, 3), (0, 2)]] {
+        assert_eq!(
+            Visibility::causal(&device, &[], 0, None).unwrap_err().to_string(),
+            "attention visibility: the length of a row is 0; 0 segment ids must be a multiple of it"
+        );
+        assert_eq!(
+            Visibility::causal(&device, &[1], 1, Some(0)).unwrap_err().to_string(),
+            "attention visibility: the window is 0; it must be at least 1, because a token sees itself"
+        );
+        for (ranges, wanted) in [
+            (&[(2, 1)][..], "2..1 for query 0, after 0..0;"),
+            (&[(0, 5)], "0..5 for query 0, after 0..0;"),
+            (&[(1, 2), (0, 2)], "0..2 for query 1, after 1..2;"),
+            (&[(0, 3), (0, 2)], "0..2 for query 1, after 0..3;"),
+        ] {
             let error = Visibility::ranges(&device, ranges, 4).unwrap_err().to_string();
-            assert!(error.contains("range"), "{error}");
+            let wanted = format!("attention visibility: a query's range of keys is {wanted} it must lie in 0..4, ");
+            assert!(error.starts_with(&wanted), "{error}");
         }
     }
 

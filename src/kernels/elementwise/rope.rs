@@ -365,6 +365,7 @@ mod tests {
 
     use super::*;
     use crate::testing;
+    use crate::testing::tolerances::ROPE;
 
     const LAYOUTS: [RopeLayout; 2] = [RopeLayout::HalfSplit, RopeLayout::Interleaved];
 
@@ -398,7 +399,7 @@ mod tests {
             let wanted = reference(&wide, config, &positions, sign);
             let context = format!("{} M={m} H={heads} {config:?} sign {sign}", testing::name(device));
             // Two products of values up to 2 with f32 cosines.
-            testing::assert_close(&context, got, &wanted, &vec![1e-6; x.len()]);
+            testing::assert_close(&context, got, &wanted, &ROPE.f32.bounds(&vec![1.0; x.len()]));
         }
         // Computed together with others, the result is the same to the bit.
         let other = Tensor::from_slice(device, &[m, 2 * heads * config.head_dim], &[x.clone(), x].concat()).unwrap();
@@ -498,11 +499,13 @@ mod tests {
             let x = Tensor::from_slice(&device, &[1, 8], &[1.0; 8]).unwrap();
             let run = |position: u32| rope(&x, &table, &Indices::from_slice(&device, &[position]).unwrap());
             match &device {
-                Device::Cpu(_) => assert!(run(10).unwrap_err().to_string().contains("10")),
+                Device::Cpu(_) => {
+                    assert_eq!(run(10).unwrap_err().to_string(), "rope: a position is 10; the table has 10 positions")
+                }
                 Device::Gpu(_) => assert_eq!(run(10).unwrap().to_vec().unwrap(), run(9).unwrap().to_vec().unwrap()),
             }
             let two = Indices::from_slice(&device, &[1, 2]).unwrap();
-            assert!(rope(&x, &table, &two).unwrap_err().to_string().contains("positions"));
+            assert_eq!(rope(&x, &table, &two).unwrap_err().to_string(), "rope: positions: expected 1 values, got 2");
             let x = Tensor::zeros(&device, &[2, 12]).unwrap();
             assert!(rope(&x, &table, &two).unwrap_err().to_string().contains("multiple of 8"));
         }
@@ -514,7 +517,11 @@ mod tests {
             (RopeConfig { theta: 0.0, ..config(8, RopeLayout::HalfSplit) }, 4),
             (RopeConfig { scaling: RopeScaling::Linear { factor: 0.0 }, ..config(8, RopeLayout::HalfSplit) }, 4),
         ] {
-            assert!(RopeTable::new(&device, &config, positions).is_err(), "{config:?}");
+            let error = RopeTable::new(&device, &config, positions).unwrap_err().to_string();
+            let (theta, width) = (config.theta, config.head_dim);
+            let wanted =
+                format!("rope: the table is for theta {theta}, {width} values per head and {positions} positions;");
+            assert!(error.starts_with(&wanted), "{error}");
         }
     }
 }

@@ -138,6 +138,7 @@ mod tests {
     use super::*;
     use crate::device::Device;
     use crate::testing;
+    use crate::testing::tolerances::SCALE_COLUMNS;
 
     pub fn twin(device: &Device) {
         for (m, n) in [(0, 3), (3, 0), (1, 1), (5, 37), (129, 300)] {
@@ -149,7 +150,7 @@ mod tests {
                 assert_eq!(y.shape(), [m, n]);
                 let form = |x: &[f64], c: &[f64], d: &[f64]| reference(x, c, plus.map(|_| d), divide);
                 let (wanted, terms) = testing::with_terms([&x, &c, plus.unwrap_or(&[])], |[x, c, d]| form(x, c, d));
-                let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
+                let bounds = SCALE_COLUMNS.f32.bounds(&terms);
                 let context = format!("{} {what} {m} x {n}", testing::name(device));
                 testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
             };
@@ -168,8 +169,17 @@ mod tests {
     fn shapes_that_disagree_are_named() {
         let zeros = |shape: &[usize]| Tensor::zeros(&Device::cpu(), shape).unwrap();
         let message = |result: Result<Tensor>| result.unwrap_err().to_string();
-        assert!(message(scale_columns(&zeros(&[2, 3]), &zeros(&[2]), None)).contains('X'));
-        assert!(message(scale_columns(&zeros(&[2, 3]), &zeros(&[3]), Some(&zeros(&[2])))).contains('D'));
-        assert!(message(divide_columns(&zeros(&[2, 3]), &zeros(&[1, 3]))).contains('c'));
+        assert_eq!(
+            message(scale_columns(&zeros(&[2, 3]), &zeros(&[2]), None)),
+            "scale_columns: X: expected rows of 2 values, as in c, got [2, 3]"
+        );
+        assert_eq!(
+            message(scale_columns(&zeros(&[2, 3]), &zeros(&[3]), Some(&zeros(&[2])))),
+            "scale_columns: D: expected [3], got [2]"
+        );
+        assert_eq!(
+            message(divide_columns(&zeros(&[2, 3]), &zeros(&[1, 3]))),
+            "scale_columns: c: expected [3], got [1, 3]"
+        );
     }
 }

@@ -64,6 +64,7 @@ mod tests {
 
     use super::*;
     use crate::device::Device;
+    use crate::testing::tolerances::ROWS;
     use crate::testing::{self, wide};
 
     fn check(device: &Device, shape: &[usize], amplitude: f32, seed: u64) {
@@ -73,7 +74,7 @@ mod tests {
         let y = silu_mul(&tensor(&gate), &tensor(&up)).unwrap();
         assert_eq!(y.shape(), shape);
         let wanted = reference(&wide(&gate), &wide(&up));
-        let bounds: Vec<f64> = wanted.iter().map(|y| 1e-5 * y.abs() + 1e-30).collect();
+        let bounds = ROWS.f32.bounds(&wanted);
         let context = format!("{} {shape:?}", testing::name(device));
         testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
     }

@@ -72,6 +72,7 @@ mod tests {
     use super::*;
     use crate::device::Device;
     use crate::kernels::elementwise::silu_mul;
+    use crate::testing::tolerances::ROWS;
     use crate::testing::{self, wide};
 
     fn check(device: &Device, shape: &[usize], seed: u64) {
@@ -87,9 +88,9 @@ mod tests {
             let s = 1.0 / (1.0 + (-gate).exp());
             terms * s * (1.0 + gate.abs() * (1.0 - s))
         };
-        let bounds: Vec<f64> = (0..len).map(|i| 1e-5 * terms(i) + 1e-30).collect();
+        let bounds = ROWS.f32.bounds(&(0..len).map(terms).collect::<Vec<_>>());
         testing::assert_close(&context, &d_gate.to_vec().unwrap(), &wanted_gate, &bounds);
-        let bounds: Vec<f64> = wanted_up.iter().map(|d| 1e-5 * d.abs() + 1e-30).collect();
+        let bounds = ROWS.f32.bounds(&wanted_up);
         testing::assert_close(&context, &d_up.to_vec().unwrap(), &wanted_up, &bounds);
     }
 

@@ -233,12 +233,13 @@ pub(crate) fn scratch(gpu: &Gpu, sizes: [usize; 3]) -> Scratch {
     Partial::scratch(gpu, Division::of(gpu, sizes).parts, sizes[0] * sizes[1])
 }
 
-/// Error bound of tests of a product over this many tokens, relative to the sum of its terms'
-/// absolute values: that of f16 operands with cooperative matrices, else that of f32.
+/// Error bound of tests of a product over this many tokens: that of f16 operands with cooperative
+/// matrices, else that of f32.
 #[cfg(test)]
-pub(crate) fn tolerance(device: &Device, tokens: usize) -> f64 {
+pub(crate) fn tolerance(device: &Device, tokens: usize) -> crate::testing::tolerances::Bound {
+    use crate::testing::tolerances::LORA;
     match device {
-        Device::Gpu(gpu) if of(gpu, tokens).is_some() => 2e-3,
-        _ => 1e-5,
+        Device::Gpu(gpu) if of(gpu, tokens).is_some() => LORA.f16,
+        _ => LORA.f32,
     }
 }

@@ -120,8 +120,7 @@ mod tests {
         let g = lora_dh(&tensor(&[m, n], &dy), &tensor(&[n, rank], &b), 0.5).unwrap();
         assert_eq!(g.shape(), [m, rank]);
         let (wanted, terms) = testing::with_terms([&dy, &b], |[dy, b]| reference(dy, b, [m, n, rank], 0.5));
-        let relative = coop::tolerance(device, m);
-        let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + 1e-30).collect();
+        let bounds = coop::tolerance(device, m).bounds(&terms);
         let context = format!("{} M={m} N={n} r={rank} dY {amplitude}", testing::name(device));
         testing::assert_close(&context, &g.to_vec().unwrap(), &wanted, &bounds);
     }
@@ -163,7 +162,13 @@ mod tests {
     #[test]
     fn shapes_that_disagree_are_named() {
         let zeros = |shape: &[usize]| Tensor::zeros(&Device::cpu(), shape).unwrap();
-        assert!(lora_dh(&zeros(&[2, 3]), &zeros(&[4, 1]), 1.0).unwrap_err().to_string().contains('B'));
-        assert!(lora_dh(&zeros(&[2]), &zeros(&[2, 1]), 1.0).unwrap_err().to_string().contains("dY"));
+        assert_eq!(
+            lora_dh(&zeros(&[2, 3]), &zeros(&[4, 1]), 1.0).unwrap_err().to_string(),
+            "lora_dh: B: expected [3, 1], got [4, 1]"
+        );
+        assert_eq!(
+            lora_dh(&zeros(&[2]), &zeros(&[2, 1]), 1.0).unwrap_err().to_string(),
+            "lora_dh: dY: expected [rows, columns], got [2]"
+        );
     }
 }

@@ -290,11 +290,8 @@ mod tests {
                 );
             }
         }
-        let wide = |values: &[f32], f: fn(f32) -> f32| values.iter().map(|&v| f64::from(f(v))).collect::<Vec<_>>();
-        let wanted = reference(&wide(&x, |v| v), &wide(&a, |v| v), [m, rank, k], dropout);
-        let terms = reference(&wide(&x, f32::abs), &wide(&a, f32::abs), [m, rank, k], dropout);
-        let relative = coop::tolerance(device, m);
-        let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + 1e-30).collect();
+        let (wanted, terms) = testing::with_terms([&x, &a], |[x, a]| reference(x, a, [m, rank, k], dropout));
+        let bounds = coop::tolerance(device, m).bounds(&terms);
         let context = format!("{} M={m} r={rank} K={k} {dropout:?}", testing::name(device));
         testing::assert_close(&context, &h.to_vec().unwrap(), &wanted, &bounds);
     }
@@ -334,8 +331,7 @@ mod tests {
         for device in testing::devices() {
             let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(&device, shape, values).unwrap();
             let h = lora_down(&tensor(&[m, k], &x), &tensor(&[rank, k], &a), None).unwrap();
-            let relative = coop::tolerance(&device, m);
-            let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms).collect();
+            let bounds = coop::tolerance(&device, m).bounds(&terms);
             testing::assert_close(&testing::name(&device), &h.to_vec().unwrap(), &wanted, &bounds);
         }
     }
@@ -374,9 +370,11 @@ mod tests {
         let zeros = |shape: &[usize]| Tensor::zeros(&device, shape).unwrap();
         for probability in [1.0, -0.1, f32::NAN] {
             let result = lora_down(&zeros(&[1, 2]), &zeros(&[1, 2]), Some(Dropout { probability, seed: 0 }));
-            assert!(result.unwrap_err().to_string().contains("probability"));
+            let wanted =
+                format!("lora_down: the dropout probability is {probability}; it must be at least 0 and less than 1");
+            assert_eq!(result.unwrap_err().to_string(), wanted);
         }
         let result = lora_down(&zeros(&[1, 2]), &zeros(&[1, 3]), None);
-        assert!(result.unwrap_err().to_string().contains('A'));
+        assert_eq!(result.unwrap_err().to_string(), "lora_down: A: expected [1, 2], got [1, 3]");
     }
 }

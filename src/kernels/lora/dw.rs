@@ -301,8 +301,7 @@ pub(crate) mod tests {
         let out = lora_dw(&l_tensor, &r_tensor, 0.5, dropout).unwrap();
         assert_eq!(out.shape(), [rows, cols]);
         let (wanted, terms) = testing::with_terms([&l, &r], |[l, r]| reference(l, r, shape, 0.5, dropout));
-        let relative = coop::tolerance(device, m);
-        let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms + 1e-30).collect();
+        let bounds = coop::tolerance(device, m).bounds(&terms);
         let context = format!("{} M={m} P={rows} Q={cols} L {amplitude} {dropout:?}", testing::name(device));
         let got = out.to_vec().unwrap();
         testing::assert_close(&context, &got, &wanted, &bounds);
@@ -350,8 +349,7 @@ pub(crate) mod tests {
             for device in testing::devices() {
                 let tensor = |shape: &[usize], values: &[f32]| Tensor::from_slice(&device, shape, values).unwrap();
                 let out = lora_dw(&tensor(&[m, rank], &l), &tensor(&[m, cols], &r), 0.5, None).unwrap();
-                let relative = coop::tolerance(&device, m);
-                let bounds: Vec<f64> = terms.iter().map(|terms| relative * terms).collect();
+                let bounds = coop::tolerance(&device, m).bounds(&terms);
                 let context = format!("{} X x {x}", testing::name(&device));
                 testing::assert_close(&context, &out.to_vec().unwrap(), &wanted, &bounds);
             }
@@ -384,6 +382,9 @@ pub(crate) mod tests {
         let message = |result: Result<Tensor>| result.unwrap_err().to_string();
         assert!(message(lora_dw(&zeros(&[2, 3]), &zeros(&[3, 2]), 1.0, None)).contains("rows of R"));
         let all = Some(Dropout { probability: 1.0, seed: 0 });
-        assert!(message(lora_dw(&zeros(&[2, 3]), &zeros(&[2, 3]), 1.0, all)).contains("probability"));
+        assert_eq!(
+            message(lora_dw(&zeros(&[2, 3]), &zeros(&[2, 3]), 1.0, all)),
+            "lora_dw: the dropout probability is 1; it must be at least 0 and less than 1"
+        );
     }
 }

@@ -95,6 +95,7 @@ mod tests {
     use crate::kernels::qmatmul::dx;
     use crate::kernels::qmatmul::{self, dense_of};
     use crate::quant::HostMatrix;
+    use crate::testing::tolerances::QMATMUL;
     use crate::testing::{self, wide};
 
     const SCALE: f32 = 0.125;
@@ -120,7 +121,7 @@ mod tests {
         for i in 0..m {
             // Absolute error bound of this row's logits. The relative error of a softmax is then
             // twice that.
-            let off = 1e-5 * terms[i * v..][..v].iter().fold(0.0, |most: f64, &terms| most.max(terms))
+            let off = QMATMUL.f32.relative * terms[i * v..][..v].iter().fold(0.0, |most: f64, &terms| most.max(terms))
                 + product * norm(&mut x[i * k..][..k].iter().copied()) * w_row;
             loss_bounds.push(2.0 * off + 1e-5 * (1.0 + losses[i]));
             let row = norm(&mut gradient[i * v..][..v].iter().copied());
@@ -141,7 +142,7 @@ mod tests {
         let context = format!("{} {kind} M={m} V={v} K={k}", testing::name(device));
         let x = testing::values(1, m * k, 1.0);
         let labels = labels(m, v);
-        let product = if testing::is_f16(device) { 2e-3 } else { 0.0 };
+        let product = if testing::is_f16(device) { QMATMUL.f16.relative } else { 0.0 };
         let wanted = reference(&wide(&x), &dense_of(matrix), &labels, k, product);
         let hidden = Tensor::from_slice(device, &[m, k], &x).unwrap();
         let head = DeviceMatrix::new(device, matrix.clone()).unwrap();
@@ -279,8 +280,8 @@ mod tests {
             let labels = Indices::from_slice(&device, labels).unwrap();
             linear_cross_entropy(&hidden, &head, &labels, 1.0, true).err().unwrap().to_string()
         };
-        assert!(message(&[2, 7], &[1, 2]).contains("hidden"));
-        assert!(message(&[16], &[1, 2]).contains("[16]"));
-        assert!(message(&[2, 8], &[1]).contains("labels"));
+        assert_eq!(message(&[2, 7], &[1, 2]), "linear_cross_entropy: hidden: expected [2, 8], got [2, 7]");
+        assert_eq!(message(&[16], &[1, 2]), "linear_cross_entropy: hidden: expected [rows, columns], got [16]");
+        assert_eq!(message(&[2, 8], &[1]), "linear_cross_entropy: labels: expected 2 values, got 1");
     }
 }

@@ -291,15 +291,24 @@ mod tests {
                         let mut logits = testing::values(1, 5000, 1.0);
                         logits[at] = nan;
                         let error = chosen(&device, &logits, &sampling, 0).unwrap_err().to_string();
-                        assert!(error.contains("NaN"), "{}: {error}", testing::name(&device));
+                        assert_eq!(error, "generation: a logit is NaN; the model's weights or its adapter are broken");
                     }
                 }
-                assert!(chosen(&device, &[], &sampling, 0).unwrap_err().to_string().contains("none"));
+                assert_eq!(
+                    chosen(&device, &[], &sampling, 0).unwrap_err().to_string(),
+                    "generation: a logit is none; the model's weights or its adapter are broken"
+                );
             }
             let two = Tensor::zeros(&device, &[2, 3]).unwrap();
-            assert!(sample(&two, &WARM, 0).unwrap_err().to_string().contains("[1, 6]"));
+            assert_eq!(
+                sample(&two, &WARM, 0).unwrap_err().to_string(),
+                "generation: logits: expected [1, 6], got [2, 3]"
+            );
             let wrong = Sampling { top_p: 1.5, ..WARM };
-            assert!(chosen(&device, &[1.0], &wrong, 0).unwrap_err().to_string().contains("top_p"));
+            assert_eq!(
+                chosen(&device, &[1.0], &wrong, 0).unwrap_err().to_string(),
+                "generation: top_p is 1.5; it must be in 0..=1"
+            );
         }
     }
 }

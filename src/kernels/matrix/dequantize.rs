@@ -184,6 +184,7 @@ mod tests {
     use super::*;
     use crate::device::Device;
     use crate::testing;
+    use crate::testing::tolerances::MERGE;
 
     /// lavapipe on Debian 12 computes like the host; other drivers may flush subnormals and fuse a
     /// multiply-add.
@@ -222,16 +223,16 @@ mod tests {
         let got = dequantize(&w, Some(Delta { a: &a_tensor, b: &b_tensor, scale: 0.5 })).unwrap();
         let mut base = vec![0.0; n * k];
         matrix.dequantize_rows(0..n, &mut base);
-        let (mut wanted, mut bounds) = (Vec::new(), Vec::new());
+        let (mut wanted, mut all_terms) = (Vec::new(), Vec::new());
         for (i, base) in base.into_iter().enumerate() {
             let (row, col) = (i / k, i % k);
             let terms = (0..rank).map(|j| 0.5 * f64::from(b[row * rank + j]) * f64::from(a[j * k + col]));
             let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, all), term| (sum + term, all + term.abs()));
             wanted.push(f64::from(base) + sum);
-            bounds.push(1e-5 * (f64::from(base.abs()) + magnitude) + 1e-30);
+            all_terms.push(f64::from(base.abs()) + magnitude);
         }
         let context = format!("{} merge {n} x {k} r={rank}", testing::name(device));
-        testing::assert_close(&context, got.as_slice().unwrap(), &wanted, &bounds);
+        testing::assert_close(&context, got.as_slice().unwrap(), &wanted, &MERGE.f32.bounds(&all_terms));
     }
 
     pub fn twin(device: &Device) {

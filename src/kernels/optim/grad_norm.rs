@@ -168,6 +168,7 @@ pub(crate) fn reference(grads: &[&[f64]], loss: Option<f64>, max_norm: Option<f6
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::testing::tolerances::GRAD_NORM;
     use crate::testing::{self, wide};
 
     fn norms(device: &Device, grads: &[Vec<f32>], loss: Option<f32>, max_norm: Option<f32>) -> Vec<f32> {
@@ -184,7 +185,7 @@ pub(crate) mod tests {
         let wide: Vec<Vec<f64>> = grads.iter().map(|grad| wide(grad)).collect();
         let wide: Vec<&[f64]> = wide.iter().map(Vec::as_slice).collect();
         let wanted = reference(&wide, Some(2.5), max_norm.map(f64::from));
-        let bounds: Vec<f64> = wanted.iter().map(|value| 1e-5 * value).collect();
+        let bounds = GRAD_NORM.f32.bounds(&wanted);
         let context = format!("{} {lens:?} amplitude {amplitude} {max_norm:?}", testing::name(device));
         let got = norms(device, &grads, Some(2.5), max_norm);
         testing::assert_close(&context, &got, &wanted, &bounds);
@@ -226,10 +227,16 @@ pub(crate) mod tests {
     fn bad_arguments_are_named() {
         let one = Tensor::zeros(&Device::cpu(), &[1]).unwrap();
         let message = |result: Result<GradNorm>| result.unwrap_err().to_string();
-        assert!(message(grad_norm(&[], None, None)).contains("gradients"));
-        assert!(message(grad_norm(&[&one], None, Some(0.0))).contains("max_norm"));
-        assert!(message(grad_norm(&[&one], None, Some(f32::NAN))).contains("max_norm"));
+        assert_eq!(
+            message(grad_norm(&[], None, None)),
+            "grad_norm: the number of gradients is 0; it must be at least 1"
+        );
+        assert_eq!(message(grad_norm(&[&one], None, Some(0.0))), "grad_norm: max_norm is 0; it must be positive");
+        assert_eq!(
+            message(grad_norm(&[&one], None, Some(f32::NAN))),
+            "grad_norm: max_norm is NaN; it must be positive"
+        );
         let two = Tensor::zeros(&Device::cpu(), &[2]).unwrap();
-        assert!(message(grad_norm(&[&one], Some(&two), None)).contains("loss"));
+        assert_eq!(message(grad_norm(&[&one], Some(&two), None)), "grad_norm: loss: expected [1], got [2]");
     }
 }

@@ -188,6 +188,7 @@ pub(crate) mod tests {
     use crate::kernels::qmatmul::dx::{LoraDx, qmatmul_dx};
     use crate::quant::HostMatrix;
     use crate::testing;
+    use crate::testing::tolerances::QMATMUL;
 
     #[derive(Clone, Copy, Debug, PartialEq)]
     enum Bias {
@@ -230,16 +231,13 @@ pub(crate) mod tests {
         let lora = (rank > 0).then_some((h.as_slice(), b.as_slice(), 2.0));
         let (wanted, terms) = reference(&x, &w, [m, n, k], (bias != Bias::No).then_some(&offsets), lora);
         let norm = |values: &[f64]| values.iter().map(|value| value * value).sum::<f64>().sqrt();
-        let bounds: Vec<f64> = (0..m * n)
-            .map(|i| {
-                let f32_bound = 1e-5 * terms[i] + 1e-30;
-                if testing::is_f16(device) && m > GEMV_ROWS {
-                    f32_bound + 2e-3 * norm(&x[i / n * k..][..k]) * norm(&w[i % n * k..][..k])
-                } else {
-                    f32_bound
-                }
-            })
-            .collect();
+        let mut bounds = QMATMUL.f32.bounds(&terms);
+        if testing::is_f16(device) && m > GEMV_ROWS {
+            let norms = |rows: &[f64]| rows.chunks(k).map(norm).collect::<Vec<_>>();
+            let (x_norms, w_norms) = (norms(&x), norms(&w));
+            let rounding = |i: usize| QMATMUL.f16.relative * x_norms[i / n] * w_norms[i % n];
+            bounds.iter_mut().enumerate().for_each(|(i, bound)| *bound += rounding(i));
+        }
         testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
     }
 
@@ -301,7 +299,7 @@ pub(crate) mod tests {
                 let y = qmatmul(&Tensor::from_slice(&device, &[m, k], &x).unwrap(), &w, None, None).unwrap();
                 let x: Vec<f64> = x.into_iter().map(f64::from).collect();
                 let (wanted, terms) = reference(&x, &dense_of(&matrix), [m, n, k], None, None);
-                let bounds: Vec<f64> = terms.iter().map(|terms| 2e-3 * terms).collect();
+                let bounds = QMATMUL.f16.bounds(&terms);
                 let context = format!("{} x {amplitude} w {weights}", testing::name(&device));
                 testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
             }
@@ -415,12 +413,15 @@ pub(crate) mod tests {
         let message = |result: Result<Tensor>| result.unwrap_err().to_string();
         let wrong = message(qmatmul(&zeros(&[2, 31]), &w, None, None));
         assert!(wrong.contains("columns of x") && wrong.contains("31") && wrong.contains("32"), "{wrong}");
-        assert!(message(qmatmul(&zeros(&[32]), &w, None, None)).contains("[32]"));
-        assert!(message(qmatmul(&zeros(&[2, 32]), &w, Some(&zeros(&[3])), None)).contains("bias"));
+        assert_eq!(message(qmatmul(&zeros(&[32]), &w, None, None)), "qmatmul: x: expected [rows, columns], got [32]");
+        assert_eq!(
+            message(qmatmul(&zeros(&[2, 32]), &w, Some(&zeros(&[3])), None)),
+            "qmatmul: bias: expected [4], got [3]"
+        );
         let lora = |h: &[usize], b: &[usize]| {
             message(qmatmul(&zeros(&[2, 32]), &w, None, Some(LoraUp { h: &zeros(h), b: &zeros(b), scale: 1.0 })))
         };
-        assert!(lora(&[2, 3], &[4, 2]).contains('H'));
-        assert!(lora(&[2, 3], &[5, 3]).contains('B'));
+        assert_eq!(lora(&[2, 3], &[4, 2]), "qmatmul: H: expected [2, 2], got [2, 3]");
+        assert_eq!(lora(&[2, 3], &[5, 3]), "qmatmul: B: expected [4, 3], got [5, 3]");
     }
 }

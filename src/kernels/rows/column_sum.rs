@@ -223,6 +223,7 @@ mod tests {
 
     use super::*;
     use crate::testing;
+    use crate::testing::tolerances::COLUMN_SUMS;
 
     fn check(device: &Device, [m, n]: [usize; 2], product: bool, amplitude: f32, seed: u64) {
         let a = testing::values(seed, m * n, amplitude);
@@ -231,7 +232,7 @@ mod tests {
         let sums = column_sum(&tensor(&a), product.then(|| tensor(&b)).as_ref()).unwrap();
         assert_eq!(sums.shape(), [n]);
         let (wanted, terms) = testing::with_terms([&a, &b], |[a, b]| reference(a, product.then_some(b), n));
-        let bounds: Vec<f64> = terms.iter().map(|terms| 1e-5 * terms + 1e-30).collect();
+        let bounds = COLUMN_SUMS.f32.bounds(&terms);
         let context = format!("{} M={m} N={n} product {product} A {amplitude}", testing::name(device));
         testing::assert_close(&context, &sums.to_vec().unwrap(), &wanted, &bounds);
     }
@@ -273,7 +274,13 @@ mod tests {
     #[test]
     fn shapes_that_disagree_are_named() {
         let zeros = |shape: &[usize]| Tensor::zeros(&Device::cpu(), shape).unwrap();
-        assert!(column_sum(&zeros(&[2, 3]), Some(&zeros(&[3, 2]))).unwrap_err().to_string().contains('B'));
-        assert!(column_sum(&zeros(&[2]), None).unwrap_err().to_string().contains('A'));
+        assert_eq!(
+            column_sum(&zeros(&[2, 3]), Some(&zeros(&[3, 2]))).unwrap_err().to_string(),
+            "column_sum: B: expected [2, 3], got [3, 2]"
+        );
+        assert_eq!(
+            column_sum(&zeros(&[2]), None).unwrap_err().to_string(),
+            "column_sum: A: expected [rows, columns], got [2]"
+        );
     }
 }

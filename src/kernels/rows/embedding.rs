@@ -122,6 +122,7 @@ mod tests {
     use crate::kernels::qmatmul::dense_of;
     use crate::quant::HostMatrix;
     use crate::testing;
+    use crate::testing::tolerances::EMBEDDING;
 
     fn check(device: &Device, kind: &str, matrix: &HostMatrix, ids: &[u32]) {
         let (rows, k) = (matrix.rows(), matrix.cols());
@@ -133,7 +134,7 @@ mod tests {
         // Equal to the host's values, except for flushed subnormals and a fused multiply-add in a
         // scale.
         let most = wanted.iter().fold(0.0f64, |most, value| most.max(value.abs()));
-        let bounds = vec![1e-6 * most + 1.2e-38; wanted.len()];
+        let bounds = EMBEDDING.f32.bounds(&vec![most; wanted.len()]);
         let context = format!("{} {kind} {rows} x {k}, {} ids", testing::name(device), ids.len());
         testing::assert_close(&context, &y.to_vec().unwrap(), &wanted, &bounds);
     }

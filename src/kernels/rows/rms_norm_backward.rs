@@ -91,6 +91,7 @@ mod tests {
     use super::*;
     use crate::device::Device;
     use crate::kernels::rows::rms_norm;
+    use crate::testing::tolerances::ROWS;
     use crate::testing::{self, wide};
 
     fn check(device: &Device, rows: usize, k: usize, amplitude: f32, seed: u64) {
@@ -104,13 +105,13 @@ mod tests {
         assert_eq!(dx.shape(), [rows, k]);
         let (dy, x, weight) = (wide(&dy), wide(&x), wide(&weight));
         let wanted = reference(&dy, &x, &weight, eps.into());
-        let bound = |i: usize| {
+        let terms = |i: usize| {
             let row = i / k * k..i / k * k + k;
             let mean = x[row.clone()].iter().map(|x| x * x).sum::<f64>() / k as f64 + f64::from(eps);
             let along = row.clone().map(|j| (weight[j % k] * dy[j] * x[j]).abs()).sum::<f64>() / k as f64 / mean;
-            1e-5 * ((weight[i % k] * dy[i]).abs() + x[i].abs() * along) / mean.sqrt() + 1e-30
+            ((weight[i % k] * dy[i]).abs() + x[i].abs() * along) / mean.sqrt()
         };
-        let bounds: Vec<f64> = (0..rows * k).map(bound).collect();
+        let bounds = ROWS.f32.bounds(&(0..rows * k).map(terms).collect::<Vec<_>>());
         let context = format!("{} {rows} x {k} amplitude {amplitude}", testing::name(device));
         testing::assert_close(&context, &dx.to_vec().unwrap(), &wanted, &bounds);
         // A GPU's fused multiply-add may round once instead of twice.

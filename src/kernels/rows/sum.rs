@@ -122,6 +122,7 @@ pub(crate) fn reference<T: crate::kernels::Real>(x: &[T], scale: T) -> T {
 mod tests {
     use super::*;
     use crate::device::Device;
+    use crate::testing::tolerances::SUM;
     use crate::testing::{self, wide};
 
     pub fn twin(device: &Device) {
@@ -132,7 +133,7 @@ mod tests {
             let tensor = Tensor::from_slice(device, &[len], &x).unwrap();
             let [first, again] = [(); 2].map(|()| sum(&tensor, 0.5).unwrap().to_vec().unwrap());
             let context = format!("{} {len} values", testing::name(device));
-            testing::assert_close(&context, &first, &[wanted], &[1e-6 * terms + 1e-30]);
+            testing::assert_close(&context, &first, &[wanted], &SUM.f32.bounds(&[terms]));
             assert_eq!(first, again, "{context}: the same again");
         }
     }

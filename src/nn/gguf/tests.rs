@@ -79,7 +79,10 @@ fn what_is_not_supported_is_an_error_that_names_the_key() {
     assert!(error(llama().u32("llama.attention.value_length", 16)).contains("`llama.attention.value_length`"));
     assert!(error(llama().string("llama.rope.scaling.type", "yarn")).contains("is \"yarn\""));
     assert!(error(llama().f32("llama.rope.freq_base", -1.0)).contains("must be above 0"));
-    assert!(error(metadata("qwen2").u32("qwen2.attention.sliding_window", 32)).contains("sliding_window"));
+    assert!(
+        error(metadata("qwen2").u32("qwen2.attention.sliding_window", 32))
+            .contains("`qwen2.attention.sliding_window`: is 32; qwen2 files with a sliding window")
+    );
     let zero = Writer::default().string(ARCHITECTURE, "llama").u32("llama.embedding_length", 0);
     assert!(error(zero).contains("is 0; it must be at least 1"));
 }

@@ -257,8 +257,8 @@ mod tests {
             );
             assert!(found(name, "[{\"a\": 1},\n{]").unwrap_err().contains("begins as a JSON list"), "{name}");
             assert!(found(name, "{\n\"a\": 1,\n}").unwrap_err().contains("begins as a JSON object"), "{name}");
-            assert!(found(name, b"\x1f\x8b\x08").unwrap_err().contains("gzip"), "{name}");
-            assert!(found(name, " \n").unwrap_err().contains("empty"), "{name}");
+            assert_eq!(found(name, b"\x1f\x8b\x08").unwrap_err(), "is compressed with gzip, not text; unpack it first");
+            assert_eq!(found(name, " \n").unwrap_err(), "has no examples: it is empty");
         }
         assert_eq!(found("a.json", "x\n"), Ok((Format::JsonLines, vec![1])));
         assert_eq!(found("a.jsonl", "[1]\n{}\n"), Ok((Format::JsonLines, vec![1, 2])));

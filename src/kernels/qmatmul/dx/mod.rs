@@ -174,6 +174,7 @@ pub(crate) mod tests {
     use crate::kernels::qmatmul::{self, dense_of};
     use crate::quant::HostMatrix;
     use crate::testing;
+    use crate::testing::tolerances::QMATMUL_DX;
 
     #[derive(Clone, Copy, Debug)]
     struct Case {
@@ -217,12 +218,14 @@ pub(crate) mod tests {
         let (wanted, terms) = reference(&dy, &dense, [m, n, k], Some((&g, &a, dropout)));
         let row_norm = |i: usize| dy[i * n..][..n].iter().map(|value| value * value).sum::<f64>().sqrt();
         let col_norm = |j: usize| (0..n).map(|e| dense[e * k + j] * dense[e * k + j]).sum::<f64>().sqrt();
-        let f16 = testing::is_f16(device);
         let (rows, cols): (Vec<_>, Vec<_>) = ((0..m).map(row_norm).collect(), (0..k).map(col_norm).collect());
-        let bound = |i: usize| 1e-5 * terms[i] + 1e-30 + if f16 { 2e-3 * rows[i / k] * cols[i % k] } else { 0.0 };
-        let bounds: Vec<f64> = (0..m * k).map(bound).collect();
+        let mut bounds = QMATMUL_DX.f32.bounds(&terms);
+        if testing::is_f16(device) {
+            let rounding = |i: usize| QMATMUL_DX.f16.relative * rows[i / k] * cols[i % k];
+            bounds.iter_mut().enumerate().for_each(|(i, bound)| *bound += rounding(i));
+        }
         testing::assert_close(&context, &dx.to_vec().unwrap(), &wanted, &bounds);
-        let rounding = |i: usize, sum: f64| 1e-5 * (terms[i] + sum.abs());
+        let rounding = |i: usize, sum: f64| QMATMUL_DX.f32.relative * (terms[i] + sum.abs());
         testing::assert_adds(&context, &dx, |i, sum| if whole_first { 0.0 } else { rounding(i, sum) }, onto);
     }
 
@@ -287,7 +290,7 @@ pub(crate) mod tests {
                     let (wide_g, wide_a) = (wide(&g), wide(&a));
                     let lora = lora.map(|lora| (wide_g.as_slice(), wide_a.as_slice(), lora.dropout));
                     let (wanted, terms) = reference(&wide(&dy), &dense_of(&matrix), [m, n, k], lora);
-                    let bounds: Vec<f64> = terms.iter().map(|terms| 2e-3 * terms).collect();
+                    let bounds = QMATMUL_DX.f16.bounds(&terms);
                     let context = format!("{} dY x {amplitude} w {weights}", testing::name(&device));
                     testing::assert_close(&context, &dx.to_vec().unwrap(), &wanted, &bounds);
                 }
@@ -386,15 +389,18 @@ pub(crate) mod tests {
         let message = |result: Result<Tensor>| result.unwrap_err().to_string();
         let wrong = message(qmatmul_dx(&zeros(&[2, 5]), &w, None));
         assert!(wrong.contains("columns of dY") && wrong.contains('5') && wrong.contains("4 x 32"), "{wrong}");
-        assert!(message(qmatmul_dx(&zeros(&[4]), &w, None)).contains("[4]"));
+        assert_eq!(message(qmatmul_dx(&zeros(&[4]), &w, None)), "qmatmul_dx: dY: expected [rows, columns], got [4]");
         let lora = |g: &[usize], a: &[usize], probability: f32| {
             let (g, a) = (zeros(g), zeros(a));
             let dropout = Some(Dropout { probability, seed: 1 });
             message(qmatmul_dx(&zeros(&[2, 4]), &w, Some(LoraDx { g: &g, a: &a, dropout })))
         };
-        assert!(lora(&[2, 3], &[3, 31], 0.0).contains('A'));
-        assert!(lora(&[2, 2], &[3, 32], 0.0).contains('G'));
-        assert!(lora(&[2, 3], &[3, 32], 1.0).contains("probability"));
+        assert_eq!(lora(&[2, 3], &[3, 31], 0.0), "qmatmul_dx: A: expected [3, 32], got [3, 31]");
+        assert_eq!(lora(&[2, 2], &[3, 32], 0.0), "qmatmul_dx: G: expected [2, 3], got [2, 2]");
+        assert_eq!(
+            lora(&[2, 3], &[3, 32], 1.0),
+            "qmatmul_dx: the dropout probability is 1; it must be at least 0 and less than 1"
+        );
         for device in testing::devices() {
             let w = DeviceMatrix::new(&device, matrix.clone()).unwrap();
             let dx = qmatmul_dx(&Tensor::zeros(&device, &[0, 4]).unwrap(), &w, None).unwrap();
