@@ -100,12 +100,7 @@ fn check(name: &'static str, device: &Device) {
         let key = path.replace("lora_magnitude_vector", "lora_magnitude_vector.weight");
         let wanted = f32s(&golden, &format!("grad0.{key}"));
         let got = gradients.get(parameter).unwrap_or_else(|| panic!("{path} has a gradient")).to_vec().unwrap();
-        close_tensor(
-            &format!("{} {name} {path}", common::name(device)),
-            &got,
-            &wanted,
-            FIRST_GRADIENTS.on(device),
-        );
+        close_tensor(&format!("{} {name} {path}", common::name(device)), &got, &wanted, FIRST_GRADIENTS.on(device));
         compared += 1;
     }
     assert_eq!(compared, golden.names().iter().filter(|name| name.starts_with("grad0.")).count());
