@@ -39,5 +39,5 @@ if [ ! -d "$mesa" ] || [ ! -d "$shims" ]; then
     fi
 fi
 check_cargo
-"$cargo" build --quiet --locked --features testing --example codegen
-exec "$cargo" run --quiet --locked --features testing --example codegen -- --mesa "$mesa" --shims "$shims" "$@"
+"$cargo" build --quiet --locked --package qlora-wgpu --features testing --example codegen
+exec "$cargo" run --quiet --locked --package qlora-wgpu --features testing --example codegen -- --mesa "$mesa" --shims "$shims" "$@"
