@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::device::ledger::no_values;
 use crate::device::{Buffer, Counted, Cpu, Device, Gpu, Read};
 use crate::error::{Error, Result};
 
@@ -12,10 +13,12 @@ pub struct Indices {
     storage: Storage,
 }
 
+/// `Planned` is on a planned CPU: a size without values.
 #[derive(Clone)]
 enum Storage {
     Cpu { cpu: Cpu, values: Arc<[u32]>, _counted: Arc<Counted> },
     Gpu { gpu: Gpu, buffer: Buffer },
+    Planned { cpu: Cpu, _counted: Arc<Counted> },
 }
 
 /// Values on their way to the host.
@@ -49,6 +52,10 @@ impl Indices {
         let storage = match device {
             Device::Cpu(cpu) => {
                 let counted = Arc::new(cpu.count(size_of_val(values) as u64));
+                if device.is_planned() {
+                    let storage = Storage::Planned { cpu: cpu.clone(), _counted: counted };
+                    return Ok(Indices { len: values.len(), storage });
+                }
                 Storage::Cpu { cpu: cpu.clone(), values: values.into(), _counted: counted }
             }
             Device::Gpu(gpu) => {
@@ -78,7 +85,7 @@ impl Indices {
     /// The device that holds the values.
     pub fn device(&self) -> Device {
         match &self.storage {
-            Storage::Cpu { cpu, .. } => Device::Cpu(cpu.clone()),
+            Storage::Cpu { cpu, .. } | Storage::Planned { cpu, .. } => Device::Cpu(cpu.clone()),
             Storage::Gpu { gpu, .. } => Device::Gpu(gpu.clone()),
         }
     }
@@ -90,6 +97,7 @@ impl Indices {
             Storage::Gpu { gpu, buffer } => {
                 Ok(Reading::UnderWay(gpu.clone(), gpu.start_read(buffer, 4 * self.len as u64)?))
             }
+            Storage::Planned { .. } => Err(no_values("cpu")),
         }
     }
 
@@ -105,6 +113,7 @@ impl Indices {
             Storage::Gpu { gpu, .. } => {
                 Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() })
             }
+            Storage::Planned { .. } => Err(no_values("cpu")),
         }
     }
 

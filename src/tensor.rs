@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayBase, Data, Dimension};
 
+use crate::device::ledger::{Part, no_values};
 use crate::device::{Buffer, Cpu, Device, Gpu, HostBuffer};
 use crate::error::{Error, Result};
 
@@ -19,6 +20,8 @@ pub struct Tensor {
 pub(crate) enum Storage {
     Cpu(Cpu, Arc<HostBuffer>),
     Gpu(Gpu, Buffer),
+    /// On a planned CPU: a size without values. A planned GPU has buffers like a real one.
+    Planned(Cpu, Arc<HostBuffer>),
 }
 
 impl std::fmt::Debug for Storage {
@@ -26,6 +29,7 @@ impl std::fmt::Debug for Storage {
         match self {
             Storage::Cpu(..) => write!(f, "cpu"),
             Storage::Gpu(gpu, _) => write!(f, "{}", gpu.name()),
+            Storage::Planned(..) => write!(f, "planned cpu"),
         }
     }
 }
@@ -42,15 +46,25 @@ impl Tensor {
             return Err(Error::shape("tensor", "number of values", format!("{len} for {shape:?}"), values.len()));
         }
         let storage = match device {
+            Device::Cpu(_) if device.is_planned() => return Tensor::zeros(device, shape),
             Device::Cpu(cpu) => Storage::Cpu(cpu.clone(), Arc::new(cpu.adopt(values)?)),
             Device::Gpu(gpu) => Storage::Gpu(gpu.clone(), gpu.upload("tensor", bytemuck::cast_slice(values))?),
         };
         Ok(Tensor { shape: shape.to_vec(), storage })
     }
 
+    /// Like [`Tensor::from_slice`]. The values aren't computed for a planned device.
+    pub(crate) fn from_values(device: &Device, shape: &[usize], values: impl FnOnce() -> Vec<f32>) -> Result<Tensor> {
+        if device.is_planned() {
+            return Tensor::zeros(device, shape);
+        }
+        Tensor::from_slice(device, shape, &values())
+    }
+
     /// A tensor of zeros.
     pub fn zeros(device: &Device, shape: &[usize]) -> Result<Tensor> {
         match device {
+            Device::Cpu(cpu) if device.is_planned() => Tensor::planned(cpu, shape),
             Device::Cpu(cpu) => {
                 let len = element_count(shape)?;
                 Ok(Tensor::from_host(cpu, shape, cpu.zeros(len)?))
@@ -73,6 +87,12 @@ impl Tensor {
 
     pub(crate) fn from_host(cpu: &Cpu, shape: &[usize], values: HostBuffer) -> Tensor {
         Tensor { shape: shape.to_vec(), storage: Storage::Cpu(cpu.clone(), Arc::new(values)) }
+    }
+
+    /// A tensor on a planned CPU.
+    pub(crate) fn planned(cpu: &Cpu, shape: &[usize]) -> Result<Tensor> {
+        let reserved = cpu.reserve(element_count(shape)?);
+        Ok(Tensor { shape: shape.to_vec(), storage: Storage::Planned(cpu.clone(), Arc::new(reserved)) })
     }
 
     pub(crate) fn from_buffer(gpu: &Gpu, shape: &[usize], buffer: Buffer) -> Tensor {
@@ -103,7 +123,7 @@ impl Tensor {
     /// The device that holds the values.
     pub fn device(&self) -> Device {
         match &self.storage {
-            Storage::Cpu(cpu, _) => Device::Cpu(cpu.clone()),
+            Storage::Cpu(cpu, _) | Storage::Planned(cpu, _) => Device::Cpu(cpu.clone()),
             Storage::Gpu(gpu, _) => Device::Gpu(gpu.clone()),
         }
     }
@@ -115,7 +135,7 @@ impl Tensor {
     /// Bytes that the values take on the device.
     pub fn resident_bytes(&self) -> u64 {
         match &self.storage {
-            Storage::Cpu(_, values) => values.len() as u64 * 4,
+            Storage::Cpu(..) | Storage::Planned(..) => self.len() as u64 * 4,
             Storage::Gpu(_, buffer) => buffer.resident_bytes(),
         }
     }
@@ -125,6 +145,18 @@ impl Tensor {
         match &self.storage {
             Storage::Cpu(_, values) => Ok(values),
             Storage::Gpu(gpu, _) => Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() }),
+            Storage::Planned(..) => Err(no_values("cpu")),
+        }
+    }
+
+    /// On a planned device, counts the tensor's memory for this use from now on.
+    pub(crate) fn count_as(&self, part: Part) {
+        let charge = match &self.storage {
+            Storage::Cpu(_, values) | Storage::Planned(_, values) => values.charge(),
+            Storage::Gpu(_, buffer) => buffer.charge(),
+        };
+        if let Some(charge) = charge {
+            charge.move_to(part);
         }
     }
 
@@ -167,6 +199,7 @@ impl Tensor {
                 gpu.copy(buffer, 4 * values.start as u64, copy.buffer(gpu, "rows")?, 0, 4 * values.len() as u64)?;
                 Ok(copy)
             }
+            Storage::Planned(cpu, _) => Tensor::planned(cpu, &shape),
         }
     }
 
@@ -190,6 +223,7 @@ impl Tensor {
             Storage::Gpu(gpu, buffer) => {
                 gpu.copy(rows.buffer(gpu, OP)?, 0, buffer, 4 * values.start as u64, 4 * values.len() as u64)?;
             }
+            Storage::Planned(..) => {}
         }
         Ok(())
     }
@@ -222,6 +256,11 @@ impl Tensor {
                     *buffer = gpu.copy_of("tensor", buffer)?;
                 }
             }
+            Storage::Planned(cpu, reserved) => {
+                if Arc::get_mut(reserved).is_none() {
+                    *reserved = Arc::new(cpu.reserve(self.shape.iter().product()));
+                }
+            }
         }
         Ok(())
     }
@@ -240,6 +279,7 @@ impl Tensor {
                 )),
             },
             Storage::Gpu(gpu, _) => Err(Error::DeviceMismatch { op, left: "cpu".into(), right: gpu.name().to_owned() }),
+            Storage::Planned(..) => Err(no_values("cpu")),
         }
     }
 
@@ -247,7 +287,7 @@ impl Tensor {
     #[cfg(test)]
     pub(crate) fn place(&self) -> usize {
         match &self.storage {
-            Storage::Cpu(_, values) => Arc::as_ptr(values).addr(),
+            Storage::Cpu(_, values) | Storage::Planned(_, values) => Arc::as_ptr(values).addr(),
             Storage::Gpu(_, buffer) => buffer.id() as usize,
         }
     }
@@ -257,6 +297,7 @@ impl Tensor {
         match &self.storage {
             Storage::Cpu(_, values) => Ok(values.to_vec()),
             Storage::Gpu(gpu, buffer) => Ok(from_bytes(&gpu.read(buffer, self.len() as u64 * 4)?)),
+            Storage::Planned(..) => Err(no_values("cpu")),
         }
     }
 
@@ -265,6 +306,7 @@ impl Tensor {
         match &self.storage {
             Storage::Cpu(_, values) => Ok(values.to_vec()),
             Storage::Gpu(gpu, buffer) => Ok(from_bytes(&gpu.read_async(buffer, self.len() as u64 * 4).await?)),
+            Storage::Planned(..) => Err(no_values("cpu")),
         }
     }
 
@@ -306,6 +348,9 @@ mod tests {
     use ndarray::arr2;
 
     use super::*;
+    use crate::device::ledger::{Ledger, Tally};
+    use crate::indices::Indices;
+    use crate::kernels::elementwise::add::add;
     use crate::testing;
 
     #[test]
@@ -350,6 +395,27 @@ mod tests {
         let before = tensor.clone();
         tensor.host_mut("test").unwrap()[1] = 5.0;
         assert_eq!((before.to_vec().unwrap(), tensor.to_vec().unwrap()), (vec![0.0; 2], vec![0.0, 5.0]));
+    }
+
+    #[test]
+    fn a_planned_tensor_has_a_size_but_no_values() {
+        for device in testing::devices() {
+            let ledger = Ledger::new(Part::Activations);
+            let planned = device.planned(&ledger);
+            let first = Tensor::from_slice(&planned, &[5, 3], &[1.0; 15]).unwrap();
+            let mut second = first.clone();
+            second.unshare().unwrap();
+            second.count_as(Part::Gradients);
+            assert_eq!(second.rows(1..3).unwrap().shape(), [2, 3], "{device:?}");
+            let Tally { most, .. } = ledger.tally();
+            assert_eq!((most.activations, most.gradients), (768, 256), "before it moved, it counted there");
+            assert_ne!(first.place(), second.place());
+            assert!(first.to_vec().is_err() && first.to_device(&device).is_err());
+            let indices = Indices::from_slice(&planned, &[1, 2]).unwrap();
+            assert!(indices.len() == 2 && indices.to_vec().is_err());
+            assert!(add(&first, &Tensor::zeros(&device, &[5, 3]).unwrap()).is_err(), "not the real device");
+            assert!(add(&first, &second).unwrap().device().is(&planned));
+        }
     }
 
     #[test]

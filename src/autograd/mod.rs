@@ -13,39 +13,28 @@ mod parameter;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
+use crate::device::ledger::{Moment, Part};
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::add_assign::add_assign;
 use crate::tensor::Tensor;
 
 pub use parameter::{Parameter, ParameterId};
 
-/// A value on a tape: a tensor, or in the plan of a run the memory of one. Clones share it.
-pub(crate) trait Value: Clone {
-    /// Adds `other` in place. Values that shared the memory keep their old contents.
-    fn add_in_place(&mut self, other: &Self) -> Result<()>;
-}
-
-impl Value for Tensor {
-    fn add_in_place(&mut self, other: &Tensor) -> Result<()> {
-        add_assign(self, other)
-    }
-}
-
 /// A value made by an op, and its node on the tape if it may get a gradient.
 #[derive(Clone, Debug)]
-pub struct Var<V = Tensor> {
-    value: V,
+pub struct Var {
+    value: Tensor,
     node: Option<usize>,
 }
 
-impl<V> Var<V> {
+impl Var {
     /// Its node on the tape, if it may get a gradient.
     pub(crate) fn node(&self) -> Option<usize> {
         self.node
     }
 
     /// The value.
-    pub fn value(&self) -> &V {
+    pub fn value(&self) -> &Tensor {
         &self.value
     }
 
@@ -56,14 +45,14 @@ impl<V> Var<V> {
 }
 
 /// Gradients of an op's inputs, in their order; `None` for inputs that need none.
-pub(crate) type InputGrads<V = Tensor> = Vec<Option<V>>;
+pub(crate) type InputGrads = Vec<Option<Tensor>>;
 
 /// Turns the gradients of an op's results, if they have any, into those of its inputs. It receives
 /// the gradient accumulated so far for its first input, if it adds to that itself. It may also add
 /// to the gradients of its own parameters (a recomputed stretch does).
-type Backward<'a, V> = Box<dyn FnOnce(Vec<Option<V>>, Option<V>, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a>;
+type Backward<'a> = Box<dyn FnOnce(Vec<Option<Tensor>>, Option<Tensor>, &mut Gradients) -> Result<InputGrads> + 'a>;
 
-enum Node<'a, V> {
+enum Node<'a> {
     Leaf(ParameterId),
     /// The input of a stretch that runs again.
     Input,
@@ -73,28 +62,22 @@ enum Node<'a, V> {
         results: usize,
         /// Whether it adds to the first input's gradient itself.
         adds: bool,
-        backward: Backward<'a, V>,
+        backward: Backward<'a>,
     },
     /// A further result of an op.
     Further,
 }
 
 /// The ops computed so far, in order. The tape borrows the layers whose ops it has recorded.
-pub struct Tape<'a, V = Tensor> {
-    nodes: Vec<Node<'a, V>>,
+pub struct Tape<'a> {
+    nodes: Vec<Node<'a>>,
     inference: bool,
 }
 
 /// Gradients of parameters. Gradients of several tapes add up: micro-batches of one step.
-#[derive(Debug)]
-pub struct Gradients<V = Tensor> {
-    by_parameter: HashMap<ParameterId, V>,
-}
-
-impl<V> Default for Gradients<V> {
-    fn default() -> Self {
-        Gradients { by_parameter: HashMap::new() }
-    }
+#[derive(Debug, Default)]
+pub struct Gradients {
+    by_parameter: HashMap<ParameterId, Tensor>,
 }
 
 impl Gradients {
@@ -107,19 +90,19 @@ impl Gradients {
     pub fn get(&self, parameter: &Parameter) -> Option<&Tensor> {
         self.by_parameter.get(&parameter.id())
     }
-}
 
-#[expect(private_bounds, reason = "only this crate has values other than tensors")]
-impl<V: Value> Gradients<V> {
     /// Adds to the gradient of a parameter.
-    fn add(&mut self, id: ParameterId, gradient: V) -> Result<()> {
-        match self.by_parameter.entry(id) {
-            Entry::Occupied(mut sum) => sum.get_mut().add_in_place(&gradient),
-            Entry::Vacant(place) => {
-                place.insert(gradient);
-                Ok(())
+    fn add(&mut self, id: ParameterId, gradient: Tensor) -> Result<()> {
+        let sum = match self.by_parameter.entry(id) {
+            Entry::Occupied(sum) => {
+                let sum = sum.into_mut();
+                add_assign(sum, &gradient)?;
+                sum
             }
-        }
+            Entry::Vacant(place) => place.insert(gradient),
+        };
+        sum.count_as(Part::Gradients);
+        Ok(())
     }
 }
 
@@ -156,6 +139,7 @@ impl<'a> Tape<'a> {
             let got = format!("{:?}", loss.value.shape());
             return Err(Error::shape("backward", "the loss", "[1]", got));
         }
+        loss.value.device().begin(Moment::Backward);
         let one = Tensor::from_slice(&loss.value.device(), loss.value.shape(), &[1.0])?;
         if !loss.needs_grad() {
             return Err(Error::invalid(
@@ -167,11 +151,8 @@ impl<'a> Tape<'a> {
         }
         self.run(loss, one, gradients, None).map(|_| ())
     }
-}
 
-#[expect(private_bounds, reason = "only this crate has values other than tensors")]
-impl<'a, V: Value + 'a> Tape<'a, V> {
-    pub(crate) fn empty(inference: bool) -> Self {
+    fn empty(inference: bool) -> Self {
         Tape { nodes: Vec::new(), inference }
     }
 
@@ -181,7 +162,7 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
     }
 
     /// A value that gets no gradient.
-    pub fn constant(&self, value: V) -> Var<V> {
+    pub fn constant(&self, value: Tensor) -> Var {
         Var { value, node: None }
     }
 
@@ -189,7 +170,7 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
         self.push(Node::Leaf(id))
     }
 
-    fn push(&mut self, node: Node<'a, V>) -> Option<usize> {
+    fn push(&mut self, node: Node<'a>) -> Option<usize> {
         if self.inference {
             return None;
         }
@@ -201,10 +182,10 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
     /// gradient. `backward` is only made then, so that nothing is saved in vain.
     pub(crate) fn record(
         &mut self,
-        value: V,
+        value: Tensor,
         inputs: Vec<Option<usize>>,
-        backward: impl FnOnce(&V, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a,
-    ) -> Var<V> {
+        backward: impl FnOnce(&Tensor, &mut Gradients) -> Result<InputGrads> + 'a,
+    ) -> Var {
         let [var] = self.record_several([value], inputs, |[dy], gradients| match dy {
             Some(dy) => backward(&dy, gradients),
             None => Ok(Vec::new()),
@@ -216,10 +197,10 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
     /// the results that were used.
     pub(crate) fn record_several<const N: usize>(
         &mut self,
-        values: [V; N],
+        values: [Tensor; N],
         inputs: Vec<Option<usize>>,
-        backward: impl FnOnce([Option<V>; N], &mut Gradients<V>) -> Result<InputGrads<V>> + 'a,
-    ) -> [Var<V>; N] {
+        backward: impl FnOnce([Option<Tensor>; N], &mut Gradients) -> Result<InputGrads> + 'a,
+    ) -> [Var; N] {
         self.push_op(values, inputs, false, |dys, _, gradients| backward(dys, gradients))
     }
 
@@ -227,10 +208,10 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
     /// saves a dispatch. `backward` takes the gradient accumulated so far and returns the sum.
     pub(crate) fn record_adding(
         &mut self,
-        value: V,
+        value: Tensor,
         inputs: Vec<Option<usize>>,
-        backward: impl FnOnce(&V, Option<V>) -> Result<InputGrads<V>> + 'a,
-    ) -> Var<V> {
+        backward: impl FnOnce(&Tensor, Option<Tensor>) -> Result<InputGrads> + 'a,
+    ) -> Var {
         let [var] = self.push_op([value], inputs, true, |[dy], sum, _| match dy {
             Some(dy) => backward(&dy, sum),
             None => Ok(vec![sum]),
@@ -240,15 +221,15 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
 
     fn push_op<const N: usize>(
         &mut self,
-        values: [V; N],
+        values: [Tensor; N],
         inputs: Vec<Option<usize>>,
         adds: bool,
-        backward: impl FnOnce([Option<V>; N], Option<V>, &mut Gradients<V>) -> Result<InputGrads<V>> + 'a,
-    ) -> [Var<V>; N] {
+        backward: impl FnOnce([Option<Tensor>; N], Option<Tensor>, &mut Gradients) -> Result<InputGrads> + 'a,
+    ) -> [Var; N] {
         if inputs.iter().all(Option::is_none) {
             return values.map(|value| Var { value, node: None });
         }
-        let backward = Box::new(move |dys: Vec<Option<V>>, sum: Option<V>, gradients: &mut Gradients<V>| {
+        let backward = Box::new(move |dys: Vec<Option<Tensor>>, sum: Option<Tensor>, gradients: &mut Gradients| {
             let mut dys = dys.into_iter();
             backward(std::array::from_fn(|_| dys.next().flatten()), sum, gradients)
         });
@@ -261,11 +242,7 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
     ///
     /// # Errors
     /// Errors of the stretch.
-    pub fn checkpoint(
-        &mut self,
-        x: &Var<V>,
-        stretch: impl Fn(&mut Tape<'a, V>, &Var<V>) -> Result<Var<V>> + 'a,
-    ) -> Result<Var<V>> {
+    pub fn checkpoint(&mut self, x: &Var, stretch: impl Fn(&mut Tape<'a>, &Var) -> Result<Var> + 'a) -> Result<Var> {
         if self.inference {
             return stretch(self, x);
         }
@@ -291,13 +268,13 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
     /// Runs backward from `y` to the start; returns the gradient of the node `wanted`.
     pub(crate) fn run(
         self,
-        y: &Var<V>,
-        dy: V,
-        gradients: &mut Gradients<V>,
+        y: &Var,
+        dy: Tensor,
+        gradients: &mut Gradients,
         wanted: Option<usize>,
-    ) -> Result<Option<V>> {
+    ) -> Result<Option<Tensor>> {
         let Some(last) = y.node else { return Ok(None) };
-        let mut pending: Vec<Option<V>> = vec![None; self.nodes.len()];
+        let mut pending: Vec<Option<Tensor>> = vec![None; self.nodes.len()];
         pending[last] = Some(dy);
         let mut answer = None;
         for (index, node) in self.nodes.into_iter().enumerate().rev() {
@@ -320,7 +297,7 @@ impl<'a, V: Value + 'a> Tape<'a, V> {
                     for (input, gradient) in inputs.into_iter().zip(found) {
                         let (Some(input), Some(gradient)) = (input, gradient) else { continue };
                         match &mut pending[input] {
-                            Some(sum) => sum.add_in_place(&gradient)?,
+                            Some(sum) => add_assign(sum, &gradient)?,
                             none => *none = Some(gradient),
                         }
                     }

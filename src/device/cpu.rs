@@ -4,17 +4,16 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
+use super::ledger::{Charge, Ledger, no_values};
 use super::pool::{MemoryCounters, Pool, Taken, size_class};
 use crate::error::{Error, Result};
 
 /// The CPU device; clones share one pool.
-#[derive(Clone)]
-pub struct Cpu(Arc<Pool<Vec<f32>>>);
-
-impl Default for Cpu {
-    fn default() -> Self {
-        Cpu(Arc::new(Pool::new(None)))
-    }
+#[derive(Clone, Default)]
+pub struct Cpu {
+    pool: Arc<Pool<Vec<f32>>>,
+    /// Set on a planned CPU, whose memory is only counted.
+    ledger: Option<Ledger>,
 }
 
 /// `len` f32 values of host memory, returned to the pool when dropped.
@@ -22,26 +21,59 @@ pub struct HostBuffer {
     values: Vec<f32>,
     size: u64,
     pool: Arc<Pool<Vec<f32>>>,
+    /// On a planned CPU, which has no values.
+    charge: Option<Charge>,
 }
 
 impl Cpu {
     /// Memory of this device's tensors and matrices.
     pub fn memory(&self) -> MemoryCounters {
-        self.0.counters()
+        self.pool.counters()
     }
 
     /// Starts a new memory peak at the bytes that are live now.
     pub fn reset_peak(&self) {
-        self.0.reset_peak();
+        self.pool.reset_peak();
+    }
+
+    /// A CPU without memory of its own: what it allocates is only counted, in `ledger`.
+    pub(super) fn planned(ledger: &Ledger) -> Cpu {
+        Cpu { ledger: Some(ledger.clone()), ..Cpu::default() }
+    }
+
+    /// The ledger of a planned CPU.
+    pub(super) fn ledger(&self) -> Option<&Ledger> {
+        self.ledger.as_ref()
+    }
+
+    /// Whether both are the same device. All CPU devices but planned ones are.
+    pub(super) fn is(&self, other: &Cpu) -> bool {
+        match (&self.ledger, &other.ledger) {
+            (None, None) => true,
+            (Some(one), Some(other)) => one.is(other),
+            _ => false,
+        }
+    }
+
+    /// Counts `len` values, on a planned CPU.
+    pub(crate) fn reserve(&self, len: usize) -> HostBuffer {
+        let size = size_class(len as u64 * 4);
+        let charge = self.ledger.as_ref().map(|ledger| ledger.charge(size));
+        // There is no limit, and there are no values to reuse.
+        self.pool.take(size, true);
+        HostBuffer { values: Vec::new(), size, pool: self.pool.clone(), charge }
     }
 
     /// Returns `len` zeros.
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] if the system has no room.
+    /// [`Error::OutOfMemory`] if the system has no room, [`Error::Invalid`] on a planned CPU.
     pub(crate) fn zeros(&self, len: usize) -> Result<HostBuffer> {
+        if self.ledger.is_some() {
+            return Err(no_values("cpu"));
+        }
         let size = size_class(len as u64 * 4);
-        let values = match self.0.take(size, true) {
+        let values = match self.pool.take(size, true) {
             Taken::Reused(mut values) => {
                 values.clear();
                 values.resize(len, 0.0);
@@ -51,15 +83,15 @@ impl Cpu {
             Taken::Allocate { .. } | Taken::OverLimit { .. } => {
                 let mut values = Vec::new();
                 if values.try_reserve_exact(size as usize / 4).is_err() {
-                    self.0.forget(size);
+                    self.pool.forget(size);
                     return Err(Error::OutOfMemory { device: "cpu".into(), what: "a tensor".into(), bytes: size });
                 }
                 values.resize(len, 0.0);
-                self.0.tell_growth("cpu");
+                self.pool.tell_growth("cpu");
                 values
             }
         };
-        Ok(HostBuffer { values, size, pool: self.0.clone() })
+        Ok(HostBuffer { values, size, pool: self.pool.clone(), charge: None })
     }
 
     /// Returns a copy of these values, counted as this device's memory until dropped.
@@ -71,9 +103,17 @@ impl Cpu {
 
     /// Counts memory held elsewhere, such as packed weights, as long as the result lives.
     pub(crate) fn count(&self, bytes: u64) -> Counted {
-        self.0.count(bytes);
-        self.0.tell_growth("cpu");
-        Counted { bytes, pool: self.0.clone() }
+        self.pool.count(bytes);
+        self.pool.tell_growth("cpu");
+        let charge = self.ledger.as_ref().map(|ledger| ledger.charge(bytes));
+        Counted { bytes, pool: self.pool.clone(), _charge: charge }
+    }
+}
+
+impl Counted {
+    /// The number of bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
     }
 }
 
@@ -81,6 +121,14 @@ impl Cpu {
 pub(crate) struct Counted {
     bytes: u64,
     pool: Arc<Pool<Vec<f32>>>,
+    _charge: Option<Charge>,
+}
+
+impl HostBuffer {
+    /// Its entry in the ledger of a planned CPU.
+    pub(crate) fn charge(&self) -> Option<&Charge> {
+        self.charge.as_ref()
+    }
 }
 
 impl Drop for Counted {

@@ -6,15 +6,17 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::commands::Recorder;
 use super::cooperative::{Cooperative, usable};
+use super::ledger::{Charge, Ledger};
 use super::pipeline::Pipelines;
 use super::pool::{MemoryCounters, Pool, Taken, size_class};
 use super::tier::Tier;
 use super::tune::Tuner;
 use crate::error::{Error, Result};
 
-/// A GPU (or a software driver) opened through wgpu. Cheap to clone; all clones are one device.
+/// A GPU (or a software driver) opened through wgpu. Cheap to clone; all clones are one device. A
+/// planned GPU ([`Gpu::planned`]) has buffers of its own.
 #[derive(Clone)]
-pub struct Gpu(Arc<Inner>);
+pub struct Gpu(Arc<Inner>, Option<Arc<Buffers>>);
 
 struct Inner {
     name: String,
@@ -77,9 +79,16 @@ struct Buffers {
     pool: Pool<(u32, wgpu::Buffer)>,
     next_id: AtomicU64,
     retired: Mutex<Vec<(u32, wgpu::Buffer)>>,
+    /// Set on a planned GPU.
+    ledger: Option<Ledger>,
 }
 
 impl Buffers {
+    fn new(memory_limit: Option<u64>, ledger: Option<Ledger>) -> Arc<Buffers> {
+        let pool = Pool::new(memory_limit);
+        Arc::new(Buffers { pool, next_id: AtomicU64::new(1), retired: Mutex::default(), ledger })
+    }
+
     fn retire(&self, buffers: impl IntoIterator<Item = (u32, wgpu::Buffer)>) {
         self.retired.lock().unwrap_or_else(PoisonError::into_inner).extend(buffers);
     }
@@ -97,6 +106,8 @@ struct BufferInner {
     size: u64,
     pooled: bool,
     home: Arc<Buffers>,
+    /// On a planned GPU.
+    charge: Option<Charge>,
 }
 
 impl Buffer {
@@ -122,6 +133,11 @@ impl Buffer {
     /// Whether there are other handles to this buffer.
     pub(crate) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.0) > 1
+    }
+
+    /// Its entry in the ledger of a planned GPU.
+    pub(crate) fn charge(&self) -> Option<&Charge> {
+        self.0.charge.as_ref()
     }
 
     pub(super) fn binding(&self) -> wgpu::BindingResource<'_> {
@@ -230,9 +246,7 @@ impl Gpu {
         let version = env!("CARGO_PKG_VERSION");
         let tuned_for = format!("{name}, {} {}, {}, {version}", info.driver, info.driver_info, wrap.tier);
         let turn = (info.backend == wgpu::Backend::Gl).then(Mutex::default);
-        let buffers =
-            Buffers { pool: Pool::new(wrap.memory_limit), next_id: AtomicU64::new(1), retired: Mutex::default() };
-        Ok(Gpu(Arc::new(Inner {
+        let inner = Inner {
             name,
             raw,
             queue,
@@ -241,13 +255,34 @@ impl Gpu {
             cooperative: wrap.cooperative.filter(|_| wrap.tier.cooperative()),
             limits,
             fault: Arc::default(),
-            buffers: Arc::new(buffers),
+            buffers: Buffers::new(wrap.memory_limit, None),
             pipelines: Pipelines::default(),
             recorder: Mutex::default(),
             zeros: OnceLock::new(),
             tuner: Tuner::new(tuned_for, wrap.tune),
             turn,
-        })))
+        };
+        Ok(Gpu(Arc::new(inner), None))
+    }
+
+    /// This GPU without memory and work of its own: its buffers are only counted, in `ledger`,
+    /// and nothing is dispatched. Tiers, limits and choices of kernels are the same.
+    pub(super) fn planned(&self, ledger: &Ledger) -> Gpu {
+        Gpu(self.0.clone(), Some(Buffers::new(None, Some(ledger.clone()))))
+    }
+
+    /// Whether this is a planned GPU.
+    pub(super) fn is_planned(&self) -> bool {
+        self.1.is_some()
+    }
+
+    /// The ledger of a planned GPU.
+    pub(super) fn ledger(&self) -> Option<&Ledger> {
+        self.buffers().ledger.as_ref()
+    }
+
+    fn buffers(&self) -> &Arc<Buffers> {
+        self.1.as_ref().unwrap_or(&self.0.buffers)
     }
 
     /// The GPU's name and backend, for example `AMD Radeon 780M (vulkan)`.
@@ -287,17 +322,17 @@ impl Gpu {
 
     /// Memory of this device's tensors and matrices.
     pub fn memory(&self) -> MemoryCounters {
-        self.0.buffers.pool.counters()
+        self.buffers().pool.counters()
     }
 
     /// Starts a new memory peak at the bytes that are live now.
     pub fn reset_peak(&self) {
-        self.0.buffers.pool.reset_peak();
+        self.buffers().pool.reset_peak();
     }
 
     /// Returns pooled buffers to the driver.
     pub fn trim(&self) {
-        self.0.buffers.retire(self.0.buffers.pool.trim());
+        self.buffers().retire(self.buffers().pool.trim());
         self.forget_retired();
     }
 
@@ -324,7 +359,7 @@ impl Gpu {
 
     /// Whether both are the same device, not only equal ones.
     pub(crate) fn is(&self, other: &Gpu) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+        Arc::ptr_eq(self.buffers(), other.buffers())
     }
 
     /// wgpu's messages have several lines.
@@ -418,7 +453,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::TooLarge`] if they exceed the binding limit.
-    pub(crate) fn pooled_bytes(&self, what: &str, bytes: u64) -> Result<u64> {
+    fn pooled_bytes(&self, what: &str, bytes: u64) -> Result<u64> {
         self.check_binding(what, bytes)?;
         Ok(size_class(bytes).min(self.0.limits.max_binding_bytes))
     }
@@ -442,6 +477,13 @@ impl Gpu {
         self.create(what, bytes, self.pooled_bytes(what, bytes)?, true, |_| ())
     }
 
+    /// Counts a buffer of exactly this many words outside the pool, on a planned GPU.
+    pub(crate) fn reserve_exact(&self, what: &str, words: usize) -> Result<Buffer> {
+        let bytes = Gpu::exact_bytes(words);
+        self.check_binding(what, bytes)?;
+        self.create(what, bytes, bytes, false, |_| ())
+    }
+
     /// Allocates a buffer of exactly these words outside the pool, for data that stays, such as
     /// weights.
     pub(crate) fn alloc_exact(&self, what: &str, words: &[u32]) -> Result<Buffer> {
@@ -460,7 +502,8 @@ impl Gpu {
 
     fn create(&self, what: &str, bytes: u64, size: u64, pooled: bool, init: impl Fn(&wgpu::Buffer)) -> Result<Buffer> {
         self.check()?;
-        let home = self.0.buffers.clone();
+        let home = self.buffers().clone();
+        let charge = home.ledger.as_ref().map(|ledger| ledger.charge(size));
         let out_of_memory = || Error::OutOfMemory { device: self.0.name.clone(), what: what.to_owned(), bytes: size };
         let (id, raw) = match home.pool.take(size, pooled) {
             Taken::Reused(item) => item,
@@ -476,6 +519,10 @@ impl Gpu {
                     home.pool.forget(size);
                     return Err(self.error(what, "no buffer ids are left after 2^32 buffers".into()));
                 };
+                if charge.is_some() {
+                    let raw = self.unused()?.raw().clone();
+                    return Ok(Buffer(Arc::new(BufferInner { raw, id, bytes, size, pooled, home, charge })));
+                }
                 let descriptor =
                     wgpu::BufferDescriptor { label: Some(what), size, usage: STORAGE, mapped_at_creation: !pooled };
                 let create = || {
@@ -506,7 +553,7 @@ impl Gpu {
                 }
             }
         };
-        Ok(Buffer(Arc::new(BufferInner { raw, id, bytes, size, pooled, home })))
+        Ok(Buffer(Arc::new(BufferInner { raw, id, bytes, size, pooled, home, charge })))
     }
 
     /// Drops freed buffers and their bind groups, which would keep the memory alive.
@@ -538,6 +585,9 @@ impl Gpu {
 
     /// Overwrites the start of a buffer, after everything recorded so far.
     pub(crate) fn write(&self, buffer: &Buffer, data: &[u8]) -> Result<()> {
+        if self.is_planned() {
+            return Ok(());
+        }
         // A queue write runs before commands that are only recorded, and these may still use the
         // buffer's previous contents.
         self.flush()?;
@@ -549,7 +599,9 @@ impl Gpu {
         if let Some(zeros) = self.0.zeros.get() {
             return Ok(zeros);
         }
-        let buffer = self.alloc_exact("unused operand", &[0; 4])?;
+        // A real buffer for a planned GPU, too.
+        let real = Gpu(self.0.clone(), None);
+        let buffer = real.alloc_exact("unused operand", &[0; 4])?;
         Ok(self.0.zeros.get_or_init(|| buffer))
     }
 }

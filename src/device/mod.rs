@@ -10,6 +10,7 @@ pub(crate) mod dispatched;
 mod gl;
 mod gpu;
 mod lanes;
+pub(crate) mod ledger;
 pub(crate) mod list;
 mod pipeline;
 mod pool;
@@ -29,11 +30,11 @@ pub(crate) use gpu::{Buffer, MAX_PARAMS_BYTES};
 pub use gpu::{Gpu, GpuLimits};
 pub use list::{DeviceInfo, GpuOptions, Select, check_environment, devices};
 pub use pool::MemoryCounters;
-pub(crate) use pool::{Pool, size_class};
 pub use profile::{KernelTime, Profile};
 pub use shader::{Access, Define, Defines, Kernel, compose};
 pub use tier::Tier;
 
+use self::ledger::{Ledger, Moment};
 use crate::error::{Error, Result};
 
 /// Where tensors live and kernels run. Cheap to clone; clones share one device.
@@ -91,10 +92,39 @@ impl Device {
         }
     }
 
+    /// A device that has this one's tier and limits but neither memory nor values: a ledger counts
+    /// what is allocated, and kernels compute nothing. For [plans](crate::train::plan) only.
+    pub(crate) fn planned(&self, ledger: &Ledger) -> Device {
+        match self {
+            Device::Cpu(_) => Device::Cpu(Cpu::planned(ledger)),
+            Device::Gpu(gpu) => Device::Gpu(gpu.planned(ledger)),
+        }
+    }
+
+    /// The ledger of a planned device.
+    fn ledger(&self) -> Option<&Ledger> {
+        match self {
+            Device::Cpu(cpu) => cpu.ledger(),
+            Device::Gpu(gpu) => gpu.ledger(),
+        }
+    }
+
+    /// Whether this is a planned device.
+    pub(crate) fn is_planned(&self) -> bool {
+        self.ledger().is_some()
+    }
+
+    /// Tells the ledger of a planned device that this phase of a step begins.
+    pub(crate) fn begin(&self, moment: Moment) {
+        if let Some(ledger) = self.ledger() {
+            ledger.begin(moment);
+        }
+    }
+
     /// Whether both are the same device, so that their tensors can be combined.
     pub(crate) fn is(&self, other: &Device) -> bool {
         match (self, other) {
-            (Device::Cpu(_), Device::Cpu(_)) => true,
+            (Device::Cpu(one), Device::Cpu(other)) => one.is(other),
             (Device::Gpu(one), Device::Gpu(other)) => one.is(other),
             _ => false,
         }

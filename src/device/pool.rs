@@ -95,6 +95,12 @@ pub(crate) enum Taken<T> {
     OverLimit { trimmed: Vec<T> },
 }
 
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Pool::new(None)
+    }
+}
+
 impl<T> Pool<T> {
     /// An empty pool; `limit` bounds live and pooled bytes together.
     pub(crate) fn new(limit: Option<u64>) -> Self {

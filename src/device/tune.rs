@@ -176,7 +176,7 @@ impl Gpu {
     /// Returns the fastest of several variants for a case. `case` names the kernel and everything
     /// its time depends on; `key` is the same without text. `run` records one variant. It may be
     /// called many times and must have the same effect every time. Nothing is measured while
-    /// profiling.
+    /// profiling or planning.
     pub(crate) fn tuned(
         &self,
         key: impl Hash,
@@ -199,7 +199,7 @@ impl Gpu {
             tuner.quick().insert(key, choice);
             return Ok(choice);
         }
-        if self.is_profiling() {
+        if self.is_profiling() || self.is_planned() {
             return Ok(0);
         }
         let _span = tracing::trace_span!("tuning kernels").entered();

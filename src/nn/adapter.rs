@@ -98,7 +98,7 @@ impl LoraAdapter {
         // Check the sizes before allocating anything.
         element_count(&[rank, d_in])?;
         element_count(&[d_out, rank])?;
-        let a: Vec<f32> = match config.init {
+        let values = || match config.init {
             LoraInit::KaimingUniform { seed } => {
                 let mut random = ChaCha8Rng::seed_from_u64(seed);
                 let bound = 1.0 / (d_in as f32).sqrt();
@@ -108,7 +108,7 @@ impl LoraAdapter {
             }
             LoraInit::Sine => (0..rank * d_in).map(|i| (i as f32 * 0.1).sin() * 0.01).collect(),
         };
-        let a = Tensor::from_slice(device, &[rank, d_in], &a)?;
+        let a = Tensor::from_values(device, &[rank, d_in], values)?;
         let b = Tensor::zeros(device, &[d_out, rank])?;
         let adapter = LoraAdapter::from_tensors(a, b, config.alpha, config.scaling)?.with_dropout(config.dropout)?;
         Ok(if config.dora { adapter.with_dora() } else { adapter })

@@ -220,7 +220,7 @@ fn check_supported(config: &PeftConfig) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Invalid`] if there are none, or if it targets a module that can't have an adapter.
-pub(crate) fn targeted(config: &PeftConfig, paths: impl Iterator<Item = String>) -> Result<BTreeSet<String>> {
+fn targeted(config: &PeftConfig, paths: impl Iterator<Item = String>) -> Result<BTreeSet<String>> {
     let error = |expected: String| {
         let got = match config.targets.modules() {
             TargetModules::AllLinear => "all-linear".to_owned(),

@@ -12,6 +12,7 @@ use super::fingerprint::Fingerprint;
 use super::linear::{Linear, record_all};
 use crate::autograd::{Parameter, Tape, Var};
 use crate::device::Device;
+use crate::device::ledger::Moment;
 use crate::error::Result;
 use crate::formats::peft::tensor_name;
 use crate::kernels::DeviceMatrix;
@@ -240,7 +241,9 @@ impl Decoder {
     /// labels.
     pub fn loss<'a>(&'a self, tape: &mut Tape<'a>, batch: &Batch, scale: f32, pass: Pass) -> Result<Var> {
         let labels = batch.labels()?;
+        self.device.begin(Moment::Forward);
         let hidden = self.hidden(tape, batch, pass)?;
+        self.device.begin(Moment::Loss);
         Ok(tape.linear_cross_entropy(&hidden, &self.head, labels, scale)?.0)
     }
 
@@ -268,7 +271,7 @@ impl Decoder {
     }
 
     /// Rotations for at least `positions` positions.
-    pub(super) fn rope_table(&self, positions: usize) -> Result<RopeTable> {
+    pub(crate) fn rope_table(&self, positions: usize) -> Result<RopeTable> {
         self.config.check_positions(OP, positions)?;
         let mut table = self.rope.lock().unwrap_or_else(PoisonError::into_inner);
         if table.positions() < positions {

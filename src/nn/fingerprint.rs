@@ -13,7 +13,7 @@ use crate::quant::{DenseData, QuantizedMatrix, Scales};
 
 /// Identifies a base model wherever its files are. For a training run, two models are the same if
 /// all three texts are equal.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
     /// Family and sizes, and a hash of the whole configuration.
     pub architecture: String,

@@ -53,7 +53,7 @@ impl ModelConfig {
     }
 
     /// Size of the rotary table, in positions, if `needed` positions are needed; 0 at first.
-    pub(crate) fn rope_positions(&self, needed: usize) -> usize {
+    pub(super) fn rope_positions(&self, needed: usize) -> usize {
         let positions = if needed <= ROPE_POSITIONS { ROPE_POSITIONS } else { needed.next_power_of_two() };
         positions.min(self.max_position_embeddings)
     }
@@ -138,18 +138,11 @@ impl ModelSpec {
     /// # Errors
     /// [`Error::TooLarge`] for a row over the device's binding limit.
     pub fn matrix_bytes(&self, device: &Device) -> Result<u64> {
-        let matrices = self.linears.iter().chain([&self.embedding]).chain(&self.head);
-        matrices.map(|matrix| matrix.device_bytes(device)).sum()
+        self.matrices().map(|matrix| matrix.device_bytes(device)).sum()
     }
 
-    /// Length of every vector: norms, and biases of linear layers.
-    pub(crate) fn vectors(&self) -> Vec<usize> {
-        let config = &self.config;
-        let mut layer = vec![config.hidden_size; 2];
-        layer.extend(if config.qk_norm { vec![config.head_dim; 2] } else { vec![] });
-        layer.extend(config.linears().into_iter().filter(|&(_, _, bias)| bias).map(|(d_out, _, _)| d_out));
-        let mut all = layer.repeat(config.layers);
-        all.push(config.hidden_size);
-        all
+    /// The specs of all matrices in the order in which a model is built.
+    pub(super) fn matrices(&self) -> impl Iterator<Item = &MatrixSpec> {
+        [&self.embedding].into_iter().chain(&self.head).chain(&self.linears)
     }
 }

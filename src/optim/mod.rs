@@ -5,6 +5,7 @@ mod schedule;
 pub use schedule::{Decay, Schedule};
 
 use crate::autograd::{Parameter, ParameterId};
+use crate::device::ledger::Part;
 use crate::error::{Error, Result};
 use crate::kernels::expect_shape;
 pub use crate::kernels::optim::adamw::AdamW;
@@ -106,7 +107,9 @@ impl Optimizer {
         for (parameter, _) in &parameters {
             if let Err(place) = self.find(parameter.id()) {
                 let zeros = || Tensor::zeros(&parameter.device(), parameter.shape());
-                self.moments.insert(place, Moments { id: parameter.id(), m: zeros()?, v: zeros()? });
+                let moments = Moments { id: parameter.id(), m: zeros()?, v: zeros()? };
+                [&moments.m, &moments.v].iter().for_each(|moment| moment.count_as(Part::Optimizer));
+                self.moments.insert(place, moments);
             }
         }
         // Moments and parameters are both in the order of their ids.

@@ -47,6 +47,7 @@ pub mod run;
 mod settings;
 
 use crate::autograd::{Gradients, Tape};
+use crate::device::ledger::Moment;
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::add_assign::add_assign;
 use crate::kernels::optim::grad_norm::{EACH, grad_norm};
@@ -124,6 +125,7 @@ impl Trainer {
         }
         let (loss, gradients) = self.gradients(model, micro_batches, 1.0 / label_tokens as f32)?;
 
+        model.device().begin(Moment::Update);
         // A tensor that no token reached has no gradient and, like in torch, no update.
         let reached = model.parameters_mut().filter_map(|(name, parameter)| {
             let gradient = gradients.get(parameter)?;
@@ -137,7 +139,7 @@ impl Trainer {
         let updates = parameters.iter_mut().map(|(_, parameter, gradient)| (&mut **parameter, *gradient)).collect();
         self.optimizer.update_all(updates, factor, &norm)?;
         // One read for all: each read waits for the device.
-        let values = norm.values.to_vec()?;
+        let values = norm.read()?;
         let (total, loss, each) = (values[0], values[2], &values[EACH..]);
         if !loss.is_finite() || !total.is_finite() {
             // The device has changed nothing.

@@ -57,7 +57,11 @@ fn wanted() -> String {
     std::env::var("QLORA_TEST_DEVICES").unwrap_or_default().to_lowercase()
 }
 
-fn open_gpus() -> Vec<Device> {
+/// Opens the GPUs among [`devices`] once more, for tests that need counters of their own.
+///
+/// # Panics
+/// Like [`devices`].
+pub fn open_gpus() -> Vec<Device> {
     let only = std::env::var("QLORA_TIER").ok().filter(|tier| !tier.is_empty());
     let tiers = |info: &DeviceInfo| only.clone().map_or_else(|| info.tiers.clone(), |tier| vec![tier]);
     let in_tiers = |info: &DeviceInfo| {

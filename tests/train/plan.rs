@@ -1,18 +1,17 @@
 //! Compares plans with training steps: the peaks that a device counts must equal the planned ones.
 
 use crate::common;
-use std::path::Path;
+use std::path::PathBuf;
 
 use crate::common::model::{path, smollm2};
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::{PeftConfig, TargetModules, Targets};
-use qlora_wgpu::nn::{Batch, Decoder, ModelConfig, ModelSpec, Tokens, shifted_labels};
+use qlora_wgpu::nn::{Batch, Decoder, ModelConfig, ModelSpec, Tokens, WeightSource, shifted_labels};
 use qlora_wgpu::optim::{AdamW, Schedule};
-use qlora_wgpu::quant::QuantOptions;
-use qlora_wgpu::quant::{MatrixKind, MatrixSpec};
+use qlora_wgpu::quant::{DenseData, DenseMatrix, HostMatrix, MatrixKind, MatrixSpec, QuantOptions, QuantizedMatrix};
 use qlora_wgpu::train::plan::{MEMORY_PERCENT, MicroBatches, Parts, Plan};
 use qlora_wgpu::train::{TrainOptions, Trainer};
-use qlora_wgpu::{Device, Error, ModelFiles};
+use qlora_wgpu::{Device, Error, ModelFiles, Result};
 
 fn options(checkpoint_activations: bool) -> TrainOptions {
     let (optimizer, schedule) = (AdamW::default(), Schedule::constant());
@@ -28,15 +27,67 @@ fn batch(model: &Decoder, batches: &MicroBatches) -> Batch {
     model.batch(&tokens, Some(&labels)).unwrap()
 }
 
+/// A model that can be planned and loaded.
+struct Model {
+    name: String,
+    spec: ModelSpec,
+    load: Box<dyn Fn(&Device) -> Decoder + Sync>,
+}
+
+impl Model {
+    fn file(path: PathBuf, base: BaseFormat) -> Model {
+        let name = path.file_name().unwrap().display().to_string();
+        let files = ModelFiles::open(path).unwrap();
+        let spec = files.spec(&base).unwrap();
+        Model { name, spec, load: Box::new(move |device| files.load(device, &base).unwrap()) }
+    }
+
+    /// A recorded model.
+    fn recorded(name: &str, base: BaseFormat) -> Model {
+        Model::file(path(name), base)
+    }
+
+    /// Two layers with made-up weights, the first with a window, and with biases everywhere.
+    fn with_biases_and_windows(tied: bool) -> Model {
+        let config = ModelConfig {
+            vocab_size: 203,
+            windows: vec![Some(20), None],
+            qkv_bias: true,
+            o_bias: true,
+            mlp_bias: true,
+            tie_word_embeddings: tied,
+            ..ModelFiles::open(path("llama")).unwrap().spec(&nf4()).unwrap().config().clone()
+        };
+        let spec = |_: &str, rows, cols, linear| {
+            let kind = if linear { MatrixKind::quantized(&QuantOptions::nf4()) } else { MatrixKind::F32 };
+            Ok(MatrixSpec { rows, cols, kind })
+        };
+        let spec = ModelSpec::new(config.clone(), spec).unwrap();
+        let load = move |device: &Device| Decoder::build(device, config.clone(), &mut Waves).unwrap();
+        Model { name: format!("made-up, tied: {tied}"), spec, load: Box::new(load) }
+    }
+}
+
+/// Weights of a made-up model.
+struct Waves;
+
+impl WeightSource for Waves {
+    fn vector(&mut self, _: &str, len: usize) -> Result<Vec<f32>> {
+        Ok(vec![0.5; len])
+    }
+
+    fn matrix(&mut self, _: &str, rows: usize, cols: usize, linear: bool) -> Result<HostMatrix> {
+        let values: Vec<f32> = (0..rows * cols).map(|i| 0.1 * (i as f32).sin()).collect();
+        if linear {
+            let options = QuantOptions::nf4();
+            return Ok(QuantizedMatrix::quantize(values.as_slice().into(), rows, cols, &options)?.into());
+        }
+        Ok(DenseMatrix::new(rows, cols, DenseData::F32(values))?.into())
+    }
+}
+
 /// Loads, trains two steps, and compares the device's counters with the plan.
-fn check(
-    device: &Device,
-    model: &Path,
-    base: &BaseFormat,
-    adapter: &PeftConfig,
-    batches: MicroBatches,
-    checkpoint: bool,
-) {
+fn check(device: &Device, model: &Model, adapter: &PeftConfig, batches: MicroBatches, checkpoint: bool) {
     // With an empty pool.
     let device = match device {
         Device::Cpu(_) => &Device::cpu(),
@@ -45,41 +96,44 @@ fn check(
             device
         }
     };
-    // With many threads and small matrices, the number of simultaneous tiles depends on chance.
-    let _set_once = rayon::ThreadPoolBuilder::new().num_threads(2).build_global();
     device.reset_peak();
+    let before = device.memory();
     let options = options(checkpoint);
-    let plan =
-        Plan::new(&ModelFiles::open(model).unwrap().spec(base).unwrap(), adapter, batches, &options, device).unwrap();
+    let plan = Plan::new(&model.spec, adapter, batches, &options, device).unwrap();
+    assert!(device.memory().peak_bytes - before.live_bytes <= 16, "a plan takes no memory");
     let (peak, held) = {
-        let mut model = ModelFiles::open(model).unwrap().load(device, base).unwrap();
+        let mut model = (model.load)(device);
         model.attach("default", adapter, 0).unwrap();
         let mut trainer = Trainer::new(options);
-        // The first step allocates the optimizer's moments; its size doesn't matter.
-        let first = batch(&model, &MicroBatches { count: 1, rows: 1, tokens: 9 });
-        trainer.step(&mut model, &[first]).unwrap();
         let batches: Vec<Batch> = (0..batches.count).map(|_| batch(&model, &batches)).collect();
-        trainer.step(&mut model, &batches).unwrap();
+        // The first step allocates the optimizer's moments.
+        for _ in 0..2 {
+            trainer.step(&mut model, &batches).unwrap();
+        }
         (device.memory().peak_bytes, device.memory().peak_held_bytes)
     };
-    let mut context = format!("{} {} {batches:?}", common::name(device), model.file_name().unwrap().display());
+    let mut context = format!("{} {} {batches:?}", common::name(device), model.name);
     context.push_str(if checkpoint { ", checkpoints" } else { "" });
     context.push_str(if adapter.use_dora { ", DoRA: " } else { ": " });
-    // The pool also keeps a few sizes of the shorter step and, on the CPU, the tiles that threads
-    // happened to need.
-    for (what, got, wanted, slack) in [("peak", peak, plan.peak_bytes, 0), ("held", held, plan.held_bytes, 128 << 10)] {
+    for (what, got, wanted) in [("peak", peak, plan.peak_bytes), ("held", held, plan.held_bytes)] {
         println!("{context}{what} {got}, planned {wanted}, off by {:.3} %", 100.0 * (wanted as f64 / got as f64 - 1.0));
-        assert!(wanted.abs_diff(got) <= got / 20 + slack, "{context}{what} {got}, planned {wanted}");
+        assert!(wanted.abs_diff(got) <= got / 100, "{context}{what} {got}, planned {wanted}");
     }
     assert_eq!(plan.at_peak.total(), plan.peak_bytes, "{context}");
     assert!(plan.held_bytes >= plan.peak_bytes, "{context}");
 }
 
+/// Runs this with one thread: with several and small matrices, the number of tiles that are decoded
+/// at a time depends on chance.
+fn with_one_thread(run: impl FnOnce() + Send) {
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(run);
+}
+
 /// With and without recomputation, DoRA and accumulation.
-fn check_all(device: &Device, model: &Path, base: &BaseFormat, adapter: &PeftConfig, rows: usize, tokens: usize) {
+fn check_all(device: &Device, model: &Model, adapter: &PeftConfig, rows: usize, tokens: usize) {
     for (count, checkpoint, use_dora) in (0..8).map(|i| (1 + i % 2, i / 2 % 2 == 1, i / 4 == 1)) {
         let adapter = PeftConfig { use_dora, ..adapter.clone() };
-        check(device, model, base, &adapter, MicroBatches { count, rows, tokens }, checkpoint);
+        check(device, model, &adapter, MicroBatches { count, rows, tokens }, checkpoint);
     }
 }
 
@@ -96,30 +150,51 @@ fn sparse_adapter() -> PeftConfig {
 #[test]
 fn small_models_on_the_cpu() {
     let cpu = Device::cpu();
-    check_all(&cpu, &path("llama-bnb-nf4_dq"), &nf4(), &PeftConfig::new(8, 16.0), 2, 96);
-    check_all(&cpu, &path("qwen2"), &nf4(), &sparse_adapter(), 1, 50);
-    check_all(&cpu, &path("qwen3"), &BaseFormat::AsIs, &sparse_adapter(), 3, 33);
+    with_one_thread(|| {
+        check_all(&cpu, &Model::recorded("llama-bnb-nf4_dq", nf4()), &PeftConfig::new(8, 16.0), 2, 96);
+        check_all(&cpu, &Model::recorded("qwen2", nf4()), &sparse_adapter(), 1, 50);
+        check_all(&cpu, &Model::recorded("qwen3", BaseFormat::AsIs), &sparse_adapter(), 3, 33);
+        check_all(&cpu, &Model::with_biases_and_windows(true), &PeftConfig::new(8, 16.0), 2, 64);
+    });
 }
 
 #[test]
 fn small_models_on_every_gpu() {
     for device in common::gpus_with(|_| ()) {
-        check_all(&device, &path("llama-bnb-nf4_dq"), &nf4(), &PeftConfig::new(8, 16.0), 2, 96);
-        check_all(&device, &path("qwen2"), &nf4(), &sparse_adapter(), 1, 50);
+        check_all(&device, &Model::recorded("llama-bnb-nf4_dq", nf4()), &PeftConfig::new(8, 16.0), 2, 96);
+        check_all(&device, &Model::recorded("qwen2", nf4()), &sparse_adapter(), 1, 50);
+    }
+}
+
+#[test]
+fn every_tier_with_accumulation_biases_and_windows() {
+    for device in std::iter::once(Device::cpu()).chain(common::open_gpus()) {
+        for (tied, use_dora, checkpoint) in [(false, true, false), (true, false, true)] {
+            let adapter = PeftConfig { use_dora, lora_dropout: 0.1, ..PeftConfig::new(8, 16.0) };
+            let batches = MicroBatches { count: 3, rows: 3, tokens: 40 };
+            with_one_thread(|| check(&device, &Model::with_biases_and_windows(tied), &adapter, batches, checkpoint));
+        }
+    }
+}
+
+#[test]
+fn matrices_in_several_parts() {
+    for device in common::gpus_with(|options| options.max_binding_bytes = Some(64 << 10)) {
+        let batches = MicroBatches { count: 2, rows: 1, tokens: 40 };
+        let adapter = PeftConfig::new(8, 16.0);
+        check(&device, &Model::recorded("qwen3", BaseFormat::AsIs), &adapter, batches, false);
     }
 }
 
 #[test]
 fn smollm2_on_the_cpu() {
-    let adapter = PeftConfig::new(16, 32.0);
+    let (model, adapter) = (Model::file(smollm2(), nf4()), PeftConfig::new(16, 32.0));
     for (count, checkpoint, use_dora) in [(1, false, false), (2, true, false), (1, true, true), (2, false, true)] {
         let adapter = PeftConfig { use_dora, ..adapter.clone() };
-        let batches = MicroBatches { count, rows: 1, tokens: 128 };
-        check(&Device::cpu(), &smollm2(), &nf4(), &adapter, batches, checkpoint);
+        check(&Device::cpu(), &model, &adapter, MicroBatches { count, rows: 1, tokens: 128 }, checkpoint);
     }
     for checkpoint in [false, true] {
-        let batches = MicroBatches { count: 1, rows: 1, tokens: 512 };
-        check(&Device::cpu(), &smollm2(), &nf4(), &adapter, batches, checkpoint);
+        check(&Device::cpu(), &model, &adapter, MicroBatches { count: 1, rows: 1, tokens: 512 }, checkpoint);
     }
 }
 
@@ -129,7 +204,7 @@ fn smollm2_on_a_gpu() {
     let adapter = PeftConfig { targets, ..PeftConfig::new(8, 16.0) };
     if let Some(device) = common::gpus_with(|_| ()).first() {
         let batches = MicroBatches { count: 1, rows: 1, tokens: 128 };
-        check(device, &smollm2(), &nf4(), &adapter, batches, false);
+        check(device, &Model::file(smollm2(), nf4()), &adapter, batches, false);
     }
 }
 

@@ -22,9 +22,8 @@ use self::call::expect_qkv;
 pub use self::call::{Attended, AttentionShape};
 use self::form::{Form, Pass};
 use self::visibility::Visibility;
-use crate::device::{Device, Tier};
+use crate::device::Tier;
 use crate::error::Result;
-use crate::kernels::Scratch;
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "attention";
@@ -68,17 +67,11 @@ pub fn attention(
             }
             Ok(Attended { o, lse })
         }
-    }
-}
-
-/// Memory that [`attention`] takes beside its results.
-pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visibility) -> Scratch {
-    match device {
-        Device::Cpu(_) => cpu::scratch(shape, visibility),
-        Device::Gpu(gpu) => match pack::cooperative(gpu, shape, visibility) {
-            Some(_) => pack::scratch(shape, visibility, false),
-            None => Scratch::default(),
-        },
+        Storage::Planned(cpu, _) => {
+            let (o, lse) = (Tensor::planned(cpu, &o_shape)?, Tensor::planned(cpu, &lse_shape)?);
+            cpu::scratch(shape, visibility).take(cpu);
+            Ok(Attended { o, lse })
+        }
     }
 }
 
@@ -119,6 +112,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::device::Device;
     use crate::testing;
     use crate::testing::tolerances::ATTENTION;
 

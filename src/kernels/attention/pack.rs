@@ -8,7 +8,7 @@ use super::visibility::Visibility;
 use crate::device::{Buffer, Cooperative, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::lora::coop;
-use crate::kernels::{Scratch, kernel, params};
+use crate::kernels::{kernel, params};
 use crate::tensor::Tensor;
 
 params! {
@@ -93,10 +93,6 @@ impl Side {
         2 * self.rows()
     }
 
-    fn scratch(self) -> [usize; 2] {
-        [self.values(), self.scales()]
-    }
-
     fn alloc(self, gpu: &Gpu) -> Result<[Buffer; 2]> {
         Ok([
             gpu.alloc("packed rows of attention", 4 * self.values() as u64)?,
@@ -158,11 +154,6 @@ impl Packed {
     pub fn operands(&self) -> [&Buffer; 4] {
         [&self.queries, &self.keys, &self.query_scales, &self.key_scales]
     }
-}
-
-/// Memory that [`Packed::new`] takes.
-pub(crate) fn scratch(shape: &AttentionShape, visibility: &Visibility, backward: bool) -> Scratch {
-    Scratch::kept(Side::of(shape, visibility, backward).into_iter().flat_map(Side::scratch))
 }
 
 fn defines(wide: usize, backward: bool) -> Defines {

@@ -85,6 +85,7 @@ pub fn dropout_mix(mix: Mix<'_>, dropout: Dropout) -> Result<Tensor> {
             Ok(Tensor::from_host(cpu, first.shape(), y))
         }
         Storage::Gpu(gpu, _) => dispatch(gpu, mix, dropout),
+        Storage::Planned(cpu, _) => Tensor::planned(cpu, first.shape()),
     }
 }
 

@@ -12,7 +12,7 @@ use crate::device::{Cpu, Defines, Device, Dispatch, Gpu};
 use crate::error::{Error, Result};
 use crate::indices::Indices;
 use crate::kernels::{expect_2d, kernel, params};
-use crate::tensor::Tensor;
+use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "rope";
 
@@ -150,10 +150,11 @@ impl RopeTable {
         let angles = (0..positions).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
         // The angle is rounded to f32; its sine and cosine are computed in f64, so that every
         // platform has the same table.
-        let (cosines, sines): (Vec<f32>, Vec<f32>) =
-            angles.map(|angle| f64::from(angle).sin_cos()).map(|(sin, cos)| (cos as f32, sin as f32)).unzip();
-        let tensor = |values: &[f32]| Tensor::from_slice(device, &[positions, config.head_dim / 2], values);
-        Ok(RopeTable { config: *config, cosines: tensor(&cosines)?, sines: tensor(&sines)? })
+        let tensor = |of: fn(f64) -> f64| {
+            let values = || angles.clone().map(|angle| of(angle.into()) as f32).collect();
+            Tensor::from_values(device, &[positions, config.head_dim / 2], values)
+        };
+        Ok(RopeTable { config: *config, cosines: tensor(f64::cos)?, sines: tensor(f64::sin)? })
     }
 
     /// The config that the table was made from.
@@ -217,9 +218,10 @@ fn turn<const N: usize>(xs: [&Tensor; N], table: &RopeTable, positions: &Indices
         x.device().same(&table.cosines.device(), OP)?;
         x.device().same(&positions.device(), OP)?;
     }
-    let ys = match positions.device() {
-        Device::Cpu(cpu) => on_cpu(&cpu, &xs, table, positions, sign)?,
-        Device::Gpu(gpu) => dispatch(&gpu, &xs, table, positions, sign)?,
+    let ys = match xs[0].storage() {
+        Storage::Cpu(cpu, _) => on_cpu(cpu, &xs, table, positions, sign)?,
+        Storage::Gpu(gpu, _) => dispatch(gpu, &xs, table, positions, sign)?,
+        Storage::Planned(cpu, _) => xs.iter().map(|x| Tensor::planned(cpu, x.shape())).collect::<Result<_>>()?,
     };
     let mut ys = ys.into_iter();
     Ok(xs.map(|_| ys.next().unwrap_or_else(|| unreachable!("one result for each"))))

@@ -112,6 +112,7 @@ pub fn rope_append(
             })?;
             Ok(y)
         }
+        Storage::Planned(cpu, _) => Tensor::planned(cpu, q.shape()),
     }
 }
 

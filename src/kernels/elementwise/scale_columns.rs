@@ -76,6 +76,7 @@ fn run(x: &Tensor, c: &Tensor, plus: Option<&Tensor>, divide: bool) -> Result<Te
             dispatch(gpu, &buffers, &params, plus.is_some(), divide)?;
             Ok(y)
         }
+        Storage::Planned(cpu, _) => Tensor::planned(cpu, x.shape()),
     }
 }
 

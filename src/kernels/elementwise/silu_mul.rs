@@ -40,6 +40,7 @@ pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             quads::dispatch(gpu, &KERNEL, &[gates, up.buffer(gpu, OP)?, y.buffer(gpu, OP)?], gate.len())?;
             Ok(y)
         }
+        Storage::Planned(cpu, _) => Tensor::planned(cpu, gate.shape()),
     }
 }
 

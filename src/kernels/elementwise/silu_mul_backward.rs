@@ -51,6 +51,7 @@ pub fn silu_mul_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Ten
             quads::dispatch(gpu, &KERNEL, &[&inputs[..], &outputs].concat(), dy.len())?;
             Ok((d_gate, d_up))
         }
+        Storage::Planned(cpu, _) => Ok((Tensor::planned(cpu, shape)?, Tensor::planned(cpu, shape)?)),
     }
 }
 

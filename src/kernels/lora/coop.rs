@@ -3,12 +3,12 @@
 //! for many tokens in that tier. Operands are staged as f16 with powers of two that keep their
 //! range. Sums are f32, in parts that a second pass adds up in a fixed order.
 
-use crate::device::{Cooperative, Defines, Device, Dispatch, Gpu, Tier};
+use crate::device::{Cooperative, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::elementwise::dropout::Dropout;
 use crate::kernels::qmatmul::call::GEMV_ROWS;
 use crate::kernels::rows::column_sum::{Partial, rows_each};
-use crate::kernels::{Rows, Scratch, kernel, params};
+use crate::kernels::{Rows, kernel, params};
 use crate::tensor::Tensor;
 
 params! {
@@ -75,11 +75,6 @@ pub(crate) enum Operands<'a> {
 /// Returns the device's cooperative matrices, if it multiplies `tokens` rows with them.
 pub(crate) fn of(gpu: &Gpu, tokens: usize) -> Option<Cooperative> {
     gpu.cooperative().filter(|_| tokens > GEMV_ROWS)
-}
-
-/// Whether products over `tokens` rows stage their operands, with a factor per row.
-pub(crate) fn stages(device: &Device, tokens: usize) -> bool {
-    matches!(device, Device::Gpu(gpu) if of(gpu, tokens).is_some())
 }
 
 /// The longer and the shorter side of a tile of OUT, fixed by the shader: four subgroups of 16 x
@@ -227,19 +222,13 @@ pub(crate) fn product(
     Ok(out)
 }
 
-/// Memory that [`product`] takes beside OUT [P, Q] and the shared factors, for C contracted
-/// values.
-pub(crate) fn scratch(gpu: &Gpu, sizes: [usize; 3]) -> Scratch {
-    Partial::scratch(gpu, Division::of(gpu, sizes).parts, sizes[0] * sizes[1])
-}
-
 /// Error bound of tests of a product over this many tokens: that of f16 operands with cooperative
 /// matrices, else that of f32.
 #[cfg(test)]
-pub(crate) fn tolerance(device: &Device, tokens: usize) -> crate::testing::tolerances::Bound {
+pub(crate) fn tolerance(device: &crate::Device, tokens: usize) -> crate::testing::tolerances::Bound {
     use crate::testing::tolerances::LORA;
     match device {
-        Device::Gpu(gpu) if of(gpu, tokens).is_some() => LORA.f16,
+        crate::Device::Gpu(gpu) if of(gpu, tokens).is_some() => LORA.f16,
         _ => LORA.f32,
     }
 }

@@ -6,11 +6,11 @@
 
 use super::coop::{self, Large, Operands, Small};
 use super::down::Tile;
-use crate::device::{Device, Dispatch, Gpu};
+use crate::device::{Dispatch, Gpu};
 use crate::error::Result;
 use crate::kernels::cpu::product::{Columns, View, parallelism};
 use crate::kernels::matrix::is_ragged;
-use crate::kernels::{RowFactors, Rows, Scratch, expect_2d, expect_shape, kernel, params};
+use crate::kernels::{RowFactors, Rows, expect_2d, expect_shape, kernel, params};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "lora_dh";
@@ -62,15 +62,7 @@ pub(crate) fn of_rows(dy: Rows<'_>, b: &Tensor, scale: f32) -> Result<Tensor> {
             Ok(Tensor::from_host(cpu, &[m, rank], g))
         }
         Storage::Gpu(gpu, _) => dispatch(gpu, dy, b, [m, n, rank], scale),
-    }
-}
-
-/// Memory that [`lora_dh`] takes beside its result and the factors of dY's rows, for dY [M, N] and
-/// a rank.
-pub(crate) fn scratch(device: &Device, [m, n, rank]: [usize; 3]) -> Scratch {
-    match device {
-        Device::Gpu(gpu) if coop::of(gpu, m).is_some() => coop::scratch(gpu, [m, rank, n]),
-        _ => Scratch::default(),
+        Storage::Planned(cpu, _) => Tensor::planned(cpu, &[m, rank]),
     }
 }
 
@@ -111,6 +103,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::device::Device;
     use crate::testing;
 
     fn check(device: &Device, [m, n, rank]: [usize; 3], amplitude: f32, seed: u64) {

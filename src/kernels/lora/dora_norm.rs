@@ -74,17 +74,15 @@ pub fn dora_norm(w: &DeviceMatrix, delta: Option<Delta<'_>>) -> Result<Tensor> {
             }
             Ok(norm)
         }
+        (Device::Cpu(cpu), None, None) => scratch(n, k).beside(&cpu, &[n]),
         // Unreachable: a matrix on the CPU has its host form.
         (device, ..) => Err(Error::DeviceMismatch { op: OP, left: device.name().into(), right: "cpu".into() }),
     }
 }
 
-/// Memory that [`dora_norm`] takes beside its result for W [N, K].
-pub(crate) fn scratch(device: &Device, n: usize, k: usize) -> Scratch {
-    match device {
-        Device::Cpu(_) => Scratch::tasks((0..n).step_by(CPU_ROWS).map(|first| CPU_ROWS.min(n - first) * k)),
-        Device::Gpu(_) => Scratch::default(),
-    }
+/// Memory that [`dora_norm`] takes beside its result on the CPU, for W [N, K].
+fn scratch(n: usize, k: usize) -> Scratch {
+    Scratch::tasks((0..n).step_by(CPU_ROWS).map(|first| CPU_ROWS.min(n - first) * k))
 }
 
 /// Returns the rows of W per owner, and the invocations per workgroup. The owner is an invocation

@@ -1,7 +1,7 @@
 //! H = dropout(X) * A^T: [M, r] from X [M, K] and A [r, K].
 
 use super::coop::{self, Large, Operands, Small};
-use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
+use crate::device::{Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::cpu::product::{Columns, View, parallelism};
 use crate::kernels::elementwise::dropout::Dropout;
@@ -84,16 +84,7 @@ pub(crate) fn of_rows(rows: Rows<'_>, a: &Tensor, dropout: Option<Dropout>) -> R
             }
             dispatch(gpu, x, &[(a, dropout)], [m, k, rank]).map(|mut hs| hs.remove(0))
         }
-    }
-}
-
-/// Memory that [`lora_down`] takes beside its result and the factors of X's rows, for X [M, K] and
-/// a rank, with or without dropout.
-pub(crate) fn scratch(device: &Device, [m, k, rank]: [usize; 3], dropout: bool) -> Scratch {
-    match device {
-        Device::Cpu(_) => Scratch::kept(dropout.then_some(m * k)),
-        Device::Gpu(gpu) if coop::of(gpu, m).is_some() => coop::scratch(gpu, [m, rank, k]),
-        Device::Gpu(_) => Scratch::default(),
+        Storage::Planned(cpu, _) => Scratch::kept(dropout.map(|_| m * k)).beside(cpu, &[m, rank]),
     }
 }
 
@@ -264,6 +255,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::device::Device;
     use crate::testing;
 
     fn check(device: &Device, [m, rank, k]: [usize; 3], dropout: Option<Dropout>, seed: u64) {

@@ -11,7 +11,7 @@
 //! bits.
 
 use super::coop::{self, Large, Operands, Small};
-use crate::device::{Defines, Device, Dispatch, Gpu, Tier};
+use crate::device::{Defines, Dispatch, Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::product::{Columns, View, parallelism};
 use crate::kernels::elementwise::dropout::Dropout;
@@ -113,6 +113,7 @@ fn run(l: &Tensor, r: &Tensor, shared: Shared<'_>, scale: f32, dropout: Option<D
             Ok(Tensor::from_host(cpu, &[rows, cols], out))
         }
         Storage::Gpu(gpu, _) => dispatch(gpu, [l, r], shared, scale, dropout),
+        Storage::Planned(cpu, _) => Scratch::kept(dropout.map(|_| r.len())).beside(cpu, &[rows, cols]),
     }
 }
 
@@ -183,23 +184,6 @@ impl Division {
         let most_parts = (MAX_PARTIAL_VALUES / (rows * cols)).max(1);
         let each = rows_each(gpu.tier(), wide_groups * narrow_groups, m).max(m.div_ceil(most_parts));
         Division { tile, wide_groups, narrow_groups, each, parts: m.div_ceil(each) }
-    }
-}
-
-/// Memory that [`lora_dw`] takes beside OUT [rows, cols] and the factors of dY's or X's rows, for
-/// `m` tokens, with or without dropout on R.
-pub(crate) fn scratch(device: &Device, m: usize, rows: usize, cols: usize, dropout: bool) -> Scratch {
-    match device {
-        Device::Cpu(_) => Scratch::kept(dropout.then_some(m * cols)),
-        Device::Gpu(gpu) if coop::of(gpu, m).is_some() => coop::scratch(gpu, [rows, cols, m]),
-        Device::Gpu(gpu) => {
-            let parts = Division::of(gpu, m, rows, cols).parts;
-            let mut scratch = Scratch::kept((parts > 1).then_some(parts * rows * cols));
-            if parts > 1 {
-                scratch.kept.extend(column_sum::scratch(device, parts, rows * cols).kept);
-            }
-            scratch
-        }
     }
 }
 
@@ -288,6 +272,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::device::Device;
     use crate::kernels::lora::dh;
     use crate::kernels::lora::down;
     use crate::testing;

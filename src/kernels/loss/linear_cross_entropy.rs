@@ -12,6 +12,7 @@
 
 use super::cross_entropy::cross_entropy;
 use crate::device::Device;
+use crate::device::ledger::Part;
 use crate::error::Result;
 use crate::indices::Indices;
 use crate::kernels::matrix::DeviceMatrix;
@@ -68,6 +69,7 @@ pub fn linear_cross_entropy(
     let rows = chunk_rows(&device, head.rows());
     for first in (0..m).step_by(rows) {
         let mut logits = qmatmul(&hidden.rows(first..(first + rows).min(m))?, head, None, None)?;
+        logits.count_as(Part::Logits);
         cross_entropy(&mut logits, labels, first, with_grad.then_some(scale), &mut token_losses)?;
         if let Some(d_hidden) = &mut d_hidden {
             d_hidden.set_rows(first, &qmatmul_dx(&logits, head, None)?)?;
@@ -78,7 +80,7 @@ pub fn linear_cross_entropy(
 
 /// Rows of logits held at a time for a vocabulary of `v`. They take at most half of a binding,
 /// which leaves room for other buffers.
-pub(crate) fn chunk_rows(device: &Device, v: usize) -> usize {
+fn chunk_rows(device: &Device, v: usize) -> usize {
     let bytes = match device {
         Device::Cpu(_) => CHUNK_BYTES,
         Device::Gpu(gpu) => CHUNK_BYTES.min(gpu.limits().max_binding_bytes / 2),

@@ -61,6 +61,7 @@ pub fn sample(logits: &Tensor, sampling: &Sampling, number: u64) -> Result<Indic
             })?;
             Ok(token)
         }
+        Storage::Planned(..) => Indices::from_slice(&logits.device(), &[NONE]),
     }
 }
 

@@ -91,6 +91,7 @@ fn scale_words(kind: ScaleKind, blocks: &Range<usize>) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::ledger::{Ledger, Part};
     use crate::kernels::DeviceMatrix;
     use crate::testing;
 
@@ -104,6 +105,10 @@ mod tests {
                     let matrix = DeviceMatrix::new(device, matrix).unwrap();
                     let context = format!("{} {kind} {rows} x {cols}", testing::name(device));
                     assert_eq!(spec.device_bytes(device).unwrap(), matrix.resident_bytes(), "{context}");
+                    let planned = device.planned(&Ledger::new(Part::Base));
+                    let planned = DeviceMatrix::planned(&planned, &spec).unwrap();
+                    assert_eq!(planned.resident_bytes(), matrix.resident_bytes(), "{context}, planned");
+                    assert!(planned.part_count() == matrix.part_count() && planned.to_host().is_err(), "{context}");
                 }
             }
         }

@@ -3,11 +3,11 @@
 use std::hash::Hash;
 use std::sync::Arc;
 
-use super::packing::{Meta, Part, ScaleMeta, download, upload};
+use super::packing::{Meta, Part, ScaleMeta, download, reserve, upload};
+use crate::device::ledger::no_values;
 use crate::device::{Counted, Cpu, Defines, Device, Gpu};
 use crate::error::{Error, Result};
-use crate::quant::HostMatrix;
-use crate::quant::{Codebook, DenseData};
+use crate::quant::{Codebook, HostMatrix, MatrixSpec};
 
 /// A matrix W [N, K] on a device.
 #[derive(Clone)]
@@ -20,10 +20,12 @@ pub struct DeviceMatrix {
     storage: Storage,
 }
 
+/// `Planned` is on a planned CPU: a size without values.
 #[derive(Clone)]
 enum Storage {
     Cpu { cpu: Cpu, matrix: Arc<HostMatrix>, _counted: Arc<Counted> },
     Gpu { gpu: Gpu, parts: Arc<Vec<Part>> },
+    Planned { cpu: Cpu, counted: Arc<Counted> },
 }
 
 const OP: &str = "device matrix";
@@ -53,10 +55,26 @@ impl DeviceMatrix {
             }
             Device::Gpu(gpu) => Storage::Gpu { gpu: gpu.clone(), parts: Arc::new(upload(gpu, &matrix)?) },
         };
-        let defines = defines(&matrix);
-        let words_per_scale = words_per_scale(&matrix);
-        let meta = Arc::new(Meta::of(&matrix));
-        Ok(DeviceMatrix { rows, cols, defines, words_per_scale, meta, storage })
+        Ok(DeviceMatrix::with_meta([rows, cols], Meta::of(&matrix), storage))
+    }
+
+    /// A matrix without values on a planned device.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] if one row is over the binding limit, [`Error::Invalid`] for blocks or
+    /// super-blocks of 0.
+    pub(crate) fn planned(device: &Device, spec: &MatrixSpec) -> Result<DeviceMatrix> {
+        let bytes = spec.device_bytes(device)?;
+        let storage = match device {
+            Device::Cpu(cpu) => Storage::Planned { cpu: cpu.clone(), counted: Arc::new(cpu.count(bytes)) },
+            Device::Gpu(gpu) => Storage::Gpu { gpu: gpu.clone(), parts: Arc::new(reserve(gpu, spec)?) },
+        };
+        Ok(DeviceMatrix::with_meta([spec.rows, spec.cols], Meta::planned(spec.kind), storage))
+    }
+
+    fn with_meta([rows, cols]: [usize; 2], meta: Meta, storage: Storage) -> DeviceMatrix {
+        let (defines, words_per_scale) = (defines(&meta, cols), words_per_scale(&meta, cols));
+        DeviceMatrix { rows, cols, defines, words_per_scale, meta: Arc::new(meta), storage }
     }
 
     /// N, number of rows.
@@ -72,7 +90,7 @@ impl DeviceMatrix {
     /// The device that holds the matrix.
     pub fn device(&self) -> Device {
         match &self.storage {
-            Storage::Cpu { cpu, .. } => Device::Cpu(cpu.clone()),
+            Storage::Cpu { cpu, .. } | Storage::Planned { cpu, .. } => Device::Cpu(cpu.clone()),
             Storage::Gpu { gpu, .. } => Device::Gpu(gpu.clone()),
         }
     }
@@ -82,13 +100,14 @@ impl DeviceMatrix {
         match &self.storage {
             Storage::Cpu { matrix, .. } => matrix.bytes() as u64,
             Storage::Gpu { parts, .. } => parts.iter().map(|part| part.buffer.resident_bytes()).sum(),
+            Storage::Planned { counted, .. } => counted.bytes(),
         }
     }
 
     /// Number of buffers that hold the matrix; one on the CPU.
     pub fn part_count(&self) -> usize {
         match &self.storage {
-            Storage::Cpu { .. } => 1,
+            Storage::Cpu { .. } | Storage::Planned { .. } => 1,
             Storage::Gpu { parts, .. } => parts.len(),
         }
     }
@@ -107,14 +126,14 @@ impl DeviceMatrix {
     pub(crate) fn host(&self) -> Option<&HostMatrix> {
         match &self.storage {
             Storage::Cpu { matrix, .. } => Some(matrix),
-            Storage::Gpu { .. } => None,
+            Storage::Gpu { .. } | Storage::Planned { .. } => None,
         }
     }
 
     /// The device and the parts, if the matrix is on a GPU.
     pub(crate) fn gpu(&self) -> Option<(&Gpu, &[Part])> {
         match &self.storage {
-            Storage::Cpu { .. } => None,
+            Storage::Cpu { .. } | Storage::Planned { .. } => None,
             Storage::Gpu { gpu, parts, .. } => Some((gpu, parts)),
         }
     }
@@ -146,6 +165,7 @@ impl DeviceMatrix {
         match &self.storage {
             Storage::Cpu { matrix, .. } => Ok(matrix.clone()),
             Storage::Gpu { gpu, parts } => download(gpu, parts, &self.meta, self.rows, self.cols).map(Arc::new),
+            Storage::Planned { .. } => Err(no_values("cpu")),
         }
     }
 }
@@ -156,15 +176,16 @@ pub(crate) fn is_ragged(cols: usize) -> bool {
     !cols.is_multiple_of(8)
 }
 
-fn defines(matrix: &HostMatrix) -> Defines {
-    match matrix {
-        HostMatrix::Quantized(matrix) => quant_defines(
-            matrix.codebook(),
-            ScaleMeta::of(matrix.scales()).word(),
-            matrix.mins().map_or("none", |mins| ScaleMeta::of(mins).word()),
-            is_ragged(matrix.cols()),
-        ),
-        HostMatrix::Dense(matrix) => dense_defines(dense_kind(matrix.data()), is_ragged(matrix.cols())),
+fn defines(meta: &Meta, cols: usize) -> Defines {
+    let dense = |kind| dense_defines(kind, is_ragged(cols));
+    match meta {
+        Meta::Quantized { codebook, scales, mins, .. } => {
+            quant_defines(codebook, scales.word(), mins.as_ref().map_or("none", ScaleMeta::word), is_ragged(cols))
+        }
+        Meta::F32 => dense("f32"),
+        Meta::F16 => dense("f16"),
+        Meta::Bf16 => dense("bf16"),
+        Meta::Q8_0 => dense("q8_0"),
     }
 }
 
@@ -200,22 +221,12 @@ pub(crate) fn wide(matrix: Defines, chunked: bool) -> Defines {
     matrix.with("wide", true).with("chunked", chunked)
 }
 
-fn dense_kind(data: &DenseData) -> &'static str {
-    match data {
-        DenseData::F32(_) => "f32",
-        DenseData::F16(_) => "f16",
-        DenseData::Bf16(_) => "bf16",
-        DenseData::Q8_0 { .. } => "q8_0",
-    }
-}
-
-fn words_per_scale(matrix: &HostMatrix) -> u32 {
-    match matrix {
-        HostMatrix::Quantized(matrix) => {
-            let fits =
-                |words: &u32| matrix.cols() % (8 * *words as usize) == 0 && matrix.block() % (8 * *words as usize) == 0;
+fn words_per_scale(meta: &Meta, cols: usize) -> u32 {
+    match meta {
+        Meta::Quantized { block, .. } => {
+            let fits = |words: &u32| cols % (8 * *words as usize) == 0 && block % (8 * *words as usize) == 0;
             [8, 4, 2].into_iter().find(fits).unwrap_or(1)
         }
-        HostMatrix::Dense(_) => 1,
+        _ => 1,
     }
 }

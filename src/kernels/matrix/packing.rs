@@ -9,9 +9,10 @@ use rayon::prelude::*;
 use crate::device::{Buffer, Gpu};
 use crate::error::{Error, Result};
 use crate::kernels::params;
-use crate::quant::HostMatrix;
-use crate::quant::MatrixSpec;
-use crate::quant::{Codebook, DenseData, DenseMatrix, DoubleScales, Dtype, Format, Parts, QuantizedMatrix, Scales};
+use crate::quant::{
+    Codebook, DenseData, DenseMatrix, DoubleScales, Dtype, Format, HostMatrix, MatrixKind, MatrixSpec, Parts,
+    QuantizedMatrix, ScaleKind, Scales,
+};
 use crate::tensor::from_bytes;
 
 params! {
@@ -153,7 +154,40 @@ pub(crate) fn upload(gpu: &Gpu, matrix: &HostMatrix) -> Result<Vec<Part>> {
     Ok(parts)
 }
 
+/// Counts the buffers of a matrix on a planned GPU.
+pub(crate) fn reserve(gpu: &Gpu, spec: &MatrixSpec) -> Result<Vec<Part>> {
+    let what = format!("matrix {} x {}", spec.rows, spec.cols);
+    let part = |rows: Range<usize>| {
+        let buffer = gpu.reserve_exact(&what, spec.part_words(&rows))?;
+        Ok(Part { rows, buffer, layout: MatrixLayout::default() })
+    };
+    spec.part_rows(gpu)?.map(part).collect()
+}
+
 impl Meta {
+    /// The information for a matrix of this kind without values, as if it were of zeros.
+    pub(crate) fn planned(kind: MatrixKind) -> Meta {
+        let of_scales = |kind| match kind {
+            ScaleKind::Plain => ScaleMeta::Plain,
+            ScaleKind::Double { super_block } => {
+                ScaleMeta::Double { table: Box::new([0.0; 256]), super_block, offset: 0.0 }
+            }
+        };
+        match kind {
+            MatrixKind::Quantized { block, scales, mins } => Meta::Quantized {
+                format: Format::Nf4,
+                codebook: Codebook::NF4,
+                block,
+                dtype: Dtype::F32,
+                scales: of_scales(scales),
+                mins: mins.map(of_scales),
+            },
+            MatrixKind::F32 => Meta::F32,
+            MatrixKind::Half => Meta::F16,
+            MatrixKind::Q8_0 => Meta::Q8_0,
+        }
+    }
+
     /// The information for a matrix.
     pub(crate) fn of(matrix: &HostMatrix) -> Meta {
         match matrix {

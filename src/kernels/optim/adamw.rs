@@ -69,6 +69,7 @@ pub fn adamw(updates: &mut [Update<'_>], config: &AdamW, step: u32, norm: &GradN
         Storage::Cpu(_, norm) => {
             updates.iter_mut().try_for_each(|update| on_cpu(update, &config.params(step, 0), norm[1]))
         }
+        Storage::Planned(..) => Ok(()),
     }
 }
 

@@ -5,10 +5,10 @@
 //! nothing.
 
 use super::square_sums;
-use crate::device::{Defines, Device, Dispatch, Gpu};
+use crate::device::{Defines, Dispatch, Gpu};
 use crate::error::{Error, Result};
 use crate::kernels::rows::sum;
-use crate::kernels::{Scratch, expect_shape, kernel, params};
+use crate::kernels::{expect_shape, kernel, params};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "grad_norm";
@@ -54,6 +54,16 @@ pub struct GradNorm {
     pub values: Tensor,
 }
 
+impl GradNorm {
+    /// Returns [`GradNorm::values`]; waits for the device. On a planned device all are 0.
+    pub(crate) fn read(&self) -> Result<Vec<f32>> {
+        if self.values.device().is_planned() {
+            return Ok(vec![0.0; self.values.len()]);
+        }
+        self.values.to_vec()
+    }
+}
+
 /// Computes the norms of `grads`, of any shapes, and the factor that clips them together to
 /// `max_norm`. Without `max_norm` the factor is 1. If `loss` `[1]` is not finite, the factor is
 /// NaN too.
@@ -94,6 +104,7 @@ pub fn grad_norm(grads: &[&Tensor], loss: Option<&Tensor>, max_norm: Option<f32>
             Tensor::from_host(cpu, &[EACH + grads.len()], values)
         }
         Storage::Gpu(gpu, _) => on_gpu(gpu, grads, loss, max_norm)?,
+        Storage::Planned(cpu, _) => Tensor::planned(cpu, &[EACH + grads.len()])?,
     };
     Ok(GradNorm { values })
 }
@@ -137,15 +148,6 @@ fn runs(gpu: &Gpu) -> usize {
     if square_sums::fits(gpu) { square_sums::RUNS } else { 1 }
 }
 
-/// Memory that [`grad_norm`] takes beside its result for this many gradients, as long as a sum
-/// takes one pass.
-pub(crate) fn scratch(device: &Device, grads: usize) -> Scratch {
-    match device {
-        Device::Cpu(_) => Scratch::default(),
-        Device::Gpu(gpu) => Scratch::kept([runs(gpu) * grads, 1]),
-    }
-}
-
 fn factor(norm: f32, loss: f32, max_norm: Option<f32>) -> f32 {
     if !norm.is_finite() || !loss.is_finite() {
         return f32::NAN;
@@ -168,6 +170,7 @@ pub(crate) fn reference(grads: &[&[f64]], loss: Option<f64>, max_norm: Option<f6
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::device::Device;
     use crate::testing::tolerances::GRAD_NORM;
     use crate::testing::{self, wide};
 

@@ -92,7 +92,7 @@ fn depth(n: usize, k: usize, width: usize) -> usize {
 /// Memory that [`forward`] takes for `m` rows of X and W [N, K].
 pub(crate) fn scratch(m: usize, n: usize, k: usize) -> Scratch {
     if m <= GEMV_ROWS {
-        return Scratch::kept([n * m]);
+        return Scratch::kept((m > 1).then_some(n * m));
     }
     let (width, rows_of) = panels(n, PANEL.0);
     let depth = depth(n, k, width);

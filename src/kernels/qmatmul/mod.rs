@@ -22,11 +22,11 @@ pub(crate) mod tile;
 
 use self::call::{GEMV_ROWS, GpuCall, HostLora, OP};
 use self::coop::splits;
-use crate::device::{Device, Gpu, Tier};
+use crate::device::Tier;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::DeviceMatrix;
 use crate::kernels::rows::column_sum::Partial;
-use crate::kernels::{LoraUp, RowFactors, Rows, Scratch, expect_2d, expect_shape};
+use crate::kernels::{LoraUp, RowFactors, Rows, expect_2d, expect_shape};
 use crate::tensor::{Storage, Tensor};
 
 /// Computes X * W^T + bias + s * H * B^T on the device of `x`: [M, N].
@@ -104,17 +104,9 @@ pub(crate) fn product(rows: Rows<'_>, Product { w, bias, lora }: Product<'_>) ->
             partial.add_up(gpu, result)?;
             Ok(y)
         }
+        (Storage::Planned(cpu, _), ..) => cpu::scratch(m, n, k).beside(cpu, &[m, n]),
         // Unreachable: `same` has checked that there is one device.
         _ => Err(Error::DeviceMismatch { op: OP, left: x.device().name().into(), right: w.device().name().into() }),
-    }
-}
-
-/// Memory that [`qmatmul`] takes beside its result and the factors of X's rows, for `m` rows and W
-/// [N, K].
-pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch {
-    match device {
-        Device::Cpu(_) => cpu::scratch(m, n, k),
-        Device::Gpu(gpu) => Partial::scratch(gpu, splits(gpu, split_shape([m, n, k])), m * n),
     }
 }
 
@@ -122,15 +114,6 @@ pub(crate) fn scratch(device: &Device, m: usize, n: usize, k: usize) -> Scratch 
 /// product, which has no splits.
 fn split_shape([m, n, k]: [usize; 3]) -> [usize; 3] {
     [m, n, if m > GEMV_ROWS { k } else { 0 }]
-}
-
-/// Whether an X of `m` rows is staged as f16, with a factor per row.
-pub(crate) fn stages(device: &Device, m: usize) -> bool {
-    matches!(device, Device::Gpu(gpu) if stages_on(gpu, m))
-}
-
-fn stages_on(gpu: &Gpu, m: usize) -> bool {
-    gpu.tier().f16() && m > GEMV_ROWS
 }
 
 /// The formula, for any real type; every form is compared with it. `x` is [M, K], `w` [N, K],
@@ -184,6 +167,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::device::Device;
     use crate::kernels::qmatmul::coop::Tile;
     use crate::kernels::qmatmul::dx::{LoraDx, qmatmul_dx};
     use crate::quant::HostMatrix;

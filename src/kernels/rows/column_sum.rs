@@ -6,9 +6,9 @@
 
 use rayon::prelude::*;
 
-use crate::device::{Buffer, Defines, Device, Dispatch, Gpu, Tier};
+use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;
-use crate::kernels::{Scratch, expect_2d, expect_shape, kernel, params};
+use crate::kernels::{expect_2d, expect_shape, kernel, params};
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "column_sum";
@@ -61,6 +61,7 @@ pub fn column_sum(a: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
             dispatch(gpu, a, b, [m, n], 1.0, sums.buffer(gpu, OP)?, false)?;
             Ok(sums)
         }
+        Storage::Planned(cpu, _) => Tensor::planned(cpu, &[n]),
     }
 }
 
@@ -142,16 +143,6 @@ impl Partial {
             None => Ok(()),
         }
     }
-
-    /// Memory that this takes.
-    pub fn scratch(gpu: &Gpu, parts: usize, values: usize) -> Scratch {
-        if parts < 2 {
-            return Scratch::default();
-        }
-        let mut taken = scratch(&Device::Gpu(gpu.clone()), parts, values);
-        taken.kept.insert(0, parts * values);
-        taken
-    }
 }
 
 /// Records the sums of `a` (times `b`) times `scale`, written to `out`, or added to it if `adds`.
@@ -198,13 +189,6 @@ pub(crate) fn dispatch(
     pass(&partial, None, splits, splits, scale, out, adds)
 }
 
-/// Memory that [`column_sum`] takes beside its result for A [M, N].
-pub(crate) fn scratch(device: &Device, m: usize, n: usize) -> Scratch {
-    let Device::Gpu(gpu) = device else { return Scratch::default() };
-    let splits = m.div_ceil(each(gpu.tier(), m, n));
-    Scratch::kept((splits > 1).then_some(splits * n))
-}
-
 /// Rows of A [M, N] per sum of the first pass.
 fn each(tier: Tier, m: usize, n: usize) -> usize {
     rows_each(tier, n.div_ceil(threads(tier) as usize), m)
@@ -222,6 +206,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::device::Device;
     use crate::testing;
     use crate::testing::tolerances::COLUMN_SUMS;
 

@@ -58,7 +58,8 @@ pub fn embedding(table: &DeviceMatrix, ids: &Indices) -> Result<Tensor> {
     table.device().same(&ids.device(), OP)?;
     let (rows, k) = (table.rows(), table.cols());
     let shape = [ids.len(), k];
-    if let (Some(matrix), Device::Cpu(cpu)) = (table.host(), table.device()) {
+    if let Device::Cpu(cpu) = table.device() {
+        let Some(matrix) = table.host() else { return Tensor::planned(&cpu, &shape) };
         let mut y = cpu.zeros(ids.len() * k)?;
         y.par_chunks_mut(k).zip(ids.host(OP)?).for_each(|(y, &id)| {
             let row = (id as usize).min(rows - 1);

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::pack_rows;
 use super::row_factor;
-use crate::device::{Buffer, Device, Gpu};
+use crate::device::{Buffer, Gpu};
 use crate::error::Result;
 use crate::kernels::expect_2d;
 use crate::tensor::Tensor;
@@ -74,16 +74,12 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// Whether a device packs rows when it computes their factors.
-pub(crate) fn packs(device: &Device) -> bool {
-    matches!(device, Device::Gpu(gpu) if gpu.cooperative().is_some())
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use half::f16;
 
     use super::*;
+    use crate::device::Device;
     use crate::kernels::rows::pack_rows::PACKED;
     use crate::tensor::from_bytes;
     use crate::testing;

@@ -64,6 +64,7 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
             dispatch(gpu, &KERNEL, &defines(gpu.tier(), k), &buffers, [x.len(), k], eps)?;
             Ok(y)
         }
+        Storage::Planned(cpu, _) => Tensor::planned(cpu, x.shape()),
     }
 }
 

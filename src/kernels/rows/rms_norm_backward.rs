@@ -68,6 +68,7 @@ pub(crate) fn onto(sum: Option<Tensor>, dy: &Tensor, x: &Tensor, weight: &Tensor
             dispatch(gpu, &KERNEL, &defines, &buffers, [x.len(), k], eps)?;
             Ok(dx)
         }
+        Storage::Planned(cpu, _) => add_assign::finish(sum, Tensor::planned(cpu, x.shape())?),
     }
 }
 

@@ -84,9 +84,9 @@ pub struct MemoryStats {
 }
 
 impl<Base> AdaptedLinear<Base> {
-    fn with_base(device: &Device, base: impl Into<Arc<HostMatrix>>) -> Result<Self> {
-        let base = DeviceMatrix::new(device, base)?;
-        Ok(AdaptedLinear {
+    /// A layer with this base and no adapter.
+    pub(crate) fn with_base(base: DeviceMatrix) -> Self {
+        AdaptedLinear {
             base,
             bias: None,
             train_bias: false,
@@ -95,15 +95,19 @@ impl<Base> AdaptedLinear<Base> {
             merged: None,
             dora: OnceLock::new(),
             kind: PhantomData,
-        })
+        }
     }
 
     /// Adds a bias of `d_out` values.
     ///
     /// # Errors
     /// [`Error::Shape`], and errors of the device.
-    pub fn with_bias(mut self, bias: &[f32]) -> Result<Self> {
+    pub fn with_bias(self, bias: &[f32]) -> Result<Self> {
         let bias = Tensor::from_slice(&self.device(), &[bias.len()], bias)?;
+        self.with_bias_tensor(bias)
+    }
+
+    pub(crate) fn with_bias_tensor(mut self, bias: Tensor) -> Result<Self> {
         expect_shape(OP, "bias", &bias, &[self.d_out()])?;
         self.bias = Some(Parameter::new(bias));
         Ok(self)
@@ -330,7 +334,7 @@ impl Linear {
     /// # Errors
     /// Errors of the device.
     pub fn new(device: &Device, base: impl Into<Arc<HostMatrix>>) -> Result<Linear> {
-        Linear::with_base(device, base)
+        Ok(Linear::with_base(DeviceMatrix::new(device, base)?))
     }
 }
 
@@ -340,7 +344,7 @@ impl LoraLinear {
     /// # Errors
     /// Errors of the device.
     pub fn new(device: &Device, base: DenseMatrix) -> Result<LoraLinear> {
-        LoraLinear::with_base(device, HostMatrix::from(base))
+        Ok(LoraLinear::with_base(DeviceMatrix::new(device, HostMatrix::from(base))?))
     }
 
     /// Like [`LoraLinear::new`], from an f32 array [d_out, d_in].
@@ -356,7 +360,7 @@ impl QLoraLinear {
     /// # Errors
     /// Errors of the device.
     pub fn new(device: &Device, base: QuantizedMatrix) -> Result<QLoraLinear> {
-        QLoraLinear::with_base(device, HostMatrix::from(base))
+        Ok(QLoraLinear::with_base(DeviceMatrix::new(device, HostMatrix::from(base))?))
     }
 
     /// Quantizes an f32 array [d_out, d_in] to a base.

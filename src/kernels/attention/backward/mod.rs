@@ -24,9 +24,9 @@ use super::form::{Form, Pass};
 use super::pack::{self, Packed};
 use super::visibility::Visibility;
 use super::{cpu, lanes};
-use crate::device::{Device, Tier};
+use crate::device::Tier;
 use crate::error::Result;
-use crate::kernels::{Scratch, expect_shape};
+use crate::kernels::expect_shape;
 use crate::tensor::{Storage, Tensor};
 
 const OP: &str = "attention backward";
@@ -112,26 +112,12 @@ pub fn attention_backward(
             }
             Ok(grads)
         }
-    }
-}
-
-/// Memory that [`attention_backward`] takes beside its results.
-pub(crate) fn scratch(device: &Device, shape: &AttentionShape, visibility: &Visibility) -> Scratch {
-    let rows = visibility.queries() * shape.heads;
-    match device {
-        Device::Cpu(_) => {
-            let mut scratch = cpu::backward_scratch(shape, visibility);
-            scratch.kept.push(rows);
-            scratch
-        }
-        Device::Gpu(gpu) => {
-            let mut scratch = match pack::cooperative(gpu, shape, visibility) {
-                Some(_) => pack::scratch(shape, visibility, true),
-                None => Scratch::default(),
-            };
-            // Log-sum-exp and delta.
-            scratch.kept.push(2 * rows);
-            scratch
+        Storage::Planned(cpu, _) => {
+            let [dq, dk, dv] = [q, k, v].map(|like| Tensor::planned(cpu, like.shape()));
+            let grads = AttentionGrads { dq: dq?, dk: dk?, dv: dv? };
+            let _deltas = Tensor::planned(cpu, lse.shape())?;
+            cpu::backward_scratch(shape, visibility).take(cpu);
+            Ok(grads)
         }
     }
 }
@@ -172,6 +158,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::device::Device;
     use crate::kernels::attention::reference as forward_reference;
     use crate::kernels::attention::tests::{Case, any_ranges, forms, widen};
     use crate::testing;

@@ -21,13 +21,13 @@ pub(crate) mod tile;
 
 pub use self::call::LoraDx;
 use self::call::{GpuDxCall, HostLoraDx, OP, reads_packed};
-use crate::device::{Device, Tier};
+use crate::device::{Gpu, Tier};
 use crate::error::{Error, Result};
 use crate::kernels::elementwise::add_assign;
 use crate::kernels::matrix::DeviceMatrix;
 use crate::kernels::qmatmul::coop::splits;
 use crate::kernels::rows::column_sum::Partial;
-use crate::kernels::{RowFactors, Rows, Scratch, expect_2d, expect_shape};
+use crate::kernels::{RowFactors, Rows, expect_2d, expect_shape};
 use crate::tensor::{Storage, Tensor};
 
 /// Computes dY * W + mask * (G * A) on the device of `dy`: [M, K].
@@ -75,7 +75,7 @@ pub(crate) fn onto(sum: Option<Tensor>, rows: Rows<'_>, w: &DeviceMatrix, lora: 
             add_assign::finish(sum, Tensor::from_host(cpu, &[m, k], dx))
         }
         (Storage::Gpu(gpu, dy), _, Some((_, parts))) => {
-            let (sum, later) = if adds_in_place(&w.device()) { (sum, None) } else { (None, sum) };
+            let (sum, later) = if adds_in_place(gpu) { (sum, None) } else { (None, sum) };
             let adds = sum.is_some();
             let dx = add_assign::begin(gpu, OP, sum, &[m, k])?;
             if m == 0 {
@@ -101,30 +101,17 @@ pub(crate) fn onto(sum: Option<Tensor>, rows: Rows<'_>, w: &DeviceMatrix, lora: 
             partial.add_up(gpu, result)?;
             add_assign::finish(later, dx)
         }
+        (Storage::Planned(cpu, _), ..) => add_assign::finish(sum, cpu::scratch(n, k).beside(cpu, &[m, k])?),
         // Unreachable: `same` has checked that there is one device.
         _ => Err(Error::DeviceMismatch { op: OP, left: dy.device().name().into(), right: w.device().name().into() }),
-    }
-}
-
-/// Memory that [`qmatmul_dx`] takes beside its result and the factors of dY's rows, for `m` rows
-/// and W [N, K].
-pub(crate) fn scratch(device: &Device, [m, n, k]: [usize; 3]) -> Scratch {
-    match device {
-        Device::Cpu(_) => cpu::scratch(n, k),
-        Device::Gpu(gpu) => Partial::scratch(gpu, splits(gpu, [m, k, n]), m * k),
     }
 }
 
 /// Whether the kernel itself adds to a sum of gradients. On the CPU and software drivers this
 /// wouldn't save a costly dispatch, and on Mesa's a kernel that also loads what it stores takes
 /// half as long again to compile.
-pub(crate) fn adds_in_place(device: &Device) -> bool {
-    matches!(device, Device::Gpu(gpu) if gpu.tier() != Tier::Software)
-}
-
-/// Whether dY is staged as f16, with a factor per row.
-pub(crate) fn stages(device: &Device) -> bool {
-    matches!(device, Device::Gpu(gpu) if gpu.tier().f16())
+fn adds_in_place(gpu: &Gpu) -> bool {
+    gpu.tier() != Tier::Software
 }
 
 /// The formula, for any real type; every form is compared with it. `dy` is [M, N], `w` [N, K],
@@ -167,6 +154,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::device::Device;
     use crate::kernels::elementwise::add::add;
     use crate::kernels::elementwise::dropout::Dropout;
     use crate::kernels::lora::down;

@@ -1,10 +1,9 @@
 //! Memory plans: what a training run needs, before anything is loaded.
 //!
-//! A plan isn't an estimate from fitted numbers. It is a training step without values: it records
-//! the tape of a step ([`crate::autograd`]), frees what the backward pass frees, and requests the
-//! sizes that layers and kernels request (including scratch memory) from a pool like the device's.
-//! Only the bytes are counted. Sizes of matrices come from the headers of their files
-//! ([`ModelSpec`]).
+//! A plan isn't an estimate from fitted numbers. It is a training step ([`Trainer::step`]) on a
+//! planned device, which has the tier and limits of a real one but no values: tensors and scratch
+//! memory are only counted, by a pool like the device's, and kernels compute nothing. Sizes of
+//! matrices come from the headers of their files ([`ModelSpec`]).
 //!
 //! Memory peaks at one of three moments. Without recomputation it is at the end of the forward
 //! pass, when all layers have saved what their backward pass needs: either at the loss, where a
@@ -21,20 +20,15 @@
 //! itself, mapped files (the system may drop their pages) and, while a model is loaded, one of its
 //! matrices in host memory.
 
-mod ledger;
-mod linear;
-mod step;
-
 use serde::Serialize;
 
-use self::ledger::{Ledger, Part, Seen};
-pub use self::ledger::{Moment, Parts};
-use self::step::Model;
-use super::TrainOptions;
+use super::{TrainOptions, Trainer};
 use crate::device::Device;
+use crate::device::ledger::{Ledger, Part, Tally};
+pub use crate::device::ledger::{Moment, Parts};
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
-use crate::nn::{ModelConfig, ModelSpec};
+use crate::nn::{Batch, Decoder, ModelSpec, Tokens};
 
 const OP: &str = "plan";
 
@@ -92,15 +86,28 @@ impl Plan {
         model.config().check_positions(OP, tokens)?;
         crate::tensor::element_count(&[rows, tokens])?;
 
-        let ledger = Ledger::new(device);
-        let mut trained = Model::new(&ledger, model, adapter, tokens)?;
-        let _batches = ledger.fixed(Part::Activations, batch_bytes(&ledger, model.config(), &batches)?);
-        // The first step creates the optimizer's moments; from the second on they exist.
-        for _ in 0..2 {
-            trained.step(&batches, options.checkpoint_activations)?;
+        let ledger = Ledger::new(Part::Base);
+        let device = device.planned(&ledger);
+        let mut model = Decoder::planned(&device, model)?;
+        // A longer rotary table replaces the first one when a sequence needs it.
+        model.rope_table(tokens)?;
+        ledger.count_for(Part::Activations);
+        model.attach("plan", adapter, 0)?;
+        for (_, tensor) in model.parameters_mut() {
+            tensor.count_as(Part::Adapters);
         }
-        let Seen { most, at_peak, moment, held } = ledger.seen();
-        Ok(Plan { batches, most, at_peak, moment, peak_bytes: at_peak.total(), held_bytes: held })
+        let row = Tokens::new(vec![0; rows * tokens], rows)?;
+        let labels = vec![0; rows * tokens];
+        let made = (0..count).map(|_| model.batch(&row, Some(&labels))).collect::<Result<Vec<Batch>>>()?;
+        let mut trainer = Trainer::new(*options);
+        // The first step creates the optimizer's moments; from the second on they exist. From the
+        // third micro-batch on, everything is as in the second.
+        for _ in 0..2 {
+            trainer.step(&mut model, &made[..count.min(2)])?;
+        }
+        let Tally { most, at_peak, moment, .. } = ledger.tally();
+        let held_bytes = device.memory().peak_held_bytes;
+        Ok(Plan { batches, most, at_peak, moment, peak_bytes: at_peak.total(), held_bytes })
     }
 
     /// Plans the largest micro-batch of 1, 2, 4 or 8 rows that holds at most [`MEMORY_PERCENT`] of
@@ -141,21 +148,4 @@ impl Plan {
     pub fn fits(&self, memory: u64) -> bool {
         u128::from(self.held_bytes) * 100 <= u128::from(memory) * u128::from(MEMORY_PERCENT)
     }
-}
-
-/// Bytes of a step's micro-batches, which are on the device together: ids, positions, labels and,
-/// for each visibility, the range of keys of each query; on a GPU also the range of queries of
-/// each key.
-fn batch_bytes(ledger: &Ledger, config: &ModelConfig, batches: &MicroBatches) -> Result<u64> {
-    let &MicroBatches { count, rows, tokens } = batches;
-    let m = rows * tokens;
-    let windowed = config.sliding_window().is_some_and(|window| window < tokens);
-    let all_windowed = windowed && config.windows.iter().all(Option::is_some);
-    let visibilities = 1 + u64::from(windowed);
-    let ways_back = match ledger.device {
-        Device::Cpu(_) => 0,
-        Device::Gpu(_) => visibilities - u64::from(all_windowed),
-    };
-    let batch = 3 * ledger.index_bytes(m)? + (visibilities + ways_back) * ledger.index_bytes(2 * m)?;
-    Ok(batch.saturating_mul(count as u64))
 }
