@@ -121,12 +121,12 @@ impl std::error::Error for Error {}
 
 impl Error {
     /// [`Error::Shape`].
-    pub(crate) fn shape(op: &'static str, what: &'static str, expected: impl Display, got: impl Display) -> Error {
+    pub fn shape(op: &'static str, what: &'static str, expected: impl Display, got: impl Display) -> Error {
         Error::Shape { op, what, expected: expected.to_string(), got: got.to_string() }
     }
 
     /// [`Error::Invalid`].
-    pub(crate) fn invalid(op: &'static str, what: &'static str, got: impl Display, expected: impl Display) -> Error {
+    pub fn invalid(op: &'static str, what: &'static str, got: impl Display, expected: impl Display) -> Error {
         Error::Invalid { op, what, got: got.to_string(), expected: expected.to_string() }
     }
 

@@ -16,8 +16,8 @@ pub(super) fn check<'a>(paths: impl IntoIterator<Item = &'a Path>) -> Result<()>
         if path != Path::new(STDIN) {
             exists(path)?;
         } else if std::mem::replace(&mut read, true) {
-            let expected = "standard input can be read only once; name a file".into();
-            return Err(Error::Invalid { op: "data", what: "more than one file", got: STDIN.into(), expected });
+            let expected = "standard input can be read only once; name a file";
+            return Err(Error::invalid("data", "more than one file", STDIN, expected));
         }
     }
     Ok(())

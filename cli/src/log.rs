@@ -44,11 +44,13 @@ pub struct LogArgs {
 /// [`Error::Invalid`] for an invalid filter.
 pub(super) fn begin(args: &LogArgs) -> Result<()> {
     let filter = match std::env::var(LOG) {
-        Ok(text) if !text.is_empty() => Some(text.parse::<Targets>().map_err(|error| Error::Invalid {
-            op: "the environment",
-            what: LOG,
-            got: text,
-            expected: format!("{error}; give a level such as debug, or qlora_wgpu::train=info"),
+        Ok(text) if !text.is_empty() => Some(text.parse::<Targets>().map_err(|error| {
+            Error::invalid(
+                "the environment",
+                LOG,
+                text,
+                format!("{error}; give a level such as debug, or qlora_wgpu::train=info"),
+            )
         })?),
         _ => level(args.verbose).map(|level| Targets::new().with_target("qlora_wgpu", level)),
     };

@@ -187,8 +187,8 @@ fn choose<'a>(given: &[(&'a str, &Path)], chosen: &'a [String]) -> Result<Vec<Op
     let names: Vec<&str> = given.iter().map(|(name, _)| *name).collect();
     let twice = names.iter().enumerate().find(|(at, name)| names[..*at].contains(name));
     if let Some((_, name)) = twice {
-        let expected = "give each a name of its own, as in --adapter NAME=DIR".into();
-        return Err(Error::Invalid { op: OP, what: "the name of two adapters", got: (*name).into(), expected });
+        let expected = "give each a name of its own, as in --adapter NAME=DIR";
+        return Err(Error::invalid(OP, "the name of two adapters", name, expected));
     }
     let one = |name: &'a String| match name.as_str() {
         name if names.contains(&name) => Ok(Some(name)),
@@ -201,12 +201,12 @@ fn choose<'a>(given: &[(&'a str, &Path)], chosen: &'a [String]) -> Result<Vec<Op
     match (chosen, names.as_slice()) {
         ([], []) => Ok(vec![None]),
         ([], [only]) => Ok(vec![Some(only)]),
-        ([], _) => Err(Error::Invalid {
-            op: OP,
-            what: "--use",
-            got: "not given".into(),
-            expected: format!("choose one of {}, or base for the model without one", names.join(", ")),
-        }),
+        ([], _) => Err(Error::invalid(
+            OP,
+            "--use",
+            "not given",
+            format!("choose one of {}, or base for the model without one", names.join(", ")),
+        )),
         (chosen, _) => chosen.iter().map(one).collect(),
     }
 }

@@ -270,7 +270,7 @@ impl TrainingArgs {
             return Ok(tokens);
         }
         let expected = format!("the model has {positions} positions");
-        Err(Error::Invalid { op: "training", what: "--seq-len", got: tokens.to_string(), expected })
+        Err(Error::invalid("training", "--seq-len", tokens, expected))
     }
 
     /// Plans the memory of a step with `rows` rows of `tokens` tokens on a device. `None` takes
@@ -317,7 +317,7 @@ impl TrainingArgs {
             None => "--checkpoint-activations or a shorter --seq-len saves memory".into(),
         };
         let expected = format!("{help}. If the device has more memory, set it with --memory SIZE");
-        Error::Invalid { op: "memory", what: "the run's memory", got, expected }
+        Error::invalid("memory", "the run's memory", got, expected)
     }
 
     /// The device's memory in bytes, if known.

@@ -68,7 +68,7 @@ pub fn jsonl(bytes: &[u8]) -> Result<()> {
         [plain, read()]
     });
     let [plain, chat] = &*TOKENIZERS;
-    let none = Error::Invalid { op: "a test", what: "tokenizer", got: "none".into(), expected: "one".into() };
+    let none = Error::invalid("a test", "tokenizer", "none", "one");
     train_on(bytes, "txt", Ok(plain));
     for tokenizer in [Ok(plain), Ok(chat), Err(&none)] {
         train_on(bytes, "jsonl", tokenizer);

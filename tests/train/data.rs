@@ -365,7 +365,7 @@ fn masks_of_token_ids_count() {
 #[test]
 fn ids_are_bounded_by_the_model_and_not_by_the_tokenizer() {
     let tokenizer = with_template(None);
-    let none = Error::Invalid { op: "a test", what: "tokenizer", got: "none".into(), expected: "one".into() };
+    let none = Error::invalid("a test", "tokenizer", "none", "one");
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("a.jsonl");
     fs::write(&path, "{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 2060]}\n").unwrap();

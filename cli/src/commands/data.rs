@@ -95,7 +95,7 @@ pub fn run(args: &DataArgs) -> Result<()> {
         Some(number) if (1..=count).contains(&number) => (number, 1),
         Some(number) => {
             let expected = format!("there are {count}, counted from 1");
-            return Err(Error::Invalid { op: "data", what: "--example", got: number.to_string(), expected });
+            return Err(Error::invalid("data", "--example", number, expected));
         }
         None => (1, args.limit),
     };

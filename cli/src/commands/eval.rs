@@ -57,9 +57,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let tokenizer = files.tokenizer();
     let data = read(&args.data, tokenizer.as_ref(), args.skip_bad_lines, vocabulary)?;
     if args.dump_logits.is_some() && uses.len() > 1 {
-        let (got, expected) =
-            (format!("{} times", uses.len()), "--dump-logits writes the logits of one adapter".into());
-        return Err(Error::Invalid { op: "dumping logits", what: "--use", got, expected });
+        let got = format!("{} times", uses.len());
+        let expected = "--dump-logits writes the logits of one adapter";
+        return Err(Error::invalid("dumping logits", "--use", got, expected));
     }
     let mut found = Vec::with_capacity(uses.len());
     for adapter in uses {
@@ -102,12 +102,12 @@ fn evaluated(args: &EvalArgs, model: &Decoder, data: &Dataset) -> Result<Evaluat
 fn dump_logits(model: &Decoder, examples: &[Example], path: &std::path::Path) -> Result<()> {
     let length = examples.first().map_or(0, |example| example.ids().len());
     if let Some(other) = examples.iter().find(|example| example.ids().len() != length) {
-        return Err(Error::Invalid {
-            op: "dumping logits",
-            what: "the length of a sequence",
-            got: other.ids().len().to_string(),
-            expected: format!("the first sequence has {length} tokens, and all must have the same length"),
-        });
+        return Err(Error::invalid(
+            "dumping logits",
+            "the length of a sequence",
+            other.ids().len(),
+            format!("the first sequence has {length} tokens, and all must have the same length"),
+        ));
     }
     let (mut ids, mut logits) = (Vec::new(), Vec::new());
     for example in examples {

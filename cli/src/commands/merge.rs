@@ -189,9 +189,7 @@ impl MergeArgs {
 }
 
 fn check_options(args: &MergeArgs, to_gguf: bool) -> Result<()> {
-    let invalid = |what, got: &str, expected: &str| {
-        Err(Error::Invalid { op: "merge", what, got: got.into(), expected: expected.into() })
-    };
+    let invalid = |what, got: &str, expected: &str| Err(Error::invalid("merge", what, got, expected));
     match args.dtype {
         _ if to_gguf && args.requantize.is_some() => invalid(
             "--requantize",

@@ -60,12 +60,7 @@ impl Plot {
         let window = if training.len() < SMOOTH_FROM { 1 } else { (training.len() / 10).min(100) | 1 };
         let all = || training.iter().chain(&evaluation);
         let Some(last_step) = all().map(|&(step, _)| step).max() else {
-            return Err(Error::Invalid {
-                op: "loss plot",
-                what: "the number of losses",
-                got: "0".into(),
-                expected: "a run has one after its first step".into(),
-            });
+            return Err(Error::invalid("loss plot", "the number of losses", "0", "a run has one after its first step"));
         };
         let (low, high) = all().fold((f64::MAX, f64::MIN), |(low, high), &(_, loss)| (low.min(loss), high.max(loss)));
         // Leave a margin even if all losses are equal, however large.

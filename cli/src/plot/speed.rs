@@ -60,12 +60,7 @@ impl Bars {
     fn new(report: &Report) -> Result<Bars> {
         let Report { version, date, machine, device, driver, rows } = report;
         let Some(first) = rows.first() else {
-            return Err(Error::Invalid {
-                op: "bench plot",
-                what: "the number of cases",
-                got: "0".into(),
-                expected: "there must be at least one".into(),
-            });
+            return Err(Error::invalid("bench plot", "the number of cases", "0", "there must be at least one"));
         };
         let ours = match first.row.tier.as_str() {
             "" => format!("qlora {version}, CPU device"),

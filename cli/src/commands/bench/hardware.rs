@@ -125,11 +125,8 @@ pub(super) fn copy(device: &Device, mib: u64, json: bool) -> Result<()> {
 fn described(name: &str) -> Result<DeviceInfo> {
     let device = Device::named(name)?;
     let found = devices().into_iter().find(|info| info.index > 0 && info.name == device.name());
-    found.ok_or_else(|| Error::Invalid {
-        op: "bench",
-        what: "--device",
-        got: device.name().to_owned(),
-        expected: "--hardware is for GPUs; `qlora devices` lists them".into(),
+    found.ok_or_else(|| {
+        Error::invalid("bench", "--device", device.name(), "--hardware is for GPUs; `qlora devices` lists them")
     })
 }
 
