@@ -56,13 +56,14 @@ mod tests {
     use std::path::Path;
 
     use naga::back::{glsl, hlsl, msl, spv};
-    use naga::valid::{Capabilities, ValidationFlags, Validator};
+    use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
     use naga::{AddressSpace, Module, StorageAccess, TypeInner};
+    use rayon::prelude::*;
 
     use super::*;
     use crate::device::{Access, compose};
 
-    fn parse(kernel: &Kernel, defines: &Defines, immediates: bool) -> (String, Module, naga::valid::ModuleInfo) {
+    fn parse(kernel: &Kernel, defines: &Defines, immediates: bool) -> (String, Module, ModuleInfo) {
         let label = format!("{} {} immediates={immediates}", kernel.name, defines.label());
         let source = compose(kernel, defines, immediates).unwrap_or_else(|error| panic!("{label}: {error}"));
         let module = naga::front::wgsl::parse_str(&source)
@@ -81,21 +82,16 @@ mod tests {
         (label, module, info)
     }
 
-    /// Each kernel's variants once, with the tiers that run them.
-    fn each(mut check: impl FnMut(&Kernel, &Defines, bool)) {
+    /// Each kernel's variants once.
+    fn variants() -> Vec<(&'static Kernel, Defines)> {
+        let mut all = Vec::new();
         for kernel in kernels() {
             let mut seen = BTreeSet::new();
-            for tier in Tier::ALL {
-                for defines in (kernel.variants)(tier) {
-                    for immediates in [true, false] {
-                        if seen.insert((format!("{defines:?}"), immediates)) {
-                            check(kernel, &defines, immediates);
-                        }
-                    }
-                }
-            }
+            let of_tiers = Tier::ALL.into_iter().flat_map(kernel.variants);
+            all.extend(of_tiers.filter(|defines| seen.insert(format!("{defines:?}"))).map(|defines| (kernel, defines)));
             assert!(!seen.is_empty(), "{} has variants", kernel.name);
         }
+        all
     }
 
     fn struct_fields(module: &Module, name: &str) -> (u32, Vec<(String, usize)>) {
@@ -113,113 +109,113 @@ mod tests {
         assert_eq!(found, wanted, "{label}: fields of {name}");
     }
 
+    /// One test, so that each variant is composed, parsed and validated once; on every core.
     #[test]
-    fn every_variant_agrees_with_its_rust_side() {
-        each(|kernel, defines, immediates| {
-            let (label, module, _) = parse(kernel, defines, immediates);
-            same_fields(&label, &module, "Params", kernel.params_bytes, kernel.params_fields);
-            if module.types.iter().any(|(_, ty)| ty.name.as_deref() == Some("Matrix")) {
-                use crate::kernels::matrix::packing::MatrixLayout;
-                same_fields(&label, &module, "Matrix", size_of::<MatrixLayout>(), MatrixLayout::FIELDS);
+    fn every_variant_agrees_with_its_rust_side_and_translates_to_every_backend() {
+        variants().into_par_iter().for_each(|(kernel, defines)| {
+            for immediates in [true, false] {
+                let (label, module, info) = parse(kernel, &defines, immediates);
+                agrees(kernel, immediates, &label, &module);
+                translates(&defines, &label, &module, &info);
             }
-            assert_eq!(
-                kernel.params_fields[..2],
-                [("first_group", 0), ("groups", 4)],
-                "{label}: the recorder's fields"
-            );
-            let mut found = Vec::new();
-            let (mut params, mut memory) = (0, 0);
-            for (_, variable) in module.global_variables.iter() {
-                match variable.space {
-                    AddressSpace::Storage { access } => {
-                        let binding = variable.binding.as_ref().unwrap();
-                        assert_eq!(binding.group, 0, "{label}");
-                        let write = access.contains(StorageAccess::STORE);
-                        let access = if write { Access::Write } else { Access::Read };
-                        found.push((binding.binding, variable.name.clone().unwrap(), access));
-                    }
-                    AddressSpace::Immediate => params += usize::from(immediates),
-                    AddressSpace::Uniform => {
-                        assert_eq!(variable.binding.as_ref().unwrap().binding as usize, kernel.bindings.len());
-                        params += usize::from(!immediates);
-                    }
-                    AddressSpace::WorkGroup => memory += module.types[variable.ty].inner.size(module.to_ctx()),
-                    _ => {}
-                }
-            }
-            // Every device has 16 KiB. Devices with 32 and 48 KiB run large tiles, or tiles with
-            // two buffers, or both, and attention from workgroup memory.
-            let held = label.contains(" held=") && !label.contains(" held=0");
-            let more = [
-                label.contains("side=128") || label.contains("tile_columns=128"),
-                label.contains(" double "),
-                label.contains(" staged"),
-                held,
-            ];
-            let more = more.iter().filter(|&&more| more).count();
-            let most = (16 << 10) * (1 + more as u32);
-            assert!(memory <= most, "{label}: {memory} bytes of workgroup memory");
-            assert_eq!(params, 1, "{label}: one variable holds the parameters");
-            found.sort_by_key(|(binding, ..)| *binding);
-            let wanted: Vec<_> = (0..)
-                .zip(kernel.bindings)
-                .map(|(binding, (name, access))| (binding, (*name).to_owned(), *access))
-                .collect();
-            assert_eq!(found, wanted, "{label}: bindings");
         });
     }
 
-    #[test]
-    fn every_variant_translates_to_every_backend() {
-        each(|kernel, defines, immediates| {
-            let (label, module, info) = parse(kernel, defines, immediates);
-            let fail = |backend: &str, error: &dyn std::fmt::Display| -> ! { panic!("{label}: {backend}: {error}") };
-            if let Err(error) = spv::write_vec(&module, &info, &spv::Options::default(), None) {
-                fail("SPIR-V", &error);
+    fn agrees(kernel: &Kernel, immediates: bool, label: &str, module: &Module) {
+        same_fields(label, module, "Params", kernel.params_bytes, kernel.params_fields);
+        if module.types.iter().any(|(_, ty)| ty.name.as_deref() == Some("Matrix")) {
+            use crate::kernels::matrix::packing::MatrixLayout;
+            same_fields(label, module, "Matrix", size_of::<MatrixLayout>(), MatrixLayout::FIELDS);
+        }
+        assert_eq!(kernel.params_fields[..2], [("first_group", 0), ("groups", 4)], "{label}: the recorder's fields");
+        let mut found = Vec::new();
+        let (mut params, mut memory) = (0, 0);
+        for (_, variable) in module.global_variables.iter() {
+            match variable.space {
+                AddressSpace::Storage { access } => {
+                    let binding = variable.binding.as_ref().unwrap();
+                    assert_eq!(binding.group, 0, "{label}");
+                    let write = access.contains(StorageAccess::STORE);
+                    let access = if write { Access::Write } else { Access::Read };
+                    found.push((binding.binding, variable.name.clone().unwrap(), access));
+                }
+                AddressSpace::Immediate => params += usize::from(immediates),
+                AddressSpace::Uniform => {
+                    assert_eq!(variable.binding.as_ref().unwrap().binding as usize, kernel.bindings.len());
+                    params += usize::from(!immediates);
+                }
+                AddressSpace::WorkGroup => memory += module.types[variable.ty].inner.size(module.to_ctx()),
+                _ => {}
             }
-            // Metal has cooperative matrices of 8 x 8; DX12 and GL have none.
-            let (cooperative, large) = (label.contains("edge="), label.contains("edge=16"));
-            let options = msl::Options { fake_missing_bindings: true, lang_version: (2, 4), ..Default::default() };
-            let text = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default());
-            if let (Err(error), false) = (text, large) {
-                fail("MSL", &error);
-            }
-            if cooperative {
-                return;
-            }
-            let options = hlsl::Options {
-                shader_model: hlsl::ShaderModel::V6_2,
-                immediates_target: Some(hlsl::BindTarget::default()),
-                fake_missing_bindings: true,
-                ..Default::default()
+        }
+        // Every device has 16 KiB. Devices with 32 and 48 KiB run large tiles, or tiles with
+        // two buffers, or both, and attention from workgroup memory.
+        let held = label.contains(" held=") && !label.contains(" held=0");
+        let more = [
+            label.contains("side=128") || label.contains("tile_columns=128"),
+            label.contains(" double "),
+            label.contains(" staged"),
+            held,
+        ];
+        let more = more.iter().filter(|&&more| more).count();
+        let most = (16 << 10) * (1 + more as u32);
+        assert!(memory <= most, "{label}: {memory} bytes of workgroup memory");
+        assert_eq!(params, 1, "{label}: one variable holds the parameters");
+        found.sort_by_key(|(binding, ..)| *binding);
+        let wanted: Vec<_> = (0..)
+            .zip(kernel.bindings)
+            .map(|(binding, (name, access))| (binding, (*name).to_owned(), *access))
+            .collect();
+        assert_eq!(found, wanted, "{label}: bindings");
+    }
+
+    fn translates(defines: &Defines, label: &str, module: &Module, info: &ModuleInfo) {
+        let fail = |backend: &str, error: &dyn std::fmt::Display| -> ! { panic!("{label}: {backend}: {error}") };
+        if let Err(error) = spv::write_vec(module, info, &spv::Options::default(), None) {
+            fail("SPIR-V", &error);
+        }
+        // Metal has cooperative matrices of 8 x 8; DX12 and GL have none.
+        let (cooperative, large) = (label.contains("edge="), label.contains("edge=16"));
+        let options = msl::Options { fake_missing_bindings: true, lang_version: (2, 4), ..Default::default() };
+        let text = msl::write_string(module, info, &options, &msl::PipelineOptions::default());
+        if let (Err(error), false) = (text, large) {
+            fail("MSL", &error);
+        }
+        if cooperative {
+            return;
+        }
+        let options = hlsl::Options {
+            shader_model: hlsl::ShaderModel::V6_2,
+            immediates_target: Some(hlsl::BindTarget::default()),
+            fake_missing_bindings: true,
+            ..Default::default()
+        };
+        let mut text = String::new();
+        let pipeline = hlsl::PipelineOptions::default();
+        if let Err(error) = hlsl::Writer::new(&mut text, &options, &pipeline).write(module, info, None) {
+            fail("HLSL", &error);
+        }
+        // This GLSL version lacks f16 and suitable subgroups; the GL tiers do without.
+        if !["f16", "subgroups", "share"].iter().any(|flag| defines.flag(flag)) {
+            let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
+            let pipeline = glsl::PipelineOptions {
+                shader_stage: naga::ShaderStage::Compute,
+                entry_point: "main".into(),
+                multiview: None,
             };
             let mut text = String::new();
-            let pipeline = hlsl::PipelineOptions::default();
-            if let Err(error) = hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None) {
-                fail("HLSL", &error);
+            let writer = glsl::Writer::new(
+                &mut text,
+                module,
+                info,
+                &options,
+                &pipeline,
+                naga::proc::BoundsCheckPolicies::default(),
+            );
+            if let Err(error) = writer.and_then(|mut writer| writer.write()) {
+                fail("GLSL", &error);
             }
-            // This GLSL version lacks f16 and suitable subgroups; the GL tiers do without.
-            if !["f16", "subgroups", "share"].iter().any(|flag| defines.flag(flag)) {
-                let options = glsl::Options { version: glsl::Version::new_gles(310), ..Default::default() };
-                let pipeline = glsl::PipelineOptions {
-                    shader_stage: naga::ShaderStage::Compute,
-                    entry_point: "main".into(),
-                    multiview: None,
-                };
-                let mut text = String::new();
-                let writer = glsl::Writer::new(
-                    &mut text,
-                    &module,
-                    &info,
-                    &options,
-                    &pipeline,
-                    naga::proc::BoundsCheckPolicies::default(),
-                );
-                if let Err(error) = writer.and_then(|mut writer| writer.write()) {
-                    fail("GLSL", &error);
-                }
-            }
-        });
+        }
     }
 
     #[test]
@@ -240,10 +236,10 @@ mod tests {
 
     #[test]
     fn a_list_of_text_constants_has_room_for_every_variant() {
-        each(|kernel, defines, _| {
+        for (kernel, defines) in variants() {
             let count = defines.names().count();
             assert!(count <= Defines::ROOM, "{} has {count}", kernel.name);
-        });
+        }
     }
 
     /// Paths of all files under a folder with this extension, relative to it and without it.
