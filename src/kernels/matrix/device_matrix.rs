@@ -224,7 +224,10 @@ pub(crate) fn wide(matrix: Defines, chunked: bool) -> Defines {
 fn words_per_scale(meta: &Meta, cols: usize) -> u32 {
     match meta {
         Meta::Quantized { block, .. } => {
-            let fits = |words: &u32| cols % (8 * *words as usize) == 0 && block % (8 * *words as usize) == 0;
+            let fits = |words: &u32| {
+                let weights = 8 * *words as usize;
+                cols.is_multiple_of(weights) && block.is_multiple_of(weights)
+            };
             [8, 4, 2].into_iter().find(fits).unwrap_or(1)
         }
         _ => 1,
