@@ -104,8 +104,10 @@ impl Cpu {
     /// Counts memory held elsewhere, such as packed weights, as long as the result lives.
     pub(crate) fn count(&self, bytes: u64) -> Counted {
         self.pool.count(bytes);
-        self.pool.tell_growth("cpu");
         let charge = self.ledger.as_ref().map(|ledger| ledger.charge(bytes));
+        if charge.is_none() {
+            self.pool.tell_growth("cpu");
+        }
         Counted { bytes, pool: self.pool.clone(), _charge: charge }
     }
 }

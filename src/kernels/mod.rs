@@ -18,14 +18,13 @@ mod real;
 #[cfg(any(test, feature = "testing"))]
 pub mod registry;
 pub mod rows;
-mod scratch;
 
+pub(crate) use cpu::scratch::Scratch;
 pub use matrix::DeviceMatrix;
 pub(crate) use parity::disagreement;
 #[cfg(test)]
 pub(crate) use real::Real;
 pub(crate) use rows::factors::{RowFactors, Rows};
-pub(crate) use scratch::Scratch;
 
 /// Declares a kernel's `Params`: the `#[repr(C)]` struct and its field offsets, which the registry
 /// test compares with the shader's.
