@@ -408,7 +408,7 @@ mod tests {
             second.count_as(Part::Gradients);
             assert_eq!(second.rows(1..3).unwrap().shape(), [2, 3], "{device:?}");
             let Tally { most, .. } = ledger.tally();
-            assert_eq!((most.activations, most.gradients), (768, 256), "before it moved, it counted there");
+            assert_eq!((most.activations, most.gradients), (512, 256), "before it moved, it counted there");
             assert_ne!(first.place(), second.place());
             assert!(first.to_vec().is_err() && first.to_device(&device).is_err());
             let indices = Indices::from_slice(&planned, &[1, 2]).unwrap();
