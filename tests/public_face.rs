@@ -47,6 +47,8 @@ enum Target {
     Module(Names),
     /// A module, and the index of an item of it.
     Item(Names, usize),
+    /// An item of another crate.
+    Foreign(Names),
 }
 
 /// The modules of a crate, by their paths.
@@ -142,29 +144,23 @@ impl Sources {
         }
     }
 
-    /// What the module `at` shows, with names; other crates' items as paths.
-    fn exports(&self, at: &[String]) -> (Vec<(String, Target)>, Vec<(String, Names)>) {
-        let (mut own, mut foreign) = (Vec::new(), Vec::new());
+    /// What the module `at` shows, with names.
+    fn exports(&self, at: &[String]) -> Vec<(String, Target)> {
         let module = &self.0[at];
-        for (i, named) in module.items.iter().enumerate().filter(|(_, named)| named.public) {
-            own.push((named.name.clone(), self.target(at, i)));
-        }
+        let own = module.items.iter().enumerate().filter(|(_, named)| named.public);
+        let mut found: Vec<_> = own.map(|(i, named)| (named.name.clone(), self.target(at, i))).collect();
         for import in module.imports.iter().filter(|import| import.public) {
             let targets = self.resolve(at, &import.path, 4);
             match &import.name {
-                Some(name) if targets.is_empty() => foreign.push((name.clone(), import.path.clone())),
-                Some(name) => own.extend(targets.into_iter().map(|target| (name.clone(), target))),
-                None => {
-                    for target in targets {
-                        let Target::Module(module) = target else { continue };
-                        let (more, others) = self.exports(&module);
-                        own.extend(more);
-                        foreign.extend(others);
-                    }
-                }
+                Some(name) if targets.is_empty() => found.push((name.clone(), Target::Foreign(import.path.clone()))),
+                Some(name) => found.extend(targets.into_iter().map(|target| (name.clone(), target))),
+                None => found.extend(targets.iter().flat_map(|target| match target {
+                    Target::Module(module) => self.exports(module),
+                    _ => vec![],
+                })),
             }
         }
-        (own, foreign)
+        found
     }
 
     /// The face: a line for each item, sorted by path.
@@ -174,8 +170,7 @@ impl Sources {
         let mut queue = VecDeque::from([(vec![], vec![])]);
         let mut seen = BTreeSet::from([vec![]]);
         while let Some((path, module)) = queue.pop_front() {
-            let (own, foreign) = self.exports(&module);
-            for (name, target) in own {
+            for (name, target) in self.exports(&module) {
                 let path = joined(&path, &name);
                 match target {
                     Target::Module(module) if seen.insert(module.clone()) => queue.push_back((path, module)),
@@ -183,11 +178,11 @@ impl Sources {
                     Target::Item(module, index) => {
                         public.entry((module, index)).or_insert_with(|| path.join("::"));
                     }
+                    Target::Foreign(original) => {
+                        let path = path.join("::");
+                        lines.insert((path.clone(), format!("use {path} = {}", original.join("::"))));
+                    }
                 }
-            }
-            for (name, target) in foreign {
-                let path = joined(&path, &name).join("::");
-                lines.insert((path.clone(), format!("use {path} = {}", target.join("::"))));
             }
         }
         for ((module, index), path) in &public {
