@@ -82,6 +82,7 @@
 extern crate self as qlora_wgpu;
 
 pub mod autograd;
+#[doc(hidden)]
 pub mod bench;
 pub mod device;
 pub mod error;
@@ -98,7 +99,7 @@ pub mod nn;
 mod open;
 pub mod ops;
 pub mod optim;
-pub mod printable;
+mod printable;
 pub mod quant;
 mod seed;
 pub mod tensor;
@@ -108,12 +109,18 @@ pub mod text;
 pub mod train;
 
 /// What the command shares with the library beyond its public face: how files are read whole, and
-/// written completely or not at all, and whether memory suffices. It changes without notice.
+/// written completely or not at all, and whether memory suffices; and what tests of whole files
+/// need. It changes without notice.
 #[doc(hidden)]
 pub mod internal {
+    pub use crate::device::list::check_environment;
+    pub use crate::formats::gguf::write::{Metadata, OutTensor, OutValue, write as write_gguf};
     pub use crate::formats::input::{MAX_SMALL, read_small, read_small_text};
     pub use crate::formats::staged::{StagedFile, is_same, is_standard_output};
     pub use crate::memory::check as check_memory;
+    pub use crate::printable::{is_hidden, lines, one_line};
+    pub use crate::quant::matrix_spec::{MatrixKind, MatrixSpec};
+    pub use crate::train::settings::Setting;
 }
 
 pub use device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices};

@@ -24,8 +24,8 @@ use std::process::ExitCode;
 
 use clap::builder::StyledStr;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use qlora_wgpu::device::check_environment;
 use qlora_wgpu::error::Result;
+use qlora_wgpu::internal::check_environment;
 
 use commands::*;
 

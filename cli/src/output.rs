@@ -13,7 +13,7 @@ use anstream::stderr;
 use clap::builder::styling::{AnsiColor, Style};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qlora_wgpu::error::{Error, Result};
-use qlora_wgpu::printable::{is_hidden, lines, one_line};
+use qlora_wgpu::internal::{is_hidden, lines, one_line};
 
 /// How [`progress`] is shown.
 #[derive(Clone, Copy, PartialEq, Eq)]

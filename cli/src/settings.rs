@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Command};
 use qlora_wgpu::error::{Error, Result};
+use qlora_wgpu::internal::is_hidden;
 use qlora_wgpu::internal::read_small_text;
-use qlora_wgpu::printable::is_hidden;
 use toml::Value;
 
 /// Maximum size of a settings file.

@@ -7,12 +7,12 @@ use clap::{Args, ValueEnum, ValueHint};
 use qlora_wgpu::device::Device;
 use qlora_wgpu::error::{Error, Result};
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig, TargetModules, Targets};
+use qlora_wgpu::internal::Setting;
 use qlora_wgpu::nn::ModelSpec;
 use qlora_wgpu::optim::{AdamW, Decay, Schedule};
 use qlora_wgpu::train::TrainOptions;
 use qlora_wgpu::train::batches::BatchOptions;
 use qlora_wgpu::train::plan::{MicroBatches, Plan};
-use qlora_wgpu::train::run::Setting;
 
 use super::model::{ModelArgs, read_adapter};
 

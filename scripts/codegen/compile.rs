@@ -7,7 +7,7 @@ use std::error::Error;
 use std::ffi::{CStr, c_char};
 
 use ash::vk;
-use qlora_wgpu::device::{Kernel, compose};
+use qlora_wgpu::registry::{Kernel, compose};
 use qlora_wgpu::wgpu::{self, Features, hal, naga};
 
 use crate::variants::{Variant, number};

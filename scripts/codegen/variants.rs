@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use qlora_wgpu::device::{Defines, Kernel, Tier};
-use qlora_wgpu::registry;
+use qlora_wgpu::Tier;
+use qlora_wgpu::registry::{self, Defines, Kernel};
 
 /// A variant of a kernel.
 pub struct Variant {

@@ -39,7 +39,7 @@ impl Var {
     }
 
     /// Whether it depends on a parameter.
-    pub fn needs_grad(&self) -> bool {
+    pub(crate) fn needs_grad(&self) -> bool {
         self.node.is_some()
     }
 }
@@ -157,7 +157,7 @@ impl<'a> Tape<'a> {
     }
 
     /// Whether ops are recorded.
-    pub fn is_recording(&self) -> bool {
+    pub(crate) fn is_recording(&self) -> bool {
         !self.inference
     }
 

@@ -25,7 +25,7 @@ impl Parameter {
     }
 
     /// Its id.
-    pub fn id(&self) -> ParameterId {
+    pub(crate) fn id(&self) -> ParameterId {
         self.id
     }
 }

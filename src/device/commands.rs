@@ -159,7 +159,7 @@ impl Gpu {
     }
 
     /// Submits the recorded work and waits until the device has finished.
-    pub fn wait(&self) -> Result<()> {
+    pub(crate) fn wait(&self) -> Result<()> {
         self.flush()?;
         self.poll(wgpu::PollType::wait_indefinitely())
     }
@@ -322,7 +322,7 @@ impl Gpu {
 
     /// Measures the device time of the work that `work` records: by timestamp queries if
     /// available, otherwise from submission until it is done.
-    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+    pub(crate) fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
         self.wait()?;
         if !self.has_timestamps() {
             let start = Instant::now();

@@ -27,12 +27,12 @@ pub struct HostBuffer {
 
 impl Cpu {
     /// Memory of this device's tensors and matrices.
-    pub fn memory(&self) -> MemoryCounters {
+    pub(crate) fn memory(&self) -> MemoryCounters {
         self.pool.counters()
     }
 
     /// Starts a new memory peak at the bytes that are live now.
-    pub fn reset_peak(&self) {
+    pub(crate) fn reset_peak(&self) {
         self.pool.reset_peak();
     }
 

@@ -286,7 +286,7 @@ impl Gpu {
     }
 
     /// The GPU's name and backend, for example `AMD Radeon 780M (vulkan)`.
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.0.name
     }
 
@@ -301,7 +301,7 @@ impl Gpu {
     }
 
     /// The limits that tensors and matrices must respect.
-    pub fn limits(&self) -> GpuLimits {
+    pub(crate) fn limits(&self) -> GpuLimits {
         self.0.limits
     }
 
@@ -321,12 +321,12 @@ impl Gpu {
     }
 
     /// Memory of this device's tensors and matrices.
-    pub fn memory(&self) -> MemoryCounters {
+    pub(crate) fn memory(&self) -> MemoryCounters {
         self.buffers().pool.counters()
     }
 
     /// Starts a new memory peak at the bytes that are live now.
-    pub fn reset_peak(&self) {
+    pub(crate) fn reset_peak(&self) {
         self.buffers().pool.reset_peak();
     }
 

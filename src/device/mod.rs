@@ -16,7 +16,7 @@ mod pipeline;
 mod pool;
 mod profile;
 mod settle;
-mod shader;
+pub(crate) mod shader;
 mod tier;
 mod tune;
 
@@ -24,14 +24,14 @@ use std::fmt;
 
 pub(crate) use commands::{Dispatch, Read};
 pub(crate) use cooperative::Cooperative;
-pub(crate) use cpu::Counted;
-pub use cpu::{Cpu, HostBuffer};
+pub use cpu::Cpu;
+pub(crate) use cpu::{Counted, HostBuffer};
+pub use gpu::Gpu;
 pub(crate) use gpu::{Buffer, MAX_PARAMS_BYTES};
-pub use gpu::{Gpu, GpuLimits};
-pub use list::{DeviceInfo, GpuOptions, Select, check_environment, devices};
+pub use list::{DeviceInfo, GpuOptions, Select, devices};
 pub use pool::MemoryCounters;
-pub use profile::{KernelTime, Profile};
-pub use shader::{Access, Define, Defines, Kernel, compose};
+pub(crate) use profile::{KernelTime, Profile};
+pub(crate) use shader::{Access, Defines, Kernel};
 pub use tier::Tier;
 
 use self::ledger::{Ledger, Moment};

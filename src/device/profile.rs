@@ -29,7 +29,7 @@ pub struct KernelTime {
 
 impl Profile {
     /// Total time of all kernels.
-    pub fn in_kernels(&self) -> Duration {
+    pub(crate) fn in_kernels(&self) -> Duration {
         self.kernels.iter().map(|kernel| kernel.time).sum()
     }
 }
@@ -131,7 +131,7 @@ impl Gpu {
     ///
     /// # Errors
     /// [`Error::Unsupported`] on a device without timestamp queries; errors of `work`.
-    pub fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Profile> {
+    pub(crate) fn profile(&self, work: impl FnOnce() -> Result<()>) -> Result<Profile> {
         if !self.has_timestamps() {
             return Err(Error::Unsupported {
                 device: self.name().to_owned(),

@@ -32,8 +32,10 @@ pub struct Kernel {
     /// Size of its `Params` in bytes.
     pub params_bytes: usize,
     /// Name and byte offset of each field of its `Params`.
+    #[allow(dead_code, reason = "tests compare it with the shader")]
     pub params_fields: &'static [(&'static str, usize)],
     /// Text constants of every variant that a tier may run.
+    #[allow(dead_code, reason = "for tests and scripts/codegen")]
     pub variants: fn(Tier) -> Vec<Defines>,
 }
 
@@ -141,7 +143,7 @@ impl Defines {
     }
 
     /// Whether a flag of this name is set.
-    pub fn flag(&self, name: &str) -> bool {
+    pub(crate) fn flag(&self, name: &str) -> bool {
         self.0.iter().any(|(other, value)| other.0 == name && *value == Define::Flag(true))
     }
 

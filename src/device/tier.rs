@@ -34,7 +34,7 @@ impl Tier {
         [Tier::Software, Tier::Plain, Tier::Subgroup, Tier::F16, Tier::SubgroupF16, Tier::CooperativeMatrix];
 
     /// Whether reductions use subgroup operations.
-    pub fn subgroups(self) -> bool {
+    pub(crate) fn subgroups(self) -> bool {
         matches!(self, Tier::Subgroup | Tier::SubgroupF16 | Tier::CooperativeMatrix)
     }
 
@@ -44,7 +44,7 @@ impl Tier {
     }
 
     /// Whether large products use cooperative matrices.
-    pub fn cooperative(self) -> bool {
+    pub(crate) fn cooperative(self) -> bool {
         self == Tier::CooperativeMatrix
     }
 
@@ -58,7 +58,7 @@ impl Tier {
     }
 
     /// Returns the best tier for a GPU of this type and these features.
-    pub fn best(device_type: wgpu::DeviceType, features: wgpu::Features) -> Tier {
+    pub(crate) fn best(device_type: wgpu::DeviceType, features: wgpu::Features) -> Tier {
         if device_type == wgpu::DeviceType::Cpu {
             return Tier::Software;
         }
@@ -73,7 +73,7 @@ impl Tier {
     }
 
     /// Tiers that a device with these features can run, least capable first.
-    pub fn runnable(features: wgpu::Features) -> impl Iterator<Item = Tier> {
+    pub(crate) fn runnable(features: wgpu::Features) -> impl Iterator<Item = Tier> {
         Tier::ALL.into_iter().filter(move |tier| features.contains(tier.features()))
     }
 

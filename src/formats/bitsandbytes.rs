@@ -34,6 +34,7 @@ pub fn quantized_weights(tensors: &impl Tensors) -> BTreeSet<&str> {
 
 /// Returns the weight that a side tensor belongs to, by its name alone: `a.weight` for
 /// `a.weight.absmax`.
+#[doc(hidden)]
 pub fn weight_of(key: &str) -> Option<&str> {
     if let Some((weight, _)) = key.split_once(".quant_state.") {
         return Some(weight);
@@ -73,6 +74,7 @@ pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
 }
 
 /// Storage of a 4-bit weight.
+#[doc(hidden)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Storage {
     /// NF4, FP4 or INT4.
@@ -93,6 +95,7 @@ pub struct Storage {
 /// # Errors
 /// [`Error::Tensor`] with the key at fault: a `quant_state` that [`read`] would refuse, or codes
 /// whose length doesn't match its shape.
+#[doc(hidden)]
 pub fn storage(tensors: &impl Tensors, weight: &str) -> Result<Storage> {
     let Header { format, rows, cols, block, nested, .. } = read_header(tensors, weight)?;
     let codes = tensors.tensor(weight)?.bytes.len();
@@ -140,7 +143,7 @@ fn read_header(tensors: &impl Tensors, weight: &str) -> Result<Header> {
 ///
 /// # Errors
 /// Same as [`read`], for faults in the `quant_state`.
-pub fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
+pub(crate) fn spec(tensors: &impl Tensors, weight: &str) -> Result<MatrixSpec> {
     let Header { rows, cols, block, nested, .. } = read_header(tensors, weight)?;
     let double = |Nested { super_block, .. }| ScaleKind::Double { super_block };
     let scales = nested.map_or(ScaleKind::Plain, double);

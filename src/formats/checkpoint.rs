@@ -16,8 +16,10 @@ use crate::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use crate::quant::{HostMatrix, MatrixKind, MatrixSpec};
 
 /// File of a checkpoint without shards.
+#[doc(hidden)]
 pub const SINGLE: &str = "model.safetensors";
 /// List of a checkpoint's shards.
+#[doc(hidden)]
 pub const INDEX: &str = "model.safetensors.index.json";
 
 /// Maximum size of that list in bytes; the largest in use have 10 MB.
@@ -131,7 +133,7 @@ impl Checkpoint {
     }
 
     /// Folder of the checkpoint.
-    pub fn folder(&self) -> &Path {
+    pub(crate) fn folder(&self) -> &Path {
         &self.folder
     }
 
@@ -141,7 +143,7 @@ impl Checkpoint {
     }
 
     /// Whether there is a tensor named `name`.
-    pub fn contains(&self, name: &str) -> bool {
+    pub(crate) fn contains(&self, name: &str) -> bool {
         self.places.contains_key(name)
     }
 
@@ -190,7 +192,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Tensor`] if it is missing, or has another shape or type.
-    pub fn spec(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<MatrixSpec> {
+    pub(crate) fn spec(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<MatrixSpec> {
         if self.quantized.contains(name) {
             let spec = bitsandbytes::spec(self, name)?;
             self.check_shape(name, &[spec.rows, spec.cols], &[rows, cols])?;
@@ -211,7 +213,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::File`] for a truncated file.
-    pub fn is_copy(&self, name: &str, of: &str) -> Result<bool> {
+    pub(crate) fn is_copy(&self, name: &str, of: &str) -> Result<bool> {
         let parts = |weight: &str| -> BTreeMap<&str, &str> {
             let of = self.names().filter_map(|key| Some((key.strip_prefix(weight)?, key)));
             of.filter(|(end, _)| end.is_empty() || end.starts_with('.')).collect()
@@ -296,6 +298,7 @@ impl Tensors for Checkpoint {
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::File`] if it can't be read or is malformed.
+#[doc(hidden)]
 pub fn shards(folder: &Path) -> Result<BTreeSet<String>> {
     Ok(weight_map(folder)?.into_values().collect())
 }

@@ -120,6 +120,7 @@ impl SafetensorsFile {
     }
 
     /// Makes an [`Error::Tensor`] about a tensor in this file.
+    #[doc(hidden)]
     pub fn tensor_error(&self, name: &str, message: impl ToString) -> Error {
         Error::Tensor { path: self.path().into(), key: name.into(), message: message.to_string() }
     }
@@ -213,7 +214,7 @@ pub struct Tensor<'a> {
 
 impl<'a> Tensor<'a> {
     /// Returns the values if they are f32, f16 or bf16.
-    pub fn floats(&self) -> Option<Floats<'a>> {
+    pub(crate) fn floats(&self) -> Option<Floats<'a>> {
         match self.dtype {
             TensorType::F32 => Some(Floats::F32(values(self.bytes))),
             TensorType::F16 => Some(Floats::F16(values(self.bytes))),
@@ -243,6 +244,11 @@ impl<'a> Tensor<'a> {
         }
     }
 
+    /// Returns the values as f32, exactly, if they are f32, f16 or bf16.
+    pub fn to_f32(&self) -> Option<Vec<f32>> {
+        Some(self.floats()?.into_f32())
+    }
+
     /// Returns the values if they are f32.
     pub fn f32s(&self) -> Option<Cow<'a, [f32]>> {
         (self.dtype == TensorType::F32).then(|| values(self.bytes))
@@ -259,7 +265,7 @@ pub(super) fn values<T: Pod>(bytes: &[u8]) -> Cow<'_, [T]> {
 
 /// Floating-point values of a [`Tensor`], borrowed from the file if alignment allows.
 #[derive(Clone, Debug)]
-pub enum Floats<'a> {
+pub(crate) enum Floats<'a> {
     /// 32-bit values.
     F32(Cow<'a, [f32]>),
     /// 16-bit IEEE values.
@@ -279,7 +285,7 @@ impl Floats<'_> {
     }
 
     /// Converts the values to f32, exactly.
-    pub fn into_f32(self) -> Vec<f32> {
+    pub(crate) fn into_f32(self) -> Vec<f32> {
         match self {
             Floats::F32(values) => values.into_owned(),
             Floats::F16(values) => values.to_f32_vec(),

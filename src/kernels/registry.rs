@@ -1,8 +1,8 @@
 //! The list of all kernels, for tests and tools. `kernel!` enters each kernel.
 
-use crate::device::Kernel;
+pub use crate::device::shader::{Defines, Kernel, compose};
 #[cfg(test)]
-use crate::device::{Defines, Device, Tier, dispatched};
+use crate::device::{Device, Tier, dispatched};
 
 /// A kernel in the list.
 pub(crate) struct Entry {
@@ -61,7 +61,7 @@ mod tests {
     use rayon::prelude::*;
 
     use super::*;
-    use crate::device::{Access, compose};
+    use crate::device::Access;
 
     fn parse(kernel: &Kernel, defines: &Defines, immediates: bool) -> (String, Module, ModuleInfo) {
         let label = format!("{} {} immediates={immediates}", kernel.name, defines.label());

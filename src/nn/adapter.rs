@@ -169,7 +169,7 @@ impl LoraAdapter {
     }
 
     /// Whether this is a DoRA adapter.
-    pub fn is_dora(&self) -> bool {
+    pub(crate) fn is_dora(&self) -> bool {
         !matches!(self.magnitude, Magnitude::None)
     }
 
@@ -300,7 +300,7 @@ impl LoraAdapter {
     }
 
     /// Bytes of the trained tensors on their device.
-    pub fn resident_bytes(&self) -> u64 {
+    pub(crate) fn resident_bytes(&self) -> u64 {
         self.parameters().map(|(_, tensor)| tensor.resident_bytes()).sum()
     }
 }

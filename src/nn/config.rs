@@ -67,7 +67,7 @@ pub enum Architecture {
 
 impl Architecture {
     /// Every architecture.
-    pub const ALL: [Architecture; 4] =
+    pub(crate) const ALL: [Architecture; 4] =
         [Architecture::Llama, Architecture::Mistral, Architecture::Qwen2, Architecture::Qwen3];
 
     /// `model_type` in config.json.
@@ -226,7 +226,7 @@ impl ModelConfig {
     ///
     /// # Panics
     /// If there is no such layer.
-    pub fn window(&self, layer: usize) -> Option<usize> {
+    pub(crate) fn window(&self, layer: usize) -> Option<usize> {
         self.windows[layer]
     }
 

@@ -135,23 +135,13 @@ impl Decoder {
     }
 
     /// Identifies the base model.
-    pub fn fingerprint(&self) -> &Fingerprint {
+    pub(crate) fn fingerprint(&self) -> &Fingerprint {
         &self.fingerprint
     }
 
     /// Device of the model.
     pub fn device(&self) -> &Device {
         &self.device
-    }
-
-    /// The token embedding, [vocabulary, hidden].
-    pub fn embedding(&self) -> &DeviceMatrix {
-        &self.embedding
-    }
-
-    /// The output head, [vocabulary, hidden]; shared with the embedding if they are tied.
-    pub fn head(&self) -> &DeviceMatrix {
-        &self.head
     }
 
     /// Every linear layer that can have an adapter, with its path, such as

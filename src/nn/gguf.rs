@@ -262,7 +262,7 @@ impl<'a> GgufSource<'a> {
     ///
     /// # Errors
     /// [`Error::File`] with the names of unread tensors.
-    pub fn check_all_used(&self) -> Result<()> {
+    pub(crate) fn check_all_used(&self) -> Result<()> {
         let unused: Vec<&str> = self.file.names().filter(|&name| !self.used.contains(name)).collect();
         if unused.is_empty() {
             return Ok(());

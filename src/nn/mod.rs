@@ -15,12 +15,12 @@ mod source;
 mod spec;
 
 pub use adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
-pub use batch::{Batch, IGNORE_LABEL, PADDING, Tokens, shifted_labels};
+pub(crate) use batch::PADDING;
+pub use batch::{Batch, IGNORE_LABEL, Tokens, shifted_labels};
 pub use cache::KvCache;
 pub use config::{Architecture, ModelConfig};
 pub use decoder::{Decoder, Pass};
-pub use fingerprint::Fingerprint;
-pub use gguf::GgufSource;
+pub(crate) use fingerprint::Fingerprint;
 pub use linear::{
     AdaptedLinear, AnyBase, DenseBase, Linear, LinearGrads, LoraLinear, MemoryStats, QLoraLinear, QuantizedBase, Saved,
 };

@@ -15,7 +15,8 @@ const ROPE_POSITIONS: usize = 512;
 impl ModelConfig {
     /// Linear modules of a layer, in the order of [`MODULES`]: d_out, d_in, and whether there is a
     /// bias.
-    pub(crate) fn linears(&self) -> [(usize, usize, bool); 7] {
+    #[doc(hidden)]
+    pub fn linears(&self) -> [(usize, usize, bool); 7] {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let (q_size, kv_size) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         [
@@ -104,6 +105,7 @@ impl ModelSpec {
     ///
     /// # Errors
     /// Errors of `matrix`.
+    #[doc(hidden)]
     pub fn new(
         config: ModelConfig,
         mut matrix: impl FnMut(&str, usize, usize, bool) -> Result<MatrixSpec>,
@@ -128,6 +130,7 @@ impl ModelSpec {
 
     /// Path and matrix of every linear layer that can have an adapter, like
     /// [`Decoder::linears`](super::Decoder::linears).
+    #[doc(hidden)]
     pub fn linears(&self) -> impl Iterator<Item = (String, &MatrixSpec)> {
         let paths = (0..self.config.layers).flat_map(|layer| MODULES.map(|module| path(layer, module)));
         paths.zip(&self.linears)

@@ -45,7 +45,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// [`Error::Shape`] if a moment doesn't have its parameter's shape.
-    pub fn restored<'a>(
+    pub(crate) fn restored<'a>(
         config: AdamW,
         steps: u32,
         moments: impl IntoIterator<Item = (&'a Parameter, [Tensor; 2])>,
@@ -76,7 +76,7 @@ impl Optimizer {
 
     /// Undoes [`Optimizer::begin`], for an update that the device skipped (see [`GradNorm`]) for
     /// every parameter.
-    pub fn undo(&mut self) {
+    pub(crate) fn undo(&mut self) {
         self.step = self.step.saturating_sub(1);
     }
 
@@ -137,7 +137,7 @@ impl Optimizer {
 
     /// First and second moment of a parameter, if it has been updated. A checkpoint saves them
     /// with [`Optimizer::steps`].
-    pub fn moments(&self, parameter: &Parameter) -> Option<[&Tensor; 2]> {
+    pub(crate) fn moments(&self, parameter: &Parameter) -> Option<[&Tensor; 2]> {
         let Moments { m, v, .. } = &self.moments[self.find(parameter.id()).ok()?];
         Some([m, v])
     }

@@ -32,7 +32,7 @@ pub enum Format {
 
 impl Format {
     /// The formats that weights can be quantized to.
-    pub const QUANTIZERS: [Format; 3] = [Format::Nf4, Format::Fp4, Format::Int4];
+    pub(crate) const QUANTIZERS: [Format; 3] = [Format::Nf4, Format::Fp4, Format::Int4];
 
     /// The 16 values of the format's codes, before scaling.
     pub fn codebook(self) -> Codebook {
@@ -79,7 +79,7 @@ pub struct Codebook(pub [f32; 16]);
 
 impl Codebook {
     /// NF4, ascending. The values equal those of bitsandbytes to the bit.
-    pub const NF4: Codebook = Codebook([
+    pub(crate) const NF4: Codebook = Codebook([
         -1.0,
         -0.696_192_8,
         -0.525_073_05,
@@ -100,7 +100,7 @@ impl Codebook {
 
     /// FP4: `[0, 0.0625, 8, 12, 4, 6, 2, 3] / 12`, then the same values negated. Code 8 is `+0.0`,
     /// as in the tables that bitsandbytes writes.
-    pub const FP4: Codebook = Codebook([
+    pub(crate) const FP4: Codebook = Codebook([
         0.0,
         0.0625 / 12.0,
         8.0 / 12.0,
@@ -120,16 +120,16 @@ impl Codebook {
     ]);
 
     /// Two's-complement nibbles. The quantizer never emits -8.
-    pub const INT4: Codebook =
+    pub(crate) const INT4: Codebook =
         Codebook([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0]);
 
     /// The nonlinear codes of ggml's IQ4_NL and IQ4_XS.
-    pub const IQ4_NL: Codebook = Codebook([
+    pub(crate) const IQ4_NL: Codebook = Codebook([
         -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
     ]);
 
     /// E2M1 floats, doubled; code 8 is `+0.0`, as in ggml.
-    pub const MXFP4: Codebook =
+    pub(crate) const MXFP4: Codebook =
         Codebook([0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0]);
 }
 

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 const OP: &str = "dense matrix";
 
 /// Weights per scale of [`DenseData::Q8_0`].
-pub const Q8_BLOCK: usize = 32;
+pub(crate) const Q8_BLOCK: usize = 32;
 
 /// A matrix of 8-, 16- or 32-bit weights, `rows` by `cols`, row-major: the unquantized matrices of
 /// a 4-bit model (embeddings, norms, heads), or the base of a plain LoRA layer.
@@ -111,7 +111,7 @@ impl DenseMatrix {
     }
 
     /// The weights as stored.
-    pub fn data(&self) -> &DenseData {
+    pub(crate) fn data(&self) -> &DenseData {
         &self.data
     }
 
@@ -119,7 +119,8 @@ impl DenseMatrix {
     ///
     /// # Panics
     /// If `i` is out of range.
-    pub fn get(&self, i: usize) -> f32 {
+    #[cfg(test)]
+    pub(crate) fn get(&self, i: usize) -> f32 {
         match &self.data {
             DenseData::F32(values) => values[i],
             DenseData::F16(values) => values[i].to_f32(),
@@ -151,7 +152,7 @@ impl DenseMatrix {
     ///
     /// # Panics
     /// If there are fewer weights.
-    pub fn dequantize_flat(&self, start: usize, out: &mut [f32]) {
+    pub(crate) fn dequantize_flat(&self, start: usize, out: &mut [f32]) {
         let range = start..start + out.len();
         match &self.data {
             DenseData::F32(values) => out.copy_from_slice(&values[range]),

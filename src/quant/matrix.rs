@@ -57,7 +57,7 @@ impl QuantizedMatrix {
     /// not finite, a `super_block` of 0, or `rows * cols` beyond `usize`; [`Error::Shape`] for a
     /// length that does not fit the shape; [`Error::NonFinite`] for a scale or minimum (the index
     /// is its block).
-    pub fn from_parts(parts: Parts) -> Result<Self> {
+    pub(crate) fn from_parts(parts: Parts) -> Result<Self> {
         let n = element_count(OP, parts.rows, parts.cols)?;
         check_block(OP, parts.block)?;
         check_len("bytes of codes", n.div_ceil(2), parts.codes.len())?;
@@ -152,7 +152,7 @@ impl QuantizedMatrix {
     }
 
     /// One minimum per block, for formats that have them.
-    pub fn mins(&self) -> Option<&Scales> {
+    pub(crate) fn mins(&self) -> Option<&Scales> {
         self.parts.mins.as_ref()
     }
 
@@ -162,7 +162,8 @@ impl QuantizedMatrix {
     }
 
     /// The parts that the matrix consists of.
-    pub fn into_parts(self) -> Parts {
+    #[cfg(test)]
+    pub(crate) fn into_parts(self) -> Parts {
         self.parts
     }
 
@@ -170,7 +171,7 @@ impl QuantizedMatrix {
     ///
     /// # Panics
     /// If `i` is out of range.
-    pub fn code(&self, i: usize) -> u8 {
+    pub(crate) fn code(&self, i: usize) -> u8 {
         assert!(i < self.len(), "index {i} of {} weights", self.len());
         let byte = self.codes()[i / 2];
         if i.is_multiple_of(2) { byte >> 4 } else { byte & 0xf }
@@ -180,7 +181,8 @@ impl QuantizedMatrix {
     ///
     /// # Panics
     /// If `i` is out of range.
-    pub fn get(&self, i: usize) -> f32 {
+    #[cfg(test)]
+    pub(crate) fn get(&self, i: usize) -> f32 {
         let b = i / self.block();
         let w = self.codebook().0[usize::from(self.code(i))] * self.scales().get(b);
         self.mins().map_or(w, |mins| w + mins.get(b))
@@ -209,7 +211,7 @@ impl QuantizedMatrix {
     ///
     /// # Panics
     /// If they are not all in range.
-    pub fn dequantize_flat(&self, mut start: usize, mut out: &mut [f32]) {
+    pub(crate) fn dequantize_flat(&self, mut start: usize, mut out: &mut [f32]) {
         while !out.is_empty() {
             let b = start / self.block();
             let len = out.len().min((b + 1) * self.block() - start);

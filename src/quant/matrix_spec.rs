@@ -48,7 +48,7 @@ pub struct MatrixSpec {
 
 impl ScaleKind {
     /// The kind of some scales.
-    pub fn of(scales: &Scales) -> ScaleKind {
+    pub(crate) fn of(scales: &Scales) -> ScaleKind {
         match scales {
             Scales::Plain(_) => ScaleKind::Plain,
             Scales::Double(double) => ScaleKind::Double { super_block: double.super_block },
@@ -86,7 +86,7 @@ impl MatrixKind {
 
 impl MatrixSpec {
     /// The spec of a matrix.
-    pub fn of(matrix: &HostMatrix) -> MatrixSpec {
+    pub(crate) fn of(matrix: &HostMatrix) -> MatrixSpec {
         let kind = match matrix {
             HostMatrix::Quantized(matrix) => MatrixKind::Quantized {
                 block: matrix.block(),

@@ -18,19 +18,20 @@ mod dynamic_map;
 mod encode;
 mod host_matrix;
 mod matrix;
-mod matrix_spec;
+pub(crate) mod matrix_spec;
 #[cfg(test)]
 mod properties;
 mod scales;
 mod source;
 
 pub use codebook::{Codebook, Format};
-pub(crate) use dense::encode_q8_0;
-pub use dense::{DenseData, DenseMatrix, Q8_BLOCK};
+pub use dense::{DenseData, DenseMatrix};
+pub(crate) use dense::{Q8_BLOCK, encode_q8_0};
 pub use dtype::Dtype;
 pub use encode::{DoubleQuant, QuantOptions};
 pub use host_matrix::HostMatrix;
-pub use matrix::{Parts, QuantizedMatrix};
-pub use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
+pub(crate) use matrix::Parts;
+pub use matrix::QuantizedMatrix;
+pub(crate) use matrix_spec::{MatrixKind, MatrixSpec, ScaleKind};
 pub use scales::{DoubleScales, Scales};
 pub use source::Source;

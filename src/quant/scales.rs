@@ -42,7 +42,7 @@ impl Scales {
     ///
     /// # Panics
     /// If `blocks` is out of range or `out` has another length.
-    pub fn decode_into(&self, blocks: Range<usize>, out: &mut [f32]) {
+    pub(crate) fn decode_into(&self, blocks: Range<usize>, out: &mut [f32]) {
         match self {
             Scales::Plain(values) => out.copy_from_slice(&values[blocks]),
             Scales::Double(double) => {
@@ -55,7 +55,7 @@ impl Scales {
     }
 
     /// Bytes in memory.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         match self {
             Scales::Plain(_) => self.stored_bytes(),
             Scales::Double(double) => self.stored_bytes() + size_of_val(&*double.table),
@@ -91,12 +91,12 @@ pub struct DoubleScales {
 
 impl DoubleScales {
     /// Codes per super-scale in this crate's quantizers.
-    pub const SUPER_BLOCK: usize = 256;
+    pub(crate) const SUPER_BLOCK: usize = 256;
 
     /// bitsandbytes' scheme: subtracts the mean, divides each group of 256 by its largest
     /// magnitude, and rounds to the nearest entry of the signed dynamic map (the lower one if two
     /// are equally near).
-    pub fn dynamic(scales: &[f32]) -> Self {
+    pub(crate) fn dynamic(scales: &[f32]) -> Self {
         let table = dynamic_map();
         let sum: f64 = scales.iter().map(|&s| f64::from(s)).sum();
         let offset = (sum / scales.len().max(1) as f64) as f32;
@@ -114,7 +114,7 @@ impl DoubleScales {
 
     /// The linear scheme of entrenar: each group of 256 non-negative scales becomes
     /// `code / 255 * super`, where `super` is the group's largest scale (at least 1e-8).
-    pub fn linear(scales: &[f32]) -> Self {
+    pub(crate) fn linear(scales: &[f32]) -> Self {
         let mut codes = Vec::with_capacity(scales.len());
         let mut supers = Vec::with_capacity(scales.len().div_ceil(Self::SUPER_BLOCK));
         for group in scales.chunks(Self::SUPER_BLOCK) {

@@ -22,7 +22,7 @@ pub enum Source<'a> {
 
 impl Source<'_> {
     /// The type of the values.
-    pub fn dtype(&self) -> Dtype {
+    pub(crate) fn dtype(&self) -> Dtype {
         match self {
             Source::F32(_) => Dtype::F32,
             Source::F16(_) => Dtype::F16,
@@ -32,18 +32,13 @@ impl Source<'_> {
     }
 
     /// Number of values.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Source::F32(values) => values.len(),
             Source::F16(values) => values.len(),
             Source::Bf16(values) => values.len(),
             Source::Bytes(dtype, bytes) => bytes.len() / dtype.bytes(),
         }
-    }
-
-    /// Whether there are no values.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Returns the values of `range` as f32, borrowed if possible, else converted into `buffer`.

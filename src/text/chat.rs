@@ -48,7 +48,7 @@ impl Message {
     }
 
     /// Returns a field, if it exists; it may be null.
-    pub fn field(&self, name: &str) -> Option<&Value> {
+    pub(crate) fn field(&self, name: &str) -> Option<&Value> {
         self.0.get(name)
     }
 }

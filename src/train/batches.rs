@@ -146,12 +146,12 @@ impl Batches {
     }
 
     /// Tokens in the longest row.
-    pub fn longest_row(&self) -> usize {
+    pub(crate) fn longest_row(&self) -> usize {
         self.rows.iter().map(|row| self.len_of(row)).max().unwrap_or(0)
     }
 
     /// A hash of the data and its arrangement.
-    pub fn fingerprint(&self) -> u64 {
+    pub(crate) fn fingerprint(&self) -> u64 {
         let ids = self.pieces.iter().flat_map(|piece| self.ids(piece).iter().map(|&id| u64::from(id)));
         let labels = self.pieces.iter().flat_map(|piece| self.labels(piece).map(|label| label as u64));
         let rows = self.rows.iter().flat_map(|row| row.iter().map(|&index| index as u64).chain([u64::MAX]));

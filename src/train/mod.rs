@@ -44,7 +44,7 @@ mod folder;
 pub mod metrics;
 pub mod plan;
 pub mod run;
-mod settings;
+pub(crate) mod settings;
 
 use crate::autograd::{Gradients, Tape};
 use crate::device::ledger::Moment;

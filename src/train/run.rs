@@ -350,6 +350,7 @@ fn check(options: &RunOptions, eval: &[Example]) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Io`].
+#[doc(hidden)]
 pub fn saved_batch_size(output: &Path) -> Result<Option<usize>> {
     let settings = checkpoint::settings(output)?.unwrap_or_default();
     Ok(settings.get(Setting::BatchSize.name()).and_then(|rows| usize::try_from(rows.as_u64()?).ok()))

@@ -86,6 +86,6 @@ pub fn is_f16(device: &Device) -> bool {
 pub fn name(device: &Device) -> String {
     match device {
         Device::Cpu(_) => "cpu".into(),
-        Device::Gpu(gpu) => format!("{} tier {}", gpu.name(), gpu.tier()),
+        Device::Gpu(gpu) => format!("{} tier {}", device.name(), gpu.tier()),
     }
 }

@@ -14,9 +14,10 @@ use qlora_wgpu::export::{DirectoryOptions, Merged, Progress, write_gguf_adapter}
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::gguf::{GgufFile, RowOrder, TensorType};
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig, PeftModule, TargetModules, Targets};
+use qlora_wgpu::internal::MatrixSpec;
 use qlora_wgpu::nn::{Decoder, ModelConfig, Tokens};
+use qlora_wgpu::quant::HostMatrix;
 use qlora_wgpu::quant::{Dtype, QuantOptions};
-use qlora_wgpu::quant::{HostMatrix, MatrixSpec};
 use qlora_wgpu::text::Tokenizer;
 use qlora_wgpu::{Device, Error, ModelFiles};
 use serde_json::{Value, json};

@@ -7,8 +7,8 @@ use std::time::Instant;
 use clap::Args;
 use qlora_wgpu::error::Result;
 use qlora_wgpu::generate::{Sampler, Sampling, generate};
+use qlora_wgpu::internal::lines;
 use qlora_wgpu::nn::Decoder;
-use qlora_wgpu::printable::lines;
 use qlora_wgpu::text::{Conversation, Message, Tokenizer};
 use serde::Serialize;
 

@@ -6,7 +6,7 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 use qlora_wgpu::error::{Error, Result};
-use qlora_wgpu::printable::one_line;
+use qlora_wgpu::internal::one_line;
 
 use super::{COLORS, Drawn, Figure, GRID, font};
 use crate::measurements::Measured;

@@ -16,7 +16,7 @@ mod k_quants;
 mod parts;
 mod types;
 mod value;
-mod write;
+pub(crate) mod write;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -31,7 +31,7 @@ pub(crate) use parts::SPLIT_KEYS;
 pub use types::TensorType;
 use value::Reader;
 pub use value::{Array, FromValue, Value};
-pub use write::{MakeBytes, Metadata, OutTensor, OutValue, write};
+pub(crate) use write::{Metadata, OutTensor, OutValue, write};
 
 use super::checkpoint::BaseFormat;
 use super::input::regular;
@@ -233,7 +233,7 @@ impl GgufFile {
     }
 
     /// Makes an [`Error::File`] about the metadata key `key`.
-    pub fn metadata_error(&self, key: &str, message: impl Display) -> Error {
+    pub(crate) fn metadata_error(&self, key: &str, message: impl Display) -> Error {
         Error::File { path: self.path().into(), message: format!("`{key}`: {message}") }
     }
 
@@ -250,7 +250,7 @@ impl GgufFile {
     }
 
     /// Whether there is a tensor named `name`.
-    pub fn contains(&self, name: &str) -> bool {
+    pub(crate) fn contains(&self, name: &str) -> bool {
         self.header.tensors.contains_key(name)
     }
 
@@ -308,7 +308,7 @@ impl GgufFile {
     ///
     /// # Errors
     /// [`Error::Tensor`] if it is missing, has another shape, or has an unsupported type.
-    pub fn spec(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<MatrixSpec> {
+    pub(crate) fn spec(&self, name: &str, rows: usize, cols: usize, base: &BaseFormat) -> Result<MatrixSpec> {
         let tensor = self.shaped(name, &[rows, cols])?;
         let kind = blocks::matrix_kind(tensor.kind, base).ok_or_else(|| self.not_supported(name, tensor.kind))?;
         Ok(MatrixSpec { rows, cols, kind })
@@ -346,6 +346,7 @@ impl GgufFile {
     }
 
     /// Makes an [`Error::Tensor`] about a tensor in this file.
+    #[doc(hidden)]
     pub fn tensor_error(&self, name: &str, message: impl Display) -> Error {
         Error::Tensor { path: self.map_of(name).path().into(), key: name.into(), message: message.to_string() }
     }

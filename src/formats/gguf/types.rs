@@ -77,27 +77,27 @@ const TYPES: [(TensorType, u32, &str, usize, usize); 32] = [
 
 impl TensorType {
     /// Returns the type with this number in a file, if it is known.
-    pub fn from_id(id: u32) -> Option<Self> {
+    pub(crate) fn from_id(id: u32) -> Option<Self> {
         TYPES.iter().find(|entry| entry.1 == id).map(|entry| entry.0)
     }
 
     /// Number in a file.
-    pub fn id(self) -> u32 {
+    pub(crate) fn id(self) -> u32 {
         TYPES[self as usize].1
     }
 
     /// Number of values stored together, within a row.
-    pub fn block(self) -> usize {
+    pub(crate) fn block(self) -> usize {
         TYPES[self as usize].3
     }
 
     /// Bytes of a block.
-    pub fn block_bytes(self) -> usize {
+    pub(crate) fn block_bytes(self) -> usize {
         TYPES[self as usize].4
     }
 
     /// Bytes of this many values, unless they aren't a whole number of blocks or overflow.
-    pub fn bytes(self, values: usize) -> Option<usize> {
+    pub(crate) fn bytes(self, values: usize) -> Option<usize> {
         let whole = values.is_multiple_of(self.block());
         whole.then(|| (values / self.block()).checked_mul(self.block_bytes())).flatten()
     }

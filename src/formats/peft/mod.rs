@@ -31,6 +31,7 @@ pub use config::{InitLoraWeights, PeftConfig};
 pub use targets::{ModulePatterns, ModuleRegex, TargetModules, Targets};
 
 /// Name of the config in an adapter's folder.
+#[doc(hidden)]
 pub const CONFIG: &str = "adapter_config.json";
 const TENSORS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
@@ -43,7 +44,7 @@ const MAGNITUDE: &str = ".lora_magnitude_vector";
 const HEAD: &str = "lm_head";
 
 /// Key of a module's tensor; `kind` is "lora_A", "lora_B" or "lora_magnitude_vector".
-pub fn tensor_name(path: &str, kind: &str) -> String {
+pub(crate) fn tensor_name(path: &str, kind: &str) -> String {
     let weight = if kind.starts_with("lora_magnitude") { "" } else { ".weight" };
     format!("{PREFIX}{path}.{kind}{weight}")
 }
@@ -52,6 +53,7 @@ pub fn tensor_name(path: &str, kind: &str) -> String {
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::File`] if it can't be read or isn't a JSON object.
+#[doc(hidden)]
 pub fn config_json(folder: impl AsRef<Path>) -> Result<Map<String, Value>> {
     Ok(JsonObject::read(&folder.as_ref().join(CONFIG))?.map().clone())
 }
@@ -60,6 +62,7 @@ pub fn config_json(folder: impl AsRef<Path>) -> Result<Map<String, Value>> {
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::File`] for a missing or malformed file.
+#[doc(hidden)]
 pub fn open_tensors(folder: impl AsRef<Path>) -> Result<SafetensorsFile> {
     let folder = folder.as_ref();
     let path = folder.join(TENSORS);
@@ -72,6 +75,7 @@ pub fn open_tensors(folder: impl AsRef<Path>) -> Result<SafetensorsFile> {
 
 /// Path of the module that tensor `key` in an adapter's file belongs to; `None` if it isn't part
 /// of a LoRA layer.
+#[doc(hidden)]
 pub fn module_of(key: &str) -> Option<&str> {
     split_key(key).ok().map(|(path, _)| path)
 }

@@ -41,7 +41,7 @@ impl TargetModules {
 
     /// Whether the linear layer at `path` is selected; `is_head` says whether it is the model's
     /// output head.
-    pub fn matches(&self, path: &str, is_head: bool) -> bool {
+    pub(crate) fn matches(&self, path: &str, is_head: bool) -> bool {
         match self {
             TargetModules::AllLinear => !is_head,
             TargetModules::Names(names) => names.iter().any(|name| is_called(path, name)),
@@ -187,17 +187,17 @@ impl Targets {
     }
 
     /// Excluded modules, if any.
-    pub fn excluded(&self) -> Option<&TargetModules> {
+    pub(crate) fn excluded(&self) -> Option<&TargetModules> {
         self.exclude.as_ref()
     }
 
     /// `layers_to_transform`.
-    pub fn layers_to_transform(&self) -> Option<&[usize]> {
+    pub(crate) fn layers_to_transform(&self) -> Option<&[usize]> {
         self.layers.as_ref().map(|layers| &layers.indices[..])
     }
 
     /// `layers_pattern`.
-    pub fn layers_pattern(&self) -> &[String] {
+    pub(crate) fn layers_pattern(&self) -> &[String] {
         self.layers.as_ref().map_or(&[], |layers| &layers.containers)
     }
 
@@ -247,12 +247,12 @@ impl<T: Copy> ModulePatterns<T> {
     }
 
     /// Value for the module at `path`, if a key matches it.
-    pub fn get(&self, path: &str) -> Option<T> {
+    pub(crate) fn get(&self, path: &str) -> Option<T> {
         self.0.iter().find(|(key, _)| key.is_match(path)).map(|&(_, value)| value)
     }
 
     /// Keys and values, in order.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, T)> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, T)> {
         self.0.iter().map(|(key, value)| (key.as_str(), *value))
     }
 }

@@ -269,7 +269,7 @@ impl<Base> AdaptedLinear<Base> {
     }
 
     /// The bias, if it is trained.
-    pub fn trained_bias(&self) -> Option<&Parameter> {
+    pub(crate) fn trained_bias(&self) -> Option<&Parameter> {
         self.bias.as_ref().filter(|_| self.train_bias)
     }
 

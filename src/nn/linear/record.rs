@@ -20,7 +20,13 @@ impl<Base> AdaptedLinear<Base> {
     ///
     /// # Errors
     /// Same as [`AdaptedLinear::forward`].
-    pub fn record_onto<'a>(&'a self, tape: &mut Tape<'a>, x: &Var, residual: &Var, seed: Option<u64>) -> Result<Var> {
+    pub(crate) fn record_onto<'a>(
+        &'a self,
+        tape: &mut Tape<'a>,
+        x: &Var,
+        residual: &Var,
+        seed: Option<u64>,
+    ) -> Result<Var> {
         if !self.adds_residuals() {
             let y = self.record(tape, x, seed)?;
             return tape.add(residual, &y);
