@@ -114,13 +114,29 @@ pub mod train;
 #[doc(hidden)]
 pub mod internal {
     pub use crate::device::list::check_environment;
-    pub use crate::formats::gguf::write::{Metadata, OutTensor, OutValue, write as write_gguf};
     pub use crate::formats::input::{MAX_SMALL, read_small, read_small_text};
     pub use crate::formats::staged::{StagedFile, is_same, is_standard_output};
     pub use crate::memory::check as check_memory;
+    pub use crate::model_files::Weights;
     pub use crate::printable::{is_hidden, lines, one_line};
     pub use crate::quant::matrix_spec::{MatrixKind, MatrixSpec};
     pub use crate::train::settings::Setting;
+
+    /// Weights as bitsandbytes serializes them.
+    pub mod bitsandbytes {
+        pub use crate::formats::bitsandbytes::*;
+    }
+
+    /// GGUF files.
+    pub mod gguf {
+        pub use crate::formats::gguf::write::*;
+        pub use crate::formats::gguf::*;
+    }
+
+    /// Safetensors files.
+    pub mod safetensors {
+        pub use crate::formats::safetensors::*;
+    }
 }
 
 pub use device::{Device, DeviceInfo, GpuOptions, Select, Tier, devices};
@@ -129,6 +145,6 @@ pub use indices::Indices;
 #[cfg(feature = "testing")]
 #[doc(hidden)]
 pub use kernels::registry;
-pub use model_files::{ModelFiles, Weights};
+pub use model_files::ModelFiles;
 pub use tensor::Tensor;
 pub use wgpu;

@@ -143,6 +143,7 @@ impl ModelFiles {
     ///
     /// # Errors
     /// Those of [`Checkpoint::open`].
+    #[doc(hidden)]
     pub fn weights(&self) -> Result<Weights<'_>> {
         match &self.contents {
             Contents::Directory { weights, .. } => Ok(Weights::Checkpoint(&self.opened(weights)?.checkpoint)),

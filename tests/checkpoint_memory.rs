@@ -13,9 +13,9 @@ use ndarray::Array2;
 use qlora_wgpu::ModelFiles;
 use qlora_wgpu::export::{DirectoryOptions, Merged};
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
-use qlora_wgpu::formats::gguf;
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig, PeftModule};
-use qlora_wgpu::formats::safetensors::{OutData, OutTensor, TensorType, write};
+use qlora_wgpu::internal::gguf;
+use qlora_wgpu::internal::safetensors::{OutData, OutTensor, TensorType, write};
 use qlora_wgpu::quant::{Dtype, QuantOptions};
 use serde_json::json;
 

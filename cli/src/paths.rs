@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use qlora_wgpu::error::{Error, Result};
-use qlora_wgpu::formats::gguf::is_gguf_name;
+use qlora_wgpu::internal::gguf::is_gguf_name;
 use qlora_wgpu::internal::{is_same, is_standard_output};
 
 use super::output::leave_stdout;

@@ -13,6 +13,7 @@ mod directory;
 mod gguf;
 mod merged;
 
+pub use crate::formats::gguf::TensorType;
 pub use adapter::write_gguf_adapter;
 pub use directory::{Companions, DirectoryOptions};
 pub use merged::{Merged, Progress};

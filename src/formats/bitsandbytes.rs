@@ -34,7 +34,6 @@ pub fn quantized_weights(tensors: &impl Tensors) -> BTreeSet<&str> {
 
 /// Returns the weight that a side tensor belongs to, by its name alone: `a.weight` for
 /// `a.weight.absmax`.
-#[doc(hidden)]
 pub fn weight_of(key: &str) -> Option<&str> {
     if let Some((weight, _)) = key.split_once(".quant_state.") {
         return Some(weight);
@@ -74,7 +73,6 @@ pub fn read(tensors: &impl Tensors, weight: &str) -> Result<QuantizedMatrix> {
 }
 
 /// Storage of a 4-bit weight.
-#[doc(hidden)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Storage {
     /// NF4, FP4 or INT4.
@@ -95,7 +93,6 @@ pub struct Storage {
 /// # Errors
 /// [`Error::Tensor`] with the key at fault: a `quant_state` that [`read`] would refuse, or codes
 /// whose length doesn't match its shape.
-#[doc(hidden)]
 pub fn storage(tensors: &impl Tensors, weight: &str) -> Result<Storage> {
     let Header { format, rows, cols, block, nested, .. } = read_header(tensors, weight)?;
     let codes = tensors.tensor(weight)?.bytes.len();

@@ -120,7 +120,6 @@ impl SafetensorsFile {
     }
 
     /// Makes an [`Error::Tensor`] about a tensor in this file.
-    #[doc(hidden)]
     pub fn tensor_error(&self, name: &str, message: impl ToString) -> Error {
         Error::Tensor { path: self.path().into(), key: name.into(), message: message.to_string() }
     }

@@ -84,6 +84,7 @@ impl ModelConfig {
     /// [`Error::File`], naming the key, for a value that is missing, malformed, contradictory or
     /// unsupported; [`Error::Tensor`] for rotary frequencies that don't follow from Llama 3's
     /// scaling.
+    #[doc(hidden)]
     pub fn from_gguf(file: &GgufFile) -> Result<ModelConfig> {
         let name: &str = file.require(ARCHITECTURE)?;
         let mut architecture = match name {

@@ -66,6 +66,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::File`](crate::Error::File) for an unknown kind of tokenizer or pre-tokenizer, or
     /// for keys that are missing or contradict each other.
+    #[doc(hidden)]
     pub fn from_gguf(file: &GgufFile) -> Result<Self> {
         let vocabulary = Vocabulary::read(file)?;
         let model: &str = file.require(MODEL)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use qlora_wgpu::formats::checkpoint::BaseFormat;
 use qlora_wgpu::formats::peft::PeftAdapter;
-use qlora_wgpu::formats::safetensors::SafetensorsFile;
+use qlora_wgpu::internal::safetensors::SafetensorsFile;
 use qlora_wgpu::nn::{Batch, Decoder, Tokens, shifted_labels};
 use qlora_wgpu::{Device, ModelFiles};
 use serde_json::{Value, json};

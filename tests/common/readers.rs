@@ -8,10 +8,10 @@ mod vocabulary;
 use std::fs;
 use std::path::PathBuf;
 
-use qlora_wgpu::formats::bitsandbytes;
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
-use qlora_wgpu::formats::gguf::{GgufFile, RowOrder, Value};
-use qlora_wgpu::formats::safetensors::{SafetensorsFile, Tensors};
+use qlora_wgpu::internal::bitsandbytes;
+use qlora_wgpu::internal::gguf::{GgufFile, RowOrder, Value};
+use qlora_wgpu::internal::safetensors::{SafetensorsFile, Tensors};
 use qlora_wgpu::nn::ModelConfig;
 use qlora_wgpu::quant::HostMatrix;
 use qlora_wgpu::quant::QuantOptions;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::common::model::path;
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
 use qlora_wgpu::formats::peft::{PeftAdapter, TargetModules};
-use qlora_wgpu::formats::safetensors::{OutData, OutTensor, SafetensorsFile, write};
+use qlora_wgpu::internal::safetensors::{OutData, OutTensor, SafetensorsFile, write};
 use qlora_wgpu::nn::{Architecture, ModelConfig};
 use qlora_wgpu::nn::{RopeConfig, RopeLayout, RopeScaling};
 use qlora_wgpu::quant::HostMatrix;

@@ -9,10 +9,9 @@ use std::path::{Path, PathBuf};
 use crate::common::model::{path, with_tokenizer};
 use qlora_wgpu::export::{DirectoryOptions, Merged};
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
-use qlora_wgpu::formats::gguf::{self, GgufFile, TensorType as GgufType};
 use qlora_wgpu::formats::peft::PeftAdapter;
-use qlora_wgpu::formats::safetensors::{OutData, OutTensor, SafetensorsFile, write};
-use qlora_wgpu::internal::{Metadata, OutTensor as GgufTensor, OutValue, write_gguf};
+use qlora_wgpu::internal::gguf::{self, GgufFile, Metadata, OutTensor as GgufTensor, OutValue, TensorType as GgufType};
+use qlora_wgpu::internal::safetensors::{OutData, OutTensor, SafetensorsFile, write};
 use qlora_wgpu::nn::{ModelConfig, Tokens};
 use qlora_wgpu::quant::Dtype;
 use qlora_wgpu::{Device, ModelFiles};
@@ -97,7 +96,7 @@ fn part(path: &Path, keys: &[(&str, u32)], names: &[&str]) {
             data: Box::new(move || Ok(bytes.clone().into())),
         }
     };
-    write_gguf(path, &metadata, &names.iter().map(tensor).collect::<Vec<_>>()).unwrap();
+    gguf::write(path, &metadata, &names.iter().map(tensor).collect::<Vec<_>>()).unwrap();
 }
 
 #[test]

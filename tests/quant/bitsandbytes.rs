@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qlora_wgpu::formats::bitsandbytes;
-use qlora_wgpu::formats::safetensors::{OutData, SafetensorsFile};
+use qlora_wgpu::internal::bitsandbytes;
+use qlora_wgpu::internal::safetensors::{OutData, SafetensorsFile};
 use qlora_wgpu::quant::{Codebook, Dtype, Format, QuantOptions, QuantizedMatrix, Scales};
 use sha2::{Digest, Sha256};
 

@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qlora_wgpu::formats::gguf::GgufFile;
+use qlora_wgpu::internal::gguf::GgufFile;
 use qlora_wgpu::text::{Conversation, Message, Tokenizer};
 use qlora_wgpu::{Error, Result};
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qlora_wgpu::formats::gguf::GgufFile;
+use qlora_wgpu::internal::gguf::GgufFile;
 use qlora_wgpu::text::Tokenizer;
 use qlora_wgpu::train::data::{DataOptions, Dataset, Example, Format};
 use qlora_wgpu::{Error, Result};

@@ -6,8 +6,8 @@ use clap::{Args, ValueHint};
 use half::{bf16, f16};
 use indicatif::ProgressBar;
 use qlora_wgpu::error::{Error, Result};
-use qlora_wgpu::formats::bitsandbytes;
-use qlora_wgpu::formats::safetensors::{self, OutData, OutTensor, SafetensorsFile, TensorType};
+use qlora_wgpu::internal::bitsandbytes;
+use qlora_wgpu::internal::safetensors::{self, OutData, OutTensor, SafetensorsFile, TensorType};
 use qlora_wgpu::quant::{Dtype, QuantizedMatrix};
 use rayon::prelude::*;
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueHint};
 use qlora_wgpu::error::{Error, Result};
 use qlora_wgpu::eval::{Evaluation, PASS_TOKENS, evaluate};
-use qlora_wgpu::formats::safetensors::{OutData, OutTensor, TensorType, write};
+use qlora_wgpu::internal::safetensors::{OutData, OutTensor, TensorType, write};
 use qlora_wgpu::nn::{Decoder, Tokens};
 use qlora_wgpu::train::data::{Dataset, Example};
 

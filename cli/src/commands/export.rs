@@ -8,7 +8,7 @@ use indicatif::HumanBytes;
 use qlora_wgpu::error::{Error, Result};
 use qlora_wgpu::export::write_gguf_adapter;
 use qlora_wgpu::formats::checkpoint::BaseFormat;
-use qlora_wgpu::formats::gguf::is_gguf_name;
+use qlora_wgpu::internal::gguf::is_gguf_name;
 use serde::Serialize;
 
 use crate::model::{ModelArgs, misfit, read_adapter, warn_other_base};

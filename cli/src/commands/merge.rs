@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum, ValueHint};
 use indicatif::{HumanBytes, ProgressBar};
 use qlora_wgpu::error::{Error, Result};
 use qlora_wgpu::export::{DirectoryOptions, Merged, Progress};
-use qlora_wgpu::formats::gguf::{TensorType, is_gguf_name};
+use qlora_wgpu::internal::gguf::{TensorType, is_gguf_name};
 use qlora_wgpu::quant::{Dtype, QuantOptions};
 use serde::Serialize;
 

@@ -14,7 +14,7 @@ use std::sync::LazyLock;
 
 use qlora_wgpu::error::{Error, Result};
 use qlora_wgpu::formats::checkpoint;
-use qlora_wgpu::formats::gguf::is_gguf_name;
+use qlora_wgpu::internal::gguf::is_gguf_name;
 use regex::Regex;
 
 use super::output;

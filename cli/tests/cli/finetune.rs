@@ -8,7 +8,7 @@ use crate::common;
 use crate::common::model::{i64s, path};
 use crate::common::run::{Setup, adapter, fail, metrics, qlora, succeed, text};
 use qlora_wgpu::formats::peft::PeftConfig;
-use qlora_wgpu::formats::safetensors::SafetensorsFile;
+use qlora_wgpu::internal::safetensors::SafetensorsFile;
 use serde_json::{Value, json};
 
 /// Lines of a recorded run's micro-batches, without padding.

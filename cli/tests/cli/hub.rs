@@ -320,7 +320,7 @@ fn shards_and_single_gguf_files_are_fetched() {
     let folder = setup.root().join("sharded");
     let shard = "model-00001-of-00001.safetensors";
     fs::copy(path("llama/model.safetensors"), folder.join(shard)).unwrap();
-    let tensors = qlora_wgpu::formats::safetensors::SafetensorsFile::open(folder.join(shard)).unwrap();
+    let tensors = qlora_wgpu::internal::safetensors::SafetensorsFile::open(folder.join(shard)).unwrap();
     let map: serde_json::Map<String, Value> = tensors.names().iter().map(|name| (name.clone(), shard.into())).collect();
     fs::write(folder.join("model.safetensors.index.json"), json!({ "weight_map": map }).to_string()).unwrap();
     fs::create_dir(folder.join("additional_chat_templates")).unwrap();

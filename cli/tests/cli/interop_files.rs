@@ -11,7 +11,7 @@ use crate::common::model::{path, repository};
 use assert_cmd::Command;
 use ndarray::Array2;
 use qlora_wgpu::formats::peft::{ModulePatterns, PeftAdapter, PeftConfig, PeftModule, TargetModules, Targets};
-use qlora_wgpu::formats::safetensors::SafetensorsFile;
+use qlora_wgpu::internal::safetensors::SafetensorsFile;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::common::model::{distance, f32s, file, i64s, path};
 use assert_cmd::Command;
-use qlora_wgpu::formats::safetensors::SafetensorsFile;
+use qlora_wgpu::internal::safetensors::SafetensorsFile;
 use serde_json::{Value, json};
 
 fn qlora(command: &str, model: &str) -> Command {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::common::model::repository;
 use assert_cmd::Command;
 use qlora_wgpu::formats::checkpoint::{BaseFormat, Checkpoint};
-use qlora_wgpu::formats::safetensors::{OutData, OutTensor, SafetensorsFile, write};
+use qlora_wgpu::internal::safetensors::{OutData, OutTensor, SafetensorsFile, write};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 

@@ -346,7 +346,6 @@ impl GgufFile {
     }
 
     /// Makes an [`Error::Tensor`] about a tensor in this file.
-    #[doc(hidden)]
     pub fn tensor_error(&self, name: &str, message: impl Display) -> Error {
         Error::Tensor { path: self.map_of(name).path().into(), key: name.into(), message: message.to_string() }
     }

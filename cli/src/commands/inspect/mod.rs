@@ -8,13 +8,14 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueHint};
 use indicatif::{HumanBytes, HumanCount};
+use qlora_wgpu::ModelFiles;
 use qlora_wgpu::error::{Error, Result};
-use qlora_wgpu::formats::gguf::{GgufFile, is_gguf};
 use qlora_wgpu::formats::peft::{self, PeftConfig};
-use qlora_wgpu::formats::safetensors::SafetensorsFile;
+use qlora_wgpu::internal::Weights;
+use qlora_wgpu::internal::gguf::{GgufFile, is_gguf};
 use qlora_wgpu::internal::one_line;
+use qlora_wgpu::internal::safetensors::SafetensorsFile;
 use qlora_wgpu::nn::ModelConfig;
-use qlora_wgpu::{ModelFiles, Weights};
 use serde::Serialize;
 use serde_json::{Map, Value};
 

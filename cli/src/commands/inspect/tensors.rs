@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use indicatif::{HumanBytes, HumanCount};
 use qlora_wgpu::error::Result;
-use qlora_wgpu::formats::bitsandbytes;
-use qlora_wgpu::formats::gguf::GgufFile;
-use qlora_wgpu::formats::safetensors::Tensors;
+use qlora_wgpu::internal::bitsandbytes;
+use qlora_wgpu::internal::gguf::GgufFile;
+use qlora_wgpu::internal::safetensors::Tensors;
 use serde::Serialize;
 
 /// How values are stored.
