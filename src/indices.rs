@@ -83,7 +83,7 @@ impl Indices {
     }
 
     /// The device that holds the values.
-    pub fn device(&self) -> Device {
+    pub(crate) fn device(&self) -> Device {
         match &self.storage {
             Storage::Cpu { cpu, .. } | Storage::Planned { cpu, .. } => Device::Cpu(cpu.clone()),
             Storage::Gpu { gpu, .. } => Device::Gpu(gpu.clone()),

@@ -133,7 +133,7 @@ impl Tensor {
     }
 
     /// Bytes that the values take on the device.
-    pub fn resident_bytes(&self) -> u64 {
+    pub(crate) fn resident_bytes(&self) -> u64 {
         match &self.storage {
             Storage::Cpu(..) | Storage::Planned(..) => self.len() as u64 * 4,
             Storage::Gpu(_, buffer) => buffer.resident_bytes(),

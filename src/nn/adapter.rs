@@ -220,11 +220,6 @@ impl LoraAdapter {
         self.alpha
     }
 
-    /// Rule that computes s from alpha and rank.
-    pub fn scaling(&self) -> Scaling {
-        self.scaling
-    }
-
     /// s: alpha / r, or alpha / sqrt(r).
     pub fn scale(&self) -> f32 {
         let rank = self.rank() as f32;
@@ -245,12 +240,12 @@ impl LoraAdapter {
     }
 
     /// Columns of A.
-    pub fn d_in(&self) -> usize {
+    pub(crate) fn d_in(&self) -> usize {
         self.a.shape()[1]
     }
 
     /// Rows of B.
-    pub fn d_out(&self) -> usize {
+    pub(crate) fn d_out(&self) -> usize {
         self.b.shape()[0]
     }
 

@@ -160,19 +160,9 @@ impl Batch {
         })
     }
 
-    /// Rows, and tokens per row.
-    pub fn shape(&self) -> [usize; 2] {
-        self.shape
-    }
-
     /// Number of tokens, padding included.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.shape[0] * self.shape[1]
-    }
-
-    /// Whether there are no tokens.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// Number of positions with loss.
@@ -184,7 +174,7 @@ impl Batch {
     ///
     /// # Errors
     /// [`Error::Invalid`] if the batch was made without labels.
-    pub fn labels(&self) -> Result<&Indices> {
+    pub(crate) fn labels(&self) -> Result<&Indices> {
         self.labels.as_ref().ok_or_else(|| Error::invalid(OP, "the batch", "without labels", "a loss needs labels"))
     }
 }
@@ -236,6 +226,6 @@ mod tests {
         assert_eq!(error, "cross_entropy: a label is 6 at index 0; the vocabulary has 6 tokens");
         let labels = [IGNORE, 2, IGNORE, 1];
         let batch = Batch::new(&Device::cpu(), &tokens, Some(&labels), 6, None).unwrap();
-        assert_eq!((batch.label_tokens(), batch.shape(), batch.len()), (2, [2, 2], 4));
+        assert_eq!((batch.label_tokens(), batch.shape, batch.len()), (2, [2, 2], 4));
     }
 }

@@ -101,12 +101,12 @@ impl DenseMatrix {
     }
 
     /// Rows (output features of a linear layer).
-    pub fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         self.rows
     }
 
     /// Columns (input features of a linear layer).
-    pub fn cols(&self) -> usize {
+    pub(crate) fn cols(&self) -> usize {
         self.cols
     }
 
@@ -142,7 +142,7 @@ impl DenseMatrix {
     ///
     /// # Panics
     /// If `rows` is out of range or `out` has another length.
-    pub fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+    pub(crate) fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         assert_eq!(out.len(), rows.len() * self.cols, "rows {rows:?} of {} columns", self.cols);
         self.dequantize_flat(rows.start * self.cols, out);
     }
@@ -167,7 +167,7 @@ impl DenseMatrix {
     }
 
     /// Bytes of the weights in host memory.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         match &self.data {
             DenseData::F32(values) => size_of_val(&values[..]),
             DenseData::F16(values) => size_of_val(&values[..]),

@@ -142,7 +142,7 @@ impl QuantizedMatrix {
     }
 
     /// Weights per scale: a power of two in 32..=4096.
-    pub fn block(&self) -> usize {
+    pub(crate) fn block(&self) -> usize {
         self.parts.block
     }
 

@@ -68,7 +68,7 @@ impl ModuleRegex {
     ///
     /// # Errors
     /// [`Error::Invalid`] if it is malformed or needs too much memory.
-    pub fn new(text: &str) -> Result<Self> {
+    pub(crate) fn new(text: &str) -> Result<Self> {
         Self::within(text, "^(?:", ")$", 1)
     }
 
@@ -96,7 +96,7 @@ impl ModuleRegex {
     }
 
     /// The original text.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.text
     }
 }

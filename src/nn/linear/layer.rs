@@ -254,7 +254,7 @@ impl<Base> AdaptedLinear<Base> {
     }
 
     /// The base on its device.
-    pub fn base(&self) -> &DeviceMatrix {
+    pub(crate) fn base(&self) -> &DeviceMatrix {
         &self.base
     }
 
