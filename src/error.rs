@@ -14,6 +14,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// An error displays as one line; control characters that come from files are escaped.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum Error {
     /// Two shapes that must agree don't.
     Shape { op: &'static str, what: &'static str, expected: String, got: String },

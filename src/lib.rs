@@ -77,6 +77,8 @@
 //! Functions don't panic on bad input. They return an [`Error`] that names the operation and the
 //! shapes, file or key.
 
+#![warn(missing_docs)]
+
 // The path by which files that unit and integration tests share name this crate.
 #[cfg(test)]
 extern crate self as qlora_wgpu;

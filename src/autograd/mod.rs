@@ -18,7 +18,8 @@ use crate::error::{Error, Result};
 use crate::kernels::elementwise::add_assign::add_assign;
 use crate::tensor::Tensor;
 
-pub use parameter::{Parameter, ParameterId};
+pub use parameter::Parameter;
+pub(crate) use parameter::ParameterId;
 
 /// A value made by an op, and its node on the tape if it may get a gradient.
 #[derive(Clone, Debug)]

@@ -4,6 +4,7 @@ use std::fmt;
 
 /// Type of a tensor's values, with ggml's numbers and names.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
+#[allow(missing_docs, reason = "the names are ggml's")]
 pub enum TensorType {
     F32,
     F16,

@@ -59,10 +59,14 @@ pub enum RopeScaling {
     /// No scaling.
     None,
     /// All frequencies are divided by `factor`.
-    Linear { factor: f32 },
+    Linear {
+        /// The divisor, above 0.
+        factor: f32,
+    },
     /// Llama 3.1's scaling: low frequencies are divided by `factor`, high ones stay, those in
     /// between are blended.
     Llama3 {
+        /// The divisor of low frequencies, above 0.
         factor: f32,
         /// Wavelengths over `original_max_position_embeddings` / this count as low frequencies.
         low_freq_factor: f32,
