@@ -5,8 +5,8 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use qlora_wgpu::bench::layer::{Case, Op};
 use qlora_wgpu::device::Device;
+use qlora_wgpu::internal::bench::layer::{Case, Op};
 use qlora_wgpu::quant::{QuantOptions, QuantizedMatrix};
 
 fn layers(criterion: &mut Criterion) {
@@ -39,7 +39,7 @@ fn layer(criterion: &mut Criterion, name: &str, op: Op) {
 
 fn quantize(criterion: &mut Criterion) {
     let (rows, cols) = (4096, 14336);
-    let weight = qlora_wgpu::bench::uniform(1, rows * cols, 0.05);
+    let weight = qlora_wgpu::internal::bench::uniform(1, rows * cols, 0.05);
     let mut group = criterion.benchmark_group("quantize");
     group.sample_size(10).throughput(Throughput::Elements((rows * cols) as u64));
     for (name, options) in [("nf4", QuantOptions::nf4()), ("nf4 double", QuantOptions::nf4().double_quant())] {

@@ -67,7 +67,7 @@
 //! | [`device`] | the CPU and GPUs: selection, capability tiers, memory |
 //! | [`quant`] | 4-bit formats: NF4, FP4, int4, double quantization |
 //! | [`text`] | tokenizers and chat templates |
-//! | [`formats`] | files: safetensors with bitsandbytes' serialization, Hugging Face models, GGUF, PEFT adapters |
+//! | [`formats`] | Hugging Face checkpoints, with the formats that base weights are loaded in, and PEFT adapters |
 //!
 //! [`tracing`] subscribers get events with the target `qlora_wgpu`. At info: the device with its
 //! tier and limits, models with sizes and times, chosen micro-batches, checkpoints. At debug:
@@ -84,8 +84,7 @@
 extern crate self as qlora_wgpu;
 
 pub mod autograd;
-#[doc(hidden)]
-pub mod bench;
+mod bench;
 pub mod device;
 pub mod error;
 pub mod eval;
@@ -110,9 +109,8 @@ mod testing;
 pub mod text;
 pub mod train;
 
-/// What the command shares with the library beyond its public face: how files are read whole, and
-/// written completely or not at all, and whether memory suffices; and what tests of whole files
-/// need. It changes without notice.
+/// The command, the benchmarks and tests of whole files share this with the library beyond its
+/// public face. It changes without notice, like every hidden item.
 #[doc(hidden)]
 pub mod internal {
     pub use crate::device::list::check_environment;
@@ -123,6 +121,11 @@ pub mod internal {
     pub use crate::printable::{is_hidden, lines, one_line};
     pub use crate::quant::matrix_spec::{MatrixKind, MatrixSpec};
     pub use crate::train::settings::Setting;
+
+    /// Measurements of layers, steps and copies.
+    pub mod bench {
+        pub use crate::bench::*;
+    }
 
     /// Weights as bitsandbytes serializes them.
     pub mod bitsandbytes {

@@ -3,7 +3,7 @@
 
 use crate::common;
 use ndarray::Array2;
-use qlora_wgpu::bench::uniform;
+use qlora_wgpu::internal::bench::uniform;
 use qlora_wgpu::nn::Dropout;
 use qlora_wgpu::nn::{LoraAdapter, LoraConfig, LoraInit, LoraLinear, QLoraLinear, Scaling};
 use qlora_wgpu::quant::{DenseData, DenseMatrix, QuantOptions};

@@ -3,7 +3,7 @@
 
 use crate::common;
 use crate::common::tolerances::LAYER;
-use qlora_wgpu::bench::uniform;
+use qlora_wgpu::internal::bench::uniform;
 use qlora_wgpu::nn::Dropout;
 use qlora_wgpu::nn::{AdaptedLinear, Linear, LinearGrads, LoraAdapter, LoraLinear, QLoraLinear, Scaling};
 use qlora_wgpu::quant::HostMatrix;

@@ -5,7 +5,7 @@ use crate::common;
 use crate::common::seed::{floats, seed};
 use crate::common::tolerances::{MERGED, SEED_LAYER};
 use ndarray::{Array2, ArrayView2};
-use qlora_wgpu::bench::uniform;
+use qlora_wgpu::internal::bench::uniform;
 use qlora_wgpu::nn::{LoraAdapter, LoraConfig, LoraInit, LoraLinear, QLoraLinear, Scaling};
 use qlora_wgpu::quant::{DenseData, DenseMatrix, QuantOptions, QuantizedMatrix};
 use qlora_wgpu::{Device, Error, Tensor};

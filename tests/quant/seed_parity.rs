@@ -1,8 +1,8 @@
 //! Parity of INT4 with entrenar 0.7.13, whose recorded outputs are in `tests/golden/seed.json`.
 
 use crate::common::seed::{bits, bytes, floats, fnv1a64, seed};
-use qlora_wgpu::bench::uniform;
 use qlora_wgpu::error::Error;
+use qlora_wgpu::internal::bench::uniform;
 use qlora_wgpu::quant::{QuantOptions, QuantizedMatrix, Scales};
 use serde_json::Value;
 

@@ -4,8 +4,8 @@
 use crate::common;
 use crate::common::model::{adapter, batch, f32s, file, load, path};
 use crate::common::tolerances::{FINAL_ADAPTER, FIRST_GRADIENTS, LEARNING_RATE, LOSS};
-use qlora_wgpu::bench::uniform;
 use qlora_wgpu::formats::peft::{PeftAdapter, PeftConfig};
+use qlora_wgpu::internal::bench::uniform;
 use qlora_wgpu::nn::RopeConfig;
 use qlora_wgpu::nn::{Batch, Decoder, LoraAdapter, ModelConfig, Tokens, WeightSource, shifted_labels};
 use qlora_wgpu::optim::{AdamW, Decay, Schedule};

@@ -6,10 +6,10 @@ use std::time::Instant;
 use clap::Args;
 use half::f16;
 use ndarray::Array2;
-use qlora_wgpu::bench::Row;
-use qlora_wgpu::bench::layer::{Case, Op, measure};
 use qlora_wgpu::device::{Device, DeviceInfo, GpuOptions, Select, devices};
 use qlora_wgpu::error::{Error, Result};
+use qlora_wgpu::internal::bench::Row;
+use qlora_wgpu::internal::bench::layer::{Case, Op, measure};
 use qlora_wgpu::quant::{QuantOptions, QuantizedMatrix};
 use serde::Serialize;
 

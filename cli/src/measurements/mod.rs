@@ -5,7 +5,7 @@ pub mod parts;
 pub mod peer;
 pub mod report;
 
-use qlora_wgpu::bench::Row;
+use qlora_wgpu::internal::bench::Row;
 use serde::Serialize;
 
 use peer::PeerTime;

@@ -9,8 +9,8 @@
 use std::io::{self, BufRead, BufReader, Lines, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
-use qlora_wgpu::bench::Row;
 use qlora_wgpu::error::{Error, Result};
+use qlora_wgpu::internal::bench::Row;
 use serde::{Deserialize, Serialize};
 
 /// A running peer; killed when dropped.

@@ -176,9 +176,9 @@ mod tests {
     use super::*;
     use crate::measurements::peer::PeerTime;
     use crate::measurements::report::Machine;
-    use qlora_wgpu::bench::Row;
-    use qlora_wgpu::bench::layer::{Case, Op, measure};
     use qlora_wgpu::device::Device;
+    use qlora_wgpu::internal::bench::Row;
+    use qlora_wgpu::internal::bench::layer::{Case, Op, measure};
     use qlora_wgpu::quant::QuantOptions;
 
     /// Two cases of 4 and 40 ms. A peer takes ten times as long for the first one.

@@ -108,7 +108,7 @@ pub(super) fn run(args: &HardwareArgs, device: &str, against: &[String], file: O
 
 /// Measures copies of `mib` MiB and prints the rates.
 pub(super) fn copy(device: &Device, mib: u64, json: bool) -> Result<()> {
-    let rates = qlora_wgpu::bench::copy::measure_copy(device, mib << 20)?;
+    let rates = qlora_wgpu::internal::bench::copy::measure_copy(device, mib << 20)?;
     if json {
         return print_json(&rates);
     }

@@ -13,12 +13,12 @@ use crate::output::{print_json, print_line, table};
 use crate::paths;
 use crate::plot::speed;
 use hardware::HardwareArgs;
-use qlora_wgpu::bench::Row;
-use qlora_wgpu::bench::kernel_times::KernelTimes;
-use qlora_wgpu::bench::layer::{self, Case, measure};
-use qlora_wgpu::bench::step::{StepCase, StepShape, measure_step};
 use qlora_wgpu::device::Device;
 use qlora_wgpu::error::Result;
+use qlora_wgpu::internal::bench::Row;
+use qlora_wgpu::internal::bench::kernel_times::KernelTimes;
+use qlora_wgpu::internal::bench::layer::{self, Case, measure};
+use qlora_wgpu::internal::bench::step::{StepCase, StepShape, measure_step};
 use qlora_wgpu::quant::{Format, QuantOptions};
 
 /// Times the fused QLoRA layer, or a whole training step, on a device, and checks the result
@@ -282,7 +282,7 @@ fn against(measured: &[Measured]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qlora_wgpu::bench::kernel_times::KernelRow;
+    use qlora_wgpu::internal::bench::kernel_times::KernelRow;
 
     #[test]
     fn every_profile_is_under_the_table_with_its_case() {
