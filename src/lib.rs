@@ -113,7 +113,7 @@ pub mod train;
 /// public face. It changes without notice, like every hidden item.
 #[doc(hidden)]
 pub mod internal {
-    pub use crate::device::list::check_environment;
+    pub use crate::device::variables::check_environment;
     pub use crate::formats::input::{MAX_SMALL, read_small, read_small_text};
     pub use crate::formats::staged::{StagedFile, is_same, is_standard_output};
     pub use crate::memory::check as check_memory;

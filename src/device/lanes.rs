@@ -2,7 +2,7 @@
 //! divides its work among subgroups of a known size, but drivers that support several sizes choose
 //! one per pipeline.
 
-use super::gpu::Gpu;
+use super::raw::Raw;
 use super::shader::{Access, Kernel};
 use crate::error::Result;
 
@@ -12,14 +12,14 @@ const BYTES: u64 = 256;
 /// Runs one workgroup of a pipeline without any work. The shader then stores the size of its
 /// subgroups as an f32 in its last buffer (`enter` of `shaders/shared/coop.wgsl`).
 pub(super) fn measured(
-    gpu: &Gpu,
+    raw: &Raw,
     label: &str,
     kernel: &Kernel,
     pipeline: &wgpu::ComputePipeline,
     layout: &wgpu::BindGroupLayout,
 ) -> Result<u32> {
-    let immediates = gpu.immediates();
-    let (staging, submission) = gpu.scoped(label, |device| {
+    let immediates = raw.limits.immediates;
+    let (staging, submission) = raw.scoped(label, |device| {
         let buffer = |size, usage| {
             device.create_buffer(&wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false })
         };
@@ -27,7 +27,7 @@ pub(super) fn measured(
         let mut operands: Vec<_> = kernel.bindings.iter().map(|_| buffer(BYTES, storage)).collect();
         let answer = operands.iter().zip(kernel.bindings).rfind(|(_, (_, access))| *access == Access::Write);
         let answer = answer.map(|(buffer, _)| buffer.clone());
-        let parameters = u64::from(gpu.limits().uniform_alignment);
+        let parameters = u64::from(raw.limits.uniform_alignment);
         operands.extend((!immediates).then(|| buffer(parameters, wgpu::BufferUsages::UNIFORM)));
         let entries: Vec<_> = (0..)
             .zip(&operands)
@@ -51,14 +51,14 @@ pub(super) fn measured(
         if let Some(answer) = answer {
             encoder.copy_buffer_to_buffer(&answer, 0, &staging, 0, BYTES);
         }
-        let submission = gpu.wgpu_queue().submit([encoder.finish()]);
+        let submission = raw.queue.submit([encoder.finish()]);
         staging.map_async(wgpu::MapMode::Read, .., |_| {});
         (staging, submission)
     })?;
     let wait = wgpu::PollType::Wait { submission_index: Some(submission), timeout: None };
-    let polled = gpu.scoped(label, |device| device.poll(wait))?;
-    polled.map_err(|error| gpu.error(label, error.to_string()))?;
-    let view = staging.get_mapped_range(..).map_err(|error| gpu.error(label, error.to_string()))?;
+    let polled = raw.scoped(label, |device| device.poll(wait))?;
+    polled.map_err(|error| raw.error(label, error.to_string()))?;
+    let view = staging.get_mapped_range(..).map_err(|error| raw.error(label, error.to_string()))?;
     let lanes: f32 = bytemuck::pod_read_unaligned(&view[..4]);
     Ok(lanes as u32)
 }

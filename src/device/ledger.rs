@@ -183,12 +183,7 @@ impl Drop for Charge {
 
 /// The error for reading values from a planned device.
 pub(crate) fn no_values(device: &str) -> Error {
-    Error::Invalid {
-        op: "plan",
-        what: "the values of a tensor",
-        got: format!("none on {device}"),
-        expected: "a planned device has sizes only".into(),
-    }
+    Error::invalid("plan", "the values of a tensor", format!("none on {device}"), "a planned device has sizes only")
 }
 
 #[cfg(test)]

@@ -1,66 +1,17 @@
 //! Device enumeration and selection.
 
-use std::path::PathBuf;
-
 use serde::Serialize;
 
 use super::Device;
 use super::cooperative::{Cooperative, usable};
 use super::gl;
-use super::gpu::{Gpu, device_name, driver_name};
+use super::gpu::Gpu;
+use super::options::{GpuOptions, Select};
+use super::raw::{device_name, driver_name};
 use super::settle::{Ability, Check, Wanted, settle};
 use super::tier::Tier;
-use super::tune;
+use super::variables::{check_variables, tier_variable};
 use crate::error::{Error, Result};
-
-/// Selects the GPU that [`Device::gpu`](super::Device::gpu) opens.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Select {
-    /// Prefers discrete, then integrated GPUs, then others; software drivers last.
-    #[default]
-    HighPerformance,
-    /// Prefers integrated, then discrete GPUs, then others; software drivers last.
-    LowPower,
-    /// Index in [`devices`].
-    Index(usize),
-    /// Part of `NAME (BACKEND)`, in any case, for example `radeon`, `vulkan` or `llvmpipe (LLVM
-    /// 15`.
-    Name(String),
-}
-
-/// Options for opening a GPU.
-#[derive(Clone, Debug)]
-pub struct GpuOptions {
-    /// Which GPU to open.
-    pub select: Select,
-    /// Tier of the kernels. By default the one that `QLORA_TIER` names, else the best.
-    pub tier: Option<Tier>,
-    /// Maximum bytes of one binding, if less than the device's own limit. Larger matrices are
-    /// split by rows.
-    pub max_binding_bytes: Option<u64>,
-    /// Maximum bytes of live and pooled buffers. More is an [`Error::OutOfMemory`].
-    pub memory_limit: Option<u64>,
-    /// Pass parameters as immediate data if the device supports it; browsers don't.
-    pub immediates: bool,
-    /// File that remembers the fastest variant of each kernel for a GPU and driver. Without a file
-    /// nothing is measured and the first variant is used; all variants give the same bits. By
-    /// default the file is in the folder `QLORA_CACHE`, or in `qlora-wgpu` in the user's cache
-    /// folder. If `QLORA_TUNE` is 0 there is none.
-    pub tune: Option<PathBuf>,
-}
-
-impl Default for GpuOptions {
-    fn default() -> Self {
-        GpuOptions {
-            select: Select::default(),
-            tier: None,
-            max_binding_bytes: None,
-            memory_limit: None,
-            immediates: true,
-            tune: tune::default_file(),
-        }
-    }
-}
 
 /// A device listed by [`devices`].
 #[derive(Clone, Debug, Serialize)]
@@ -256,7 +207,7 @@ fn ranked(mut adapters: Vec<wgpu::Adapter>, low_power: bool) -> Vec<wgpu::Adapte
 }
 
 fn open_adapter(adapter: &wgpu::Adapter, options: &GpuOptions, check: Check) -> Result<Gpu> {
-    tune::check_variables()?;
+    check_variables()?;
     let info = adapter.get_info();
     let ability = ability(adapter, adapter.features());
     let wanted = wanted(options, &info, &ability)?;
@@ -291,25 +242,6 @@ fn wanted(options: &GpuOptions, info: &wgpu::AdapterInfo, ability: &Ability) -> 
     let asked = options.tier.map_or_else(tier_variable, |tier| Ok(Some(tier)))?;
     let tier = asked.unwrap_or_else(|| Tier::best(info.device_type, ability.features));
     Ok(Wanted { tier, forced: asked.is_some() })
-}
-
-/// Returns the tier that `QLORA_TIER` asks for.
-fn tier_variable() -> Result<Option<Tier>> {
-    let Some(name) = std::env::var_os("QLORA_TIER").filter(|name| !name.is_empty()) else { return Ok(None) };
-    let name = name.to_string_lossy();
-    name.parse().map(Some).map_err(|error| match error {
-        Error::Invalid { expected, .. } => Error::invalid("the environment", "QLORA_TIER", name, expected),
-        error => error,
-    })
-}
-
-/// Checks the environment variables that have few possible values, even if no device reads them.
-///
-/// # Errors
-/// [`Error::Invalid`] if `QLORA_TIER`, `QLORA_TUNE` or `QLORA_CHECK` has an invalid value.
-pub fn check_environment() -> Result<()> {
-    tier_variable()?;
-    tune::check_variables()
 }
 
 #[cfg(test)]

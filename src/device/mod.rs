@@ -1,7 +1,9 @@
 //! Devices: the CPU, and every GPU that wgpu reaches. Choice of GPU, capability tiers, buffers and
 //! their pool, pipelines, command recording, readback, errors.
 
+mod buffer;
 mod capacity;
+mod choices;
 mod commands;
 mod cooperative;
 mod cpu;
@@ -12,25 +14,34 @@ mod gpu;
 mod lanes;
 pub(crate) mod ledger;
 pub(crate) mod list;
+mod options;
 mod pipeline;
 mod pool;
 mod profile;
+mod raw;
+mod read;
+mod recorder;
 mod settle;
 pub(crate) mod shader;
+mod stamps;
 mod tier;
 mod tune;
+pub(crate) mod variables;
 
 use std::fmt;
 
-pub(crate) use commands::{Dispatch, Read};
+pub(crate) use buffer::Buffer;
+pub(crate) use commands::Dispatch;
 pub(crate) use cooperative::Cooperative;
 pub use cpu::Cpu;
 pub(crate) use cpu::{Counted, HostBuffer};
 pub use gpu::Gpu;
-pub(crate) use gpu::{Buffer, MAX_PARAMS_BYTES};
-pub use list::{DeviceInfo, GpuOptions, Select, devices};
+pub use list::{DeviceInfo, devices};
+pub use options::{GpuOptions, Select};
 pub use pool::MemoryCounters;
 pub(crate) use profile::{KernelTime, Profile};
+pub(crate) use raw::MAX_PARAMS_BYTES;
+pub(crate) use read::Read;
 pub(crate) use shader::{Access, Defines, Kernel};
 pub use tier::Tier;
 
@@ -64,7 +75,7 @@ impl Device {
     pub fn driver(&self) -> String {
         match self {
             Device::Cpu(_) => format!("{} threads", rayon::current_num_threads()),
-            Device::Gpu(gpu) => gpu::driver_name(gpu.info()),
+            Device::Gpu(gpu) => raw::driver_name(gpu.info()),
         }
     }
 

@@ -4,10 +4,11 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use super::gpu::{Buffer, Gpu, MAX_PARAMS_BYTES};
+use super::buffer::Buffer;
 use super::lanes;
-use super::settle::checks;
+use super::raw::{MAX_PARAMS_BYTES, Raw};
 use super::shader::{Access, Defines, Kernel, compose};
+use super::variables::checks;
 use crate::error::{Error, Result};
 use crate::hash::QuickState;
 
@@ -130,14 +131,14 @@ impl Pipelines {
     }
 
     /// Returns the pipeline of this variant; compiles it on first use.
-    pub(super) fn get(&self, gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Arc<Pipeline>> {
+    pub(super) fn get(&self, raw: &Raw, kernel: &'static Kernel, defines: &Defines) -> Result<Arc<Pipeline>> {
         // Held while compiling, so that two threads that want the same variant compile it once.
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         let variants = compiled.entry(kernel.name).or_default();
         if let Some(pipeline) = variants.get(defines) {
             return Ok(pipeline.clone());
         }
-        let pipeline = Arc::new(Pipeline::compile(gpu, kernel, defines)?);
+        let pipeline = Arc::new(Pipeline::compile(raw, kernel, defines)?);
         variants.insert(defines.clone(), pipeline.clone());
         Ok(pipeline)
     }
@@ -170,15 +171,15 @@ impl Pipelines {
 }
 
 impl Pipeline {
-    fn compile(gpu: &Gpu, kernel: &'static Kernel, defines: &Defines) -> Result<Pipeline> {
+    fn compile(raw: &Raw, kernel: &'static Kernel, defines: &Defines) -> Result<Pipeline> {
         let _span = tracing::trace_span!("compiling kernels").entered();
         let start = Instant::now();
         let label = format!("{} {}", kernel.name, defines.label());
-        let immediates = gpu.immediates();
+        let immediates = raw.limits.immediates;
         if kernel.bindings.len() > MAX_BINDINGS {
-            return Err(gpu.error(&label, format!("a kernel has at most {MAX_BINDINGS} buffers")));
+            return Err(raw.error(&label, format!("a kernel has at most {MAX_BINDINGS} buffers")));
         }
-        let source = compose(kernel, defines, immediates).map_err(|message| gpu.error(&label, message))?;
+        let source = compose(kernel, defines, immediates).map_err(|message| raw.error(&label, message))?;
         let storage = kernel.bindings.iter().map(|(_, access)| wgpu::BindingType::Buffer {
             ty: wgpu::BufferBindingType::Storage { read_only: *access == Access::Read },
             has_dynamic_offset: false,
@@ -198,7 +199,7 @@ impl Pipeline {
                 count: None,
             })
             .collect();
-        let (raw, layout) = gpu.scoped(&label, |device| {
+        let (compiled, layout) = raw.scoped(&label, |device| {
             let module = shader_module(device, &label, source);
             let layout = device
                 .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries });
@@ -207,7 +208,7 @@ impl Pipeline {
                 bind_group_layouts: &[Some(&layout)],
                 immediate_size: if immediates { kernel.params_bytes as u32 } else { 0 },
             });
-            let raw = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
                 label: Some(&label),
                 layout: Some(&pipeline_layout),
                 module: &module,
@@ -219,28 +220,28 @@ impl Pipeline {
                 },
                 cache: None,
             });
-            (raw, layout)
+            (pipeline, layout)
         })?;
         tracing::debug!(ms = start.elapsed().as_secs_f64() * 1e3, "compiled {label}");
-        if let Some(cooperative) = gpu.cooperative().filter(|_| defines.is_cooperative() && checks()) {
-            let measured = lanes::measured(gpu, &label, kernel, &raw, &layout)?;
+        if let Some(cooperative) = raw.cooperative.filter(|_| defines.is_cooperative() && checks()) {
+            let measured = lanes::measured(raw, &label, kernel, &compiled, &layout)?;
             if measured != cooperative.lanes {
                 return Err(Error::Unsupported {
-                    device: gpu.name().to_owned(),
+                    device: raw.name.clone(),
                     what: format!("{label} with subgroups of {measured} lanes, for which it was not compiled,"),
                     hint: "set QLORA_TIER=subgroup-f16 to avoid cooperative matrices".into(),
                 });
             }
         }
         let (kernel, defines) = (kernel.name, defines.clone());
-        Ok(Pipeline { raw, kernel, defines, layout, label, bind_groups: Mutex::default() })
+        Ok(Pipeline { raw: compiled, kernel, defines, layout, label, bind_groups: Mutex::default() })
     }
 
     /// Returns the bind group of these buffers, and of the batch's parameters if they are in a
     /// buffer; made on first use.
     pub(super) fn bind_group(
         &self,
-        gpu: &Gpu,
+        raw: &Raw,
         buffers: &[&Buffer],
         uniforms: Option<&wgpu::Buffer>,
     ) -> Result<wgpu::BindGroup> {
@@ -259,7 +260,7 @@ impl Pipeline {
         let resources = buffers.iter().map(|buffer| buffer.binding()).chain(parameters);
         let entries: Vec<_> =
             (0..).zip(resources).map(|(binding, resource)| wgpu::BindGroupEntry { binding, resource }).collect();
-        let group = gpu.scoped(&self.label, |device| {
+        let group = raw.scoped(&self.label, |device| {
             device.create_bind_group(&wgpu::BindGroupDescriptor {
                 label: Some(&self.label),
                 layout: &self.layout,

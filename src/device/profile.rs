@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::commands::BATCH;
 use super::gpu::Gpu;
+use super::recorder::BATCH;
+use super::stamps::{Stamps, query_set, resolve};
 use crate::error::{Error, Result};
 
 /// Result of [`Gpu::profile`].
@@ -34,90 +35,45 @@ impl Profile {
     }
 }
 
-/// Timestamps of dispatches while profiling. Each dispatch is a pass of its own with two
-/// timestamps.
-#[derive(Default)]
-pub(super) struct Stamps {
-    /// Queries of the batch being recorded, and its kernels.
-    open: Option<(wgpu::QuerySet, Vec<&'static str>)>,
-    /// Timestamps of submitted batches.
-    done: Vec<(wgpu::Buffer, Vec<&'static str>)>,
-}
-
-impl Stamps {
-    /// Begins the pass of the next dispatch, for `kernel`.
-    pub(super) fn pass(
-        &mut self,
-        gpu: &Gpu,
-        encoder: &mut wgpu::CommandEncoder,
-        kernel: &'static str,
-    ) -> Result<wgpu::ComputePass<'static>> {
-        let (queries, kernels) = match self.open.take() {
-            Some(open) => open,
-            None => (query_set(gpu, 2 * BATCH as u32)?, Vec::new()),
-        };
-        let (queries, kernels) = self.open.insert((queries, kernels));
-        let first = 2 * kernels.len() as u32;
-        kernels.push(kernel);
-        let descriptor = wgpu::ComputePassDescriptor {
-            label: Some(kernel),
-            timestamp_writes: Some(wgpu::ComputePassTimestampWrites {
-                query_set: queries,
-                beginning_of_pass_write_index: Some(first),
-                end_of_pass_write_index: Some(first + 1),
-            }),
-        };
-        Ok(encoder.begin_compute_pass(&descriptor).forget_lifetime())
-    }
-
-    /// Ends the batch: copies its timestamps to a buffer.
-    pub(super) fn close(&mut self, gpu: &Gpu, encoder: &mut wgpu::CommandEncoder) -> Result<()> {
-        let Some((queries, kernels)) = self.open.take() else { return Ok(()) };
-        self.done.push((resolve(gpu, encoder, &queries, 2 * kernels.len() as u32)?, kernels));
-        Ok(())
-    }
-}
-
-/// Makes a query set for this many timestamps.
-pub(super) fn query_set(gpu: &Gpu, count: u32) -> Result<wgpu::QuerySet> {
-    gpu.scoped("timestamp queries", |device| {
-        device.create_query_set(&wgpu::QuerySetDescriptor {
-            label: Some("timestamps"),
-            ty: wgpu::QueryType::Timestamp,
-            count,
-        })
-    })
-}
-
-/// Records a copy of the first `count` timestamps to a buffer.
-pub(super) fn resolve(
-    gpu: &Gpu,
-    encoder: &mut wgpu::CommandEncoder,
-    queries: &wgpu::QuerySet,
-    count: u32,
-) -> Result<wgpu::Buffer> {
-    let resolved = gpu.scoped("timestamps", |device| {
-        device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("timestamps"),
-            size: u64::from(count) * 8,
-            usage: wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC,
-            mapped_at_creation: false,
-        })
-    })?;
-    encoder.resolve_query_set(queries, 0..count, &resolved, 0);
-    Ok(resolved)
-}
-
 impl Gpu {
+    /// Measures the device time of the work that `work` records: by timestamp queries if
+    /// available, otherwise from submission until it is done.
+    pub(crate) fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<Duration> {
+        self.wait()?;
+        if !self.has_timestamps() {
+            let start = Instant::now();
+            work()?;
+            self.wait()?;
+            return Ok(start.elapsed());
+        }
+        let queries = query_set(self.raw(), 2)?;
+        self.record(|encoder| encoder.write_timestamp(&queries, 0))?;
+        work()?;
+        self.record(|encoder| encoder.write_timestamp(&queries, 1))?;
+        let resolved = self.record(|encoder| resolve(self.raw(), encoder, &queries, 2))??;
+        let times = self.timestamps(&resolved)?;
+        Ok(Duration::from_nanos((times[1] - times[0]).max(0.0) as u64))
+    }
+
+    /// Whether dispatches are being timed.
+    pub(super) fn is_profiling(&self) -> bool {
+        self.recorder().stamps.is_some()
+    }
+
+    /// Starts or stops timing dispatches; returns the timestamps taken so far.
+    fn stamp(&self, stamps: Option<Stamps>) -> Option<Stamps> {
+        std::mem::replace(&mut self.recorder().stamps, stamps)
+    }
+
     /// Whether the device can tell when a kernel began and ended.
-    pub(super) fn has_timestamps(&self) -> bool {
+    fn has_timestamps(&self) -> bool {
         let features = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::TIMESTAMP_QUERY_INSIDE_ENCODERS;
         self.wgpu_device().features().contains(features)
     }
 
     /// Returns the timestamps that [`resolve`] has put in a buffer, in nanoseconds from an
     /// arbitrary start.
-    pub(super) fn timestamps(&self, resolved: &wgpu::Buffer) -> Result<Vec<f64>> {
+    fn timestamps(&self, resolved: &wgpu::Buffer) -> Result<Vec<f64>> {
         let ticks = self.alloc("timestamps", resolved.size())?;
         self.record(|encoder| encoder.copy_buffer_to_buffer(resolved, 0, ticks.raw(), 0, resolved.size()))?;
         let bytes = self.read(&ticks, resolved.size())?;
@@ -140,14 +96,14 @@ impl Gpu {
             });
         }
         self.wait()?;
-        self.stamp(Some(Stamps::default()));
+        self.stamp(Some(Stamps::new(BATCH)));
         let start = Instant::now();
         let worked = work().and_then(|()| self.wait());
         let wall = start.elapsed();
-        let stamps = self.stamp(None).unwrap_or_default();
+        let done = self.stamp(None).map(|stamps| stamps.done).unwrap_or_default();
         worked?;
         let mut sums = BTreeMap::<_, (usize, f64)>::new();
-        for (resolved, kernels) in &stamps.done {
+        for (resolved, kernels) in &done {
             for (kernel, times) in kernels.iter().zip(self.timestamps(resolved)?.chunks_exact(2)) {
                 let (dispatches, nanoseconds) = sums.entry(*kernel).or_default();
                 *dispatches += 1;

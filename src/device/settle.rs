@@ -2,11 +2,13 @@
 //! found once per driver version and kept beside the tuned choices. Nobody has tested every
 //! driver, and nothing is worse than a wrong result that nobody notices.
 
+use super::choices;
 use super::cooperative::Cooperative;
-use super::gpu::{Gpu, Wrap, device_name};
-use super::list::GpuOptions;
+use super::gpu::Gpu;
+use super::options::GpuOptions;
+use super::raw::{Wrap, device_name};
 use super::tier::Tier;
-use super::tune;
+use super::variables::checks;
 use crate::error::{Error, Result};
 
 /// Describes where a device's results differ from the CPU's, or returns `None`.
@@ -50,7 +52,7 @@ pub(super) fn settle(
     }
     let device = format!("{}, {} {}, {}", device_name(info), info.driver, info.driver_info, env!("CARGO_PKG_VERSION"));
     let file = options.tune.as_deref();
-    let mut known = file.map(|file| tune::recall(file, &device)).unwrap_or_default();
+    let mut known = file.map(|file| choices::recall(file, &device)).unwrap_or_default();
     let mut faults = Vec::new();
     let fallbacks = wanted.tier.below(ability.features).filter(|_| !wanted.forced);
     for tier in std::iter::once(wanted.tier).chain(fallbacks) {
@@ -74,7 +76,7 @@ pub(super) fn settle(
             let fault = match check(&gpu) {
                 Ok(None) => {
                     known.insert(case, lanes(form));
-                    tune::keep(file, &device, &known);
+                    choices::keep(file, &device, &known);
                     return Ok(gpu);
                 }
                 Ok(Some(fault)) => fault,
@@ -88,7 +90,7 @@ pub(super) fn settle(
             faults.join("; ")
         );
         known.insert(case, FAILED);
-        tune::keep(file, &device, &known);
+        choices::keep(file, &device, &known);
     }
     if faults.is_empty() {
         faults.push("no tier agreed when this driver was checked; remove tuned.json to check it again".into());
@@ -98,11 +100,6 @@ pub(super) fn settle(
         op: "comparing its results with the CPU's".into(),
         message: faults.join("; "),
     })
-}
-
-/// Whether devices are checked: unless `QLORA_CHECK` is 0.
-pub(super) fn checks() -> bool {
-    !std::env::var("QLORA_CHECK").is_ok_and(|value| value == "0")
 }
 
 fn settings(options: &GpuOptions, tier: Tier, cooperative: Option<Cooperative>) -> Wrap {

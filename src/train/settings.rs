@@ -1,5 +1,5 @@
-//! Options of a run, and the settings that determine its course. A run must be resumed with the settings it was started
-//! with.
+//! Options of a run, and the settings that determine its course. A run must be resumed with the
+//! settings it was started with.
 
 use serde_json::{Map, Value, json};
 
