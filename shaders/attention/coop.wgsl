@@ -12,18 +12,20 @@ enable wgpu_cooperative_matrix;
 // bandwidth; 8 * H * D FLOP of f16 matrices per pair of a query and a key that it sees (M * keys
 // pairs, half of them in causal order) over their rate: three products for the scores and one for
 // O.
-{{ "" }}
-{% from "shared/coop.wgsl" import enter, accumulators, least %}
-{% from "attention/shared/strips.wgsl" import own_rows, other_rows, sum_stride, weight_stride, own_tiles, of_strip, of_half, share, rows_each, unit, memory, each_quad, query_rows, key_rows, begin, ranges, fetch_own, scores, gather, in_memory, four, stage, result_at %}
+{% import "shared/coop.wgsl" as coop %}
+{% import "attention/shared/buffers.wgsl" as buffers %}
+{% import "attention/shared/sides.wgsl" as sides %}
+{% import "attention/shared/coop_strips.wgsl" as tiles %}
 
-{% include "attention/shared/coop_memory.wgsl" %}
+{% include "attention/shared/params.wgsl" %}
+
 // Q in two planes.
-@group(0) @binding(0) var<storage, read> queries: array<{{ "vec4<f16>" if staged else "f16" }}>;
+@group(0) @binding(0) var<storage, read> queries: array<{{ tiles.packed_type }}>;
 // K in two planes, V transposed.
-@group(0) @binding(1) var<storage, read> keys: array<{{ "vec4<f16>" if staged else "f16" }}>;
+@group(0) @binding(1) var<storage, read> keys: array<{{ tiles.packed_type }}>;
 @group(0) @binding(2) var<storage, read> query_scales: array<f32>;     // of Q
 @group(0) @binding(3) var<storage, read> key_scales: array<vec4<f32>>; // of K, of V
-@group(0) @binding(4) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
+{{ buffers.ranges(4, sides.queries) }}
 @group(0) @binding(5) var<storage, read_write> o: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> lse: array<f32>;
 
@@ -34,30 +36,12 @@ const SLACK = 3.4657359;
 // Factor of weights as f16. It keeps weights down to 2^-24 exact and weights of 32 finite.
 const WEIGHT_FACTOR = 1024.0;
 
-{{ memory() }}
 // For each query: the factor by which O shrinks with this tile, and at the end the factor of O.
-var<workgroup> shrink: array<f32, {{ own_rows }}>;
+var<workgroup> shrink: array<f32, {{ tiles.own_rows }}>;
 // Whether O shrinks for any query of a subgroup's threads.
 var<workgroup> shrinks: array<u32, 4>;
 
-@compute @workgroup_size({{ 4 * lanes }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-    @builtin(subgroup_id) subgroup: u32,
-    @builtin(subgroup_size) subgroup_size: u32,
-    @builtin(subgroup_invocation_id) lane: u32,
-) {
-{{ enter("lse") }}
-    let block = group / p.heads;
-    let head = group - block * p.heads;
-    let kv_head = head / (p.heads / p.kv_heads);
-    let row_base = block * {{ own_rows }}u;
-{{ query_rows() }}
-{{ key_rows() }}
-{{ begin() }}
-{{ ranges("key_ranges", "p.queries") }}
+{% call tiles.each_block(sides.queries, "lse", "f32") %}
     // Smaller values lose precision: `weight_factor` must not overflow.
     var v_most = 0x1p-116f;
     for (var key = start + thread; key < end; key = key + {{ 4 * lanes }}u) {
@@ -66,32 +50,34 @@ fn main(
     // Brings all rows of V to one scale; weights are multiplied by it.
     let v_scale = -least_of(-v_most, subgroup);
     let weight_factor = WEIGHT_FACTOR / v_scale;
-{% for r in range(rows_each) %}
+{% for r in range(tiles.rows_each) %}
     let undo{{ r }} = query_scales[q_row + row_base + local{{ r }}] * p.scale;
     var most{{ r }} = LOWEST;
     var total{{ r }} = 0.0; // sum of this thread's weights
 {% endfor %}
-    let q_begin = (q_row + row_base{{ of_strip }}) * {{ wide }}u;
-{{ fetch_own(edge, "queries", "q_begin", 0, 2, "q_plane") }}
-{{ accumulators(edge, 16, 16 * own_tiles) }}
+    let q_begin = (q_row + row_base + strip_row) * {{ wide }}u;
+{{ tiles.fetch_own("queries", "q_begin", 0, 2, "q_plane") }}
+{{ coop.accumulators(16, 16 * tiles.own_tiles) }}
 
-    for (var base = start & ~{{ other_rows - 1 }}u; base < end; base = base + {{ other_rows }}u) {
-        let k_begin = (k_row + base{{ of_half }}) * {{ wide }}u;
+    let first_base = start & ~{{ tiles.other_rows - 1 }}u;
+    for (var base = first_base; base < end; base = base + {{ tiles.other_rows }}u) {
+        let k_begin = (k_row + base + half_row) * {{ wide }}u;
         let v_begin = 2u * k_plane + (k_row + base) * {{ wide }}u;
-{{ scores(edge, "queries", "q_begin", "keys", "k_begin", 0, "q_plane", "k_plane") }}
+{{ tiles.scores("queries", "q_begin", "keys", "k_begin", 0, "q_plane", "k_plane") }}
         workgroupBarrier();
         var shrinking = false;
-{% for r in range(rows_each) %}
+{% for r in range(tiles.rows_each) %}
         {
             var highest = vec4<f32>(LOWEST);
-{{ each_quad(r) }}
-                let score = {{ four("sums", "at") }} * undo{{ r }} * key_scales[(k_row + other) / 4u];
+{% call tiles.each_quad(r) %}
+                let sum = {{ tiles.four("sums", "at") }};
+                let score = sum * undo{{ r }} * key_scales[(k_row + other) / 4u];
                 let seen = select(vec4<f32>(LOWEST), score, visible(other, seen{{ r }}));
                 highest = max(highest, seen);
-{{ stage("at", "seen", "sums", "f32") }}
-            }
+{{ tiles.stage("at", "seen", "sums", "f32") }}
+{% endcall %}
             var of_row = max(max(highest.x, highest.y), max(highest.z, highest.w));
-{% for step in [1, 2, 4, 8] if step < share %}
+{% for step in [1, 2, 4, 8] if step < tiles.share %}
             of_row = max(of_row, subgroupShuffleXor(of_row, {{ step }}u));
 {% endfor %}
             let rises = of_row > most{{ r }} + SLACK;
@@ -100,56 +86,61 @@ fn main(
             most{{ r }} = select(most{{ r }}, of_row, rises);
             total{{ r }} = total{{ r }} * by;
             if (segment == 0u) { shrink[local{{ r }}] = by; }
-{{ each_quad(r) }}
-                let score = {{ four("sums", "at") }};
-                let weight = select(vec4<f32>(0.0), exp(score - vec4<f32>(most{{ r }})), score > vec4<f32>(LOWEST));
+{% call tiles.each_quad(r) %}
+                let score = {{ tiles.four("sums", "at") }};
+                let seen = score > vec4<f32>(LOWEST);
+                let weight = select(vec4<f32>(0.0), exp(score - vec4<f32>(most{{ r }})), seen);
                 total{{ r }} = total{{ r }} + dot(weight, vec4<f32>(1.0));
                 let staged = weight * weight_factor * key_scales[(v_row + other) / 4u];
-{{ stage("to", "staged") }}
-            }
+{{ tiles.stage("to", "staged") }}
+{% endcall %}
         }
 {% endfor %}
         let any_shrinking = subgroupMax(u32(shrinking));
         if (lane == 0u) { shrinks[subgroup] = any_shrinking; }
         let shrinking_ones = workgroupUniformLoad(&shrinks);
         if ((shrinking_ones[0] | shrinking_ones[1] | shrinking_ones[2] | shrinking_ones[3]) != 0u) {
-{{ in_memory(edge, "sum", "rescale", again=true) }}
+{% call tiles.in_memory("sum", again=true) %}
+        rescale(strip, sums_begin, lane);
+{% endcall %}
         }
-{{ gather(edge, "keys", "v_begin", "sum") }}
+{{ tiles.gather("keys", "v_begin", "sum") }}
     }
 
-{% for r in range(rows_each) %}
+{% for r in range(tiles.rows_each) %}
     {
         var sum = total{{ r }};
-{% for step in [1, 2, 4, 8] if step < share %}
+{% for step in [1, 2, 4, 8] if step < tiles.share %}
         sum = sum + subgroupShuffleXor(sum, {{ step }}u);
 {% endfor %}
-        let query = row_base + local{{ r }};
         if (segment == 0u) {
             shrink[local{{ r }}] = select(1.0 / sum, 0.0, sum == 0.0);
-            if (query < p.queries) { lse[query * p.heads + head] = select(most{{ r }} + log(sum), p.no_key, sum == 0.0); }
+            if (row{{ r }} < p.queries) {
+                lse[row{{ r }} * p.heads + head] =
+                    select(most{{ r }} + log(sum), p.no_key, sum == 0.0);
+            }
         }
     }
 {% endfor %}
-{{ in_memory(edge, "sum", "finish", "row_base, head, v_scale") }}
-}
+{% call tiles.in_memory("sum") %}
+        finish(d, strip, sums_begin, lane, row_base, head, v_scale);
+{% endcall %}
+{% endcall %}
 
-fn rescale(d: u32, strip: u32, sums_begin: u32, lane: u32) {
-    for (var i = lane; i < {{ 256 // unit }}u; i = i + {{ lanes }}u) {
-        let row = i / {{ 16 // unit }}u;
-        let at = sums_begin + row * {{ sum_stride // unit }}u + i % {{ 16 // unit }}u;
+fn rescale(strip: u32, sums_begin: u32, lane: u32) {
+    for (var i = lane; i < {{ 256 // tiles.unit }}u; i = i + {{ lanes }}u) {
+        let row = i / {{ 16 // tiles.unit }}u;
+        let column = i % {{ 16 // tiles.unit }}u;
+        let at = sums_begin + row * {{ tiles.sum_stride // tiles.unit }}u + column;
         sums[at] = sums[at] * shrink[16u * strip + row];
     }
 }
 
-fn finish(d: u32, strip: u32, sums_begin: u32, lane: u32, row_base: u32, head: u32, v_scale: f32) {
-    for (var i = lane; i < 64u; i = i + {{ lanes }}u) {
-        let local = 16u * strip + i / 4u;
-        let first = d + i % 4u * 4u;
-        if (row_base + local < p.queries && first < {{ head_dim }}u) {
-            let at = {{ result_at("i / 4u", "i % 4u") }};
-            let value = {{ four("sums", "at") }} / WEIGHT_FACTOR * v_scale;
-            o[((row_base + local) * p.heads + head) * {{ head_dim // 4 }}u + first / 4u] = value * shrink[local];
-        }
-    }
+fn finish(
+    d: u32, strip: u32, sums_begin: u32, lane: u32, row_base: u32, head: u32, v_scale: f32,
+) {
+{% call tiles.each_result(sides.queries) %}
+            let value = {{ tiles.four("sums", "at") }} / WEIGHT_FACTOR * v_scale;
+            o[to] = value * shrink[local];
+{% endcall %}
 }

@@ -4,14 +4,13 @@
 // Online softmax in powers of two. The reference exponent of the weights is a whole number, so
 // changing it is exact, and a query's result does not depend on where its keys lie among other
 // keys.
-{% from "attention/shared/lane_rows.wgsl" import begin_queries, dots, add_up, zeros, eight %}
+{% import "attention/shared/buffers.wgsl" as buffers %}
+{% import "attention/shared/sides.wgsl" as sides %}
+{% import "attention/shared/lane_rows.wgsl" as lane_rows %}
+
 {% include "attention/shared/params.wgsl" %}
-@group(0) @binding(0) var<storage, read> q: array<f32>;
-@group(0) @binding(1) var<storage, read> k: array<f32>;
-@group(0) @binding(2) var<storage, read> v: array<f32>;
-@group(0) @binding(3) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
-@group(0) @binding(4) var<storage, read_write> o: array<f32>;
-@group(0) @binding(5) var<storage, read_write> lse: array<f32>;
+
+{{ buffers.forward("f32") }}
 
 // Below every score. Finite, because WGSL guarantees nothing about infinities.
 const LOWEST = -3.0e38;
@@ -23,25 +22,19 @@ fn power_of_two(e: f32) -> f32 {
     return bitcast<f32>(u32(i32(max(e, -127.0)) + 127) << 23u);
 }
 
-@compute @workgroup_size(8)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(subgroup_invocation_id) lane: u32,
-) {
-{{ begin_queries() }}
+{% call lane_rows.each_row(sides.queries) %}
 {% for r in range(rows) %}
     var most{{ r }} = LOWEST;
     var sum{{ r }} = 0.0;
 {% endfor %}
-{{ zeros("o") }}
+{{ lane_rows.zeros("o") }}
     for (var first = seen0.x; first < end; first = first + 8u) {
         let key = first + lane;
         let own = (min(key, p.keys - 1u) * p.kv_heads + kv_head) * {{ head_dim }}u;
-{{ dots("score", "q", "row", "k", "own") }}
+{{ lane_rows.dots("score", "q", "k") }}
         var grown = false;
+{{ lane_rows.visible(sides.keys) }}
 {% for r in range(rows) %}
-        let visible{{ r }} = key >= seen{{ r }}.x && key < seen{{ r }}.y;
         let power{{ r }} = select(LOWEST, score{{ r }} * (p.scale * LOG2_E), visible{{ r }});
         let whole{{ r }} = floor(power{{ r }});
         var top{{ r }} = most{{ r }};
@@ -63,11 +56,15 @@ fn main(
 {% endfor %}
         }
 {% for r in range(rows) %}
-        let weight{{ r }} = select(0.0, exp2(power{{ r }} - whole{{ r }}) * power_of_two(whole{{ r }} - most{{ r }}), visible{{ r }});
-        sum{{ r }} = {% for i in range(8) %}({% endfor %}sum{{ r }}{% for i in range(8) %} + subgroupBroadcast(weight{{ r }}, {{ i }}u)){% endfor %};
+        let visible_weight{{ r }} =
+            exp2(power{{ r }} - whole{{ r }}) * power_of_two(whole{{ r }} - most{{ r }});
+        let weight{{ r }} = select(0.0, visible_weight{{ r }}, visible{{ r }});
+{% for i in range(8) %}
+        sum{{ r }} = sum{{ r }} + subgroupBroadcast(weight{{ r }}, {{ i }}u);
 {% endfor %}
-{{ eight("key", "first", "p.keys", "p.kv_heads", "kv_head") }}
-{{ add_up("o", "weight", "v", "key") }}
+{% endfor %}
+{{ lane_rows.eight(sides.keys) }}
+{{ lane_rows.add_up("o", "weight", "v") }}
     }
 
 {% for r in range(rows) %}
@@ -78,8 +75,9 @@ fn main(
         o[row{{ r }} + {{ 8 * d }}u + lane] = o{{ r }}_{{ d }} * inverse;
 {% endfor %}
         if (lane == 0u) {
-            lse[query{{ r }} * p.heads + head] = select((most{{ r }} + log2(sum{{ r }})) * LN_2, p.no_key, none);
+            lse[query{{ r }} * p.heads + head] =
+                select((most{{ r }} + log2(sum{{ r }})) * LN_2, p.no_key, none);
         }
     }
 {% endfor %}
-}
+{% endcall %}

@@ -10,7 +10,8 @@ enable f16;
 //
 // Floor: bytes of the input and of its planes, (4 + 2 per plane) * M * H * D each, over the
 // memory's bandwidth; M * H * D FLOP each.
-{{ "" }}
+{% import "shared/entry.wgsl" as entry %}
+
 struct Params {
     first_group: u32,
     groups: u32,
@@ -32,7 +33,6 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> query_scales: array<f32>;
 @group(0) @binding(7) var<storage, read_write> key_scales: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/factor.wgsl" %}
 
 {% set quads = wide // 4 %}
@@ -41,11 +41,23 @@ struct Params {
 {# In the order of their workgroups: the tensor, the group before which its workgroups end, its
    side, whether its scales are the second ones there, its first plane, and its planes. #}
 {% set tensors = [
-    {"name": "q", "end": "k_first", "side": "query", "second": false, "plane": 0, "split": true, "whole": false, "transposed": backward},
-    {"name": "k", "end": "v_first", "side": "key", "second": false, "plane": 0, "split": true, "whole": false, "transposed": backward},
-    {"name": "v", "end": "do_first", "side": "key", "second": true,
-        "plane": 3 if backward else 2, "split": false, "whole": backward, "transposed": not backward},
-    {"name": "d_o", "end": "p.groups", "side": "query", "second": true, "plane": 3, "split": false, "whole": true, "transposed": true},
+    {
+        "name": "q", "end": "k_first", "side": "query", "second": false,
+        "plane": 0, "split": true, "whole": false, "transposed": backward,
+    },
+    {
+        "name": "k", "end": "v_first", "side": "key", "second": false,
+        "plane": 0, "split": true, "whole": false, "transposed": backward,
+    },
+    {
+        "name": "v", "end": "do_first", "side": "key", "second": true,
+        "plane": 3 if backward else 2, "split": false, "whole": backward,
+        "transposed": not backward,
+    },
+    {
+        "name": "d_o", "end": "p.groups", "side": "query", "second": true,
+        "plane": 3, "split": false, "whole": true, "transposed": true,
+    },
 ] %}
 {% set tensors = tensors if backward else tensors[:3] %}
 {% macro pack(packed, tensor) %}
@@ -58,7 +70,8 @@ struct Params {
 {% if tensor.split %}
             // Rounds to 11 bits, all of which f16 holds. Converting to f16 and back doesn't work
             // here: Mesa optimizes it away.
-            let larger = bitcast<vec4<f32>>((bitcast<vec4<u32>>(value) + vec4<u32>(0x1000u)) & vec4<u32>(0xffffe000u));
+            let near = bitcast<vec4<u32>>(value) + vec4<u32>(0x1000u);
+            let larger = bitcast<vec4<f32>>(near & vec4<u32>(0xffffe000u));
             {{ packed }}[to] = vec4<f16>(larger);
             {{ packed }}[to + plane] = vec4<f16>(value - larger);
 {% elif tensor.whole %}
@@ -68,8 +81,14 @@ struct Params {
             // Takes a value from each of four rows.
             let from_row = thread % 4u * {{ 4 * stride }}u + {{ 4 * tile }}u + thread / 16u;
             let e = thread / 4u % 4u;
-            let column = vec4<f32>(rows[from_row][e], rows[from_row + {{ stride }}u][e], rows[from_row + {{ 2 * stride }}u][e], rows[from_row + {{ 3 * stride }}u][e]);
-            {{ packed }}[to + {{ 2 if tensor.split else 1 if tensor.whole else 0 }}u * plane] = vec4<f16>(column);
+            let column = vec4<f32>(
+                rows[from_row][e],
+                rows[from_row + {{ stride }}u][e],
+                rows[from_row + {{ 2 * stride }}u][e],
+                rows[from_row + {{ 3 * stride }}u][e],
+            );
+            {{ packed }}[to + {{ 2 if tensor.split else 1 if tensor.whole else 0 }}u * plane] =
+                vec4<f16>(column);
 {% endif %}
         }
 {% endfor %}
@@ -79,16 +98,7 @@ var<workgroup> rows: array<vec4<f32>, {{ 16 * stride }}>;
 // The largest value of each thread.
 var<workgroup> largest: array<f32, 64>;
 
-@compute @workgroup_size(64)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(64) %}
     // Rows of a packed head, and the number of tiles of 16 rows in all heads.
     let query_padded = (p.queries + 63u) / 64u * 64u;
     let key_padded = (p.keys + 63u) / 64u * 64u;
@@ -129,13 +139,17 @@ fn main(
 {% endfor %}
     var most = vec4<f32>(0.0);
 {% for i in range(quads // 4) %}
-    value{{ i }} = select(vec4<f32>(0.0), value{{ i }}, vec4<bool>(m < rows_of_x && quad{{ i }} < p.head_quads));
+    let known{{ i }} = vec4<bool>(m < rows_of_x && quad{{ i }} < p.head_quads);
+    value{{ i }} = select(vec4<f32>(0.0), value{{ i }}, known{{ i }});
     most = max(most, abs(value{{ i }}));
 {% endfor %}
     largest[thread] = max(max(most.x, most.y), max(most.z, most.w));
     workgroupBarrier();
     let of_row = thread & ~3u;
-    let factor = factor_of(max(max(largest[of_row], largest[of_row + 1u]), max(largest[of_row + 2u], largest[of_row + 3u])));
+    let factor = factor_of(max(
+        max(largest[of_row], largest[of_row + 1u]),
+        max(largest[of_row + 2u], largest[of_row + 3u]),
+    ));
 {% for i in range(quads // 4) %}
     rows[at + quad{{ i }}] = value{{ i }} * factor;
 {% endfor %}
@@ -148,8 +162,10 @@ fn main(
     let to = tile * {{ 16 * quads }}u + thread;
 {% for tensor in tensors %}
     {{ "if" if loop.first else "else if" }} (group < {{ tensor.end }}) {
-        if (thread % 4u == 0u) { {{ tensor.side }}_scales[{{ "16u * tiles + " if tensor.second }}row] = scale; }
+        if (thread % 4u == 0u) {
+            {{ tensor.side }}_scales[{{ "16u * tiles + " if tensor.second }}row] = scale;
+        }
 {{ pack("queries" if tensor.side == "query" else "keys", tensor) }}
     }
 {% endfor %}
-}
+{% endcall %}

@@ -1,4 +1,5 @@
 // y = a + b, elementwise.
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -11,8 +12,6 @@ struct Params {
 @group(0) @binding(1) var<storage, read> b: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>;
 
-fn quad(i: u32) {
+{% call entry.each_quad(threads) %}
     y[i] = a[i] + b[i];
-}
-
-{% include "shared/quads.wgsl" %}
+{% endcall %}

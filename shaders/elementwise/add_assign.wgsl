@@ -1,4 +1,5 @@
 // y = y + x, elementwise and in place.
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -10,8 +11,6 @@ struct Params {
 @group(0) @binding(0) var<storage, read_write> y: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 
-fn quad(i: u32) {
+{% call entry.each_quad(threads) %}
     y[i] = y[i] + x[i];
-}
-
-{% include "shared/quads.wgsl" %}
+{% endcall %}

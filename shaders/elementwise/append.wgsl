@@ -1,4 +1,5 @@
 // Copies rows of K and of V [M, width]: keys[first + i] = k[i], values[first + i] = v[i].
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -13,9 +14,7 @@ struct Params {
 @group(0) @binding(2) var<storage, read_write> keys: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> values: array<vec4<f32>>;
 
-fn quad(i: u32) {
+{% call entry.each_quad(threads) %}
     keys[p.at + i] = k[i];
     values[p.at + i] = v[i];
-}
-
-{% include "shared/quads.wgsl" %}
+{% endcall %}

@@ -1,5 +1,6 @@
 // Y[i] = f(i) * X[i] + (1 - f(i)) * Z[i], with f(i) the dropout factor of element i, 0 or 1 / (1 -
 // probability).
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -16,11 +17,12 @@ struct Params {
 @group(0) @binding(1) var<storage, read> z: array<f32>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 
-{% set count, each = "p.len", "mix_one" %}
-{% include "shared/each.wgsl" %}
 {% include "shared/dropout.wgsl" %}
 
-fn mix_one(i: u32) {
+{% call entry.each_value(threads) %}
+    if (i >= p.len) {
+        return;
+    }
     let f = dropout_factor(i);
 {% if kept and rest %}
     y[i] = f * x[i] + (1.0 - f) * z[i];
@@ -29,4 +31,4 @@ fn mix_one(i: u32) {
 {% else %}
     y[i] = (1.0 - f) * z[i];
 {% endif %}
-}
+{% endcall %}

@@ -1,6 +1,10 @@
 // Rotary position embedding: each pair of values of a head is rotated by the angle of its token's
-// position. X and Y are [M, H * D].{{ "
-// X1 and Y1 follow, and have their own number of heads." if both }}
+// position. X and Y are [M, H * D].
+{% if both %}
+// X1 and Y1 follow, and have their own number of heads.
+{% endif %}
+{% import "shared/entry.wgsl" as entry %}
+
 struct Params {
     first_group: u32,
     groups: u32,
@@ -22,31 +26,32 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
 @group(0) @binding(6) var<storage, read_write> y1: array<f32>;
 
-{% set count, each = "p.all_pairs", "turn_one" %}
-{% include "shared/each.wgsl" %}
 {% include "elementwise/shared/rope_pairs.wgsl" %}
 
-fn turn_one(own: u32) {
+{% call entry.each_value(threads) %}
+    if (i >= p.all_pairs) {
+        return;
+    }
 {% if both %}
-    let later = own >= p.pairs;
-    let pair = own - select(0u, p.pairs, later);
+    let later = i >= p.pairs;
+    let pair = i - select(0u, p.pairs, later);
     let row_pairs = select(p.row_pairs, p.row_pairs1, later);
 {% else %}
-    let pair = own;
+    let pair = i;
     let row_pairs = p.row_pairs;
 {% endif %}
     let at = places(pair);
     var by = angle(pair, position[pair / row_pairs]);
     by.y = p.sign * by.y;
-{% for part in ["", "1"] if both or not part %}
 {% if both %}
-    {{ "if (!later)" if not part else "else" }} {
-{% endif %}
-    let result = turned(x{{ part }}[at.x], x{{ part }}[at.y], by);
-    y{{ part }}[at.x] = result.x;
-    y{{ part }}[at.y] = result.y;
-{% if both %}
+    if (later) {
+        let result = turned(x1[at.x], x1[at.y], by);
+        y1[at.x] = result.x;
+        y1[at.y] = result.y;
+        return;
     }
 {% endif %}
-{% endfor %}
-}
+    let result = turned(x[at.x], x[at.y], by);
+    y[at.x] = result.x;
+    y[at.y] = result.y;
+{% endcall %}

@@ -1,6 +1,8 @@
 // Adds the next tokens of a sequence to the cache: queries and keys are rotated by the angles of
 // their positions, and keys and values are stored in the cache. Y = rope(Q), keys[first + i] =
 // rope(K)[i], values[first + i] = V[i].
+{% import "shared/entry.wgsl" as entry %}
+
 struct Params {
     first_group: u32,
     groups: u32,
@@ -23,22 +25,23 @@ struct Params {
 @group(0) @binding(6) var<storage, read_write> keys: array<f32>;
 @group(0) @binding(7) var<storage, read_write> values: array<f32>;
 
-{% set count, each = "p.pairs + 2u * p.kv_pairs", "take_one" %}
-{% include "shared/each.wgsl" %}
 {% include "elementwise/shared/rope_pairs.wgsl" %}
 
-fn take_one(own: u32) {
-    if (own < p.pairs) {
-        let at = places(own);
-        let result = turned(q[at.x], q[at.y], angle(own, p.first + own / p.row_pairs));
+{% call entry.each_value(threads) %}
+    if (i >= p.pairs + 2u * p.kv_pairs) {
+        return;
+    }
+    if (i < p.pairs) {
+        let at = places(i);
+        let result = turned(q[at.x], q[at.y], angle(i, p.first + i / p.row_pairs));
         y[at.x] = result.x;
         y[at.y] = result.y;
         return;
     }
-    let pair = (own - p.pairs) % p.kv_pairs;
+    let pair = (i - p.pairs) % p.kv_pairs;
     let at = places(pair);
     let to = at + 2u * p.kv_row_pairs * p.first;
-    if (own < p.pairs + p.kv_pairs) {
+    if (i < p.pairs + p.kv_pairs) {
         let result = turned(k[at.x], k[at.y], angle(pair, p.first + pair / p.kv_row_pairs));
         keys[to.x] = result.x;
         keys[to.y] = result.y;
@@ -46,4 +49,4 @@ fn take_one(own: u32) {
         values[to.x] = v[at.x];
         values[to.y] = v[at.y];
     }
-}
+{% endcall %}

@@ -1,4 +1,5 @@
 // Y[m, n] = X[m, n] * c[n] (+ D[m, n] or d[n]); with `divide`, X[m, n] / c[n].
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -14,20 +15,16 @@ struct Params {
 @group(0) @binding(2) var<storage, read> d: array<f32>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 
-{% include "shared/groups.wgsl" %}
-
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    let i = group * {{ threads }}u + thread;
-    if (group >= p.groups || i >= p.len) {
+{% call entry.each_value(threads) %}
+    if (i >= p.len) {
         return;
     }
     let row = i / p.columns;
     let column = i - row * p.columns;
-    y[i] = x[i] {{ "/" if divide else "*" }} c[column]{{ " + d[row * p.add_stride + column]" if add }};
-}
+    let scaled = x[i] {{ "/" if divide else "*" }} c[column];
+{% if add %}
+    y[i] = scaled + d[row * p.add_stride + column];
+{% else %}
+    y[i] = scaled;
+{% endif %}
+{% endcall %}

@@ -1,5 +1,6 @@
 // Gradients of y = silu(gate) * up, elementwise, with s = 1 / (1 + exp(-gate)):
 // d_gate = dy * up * s * (1 + gate * (1 - s)), d_up = dy * gate * s.
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -14,7 +15,7 @@ struct Params {
 @group(0) @binding(3) var<storage, read_write> d_gate: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> d_up: array<vec4<f32>>;
 
-fn quad(i: u32) {
+{% call entry.each_quad(threads) %}
     let one = vec4<f32>(1.0);
     let g = gate[i];
     let e = exp(-abs(g));
@@ -25,6 +26,4 @@ fn quad(i: u32) {
     let d = dy[i];
     d_gate[i] = d * up[i] * s * (one + g * rest);
     d_up[i] = d * g * s;
-}
-
-{% include "shared/quads.wgsl" %}
+{% endcall %}

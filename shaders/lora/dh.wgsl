@@ -2,6 +2,8 @@
 // they read neighbouring values of B.
 //
 // Floor: the 4 M N bytes of dY over the bandwidth, or 2 M N r FLOP over the rate of f32.
+{% import "shared/entry.wgsl" as entry %}
+{% import "shared/row_quads.wgsl" as row_quads %}
 
 struct Params {
     first_group: u32,
@@ -18,15 +20,13 @@ struct Params {
 @group(0) @binding(1) var<storage, read> b: array<f32>;
 @group(0) @binding(2) var<storage, read_write> g: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% if share %}
 
 fn left1(row: u32, n: u32) -> f32 {
     return dy[row * p.k + n];
 }
 {% else %}
-{% set operand = "dy" %}
-{% include "shared/rows.wgsl" %}
+{{ row_quads.load("dy") }}
 
 fn left4(row: u32, q: u32) -> vec4<f32> {
     return dy4(row, q);
@@ -44,6 +44,8 @@ fn right4_0(j: u32, q: u32) -> vec4<f32> {
     return vec4<f32>(b[row.x], b[row.y], b[row.z], b[row.w]);
 }
 
-{% set results = ["g"] %}
-{% set scale = "p.scale * " %}
+fn store_0(at: u32, sum: f32) {
+    g[at] = p.scale * sum;
+}
+
 {% include "lora/shared/skinny.wgsl" %}

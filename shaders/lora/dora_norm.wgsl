@@ -5,6 +5,8 @@
 // A workgroup owns {{ rows }} rows, which share the loads of A. Its threads stride K, then the
 // partial sums are added up.
 {% endif %}
+{% import "shared/entry.wgsl" as entry %}
+{% import "shared/row_quads.wgsl" as row_quads %}
 
 struct Params {
     first_group: u32,
@@ -17,6 +19,7 @@ struct Params {
     lora_scale: f32,
     m: Matrix,
 }
+
 {% include "shared/matrix_params.wgsl" %}
 
 {{ param_space }} p: Params;
@@ -25,10 +28,9 @@ struct Params {
 @group(0) @binding(2) var<storage, read> b: array<f32>;
 @group(0) @binding(3) var<storage, read_write> norm: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/matrix.wgsl" %}
-{% set operand = "a" %}
-{% include "shared/rows.wgsl" %}
+
+{{ row_quads.load("a") }}
 
 // The smallest result is the smallest normal number, so that a row of zeros isn't divided by zero.
 fn length_of(squares: f32) -> f32 {
@@ -39,29 +41,22 @@ fn length_of(squares: f32) -> f32 {
 var<workgroup> partial: array<vec4<f32>, {{ threads }}>;
 {% endif %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
 {% if software %}
     let n_base = group * {{ threads * rows }}u + thread;
-{% set apart, start, step = threads, "0u", 1 %}
+    let g_first = 0u;
+{% set apart, step = threads, 1 %}
 {% else %}
     let n_base = group * {{ rows }}u;
-{% set apart, start, step = 1, "thread", threads %}
+    let g_first = thread;
+{% set apart, step = 1, threads %}
 {% endif %}
 {% for i in range(rows) %}
     let n{{ i }} = min(n_base + {{ i * apart }}u, p.rows - 1u);
     let b{{ i }} = (p.column + n{{ i }}) * p.rank;
     var sum{{ i }} = 0.0;
 {% endfor %}
-    for (var g = {{ start }}; g < p.words; g = g + {{ step }}u) {
+    for (var g = g_first; g < p.words; g = g + {{ step }}u) {
 {% for i in range(rows) %}
         var w{{ i }} = weights8(n{{ i }}, g);
 {% endfor %}
@@ -79,10 +74,12 @@ fn main(
     }
 {% if software %}
 {% for i in range(rows) %}
-    if (n_base + {{ i * apart }}u < p.rows) { norm[p.column + n{{ i }}] = length_of(sum{{ i }}); }
+    if (n_base + {{ i * apart }}u < p.rows) {
+        norm[p.column + n{{ i }}] = length_of(sum{{ i }});
+    }
 {% endfor %}
 {% else %}
-    partial[thread] = vec4<f32>({% for i in range(rows) %}sum{{ i }}{{ ", " if not loop.last }}{% endfor %});
+    partial[thread] = vec4<f32>(sum0, sum1, sum2, sum3);
     for (var step = {{ threads // 2 }}u; step > 0u; step = step >> 1u) {
         workgroupBarrier();
         if (thread < step) {
@@ -91,8 +88,10 @@ fn main(
     }
     if (thread == 0u) {
 {% for i in range(rows) %}
-        if (n_base + {{ i }}u < p.rows) { norm[p.column + n{{ i }}] = length_of(partial[0].{{ "xyzw"[i] }}); }
+        if (n_base + {{ i }}u < p.rows) {
+            norm[p.column + n{{ i }}] = length_of(partial[0].{{ "xyzw"[i] }});
+        }
 {% endfor %}
     }
 {% endif %}
-}
+{% endcall %}

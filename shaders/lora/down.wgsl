@@ -2,6 +2,8 @@
 // up to three A at a time, which read the same X and drop different values of it.
 //
 // Floor: the 4 M K bytes of X over the bandwidth, or 2 M K r FLOP per A over the rate of f32.
+{% import "shared/entry.wgsl" as entry %}
+{% import "shared/row_quads.wgsl" as row_quads %}
 
 struct Params {
     first_group: u32,
@@ -30,24 +32,28 @@ struct Params {
 @group(0) @binding(5) var<storage, read_write> h1: array<f32>;
 @group(0) @binding(6) var<storage, read_write> h2: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% if dropout %}
 {% include "shared/dropout.wgsl" %}
 {% endif %}
 {% for part in range(parts) %}
+{% set a, h = "a" ~ (part or ""), "h" ~ (part or "") %}
 
-{% set operand = "a" ~ (part or "") %}
-{% include "shared/rows.wgsl" %}
+{{ row_quads.load(a) }}
 {% if dropout %}
 
 // Dropout factor of an element of X, for this A.
 fn mask_{{ part }}(row: u32, k: u32) -> f32 {
-    return dropout_factor_of(row * p.k + k, p.seed_low{{ part or "" }}, p.seed_high{{ part or "" }});
+    let i = row * p.k + k;
+    return dropout_factor_of(i, p.seed_low{{ part or "" }}, p.seed_high{{ part or "" }});
 }
 {% endif %}
 
 fn right4_{{ part }}(j: u32, q: u32) -> vec4<f32> {
-    return a{{ part or "" }}4(j, q);
+    return {{ a }}4(j, q);
+}
+
+fn store_{{ part }}(at: u32, sum: f32) {
+    {{ h }}[at] = sum;
 }
 {% endfor %}
 
@@ -56,14 +62,11 @@ fn left1(row: u32, k: u32) -> f32 {
     return x[row * p.k + k];
 }
 {% else %}
-{% set operand = "x" %}
-{% include "shared/rows.wgsl" %}
+{{ row_quads.load("x") }}
 
 fn left4(row: u32, q: u32) -> vec4<f32> {
     return x4(row, q);
 }
 {% endif %}
 
-{% set results = ["h", "h1", "h2"] %}
-{% set scale = "" %}
 {% include "lora/shared/skinny.wgsl" %}

@@ -12,6 +12,7 @@
 // narrow values and broadcasts it. {{ steps }} tokens at a time, so that sums are fetched and
 // stored once for all of them.
 {% endif %}
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -36,24 +37,21 @@ struct Params {
 @group(0) @binding(1) var<storage, read> narrow: array<f32>;
 @group(0) @binding(2) var<storage, read_write> out: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% if dropout != "none" %}
 {% include "shared/dropout.wgsl" %}
 {% endif %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-{% if share %}
-    @builtin(subgroup_invocation_id) sharer: u32,
+{# `name`: a value of an operand, with dropout if it is R. #}
+{% macro load(operand, name, row, column) %}
+        let {{ name }}_at = {{ row }} + {{ column }};
+{% if dropout == operand %}
+        let {{ name }} = {{ operand }}[{{ name }}_at] * dropout_factor({{ name }}_at);
+{% else %}
+        let {{ name }} = {{ operand }}[{{ name }}_at];
 {% endif %}
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% endmacro %}
+
+{% call entry.each_group(threads, ["lane"] if share else []) %}
     let row_of_groups = group / p.wide_groups;
     let part = row_of_groups / p.narrow_groups;
     let w_base = (group - row_of_groups * p.wide_groups) * {{ threads * columns }}u + thread;
@@ -66,27 +64,30 @@ fn main(
 {% for j in range(ranks) %}
     let n{{ j }} = min(n_base + {{ j }}u, p.narrow - 1u);
 {% endfor %}
-{% for j in range(ranks) %}{% for c in range(columns) %}
+{% for j in range(ranks) %}
+{% for c in range(columns) %}
     var sum{{ j }}_{{ c }} = 0.0;
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
 
     let first = part * p.tokens_each;
     let end = min(first + p.tokens_each, p.tokens);
 {% if share %}
 {% for s in range(ranks // 8) %}
-    let mine{{ s }} = min(n_base + {{ 8 * s }}u + sharer, p.narrow - 1u);
+    let mine{{ s }} = min(n_base + {{ 8 * s }}u + lane, p.narrow - 1u);
 {% endfor %}
     for (var start = first; start < end; start = start + {{ steps }}u) {
 {% for t in range(steps) %}
         // Tokens past the end are the last one, multiplied by zero.
         let m{{ t }} = min(start + {{ t }}u, end - 1u);
         let wide_row{{ t }} = m{{ t }} * p.wide;
+        let narrow_row{{ t }} = m{{ t }} * p.narrow;
 {% for c in range(columns) %}
-        let x{{ t }}_{{ c }} = wide[wide_row{{ t }} + w{{ c }}]{{ " * dropout_factor(wide_row" ~ t ~ " + w" ~ c ~ ")" if dropout == "wide" }};
+{{ load("wide", "x" ~ t ~ "_" ~ c, "wide_row" ~ t, "w" ~ c) }}
 {% endfor %}
 {% for s in range(ranks // 8) %}
-        let at{{ t }}_{{ s }} = m{{ t }} * p.narrow + mine{{ s }};
-        let y{{ t }}_{{ s }} = select(0.0, narrow[at{{ t }}_{{ s }}]{{ " * dropout_factor(at" ~ t ~ "_" ~ s ~ ")" if dropout == "narrow" }}, start + {{ t }}u < end);
+{{ load("narrow", "own" ~ t ~ "_" ~ s, "narrow_row" ~ t, "mine" ~ s) }}
+        let y{{ t }}_{{ s }} = select(0.0, own{{ t }}_{{ s }}, start + {{ t }}u < end);
 {% endfor %}
 {% endfor %}
 {% for j in range(ranks) %}
@@ -95,7 +96,9 @@ fn main(
             let y{{ t }} = subgroupBroadcast(y{{ t }}_{{ j // 8 }}, {{ j % 8 }}u);
 {% endfor %}
 {% for c in range(columns) %}
-            sum{{ j }}_{{ c }} = {% for t in range(steps) %}fma(x{{ steps - 1 - t }}_{{ c }}, y{{ steps - 1 - t }}, {% endfor %}sum{{ j }}_{{ c }}{% for t in range(steps) %}){% endfor %};
+{% for t in range(steps) %}
+            sum{{ j }}_{{ c }} = fma(x{{ t }}_{{ c }}, y{{ t }}, sum{{ j }}_{{ c }});
+{% endfor %}
 {% endfor %}
         }
 {% endfor %}
@@ -105,20 +108,24 @@ fn main(
         let wide_row = m * p.wide;
         let narrow_row = m * p.narrow;
 {% for c in range(columns) %}
-        let x{{ c }} = wide[wide_row + w{{ c }}]{{ " * dropout_factor(wide_row + w" ~ c ~ ")" if dropout == "wide" }};
+{{ load("wide", "x" ~ c, "wide_row", "w" ~ c) }}
 {% endfor %}
 {% for j in range(ranks) %}
-        let y{{ j }} = narrow[narrow_row + n{{ j }}]{{ " * dropout_factor(narrow_row + n" ~ j ~ ")" if dropout == "narrow" }};
+{{ load("narrow", "y" ~ j, "narrow_row", "n" ~ j) }}
 {% for c in range(columns) %}
         sum{{ j }}_{{ c }} = sum{{ j }}_{{ c }} + x{{ c }} * y{{ j }};
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
     }
 {% endif %}
 
     let part_base = part * p.wide * p.narrow;
-{% for j in range(ranks) %}{% for c in range(columns) %}
+{% for j in range(ranks) %}
+{% for c in range(columns) %}
     if (w_base + {{ c * threads }}u < p.wide && n_base + {{ j }}u < p.narrow) {
-        out[part_base + w{{ c }} * p.wide_stride + n{{ j }} * p.narrow_stride] = p.scale * sum{{ j }}_{{ c }};
+        out[part_base + w{{ c }} * p.wide_stride + n{{ j }} * p.narrow_stride] =
+            p.scale * sum{{ j }}_{{ c }};
     }
-{% endfor %}{% endfor %}
-}
+{% endfor %}
+{% endfor %}
+{% endcall %}

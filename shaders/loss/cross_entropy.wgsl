@@ -4,6 +4,8 @@
 //
 // Floor: 8 M V bytes over the bandwidth with `gradient`, 4 M V without. 5 M V FLOP and one
 // exponential per logit take less time.
+{% import "shared/row_quads.wgsl" as row_quads %}
+{% import "shared/row_teams.wgsl" as row_teams %}
 
 struct Params {
     first_group: u32,
@@ -15,15 +17,14 @@ struct Params {
     scale: f32,
 }
 
+{% set type = "f32" if ragged else "vec4<f32>" %}
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> labels: array<u32>;
-@group(0) @binding(1) var<storage, read_write> logits: array<{{ "f32" if ragged else "vec4<f32>" }}>;
+@group(0) @binding(1) var<storage, read_write> logits: array<{{ type }}>;
 @group(0) @binding(2) var<storage, read_write> losses: array<f32>;
 
-{% set operand = "logits" %}
-{% include "shared/rows.wgsl" %}
-{% include "shared/store_rows.wgsl" %}
-{% include "shared/row_teams.wgsl" %}
+{{ row_quads.load("logits") }}
+{{ row_quads.store("logits") }}
 
 fn columns(q: u32) -> vec4<u32> {
     return vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u);
@@ -38,7 +39,7 @@ fn known4(row: u32, q: u32) -> vec4<f32> {
 {% endif %}
 }
 
-fn one_row(row: u32, team: Team, mine: bool) {
+{% call row_teams.each_row() %}
     let quads = (p.k + 3u) >> 2u;
     var most = vec4<f32>(-3.4e38);
     for (var q = team.lane; q < quads; q = q + team.size) {
@@ -75,4 +76,4 @@ fn one_row(row: u32, team: Team, mine: bool) {
         let onehot = select(zero, vec4<f32>(1.0), columns(q) == vec4<u32>(label));
         store_logits4(row, q, select(zero, (softmax - onehot) * p.scale, vec4<bool>(counts)));
     }
-}
+{% endcall %}

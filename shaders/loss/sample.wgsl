@@ -10,6 +10,7 @@
 // one of these.
 {% endif %}
 // A single workgroup does everything.
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -37,8 +38,9 @@ var<workgroup> best: array<vec2<u32>, {{ threads }}>;
 fn keys4(quad: u32) -> vec4<u32> {
     let bits = logits[quad];
     let keys = select(bits | vec4<u32>(0x80000000u), ~bits, bits > vec4<u32>(0x80000000u));
-    let known = select(keys, vec4<u32>(NONE), (bits & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u));
-    return select(vec4<u32>(0u), known, vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.len));
+    let is_nan = (bits & vec4<u32>(0x7fffffffu)) > vec4<u32>(0x7f800000u);
+    let exists = vec4<u32>(4u * quad) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.len);
+    return select(vec4<u32>(0u), select(keys, vec4<u32>(NONE), is_nan), exists);
 }
 
 // Puts the largest key, and the first token with that key, in best[0].
@@ -57,7 +59,8 @@ fn likeliest(thread: u32, quads: u32) {
         workgroupBarrier();
         if (thread < half) {
             let other = best[thread + half];
-            if (other.x > best[thread].x || (other.x == best[thread].x && other.y < best[thread].y)) {
+            let ties = other.x == best[thread].x && other.y < best[thread].y;
+            if (other.x > best[thread].x || ties) {
                 best[thread] = other;
             }
         }
@@ -104,7 +107,8 @@ fn multiply(a: u32, b: u32) -> vec2<u32> {
     let low = (a & 0xffffu) * (b & 0xffffu);
     let one = (a >> 16u) * (b & 0xffffu) + (low >> 16u);
     let other = (a & 0xffffu) * (b >> 16u) + (one & 0xffffu);
-    return vec2<u32>((other << 16u) | (low & 0xffffu), (a >> 16u) * (b >> 16u) + (one >> 16u) + (other >> 16u));
+    let lower = (other << 16u) | (low & 0xffffu);
+    return vec2<u32>(lower, (a >> 16u) * (b >> 16u) + (one >> 16u) + (other >> 16u));
 }
 
 // a * part / 2^32
@@ -139,7 +143,8 @@ fn plus(a: Sum, b: Sum) -> Sum {
 }
 
 fn reaches(sum: Sum, by_count: bool, target_sum: vec2<u32>) -> bool {
-    return !less(select(vec2<u32>(sum.low, sum.high), vec2<u32>(sum.count, 0u), by_count), target_sum);
+    let reached = select(vec2<u32>(sum.low, sum.high), vec2<u32>(sum.count, 0u), by_count);
+    return !less(reached, target_sum);
 }
 
 // The sum before this thread's bins; `own` is the sum of these bins.
@@ -179,13 +184,14 @@ fn fine_sum(start: u32, bin: u32) -> Sum {
     return Sum(count, sum.x, sum.y);
 }
 
-{% macro locate(bins, sum) %}
-    // The thread whose bins reach the target finds the bin that does.
+{# The thread whose bins, of `bins`, reach the target finds the bin that does. The block is the sum
+   of a bin. #}
+{% macro locate(bins) %}
     if (!reaches(start, by_count, target_sum)) {
         var sum = start;
         for (var i = 0u; i < {{ bins }} / {{ threads }}u; i = i + 1u) {
             let bin = {{ bins }} / {{ threads }}u * thread + i;
-            let of_bin = {{ sum }};
+            let of_bin = {{ caller() }};
             let through = plus(sum, of_bin);
             if (reaches(through, by_count, target_sum)) {
                 found = bin;
@@ -206,7 +212,7 @@ fn locate_fine(thread: u32, first: u32, offset: Sum, by_count: bool, target_sum:
         own = plus(own, fine_sum(first, STEPS / {{ threads }}u * thread + i));
     }
     let start = plus(offset, before(thread, own));
-{{ locate("STEPS", "fine_sum(first, bin)") }}
+{% call locate("STEPS") %}fine_sum(first, bin){% endcall %}
 }
 
 fn clear_fine(thread: u32) {
@@ -226,10 +232,12 @@ struct Place {
 
 // Finds the place where tokens or weights reach the target; `start` is the sum before this
 // thread's bins.
-fn search(thread: u32, quads: u32, largest: vec4<f32>, start: Sum, by_count: bool, target_sum: vec2<u32>) -> Place {
+fn search(
+    thread: u32, quads: u32, largest: vec4<f32>, start: Sum, by_count: bool, target_sum: vec2<u32>,
+) -> Place {
     // All threads have read the result of the last search.
     workgroupBarrier();
-{{ locate("BINS", "coarse_sum(bin)") }}
+{% call locate("BINS") %}coarse_sum(bin){% endcall %}
     let first = found * STEPS;
     let offset = above;
     clear_fine(thread);
@@ -319,16 +327,7 @@ fn chosen4(quad: u32, largest: vec4<f32>, q: u32, several: bool, key: u32) -> ve
 }
 {% endif %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     let quads = (p.len + 3u) >> 2u;
     likeliest(thread, quads);
 {% if greedy %}
@@ -380,6 +379,4 @@ fn main(
     let drawn = add(part_of(kept, p.random), vec2<u32>(1u, 0u));
     write(thread, quads, largest, search(thread, quads, largest, start, false, drawn));
 {% endif %}
-}
-
-{% include "shared/groups.wgsl" %}
+{% endcall %}

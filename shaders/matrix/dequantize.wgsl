@@ -1,5 +1,6 @@
 // Y = deq(W) + s * B * A: rows of a matrix as f32, with an adapter merged in if there is one (rank
 // > 0). One invocation writes eight values of a row.
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -12,6 +13,7 @@ struct Params {
     lora_scale: f32,
     m: Matrix,
 }
+
 {% include "shared/matrix_params.wgsl" %}
 
 {{ param_space }} p: Params;
@@ -20,19 +22,9 @@ struct Params {
 @group(0) @binding(2) var<storage, read> b: array<f32>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/matrix.wgsl" %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     let words = (p.k + 7u) >> 3u;
     let i = group * {{ threads }}u + thread;
     let row = i / words;
@@ -48,12 +40,18 @@ fn main(
         let scaled = b[(p.column + n) * p.rank + j] * p.lora_scale;
         let at = j * p.k;
 {% for e in range(4) %}
-        values.lo.{{ "xyzw"[e] }} = values.lo.{{ "xyzw"[e] }} + scaled * a[at + min(k + {{ e }}u, last)];
-        values.hi.{{ "xyzw"[e] }} = values.hi.{{ "xyzw"[e] }} + scaled * a[at + min(k + {{ e + 4 }}u, last)];
+{% for half, first in [("lo", 0), ("hi", 4)] %}
+{% set value = "values." ~ half ~ "." ~ "xyzw"[e] %}
+        {{ value }} = {{ value }} + scaled * a[at + min(k + {{ first + e }}u, last)];
+{% endfor %}
 {% endfor %}
     }
     let out = row * p.k + k;
-{% for e in range(8) %}
-    if (k + {{ e }}u < p.k) { y[out + {{ e }}u] = values.{{ "lo" if e < 4 else "hi" }}.{{ "xyzw"[e % 4] }}; }
+{% for half, first in [("lo", 0), ("hi", 4)] %}
+{% for e in range(4) %}
+    if (k + {{ first + e }}u < p.k) {
+        y[out + {{ first + e }}u] = values.{{ half }}.{{ "xyzw"[e] }};
+    }
 {% endfor %}
-}
+{% endfor %}
+{% endcall %}

@@ -3,7 +3,8 @@
 //
 // param *= decay; m += (g - m) * (1 - beta1); v = beta2 * v + (1 - beta2) * g^2;
 // param -= step_size * m / (sqrt(v) / root2 + eps)
-{% from "optim/shared/update.wgsl" import update %}
+{% import "shared/entry.wgsl" as entry %}
+{% import "optim/shared/update.wgsl" as step %}
 
 struct Params {
     first_group: u32,
@@ -26,12 +27,11 @@ struct Params {
 // Read as bits to detect a NaN: WGSL may assume that there are none.
 @group(0) @binding(4) var<storage, read> norm: array<u32>;
 
-fn quad(i: u32) {
-    let factor = norm[1];
-    if ((factor & 0x7f800000u) == 0x7f800000u) {
+{% call entry.each_quad(threads) %}
+    let bits = norm[1];
+    if ((bits & 0x7f800000u) == 0x7f800000u) {
         return;
     }
-{{ update("", "bitcast<f32>(factor)") }}
-}
-
-{% include "shared/quads.wgsl" %}
+    let factor = bitcast<f32>(bits);
+{{ step.update("") }}
+{% endcall %}

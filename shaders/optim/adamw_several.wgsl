@@ -1,6 +1,7 @@
 // One AdamW step of up to three tensors, each like in adamw.wgsl. A workgroup works on one of
 // them.
-{% from "optim/shared/update.wgsl" import update %}
+{% import "shared/entry.wgsl" as entry %}
+{% import "optim/shared/update.wgsl" as step %}
 
 struct Params {
     first_group: u32,
@@ -29,26 +30,24 @@ struct Params {
 @group(0) @binding({{ 4 * t + 4 }}) var<storage, read_write> v{{ t }}: array<vec4<f32>>;
 {% endfor %}
 
-{% include "shared/groups.wgsl" %}
-
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
+{# The step for tensor `t`, whose workgroups begin at `first`. #}
+{% macro update_one(t, first) %}
+        let i = (group - {{ first }}) * {{ threads }}u + thread;
+        if (i < p.quads{{ t }}) {
+{{ step.update(t) }}
+        }
+{% endmacro %}
+{% call entry.each_group(threads) %}
     let bits = norm[1];
-    if (group >= p.groups || (bits & 0x7f800000u) == 0x7f800000u) {
+    if ((bits & 0x7f800000u) == 0x7f800000u) {
         return;
     }
     let factor = bitcast<f32>(bits);
-{% for t in range(3) %}
-    {{ "if" if t == 0 else "} else if" }} ({{ "true" if t == 2 else "group < p.first" ~ (t + 1) }}) {
-        let i = (group - {{ "0u" if t == 0 else "p.first" ~ t }}) * {{ threads }}u + thread;
-        if (i < p.quads{{ t }}) {
-{{ update(t, "factor") }}
-        }
-{% endfor %}
+    if (group < p.first1) {
+{{ update_one(0, "0u") }}
+    } else if (group < p.first2) {
+{{ update_one(1, "p.first1") }}
+    } else {
+{{ update_one(2, "p.first2") }}
     }
-}
+{% endcall %}

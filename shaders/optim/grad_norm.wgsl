@@ -1,6 +1,7 @@
 // Given the sums of squares of runs of n gradients and their total, computes
 // values = [norm, factor, loss, norms of the n gradients]
 // with factor = min(1, max_norm / (norm + 1e-6)), or NaN if the norm or the loss is not finite.
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -19,23 +20,11 @@ struct Params {
 // Stored as bits: WGSL can store a NaN, but not write it as a constant.
 @group(0) @binding(3) var<storage, read_write> values: array<u32>;
 
-{% include "shared/groups.wgsl" %}
-
 fn is_finite(value: f32) -> bool {
     return (bitcast<u32>(value) & 0x7f800000u) != 0x7f800000u;
 }
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    let i = group * {{ threads }}u + thread;
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_value(threads) %}
     if (i < p.count) {
         var sum = squares[i * p.runs];
         for (var run = 1u; run < p.runs; run = run + 1u) {
@@ -61,4 +50,4 @@ fn main(
     }
     values[1] = factor;
     values[2] = loss_bits;
-}
+{% endcall %}

@@ -1,5 +1,6 @@
 // y[slot + row] = the sum of the squares of one of {{ runs }} runs of one of up to 12 tensors; row
 // = {{ runs }} * tensor + run. A team owns a row.
+{% import "shared/row_teams.wgsl" as row_teams %}
 
 struct Params {
     first_group: u32,
@@ -17,9 +18,7 @@ struct Params {
 {% endfor %}
 @group(0) @binding(12) var<storage, read_write> y: array<f32>;
 
-{% include "shared/row_teams.wgsl" %}
-
-fn one_row(row: u32, team: Team, mine: bool) {
+{% call row_teams.each_row() %}
     let tensor = row / {{ runs }}u;
     var sums = vec4<f32>(0.0);
 {% for t in range(12) %}
@@ -31,7 +30,8 @@ fn one_row(row: u32, team: Team, mine: bool) {
         let end = min(first + each, quads);
         for (var q = first + team.lane; q < end; q = q + team.size) {
             // Buffers end at whole quads; values past the tensor's end don't count.
-            let values = select(vec4<f32>(0.0), x{{ t }}[q], vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(len));
+            let known = vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(len);
+            let values = select(vec4<f32>(0.0), x{{ t }}[q], known);
             sums = sums + values * values;
         }
     }
@@ -40,4 +40,4 @@ fn one_row(row: u32, team: Team, mine: bool) {
     if (mine && team.lane == 0u) {
         y[p.slot + row] = sum;
     }
-}
+{% endcall %}

@@ -8,6 +8,8 @@
 // {{ "32 weights of a row from one 16-byte load" if chunked else "8 weights of a row" }} at a time
 // and multiplies them with X, which is staged in workgroup memory once for all rows. The number of
 // threads that share rows, and so the order of a result's sums, depends on the rows of X alone.
+{% import "shared/entry.wgsl" as entry %}
+{% import "shared/row_quads.wgsl" as row_quads %}
 {% set words = 4 if chunked else 1 %}
 {# Quads of a row of X that are staged at a time. One quad of padding after every eight spreads the
    banks. #}
@@ -30,28 +32,19 @@
 {% endmacro %}
 
 {% include "qmatmul/shared/forward.wgsl" %}
+
 @group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>; // W, bound again
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/matrix.wgsl" %}
-{% set operand = "x" %}
-{% include "shared/rows.wgsl" %}
+
+{{ row_quads.load("x") }}
 
 var<workgroup> x_tile: array<vec4<f32>, {{ tokens * stride }}>;
 // [row of W][row of X][thread]
 var<workgroup> partial: array<f32, {{ batch * tokens * threads }}>;
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     fill_codebook(thread);
 {% if not chunked %}
     // The first weights are decoded before X is staged.
@@ -64,7 +57,8 @@ fn main(
     let n{{ r }} = min(n_base + {{ r * teams }}u, p.n - 1u);
 {% for t in range(tokens) %}
     var sum{{ r }}_{{ t }} = 0.0;
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
 
     let quads = (p.k + 3u) >> 2u;
     let words = (p.k + 7u) >> 3u;
@@ -100,7 +94,8 @@ fn main(
 {% else %}
             {
 {% endif %}
-                x_tile[t * {{ stride }}u + local + local / 8u] = select(vec4<f32>(0.0), values, q < quads);
+                let at = t * {{ stride }}u + local + local / 8u;
+                x_tile[at] = select(vec4<f32>(0.0), values, q < quads);
             }
         }
         workgroupBarrier();
@@ -132,7 +127,9 @@ fn main(
 {% if chunked %}
                 var dot{{ r }} = a.x * lo{{ r }}.x;
 {% for e in range(1, 8) %}
-                dot{{ r }} = dot{{ r }} + {{ "a" if e < 4 else "b" }}.{{ "xyzw"[e % 4] }} * {{ "lo" if e < 4 else "hi" }}{{ r }}.{{ "xyzw"[e % 4] }};
+{% set x, weight = ("a", "lo") if e < 4 else ("b", "hi") %}
+{% set part = "xyzw"[e % 4] %}
+                dot{{ r }} = dot{{ r }} + {{ x }}.{{ part }} * {{ weight }}{{ r }}.{{ part }};
 {% endfor %}
                 sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + dot{{ r }} * scale{{ r }};
 {% if mins != "none" %}
@@ -140,7 +137,9 @@ fn main(
 {% endif %}
 {% else %}
 {% for e in range(8) %}
-                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + {{ "a" if e < 4 else "b" }}.{{ "xyzw"[e % 4] }} * {{ "lo" if e < 4 else "hi" }}{{ r }}.{{ "xyzw"[e % 4] }};
+{% set x, weight = ("a", "lo") if e < 4 else ("b", "hi") %}
+                sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }}
+                    + {{ x }}.{{ "xyzw"[e % 4] }} * {{ weight }}{{ r }}.{{ "xyzw"[e % 4] }};
 {% endfor %}
 {% endif %}
 {% endfor %}
@@ -156,20 +155,23 @@ fn main(
         let b{{ r }} = b[(p.column + n{{ r }}) * p.rank + j];
 {% for t in range(tokens) %}
         sum{{ r }}_{{ t }} = sum{{ r }}_{{ t }} + h{{ t }} * b{{ r }};
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
     }
 
     // The threads' sums are added up, eight at a time and then the rest.
 {% for first in range(0, rows, batch) %}
 {% set some = [batch, rows - first] | min %}
     workgroupBarrier();
-{% for r in range(some) %}{% for t in range(tokens) %}
+{% for r in range(some) %}
+{% for t in range(tokens) %}
     partial[{{ (r * tokens + t) * threads }}u + thread] = sum{{ first + r }}_{{ t }};
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
     workgroupBarrier();
     finish({{ first }}u, {{ some }}u, group, thread);
 {% endfor %}
-}
+{% endcall %}
 
 // Adds up the sums in `partial` for `some` rows of each team, from row `first` on, and stores the
 // results.
@@ -180,20 +182,27 @@ fn finish(first: u32, some: u32, group: u32, thread: u32) {
     // Eight neighbours become one, in the place of the first.
     for (var i = thread; i < results * {{ pieces }}u; i = i + {{ threads }}u) {
         var piece = 0.0;
-        for (var e = 0u; e < 8u; e = e + 1u) { piece = piece + partial[8u * i + e]; }
+        for (var e = 0u; e < 8u; e = e + 1u) {
+            piece = piece + partial[8u * i + e];
+        }
         partial[8u * i] = piece;
     }
     workgroupBarrier();
 {% endif %}
     for (var i = thread; i < results; i = i + {{ threads }}u) {
         var result = 0.0;
-        for (var e = 0u; e < {{ pieces if pieces > 1 else 8 }}u; e = e + 1u) { result = result + partial[{{ lanes }}u * i + {{ 8 if pieces > 1 else 1 }}u * e]; }
+{% set terms, apart = (pieces, 8) if pieces > 1 else (8, 1) %}
+        for (var e = 0u; e < {{ terms }}u; e = e + 1u) {
+            result = result + partial[{{ lanes }}u * i + {{ apart }}u * e];
+        }
         let team = i % {{ teams }}u;
         let t = i / {{ teams }}u % {{ tokens }}u;
         let r = first + i / {{ teams * tokens }}u;
         let n = group * {{ teams * rows }}u + r * {{ teams }}u + team;
         if (n < p.n && t < p.rows) {
-            if (p.bias_rows > 0u) { result = result + bias[bias_at(p.row + t, p.column + n)]; }
+            if (p.bias_rows > 0u) {
+                result = result + bias[bias_at(p.row + t, p.column + n)];
+            }
             y[(p.row + t) * p.y_stride + p.column + n] = result;
         }
     }

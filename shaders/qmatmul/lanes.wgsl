@@ -6,37 +6,65 @@
 // The workgroup is one subgroup of eight: each lane loads one of eight x and broadcasts it.
 // Drivers that don't detect that an address is the same in all lanes would load it eight times.
 {% endif %}
-{{ "" }}
+{% import "shared/entry.wgsl" as entry %}
+{% import "shared/row_quads.wgsl" as row_quads %}
+
 {% include "qmatmul/shared/forward.wgsl" %}
+
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/matrix.wgsl" %}
 {% if not share %}
-{% set operand = "x" %}
-{% include "shared/rows.wgsl" %}
+{{ row_quads.load("x") }}
 {% endif %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+{# Eight values of a row of X, in two vec4. #}
+{% macro load_x(t) %}
 {% if share %}
-    @builtin(subgroup_invocation_id) sharer: u32,
+            let x{{ t }} = x[row{{ t }} * p.k + 8u * g + lane];
+{% for half, first in [("lo", 0), ("hi", 4)] %}
+            let {{ half }}_x{{ t }} = vec4<f32>(
+{% for e in range(first, first + 4) %}
+                subgroupBroadcast(x{{ t }}, {{ e }}u),
+{% endfor %}
+            );
+{% endfor %}
+{% else %}
+            let lo_x{{ t }} = x4(row{{ t }}, 2u * g);
+            let hi_x{{ t }} = x4(row{{ t }}, 2u * g + 1u);
 {% endif %}
-) {
+{% endmacro %}
+{# Eight values of a row of W. #}
+{% macro load_w(c) %}
+{% if kind == "quant" and not ragged %}
+            let word{{ c }} = w[n{{ c }} * p.m.row_words + g];
+{% set low = " + low" ~ c if mins != "none" %}
+            let lo_w{{ c }} = decode_low(word{{ c }}) * scale{{ c }}{{ low }};
+            let hi_w{{ c }} = decode_high(word{{ c }}) * scale{{ c }}{{ low }};
+{% else %}
+            let decoded{{ c }} = weights8(n{{ c }}, g);
+            let lo_w{{ c }} = decoded{{ c }}.lo;
+            let hi_w{{ c }} = decoded{{ c }}.hi;
+{% endif %}
+{% endmacro %}
+{# Adds their products. #}
+{% macro multiply(t, c) %}
+{% for half in ["lo", "hi"] %}
+{% for e in "xyzw" %}
+            y{{ t }}_{{ c }} =
+                fma({{ half }}_x{{ t }}.{{ e }}, {{ half }}_w{{ c }}.{{ e }}, y{{ t }}_{{ c }});
+{% endfor %}
+{% endfor %}
+{% endmacro %}
+
+{% call entry.each_group(threads, ["lane"] if share else []) %}
 {% if share and kind == "quant" and decoder == "select" %}
-    fill_table(sharer);
+    fill_table(lane);
 {% endif %}
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
     let row_groups = p.rows / {{ tokens }}u;
     let column_group = group / row_groups;
     let row_group = group - column_group * row_groups;
-    let n_base = column_group * {{ threads * columns }}u + lane;
+    let n_base = column_group * {{ threads * columns }}u + thread;
     let row_base = p.row + row_group * {{ tokens }}u;
 
     // Columns past the end are computed from the last one and not stored; rows always come in
@@ -47,35 +75,13 @@ fn main(
 {% for t in range(tokens) %}
     let row{{ t }} = row_base + {{ t }}u;
 {% endfor %}
-{% for t in range(tokens) %}{% for c in range(columns) %}
+{% for t in range(tokens) %}
+{% for c in range(columns) %}
     var y{{ t }}_{{ c }} = 0.0;
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
 
     let words = (p.k + 7u) >> 3u;
-{% macro load_x(t) %}
-{% if share %}
-            let x{{ t }} = x[row{{ t }} * p.k + 8u * g + sharer];
-            let lo_x{{ t }} = vec4<f32>({% for e in range(4) %}subgroupBroadcast(x{{ t }}, {{ e }}u){{ ", " if not loop.last }}{% endfor %});
-            let hi_x{{ t }} = vec4<f32>({% for e in range(4, 8) %}subgroupBroadcast(x{{ t }}, {{ e }}u){{ ", " if not loop.last }}{% endfor %});
-{% else %}
-            let lo_x{{ t }} = x4(row{{ t }}, 2u * g);
-            let hi_x{{ t }} = x4(row{{ t }}, 2u * g + 1u);
-{% endif %}
-{% endmacro %}
-{% macro load_w(c) %}
-{% if kind == "quant" and not ragged %}
-            let word{{ c }} = w[n{{ c }} * p.m.row_words + g];
-            let lo_w{{ c }} = decode_low(word{{ c }}) * scale{{ c }}{{ " + low" ~ c if mins != "none" }};
-            let hi_w{{ c }} = decode_high(word{{ c }}) * scale{{ c }}{{ " + low" ~ c if mins != "none" }};
-{% else %}
-            let decoded{{ c }} = weights8(n{{ c }}, g);
-            let lo_w{{ c }} = decoded{{ c }}.lo;
-            let hi_w{{ c }} = decoded{{ c }}.hi;
-{% endif %}
-{% endmacro %}
-{% macro multiply(t, c) %}
-            y{{ t }}_{{ c }} = {% for half in ["hi", "lo"] %}{% for e in "wzyx" %}fma({{ half }}_x{{ t }}.{{ e }}, {{ half }}_w{{ c }}.{{ e }}, {% endfor %}{% endfor %}y{{ t }}_{{ c }}{% for i in range(8) %}){% endfor %};
-{% endmacro %}
 {% if kind == "quant" and not ragged %}
     // {{ words_per_scale }} words in a row share a scale, which is fetched once.
     for (var start = 0u; start < words; start = start + {{ words_per_scale }}u) {
@@ -143,4 +149,4 @@ fn main(
 {% endfor %}
     }
 {% endfor %}
-}
+{% endcall %}

@@ -7,27 +7,30 @@ enable f16;
 //
 // Floor: 2 M N K FLOP over the rate of f32. X is read N / {{ side }} times, W is read and decoded
 // M / {{ side }} times.
-{{ "" }}
 {% if f16 %}
 // Staged as f16: rows of X multiplied by a power of two from their own largest value, W by
 // `m.factor`; undone at the end.
 {% endif %}
+{% import "shared/entry.wgsl" as entry %}
+{% import "shared/row_quads.wgsl" as row_quads %}
 {% set quads_staged = 4 %}
 {% set rank_staged = 2 if f16 else 4 %}
 {% set type = "vec4<f16>" if f16 else "vec4<f32>" %}
-{% from "qmatmul/shared/tile_sums.wgsl" import slot, sums, multiply_rows, rank4 %}
+{% import "qmatmul/shared/tile_sums.wgsl" as tile_sums %}
 
 {% include "qmatmul/shared/forward.wgsl" %}
-@group(0) @binding(5) var<storage, read> row_factor: array<f32>; // of X, a power of two per row; f16 staging only
-@group(0) @binding(6) var<storage, read> w4: array<vec4<u32>>;   // W, bound again
+
+// The power of two for each row of X. Only f16 staging uses it.
+@group(0) @binding(5) var<storage, read> row_factor: array<f32>;
+@group(0) @binding(6) var<storage, read> w4: array<vec4<u32>>; // W, bound again
 @group(0) @binding(7) var<storage, read_write> y: array<{{ "vec4<f32>" if quads else "f32" }}>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/matrix.wgsl" %}
-{% set operand = "x" %}
-{% include "shared/rows.wgsl" %}
+
+{{ row_quads.load("x") }}
 
 {% set slots = side + 3 %}
+
 var<workgroup> x_tile: array<{{ type }}, {{ side * (quads_staged + 1) }}>;
 var<workgroup> w_tile: array<{{ type }}, {{ slots * (quads_staged + 1) }}>;
 {% if f16 %}
@@ -35,8 +38,8 @@ var<workgroup> h_tile: array<vec4<f32>, {{ side * (rank_staged + 1) }}>;
 var<workgroup> b_tile: array<vec4<f32>, {{ slots * (rank_staged + 1) }}>;
 {% endif %}
 
-{{ rank4("h", rank_quads) }}
-{{ rank4("b", rank_quads) }}
+{{ tile_sums.rank4("h") }}
+{{ tile_sums.rank4("b") }}
 
 {# A thread stages one of every `x_step` rows of X, or `h_step` rows of H. #}
 {% set threads = side * side // 64 %}
@@ -45,16 +48,7 @@ var<workgroup> b_tile: array<vec4<f32>, {{ slots * (rank_staged + 1) }}>;
 {# Words of a row of W that a thread stages at a time. #}
 {% set words_each = side * quads_staged // 2 // threads %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     fill_codebook(thread);
     let column_groups = (p.n + {{ side - 1 }}u) / {{ side }}u;
     let row_group = group / column_groups;
@@ -76,8 +70,8 @@ fn main(
     let n_local = thread % {{ side }}u;
     let n = min(n_base + n_local, p.n - 1u);
     let w_part = thread / {{ side }}u * {{ words_each }}u;
-    let w_at = {{ slot(side, "n_local") }} * {{ quads_staged + 1 }}u + 2u * w_part;
-{{ sums() }}
+    let w_at = {{ tile_sums.slot("n_local") }} * {{ quads_staged + 1 }}u + 2u * w_part;
+{{ tile_sums.sums() }}
 
     let quads = (p.k + 3u) >> 2u;
     let words = (p.k + 7u) >> 3u;
@@ -98,8 +92,16 @@ fn main(
 {% endif %}
         workgroupBarrier();
 {% for i in range(side // x_step) %}
-{% set scaled = "own" ~ i ~ (" * factor" ~ i if f16 else "") %}
-        x_tile[(x_local + {{ x_step * i }}u) * {{ quads_staged + 1 }}u + x_quad] = {{ type }}({{ scaled if chunked else "select(vec4<f32>(0.0), " ~ scaled ~ ", start + x_quad < quads)" }});
+        {
+            let scaled = own{{ i }}{{ " * factor" ~ i if f16 }};
+{% if chunked %}
+            let known = scaled;
+{% else %}
+            let known = select(vec4<f32>(0.0), scaled, start + x_quad < quads);
+{% endif %}
+            let at = (x_local + {{ x_step * i }}u) * {{ quads_staged + 1 }}u + x_quad;
+            x_tile[at] = {{ type }}(known);
+        }
 {% endfor %}
 {% if chunked %}
         let pair = select(codes.xy, codes.zw, (start & 4u) != 0u);
@@ -111,7 +113,8 @@ fn main(
             let word = select(pair.x, pair.y, w_part != 0u);
 {% endif %}
 {% for half, name in [(0, "low"), (1, "high")] %}
-            w_tile[w_at + {{ 2 * i + half }}u] = {{ type }}(decode_{{ name }}(word) * scale{{ " + low" if mins != "none" }});
+            w_tile[w_at + {{ 2 * i + half }}u] =
+                {{ type }}(decode_{{ name }}(word) * scale{{ " + low" if mins != "none" }});
 {% endfor %}
         }
 {% endfor %}
@@ -125,7 +128,7 @@ fn main(
 {% endfor %}
 {% endif %}
         workgroupBarrier();
-{{ multiply_rows(side, "x_tile", "w_tile", quads_staged, quads_staged) }}
+{{ tile_sums.multiply_rows("x_tile", "w_tile", quads_staged) }}
     }
 
 {% if f16 %}
@@ -148,14 +151,16 @@ fn main(
 {% for i in range(side // h_step) %}
         {
             let row = p.row + min(row_base + h_local + {{ h_step * i }}u, p.rows - 1u);
-            {{ left }}[(h_local + {{ h_step * i }}u) * {{ rank_staged + 1 }}u + h_quad] = h4(row, j);
+            {{ left }}[(h_local + {{ h_step * i }}u) * {{ rank_staged + 1 }}u + h_quad] =
+                h4(row, j);
             let column = h_local + {{ h_step * i }}u;
             let of_column = p.column + min(n_base + column, p.n - 1u);
-            {{ right }}[{{ slot(side, "column") }} * {{ rank_staged + 1 }}u + h_quad] = b4(of_column, j) * p.lora_scale;
+            {{ right }}[{{ tile_sums.slot("column") }} * {{ rank_staged + 1 }}u + h_quad] =
+                b4(of_column, j) * p.lora_scale;
         }
 {% endfor %}
         workgroupBarrier();
-{{ multiply_rows(side, left, right, rank_staged, rank_staged) }}
+{{ tile_sums.multiply_rows(left, right, rank_staged) }}
     }
 
 {% for half in range(2) %}
@@ -174,10 +179,13 @@ fn main(
             if (row < p.rows) {
                 if (p.bias_rows > 0u) {
 {% if quads %}
-                    value = value + bias[bias_at(p.row + row, p.column + min(column, p.n - 4u)) >> 2u];
+                    let first = bias_at(p.row + row, p.column + min(column, p.n - 4u));
+                    value = value + bias[first >> 2u];
 {% else %}
                     let first = bias_at(p.row + row, 0u);
-                    value = value + vec4<f32>(bias[first + c0], bias[first + c1], bias[first + c2], bias[first + c3]);
+                    value = value + vec4<f32>(
+                        bias[first + c0], bias[first + c1], bias[first + c2], bias[first + c3],
+                    );
 {% endif %}
                 }
 {% if quads %}
@@ -192,4 +200,4 @@ fn main(
 {% endfor %}
     }
 {% endfor %}
-}
+{% endcall %}

@@ -1,6 +1,7 @@
 // OUT [S, N] = s * the sums over the rows of A [M, N] (* B [M, N]), with one row of OUT for each
 // `rows_each` rows: S = 1, or partial sums that a second pass adds up. A thread owns a column.
 // `accumulate`: add to OUT.
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -18,18 +19,7 @@ struct Params {
 @group(0) @binding(1) var<storage, read> b: array<f32>;
 @group(0) @binding(2) var<storage, read_write> sums: array<f32>;
 
-{% include "shared/groups.wgsl" %}
-
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     let split = group / p.column_groups;
     let column = (group - split * p.column_groups) * {{ threads }}u + thread;
     if (column >= p.columns) {
@@ -50,4 +40,4 @@ fn main(
     let to = split * p.columns + column;
     if (p.accumulate != 0u) { sum = sums[to] + sum; }
     sums[to] = sum;
-}
+{% endcall %}

@@ -1,5 +1,6 @@
 // y[t] = deq(W)[ids[t]]: the table rows of token ids. One invocation writes eight values of a
 // token, if its row is in this part of the table.
+{% import "shared/entry.wgsl" as entry %}
 
 struct Params {
     first_group: u32,
@@ -12,6 +13,7 @@ struct Params {
     unused: u32,     // padding: the matrix starts at a multiple of 16 bytes
     m: Matrix,
 }
+
 {% include "shared/matrix_params.wgsl" %}
 
 {{ param_space }} p: Params;
@@ -19,19 +21,9 @@ struct Params {
 @group(0) @binding(1) var<storage, read> w: array<u32>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/matrix.wgsl" %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     let words = (p.k + 7u) >> 3u;
     let i = group * {{ threads }}u + thread;
     let token = i / words;
@@ -46,7 +38,11 @@ fn main(
     let values = weights8(id - p.first_row, g);
     let k = 8u * g;
     let out = token * p.k + k;
-{% for e in range(8) %}
-    if (k + {{ e }}u < p.k) { y[out + {{ e }}u] = values.{{ "lo" if e < 4 else "hi" }}.{{ "xyzw"[e % 4] }}; }
+{% for half, first in [("lo", 0), ("hi", 4)] %}
+{% for e in range(4) %}
+    if (k + {{ first + e }}u < p.k) {
+        y[out + {{ first + e }}u] = values.{{ half }}.{{ "xyzw"[e] }};
+    }
 {% endfor %}
-}
+{% endfor %}
+{% endcall %}

@@ -6,19 +6,13 @@ enable f16;
 // Floor: the 4 M K bytes of X and the 2 M K bytes written, over the bandwidth. A row is read again
 // while it is cached.
 
+{% import "shared/entry.wgsl" as entry %}
+
 {% include "rows/shared/row_largest.wgsl" %}
+
 @group(0) @binding(2) var<storage, read_write> packed: array<vec4<f16>>;
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     let own = group * {{ threads // team }}u + thread / {{ team }}u;
     let row = min(own, p.rows - 1u);
     let lane = thread % {{ team }}u;
@@ -32,12 +26,14 @@ fn main(
     let quads = (p.k + 63u) / 64u * 16u;
     for (var q = lane; q < quads; q = q + {{ team }}u) {
 {% if quads %}
-        let values = select(vec4<f32>(0.0), x[row * (p.k >> 2u) + min(q, (p.k >> 2u) - 1u)], 4u * q < p.k);
+        let at = row * (p.k >> 2u) + min(q, (p.k >> 2u) - 1u);
+        let values = select(vec4<f32>(0.0), x[at], 4u * q < p.k);
 {% else %}
         let place = vec4<u32>(4u * q) + vec4<u32>(0u, 1u, 2u, 3u);
         let at = min(place, vec4<u32>(p.k - 1u)) + vec4<u32>(row * p.k);
-        let values = select(vec4<f32>(0.0), vec4<f32>(x[at.x], x[at.y], x[at.z], x[at.w]), place < vec4<u32>(p.k));
+        let near = vec4<f32>(x[at.x], x[at.y], x[at.z], x[at.w]);
+        let values = select(vec4<f32>(0.0), near, place < vec4<u32>(p.k));
 {% endif %}
         packed[row * quads + q] = vec4<f16>(values * row_factor);
     }
-}
+{% endcall %}

@@ -3,6 +3,8 @@
 //
 // Floor: 8 M K bytes over the bandwidth, because x is read from memory once and y is written. 4 M
 // K FLOP take less time.
+{% import "shared/row_quads.wgsl" as row_quads %}
+{% import "shared/row_teams.wgsl" as row_teams %}
 
 struct Params {
     first_group: u32,
@@ -12,20 +14,17 @@ struct Params {
     eps: f32,
 }
 
+{% set type = "f32" if ragged else "vec4<f32>" %}
 {{ param_space }} p: Params;
-@group(0) @binding(0) var<storage, read> x: array<{{ "f32" if ragged else "vec4<f32>" }}>;
-@group(0) @binding(1) var<storage, read> w: array<{{ "f32" if ragged else "vec4<f32>" }}>;
-@group(0) @binding(2) var<storage, read_write> y: array<{{ "f32" if ragged else "vec4<f32>" }}>;
+@group(0) @binding(0) var<storage, read> x: array<{{ type }}>;
+@group(0) @binding(1) var<storage, read> w: array<{{ type }}>;
+@group(0) @binding(2) var<storage, read_write> y: array<{{ type }}>;
 
-{% set operand = "x" %}
-{% include "shared/rows.wgsl" %}
-{% set operand = "w" %}
-{% include "shared/rows.wgsl" %}
-{% set operand = "y" %}
-{% include "shared/store_rows.wgsl" %}
-{% include "shared/row_teams.wgsl" %}
+{{ row_quads.load("x") }}
+{{ row_quads.load("w") }}
+{{ row_quads.store("y") }}
 
-fn one_row(row: u32, team: Team, mine: bool) {
+{% call row_teams.each_row() %}
     let quads = (p.k + 3u) >> 2u;
     var squares = 0.0;
     for (var q = team.lane; q < quads; q = q + team.size) {
@@ -37,4 +36,4 @@ fn one_row(row: u32, team: Team, mine: bool) {
     for (var q = team.lane; mine && q < quads; q = q + team.size) {
         store_y4(row, q, x4(row, q) * rstd * w4(0u, q));
     }
-}
+{% endcall %}

@@ -5,7 +5,9 @@
 {% endif %}
 //
 // Floor: {{ 16 if adds else 12 }} M K bytes over the bandwidth: dy and x are read from memory
-// once, dx is written{{ " and read" if adds }}. 9 M K FLOP take less time.
+// once, dx is {{ "read and written" if adds else "written" }}. 9 M K FLOP take less time.
+{% import "shared/row_quads.wgsl" as row_quads %}
+{% import "shared/row_teams.wgsl" as row_teams %}
 
 struct Params {
     first_group: u32,
@@ -15,21 +17,22 @@ struct Params {
     eps: f32,
 }
 
+{% set type = "f32" if ragged else "vec4<f32>" %}
 {{ param_space }} p: Params;
-@group(0) @binding(0) var<storage, read> dy: array<{{ "f32" if ragged else "vec4<f32>" }}>;
-@group(0) @binding(1) var<storage, read> x: array<{{ "f32" if ragged else "vec4<f32>" }}>;
-@group(0) @binding(2) var<storage, read> w: array<{{ "f32" if ragged else "vec4<f32>" }}>;
-@group(0) @binding(3) var<storage, read_write> dx: array<{{ "f32" if ragged else "vec4<f32>" }}>;
+@group(0) @binding(0) var<storage, read> dy: array<{{ type }}>;
+@group(0) @binding(1) var<storage, read> x: array<{{ type }}>;
+@group(0) @binding(2) var<storage, read> w: array<{{ type }}>;
+@group(0) @binding(3) var<storage, read_write> dx: array<{{ type }}>;
 
-{% for name in ["dy", "x", "w"] + (["dx"] if adds else []) %}
-{% set operand = name %}
-{% include "shared/rows.wgsl" %}
-{% endfor %}
-{% set operand = "dx" %}
-{% include "shared/store_rows.wgsl" %}
-{% include "shared/row_teams.wgsl" %}
+{{ row_quads.load("dy") }}
+{{ row_quads.load("x") }}
+{{ row_quads.load("w") }}
+{% if adds %}
+{{ row_quads.load("dx") }}
+{% endif %}
+{{ row_quads.store("dx") }}
 
-fn one_row(row: u32, team: Team, mine: bool) {
+{% call row_teams.each_row() %}
     let quads = (p.k + 3u) >> 2u;
     var squares = 0.0;
     var products = 0.0;
@@ -42,6 +45,11 @@ fn one_row(row: u32, team: Team, mine: bool) {
     let rstd = 1.0 / sqrt(team_sum(squares, team.thread) / k + p.eps);
     let along = team_sum(products, team.thread) / k * rstd * rstd;
     for (var q = team.lane; mine && q < quads; q = q + team.size) {
-        store_dx4(row, q, {{ "dx4(row, q) + " if adds }}rstd * (w4(0u, q) * dy4(row, q) - along * x4(row, q)));
+        let values = rstd * (w4(0u, q) * dy4(row, q) - along * x4(row, q));
+{% if adds %}
+        store_dx4(row, q, dx4(row, q) + values);
+{% else %}
+        store_dx4(row, q, values);
+{% endif %}
     }
-}
+{% endcall %}

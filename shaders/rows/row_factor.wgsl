@@ -3,22 +3,15 @@
 //
 // Floor: the 4 M K bytes of X over the bandwidth.
 
+{% import "shared/entry.wgsl" as entry %}
+
 {% include "rows/shared/row_largest.wgsl" %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     let own = group * {{ threads // team }}u + thread / {{ team }}u;
     let lane = thread % {{ team }}u;
     let largest = largest_of(min(own, p.rows - 1u), lane, thread);
     if (lane == 0u && own < p.rows) {
         factor[own] = factor_of(largest);
     }
-}
+{% endcall %}

@@ -26,7 +26,8 @@ fn word_as_f32(at: u32) -> f32 {
 
 {# `NAME_of` in two steps. The second step must wait for the code before it can look in the table,
    so it is placed where the loads of the first step have finished. #}
-{% macro block_value(name, how, at, supers, table, offset) %}
+{% macro block_value(name, how) %}
+{% set other = "min_" if name == "min" %}
 {% if how == "double" %}
 // Stored form of a block's {{ name }}: the word with its code, which starts at bit `shift`, and
 // its super-scale.
@@ -38,19 +39,21 @@ struct Stored{{ name | title }} {
 
 fn stored_{{ name }}(block: u32) -> Stored{{ name | title }} {
     let super_block = (block + p.m.first_block) >> p.m.super_shift;
-    return Stored{{ name | title }}(w[{{ at }} + (block >> 2u)], 8u * (block & 3u), word_as_f32({{ supers }} + super_block));
+    let above = word_as_f32(p.m.{{ other }}supers + super_block);
+    return Stored{{ name | title }}(w[p.m.{{ name }}s + (block >> 2u)], 8u * (block & 3u), above);
 }
 
 fn {{ name }}_from(stored: Stored{{ name | title }}) -> f32 {
     // Rounded after the product and again after the sum, like the reference.
-    let scaled = word_as_f32({{ table }} + ((stored.word >> stored.shift) & 255u)) * stored.above;
-    return scaled + {{ offset }};
+    let code = (stored.word >> stored.shift) & 255u;
+    let scaled = word_as_f32(p.m.{{ other }}table + code) * stored.above;
+    return scaled + p.m.{{ other }}offset;
 }
 {% else %}
 alias Stored{{ name | title }} = f32;
 
 fn stored_{{ name }}(block: u32) -> f32 {
-    return word_as_f32({{ at }} + block);
+    return word_as_f32(p.m.{{ name }}s + block);
 }
 
 fn {{ name }}_from(stored: f32) -> f32 {
@@ -65,9 +68,9 @@ fn {{ name }}_of(block: u32) -> f32 {
 {% endmacro %}
 
 {% if kind == "quant" %}
-{{ block_value("scale", scales, "p.m.scales", "p.m.supers", "p.m.table", "p.m.offset") }}
+{{ block_value("scale", scales) }}
 {% if mins != "none" %}
-{{ block_value("min", mins, "p.m.mins", "p.m.min_supers", "p.m.min_table", "p.m.min_offset") }}
+{{ block_value("min", mins) }}
 {% endif %}
 
 {% if decoder == "select" and share is defined and share %}
@@ -89,7 +92,8 @@ fn fill_table(lane: u32) {
 // The codebook value of the code that starts at this bit of a word.
 fn decode(word: u32, start: u32) -> f32 {
     let code = (word >> start) & 7u;
-    return select(subgroupShuffle(table_lo, code), subgroupShuffle(table_hi, code), (word & (8u << start)) != 0u);
+    let is_high = (word & (8u << start)) != 0u;
+    return select(subgroupShuffle(table_lo, code), subgroupShuffle(table_hi, code), is_high);
 }
 
 // Values of codes 0 to 3, the low half of a word.
@@ -118,7 +122,10 @@ fn fill_codebook(thread: u32) {
 // Values of codes 0 to 3, the low half of a word.
 fn decode_low(word: u32) -> vec4<f32> {
     return vec4<f32>(
-        codebook[word & 15u], codebook[(word >> 4u) & 15u], codebook[(word >> 8u) & 15u], codebook[(word >> 12u) & 15u],
+        codebook[word & 15u],
+        codebook[(word >> 4u) & 15u],
+        codebook[(word >> 8u) & 15u],
+        codebook[(word >> 12u) & 15u],
     );
 }
 
@@ -129,12 +136,15 @@ fn decode_high(word: u32) -> vec4<f32> {
 {% elif decoder == "select" %}
 // Codebook values of four codes of a word, whose bits are under the masks: a tree of selects. On
 // software drivers this takes half the time of a table in workgroup memory.
-fn decode(word: u32, bit0: vec4<u32>, bit1: vec4<u32>, bit2: vec4<u32>, bit3: vec4<u32>) -> vec4<f32> {
+fn decode(
+    word: u32, bit0: vec4<u32>, bit1: vec4<u32>, bit2: vec4<u32>, bit3: vec4<u32>,
+) -> vec4<f32> {
 {% for i in range(4) %}
     let b{{ i }} = (vec4<u32>(word) & bit{{ i }}) != vec4<u32>(0u);
 {% endfor %}
 {% for i in range(8) %}
-    let a{{ i }} = select(vec4<f32>({{ codebook[2 * i] }}), vec4<f32>({{ codebook[2 * i + 1] }}), b0);
+    let a{{ i }} =
+        select(vec4<f32>({{ codebook[2 * i] }}), vec4<f32>({{ codebook[2 * i + 1] }}), b0);
 {% endfor %}
 {% for i in range(4) %}
     let c{{ i }} = select(a{{ 2 * i }}, a{{ 2 * i + 1 }}, b1);
@@ -237,9 +247,11 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
     let block = flat.x >> p.m.block_shift;
     // Two scales beyond the last block are stored, so block + 1 can always be read.
     let next = (flat >> vec4<u32>(p.m.block_shift)) != vec4<u32>(block);
-    var values = decode_low(word) * select(vec4<f32>(scale_of(block)), vec4<f32>(scale_of(block + 1u)), next);
+    let scale = select(vec4<f32>(scale_of(block)), vec4<f32>(scale_of(block + 1u)), next);
+    var values = decode_low(word) * scale;
 {% if mins != "none" %}
-    values = values + select(vec4<f32>(min_of(block)), vec4<f32>(min_of(block + 1u)), next);
+    let low = select(vec4<f32>(min_of(block)), vec4<f32>(min_of(block + 1u)), next);
+    values = values + low;
 {% endif %}
     return select(vec4<f32>(0.0), values, k < vec4<u32>(p.k));
 }
@@ -251,7 +263,9 @@ fn weights4(n: u32, q: u32) -> vec4<f32> {
     return bitcast<vec4<f32>>(w4[n * (p.m.row_words >> 2u) + q]);
 {% else %}
     let at = n * p.m.row_words + 4u * q;
-    return vec4<f32>(word_as_f32(at), word_as_f32(at + 1u), word_as_f32(at + 2u), word_as_f32(at + 3u));
+    return vec4<f32>(
+        word_as_f32(at), word_as_f32(at + 1u), word_as_f32(at + 2u), word_as_f32(at + 3u),
+    );
 {% endif %}
 }
 

@@ -1,5 +1,5 @@
-// Layout of one part of a device matrix in its buffer; `MatrixLayout` in src/kernels/packing.rs.
-// Places are in u32 words.
+// Layout of one part of a device matrix in its buffer; `MatrixLayout` in
+// src/kernels/matrix/packing.rs. Places are in u32 words.
 struct Matrix {
     row_words: u32,    // stride from one row of codes or values to the next
     block_shift: u32,  // log2 of the weights per block
@@ -14,5 +14,5 @@ struct Matrix {
     min_supers: u32,
     min_table: u32,
     min_offset: f32,
-    factor: f32,       // power of two that brings the largest weight near 256, for f16 staging
+    factor: f32,       // power of two that brings the largest weight near 256, for f16
 }

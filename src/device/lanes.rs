@@ -10,7 +10,7 @@ use crate::error::Result;
 const BYTES: u64 = 256;
 
 /// Runs one workgroup of a pipeline without any work. The shader then stores the size of its
-/// subgroups as an f32 in its last buffer (`enter` of `shaders/shared/coop.wgsl`).
+/// subgroups as an f32 in its last buffer (`each_group` of `shaders/shared/coop.wgsl`).
 pub(super) fn measured(
     raw: &Raw,
     label: &str,

@@ -1,5 +1,5 @@
 //! Shader text: whole `.wgsl` files with a few template tags for tile sizes, unrolled loops and
-//! shared snippets.
+//! shared snippets. What a device gets is indented anew, so tags need not care for spaces.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -189,10 +189,69 @@ fn environment() -> Result<Environment<'static>, minijinja::Error> {
 fn add_templates(environment: &mut Environment<'static>, folder: &Dir<'static>) -> Result<(), minijinja::Error> {
     for file in folder.files() {
         if let (Some(path), Some(source)) = (file.path().to_str(), file.contents_utf8()) {
-            environment.add_template_owned(path.replace('\\', "/"), source)?;
+            environment.add_template_owned(path.replace('\\', "/"), without_line_ends(source))?;
         }
     }
     folder.dirs().try_for_each(|folder| add_templates(environment, folder))
+}
+
+/// Leaves out the end of every line that is a single `{{ macro() }}`, as minijinja does for lines of
+/// `{% %}`. What the macro writes has line ends of its own.
+fn without_line_ends(source: &str) -> String {
+    let is_call = |line: &str| line.starts_with("{{") && line.find("}}") == Some(line.len() - 2);
+    source.split_inclusive('\n').map(|line| if is_call(line.trim()) { line.trim_end() } else { line }).collect()
+}
+
+/// Indents composed text by its brackets, and leaves one blank line where there are some, and after
+/// each function and struct.
+fn tidy(text: &str) -> String {
+    let mut tidied = String::with_capacity(text.len());
+    // For each line that has opened brackets: how many are open still, and the indentation within.
+    let mut open: Vec<(usize, usize)> = Vec::new();
+    let (mut blank, mut first, mut continues) = (false, true, false);
+    for line in text.lines().map(str::trim) {
+        if line.is_empty() {
+            blank = true;
+            continue;
+        }
+        let code = line.find("//").map_or(line, |at| line[..at].trim_end());
+        let closers = code.find(|c| !matches!(c, ')' | ']' | '}')).unwrap_or(code.len());
+        let close = |open: &mut Vec<(usize, usize)>| {
+            if let Some(last) = open.last_mut() {
+                last.0 -= 1;
+                if last.0 == 0 {
+                    open.pop();
+                }
+            }
+        };
+        (0..closers).for_each(|_| close(&mut open));
+        let within = open.last().map_or(0, |&(_, within)| within);
+        let indent = within + usize::from(continues && closers == 0);
+        let after_item = tidied.ends_with("\n}\n");
+        if (blank || after_item) && !first && closers == 0 {
+            tidied.push('\n');
+        }
+        tidied.extend(std::iter::repeat_n("    ", indent));
+        tidied.push_str(line);
+        tidied.push('\n');
+        let mut opened = 0;
+        for c in code[closers..].chars() {
+            match c {
+                '(' | '[' | '{' => opened += 1,
+                ')' | ']' | '}' if opened > 0 => opened -= 1,
+                ')' | ']' | '}' => close(&mut open),
+                _ => {}
+            }
+        }
+        if opened > 0 {
+            open.push((opened, indent + 1));
+        }
+        (blank, first) = (false, opened > 0);
+        if !code.is_empty() {
+            continues = !code.starts_with('@') && !code.ends_with([';', ',', '{', '}', '(', '[']);
+        }
+    }
+    tidied
 }
 
 /// Composes the WGSL text of a kernel's variant. `immediates` chooses where `Params` lives: in
@@ -220,5 +279,27 @@ pub fn compose(kernel: &Kernel, defines: &Defines, immediates: bool) -> Result<S
     ENVIRONMENT
         .get_template(kernel.path)
         .and_then(|template| template.render(Value::from(context)))
+        .map(|text| tidy(&text))
         .map_err(|error| format!("shaders/{}: {error:#}", kernel.path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn composed_text_is_indented_by_its_brackets() {
+        let text = "\n// A (comment.\n\n\nfn main(\n@builtin(x) x: u32,\n) {\n\n  let a =\n b(1u,\n   2u);\n\n\
+            if (a) { c = 1; }\nd(e(\n f,\n));\n\n}\n\n\nstruct A {\nb: u32, // of {\n}\n";
+        let tidied = "// A (comment.\n\nfn main(\n    @builtin(x) x: u32,\n) {\n    let a =\n        b(1u,\n            2u);\n\n    \
+            if (a) { c = 1; }\n    d(e(\n        f,\n    ));\n}\n\nstruct A {\n    b: u32, // of {\n}\n";
+        assert_eq!(tidy(text), tidied);
+        assert_eq!(tidy(tidied), tidied);
+    }
+
+    #[test]
+    fn only_lines_of_a_single_call_lose_their_ends() {
+        let source = "  {{ a(1) }}\n\n{{ b }} c\n{{ d }}{{ e }}\n{{ f() }}\n";
+        assert_eq!(without_line_ends(source), "  {{ a(1) }}\n{{ b }} c\n{{ d }}{{ e }}\n{{ f() }}");
+    }
 }

@@ -7,6 +7,8 @@
 pub mod attention;
 pub(crate) mod cpu;
 pub mod elementwise;
+#[cfg(test)]
+mod golden;
 pub mod lora;
 pub mod loss;
 pub mod matrix;

@@ -2,6 +2,8 @@
 // d of dO * O). `team` threads share a row.
 //
 // Floor: bytes of dO and O, 8 * M * H * D, over the memory's bandwidth; 2 * M * H * D FLOP.
+{% import "shared/entry.wgsl" as entry %}
+
 struct Params {
     first_group: u32,
     groups: u32,
@@ -15,22 +17,11 @@ struct Params {
 @group(0) @binding(2) var<storage, read> lse: array<f32>;
 @group(0) @binding(3) var<storage, read_write> stats: array<vec2<f32>>;
 
-{% include "shared/groups.wgsl" %}
-
 {% if team > 1 %}
 var<workgroup> sums: array<f32, {{ threads }}>;
 {% endif %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     let row = group * {{ threads // team }}u + thread / {{ team }}u;
     let begin = min(row, p.rows - 1u) * p.quads;
     var sum = 0.0;
@@ -48,4 +39,4 @@ fn main(
 {% endfor %}
 {% endif %}
     if (row < p.rows) { stats[row] = vec2<f32>(lse[row], sum); }
-}
+{% endcall %}

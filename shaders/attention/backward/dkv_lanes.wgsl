@@ -3,50 +3,35 @@
 //
 // P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
 // dV = P^T * dO, dK = scale * dS^T * Q.
-{% from "attention/shared/heads.wgsl" import key_block %}
-{% from "attention/shared/lane_rows.wgsl" import dots, add_up, zeros, eight %}
+{% import "attention/shared/buffers.wgsl" as buffers %}
+{% import "attention/shared/sides.wgsl" as sides %}
+{% import "attention/shared/lane_rows.wgsl" as lane_rows %}
+
 {% include "attention/shared/params.wgsl" %}
-@group(0) @binding(0) var<storage, read> q: array<f32>;
-@group(0) @binding(1) var<storage, read> k: array<f32>;
-@group(0) @binding(2) var<storage, read> v: array<f32>;
-@group(0) @binding(3) var<storage, read> d_o: array<f32>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;        // for each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> query_ranges: array<vec2<u32>>; // for each key: first query, end
+
+{{ buffers.backward("f32", sides.keys) }}
 @group(0) @binding(6) var<storage, read_write> dk: array<f32>;
 @group(0) @binding(7) var<storage, read_write> dv: array<f32>;
 
-@compute @workgroup_size(8)
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(subgroup_invocation_id) lane: u32,
-) {
-{{ key_block() }}
-{% for r in range(rows) %}
-    let key{{ r }} = min(block * {{ rows }}u + {{ r }}u, p.keys - 1u);
-    let seen_by{{ r }} = query_ranges[key{{ r }}];
-    let row{{ r }} = (key{{ r }} * p.kv_heads + kv_head) * {{ head_dim }}u;
-{% endfor %}
-{{ zeros("dk") }}
-{{ zeros("dv") }}
-    // Ranges don't move back from one key to the next, so these are the queries of all keys here.
-    let end = seen_by{{ rows - 1 }}.y;
+{% call lane_rows.each_row(sides.keys) %}
+{{ lane_rows.zeros("dk") }}
+{{ lane_rows.zeros("dv") }}
     for (var head = kv_head * heads; head < (kv_head + 1u) * heads; head = head + 1u) {
-    for (var first = seen_by0.x; first < end; first = first + 8u) {
+    for (var first = seen0.x; first < end; first = first + 8u) {
         let query = first + lane;
         let at = min(query, p.queries - 1u) * p.heads + head;
         let stat = stats[at];
         let own = at * {{ head_dim }}u;
-{{ dots("score", "k", "row", "q", "own") }}
-{{ dots("d_weight", "v", "row", "d_o", "own") }}
+{{ lane_rows.dots("score", "k", "q") }}
+{{ lane_rows.dots("d_weight", "v", "d_o") }}
+{{ lane_rows.visible(sides.queries) }}
 {% for r in range(rows) %}
-        let visible{{ r }} = query >= seen_by{{ r }}.x && query < seen_by{{ r }}.y;
         let weight{{ r }} = select(0.0, exp(score{{ r }} * p.scale - stat.x), visible{{ r }});
         let d_score{{ r }} = weight{{ r }} * (d_weight{{ r }} - stat.y);
 {% endfor %}
-{{ eight("query", "first", "p.queries", "p.heads", "head") }}
-{{ add_up("dv", "weight", "d_o", "query") }}
-{{ add_up("dk", "d_score", "q", "query") }}
+{{ lane_rows.eight(sides.queries) }}
+{{ lane_rows.add_up("dv", "weight", "d_o") }}
+{{ lane_rows.add_up("dk", "d_score", "q") }}
     }
     }
 
@@ -58,4 +43,4 @@ fn main(
 {% endfor %}
     }
 {% endfor %}
-}
+{% endcall %}

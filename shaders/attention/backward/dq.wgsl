@@ -3,36 +3,18 @@
 // P = exp(scale * Q * K^T - lse), dS = P * (dO * V^T - delta),
 // dQ = scale * dS * K.
 //
-// For software drivers. See attention_dq_tile for the floor.
-{% from "attention/shared/heads.wgsl" import query_block %}
-{% from "attention/shared/dot_quads.wgsl" import dot_quads %}
-{% include "attention/shared/row_parts.wgsl" %}
-@group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
-@group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // for each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
+// For software drivers. See attention/backward/dq_tile.wgsl for the floor.
+{% import "attention/shared/buffers.wgsl" as buffers %}
+{% import "attention/shared/sides.wgsl" as sides %}
+{% import "attention/shared/row_parts.wgsl" as row_parts %}
+
+{% include "attention/shared/params.wgsl" %}
+
+{{ buffers.backward("vec4<f32>", sides.queries) }}
 @group(0) @binding(6) var<storage, read_write> dq: array<vec4<f32>>;
 
-@compute @workgroup_size({{ rows * parts }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-{{ query_block() }}
-    let part = thread / {{ rows }}u;
-    let row = block * {{ rows }}u + thread % {{ rows }}u;
-    let query = min(row, p.queries - 1u);
-    let seen = key_ranges[query];
-    // Ranges don't move back from one query to the next, so these are the keys of all queries
-    // here.
-    let start = key_ranges[block * {{ rows }}u].x;
-    let end = key_ranges[min(block * {{ rows }}u + {{ rows - 1 }}u, p.queries - 1u)].y;
-
-    let stat = stats[query * p.heads + head];
-    let own = (query * p.heads + head) * {{ quads * parts }}u + part * {{ quads }}u;
+{% call row_parts.each_row(sides.queries) %}
+    let stat = stats[own_row];
 {% for i in range(quads) %}
     let q{{ i }} = q[own + {{ i }}u] * p.scale;
     let do{{ i }} = d_o[own + {{ i }}u];
@@ -42,14 +24,14 @@ fn main(
         // First scores, then gradients of the weights.
         var sums = vec4<f32>(0.0);
 {% for t in range(tile) %}
-        let at{{ t }} = (min(key + {{ t }}u, p.keys - 1u) * p.kv_heads + kv_head) * {{ quads * parts }}u + part * {{ quads }}u;
-{{ dot_quads("sums." ~ "xy"[t], "q", "k", "at" ~ t, quads) }}
-{{ dot_quads("sums." ~ "zw"[t], "do", "v", "at" ~ t, quads) }}
+{{ row_parts.other(sides.keys, t) }}
+{{ row_parts.dot_quads("sums." ~ "xy"[t], "q", "k", "at" ~ t) }}
+{{ row_parts.dot_quads("sums." ~ "zw"[t], "do", "v", "at" ~ t) }}
 {% endfor %}
         sums = over_parts(sums, thread);
 {% for t in range(tile) %}
         {
-            let visible = key + {{ t }}u >= seen.x && key + {{ t }}u < seen.y;
+{{ row_parts.visible(sides.keys, t) }}
             let weight = select(0.0, exp(sums.{{ "xy"[t] }} - stat.x), visible);
             let d_score = weight * (sums.{{ "zw"[t] }} - stat.y);
 {% for i in range(quads) %}
@@ -64,4 +46,4 @@ fn main(
         dq[own + {{ i }}u] = dq{{ i }} * p.scale;
 {% endfor %}
     }
-}
+{% endcall %}

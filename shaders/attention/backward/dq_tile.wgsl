@@ -6,57 +6,43 @@
 // Floor: bytes of Q, dO, dQ, K and V, 4 * D * (3 * M * H + 2 * keys * Hkv), over the memory's
 // bandwidth; 6 * H * D FLOP per pair of a query and a key that it sees (M * keys pairs, half of
 // them in causal order) over the rate of f32.
-{{ "" }}
-{% from "attention/shared/heads.wgsl" import query_block %}
-{% from "attention/shared/thread_tiles.wgsl" import across, quads, own_rows, other_rows, threads, staged_quads, begin, begins, product, stage_weights, gather, store, zeros, ranges, visible %}
+{% import "attention/shared/buffers.wgsl" as buffers %}
+{% import "attention/shared/sides.wgsl" as sides %}
+{% import "attention/shared/thread_tiles.wgsl" as tiles %}
+
 {% include "attention/shared/params.wgsl" %}
-@group(0) @binding(0) var<storage, read> q: array<vec4<f32>>;
-@group(0) @binding(1) var<storage, read> k: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> v: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> d_o: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> stats: array<vec2<f32>>;      // for each query and head: lse, delta
-@group(0) @binding(5) var<storage, read> key_ranges: array<vec2<u32>>; // for each query: first key, end
+
+{{ buffers.backward("vec4<f32>", sides.queries) }}
 @group(0) @binding(6) var<storage, read_write> dq: array<vec4<f32>>;
 
-// Tiles of both sides, later gradients of scores and K.
-var<workgroup> staged: array<vec4<f32>, {{ staged_quads }}>;
-
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-{{ query_block() }}
-    let base = block * {{ own_rows }}u;
-{{ begin() }}
-{{ ranges("key_ranges", "base", "p.queries") }}
-{{ begins("q_begin", own_rows, "base", "p.queries", "p.heads", "head") }}
-{{ zeros("dq") }}
+{% call tiles.each_block(sides.queries) %}
+{{ tiles.zeros("dq") }}
 {% for i in range(tall) %}
-    let stat{{ i }} = stats[min(base + down * {{ tall }}u + {{ i }}u, p.queries - 1u) * p.heads + head];
+    let query{{ i }} = min(base + down * {{ tall }}u + {{ i }}u, p.queries - 1u);
+    let stat{{ i }} = stats[query{{ i }} * p.heads + head];
 {% endfor %}
 
-    for (var key = start; key < end; key = key + {{ other_rows }}u) {
-{{ begins("k_begin", other_rows, "key", "p.keys", "p.kv_heads", "kv_head") }}
-{{ product("weight", "q", "q_begin", "k", "k_begin") }}
+    for (var key = start; key < end; key = key + {{ tiles.other_rows }}u) {
+{{ tiles.other_begins(sides.keys) }}
+{{ tiles.product("weight", "q", "k") }}
         {
-{{ visible("key_ranges", "base", "p.queries", "key") }}
+{{ tiles.visible(sides.queries, sides.keys) }}
 {% for i in range(tall) %}
-        weight{{ i }} = select(vec4<f32>(0.0), exp(weight{{ i }} * p.scale - vec4<f32>(stat{{ i }}.x)), visible{{ i }});
+        let visible_weight{{ i }} = exp(weight{{ i }} * p.scale - vec4<f32>(stat{{ i }}.x));
+        weight{{ i }} = select(vec4<f32>(0.0), visible_weight{{ i }}, visible{{ i }});
 {% endfor %}
         }
-{{ product("d_weight", "d_o", "q_begin", "v", "k_begin") }}
+{{ tiles.product("d_weight", "d_o", "v") }}
         workgroupBarrier();
 {% for i in range(tall) %}
         weight{{ i }} = weight{{ i }} * (d_weight{{ i }} - vec4<f32>(stat{{ i }}.y));
 {% endfor %}
-{{ stage_weights("weight") }}
-{{ gather("dq", "k", "key", "end", "p.keys", "p.kv_heads", "kv_head") }}
+{{ tiles.stage_weights("weight") }}
+{{ tiles.gather("dq", "k", sides.keys) }}
     }
 
 {% for i in range(tall) %}
     let scale{{ i }} = p.scale;
 {% endfor %}
-{{ store("dq", "dq", "scale", "base", "p.queries", "p.heads", "head") }}
-}
+{{ tiles.store("dq", "scale", sides.queries) }}
+{% endcall %}

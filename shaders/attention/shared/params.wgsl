@@ -1,4 +1,4 @@
-// Parameters of the attention kernels, `AttentionParams` in src/kernels/attention.rs.
+// Parameters of the attention kernels, `AttentionParams` in src/kernels/attention/call.rs.
 struct Params {
     first_group: u32,
     groups: u32,
@@ -7,9 +7,8 @@ struct Params {
     heads: u32,     // H
     kv_heads: u32,  // of K and V; H / kv_heads consecutive query heads share one
     scale: f32,     // of the scores
-    no_key: f32,    // log-sum-exp of a query that sees no key: minus infinity, which WGSL cannot spell
+    // log-sum-exp of a query that sees no key: minus infinity, which WGSL cannot spell
+    no_key: f32,
 }
 
 {{ param_space }} p: Params;
-
-{% include "shared/groups.wgsl" %}

@@ -1,5 +1,5 @@
-// A product with few columns, RESULT [M, r] = {{ scale }}LEFT [M, K] * RIGHT [K, r], with
-// {{ parts }} RIGHT at a time. It uses functions of the kernel:
+// A product with few columns, RESULT [M, r] = LEFT [M, K] * RIGHT [K, r], with {{ parts }} RIGHT at
+// a time. It uses functions of the kernel:
 {% if share %}
 //   left1(row, k)    LEFT[row, k]
 {% else %}
@@ -7,10 +7,13 @@
 {% endif %}
 //   right4_I(j, q)   RIGHT I[4q .. 4q + 4, j]; finite past K
 //   mask_I(row, k)   with dropout: what LEFT[row, k] is multiplied by before it meets RIGHT I
+//   store_I(at, sum) stores a value of RESULT I
 {% if software %}
 // For software drivers: lanes along r, {{ tokens }} rows of LEFT per invocation, no workgroup
-// memory. Loads dominate the
-// time{{ ": each of eight lanes loads one value of eight, and broadcasts hand them round" if share }}.
+// memory. Loads dominate the time.
+{% if share %}
+// Each of eight lanes loads one value of eight, and broadcasts hand them round.
+{% endif %}
 {% else %}
 // A workgroup owns {{ tokens }} rows by {{ ranks }} columns of the result. Its threads stride K,
 // then the partial sums are added up.
@@ -23,24 +26,21 @@
 var<workgroup> partial: array<f32, {{ tokens * ranks * teams_max }}>;
 {% endif %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-{% if share %}
-    @builtin(subgroup_invocation_id) sharer: u32,
+{# Four values of LEFT, with the dropout of RIGHT `part`. #}
+{% macro masked(name, part, t) %}
+{% if dropout %}
+            let {{ name }}{{ part }} = values * vec4<f32>(
+{% for e in range(4) %}
+                mask_{{ part }}(row{{ t }}, 4u * q + {{ e }}u),
+{% endfor %}
+            );
+{% else %}
+            let {{ name }}{{ part }} = values;
 {% endif %}
-{% if subgroups %}
-    @builtin(subgroup_id) team_id: u32,
-    @builtin(num_subgroups) teams: u32,
-    @builtin(subgroup_invocation_id) lane: u32,
-{% endif %}
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% endmacro %}
+
+{% set also = ["lane"] if share else ["subgroup", "subgroups", "lane"] if subgroups else [] %}
+{% call entry.each_group(threads, also) %}
     let row_group = group / p.rank_groups;
     let row_base = row_group * {{ tokens }}u;
 {% if not share %}
@@ -50,15 +50,14 @@ fn main(
     let row{{ t }} = min(row_base + {{ t }}u, p.rows - 1u);
 {% endfor %}
 
-{% macro masked(values, part, t) %}
-{{ values }}{% if dropout %} * vec4<f32>({% for e in range(4) %}mask_{{ part }}(row{{ t }}, 4u * q + {{ e }}u){{ ", " if not loop.last }}{% endfor %}){% endif %}
-{%- endmacro %}
 {% if software %}
     let j = (group - row_group * p.rank_groups) * {{ threads }}u + thread;
     let j0 = min(j, p.rank - 1u);
-{% for t in range(tokens) %}{% for i in range(parts) %}
+{% for t in range(tokens) %}
+{% for i in range(parts) %}
     var sum{{ t }}_{{ i }} = 0.0;
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
 {% if share %}
     for (var k = 0u; k < p.k; k = k + 8u) {
 {% for i in range(parts) %}
@@ -67,10 +66,18 @@ fn main(
 {% endfor %}
 {% for t in range(tokens) %}
         {
-            let mine = left1(row{{ t }}, k + sharer);
+            let mine = left1(row{{ t }}, k + lane);
 {% for i in range(parts) %}
-            let value{{ i }} = mine{{ " * mask_" ~ i ~ "(row" ~ t ~ ", k + sharer)" if dropout }};
-            sum{{ t }}_{{ i }} = {% for half in ["hi", "lo"] %}{% for e in "wzyx" %}fma(subgroupBroadcast(value{{ i }}, {{ (4 if half == "hi" else 0) + 3 - loop.index0 }}u), {{ half }}{{ i }}.{{ e }}, {% endfor %}{% endfor %}sum{{ t }}_{{ i }}{% for e in range(8) %}){% endfor %};
+{% if dropout %}
+            let value{{ i }} = mine * mask_{{ i }}(row{{ t }}, k + lane);
+{% else %}
+            let value{{ i }} = mine;
+{% endif %}
+{% set sum = "sum" ~ t ~ "_" ~ i %}
+{% for e in range(8) %}
+{% set right = ("lo" if e < 4 else "hi") ~ i ~ "." ~ "xyzw"[e % 4] %}
+            {{ sum }} = fma(subgroupBroadcast(value{{ i }}, {{ e }}u), {{ right }}, {{ sum }});
+{% endfor %}
 {% endfor %}
         }
 {% endfor %}
@@ -84,7 +91,8 @@ fn main(
         {
             let values = left4(row{{ t }}, q);
 {% for i in range(parts) %}
-            sum{{ t }}_{{ i }} = sum{{ t }}_{{ i }} + dot({{ masked("values", i, t) }}, right{{ i }});
+{{ masked("values", i, t) }}
+            sum{{ t }}_{{ i }} = sum{{ t }}_{{ i }} + dot(values{{ i }}, right{{ i }});
 {% endfor %}
         }
 {% endfor %}
@@ -94,7 +102,7 @@ fn main(
 {% for t in range(tokens) %}
         if (row_base + {{ t }}u < p.rows) {
 {% for i in range(parts) %}
-            {{ results[i] }}[row{{ t }} * p.rank + j] = {{ scale }}sum{{ t }}_{{ i }};
+            store_{{ i }}(row{{ t }} * p.rank + j, sum{{ t }}_{{ i }});
 {% endfor %}
         }
 {% endfor %}
@@ -104,20 +112,26 @@ fn main(
 {% for j in range(ranks) %}
     let rank{{ j }} = min(j0 + {{ j }}u, p.rank - 1u);
 {% endfor %}
-{% for t in range(tokens) %}{% for j in range(ranks) %}{% for i in range(parts) %}
+{% for t in range(tokens) %}{% for j in range(ranks) %}
+{% for i in range(parts) %}
     var sum{{ t }}_{{ j }}_{{ i }} = 0.0;
-{% endfor %}{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
+{% endfor %}
     for (var q = thread; q < quads; q = q + {{ threads }}u) {
-{% for j in range(ranks) %}{% for i in range(parts) %}
+{% for j in range(ranks) %}
+{% for i in range(parts) %}
         let right{{ j }}_{{ i }} = right4_{{ i }}(rank{{ j }}, q);
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
 {% for t in range(tokens) %}
         {
             let values = left4(row{{ t }}, q);
 {% for i in range(parts) %}
-            let values{{ i }} = {{ masked("values", i, t) }};
+{{ masked("values", i, t) }}
 {% for j in range(ranks) %}
-            sum{{ t }}_{{ j }}_{{ i }} = sum{{ t }}_{{ j }}_{{ i }} + dot(values{{ i }}, right{{ j }}_{{ i }});
+            sum{{ t }}_{{ j }}_{{ i }} =
+                sum{{ t }}_{{ j }}_{{ i }} + dot(values{{ i }}, right{{ j }}_{{ i }});
 {% endfor %}
 {% endfor %}
         }
@@ -126,27 +140,30 @@ fn main(
     let row = row_base + thread / {{ ranks }}u;
     let j = j0 + thread % {{ ranks }}u;
     let mine = thread < {{ tokens * ranks }}u && row < p.rows && j < p.rank;
+    let teams = {{ "subgroups" if subgroups else threads ~ "u" }};
 {% for i in range(parts) %}
 {% if i > 0 %}
     workgroupBarrier();
 {% endif %}
-{% for t in range(tokens) %}{% for j in range(ranks) %}
+{% for t in range(tokens) %}
+{% for j in range(ranks) %}
 {% set at = (t * ranks + j) * teams_max %}
 {% if subgroups %}
     let team{{ t }}_{{ j }}_{{ i }} = subgroupAdd(sum{{ t }}_{{ j }}_{{ i }});
-    if (lane == 0u) { partial[{{ at }}u + team_id] = team{{ t }}_{{ j }}_{{ i }}; }
+    if (lane == 0u) { partial[{{ at }}u + subgroup] = team{{ t }}_{{ j }}_{{ i }}; }
 {% else %}
     partial[{{ at }}u + thread] = sum{{ t }}_{{ j }}_{{ i }};
 {% endif %}
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
     workgroupBarrier();
     if (mine) {
         var sum = 0.0;
-        for (var team = 0u; team < {{ "teams" if subgroups else threads ~ "u" }}; team = team + 1u) {
+        for (var team = 0u; team < teams; team = team + 1u) {
             sum = sum + partial[thread * {{ teams_max }}u + team];
         }
-        {{ results[i] }}[row * p.rank + j] = {{ scale }}sum;
+        store_{{ i }}(row * p.rank + j, sum);
     }
 {% endfor %}
 {% endif %}
-}
+{% endcall %}

@@ -12,20 +12,23 @@ enable f16;
 // Staged as f16: rows of dY multiplied by a power of two from their own largest value, W by
 // `m.factor`; undone at the end. The adapter's part is f32 and waits in dX.
 {% endif %}
-{% from "qmatmul/shared/tile_sums.wgsl" import sums, multiply_columns, rank4 %}
+{% import "shared/entry.wgsl" as entry %}
+{% import "shared/row_quads.wgsl" as row_quads %}
+{% import "qmatmul/shared/tile_sums.wgsl" as tile_sums %}
 {% set type = "vec4<f16>" if f16 else "vec4<f32>" %}
 {% set quads_staged = 4 %}
 {% set rank_staged = 2 if f16 else 4 %}
-{{ "" }}
+
 {% include "qmatmul/shared/backward.wgsl" %}
-@group(0) @binding(4) var<storage, read> row_factor: array<f32>; // of dY, a power of two per row; f16 staging only
-@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>;   // W, bound again
+
+// The power of two for each row of dY. Only f16 staging uses it.
+@group(0) @binding(4) var<storage, read> row_factor: array<f32>;
+@group(0) @binding(5) var<storage, read> w4: array<vec4<u32>>; // W, bound again
 @group(0) @binding(6) var<storage, read_write> dx: array<{{ "f32" if ragged else "vec4<f32>" }}>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/matrix.wgsl" %}
-{% set operand = "a" %}
-{% include "shared/rows.wgsl" %}
+
+{{ row_quads.load("a") }}
 
 // dY is staged as [row][n / 4], W as [n][k / 4].
 var<workgroup> dy_tile: array<{{ type }}, {{ side * (quads_staged + 1) }}>;
@@ -35,10 +38,11 @@ var<workgroup> g_tile: array<vec4<f32>, {{ side * (rank_staged + 1) }}>;
 var<workgroup> a_tile: array<vec4<f32>, {{ 4 * rank_staged * (side // 4 + 1) }}>;
 {% endif %}
 
-{{ rank4("g", rank_quads) }}
+{{ tile_sums.rank4("g") }}
 
-{# Applies `what` to every four results of a thread that lie in dX: `sumI_H`, at `row` and `q`. #}
-{% macro each_four(what) %}
+{# The block handles every four results of a thread that lie in dX, in a variable whose name it is
+   given; they belong at `row` and `q`. #}
+{% macro each_four() %}
 {% for i in range(8) %}
     {
         let row = p.row + row_base + {{ side // 8 * i }}u + ty;
@@ -46,7 +50,9 @@ var<workgroup> a_tile: array<vec4<f32>, {{ 4 * rank_staged * (side // 4 + 1) }}>
 {% for half in range(2) %}
             {
                 let q = quad_base + {{ side // 8 * half }}u + tx;
-                if (q < quads) { {{ what | replace("SUM", "sum" ~ i ~ "_" ~ half) }} }
+                if (q < quads) {
+{{ caller("sum" ~ i ~ "_" ~ half) }}
+                }
             }
 {% endfor %}
         }
@@ -62,16 +68,7 @@ var<workgroup> a_tile: array<vec4<f32>, {{ 4 * rank_staged * (side // 4 + 1) }}>
 {% set words_each = side * quads_staged // 2 // threads %}
 {% set sharing = side // 8 // words_each %}
 
-@compute @workgroup_size({{ threads }})
-fn main(
-    @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(num_workgroups) count: vec3<u32>,
-    @builtin(local_invocation_index) thread: u32,
-) {
-    let group = group_index(workgroup, count);
-    if (group >= p.groups) {
-        return;
-    }
+{% call entry.each_group(threads) %}
     fill_codebook(thread);
     let column_groups = (p.k + {{ side - 1 }}u) / {{ side }}u;
     let row_group = group / column_groups;
@@ -95,7 +92,7 @@ fn main(
     let w_local = thread % {{ sharing }}u * {{ words_each }}u;
     let w_first = quad_base / 2u + w_local;
     let w_at = n_local * {{ side // 4 + 1 }}u + 2u * w_local;
-{{ sums() }}
+{{ tile_sums.sums() }}
 
 {% set left, right = ("g_tile", "a_tile") if f16 else ("dy_tile", "w_tile") %}
     let g_quad = thread % {{ rank_staged }}u;
@@ -105,27 +102,36 @@ fn main(
 {% for i in range(side // g_step) %}
         {
             let row = p.row + min(row_base + g_local + {{ g_step * i }}u, p.rows - 1u);
-            {{ left }}[(g_local + {{ g_step * i }}u) * {{ rank_staged + 1 }}u + g_quad] = g4(row, start + 4u * g_quad);
+            let at = (g_local + {{ g_step * i }}u) * {{ rank_staged + 1 }}u + g_quad;
+            {{ left }}[at] = g4(row, start + 4u * g_quad);
         }
 {% endfor %}
 {% for i in range(rank_staged * side // threads) %}
         {
             let j = (thread + {{ threads * i }}u) / {{ side // 4 }}u;
             let q = thread % {{ side // 4 }}u;
-            {{ right }}[j * {{ side // 4 + 1 }}u + q] = a4(min(start + j, p.rank - 1u), min(quad_base + q, quads - 1u));
+            let values = a4(min(start + j, p.rank - 1u), min(quad_base + q, quads - 1u));
+            {{ right }}[j * {{ side // 4 + 1 }}u + q] = values;
         }
 {% endfor %}
         workgroupBarrier();
-{{ multiply_columns(side, left, right, rank_staged, rank_staged) }}
+{{ tile_sums.multiply_columns(left, right, rank_staged) }}
     }
 {% if dropout %}
     if (p.rank > 0u) {
-{{ each_four("SUM = SUM * dropout_factor4(row, 4u * q);") }}
+{% call(sum) each_four() %}
+                    {{ sum }} = {{ sum }} * dropout_factor4(row, 4u * q);
+{% endcall %}
     }
 {% endif %}
 {% if f16 %}
     if (p.rank > 0u) {
-{{ each_four("if (p.accumulate != 0u) { SUM = SUM + load4(row, q); } store4(row, q, SUM);") }}
+{% call(sum) each_four() %}
+                    if (p.accumulate != 0u) {
+                        {{ sum }} = {{ sum }} + load4(row, q);
+                    }
+                    store4(row, q, {{ sum }});
+{% endcall %}
 {% for i in range(8) %}
         sum{{ i }}_0 = vec4<f32>(0.0);
         sum{{ i }}_1 = vec4<f32>(0.0);
@@ -151,7 +157,8 @@ fn main(
 {% endif %}
         workgroupBarrier();
 {% for i in range(side // dy_step) %}
-        dy_tile[(dy_local + {{ dy_step * i }}u) * {{ quads_staged + 1 }}u + dy_quad] = {{ type }}(own{{ i }}{{ " * factor" ~ i if f16 }});
+        dy_tile[(dy_local + {{ dy_step * i }}u) * {{ quads_staged + 1 }}u + dy_quad] =
+            {{ type }}(own{{ i }}{{ " * factor" ~ i if f16 }});
 {% endfor %}
 {% if chunked %}
 {% if words_each == 2 %}
@@ -167,24 +174,33 @@ fn main(
             let word = select(pair.x, pair.y, (w_local & 2u) != 0u);
 {% endif %}
 {% for half, name in [(0, "low"), (1, "high")] %}
-            w_tile[w_at + {{ 2 * i + half }}u] = {{ type }}(decode_{{ name }}(word) * scale{{ " + low" if mins != "none" }});
+            w_tile[w_at + {{ 2 * i + half }}u] =
+                {{ type }}(decode_{{ name }}(word) * scale{{ " + low" if mins != "none" }});
 {% endfor %}
         }
 {% endfor %}
 {% else %}
 {% for i in range(words_each) %}
         {
-            let weights = weights8(min(start + n_local, p.n - 1u), min(w_first + {{ i }}u, p.words - 1u));
+            let n = min(start + n_local, p.n - 1u);
+            let weights = weights8(n, min(w_first + {{ i }}u, p.words - 1u));
             w_tile[w_at + {{ 2 * i }}u] = {{ type }}(weights.lo{{ " * p.m.factor" if f16 }});
             w_tile[w_at + {{ 2 * i + 1 }}u] = {{ type }}(weights.hi{{ " * p.m.factor" if f16 }});
         }
 {% endfor %}
 {% endif %}
         workgroupBarrier();
-{{ multiply_columns(side, "dy_tile", "w_tile", quads_staged, quads_staged) }}
+{{ tile_sums.multiply_columns("dy_tile", "w_tile", quads_staged) }}
     }
 
     let add = p.accumulate != 0u{{ " || p.rank > 0u" if f16 }};
-{% set unscale = "SUM = SUM * (1.0 / row_factor[row] / p.m.factor); " if f16 else "" %}
-{{ each_four(unscale ~ "if (add) { SUM = SUM + load4(row, q); } store4(row, q, SUM);") }}
-}
+{% call(sum) each_four() %}
+{% if f16 %}
+                    {{ sum }} = {{ sum }} * (1.0 / row_factor[row] / p.m.factor);
+{% endif %}
+                    if (add) {
+                        {{ sum }} = {{ sum }} + load4(row, q);
+                    }
+                    store4(row, q, {{ sum }});
+{% endcall %}
+{% endcall %}

@@ -1,5 +1,5 @@
 // Parameters and operands of every form of the input gradient; `QmatmulDxParams` in
-// src/kernels/qmatmul_dx_operands.rs.
+// src/kernels/qmatmul/dx/call.rs.
 struct Params {
     first_group: u32,
     groups: u32,
@@ -19,23 +19,29 @@ struct Params {
     keep_scale: f32,    // 1 / (1 - probability)
     m: Matrix,
 }
+
 {% include "shared/matrix_params.wgsl" %}
 
 {{ param_space }} p: Params;
 {% set wide = wide is defined and wide %}
 {% set packed = packed is defined %}
-@group(0) @binding(0) var<storage, read> dy: array<{{ "vec4<u32>" if packed else "vec4<f32>" if wide and quads else "f32" }}>;
+{% set dy_type = "vec4<u32>" if packed else "vec4<f32>" if wide and quads else "f32" %}
+{# G is read four ranks at a time. #}
+{% set ranks = "vec4<f32>" if rank_quads is defined and rank_quads else "f32" %}
+@group(0) @binding(0) var<storage, read> dy: array<{{ dy_type }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
-@group(0) @binding(2) var<storage, read> g: array<{{ "vec4<f32>" if rank_quads is defined and rank_quads else "f32" }}>;
+@group(0) @binding(2) var<storage, read> g: array<{{ ranks }}>;
 @group(0) @binding(3) var<storage, read> a: array<{{ "f32" if ragged else "vec4<f32>" }}>;
-{% if dropout %}
 
+{% if dropout %}
 {% include "shared/dropout.wgsl" %}
 
 // Dropout factors of the elements [row, k .. k + 4] of X.
 fn dropout_factor4(row: u32, k: u32) -> vec4<f32> {
     let i = row * p.k + k;
-    return vec4<f32>(dropout_factor(i), dropout_factor(i + 1u), dropout_factor(i + 2u), dropout_factor(i + 3u));
+    return vec4<f32>(
+        dropout_factor(i), dropout_factor(i + 1u), dropout_factor(i + 2u), dropout_factor(i + 3u),
+    );
 }
 {% endif %}
 
@@ -70,12 +76,16 @@ fn store4(row: u32, q: u32, values: vec4<f32>) {
     let left = p.k - min(p.k, 4u * q);
 {% endif %}
 {% for e in range(4) %}
-    {{ "if (left > " ~ e ~ "u) " if ragged }}{ dx[at + {{ e }}u] = values.{{ "xyzw"[e] }}; }
+{% if ragged %}
+    if (left > {{ e }}u) { dx[at + {{ e }}u] = values.{{ "xyzw"[e] }}; }
+{% else %}
+    dx[at + {{ e }}u] = values.{{ "xyzw"[e] }};
+{% endif %}
 {% endfor %}
 }
 {% endif %}
-{% if wide and not packed %}
 
+{% if wide and not packed %}
 // Four values of a row of this part's columns of dY, from the n-th on; zero past the end.
 fn dy4(row: u32, n: u32) -> vec4<f32> {
 {% if quads %}

@@ -16,7 +16,8 @@
 
    Buffers are arrays of vec4, so that drivers see wide loads and stores. There are two exceptions:
    Metal, which loads matrices only from arrays of single values, and values staged as pairs. #}
-{% from "shared/coop.wgsl" import depth, accumulators, multiply as multiply_tiles, store %}
+{% import "shared/coop.wgsl" as coop %}
+{% set depth = coop.depth %}
 {% set rows = tile_rows // 2 %}
 {% set columns = 2 * tile_columns // subgroups %}
 {% set threads = subgroups * lanes %}
@@ -27,8 +28,10 @@
 {% set right_unit = unit if double or not natural else 1 %}
 {% set natural = double and natural %}
 {% set right_stride = tile_columns + 8 if natural else stride %}
+{% set left_type = "vec4<f16>" if unit == 4 else "f16" %}
+{% set right_type = "vec4<f16>" if right_unit == 4 else "f16" %}
 {# Results leave through memory in strips of 16 rows, as wide as fits: `Tile::bytes` of
-   src/kernels/qmatmul_coop.rs. #}
+   src/kernels/qmatmul/coop.rs. #}
 {% set strip = 128 // subgroups if double else 16 %}
 {# The last row has no padding. #}
 {% set left_size = tile_rows * stride - 8 %}
@@ -46,11 +49,12 @@
 
 {% macro memory() %}
 {% for buffer in range(2 if double else 1) %}
-var<workgroup> left_tile{{ buffer }}: array<{{ "vec4<f16>" if unit == 4 else "f16" }}, {{ left_size // unit }}>;
-var<workgroup> right_tile{{ buffer }}: array<{{ "vec4<f16>" if right_unit == 4 else "f16" }}, {{ right_size // right_unit }}>;
+var<workgroup> left_tile{{ buffer }}: array<{{ left_type }}, {{ left_size // unit }}>;
+var<workgroup> right_tile{{ buffer }}: array<{{ right_type }}, {{ right_size // right_unit }}>;
 {% endfor %}
 // A strip of results for each subgroup.
-var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups * 16 * strip // unit }}>;
+{% set type = "vec4<f32>" if vectors else "f32" %}
+var<workgroup> sums: array<{{ type }}, {{ subgroups * 16 * strip // unit }}>;
 {% endmacro %}
 
 {# Start of the workgroup's tile among `width` columns of results, and start of this subgroup's
@@ -70,21 +74,30 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
     let piece_row = subgroup / {{ subgroups // 2 }}u * {{ rows }}u;
     let piece_column = subgroup % {{ subgroups // 2 }}u * {{ columns }}u;
     let left_begin = piece_row * {{ stride // unit }}u;
-    let right_begin = piece_column{{ " / " ~ right_unit ~ "u" if natural else " * " ~ stride // right_unit ~ "u" }};
-{{ accumulators(edge, rows, columns) }}
+{% if natural %}
+    let right_begin = piece_column / {{ right_unit }}u;
+{% else %}
+    let right_begin = piece_column * {{ stride // right_unit }}u;
+{% endif %}
+{{ coop.accumulators(rows, columns) }}
 {% endmacro %}
 
-{# Stages eight values, two vec4, from row `row` and eight `oct` of a tile on. #}
-{% macro stage(which, buffer, row, oct, lo, hi) %}
+{# Stages the eight values of `lo` and `hi`. The block says where: a row of the tile, and an eight
+   in it. #}
+{% macro stage(which, buffer) %}
 {% set row_stride, own_unit = (stride, unit) if which == "left" else (right_stride, right_unit) %}
             {
-                let at = ({{ row }}) * {{ row_stride // own_unit }}u + {{ 8 // own_unit }}u * ({{ oct }});
+{{ caller() }}
+                let at = row * {{ row_stride // own_unit }}u + {{ 8 // own_unit }}u * oct;
 {% if own_unit == 4 %}
-                {{ which }}_tile{{ buffer }}[at] = vec4<f16>({{ lo }});
-                {{ which }}_tile{{ buffer }}[at + 1u] = vec4<f16>({{ hi }});
+                {{ which }}_tile{{ buffer }}[at] = vec4<f16>(lo);
+                {{ which }}_tile{{ buffer }}[at + 1u] = vec4<f16>(hi);
 {% else %}
-{% for e in range(8) %}
-                {{ which }}_tile{{ buffer }}[at + {{ e }}u] = f16({{ lo if e < 4 else hi }}.{{ "xyzw"[e % 4] }});
+{% for half, first in [("lo", 0), ("hi", 4)] %}
+{% for e in range(4) %}
+                {{ which }}_tile{{ buffer }}[at + {{ first + e }}u] =
+                    f16({{ half }}.{{ "xyzw"[e] }});
+{% endfor %}
 {% endfor %}
 {% endif %}
             }
@@ -116,13 +129,16 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 
 {# Stages eights of L, which are words of two f16. Compilers move such words whole, without
    unpacking. #}
-{% macro stage_left(buffer, set, local, oct) %}
+{% macro stage_left(buffer, set, local, local_oct) %}
 {% for i in range(left_each) %}
         {
             let words = left{{ set }}_{{ i }};
             let lo = vec4<f32>(unpack2x16float(words.x), unpack2x16float(words.y));
             let hi = vec4<f32>(unpack2x16float(words.z), unpack2x16float(words.w));
-{{ stage("left", buffer, local ~ " + " ~ left_step * i ~ "u", oct, "lo", "hi") }}
+{% call stage("left", buffer) %}
+                let row = {{ local }} + {{ left_step * i }}u;
+                let oct = {{ local_oct }};
+{% endcall %}
         }
 {% endfor %}
 {% endmacro %}
@@ -149,12 +165,12 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 {% macro decode_chunk(set, i, j) %}
 {% set codes = "codes" ~ set ~ "_" ~ i %}
 {% if chunk_words == 4 %}
-                let word = {{ codes }}.{{ "xyzw"[j] }};
+            let word = {{ codes }}.{{ "xyzw"[j] }};
 {% elif chunk_words == 2 %}
-                let word = select({{ codes }}.{{ "xy"[j] }}, {{ codes }}.{{ "zw"[j] }}, w_part != 0u);
+            let word = select({{ codes }}.{{ "xy"[j] }}, {{ codes }}.{{ "zw"[j] }}, w_part != 0u);
 {% else %}
-                let halves = select({{ codes }}.xz, {{ codes }}.yw, (w_part & 1u) != 0u);
-                let word = select(halves.x, halves.y, w_part > 1u);
+            let halves = select({{ codes }}.xz, {{ codes }}.yw, (w_part & 1u) != 0u);
+            let word = select(halves.x, halves.y, w_part > 1u);
 {% endif %}
             let lo = decode_low(word) * scale{{ " + low" if mins != "none" }};
             let hi = decode_high(word) * scale{{ " + low" if mins != "none" }};
@@ -162,23 +178,35 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 
 {# Adds the product of the staged values. #}
 {% macro multiply(buffer) %}
-{{ multiply_tiles(edge, rows, columns,
-    {"name": "left_tile" ~ buffer, "begin": "left_begin", "stride": stride, "along": true, "unit": unit},
-    {"name": "right_tile" ~ buffer, "begin": "right_begin", "stride": right_stride, "along": not natural, "unit": right_unit}) }}
+{% set left = {
+    "name": "left_tile" ~ buffer, "begin": "left_begin",
+    "stride": stride, "along": true, "unit": unit,
+} %}
+{% set right = {
+    "name": "right_tile" ~ buffer, "begin": "right_begin",
+    "stride": right_stride, "along": not natural, "unit": right_unit,
+} %}
+{{ coop.multiply(rows, columns, left, right) }}
 {% endmacro %}
 
-{# Has `finish(split, row, column, sums_begin, lane)` take the results from `sums`, a strip of each
-   subgroup at a time. The arguments say where they begin in the result and in `sums`. #}
+{# Has the shader's `finish(split, row, column, sums_begin, lane)` take the results from `sums`, a
+   strip of each subgroup at a time. The arguments say where they begin in the result and in
+   `sums`. #}
 {% macro finish_all() %}
     let sums_begin = subgroup * {{ 16 * strip // unit }}u;
-{% for down in range(0, rows, 16) %}{% for right in range(0, columns, strip) %}
+{% for down in range(0, rows, 16) %}
+{% for right in range(0, columns, strip) %}
     workgroupBarrier();
 {% for piece in range(0, strip, 16) %}
-{{ store(edge, down, right + piece, "sums", "sums_begin + " ~ piece // unit ~ "u", strip, unit=unit) }}
+{{ coop.store(down, right + piece, "sums", "sums_begin", strip, unit=unit, ahead=piece // unit) }}
 {% endfor %}
     workgroupBarrier();
-    finish(split, row_base + piece_row + {{ down }}u, column_base + piece_column + {{ right }}u, sums_begin, lane);
-{% endfor %}{% endfor %}
+    finish(
+        split, row_base + piece_row + {{ down }}u, column_base + piece_column + {{ right }}u,
+        sums_begin, lane,
+    );
+{% endfor %}
+{% endfor %}
 {% endmacro %}
 
 {# A thread has a quad of columns in every `row_step`-th row of a strip. #}
@@ -186,37 +214,45 @@ var<workgroup> sums: array<{{ "vec4<f32>" if vectors else "f32" }}, {{ subgroups
 {% set row_step = lanes // quads_wide %}
 {% set rows_each = 16 // row_step %}
 
-{# Four results, from row `row` and quad `quad` of a strip on. #}
-{% macro four(row, quad) -%}
-{% set at = "sums_begin + (" ~ row ~ ") * " ~ strip // unit ~ "u + " ~ 4 // unit ~ "u * " ~ quad %}
-{%- if vectors %}sums[{{ at }}]{% else %}vec4<f32>(sums[{{ at }}], sums[{{ at }} + 1u], sums[{{ at }} + 2u], sums[{{ at }} + 3u]){% endif %}
-{%- endmacro %}
+{# Four results `sum`, from row `first_row + ahead` and quad `quad` of a strip on. #}
+{% macro four(ahead) %}
+        let sums_at = sums_begin
+            + (first_row + {{ ahead }}u) * {{ strip // unit }}u + {{ 4 // unit }}u * quad;
+{% if vectors %}
+        let sum = sums[sums_at];
+{% else %}
+        let sum = vec4<f32>(
+            sums[sums_at], sums[sums_at + 1u], sums[sums_at + 2u], sums[sums_at + 3u],
+        );
+{% endif %}
+{% endmacro %}
 
-{# The stages of a product. Macros of the caller load and stage the values from an eight on. #}
+{# The stages of a product. Macros of the caller load and stage the values from eight
+   `begin + ahead` on. #}
 {% macro stages(fetch, stage_all) %}
-{{ fetch(0, "first") }}
+{{ fetch(0, "first", 0) }}
 {% if double %}
-{{ fetch(1, "first + " ~ octs ~ "u") }}
+{{ fetch(1, "first", octs) }}
     workgroupBarrier();
-{{ stage_all(0, 0, "first") }}
+{{ stage_all(0, 0, "first", 0) }}
 
     for (var start = first; start < end; start = start + {{ 2 * octs }}u) {
         workgroupBarrier();
-{{ fetch(0, "start + " ~ 2 * octs ~ "u") }}
-{{ stage_all(1, 1, "start + " ~ octs ~ "u") }}
+{{ fetch(0, "start", 2 * octs) }}
+{{ stage_all(1, 1, "start", octs) }}
 {{ multiply(0) }}
         workgroupBarrier();
-{{ fetch(1, "start + " ~ 3 * octs ~ "u") }}
-{{ stage_all(0, 0, "start + " ~ 2 * octs ~ "u") }}
+{{ fetch(1, "start", 3 * octs) }}
+{{ stage_all(0, 0, "start", 2 * octs) }}
 {{ multiply(1) }}
     }
 {% else %}
 
     for (var start = first; start < end; start = start + {{ octs }}u) {
         workgroupBarrier();
-{{ stage_all(0, 0, "start") }}
+{{ stage_all(0, 0, "start", 0) }}
         workgroupBarrier();
-{{ fetch(0, "start + " ~ octs ~ "u") }}
+{{ fetch(0, "start", octs) }}
 {{ multiply(0) }}
     }
 {% endif %}

@@ -1,5 +1,5 @@
 // Parameters, operands and result of every form of the fused product; `QmatmulParams` in
-// src/kernels/qmatmul_operands.rs.
+// src/kernels/qmatmul/call.rs.
 struct Params {
     first_group: u32,
     groups: u32,
@@ -15,15 +15,17 @@ struct Params {
     lora_scale: f32,
     m: Matrix,
 }
+
 {% include "shared/matrix_params.wgsl" %}
 
 {# H and B are read four ranks at a time. #}
 {% set ranks = "vec4<f32>" if rank_quads is defined and rank_quads else "f32" %}
 {% set x_type = "vec4<u32>" if packed is defined else "f32" if ragged or share else "vec4<f32>" %}
+{% set y_type = "vec4<f32>" if quads is defined and quads else "f32" %}
 {{ param_space }} p: Params;
 @group(0) @binding(0) var<storage, read> x: array<{{ x_type }}>;
 @group(0) @binding(1) var<storage, read> w: array<u32>;
-@group(0) @binding(2) var<storage, read> bias: array<{{ "vec4<f32>" if quads is defined and quads else "f32" }}>;
+@group(0) @binding(2) var<storage, read> bias: array<{{ y_type }}>;
 @group(0) @binding(3) var<storage, read> h: array<{{ ranks }}>;
 @group(0) @binding(4) var<storage, read> b: array<{{ ranks }}>;
 

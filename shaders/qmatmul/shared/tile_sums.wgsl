@@ -9,7 +9,9 @@
 
 {# Start of the right operand's row for column `n`. Columns that one thread reads at once are
    apart; columns that neighbouring threads read are side by side. #}
-{% macro slot(side, n) %}({{ n }} % 4u * {{ side // 4 + 1 }}u + {{ n }} / 4u){% endmacro %}
+{% macro slot(n) -%}
+({{ n }} % 4u * {{ side // 4 + 1 }}u + {{ n }} / 4u)
+{%- endmacro %}
 
 {% macro sums() %}
 {% for i in range(8) %}
@@ -18,34 +20,48 @@
 {% endfor %}
 {% endmacro %}
 
-{# Adds `steps` quads of the contracted index. Rows hold `quads` of them. #}
-{% macro multiply_rows(side, left, right, quads, steps) %}
-        for (var k = 0u; k < {{ steps }}u; k = k + 1u) {
-{% for h in range(2) %}{% for j in range(4) %}
-            let b{{ h }}{{ j }} = vec4<f32>({{ right }}[({{ j * (side // 4 + 1) + side // 8 * h }}u + tx) * {{ quads + 1 }}u + k]);
-{% endfor %}{% endfor %}
+{# Adds `quads` quads of the contracted index, as many as staged rows hold. #}
+{% macro multiply_rows(left, right, quads) %}
+        for (var k = 0u; k < {{ quads }}u; k = k + 1u) {
+{% for h in range(2) %}
+{% for j in range(4) %}
+{% set column = j * (side // 4 + 1) + side // 8 * h %}
+            let b{{ h }}{{ j }} =
+                vec4<f32>({{ right }}[({{ column }}u + tx) * {{ quads + 1 }}u + k]);
+{% endfor %}
+{% endfor %}
 {% for i in range(8) %}
             {
                 let a = vec4<f32>({{ left }}[({{ side // 8 * i }}u + ty) * {{ quads + 1 }}u + k]);
-{% for e in "xyzw" %}{% for h in range(2) %}
-                sum{{ i }}_{{ h }} = sum{{ i }}_{{ h }} + a.{{ e }} * vec4<f32>(b{{ h }}0.{{ e }}, b{{ h }}1.{{ e }}, b{{ h }}2.{{ e }}, b{{ h }}3.{{ e }});
-{% endfor %}{% endfor %}
+{% for e in "xyzw" %}
+{% for h in range(2) %}
+                sum{{ i }}_{{ h }} = sum{{ i }}_{{ h }} + a.{{ e }} * vec4<f32>(
+                    b{{ h }}0.{{ e }}, b{{ h }}1.{{ e }}, b{{ h }}2.{{ e }}, b{{ h }}3.{{ e }},
+                );
+{% endfor %}
+{% endfor %}
             }
 {% endfor %}
         }
 {% endmacro %}
 
-{% macro multiply_columns(side, left, right, quads, steps) %}
-        for (var k = 0u; k < {{ steps }}u; k = k + 1u) {
-{% for e in range(4) %}{% for h in range(2) %}
-            let b{{ e }}{{ h }} = vec4<f32>({{ right }}[(4u * k + {{ e }}u) * {{ side // 4 + 1 }}u + {{ side // 8 * h }}u + tx]);
-{% endfor %}{% endfor %}
+{% macro multiply_columns(left, right, quads) %}
+        for (var k = 0u; k < {{ quads }}u; k = k + 1u) {
+{% for e in range(4) %}
+{% for h in range(2) %}
+            let b{{ e }}{{ h }} = vec4<f32>({{ right }}[
+                (4u * k + {{ e }}u) * {{ side // 4 + 1 }}u + {{ side // 8 * h }}u + tx
+            ]);
+{% endfor %}
+{% endfor %}
 {% for i in range(8) %}
             {
                 let a = vec4<f32>({{ left }}[({{ side // 8 * i }}u + ty) * {{ quads + 1 }}u + k]);
-{% for e in range(4) %}{% for h in range(2) %}
+{% for e in range(4) %}
+{% for h in range(2) %}
                 sum{{ i }}_{{ h }} = sum{{ i }}_{{ h }} + a.{{ "xyzw"[e] }} * b{{ e }}{{ h }};
-{% endfor %}{% endfor %}
+{% endfor %}
+{% endfor %}
             }
 {% endfor %}
         }
@@ -53,15 +69,16 @@
 
 {# Four values of a row of an adapter's operand from rank j on, zero past the rank: one load, or
    four unconditional loads. #}
-{% macro rank4(name, rank_quads) %}
+{% macro rank4(name) %}
 fn {{ name }}4(row: u32, j: u32) -> vec4<f32> {
 {% if rank_quads %}
     let values = {{ name }}[(row * p.rank + min(j, p.rank - 4u)) >> 2u];
     return select(vec4<f32>(0.0), values, j < p.rank);
 {% else %}
-    let place = min(vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.rank - 1u)) + vec4<u32>(row * p.rank);
-    let values = vec4<f32>({{ name }}[place.x], {{ name }}[place.y], {{ name }}[place.z], {{ name }}[place.w]);
-    return select(vec4<f32>(0.0), values, vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(p.rank));
+    let ranks = vec4<u32>(j) + vec4<u32>(0u, 1u, 2u, 3u);
+    let at = min(ranks, vec4<u32>(p.rank - 1u)) + vec4<u32>(row * p.rank);
+    let values = vec4<f32>({{ name }}[at.x], {{ name }}[at.y], {{ name }}[at.z], {{ name }}[at.w]);
+    return select(vec4<f32>(0.0), values, ranks < vec4<u32>(p.rank));
 {% endif %}
 }
 {% endmacro %}

@@ -11,7 +11,6 @@ struct Params {
 @group(0) @binding(0) var<storage, read> x: array<{{ "vec4<f32>" if quads else "f32" }}>;
 @group(0) @binding(1) var<storage, read_write> factor: array<f32>;
 
-{% include "shared/groups.wgsl" %}
 {% include "shared/factor.wgsl" %}
 
 var<workgroup> partial: array<f32, {{ threads }}>;

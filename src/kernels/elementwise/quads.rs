@@ -1,5 +1,5 @@
 //! Shared code of the elementwise kernels, with one invocation for every four values;
-//! `shaders/shared/quads.wgsl`.
+//! `each_quad` of `shaders/shared/entry.wgsl`.
 
 use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel, Tier};
 use crate::error::Result;

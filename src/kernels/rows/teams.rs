@@ -43,7 +43,7 @@ impl RowTeams {
             .with("subgroups", self.subgroups)
     }
 
-    /// The same, for kernels that read rows through `shaders/shared/rows.wgsl`.
+    /// The same, for kernels that read rows through `shaders/shared/row_quads.wgsl`.
     pub fn row_defines(self, ragged: bool) -> Defines {
         self.defines().with("ragged", ragged)
     }
