@@ -40,6 +40,6 @@ pub use crate::kernels::matrix::dequantize::{Delta, dequantize};
 pub use crate::kernels::optim::grad_norm::{GradNorm, grad_norm};
 pub use crate::kernels::qmatmul::dx::{LoraDx, qmatmul_dx};
 pub use crate::kernels::qmatmul::qmatmul;
-pub use crate::kernels::rows::embedding::embedding;
+pub use crate::kernels::rows::embedding::{check_ids, embedding};
 pub use crate::kernels::rows::rms_norm::rms_norm;
 pub use crate::kernels::rows::rms_norm_backward::rms_norm_backward;

@@ -14,7 +14,7 @@ const OP: &str = "batch";
 pub const IGNORE_LABEL: i64 = -100;
 
 /// Segment number of padding.
-pub(crate) const PADDING: u32 = 0;
+pub const PADDING: u32 = 0;
 
 /// `rows` sequences of `length` tokens, row-major, with segments that decide which tokens see each
 /// other.

@@ -122,7 +122,8 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// Whether each head of q and k goes through an RMSNorm.
     pub qk_norm: bool,
-    /// Sliding window of each layer; see [`window`](Self::window).
+    /// For each layer, the number of positions that a token attends to: itself and those just
+    /// before it. `None` for all before it.
     pub windows: Vec<Option<usize>>,
     /// Storage type of the weights.
     pub dtype: Option<Dtype>,

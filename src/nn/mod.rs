@@ -15,8 +15,7 @@ mod source;
 mod spec;
 
 pub use adapter::{LoraAdapter, LoraConfig, LoraInit, Scaling};
-pub(crate) use batch::PADDING;
-pub use batch::{Batch, IGNORE_LABEL, Tokens, shifted_labels};
+pub use batch::{Batch, IGNORE_LABEL, PADDING, Tokens, shifted_labels};
 pub use cache::KvCache;
 pub use config::{Architecture, ModelConfig};
 pub use decoder::{Decoder, Pass};

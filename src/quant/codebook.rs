@@ -3,8 +3,8 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
-/// A 4-bit format. This crate quantizes to the first three ([`Format::QUANTIZERS`]), which parse
-/// as `nf4`, `fp4`, `int4`; the others are read from GGUF files.
+/// A 4-bit format. This crate quantizes to the first three, which parse as `nf4`, `fp4`, `int4`;
+/// the others are read from GGUF files.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub enum Format {
     /// NormalFloat of the QLoRA paper (Dettmers et al., 2023, appendix E), as in bitsandbytes.

@@ -20,9 +20,9 @@ pub struct QuantOptions {
 pub enum DoubleQuant {
     /// f32 scales.
     None,
-    /// bitsandbytes' 8-bit scheme, see [`DoubleScales::dynamic`](super::DoubleScales::dynamic).
+    /// bitsandbytes' 8-bit scheme, as [`DoubleScales`](super::DoubleScales).
     Dynamic,
-    /// A linear 8-bit scheme, see [`DoubleScales::linear`](super::DoubleScales::linear).
+    /// A linear 8-bit scheme, as [`DoubleScales`](super::DoubleScales).
     Linear,
 }
 

@@ -32,8 +32,8 @@ const OP: &str = "attention";
 /// with M queries and as many keys as `k` has rows.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::Invalid`] if `heads` is not a multiple of `kv_heads` or the head
-/// size is out of range, [`Error::DeviceMismatch`].
+/// `Error::Shape`, `Error::Invalid` if `heads` is not a multiple of `kv_heads` or the head
+/// size is out of range, `Error::DeviceMismatch`.
 pub fn attention(
     q: &Tensor,
     k: &Tensor,

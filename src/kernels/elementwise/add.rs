@@ -18,8 +18,8 @@ kernel! {
 /// Returns a + b, in their shape.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) if shapes disagree,
-/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// `Error::Shape`(crate::Error::Shape) if shapes disagree,
+/// `Error::DeviceMismatch`(crate::Error::DeviceMismatch).
 pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     expect_shape(OP, "b", b, a.shape())?;
     a.device().same(&b.device(), OP)?;

@@ -19,8 +19,8 @@ kernel! {
 /// Adds `x` to `y`. Tensors that shared `y`'s values keep the old ones.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) if shapes disagree,
-/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// `Error::Shape`(crate::Error::Shape) if shapes disagree,
+/// `Error::DeviceMismatch`(crate::Error::DeviceMismatch).
 pub fn add_assign(y: &mut Tensor, x: &Tensor) -> Result<()> {
     expect_shape(OP, "x", x, y.shape())?;
     y.device().same(&x.device(), OP)?;

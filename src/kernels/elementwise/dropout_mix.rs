@@ -64,8 +64,8 @@ impl<'a> Mix<'a> {
 /// Computes the mix on its device, in the shape of its tensors.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
-/// [`Error::Invalid`](crate::Error::Invalid) for a probability outside 0..1, and device errors.
+/// `Error::Shape`(crate::Error::Shape), `Error::DeviceMismatch`(crate::Error::DeviceMismatch),
+/// `Error::Invalid`(crate::Error::Invalid) for a probability outside 0..1, and device errors.
 pub fn dropout_mix(mix: Mix<'_>, dropout: Dropout) -> Result<Tensor> {
     let first = mix.first();
     if let Mix::Both(x, z) = mix {

@@ -21,8 +21,8 @@ kernel! {
 /// Returns silu(gate) * up, in their shape.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) if shapes disagree,
-/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// `Error::Shape`(crate::Error::Shape) if shapes disagree,
+/// `Error::DeviceMismatch`(crate::Error::DeviceMismatch).
 pub fn silu_mul(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     expect_shape(OP, "up", up, gate.shape())?;
     gate.device().same(&up.device(), OP)?;

@@ -21,8 +21,8 @@ kernel! {
 /// result. All have one shape.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape) if shapes disagree,
-/// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// `Error::Shape`(crate::Error::Shape) if shapes disagree,
+/// `Error::DeviceMismatch`(crate::Error::DeviceMismatch).
 pub fn silu_mul_backward(dy: &Tensor, gate: &Tensor, up: &Tensor) -> Result<(Tensor, Tensor)> {
     let shape = dy.shape();
     expect_shape(OP, "gate", gate, shape)?;

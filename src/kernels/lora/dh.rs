@@ -40,7 +40,7 @@ kernel! {
 /// Computes s * dY * B on the device of `dy`: [M, r].
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+/// `Error::Shape`(crate::Error::Shape), `Error::DeviceMismatch`(crate::Error::DeviceMismatch),
 /// and device errors.
 pub fn lora_dh(dy: &Tensor, b: &Tensor, scale: f32) -> Result<Tensor> {
     of_rows(Rows { tensor: dy, factors: &RowFactors::default() }, b, scale)

@@ -46,7 +46,7 @@ kernel! {
 /// Computes dropout(X) * A^T on the device of `x`: [M, r].
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::DeviceMismatch`], [`Error::Invalid`] for a probability outside 0..1.
+/// `Error::Shape`, `Error::DeviceMismatch`, `Error::Invalid` for a probability outside 0..1.
 pub fn lora_down(x: &Tensor, a: &Tensor, dropout: Option<Dropout>) -> Result<Tensor> {
     of_rows(Rows { tensor: x, factors: &RowFactors::default() }, a, dropout)
 }

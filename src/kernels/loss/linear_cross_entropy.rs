@@ -48,7 +48,7 @@ pub struct CrossEntropy {
 /// Larger ones count as V - 1.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+/// `Error::Shape`(crate::Error::Shape), `Error::DeviceMismatch`(crate::Error::DeviceMismatch),
 /// and device errors. Values are not checked: if any is not finite, neither is the loss.
 pub fn linear_cross_entropy(
     hidden: &Tensor,

@@ -41,7 +41,7 @@ kernel! {
 /// Computes the column sums of `a` [M, N], or of `a * b`, on their device: `[N]`.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+/// `Error::Shape`(crate::Error::Shape), `Error::DeviceMismatch`(crate::Error::DeviceMismatch),
 /// and device errors.
 pub fn column_sum(a: &Tensor, b: Option<&Tensor>) -> Result<Tensor> {
     let (m, n) = expect_2d(OP, "A", a)?;

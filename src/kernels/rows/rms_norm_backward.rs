@@ -33,7 +33,7 @@ fn variants(tier: Tier) -> Vec<Defines> {
 /// gradient of its result. Both have any shape that consists of rows of K; `weight` is `[K]`.
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::DeviceMismatch`](crate::Error::DeviceMismatch).
+/// `Error::Shape`(crate::Error::Shape), `Error::DeviceMismatch`(crate::Error::DeviceMismatch).
 pub fn rms_norm_backward(dy: &Tensor, x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
     onto(None, dy, x, weight, eps)
 }
