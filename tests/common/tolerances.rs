@@ -88,7 +88,8 @@ macro_rules! table {
     };
 }
 
-const TERMS: Bound = bound(1e-5, "{} of the terms");
+/// The bound of a kernel without a row of its own.
+pub const TERMS: Bound = bound(1e-5, "{} of the terms");
 const VALUE: Bound = bound(1e-5, "{} of the value or its terms");
 
 table! { KERNELS:
