@@ -253,7 +253,7 @@ mod tests {
         fs::copy(repository("cli/assets/tiny-glossary/model.safetensors"), folder.path().join("model.safetensors"))
             .unwrap();
         assert_eq!(files.config().unwrap().vocab_size, 2048);
-        // What has been opened stays as it was.
+        // Opened files stay as they were.
         fs::remove_file(folder.path().join("model.safetensors")).unwrap();
         assert_eq!(files.spec(&BaseFormat::AsIs).unwrap().config(), files.config().unwrap());
     }

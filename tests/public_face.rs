@@ -41,7 +41,7 @@ struct Import {
     name: Option<String>,
 }
 
-/// What a path leads to.
+/// Target of a path.
 #[derive(Clone)]
 enum Target {
     Module(Names),
@@ -98,7 +98,7 @@ impl Sources {
         self.0.insert(path, module);
     }
 
-    /// What `path`, written in the module `from`, leads to: a module and a function may share a name.
+    /// Resolves `path`, written in the module `from`: a module and a function may share a name.
     /// Nothing for other crates. `depth` bounds imports that are looked up for imports.
     fn resolve(&self, from: &[String], path: &[String], depth: usize) -> Vec<Target> {
         let Some((first, rest)) = path.split_first() else { return vec![Target::Module(from.to_vec())] };
@@ -119,7 +119,7 @@ impl Sources {
         found
     }
 
-    /// What `name` means in the module `at`: its own items, or what it imports.
+    /// Resolves `name` in the module `at`: its own items, or what it imports.
     fn lookup(&self, at: &[String], name: &str, depth: usize) -> Vec<Target> {
         let module = &self.0[at];
         let mut found: Vec<_> =
@@ -144,7 +144,7 @@ impl Sources {
         }
     }
 
-    /// What the module `at` shows, with names.
+    /// Public items of the module `at`, with names.
     fn exports(&self, at: &[String]) -> Vec<(String, Target)> {
         let module = &self.0[at];
         let own = module.items.iter().enumerate().filter(|(_, named)| named.public);

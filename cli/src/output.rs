@@ -1,4 +1,4 @@
-//! How everything is printed. Results go to stdout, as text or JSON; errors, warnings and progress
+//! Prints everything. Results go to stdout, as text or JSON; errors, warnings and progress
 //! to stderr. Control characters that come from files are escaped. A closed stdout or stderr isn't
 //! an error.
 
@@ -15,7 +15,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qlora_wgpu::error::{Error, Result};
 use qlora_wgpu::internal::{is_hidden, lines, one_line};
 
-/// How [`progress`] is shown.
+/// Style of [`progress`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Progress {
     /// Bars if stderr is a terminal, lines otherwise.

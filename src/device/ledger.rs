@@ -88,7 +88,7 @@ pub enum Moment {
     Update,
 }
 
-/// What lives on a planned device, by use, and the maxima so far. Clones share it.
+/// Live bytes of a planned device, by use, and the maxima so far. Clones share it.
 #[derive(Clone)]
 pub(crate) struct Ledger(Arc<Mutex<Tally>>);
 

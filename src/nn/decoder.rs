@@ -159,7 +159,7 @@ impl Decoder {
         })
     }
 
-    /// What an optimizer trains: the parameters of the active adapters, with their names in an
+    /// The trained parameters: those of the active adapters, with their names in an
     /// adapter file.
     pub fn parameters(&self) -> impl Iterator<Item = (String, &Parameter)> {
         self.linears().flat_map(|(path, linear)| {

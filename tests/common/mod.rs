@@ -1,4 +1,4 @@
-//! What integration tests share.
+//! Shared by integration tests.
 
 #![allow(dead_code, unused_imports, reason = "every test program uses its own part of this")]
 

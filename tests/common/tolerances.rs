@@ -1,5 +1,5 @@
-//! How far results may be from what they are compared with. Tests take their bounds from here, and
-//! the tables of docs/accuracy.md are written from here:
+//! Tolerances: the largest allowed differences from a reference. Tests take their bounds from here,
+//! and the tables of docs/accuracy.md are written from here:
 //! `QLORA_UPDATE_DOCS=1 cargo test --lib docs_accuracy`.
 
 use qlora_wgpu::Device;
@@ -11,7 +11,7 @@ use super::devices::is_f16;
 pub struct Bound {
     pub relative: f64,
     pub absolute: f64,
-    /// What docs/accuracy.md says, with `{}` for `relative` and `{+}` for `absolute`.
+    /// Its text in docs/accuracy.md, with `{}` for `relative` and `{+}` for `absolute`.
     text: &'static str,
 }
 
@@ -39,7 +39,7 @@ impl Bound {
 /// A row of docs/accuracy.md.
 pub struct Tolerance {
     what: &'static str,
-    /// What it is compared with, in the tables that say so.
+    /// The reference, in the tables that name it.
     with: &'static str,
     /// On the CPU device, and in the tiers without f16.
     pub f32: Bound,

@@ -42,7 +42,7 @@ pub struct ExportArgs {
     json: bool,
 }
 
-/// What was written.
+/// Files and counts of an export.
 #[derive(Serialize)]
 struct Report {
     output: String,

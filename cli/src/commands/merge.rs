@@ -105,7 +105,7 @@ impl MergeType {
     }
 }
 
-/// What was written.
+/// Files and counts of a merge.
 #[derive(Serialize)]
 struct Report<'a> {
     output: String,

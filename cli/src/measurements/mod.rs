@@ -1,5 +1,5 @@
-//! What `qlora bench` makes of the library's measurements: other programs' times beside them, files
-//! with date and machine, and all measurements of a GPU.
+//! Measurements for `qlora bench`: other programs' times beside the library's, files with date and
+//! machine, and all measurements of a GPU.
 
 pub mod parts;
 pub mod peer;

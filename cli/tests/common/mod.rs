@@ -1,4 +1,4 @@
-//! What tests of the command share, with the library's devices and recorded models.
+//! Shared by tests of the command, with the library's devices and recorded models.
 
 #![allow(dead_code, unused_imports, reason = "every test program uses its own part of this")]
 
