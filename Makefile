@@ -10,7 +10,7 @@ export XDG_RUNTIME_DIR
 help:
 	@echo 'make demo    train an adapter on a small model in about a minute, and show what it changed'
 	@echo 'make demo-smollm2 the same with SmolLM2-135M, in some minutes; fetches it as `make smollm2` does'
-	@echo 'make test    all tests, on the CPU and every adapter; QLORA_TEST_DEVICES=cpu leaves the adapters out'
+	@echo 'make test    all tests, on the CPU and every GPU driver; QLORA_TEST_DEVICES=cpu leaves GPU drivers out'
 	@echo 'make test-drivers  the tests of kernels, models and training on four software drivers, some fetched for it; half an hour'
 	@echo 'make test-coop  the tests of cooperative matrices on the one software driver that has them, fetched for it; some minutes'
 	@echo 'make test-codegen  what compilers make of the kernels for GPUs that are not there, against rules and figures; some minutes'

@@ -1,5 +1,5 @@
-//! A few cases of `qlora bench` through criterion: `cargo bench`. QLORA_DEVICE chooses the device; by default the CPU and
-//! the best GPU, if there is one.
+//! A few cases of `qlora bench` through criterion: `cargo bench`. QLORA_DEVICE chooses the device;
+//! by default the CPU and the best GPU, if there is one.
 
 use std::hint::black_box;
 use std::time::Duration;

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Kills a training run, or lets a system call fail, at the calls that touch its files, and resumes it: scripts/faults.rs.
+# Kills a training run, or lets a system call fail, at the calls that touch its files, and resumes it: cli/examples/faults.rs.
 # Usage: faults.sh [--full] [kill|eio]...
 #
 # A sample of the calls, about two minutes on two cores; --full: all of them. Needs Linux and strace, which Debian and Ubuntu get

@@ -164,7 +164,7 @@ check_driver() {
     case $goal in
     demo | bench) complain "going on with the CPU device alone" ;;
     test)
-        complain "Tests run on the CPU and on an adapter. QLORA_TEST_DEVICES=cpu make test leaves the adapter out."
+        complain "Tests run on the CPU and on a GPU driver. QLORA_TEST_DEVICES=cpu make test leaves it out."
         exit 1
         ;;
     setup) exit 1 ;;

@@ -157,6 +157,14 @@ run_tests() {
     shift
     log=$cache/logs/$stack.$name
     status=0
+    for filter in "$@"; do
+        # Tests that were renamed would be left out without a word.
+        if ! launch "$program" --list "$filter" 2>/dev/null | grep -q ': test$'; then
+            complain "$stack: $name has no test called $filter"
+            failed=$((failed + 1))
+            return
+        fi
+    done
     launch "$program" "$@" >"$log" 2>&1 || status=$?
     counts=$(sed -n 's/^test result: .* \([0-9]*\) passed; \([0-9]*\) failed.*/\1 \2/p' "$log")
     case $counts in
@@ -199,8 +207,8 @@ run_stack() {
         run_tests layers adapters:: backward::
         run_tests model golden::
         run_tests train golden::
-        run_tests qlora_wgpu kernels::qmatmul kernels::lora_ kernels::attention kernels::linear_cross_entropy kernels::rows \
-            bench::
+        run_tests qlora_wgpu kernels::qmatmul kernels::lora:: kernels::attention kernels::loss::linear_cross_entropy \
+            kernels::rows bench::
     else
         run_tests device
         run_tests layers

@@ -12,8 +12,8 @@ use crate::formats::json::JsonObject;
 use crate::nn::{Decoder, ModelConfig, ModelSpec};
 use crate::text::Tokenizer;
 
-/// An open model: a Hugging Face directory (`config.json`, and `model.safetensors` or its shards) or
-/// a GGUF file. Everything that is read of it comes from the same headers and mapped files.
+/// An open model: a Hugging Face directory (`config.json`, and `model.safetensors` or its shards)
+/// or a GGUF file. Everything that is read of it comes from the same headers and mapped files.
 ///
 /// Files are mapped, so they must not be written to in place meanwhile. A file truncated before one
 /// of its tensors is read is an error, but one truncated during the read ends the process (SIGBUS).

@@ -3,9 +3,9 @@
 //!
 //! After an intended change: `QLORA_UPDATE_FACE=1 cargo test --test public_face`.
 //!
-//! The sources are parsed, not compiled. Each item is listed by its shortest public path, with types
-//! as its signature writes them. Left out are implementations of traits, macros and what
-//! they expand to, `#[doc(hidden)]` items and items of features.
+//! The sources are parsed, not compiled. Each item is listed by its shortest public path, with
+//! types as its signature writes them. Left out are implementations of traits, macros and what they
+//! expand to, `#[doc(hidden)]` items and items of features.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
@@ -385,7 +385,7 @@ fn the_public_face_is_as_listed() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let face = Sources::read(&root.join("src")).face();
     let listing = root.join("tests/public_face.txt");
-    if env::var_os("QLORA_UPDATE_FACE").is_some() {
+    if env::var_os("QLORA_UPDATE_FACE").is_some_and(|value| value == "1") {
         fs::write(&listing, face.join("\n") + "\n").expect("the listing is written");
         return;
     }

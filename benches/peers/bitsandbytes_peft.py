@@ -4,7 +4,7 @@ Needs torch, bitsandbytes, peft and transformers:
 
     qlora bench --device cpu --double-quant --m 1,512 --n 4096 --k 14336 --against "python benches/peers/bitsandbytes_peft.py"
 
-Cases are read from standard input, a line of JSON each, and times answered; see src/bench/peer.rs. Tensors are f32 on the CPU,
+Cases are read from standard input, a line of JSON each, and times answered; see cli/src/measurements/peer.rs. Tensors are f32 on the CPU,
 as on the CPU device, and bf16 on a GPU, also the weights that are quantized, as those of most models are. On CPUs with AVX-512 and
 bf16, bitsandbytes multiplies in bf16 without gradients; there it looks for a faster product on the Hugging Face hub, and the name
 says where it has got it. Of `backward` the forward pass is not timed. QLORA_PEER_DEVICE chooses the device.

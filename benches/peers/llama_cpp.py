@@ -4,7 +4,7 @@ Runs llama.cpp's own `test-backend-ops perf`, here the one on PATH:
 
     qlora bench --device cpu --m 1,8,512 --n 4096 --k 14336 --against "python3 benches/peers/llama_cpp.py"
 
-Cases are read from standard input, a line of JSON each, and times answered; see src/bench/peer.rs. Its product has no adapter,
+Cases are read from standard input, a line of JSON each, and times answered; see cli/src/measurements/peer.rs. Its product has no adapter,
 whatever the case's rank: --rank 0 compares like with like. On a CPU it computes with activations rounded to 8 bits, and with
 weights as the file has them, not in the order for SIMD that llama.cpp brings them into when it loads a model. What the program has
 no case for is skipped: in llama.cpp 0.7.0 it has N = 4096, K = 14336 and M = 1, 2, 3, 4, 5, 8 and 512.

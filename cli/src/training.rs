@@ -1,4 +1,5 @@
-//! The flags of a training run, which `finetune` and `plan` share, and the options that they stand for.
+//! The flags of a training run, which `finetune` and `plan` share, and the options that they stand
+//! for.
 
 use std::path::{Path, PathBuf};
 

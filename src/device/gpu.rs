@@ -240,6 +240,8 @@ impl Gpu {
         self.raw().check()?;
         let home = self.buffers().clone();
         let charge = home.ledger.as_ref().map(|ledger| ledger.charge(size));
+        // The real buffer that stands for all planned ones.
+        let stand_in = if charge.is_some() { Some(self.unused()?.raw().clone()) } else { None };
         let out_of_memory =
             || Error::OutOfMemory { device: self.inner.raw.name.clone(), what: what.to_owned(), bytes: size };
         let item = match home.pool.take(size, pooled) {
@@ -256,8 +258,7 @@ impl Gpu {
                     home.pool.forget(size);
                     return Err(self.raw().error(what, "no buffer ids are left after 2^32 buffers".into()));
                 };
-                if charge.is_some() {
-                    let raw = self.unused()?.raw().clone();
+                if let Some(raw) = stand_in {
                     return Ok(Buffer::new((id, raw), [bytes, size], pooled, home, charge));
                 }
                 let descriptor =
@@ -273,8 +274,7 @@ impl Gpu {
                     // Freeing the pool's buffers may make enough room.
                     Err(Error::OutOfMemory { .. }) => {
                         self.trim();
-                        self.wait()?;
-                        create()
+                        self.wait().and_then(|()| create())
                     }
                     other => other,
                 };

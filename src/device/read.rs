@@ -1,4 +1,4 @@
-//! Reading buffers back, the only wait.
+//! Reads buffers back to the host.
 
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, PoisonError};

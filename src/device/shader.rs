@@ -195,8 +195,8 @@ fn add_templates(environment: &mut Environment<'static>, folder: &Dir<'static>) 
     folder.dirs().try_for_each(|folder| add_templates(environment, folder))
 }
 
-/// Leaves out the end of every line that is a single `{{ macro() }}`, as minijinja does for lines of
-/// `{% %}`. What the macro writes has line ends of its own.
+/// Leaves out the end of every line that is a single `{{ macro() }}`, as minijinja does for lines
+/// of `{% %}`. What the macro writes has line ends of its own.
 fn without_line_ends(source: &str) -> String {
     let is_call = |line: &str| line.starts_with("{{") && line.find("}}") == Some(line.len() - 2);
     source.split_inclusive('\n').map(|line| if is_call(line.trim()) { line.trim_end() } else { line }).collect()

@@ -137,8 +137,8 @@ impl Checkpoint {
         &self.folder
     }
 
-    /// All names, sorted. A 4-bit weight has several tensors: its codes, and what bitsandbytes stores
-    /// beside them.
+    /// All names, sorted. A 4-bit weight has several tensors: its codes, and what bitsandbytes
+    /// stores beside them.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.places.keys().map(String::as_str)
     }

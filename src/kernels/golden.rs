@@ -1,5 +1,6 @@
-//! Golden shaders: the composed text of some variants, so that a change of a snippet shows in review
-//! as the shaders that run. `QLORA_UPDATE_SHADERS=1 cargo test --lib golden_shaders` writes them.
+//! Golden shaders: the composed text of some variants, so that a change of a snippet shows in
+//! review as the shaders that run. `QLORA_UPDATE_SHADERS=1 cargo test --lib golden_shaders` writes
+//! them.
 
 use std::fs;
 use std::path::PathBuf;
@@ -50,7 +51,7 @@ const VARIANTS: &[(&str, &str, &str)] = &[
 #[test]
 fn golden_shaders() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/shaders");
-    let update = std::env::var_os("QLORA_UPDATE_SHADERS").is_some();
+    let update = std::env::var_os("QLORA_UPDATE_SHADERS").is_some_and(|value| value == "1");
     for (name, short, label) in VARIANTS {
         let kernel = kernels().into_iter().find(|kernel| kernel.name == *name);
         let kernel = kernel.unwrap_or_else(|| panic!("no kernel {name}"));
@@ -68,4 +69,5 @@ fn golden_shaders() {
         let line = line.unwrap_or_else(|| golden.lines().count().min(text.lines().count())) + 1;
         assert!(golden == text, "{} differs from line {line} on; see src/kernels/golden.rs", path.display());
     }
+    assert_eq!(fs::read_dir(&folder).unwrap().count(), VARIANTS.len(), "files in {}", folder.display());
 }

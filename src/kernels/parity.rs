@@ -1,6 +1,6 @@
 //! Checks that a device computes the same as the CPU: small products, attention, norms, rotations
-//! and losses of a training step, forward and backward, in the device's own tier. Runs once per driver version,
-//! before anything else runs there.
+//! and losses of a training step, forward and backward, in the device's own tier. Runs once per
+//! driver version, before anything else runs there.
 
 use crate::device::{Device, Gpu, Tier};
 use crate::error::Result;

@@ -21,7 +21,8 @@ pub fn kernels() -> Vec<&'static Kernel> {
     all
 }
 
-/// Runs a kernel on every device in every tier that has it, and compares it with its twin.
+/// Compares a kernel with its twin, on every device in every tier that has it. A device may choose
+/// another form for the twin's shapes, so one that runs the kernel is enough.
 ///
 /// # Panics
 /// If a result is wrong, or if no device ran the kernel although one should.

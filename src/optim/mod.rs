@@ -117,9 +117,10 @@ impl Optimizer {
         let mut moments = self.moments.iter_mut();
         let mut updates = Vec::with_capacity(parameters.len());
         for (param, grad) in parameters {
-            if let Some(Moments { m, v, .. }) = moments.find(|moments| moments.id == param.id()) {
-                updates.push(Update { param, grad, m, v });
-            }
+            let Some(Moments { m, v, .. }) = moments.find(|moments| moments.id == param.id()) else {
+                return Err(Error::invalid(OP, "a parameter", "twice in one update", "each has one gradient"));
+            };
+            updates.push(Update { param, grad, m, v });
         }
         let config = AdamW { lr: self.config.lr * factor, ..self.config };
         adamw(&mut updates, &config, self.step, norm)

@@ -4,7 +4,8 @@
 //! Every piece is encoded together with some of the text on either side. Pieces are joined if the
 //! tokens around the cut are the same in both encodings. The result then equals that of the whole
 //! text: a pre-tokenizer continues after a cut between two words as it would have without it, and
-//! BPE's tokens around a cut depend on the text near it. Pieces that don't agree are encoded again, as one.
+//! BPE's tokens around a cut depend on the text near it. Pieces that don't agree are encoded again,
+//! as one.
 
 use std::ops::Range;
 

@@ -29,8 +29,13 @@ pub use crate::device::ledger::{Moment, Parts};
 use crate::error::{Error, Result};
 use crate::formats::peft::PeftConfig;
 use crate::nn::{Batch, Decoder, ModelSpec, Tokens};
+use crate::tensor::element_count;
 
 const OP: &str = "plan";
+
+/// Cap on the bytes of a plan's further batches, so that sums don't overflow. No device has as
+/// many.
+const MOST_BYTES: u64 = 1 << 60;
 
 /// Percentage of a device's memory that [`Plan::fit`] fills. The rest is for the driver, the
 /// desktop and other programs.
@@ -84,7 +89,8 @@ impl Plan {
             return Err(Error::invalid(OP, "the step", got, "it needs at least one token"));
         }
         model.config().check_positions(OP, tokens)?;
-        crate::tensor::element_count(&[rows, tokens])?;
+        let width = model.config().hidden_size;
+        element_count(&[element_count(&[rows, tokens])?, width])?;
 
         let ledger = Ledger::new(Part::Base);
         let device = device.planned(&ledger);
@@ -98,15 +104,23 @@ impl Plan {
         }
         let row = Tokens::new(vec![0; rows * tokens], rows)?;
         let labels = vec![0; rows * tokens];
-        let made = (0..count).map(|_| model.batch(&row, Some(&labels))).collect::<Result<Vec<Batch>>>()?;
-        let mut trainer = Trainer::new(*options);
-        // The first step creates the optimizer's moments; from the second on they exist. From the
-        // third micro-batch on, everything is as in the second.
-        for _ in 0..2 {
-            trainer.step(&mut model, &made[..count.min(2)])?;
+        // From the third micro-batch on, everything is as in the second. Their batches live as
+        // long, so they add a constant.
+        let (mut made, mut each) = (Vec::<Batch>::new(), 0);
+        for _ in 0..count.min(2) {
+            let before = device.memory().live_bytes;
+            made.push(model.batch(&row, Some(&labels))?);
+            each = device.memory().live_bytes - before;
         }
-        let Tally { most, at_peak, moment, .. } = ledger.tally();
-        let held_bytes = device.memory().peak_held_bytes;
+        let others = each.saturating_mul((count - made.len()) as u64).min(MOST_BYTES);
+        let mut trainer = Trainer::new(*options);
+        // The first step creates the optimizer's moments; from the second on they exist.
+        for _ in 0..2 {
+            trainer.step(&mut model, &made)?;
+        }
+        let Tally { mut most, mut at_peak, moment, .. } = ledger.tally();
+        [&mut most, &mut at_peak].into_iter().for_each(|parts| parts.activations += others);
+        let held_bytes = device.memory().peak_held_bytes + others;
         Ok(Plan { batches, most, at_peak, moment, peak_bytes: at_peak.total(), held_bytes })
     }
 

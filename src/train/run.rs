@@ -149,7 +149,18 @@ impl<'a> Run<'a> {
         }
         let adapter = PeftAdapter::read(&checkpoint)?;
         model.attach_peft(NAME, &adapter)?;
-        let optimizer = checkpoint::optimizer(&checkpoint, state.step, model, options.train.optimizer)?;
+        let optimizer = match checkpoint::optimizer(&checkpoint, state.step, model, options.train.optimizer) {
+            Ok(optimizer) => optimizer,
+            Err(error) => {
+                // The caller may try again with this model.
+                for (_, linear) in model.linears_mut() {
+                    if linear.adapter(NAME).is_ok() {
+                        linear.remove_adapter(NAME)?;
+                    }
+                }
+                return Err(error);
+            }
+        };
         let trainer = Trainer { options: options.train, optimizer };
         let (metrics, damaged) = Metrics::resume(&output, &checkpoint)?;
         if damaged {

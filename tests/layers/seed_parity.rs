@@ -144,7 +144,8 @@ fn forward_never_holds_the_dequantized_matrix() {
             layer.forward(&x).unwrap();
             device.wait().unwrap();
             let most = device.memory().peak_bytes - before;
-            // y, and padding; for several rows, the CPU's panels take at most a quarter of the matrix.
+            // y, and padding; for several rows, the CPU's panels take at most a quarter of the
+            // matrix.
             let y = 4 * (m * d_out) as u64;
             let panels = if matches!(device, Device::Cpu(_)) && m > 1 { (d_out * d_in) as u64 } else { 0 };
             assert!(most <= y + panels + 256, "{} M={m}: {most} bytes for y of {y}", device.name());

@@ -276,6 +276,22 @@ fn a_model_of_seven_billion_weights_and_what_fits() {
 }
 
 #[test]
+fn batches_are_counted_and_not_made() {
+    let model = ModelFiles::open(path("llama")).unwrap().spec(&nf4()).unwrap();
+    let plan = |count, rows| {
+        let batches = MicroBatches { count, rows, tokens: 8 };
+        Plan::new(&model, &PeftConfig::new(4, 8.0), batches, &options(false), &Device::cpu())
+    };
+    let peak = |count| plan(count, 1).unwrap().peak_bytes;
+    let each = peak(4) - peak(3);
+    assert!(each > 0 && peak(1003) == peak(3) + 1000 * each, "{each}");
+    // More than any machine has: planned at once, or refused.
+    assert!(peak(1 << 40) >= each << 40);
+    assert!(peak(usize::MAX) > peak(1 << 40));
+    assert!(plan(1, 1 << 27).unwrap_err().to_string().contains("2^32"));
+}
+
+#[test]
 fn what_cannot_be_trained_is_an_error() {
     let model = ModelFiles::open(path("llama")).unwrap().spec(&nf4()).unwrap();
     let message = |adapter: PeftConfig, [count, rows, tokens]: [usize; 3]| {

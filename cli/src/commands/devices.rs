@@ -24,8 +24,8 @@ use crate::output::{print_json, print_line, table};
     qlora devices --check")]
 pub struct DevicesArgs {
     /// Print JSON, an object per device: index, name, kind, backend, driver, tier, tiers,
-    /// max_binding_bytes, subgroup_sizes, cooperative_matrix. --check adds `check`: m, tier, ms_median, gflops,
-    /// max_rel_err_vs_cpu, agrees, and error (null if there is a result).
+    /// max_binding_bytes, subgroup_sizes, cooperative_matrix. --check adds `check`: m, tier,
+    /// ms_median, gflops, max_rel_err_vs_cpu, agrees, and error (null if there is a result).
     #[arg(long)]
     json: bool,
     /// Also run the fused layer on each device and compare the result with the CPU's; status 1 if

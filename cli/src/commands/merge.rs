@@ -25,7 +25,8 @@ use crate::paths::{check_model_inputs, check_model_output};
 /// W of every linear layer with an adapter becomes W + s B A, with DoRA's row lengths if it uses
 /// DoRA. For a dense model, W is the model's own weights. For a 4-bit model, W is the dequantized
 /// weights, which the adapter was trained beside. Tokenizer, chat templates, generation settings
-/// and licences are copied. Needs memory for about one matrix, or with --requantize for the 4-bit matrices of a shard.
+/// and licences are copied. Needs memory for about one matrix, or with --requantize for the 4-bit
+/// matrices of a shard.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:\n  \
     qlora merge --model MODEL_DIR --adapter my-adapter --output merged --dtype bf16\n  \

@@ -1,7 +1,7 @@
 //! Checks the machine-independent parts of the files that `tests/interop` tests with other
 //! programs. The digests are those it prints (`tests/interop/results`): a changed file must pass
-//! there first. `tests/model/export.rs` compares merged models and exported adapters with those of PEFT
-//! and llama.cpp.
+//! there first. `tests/model/export.rs` compares merged models and exported adapters with those of
+//! PEFT and llama.cpp.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -64,7 +64,7 @@ fn quantized_checkpoints() {
             assert_eq!(names(&ours), names(&theirs), "{name}");
             for key in theirs.names() {
                 // Double quantization subtracts a mean from scales, whose last bit differs;
-                // quant_golden.rs tests this closely.
+                // tests/quant/bitsandbytes.rs tests this closely.
                 if name.ends_with("_dq") && (key.contains("absmax") || key.contains("quant_state")) {
                     continue;
                 }

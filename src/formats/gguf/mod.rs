@@ -3,8 +3,8 @@
 //! ```text
 //! "GGUF", version: u32, tensors: u64, entries: u64
 //! entries of metadata:  key, type: u32, value
-//! tensors:              name, dimensions: u32, lengths: u64 each (the innermost first), type: u32, offset: u64
-//! padding to `general.alignment` (32), and the data; offsets count from here
+//! tensors:              name, dimensions: u32, lengths: u64 each (the innermost first), type: u32,
+//! offset: u64 padding to `general.alignment` (32), and the data; offsets count from here
 //! ```
 //!
 //! Everything is little-endian. Text is a u64 length followed by UTF-8. Versions 2 and 3 are read;

@@ -1,6 +1,6 @@
-//! [`attention`](crate::kernels::attention) of many queries by cooperative matrices. A workgroup owns 64 or
-//! 32 queries of a head and loops over tiles of keys. Operands are f16, sums f32. One shader
-//! serves both sizes of cooperative matrices.
+//! [`attention`](crate::kernels::attention) of many queries by cooperative matrices. A workgroup
+//! owns 64 or 32 queries of a head and loops over tiles of keys. Operands are f16, sums f32. One
+//! shader serves both sizes of cooperative matrices.
 
 use super::call::{AttentionParams, AttentionShape, flops_per_group};
 use super::form::{Form, Pass};

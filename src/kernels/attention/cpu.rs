@@ -1,5 +1,5 @@
-//! Fast [`attention`](crate::kernels::attention) and its backward on the CPU. A task covers some queries of
-//! one key head. A GEMM crate multiplies a block of queries with the keys that it sees.
+//! Fast [`attention`](crate::kernels::attention) and its backward on the CPU. A task covers some
+//! queries of one key head. A GEMM crate multiplies a block of queries with the keys that it sees.
 
 use std::ops::Range;
 

@@ -1,5 +1,5 @@
-//! Layouts of the cooperative-matrix kernels of [`attention`](crate::kernels::attention), chosen for a head
-//! size and a device; `shaders/attention/shared/coop_strips.wgsl`.
+//! Layouts of the cooperative-matrix kernels of [`attention`](crate::kernels::attention), chosen
+//! for a head size and a device; `shaders/attention/shared/coop_strips.wgsl`.
 
 use super::pack::{TILE, wide};
 use crate::device::{Cooperative, Defines, Gpu, Tier};

@@ -1,6 +1,6 @@
-//! [`attention`](crate::kernels::attention) on software drivers whose workgroups can be one subgroup of
-//! eight lanes: tiles of rows by eight rows of the other side, in registers. Both backward kernels
-//! share this code.
+//! [`attention`](crate::kernels::attention) on software drivers whose workgroups can be one
+//! subgroup of eight lanes: tiles of rows by eight rows of the other side, in registers. Both
+//! backward kernels share this code.
 
 use super::call::{AttentionParams, AttentionShape, flops_per_group};
 use super::visibility::Visibility;

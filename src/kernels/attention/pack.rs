@@ -1,7 +1,7 @@
-//! Packs operands for the cooperative-matrix kernels of [`attention`](crate::kernels::attention): Q, K, V
-//! and dO as f16, multiplied by a power of two per row and head, in tiles of 16 x 16, padded to
-//! whole tiles. Q and K are stored as two f16 each, because softmax needs their products exact.
-//! Products that contract over rows read transposed tiles.
+//! Packs operands for the cooperative-matrix kernels of [`attention`](crate::kernels::attention):
+//! Q, K, V and dO as f16, multiplied by a power of two per row and head, in tiles of 16 x 16,
+//! padded to whole tiles. Q and K are stored as two f16 each, because softmax needs their products
+//! exact. Products that contract over rows read transposed tiles.
 
 use super::call::AttentionShape;
 use super::visibility::Visibility;

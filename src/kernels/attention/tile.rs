@@ -1,5 +1,5 @@
-//! [`attention`](crate::kernels::attention) on hardware: tiles of queries by tiles of keys in workgroup
-//! memory, sums in registers, all in f32. Both backward kernels share this code.
+//! [`attention`](crate::kernels::attention) on hardware: tiles of queries by tiles of keys in
+//! workgroup memory, sums in registers, all in f32. Both backward kernels share this code.
 
 use super::call::{AttentionParams, AttentionShape, flops_per_group};
 use super::visibility::Visibility;

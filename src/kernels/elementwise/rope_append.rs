@@ -1,6 +1,7 @@
 //! Updates a layer's cache with the next tokens of a sequence: Y = rope(Q),
-//! `keys[first + i]` = rope(K)`[i]` and `values[first + i]` = `V[i]`, for tokens at positions from `first` on. All in
-//! one dispatch: a token has few values, and each dispatch costs the host the same.
+//! `keys[first + i]` = rope(K)`[i]` and `values[first + i]` = `V[i]`, for tokens at positions from
+//! `first` on. All in one dispatch: a token has few values, and each dispatch costs the host the
+//! same.
 //!
 //! Reference: see [`rope`](crate::kernels::elementwise::rope).
 

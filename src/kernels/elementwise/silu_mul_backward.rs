@@ -17,8 +17,8 @@ kernel! {
     twin: tests::twin,
 }
 
-/// Returns (d_gate, d_up) of [`silu_mul`](crate::kernels::elementwise::silu_mul::silu_mul), given the gradient of its
-/// result. All have one shape.
+/// Returns (d_gate, d_up) of [`silu_mul`](crate::kernels::elementwise::silu_mul::silu_mul), given
+/// the gradient of its result. All have one shape.
 ///
 /// # Errors
 /// `Error::Shape`(crate::Error::Shape) if shapes disagree,

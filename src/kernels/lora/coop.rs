@@ -1,7 +1,8 @@
 //! OUT [P, Q] = s * L * R by cooperative matrices, where P or Q is a rank:
-//! [`lora_down`](crate::kernels::lora::down), [`lora_dh`](crate::kernels::lora::dh) and [`lora_dw`](crate::kernels::lora::dw)
-//! for many tokens in that tier. Operands are staged as f16 with powers of two that keep their
-//! range. Sums are f32, in parts that a second pass adds up in a fixed order.
+//! [`lora_down`](crate::kernels::lora::down), [`lora_dh`](crate::kernels::lora::dh) and
+//! [`lora_dw`](crate::kernels::lora::dw) for many tokens in that tier. Operands are staged as f16
+//! with powers of two that keep their range. Sums are f32, in parts that a second pass adds up in a
+//! fixed order.
 
 use crate::device::{Cooperative, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;

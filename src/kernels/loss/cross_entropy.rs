@@ -2,8 +2,9 @@
 //! `loss = log(sum(exp(logits))) - logits[label]`. Its gradient is
 //! `(softmax - onehot(label)) * scale`.
 //!
-//! Both are 0 where the label is [`IGNORE`]. [`linear_cross_entropy`](crate::kernels::loss::linear_cross_entropy)
-//! calls it for one chunk of tokens after another.
+//! Both are 0 where the label is [`IGNORE`].
+//! [`linear_cross_entropy`](crate::kernels::loss::linear_cross_entropy) calls it for one chunk of
+//! tokens after another.
 
 use rayon::prelude::*;
 

@@ -33,7 +33,8 @@ const CHUNK_ROWS: usize = 64;
 pub struct CrossEntropy {
     /// `scale` times the sum of the labelled tokens' losses, `[1]`.
     pub loss: Tensor,
-    /// Each token's loss, unscaled, 0 where the label is [`IGNORE`](super::cross_entropy::IGNORE), `[M]`.
+    /// Each token's loss, unscaled, 0 where the label is [`IGNORE`](super::cross_entropy::IGNORE),
+    /// `[M]`.
     pub token_losses: Tensor,
     /// Gradient of `loss` with respect to the hidden states, [M, K], if requested.
     pub d_hidden: Option<Tensor>,
@@ -44,8 +45,9 @@ pub struct CrossEntropy {
 /// shifted: a row's label is the next token. A `scale` of 1 gives the sum, 1 / labelled tokens the
 /// mean.
 ///
-/// Labels must be less than V or [`IGNORE`](super::cross_entropy::IGNORE); call [`check_labels`](super::cross_entropy::check_labels) before they go to a device.
-/// Larger ones count as V - 1.
+/// Labels must be less than V or [`IGNORE`](super::cross_entropy::IGNORE); call
+/// [`check_labels`](super::cross_entropy::check_labels) before they go to a device. Larger ones
+/// count as V - 1.
 ///
 /// # Errors
 /// `Error::Shape`(crate::Error::Shape), `Error::DeviceMismatch`(crate::Error::DeviceMismatch),

@@ -1,5 +1,5 @@
-//! Chooses a token on the CPU by the definition in [`sample`](crate::kernels::loss::sample). The order is sorted
-//! only as far as needed.
+//! Chooses a token on the CPU by the definition in [`sample`](crate::kernels::loss::sample). The
+//! order is sorted only as far as needed.
 
 use super::sampling::{SampleParams, key, weight};
 

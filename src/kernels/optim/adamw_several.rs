@@ -1,6 +1,6 @@
-//! [`adamw`](crate::kernels::optim::adamw) for three tensors in one dispatch: a model has hundreds of small
-//! tensors, and each dispatch costs the host the same. The results equal single updates to the
-//! bit.
+//! [`adamw`](crate::kernels::optim::adamw) for three tensors in one dispatch: a model has hundreds
+//! of small tensors, and each dispatch costs the host the same. The results equal single updates to
+//! the bit.
 
 use super::settings::AdamWParams;
 use crate::device::{Buffer, Dispatch, Gpu, Tier};

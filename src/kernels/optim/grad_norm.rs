@@ -1,8 +1,8 @@
 //! The L2 norm of all gradients together, and the factor that clips them. Both stay on the device:
 //! factor = min(1, max_norm / (norm + 1e-6)), like torch's `clip_grad_norm_`.
 //!
-//! The factor is NaN if the norm or the loss is not finite; [`adamw`](crate::kernels::optim::adamw) then changes
-//! nothing.
+//! The factor is NaN if the norm or the loss is not finite; [`adamw`](crate::kernels::optim::adamw)
+//! then changes nothing.
 
 use super::square_sums;
 use crate::device::{Defines, Dispatch, Gpu};

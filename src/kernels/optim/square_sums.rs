@@ -1,6 +1,6 @@
-//! Sums of squares of many tensors, for [`grad_norm`](crate::kernels::optim::grad_norm): a fixed number of runs
-//! per tensor, a dozen tensors per dispatch. A model has hundreds of gradients, and each dispatch
-//! costs the host the same.
+//! Sums of squares of many tensors, for [`grad_norm`](crate::kernels::optim::grad_norm): a fixed
+//! number of runs per tensor, a dozen tensors per dispatch. A model has hundreds of gradients, and
+//! each dispatch costs the host the same.
 
 use crate::device::{Buffer, Defines, Dispatch, Gpu, Tier};
 use crate::error::Result;

@@ -1,6 +1,6 @@
-//! [`qmatmul`](crate::kernels::qmatmul) by cooperative matrices: tiles of Y, operands staged as f16 in
-//! workgroup memory with powers of two that keep their range, sums in f32. One shader serves both
-//! sizes of cooperative matrices.
+//! [`qmatmul`](crate::kernels::qmatmul) by cooperative matrices: tiles of Y, operands staged as f16
+//! in workgroup memory with powers of two that keep their range, sums in f32. One shader serves
+//! both sizes of cooperative matrices.
 
 use super::call::{GpuCall, QmatmulParams};
 use super::tile::{has_room, with_tile};

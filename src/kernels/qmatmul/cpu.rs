@@ -1,5 +1,5 @@
-//! Fast [`qmatmul`](crate::kernels::qmatmul) on the CPU. For few rows of X, a SIMD product straight from
-//! the packed codes; for many, tiles of W are decoded and a GEMM crate multiplies them.
+//! Fast [`qmatmul`](crate::kernels::qmatmul) on the CPU. For few rows of X, a SIMD product straight
+//! from the packed codes; for many, tiles of W are decoded and a GEMM crate multiplies them.
 
 use gemm::Parallelism;
 use rayon::prelude::*;

@@ -1,5 +1,6 @@
-//! [`qmatmul`](crate::kernels::qmatmul) for up to eight rows of X on hardware. It is bound by reading W, so
-//! it reads W once. Groups of threads share a few rows of W and stage X in workgroup memory.
+//! [`qmatmul`](crate::kernels::qmatmul) for up to eight rows of X on hardware. It is bound by
+//! reading W, so it reads W once. Groups of threads share a few rows of W and stage X in workgroup
+//! memory.
 
 use super::call::{GEMV_ROWS, GpuCall, QmatmulParams};
 use crate::device::{Defines, Dispatch, Tier};

@@ -1,6 +1,6 @@
-//! [`qmatmul`](crate::kernels::qmatmul) for software drivers: no workgroup memory, no barriers. Lanes run
-//! along N, and one invocation owns a two-dimensional piece of Y in registers, so that a decoded
-//! word serves many rows.
+//! [`qmatmul`](crate::kernels::qmatmul) for software drivers: no workgroup memory, no barriers.
+//! Lanes run along N, and one invocation owns a two-dimensional piece of Y in registers, so that a
+//! decoded word serves many rows.
 
 use super::call::{GpuCall, QmatmulParams};
 use crate::device::{Defines, Dispatch, Gpu, Kernel, Tier};
@@ -13,7 +13,7 @@ use crate::kernels::matrix::{DeviceMatrix, is_ragged};
 kernel! {
     KERNEL = "qmatmul_lanes" in "qmatmul/lanes.wgsl", QmatmulParams, [x: Read, w: Read, bias: Read, h: Read, b: Read, y: Write],
     variants: variants,
-    twin: super::tests::twin_of_few_rows,
+    twin: super::tests::twin,
 }
 
 /// Invocations per workgroup: the eight lanes of a driver's register.

@@ -234,6 +234,11 @@ pub(crate) mod tests {
         }
     }
 
+    pub fn twin(device: &Device) {
+        twin_of_few_rows(device);
+        twin_of_many_rows(device);
+    }
+
     pub fn twin_of_few_rows(device: &Device) {
         check_kinds(device, &Case { m: 1, n: 70, k: 128, rank: 16, bias: Bias::Row, seed: 7 }, |_| true);
         check_kinds(device, &Case { m: 5, n: 72, k: 64, rank: 4, bias: Bias::Rows, seed: 7 }, |i| i == 1);

@@ -1,6 +1,6 @@
-//! [`qmatmul`](crate::kernels::qmatmul) for many rows of X on hardware: square tiles of Y, operands staged
-//! in workgroup memory (in tiers with f16 as f16, with powers of two that keep their range), 8 x 8
-//! values of Y per invocation.
+//! [`qmatmul`](crate::kernels::qmatmul) for many rows of X on hardware: square tiles of Y, operands
+//! staged in workgroup memory (in tiers with f16 as f16, with powers of two that keep their range),
+//! 8 x 8 values of Y per invocation.
 
 use super::call::{GpuCall, QmatmulParams};
 use crate::device::{Buffer, Defines, Dispatch, Gpu, Kernel, Tier};
@@ -85,7 +85,8 @@ fn variants(tier: Tier) -> Vec<Defines> {
     all
 }
 
-/// `factor`: factors of the rows of X, for f16 staging ([`row_factor`](crate::kernels::rows::row_factor)).
+/// `factor`: factors of the rows of X, for f16 staging
+/// ([`row_factor`](crate::kernels::rows::row_factor)).
 pub(crate) fn dispatch(call: &GpuCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
     let run = |side| dispatch_as(call, part, factor, side);
     with_tile(call.gpu, &KERNEL, (call.m, call.w, part), sides(call.gpu, call.m), run, run)

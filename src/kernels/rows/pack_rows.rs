@@ -1,6 +1,6 @@
 //! Packs the rows of a matrix as f16, each multiplied by its factor
-//! ([`row_factor`](crate::kernels::rows::row_factor)) and padded with zeros. Products by cooperative matrices
-//! read these rows. One pass finds the factors and packs.
+//! ([`row_factor`](crate::kernels::rows::row_factor)) and padded with zeros. Products by
+//! cooperative matrices read these rows. One pass finds the factors and packs.
 
 use super::row_factor::{self, RowFactorParams};
 use crate::device::{Buffer, Defines, Gpu};

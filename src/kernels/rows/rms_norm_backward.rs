@@ -29,8 +29,9 @@ fn variants(tier: Tier) -> Vec<Defines> {
     [false, true].into_iter().flat_map(|ragged| adding(RowTeams::short(tier).row_defines(ragged))).collect()
 }
 
-/// Returns the gradient of the input `x` of [`rms_norm`](crate::kernels::rows::rms_norm::rms_norm), given the
-/// gradient of its result. Both have any shape that consists of rows of K; `weight` is `[K]`.
+/// Returns the gradient of the input `x` of [`rms_norm`](crate::kernels::rows::rms_norm::rms_norm),
+/// given the gradient of its result. Both have any shape that consists of rows of K; `weight` is
+/// `[K]`.
 ///
 /// # Errors
 /// `Error::Shape`(crate::Error::Shape), `Error::DeviceMismatch`(crate::Error::DeviceMismatch).

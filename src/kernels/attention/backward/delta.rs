@@ -1,5 +1,6 @@
 //! stats[m, h] = (lse[m, h], delta[m, h]), with delta the sum over d of dO * O. The backward of
-//! [`attention`](crate::kernels::attention) reads it for each query and head. O and dO are [M, H * D].
+//! [`attention`](crate::kernels::attention) reads it for each query and head. O and dO are [M, H *
+//! D].
 
 use rayon::prelude::*;
 

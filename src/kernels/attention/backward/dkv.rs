@@ -1,5 +1,5 @@
-//! dK and dV of [`attention`](crate::kernels::attention), [keys, Hkv * D], on software drivers. For each
-//! key it loops over the queries that see it, in all heads that share the key.
+//! dK and dV of [`attention`](crate::kernels::attention), [keys, Hkv * D], on software drivers. For
+//! each key it loops over the queries that see it, in all heads that share the key.
 
 use super::call::GpuCall;
 use crate::device::Dispatch;

@@ -1,6 +1,6 @@
-//! [`attention_dkv`](crate::kernels::attention::backward::dkv) by cooperative matrices. A workgroup owns 64 or 32 keys
-//! of a head and loops over tiles of queries. Operands are f16, sums f32. One shader serves both
-//! sizes of cooperative matrices.
+//! [`attention_dkv`](crate::kernels::attention::backward::dkv) by cooperative matrices. A workgroup
+//! owns 64 or 32 keys of a head and loops over tiles of queries. Operands are f16, sums f32. One
+//! shader serves both sizes of cooperative matrices.
 
 use super::call::GpuCall;
 use crate::device::Dispatch;

@@ -1,5 +1,5 @@
-//! dQ of [`attention`](crate::kernels::attention), [M, H * D], on software drivers. For each query it loops
-//! over the keys that it sees.
+//! dQ of [`attention`](crate::kernels::attention), [M, H * D], on software drivers. For each query
+//! it loops over the keys that it sees.
 
 use super::call::GpuCall;
 use crate::device::Dispatch;

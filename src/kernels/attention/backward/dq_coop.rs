@@ -1,6 +1,6 @@
-//! [`attention_dq`](crate::kernels::attention::backward::dq) by cooperative matrices. A workgroup owns 64 or 32
-//! queries of a head and loops over tiles of keys. Operands are f16, sums f32. One shader serves
-//! both sizes of cooperative matrices.
+//! [`attention_dq`](crate::kernels::attention::backward::dq) by cooperative matrices. A workgroup
+//! owns 64 or 32 queries of a head and loops over tiles of keys. Operands are f16, sums f32. One
+//! shader serves both sizes of cooperative matrices.
 
 use super::call::GpuCall;
 use crate::device::Dispatch;

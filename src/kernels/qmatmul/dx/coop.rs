@@ -1,6 +1,6 @@
-//! [`qmatmul_dx`](crate::kernels::qmatmul::dx) by cooperative matrices: tiles of dX, operands staged as f16
-//! in workgroup memory with powers of two that keep their range, sums in f32. One shader serves
-//! both sizes of cooperative matrices.
+//! [`qmatmul_dx`](crate::kernels::qmatmul::dx) by cooperative matrices: tiles of dX, operands
+//! staged as f16 in workgroup memory with powers of two that keep their range, sums in f32. One
+//! shader serves both sizes of cooperative matrices.
 
 use super::call::{GpuDxCall, QmatmulDxParams};
 use crate::device::{Buffer, Cooperative, Defines, Dispatch, Tier};

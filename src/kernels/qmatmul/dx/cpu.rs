@@ -1,5 +1,5 @@
-//! Fast [`qmatmul_dx`](crate::kernels::qmatmul::dx) on the CPU: tiles of W are decoded, each weight once,
-//! and a GEMM crate multiplies them.
+//! Fast [`qmatmul_dx`](crate::kernels::qmatmul::dx) on the CPU: tiles of W are decoded, each weight
+//! once, and a GEMM crate multiplies them.
 
 use gemm::Parallelism;
 use rayon::prelude::*;

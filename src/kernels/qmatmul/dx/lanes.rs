@@ -1,6 +1,6 @@
-//! [`qmatmul_dx`](crate::kernels::qmatmul::dx) for software drivers: no workgroup memory, no barriers. Lanes
-//! run along K, and one invocation owns a two-dimensional piece of dX in registers, so that
-//! decoded words serve many rows.
+//! [`qmatmul_dx`](crate::kernels::qmatmul::dx) for software drivers: no workgroup memory, no
+//! barriers. Lanes run along K, and one invocation owns a two-dimensional piece of dX in registers,
+//! so that decoded words serve many rows.
 
 use super::call::{GpuDxCall, QmatmulDxParams};
 use crate::device::{Defines, Dispatch, Tier};

@@ -1,6 +1,6 @@
-//! [`qmatmul_dx`](crate::kernels::qmatmul::dx) on hardware: square tiles of dX, operands staged in workgroup
-//! memory (in tiers with f16 as f16, with powers of two that keep their range), 8 x 8 values of dX
-//! per invocation.
+//! [`qmatmul_dx`](crate::kernels::qmatmul::dx) on hardware: square tiles of dX, operands staged in
+//! workgroup memory (in tiers with f16 as f16, with powers of two that keep their range), 8 x 8
+//! values of dX per invocation.
 
 use super::call::{GpuDxCall, QmatmulDxParams};
 use crate::device::{Buffer, Defines, Dispatch, Tier};
@@ -54,7 +54,8 @@ fn variants(tier: Tier) -> Vec<Defines> {
     all
 }
 
-/// `factor`: factors of the rows of dY, for f16 staging ([`row_factor`](crate::kernels::rows::row_factor)).
+/// `factor`: factors of the rows of dY, for f16 staging
+/// ([`row_factor`](crate::kernels::rows::row_factor)).
 pub(crate) fn dispatch(call: &GpuDxCall<'_>, part: &Part, factor: &Buffer) -> Result<()> {
     let run = |call: &GpuDxCall<'_>, side| dispatch_as(call, part, factor, side);
     call.with_tile(&KERNEL, part, sides(call.gpu, call.m), run)
