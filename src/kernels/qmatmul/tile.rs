@@ -71,9 +71,10 @@ fn defines(matrix: Defines, form: Form) -> Defines {
     matrix.with("rank_quads", form.rank_quads).with("share", false)
 }
 
-/// Text constants of every variant.
+/// Text constants of every variant. Devices with cooperative matrices have
+/// [`coop`](super::coop) instead.
 fn variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software {
+    if tier == Tier::Software || tier.cooperative() {
         return Vec::new();
     }
     let matrices = wide_matrices();

@@ -37,9 +37,10 @@ fn defines(matrix: Defines, form: Form) -> Defines {
     matrix.with("rank_quads", form.rank_quads).with("dropout", form.dropout)
 }
 
-/// Text constants of every variant.
+/// Text constants of every variant. With cooperative matrices only tiny parts of a matrix take this
+/// form, in the variants of the tier below.
 fn variants(tier: Tier) -> Vec<Defines> {
-    if tier == Tier::Software {
+    if tier == Tier::Software || tier.cooperative() {
         return Vec::new();
     }
     let matrices = wide_matrices();
