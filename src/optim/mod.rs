@@ -94,7 +94,7 @@ impl Optimizer {
     /// at a time.
     ///
     /// # Errors
-    /// Same as [`Optimizer::update`].
+    /// Same as [`Optimizer::update`]; [`Error::Invalid`] for a parameter that is there twice.
     pub fn update_all(
         &mut self,
         mut parameters: Vec<(&mut Parameter, &Tensor)>,

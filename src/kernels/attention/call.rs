@@ -2,7 +2,7 @@
 //! division of work on software drivers.
 
 use super::visibility::Visibility;
-use crate::device::{Defines, Tier};
+use crate::device::{Defines, Dispatch, Gpu, Kernel, Tier};
 use crate::error::{Error, Result};
 use crate::kernels::{expect_2d, expect_shape, params};
 use crate::tensor::Tensor;
@@ -107,6 +107,40 @@ impl AttentionParams {
 /// Q * K^T.
 pub(crate) fn flops_per_group(shape: &AttentionShape, visibility: &Visibility, products: u64, groups: u64) -> u64 {
     products * 2 * visibility.pairs() * (shape.heads * shape.head_dim) as u64 / groups.max(1)
+}
+
+/// Operands and results of a forward pass whose form reads Q, K and V as they are.
+pub(crate) struct ForwardCall<'a> {
+    pub op: &'static str,
+    pub gpu: &'a Gpu,
+    pub qkv: [&'a Tensor; 3],
+    pub shape: &'a AttentionShape,
+    pub visibility: &'a Visibility,
+    /// O and the log-sum-exp.
+    pub results: [&'a Tensor; 2],
+}
+
+impl ForwardCall<'_> {
+    /// Records a form's kernel. A workgroup owns `rows` queries of a head.
+    pub fn dispatch(&self, kernel: &'static Kernel, defines: &Defines, rows: usize) -> Result<()> {
+        let ForwardCall { op, gpu, qkv: [q, k, v], shape, visibility, results: [o, lse] } = *self;
+        let groups = (visibility.queries().div_ceil(rows) * shape.heads) as u64;
+        gpu.dispatch(Dispatch {
+            kernel,
+            defines,
+            buffers: &[
+                q.buffer(gpu, op)?,
+                k.buffer(gpu, op)?,
+                v.buffer(gpu, op)?,
+                visibility.key_ranges().buffer(gpu, op)?,
+                o.buffer(gpu, op)?,
+                lse.buffer(gpu, op)?,
+            ],
+            params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
+            groups,
+            flops_per_group: flops_per_group(shape, visibility, 2, groups),
+        })
+    }
 }
 
 /// Threads per workgroup: the eight lanes of a software driver's register.

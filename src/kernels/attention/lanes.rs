@@ -2,13 +2,11 @@
 //! subgroup of eight lanes: tiles of rows by eight rows of the other side, in registers. Both
 //! backward kernels share this code.
 
-use super::call::{AttentionParams, AttentionShape, flops_per_group};
-use super::visibility::Visibility;
-use crate::device::{Defines, Dispatch, Gpu, Tier};
+use super::call::{AttentionParams, ForwardCall};
+use crate::device::{Defines, Gpu, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
 use crate::kernels::qmatmul::lanes::one_subgroup;
-use crate::tensor::Tensor;
 
 kernel! {
     KERNEL = "attention_lanes" in "attention/lanes.wgsl", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write],
@@ -47,29 +45,7 @@ pub(crate) fn variants_of(tier: Tier, sums: usize) -> Vec<Defines> {
     [(1, 64), (3, 8), (100, 8), (100, 64), (100, 80), (100, 256)].iter().map(variant).collect()
 }
 
-pub(crate) fn dispatch(
-    gpu: &Gpu,
-    op: &'static str,
-    [q, k, v]: [&Tensor; 3],
-    shape: &AttentionShape,
-    visibility: &Visibility,
-    [o, lse]: [&Tensor; 2],
-) -> Result<()> {
-    let rows = rows(visibility.queries(), shape.head_dim, 1);
-    let groups = (visibility.queries().div_ceil(rows) * shape.heads) as u64;
-    gpu.dispatch(Dispatch {
-        kernel: &KERNEL,
-        defines: &defines(rows, shape.head_dim),
-        buffers: &[
-            q.buffer(gpu, op)?,
-            k.buffer(gpu, op)?,
-            v.buffer(gpu, op)?,
-            visibility.key_ranges().buffer(gpu, op)?,
-            o.buffer(gpu, op)?,
-            lse.buffer(gpu, op)?,
-        ],
-        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
-        groups,
-        flops_per_group: flops_per_group(shape, visibility, 2, groups),
-    })
+pub(crate) fn dispatch(call: &ForwardCall<'_>) -> Result<()> {
+    let rows = rows(call.visibility.queries(), call.shape.head_dim, 1);
+    call.dispatch(&KERNEL, &defines(rows, call.shape.head_dim), rows)
 }

@@ -18,8 +18,8 @@ pub(crate) mod plain;
 pub(crate) mod tile;
 pub mod visibility;
 
-use self::call::expect_qkv;
 pub use self::call::{Attended, AttentionShape};
+use self::call::{ForwardCall, expect_qkv};
 use self::form::{Form, Pass};
 use self::visibility::Visibility;
 use crate::device::Tier;
@@ -52,18 +52,18 @@ pub fn attention(
         }
         Storage::Gpu(gpu, _) => {
             let (o, lse) = (Tensor::uninit(gpu, "o", &o_shape)?, Tensor::uninit(gpu, "lse", &lse_shape)?);
-            let qkv = [q, k, v];
-            let results = [&o, &lse];
+            let (qkv, results) = ([q, k, v], [&o, &lse]);
+            let call = ForwardCall { op: OP, gpu, qkv, shape, visibility, results };
             if m == 0 {
             } else if lanes::fits(gpu, shape.head_dim) {
-                lanes::dispatch(gpu, OP, qkv, shape, visibility, results)?;
+                lanes::dispatch(&call)?;
             } else if gpu.tier() == Tier::Software {
-                plain::dispatch(gpu, OP, qkv, shape, visibility, results)?;
+                plain::dispatch(&call)?;
             } else if let Some(cooperative) = pack::cooperative(gpu, shape, visibility) {
                 let form = Form::of(Pass::Forward, gpu, cooperative, shape.head_dim);
                 coop::dispatch(gpu, form, OP, qkv, shape, visibility, results)?;
             } else {
-                tile::dispatch(gpu, OP, qkv, shape, visibility, results)?;
+                tile::dispatch(&call)?;
             }
             Ok(Attended { o, lse })
         }

@@ -1,12 +1,10 @@
 //! [`attention`](crate::kernels::attention) on hardware: tiles of queries by tiles of keys in
 //! workgroup memory, sums in registers, all in f32. Both backward kernels share this code.
 
-use super::call::{AttentionParams, AttentionShape, flops_per_group};
-use super::visibility::Visibility;
-use crate::device::{Defines, Dispatch, Gpu, Tier};
+use super::call::{AttentionParams, ForwardCall};
+use crate::device::{Defines, Tier};
 use crate::error::Result;
 use crate::kernels::kernel;
-use crate::tensor::Tensor;
 
 kernel! {
     KERNEL = "attention_tile" in "attention/tile.wgsl", AttentionParams, [q: Read, k: Read, v: Read, key_ranges: Read, o: Write, lse: Write],
@@ -74,29 +72,7 @@ impl Tiling {
 /// The result is O.
 const WORK: Work = Work { products: 1, results: 1 };
 
-pub(crate) fn dispatch(
-    gpu: &Gpu,
-    op: &'static str,
-    [q, k, v]: [&Tensor; 3],
-    shape: &AttentionShape,
-    visibility: &Visibility,
-    [o, lse]: [&Tensor; 2],
-) -> Result<()> {
-    let tiling = Tiling::new(shape.head_dim, WORK);
-    let groups = (visibility.queries().div_ceil(tiling.rows()) * shape.heads) as u64;
-    gpu.dispatch(Dispatch {
-        kernel: &KERNEL,
-        defines: &tiling.defines(),
-        buffers: &[
-            q.buffer(gpu, op)?,
-            k.buffer(gpu, op)?,
-            v.buffer(gpu, op)?,
-            visibility.key_ranges().buffer(gpu, op)?,
-            o.buffer(gpu, op)?,
-            lse.buffer(gpu, op)?,
-        ],
-        params: bytemuck::bytes_of(&AttentionParams::new(shape, visibility)),
-        groups,
-        flops_per_group: flops_per_group(shape, visibility, 2, groups),
-    })
+pub(crate) fn dispatch(call: &ForwardCall<'_>) -> Result<()> {
+    let tiling = Tiling::new(call.shape.head_dim, WORK);
+    call.dispatch(&KERNEL, &tiling.defines(), tiling.rows())
 }
